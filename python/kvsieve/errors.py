@@ -1,0 +1,56 @@
+"""Every error kvsieve raises on purpose. Each also inherits the builtin a user would catch."""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BudgetError",
+    "CacheMismatchError",
+    "KvsieveError",
+    "PaddingError",
+    "PolicyError",
+    "ShapeError",
+    "StateError",
+    "UnsupportedError",
+    "UnsupportedModelError",
+]
+
+
+class KvsieveError(Exception):
+    """Base of every error that kvsieve raises on purpose."""
+
+
+class PolicyError(KvsieveError, ValueError):
+    """A policy's parameters, or a combination of policies, that cannot be right."""
+
+
+class BudgetError(PolicyError):
+    """A budget that is zero, negative, unreadable, or too small for the sinks and recent tokens."""
+
+
+class PaddingError(KvsieveError, ValueError):
+    """An attention mask that is not left padding: right padding, holes, or a row of pads only."""
+
+
+class ShapeError(KvsieveError, ValueError):
+    """A tensor whose shape, dtype or device is not what the cache holds."""
+
+
+class CacheMismatchError(KvsieveError, ValueError):
+    """A cache used with another model, another batch, or past its end."""
+
+
+class StateError(KvsieveError, RuntimeError):
+    """A call at the wrong moment: a closed stream, a step that was never opened."""
+
+
+class BackendError(KvsieveError, RuntimeError):
+    """A backend that cannot run here; the message says what to install."""
+
+
+class UnsupportedError(KvsieveError, NotImplementedError):
+    """Something that is well defined but not supported; the message says what to use instead."""
+
+
+class UnsupportedModelError(UnsupportedError):
+    """A model whose attention kvsieve cannot serve; the message names the reason."""

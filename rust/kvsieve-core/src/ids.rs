@@ -1,0 +1,37 @@
+//! Index types: every index has its own type, so that a slot can never be used where a block is meant.
+
+use std::fmt;
+
+/// Tokens in one block. A block is the unit of allocation, of sharing and of freeing.
+pub const BLOCK: u32 = 64;
+
+/// The number of a token in its sequence, counted over real (never padded) tokens, from 0.
+pub type Position = u64;
+
+/// One block of [`BLOCK`] slots, valid in every layer's store alike.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BlockId(pub u32);
+
+impl fmt::Debug for BlockId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "b{}", self.0)
+    }
+}
+
+/// A run of resident slots `[lo, hi)` of one block, in text order.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Run {
+    pub block: BlockId,
+    pub lo: u32,
+    pub hi: u32,
+}
+
+impl Run {
+    pub fn len(&self) -> u32 {
+        self.hi - self.lo
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.hi == self.lo
+    }
+}

@@ -1,0 +1,34 @@
+//! kvsieve's core: positions, blocks, budgets, plans and kernels. No Python in here, and no tensor library.
+//!
+//! # Map
+//! * [`ids`], [`error`], [`budget`]: newtypes, the one error enum, counts (never ratios).
+//! * [`store`]: block pool and tables: which token sits where.
+//! * [`retain`], [`place`]: which residents stay; at which distance a query sees them.
+//! * [`planner`]: the control plane of one stream; makes a [`plan::Step`] once per forward.
+//! * [`plan`]: the plain structs that cross from the control plane to the kernels.
+//! * [`kernels`]: one operation a file; everything that touches keys, values and queries.
+//! * [`reference`]: the naive twin of the kernels and of retain; tests compare against it.
+//!
+//! # Glossary
+//! *position*: number of a token in its sequence. *slot*: place of a token in a block. *resident*: a token whose key and value are
+//! held. *seen*: a token that was ever fed. *sink*: one of the first tokens, never evicted. *lse*: log-sum-exp of the logits.
+//!
+//! # Invariants (each has a test of the same name)
+//! 1. `block_is_free_or_owned`: a block is free, or owned with a reference count of at least one; never both.
+//! 2. `positions_strictly_increase`: resident positions of a sequence strictly increase and are below `seen`.
+//! 3. `evicted_never_returns`: `seen` only grows, except by `crop`; an evicted position never comes back.
+//! 4. `budget_holds_after_retain`: after retain ran, residents <= budget; sinks and recent are in every keep.
+//! 5. `slot_is_written_once`: a slot is written once by append; after that it is only moved, or packed whole.
+
+pub mod budget;
+pub mod error;
+pub mod ids;
+pub mod kernels;
+pub mod place;
+pub mod plan;
+pub mod planner;
+pub mod reference;
+pub mod retain;
+pub mod store;
+
+pub use error::{Error, Result};

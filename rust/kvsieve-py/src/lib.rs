@@ -1,0 +1,19 @@
+//! The thin binding: converts, releases the GIL, maps errors; nothing else.
+
+use pyo3::prelude::*;
+
+mod error;
+mod kernels;
+mod plan;
+mod planner;
+mod store;
+
+#[pymodule]
+fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    plan::register(m)?;
+    planner::register(m)?;
+    store::register(m)?;
+    kernels::register(m)?;
+    Ok(())
+}

@@ -1,0 +1,191 @@
+//! `Step` and `Moves`: opaque to Python but for the arrays that the reference backend reads.
+
+use kvsieve_core::plan;
+use numpy::{PyArray1, IntoPyArray};
+use pyo3::prelude::*;
+
+/// The plan of one forward. See `kvsieve_core::plan::Step`.
+#[pyclass(frozen, module = "kvsieve._core")]
+pub struct Step {
+    pub inner: plan::Step,
+}
+
+/// A list of token moves, applied in order. Each row of `array()` is (from, from_slot, to, to_slot, len).
+#[pyclass(frozen, module = "kvsieve._core")]
+pub struct Moves {
+    pub inner: Vec<plan::Move>,
+}
+
+/// One memory's share of what one row's new queries read. See `kvsieve_core::plan::Part`.
+#[pyclass(frozen, module = "kvsieve._core")]
+pub struct Part {
+    pub inner: plan::Part,
+}
+
+fn runs(py: Python<'_>, runs: &[kvsieve_core::ids::Run]) -> (Py<PyArray1<i64>>, Py<PyArray1<i64>>, Py<PyArray1<i64>>) {
+    let column = |f: fn(&kvsieve_core::ids::Run) -> i64| runs.iter().map(f).collect::<Vec<_>>().into_pyarray(py).unbind();
+    (column(|r| i64::from(r.block.0)), column(|r| i64::from(r.lo)), column(|r| i64::from(r.hi)))
+}
+
+fn moves(list: &[plan::Move]) -> Vec<(u32, u32, u32, u32, u32)> {
+    list.iter().map(|m| (m.from.0, m.from_slot, m.to.0, m.to_slot, m.len)).collect()
+}
+
+#[pymethods]
+impl Moves {
+    fn __len__(&self) -> usize {
+        self.inner.len()
+    }
+
+    /// Tuples (from, from_slot, to, to_slot, len).
+    fn tuples(&self) -> Vec<(u32, u32, u32, u32, u32)> {
+        moves(&self.inner)
+    }
+}
+
+#[pymethods]
+impl Step {
+    /// "rotated" or "raw".
+    #[getter]
+    fn frame(&self) -> &'static str {
+        match self.inner.frame {
+            plan::Frame::Rotated => "rotated",
+            plan::Frame::Raw => "raw",
+        }
+    }
+
+    #[getter]
+    fn num_rows(&self) -> usize {
+        self.inner.num_rows
+    }
+
+    #[getter]
+    fn num_queries(&self) -> usize {
+        self.inner.num_queries
+    }
+
+    #[getter]
+    fn new_lens(&self) -> Vec<usize> {
+        self.inner.new_lens.clone()
+    }
+
+    #[getter]
+    fn num_blocks(&self) -> u32 {
+        self.inner.num_blocks
+    }
+
+    #[getter]
+    fn first_new(&self) -> Vec<u64> {
+        self.inner.first_new.clone()
+    }
+
+    /// Whether the fast path applies: every new token stored, few queries.
+    #[getter]
+    fn has_spans(&self) -> bool {
+        self.inner.spans.is_some()
+    }
+
+    /// Tuples (from, from_slot, to, to_slot, len) to copy before appending.
+    fn copies(&self) -> Vec<(u32, u32, u32, u32, u32)> {
+        moves(&self.inner.copies)
+    }
+
+    /// Tuples (row, new, block, slot, len).
+    fn appends(&self) -> Vec<(usize, usize, u32, u32, u32)> {
+        self.inner.appends.iter().map(|a| (a.row, a.new, a.block.0, a.slot, a.len)).collect()
+    }
+
+    /// For each item (row-major over rows and queries) a list of (block, lo, hi, shift, rotate_keys); None without a fast path.
+    #[allow(clippy::type_complexity)]
+    fn spans(&self) -> Option<Vec<Vec<(u32, u32, u32, i64, bool)>>> {
+        self.inner.spans.as_ref().map(|s| {
+            s.starts
+                .windows(2)
+                .map(|w| {
+                    s.spans[w[0] as usize..w[1] as usize]
+                        .iter()
+                        .map(|p| (p.block.0, p.lo, p.hi, p.shift, p.rotate_keys))
+                        .collect()
+                })
+                .collect()
+        })
+    }
+
+    fn parts(&self) -> Vec<Part> {
+        self.inner.parts.iter().map(|p| Part { inner: p.clone() }).collect()
+    }
+}
+
+#[pymethods]
+impl Part {
+    #[getter]
+    fn row(&self) -> usize {
+        self.inner.row
+    }
+
+    #[getter]
+    fn memory(&self) -> usize {
+        self.inner.memory
+    }
+
+    /// (block, lo, hi) of the resident runs, three int64 arrays.
+    #[allow(clippy::type_complexity)]
+    fn runs(&self, py: Python<'_>) -> (Py<PyArray1<i64>>, Py<PyArray1<i64>>, Py<PyArray1<i64>>) {
+        runs(py, &self.inner.runs)
+    }
+
+    /// Half-open range among the row's valid new tokens whose keys belong to this part.
+    #[getter]
+    fn new_range(&self) -> (usize, usize) {
+        (self.inner.new_lo, self.inner.new_hi)
+    }
+
+    fn key_true(&self, py: Python<'_>) -> Py<PyArray1<i64>> {
+        self.inner.key_true.clone().into_pyarray(py).unbind()
+    }
+
+    fn key_positions(&self, py: Python<'_>) -> Py<PyArray1<i64>> {
+        self.inner.key_positions.clone().into_pyarray(py).unbind()
+    }
+
+    fn query_true(&self, py: Python<'_>) -> Py<PyArray1<i64>> {
+        self.inner.query_true.clone().into_pyarray(py).unbind()
+    }
+
+    fn query_positions(&self, py: Python<'_>) -> Py<PyArray1<i64>> {
+        self.inner.query_positions.clone().into_pyarray(py).unbind()
+    }
+
+    /// Visible only below this true distance; None when unlimited.
+    #[getter]
+    fn near(&self) -> Option<i64> {
+        (self.inner.near != i64::MAX).then_some(self.inner.near)
+    }
+
+    /// Visible only at or beyond this true distance.
+    #[getter]
+    fn far(&self) -> i64 {
+        self.inner.far
+    }
+
+    /// The one distance of every key, or None when placed by positions.
+    #[getter]
+    fn fixed(&self) -> Option<i64> {
+        match self.inner.placing {
+            plan::Placing::Fixed(d) => Some(d),
+            plan::Placing::Relative => None,
+        }
+    }
+
+    #[getter]
+    fn top_k(&self) -> usize {
+        self.inner.top_k
+    }
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<Step>()?;
+    m.add_class::<Moves>()?;
+    m.add_class::<Part>()?;
+    Ok(())
+}
