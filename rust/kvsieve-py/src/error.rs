@@ -12,7 +12,7 @@ pub fn to_py(err: Error) -> PyErr {
         Error::OutOfRange { .. } => "PolicyError",
         Error::RowMismatch { .. } | Error::CropTooLong { .. } => "CacheMismatchError",
         Error::Shape { .. } => "ShapeError",
-        Error::NoStep { .. } | Error::BadBlock { .. } => "StateError",
+        Error::NoStep { .. } | Error::StepOpen { .. } | Error::BadBlock { .. } => "StateError",
         Error::Unsupported(_) => "UnsupportedError",
         _ => "KvsieveError",
     };
