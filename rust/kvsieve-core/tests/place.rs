@@ -142,8 +142,8 @@ fn spec(m: MemorySpec, near: u64) -> MemorySpec {
 }
 
 fn score_and_settle(planner: &mut Planner, lens: &[usize], seed: u64) {
-    for row in 0..planner.num_rows() {
-        let n = lens[row].min(planner.resident(0, row).unwrap());
+    for (row, &len) in lens.iter().enumerate() {
+        let n = len.min(planner.resident(0, row).unwrap());
         let scores: Vec<f32> = (0..n)
             .map(|i| ((i as u64 * 37 + seed * 11 + row as u64) % 23) as f32)
             .collect();

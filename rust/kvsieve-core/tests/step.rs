@@ -19,7 +19,9 @@ fn all() -> Planner {
     planner((Frame::Rotated, vec![memory(Retain::All, Place::True)]))
 }
 
-fn snapshot(p: &Planner) -> (usize, u64, u32, Vec<bool>, Vec<(Vec<Run>, Vec<u64>)>) {
+type Snapshot = (usize, u64, u32, Vec<bool>, Vec<(Vec<Run>, Vec<u64>)>);
+
+fn snapshot(p: &Planner) -> Snapshot {
     let rows = (0..p.num_rows()).map(|r| (p.runs(0, r).unwrap().to_vec(), p.positions(0, r).unwrap().to_vec()));
     let mut in_use = p.blocks_in_use();
     in_use.truncate(p.num_blocks() as usize);
