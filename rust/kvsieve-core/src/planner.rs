@@ -3,6 +3,7 @@
 //! A forward is two-phase: [`Planner::begin`] reserves places and plans, [`Planner::commit`] makes it count. Until then
 //! [`Planner::rollback`], or simply the next `begin`, undoes it: a forward that died leaves nothing behind.
 
+mod check;
 mod queries;
 mod render;
 mod row;
@@ -12,7 +13,7 @@ mod step;
 use crate::error::{Error, Result};
 use crate::place::Rule;
 use crate::plan::{Frame, Move};
-use crate::retain::{Decision, Retain};
+use crate::retain::Decision;
 use crate::store::pool::Pool;
 use crate::store::table::{Edit, Table};
 use row::Row;
@@ -76,7 +77,7 @@ impl Planner {
     /// Keeps only the residents `keep` of one memory of one row; the rest goes down the chain.
     pub fn keep(&mut self, memory: usize, row: usize, keep: &[usize]) -> Result<Vec<Move>> {
         self.check_closed("keep")?;
-        check_keep(&self.memories, memory, self.table(memory, row)?.len(), keep)?;
+        check::keep(&self.memories, memory, self.table(memory, row)?.len(), keep)?;
         let Self {
             rows, memories, pool, ..
         } = self;
@@ -159,8 +160,9 @@ impl Planner {
                 .zip(tokens)
                 .for_each(|(row, asked)| row.crop(row.seen - asked, edit));
             Ok(())
-        })
-        .map(|_| ())
+        })?;
+        lock(pool).mark_reach();
+        Ok(())
     }
 
     /// New row `r` is old row `index[r]`.
@@ -225,7 +227,7 @@ impl Planner {
             ));
         }
         rows.iter()
-            .try_for_each(|row| check_state(row, columns, self.memories.len()))?;
+            .try_for_each(|row| check::state(row, columns, self.memories.len()))?;
         let Self { rows: own, pool, .. } = self;
         edit(pool, |edit| {
             for row in rows {
@@ -276,78 +278,4 @@ fn edit(pool: &Mutex<Pool>, run: impl FnOnce(&mut Edit<'_>) -> Result<()>) -> Re
     let done = run(&mut edit);
     let moves = edit.finish();
     done.map(|()| moves)
-}
-
-fn check_keep(memories: &[MemorySpec], memory: usize, len: usize, keep: &[usize]) -> Result<()> {
-    let bad = |expected, got: String| {
-        Err(Error::OutOfRange {
-            what: "keep",
-            expected,
-            got,
-        })
-    };
-    if let Some(pair) = keep.windows(2).find(|w| w[0] >= w[1]) {
-        return bad("strictly ascending", format!("{} before {}", pair[0], pair[1]));
-    }
-    if let Some(&last) = keep.last()
-        && last >= len
-    {
-        return bad("indices of residents", format!("{last} of {len}"));
-    }
-    let Retain::Manual { budget } = memories[memory].retain else {
-        return Ok(());
-    };
-    if keep.len() > budget.total {
-        return bad(
-            "at most the budget",
-            format!("{} indices for {}", keep.len(), budget.total),
-        );
-    }
-    let first_kept = keep
-        .iter()
-        .zip(0..budget.sinks.min(len))
-        .take_while(|(k, i)| **k == *i)
-        .count();
-    let last_kept = keep
-        .iter()
-        .rev()
-        .zip((0..len).rev())
-        .take(budget.recent)
-        .take_while(|(k, i)| **k == *i)
-        .count();
-    if first_kept < budget.sinks.min(len) || last_kept < budget.recent.min(len) {
-        return bad(
-            "all sinks and recent tokens included",
-            format!("{} of {len} indices", keep.len()),
-        );
-    }
-    Ok(())
-}
-
-fn check_state(row: &RowState, columns: u64, num_memories: usize) -> Result<()> {
-    let bad = |what, expected, got: String| Err(Error::OutOfRange { what, expected, got });
-    if row.memories.len() != num_memories {
-        return bad("memories", "as many as the stream has", row.memories.len().to_string());
-    }
-    if row.seen > columns {
-        return bad("seen", "at most the number of columns", row.seen.to_string());
-    }
-    for (positions, scores) in &row.memories {
-        if positions.len() != scores.len() {
-            return bad(
-                "scores",
-                "one per resident",
-                format!("{} for {}", scores.len(), positions.len()),
-            );
-        }
-        let ascending = positions.windows(2).all(|w| w[0] < w[1]);
-        if !ascending || positions.last().is_some_and(|&p| p >= row.seen) {
-            return bad(
-                "positions",
-                "strictly ascending and below seen",
-                format!("{} positions", positions.len()),
-            );
-        }
-    }
-    Ok(())
 }

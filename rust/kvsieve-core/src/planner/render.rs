@@ -80,6 +80,7 @@ fn query_spans(row: &Row, rules: &[Rule], frame: Frame, num_new: usize, i: usize
             continue;
         }
         let table = &row.tables[m];
+        out.spans.reserve(table.runs().len());
         Reader {
             frame,
             rule,

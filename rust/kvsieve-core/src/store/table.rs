@@ -2,11 +2,11 @@
 
 use crate::ids::{BLOCK, BlockId, Position, Run};
 use crate::plan::Move;
-use crate::store::pool::Pool;
 use std::ops::Range;
 
-/// How many runs beyond the densest packing a table may keep before it is worth moving tokens.
-const LOOSE_RUNS: usize = 2;
+mod edit;
+mod pack;
+pub use edit::Edit;
 
 /// One resident and where it sits.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -24,57 +24,6 @@ pub struct Mark {
     tail: Option<Run>,
     len: usize,
     fresh: usize,
-}
-
-/// What changes beside the table itself while it is rearranged.
-///
-/// A block that the table lets go is only retired here, and released by the caller when the whole operation is planned: it still
-/// has to be read, so it must not be handed out as a destination before.
-#[derive(Debug)]
-pub struct Edit<'a> {
-    pub pool: &'a mut Pool,
-    pub retired: Vec<BlockId>,
-    pub moves: Vec<Move>,
-}
-
-impl<'a> Edit<'a> {
-    pub fn new(pool: &'a mut Pool) -> Self {
-        Self {
-            pool,
-            retired: Vec::new(),
-            moves: Vec::new(),
-        }
-    }
-
-    /// Releases what was retired and hands over the moves.
-    pub fn finish(self) -> Vec<Move> {
-        for block in self.retired {
-            self.pool.release(block);
-        }
-        self.moves
-    }
-
-    fn push_move(&mut self, from: BlockId, from_slot: u32, to: BlockId, to_slot: u32) {
-        if from == to && from_slot == to_slot {
-            return;
-        }
-        if let Some(last) = self.moves.last_mut()
-            && last.from == from
-            && last.to == to
-            && last.from_slot + last.len == from_slot
-            && last.to_slot + last.len == to_slot
-        {
-            last.len += 1;
-            return;
-        }
-        self.moves.push(Move {
-            from,
-            from_slot,
-            to,
-            to_slot,
-            len: 1,
-        });
-    }
 }
 
 #[derive(Clone, Debug, Default)]
@@ -184,22 +133,6 @@ impl Table {
         self.grow(positions.len(), edit);
     }
 
-    /// Takes over tokens that another memory let go, and keeps text order even when they are older than some residents.
-    pub fn receive(&mut self, tokens: &[Held], edit: &mut Edit<'_>) {
-        let Some(first) = tokens.first() else { return };
-        let at = self.positions.partition_point(|&p| p < first.position);
-        let places = if at == self.len() {
-            let places = self.grow(tokens.len(), edit);
-            self.write(tokens, &places, edit);
-            return;
-        } else {
-            self.detach_from(at, edit)
-        };
-        let merged = merge(&places, tokens);
-        let fresh_runs = self.grow_blocks(merged.len(), edit);
-        self.write(&merged, &fresh_runs, edit);
-    }
-
     /// Drops residents `range` without moving any token.
     pub fn cut(&mut self, range: Range<usize>, edit: &mut Edit<'_>) {
         if range.is_empty() {
@@ -218,20 +151,6 @@ impl Table {
         self.fresh -= range.end.saturating_sub(range.start.max(fresh_from));
         self.positions.drain(range.clone());
         self.scores.drain(range);
-    }
-
-    /// Keeps the residents `keep` (ascending). Moves tokens only if leaving them in place would leave many short runs.
-    pub fn keep(&mut self, keep: &[usize], edit: &mut Edit<'_>) {
-        let trimmed = self.trimmed(keep);
-        if trimmed.len() <= keep.len().div_ceil(BLOCK as usize) + LOOSE_RUNS {
-            self.shrink_to(trimmed, edit);
-        } else {
-            self.repack(keep, edit);
-        }
-        let fresh_from = self.len() - self.fresh;
-        self.fresh = keep.len() - keep.partition_point(|&i| i < fresh_from);
-        self.positions = keep.iter().map(|&i| self.positions[i]).collect();
-        self.scores = keep.iter().map(|&i| self.scores[i]).collect();
     }
 
     /// Residents `picked` (ascending) and where they sit.
@@ -314,79 +233,6 @@ impl Table {
         tail.block = to;
     }
 
-    /// Takes the runs from the one that holds resident `at` out of the table, and returns what they held.
-    fn detach_from(&mut self, at: usize, edit: &mut Edit<'_>) -> Vec<Held> {
-        let (mut base, mut index) = (0, 0);
-        while base + self.runs[index].len() as usize <= at {
-            base += self.runs[index].len() as usize;
-            index += 1;
-        }
-        let held = self.held(base..self.len());
-        let runs = self.runs[..index].to_vec();
-        self.shrink_to(runs, edit);
-        self.positions.truncate(base);
-        self.scores.truncate(base);
-        self.fresh = 0;
-        held
-    }
-
-    fn write(&mut self, tokens: &[Held], places: &[Run], edit: &mut Edit<'_>) {
-        let slots = places
-            .iter()
-            .flat_map(|run| (run.lo..run.hi).map(|slot| (run.block, slot)));
-        for (token, (block, slot)) in tokens.iter().zip(slots) {
-            edit.push_move(token.block, token.slot, block, slot);
-        }
-        self.positions.extend(tokens.iter().map(|t| t.position));
-        self.scores.extend(tokens.iter().map(|t| t.score));
-        self.fresh = 0;
-    }
-
-    /// The slots of residents `keep`, left where they are.
-    fn trimmed(&self, keep: &[usize]) -> Vec<Run> {
-        let mut out: Vec<Run> = Vec::new();
-        for held in self.held(keep.iter().copied()) {
-            match out.last_mut() {
-                Some(last) if last.block == held.block && last.hi == held.slot => last.hi += 1,
-                _ => out.push(Run {
-                    block: held.block,
-                    lo: held.slot,
-                    hi: held.slot + 1,
-                }),
-            }
-        }
-        out
-    }
-
-    /// Moves residents `keep` together, into whole blocks. Blocks of their own are filled from the front: a token's new place never
-    /// lies behind its old one, so moves in text order never overwrite what is still to be read. Shared blocks are left as they are.
-    fn repack(&mut self, keep: &[usize], edit: &mut Edit<'_>) {
-        let old: Vec<BlockId> = self.blocks().collect();
-        let held = self.held(keep.iter().copied());
-        let mut runs = Vec::with_capacity(held.len().div_ceil(BLOCK as usize));
-        for (chunk, &home) in held.chunks(BLOCK as usize).zip(&old) {
-            let in_place = chunk
-                .iter()
-                .enumerate()
-                .all(|(j, t)| t.block == home && t.slot == j as u32);
-            let mut to = home;
-            if !in_place && edit.pool.is_shared(home) {
-                to = edit.pool.alloc();
-                edit.retired.push(home);
-            }
-            for (slot, token) in (0..).zip(chunk) {
-                edit.push_move(token.block, token.slot, to, slot);
-            }
-            runs.push(Run {
-                block: to,
-                lo: 0,
-                hi: chunk.len() as u32,
-            });
-        }
-        edit.retired.extend_from_slice(&old[runs.len()..]);
-        self.runs = runs;
-    }
-
     /// Replaces the runs by `runs`, which lie within them, and retires the blocks that are left empty.
     fn shrink_to(&mut self, runs: Vec<Run>, edit: &mut Edit<'_>) {
         let mut left = blocks_of(&runs).peekable();
@@ -416,20 +262,4 @@ fn push_piece(out: &mut Vec<Run>, run: &Run, base: usize, range: &Range<usize>) 
             hi: run.lo + (hi - base) as u32,
         });
     }
-}
-
-fn merge(left: &[Held], right: &[Held]) -> Vec<Held> {
-    let mut out = Vec::with_capacity(left.len() + right.len());
-    let (mut i, mut j) = (0, 0);
-    while i < left.len() || j < right.len() {
-        let take_left = j == right.len() || (i < left.len() && left[i].position < right[j].position);
-        if take_left {
-            out.push(left[i]);
-            i += 1;
-        } else {
-            out.push(right[j]);
-            j += 1;
-        }
-    }
-    out
 }
