@@ -148,20 +148,32 @@ class CpuStore:
         threads = torch.get_num_threads()
         self._core.attend(_view(q), step, rope, call.scale, call.softcap, sinks, _view(out), lse, threads, step.frame == "raw")
         if lse is not None:
-            self._merge_selected(q, plans, step, call, out, torch.from_numpy(lse))
+            self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
         return out
 
     def _merge_selected(
-        self, q: torch.Tensor, plans: list[_Plan], step: Step, call: AttendCall, out: torch.Tensor, lse: torch.Tensor
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plans: list[_Plan],
+        step: Step,
+        call: AttendCall,
+        out: torch.Tensor,
+        lse: torch.Tensor,
     ) -> None:
         for row in range(q.shape[0]):
+            new = slice(q.shape[2] - step.new_lens[row], None)
             parts = [(out[row].float().transpose(0, 1), lse[row])]
-            parts += [self._selected(q[row], plan, step.frame, call) for plan in plans if plan.part.row == row]
+            mine = [plan for plan in plans if plan.part.row == row]
+            parts += [self._selected(q[row], k[row, :, new], v[row, :, new], plan, step.frame, call) for plan in mine]
             out[row] = merge(parts, call.sinks).transpose(0, 1).to(out.dtype)
 
-    def _selected(self, q: torch.Tensor, plan: _Plan, frame: str, call: AttendCall) -> Partial:
+    def _selected(
+        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, plan: _Plan, frame: str, call: AttendCall
+    ) -> Partial:
         """A memory read by top-k, by the last query only: out ``[H, m, Dv]``, lse ``[H, m]``."""
-        k, v = self._gather(plan)
+        k, v = self._gather(plan, new_k, new_v)
         out = torch.zeros(q.shape[0], q.shape[1], v.shape[2])
         lse = torch.full(q.shape[:2], -torch.inf)
         queries = q[:, -1:].float()
@@ -174,19 +186,17 @@ class CpuStore:
         out[:, -1:], lse[:, -1:] = naive_attend(queries, k, v, plan.visible, call.scale, call.softcap, plan.part.top_k)
         return out, lse
 
-    def _gather(self, plan: _Plan, new_k: torch.Tensor | None = None, new_v: torch.Tensor | None = None) -> Partial:
+    def _gather(self, plan: _Plan, new_k: torch.Tensor, new_v: torch.Tensor) -> Partial:
         """float32 keys and values of a part: its residents, then its new tokens (``[Hkv, m, D]``)."""
         heads, key_dim, value_dim = self._shape
         lo, hi = plan.part.new_range
-        if plan.num_old == 0 and new_k is not None and new_v is not None:
+        if plan.num_old == 0:
             return new_k[:, lo:hi].float(), new_v[:, lo:hi].float()
-        count = plan.num_old + (hi - lo if new_k is not None else 0)
+        count = plan.num_old + hi - lo
         k = torch.empty(heads, count, key_dim, dtype=self._dtype)
         v = torch.empty(heads, count, value_dim, dtype=self._dtype)
-        if plan.num_old:
-            self._core.gather(*plan.runs, _view(k), _view(v), 0)
-        if new_k is not None and new_v is not None:
-            k[:, plan.num_old :], v[:, plan.num_old :] = new_k[:, lo:hi], new_v[:, lo:hi]
+        self._core.gather(*plan.runs, _view(k), _view(v), 0)
+        k[:, plan.num_old :], v[:, plan.num_old :] = new_k[:, lo:hi], new_v[:, lo:hi]
         return k.float(), v.float()
 
     def _chunk(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:

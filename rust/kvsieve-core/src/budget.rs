@@ -16,11 +16,7 @@ impl Budget {
     /// A budget must hold its sinks and its recent tokens, and at least one token that is not a sink.
     pub fn check(self) -> Result<Self> {
         if self.total == 0 {
-            return Err(Error::OutOfRange {
-                what: "budget",
-                expected: "at least 1",
-                got: "0".into(),
-            });
+            return Err(Error::OutOfRange { what: "budget", expected: "at least 1", got: "0".into() });
         }
         if self.total < self.sinks.saturating_add(self.recent) {
             return Err(Error::BudgetTooSmall {

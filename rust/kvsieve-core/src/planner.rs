@@ -50,15 +50,7 @@ impl Planner {
         spec::check_chain(&memories, frame)?;
         let rules = memories.iter().map(MemorySpec::rule).collect();
         let pool = Arc::new(Mutex::new(Pool::new()));
-        Ok(Self {
-            memories,
-            rules,
-            frame,
-            pool,
-            rows: Vec::new(),
-            columns: 0,
-            open: None,
-        })
+        Ok(Self { memories, rules, frame, pool, rows: Vec::new(), columns: 0, open: None })
     }
 
     /// Lets every memory of every row retain, and returns the moves to run, in order, before anything else.
@@ -66,21 +58,15 @@ impl Planner {
     /// Choosing by score waits until a whole block can be won, unless `force`.
     pub fn settle(&mut self, force: bool) -> Result<Vec<Move>> {
         self.check_closed("settle")?;
-        let Self {
-            rows, memories, pool, ..
-        } = self;
-        edit(pool, |edit| {
-            rows.iter_mut().try_for_each(|row| row.settle(memories, 0, force, edit))
-        })
+        let Self { rows, memories, pool, .. } = self;
+        edit(pool, |edit| rows.iter_mut().try_for_each(|row| row.settle(memories, 0, force, edit)))
     }
 
     /// Keeps only the residents `keep` of one memory of one row; the rest goes down the chain.
     pub fn keep(&mut self, memory: usize, row: usize, keep: &[usize]) -> Result<Vec<Move>> {
         self.check_closed("keep")?;
         check::keep(&self.memories, memory, self.table(memory, row)?.len(), keep)?;
-        let Self {
-            rows, memories, pool, ..
-        } = self;
+        let Self { rows, memories, pool, .. } = self;
         edit(pool, |edit| {
             rows[row].apply(memory, Decision::Keep(keep.to_vec()), edit);
             rows[row].settle(memories, memory + 1, false, edit)
@@ -130,11 +116,7 @@ impl Planner {
     /// Forgets the newest `n` columns.
     pub fn crop(&mut self, n: u64) -> Result<()> {
         if self.rows.is_empty() && n > 0 {
-            return Err(Error::CropTooLong {
-                row: 0,
-                asked: n,
-                seen: 0,
-            });
+            return Err(Error::CropTooLong { row: 0, asked: n, seen: 0 });
         }
         self.crop_rows(&vec![n; self.rows.len()])?;
         self.columns -= n;
@@ -147,18 +129,12 @@ impl Planner {
         self.check_rows(tokens.len())?;
         for (row, (state, &asked)) in self.rows.iter().zip(tokens).enumerate() {
             if asked > state.seen {
-                return Err(Error::CropTooLong {
-                    row,
-                    asked,
-                    seen: state.seen,
-                });
+                return Err(Error::CropTooLong { row, asked, seen: state.seen });
             }
         }
         let Self { rows, pool, .. } = self;
         edit(pool, |edit| {
-            rows.iter_mut()
-                .zip(tokens)
-                .for_each(|(row, asked)| row.crop(row.seen - asked, edit));
+            rows.iter_mut().zip(tokens).for_each(|(row, asked)| row.crop(row.seen - asked, edit));
             Ok(())
         })?;
         lock(pool).mark_reach();
@@ -170,25 +146,15 @@ impl Planner {
         self.check_closed("select_rows")?;
         let have = self.rows.len();
         if let Some(bad) = index.iter().find(|&&i| i >= have) {
-            return Err(Error::OutOfRange {
-                what: "row",
-                expected: "a row of the cache",
-                got: bad.to_string(),
-            });
+            return Err(Error::OutOfRange { what: "row", expected: "a row of the cache", got: bad.to_string() });
         }
         if index.is_empty() {
-            return Err(Error::OutOfRange {
-                what: "rows",
-                expected: "at least one",
-                got: "none".into(),
-            });
+            return Err(Error::OutOfRange { what: "rows", expected: "at least one", got: "none".into() });
         }
         let pool = Arc::clone(&self.pool);
         let mut pool = lock(&pool);
         let selected = index.iter().map(|&i| self.rows[i].share(&mut pool)).collect();
-        std::mem::replace(&mut self.rows, selected)
-            .into_iter()
-            .for_each(|row| row.release(&mut pool));
+        std::mem::replace(&mut self.rows, selected).into_iter().for_each(|row| row.release(&mut pool));
         pool.mark_reach();
         Ok(())
     }
@@ -222,19 +188,13 @@ impl Planner {
     pub fn restore(&mut self, columns: u64, rows: &[RowState]) -> Result<()> {
         self.check_closed("restore")?;
         if !self.rows.is_empty() {
-            return Err(Error::Unsupported(
-                "a stream is restored into an empty one; reset it first",
-            ));
+            return Err(Error::Unsupported("a stream is restored into an empty one; reset it first"));
         }
-        rows.iter()
-            .try_for_each(|row| check::state(row, columns, self.memories.len()))?;
+        rows.iter().try_for_each(|row| check::state(row, columns, self.memories.len()))?;
         let Self { rows: own, pool, .. } = self;
         edit(pool, |edit| {
             for row in rows {
-                let mut state = Row {
-                    seen: row.seen,
-                    tables: vec![Table::default(); row.memories.len()],
-                };
+                let mut state = Row { seen: row.seen, tables: vec![Table::default(); row.memories.len()] };
                 for (table, (positions, scores)) in state.tables.iter_mut().zip(&row.memories) {
                     table.load(positions, scores, edit);
                 }
@@ -247,20 +207,12 @@ impl Planner {
     }
 
     fn check_closed(&self, what: &'static str) -> Result<()> {
-        if self.open.is_some() {
-            Err(Error::StepOpen { what })
-        } else {
-            Ok(())
-        }
+        if self.open.is_some() { Err(Error::StepOpen { what }) } else { Ok(()) }
     }
 
     fn check_rows(&self, got: usize) -> Result<()> {
         let have = self.rows.len();
-        if have == got {
-            Ok(())
-        } else {
-            Err(Error::RowMismatch { have, got })
-        }
+        if have == got { Ok(()) } else { Err(Error::RowMismatch { have, got }) }
     }
 }
 

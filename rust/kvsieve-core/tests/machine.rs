@@ -47,36 +47,14 @@ struct World {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Append {
-        lens: [usize; 3],
-        pads: usize,
-        store_all: bool,
-        scored: bool,
-    },
-    Die {
-        lens: [usize; 3],
-        explicit: bool,
-    },
-    Settle {
-        force: bool,
-    },
-    Keep {
-        memory: usize,
-        row: usize,
-        mask: u64,
-    },
-    Crop {
-        n: u64,
-    },
-    CropRows {
-        n: [u64; 3],
-    },
-    Select {
-        index: Vec<usize>,
-    },
-    Decay {
-        factor: f32,
-    },
+    Append { lens: [usize; 3], pads: usize, store_all: bool, scored: bool },
+    Die { lens: [usize; 3], explicit: bool },
+    Settle { force: bool },
+    Keep { memory: usize, row: usize, mask: u64 },
+    Crop { n: u64 },
+    CropRows { n: [u64; 3] },
+    Select { index: Vec<usize> },
+    Decay { factor: f32 },
     Fork,
     Leave,
     Reset,
@@ -118,11 +96,7 @@ fn due(retain: &Retain, list: &[Tok], step: u64, force: bool) -> Option<Vec<usiz
                 return None;
             }
             let scores: Vec<f32> = list.iter().map(|t| t.score).collect();
-            let pending = list
-                .iter()
-                .rev()
-                .take_while(|t| t.step == step && t.score.is_nan())
-                .count();
+            let pending = list.iter().rev().take_while(|t| t.step == step && t.score.is_nan()).count();
             let slots = budget.total - budget.sinks - budget.recent;
             Some(match published {
                 true => naive::keep_published(&scores, budget.sinks, slots, budget.recent, 0),
@@ -169,17 +143,8 @@ impl World {
     fn new(chain: usize) -> Self {
         let chain = chains().swap_remove(chain);
         let specs = chain.1.clone();
-        let streams = vec![Stream {
-            planner: planner(chain),
-            lists: Lists::default(),
-        }];
-        World {
-            specs,
-            streams,
-            store: Store::default(),
-            next: 0,
-            retained: false,
-        }
+        let streams = vec![Stream { planner: planner(chain), lists: Lists::default() }];
+        World { specs, streams, store: Store::default(), next: 0, retained: false }
     }
 
     fn act(&mut self, at: usize, op: &Op) {
@@ -190,21 +155,13 @@ impl World {
             n => n,
         };
         match op {
-            Op::Append {
-                lens,
-                pads,
-                store_all,
-                scored,
-            } => {
+            Op::Append { lens, pads, store_all, scored } => {
                 self.append(at, &lens[..num_rows], *pads, *store_all, *scored);
             }
             Op::Die { lens, explicit } => self.die(at, &lens[..num_rows], *explicit),
             Op::Fork if self.streams.len() < 4 => {
                 let Stream { planner, lists } = &self.streams[at];
-                let stream = Stream {
-                    planner: planner.fork().unwrap(),
-                    lists: lists.clone(),
-                };
+                let stream = Stream { planner: planner.fork().unwrap(), lists: lists.clone() };
                 self.streams.push(stream);
             }
             Op::Leave if self.streams.len() > 1 => {
@@ -249,13 +206,8 @@ impl World {
         self.store.append(&step, token);
         planner.commit().unwrap();
         if lists.rows.is_empty() {
-            lists.rows = vec![
-                ListRow {
-                    memories: vec![Vec::new(); self.specs.len()],
-                    ..Default::default()
-                };
-                lens.len()
-            ];
+            lists.rows =
+                vec![ListRow { memories: vec![Vec::new(); self.specs.len()], ..Default::default() }; lens.len()];
         }
         lists.step += 1;
         lists.columns += num_queries as u64;
@@ -270,12 +222,7 @@ impl World {
                     _ => true,
                 };
                 if stored {
-                    let tok = Tok {
-                        id: token(r, new),
-                        position,
-                        score: f32::NAN,
-                        step: lists.step,
-                    };
+                    let tok = Tok { id: token(r, new), position, score: f32::NAN, step: lists.step };
                     row.memories[0].push(tok);
                 } else {
                     row.gone.insert(position);
@@ -287,10 +234,7 @@ impl World {
                 let scores: Vec<f32> = (0..count).map(|i| ((i * 31 + n * 7 + r) % 17) as f32).collect();
                 planner.set_scores(r, &scores).unwrap();
                 let from = row.memories[0].len() - count;
-                row.memories[0][from..]
-                    .iter_mut()
-                    .zip(scores)
-                    .for_each(|(t, s)| t.score = s);
+                row.memories[0][from..].iter_mut().zip(scores).for_each(|(t, s)| t.score = s);
             }
         }
     }
@@ -378,19 +322,8 @@ impl World {
                 let list = &lists.rows[r].memories[m];
                 assert_eq!(planner.seen(r).unwrap(), lists.rows[r].seen);
                 let ids: Vec<_> = list.iter().map(|t| t.id).collect();
-                assert_eq!(
-                    self.store.read(planner.runs(m, r).unwrap()),
-                    ids,
-                    "memory {m} of row {r}"
-                );
-                assert!(
-                    planner
-                        .positions(m, r)
-                        .unwrap()
-                        .iter()
-                        .copied()
-                        .eq(list.iter().map(|t| t.position))
-                );
+                assert_eq!(self.store.read(planner.runs(m, r).unwrap()), ids, "memory {m} of row {r}");
+                assert!(planner.positions(m, r).unwrap().iter().copied().eq(list.iter().map(|t| t.position)));
                 assert!(same(planner.scores(m, r).unwrap(), list.iter().map(|t| t.score)));
             }
         }

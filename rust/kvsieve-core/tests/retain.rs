@@ -20,10 +20,7 @@ fn published_rule_lets_sinks_compete() {
 
 #[test]
 fn published_rule_needs_room_for_its_sinks() {
-    assert!(matches!(
-        surprisal::keep_published(&E, 2, 4, 0, 5),
-        Err(Error::OutOfRange { .. })
-    ));
+    assert!(matches!(surprisal::keep_published(&E, 2, 4, 0, 5), Err(Error::OutOfRange { .. })));
     assert_eq!(surprisal::keep_published(&E, 2, 4, 0, 4), Ok(vec![0, 1]));
 }
 
@@ -74,30 +71,14 @@ fn unknown_scores_rank_last_and_infinite_ones_first() {
 
 #[test]
 fn protected_tail_never_breaks_the_budget() {
-    assert_eq!(
-        surprisal::keep(&[f32::NAN; 9], budget(4, 1, 1), 9),
-        Ok(vec![0, 6, 7, 8])
-    );
+    assert_eq!(surprisal::keep(&[f32::NAN; 9], budget(4, 1, 1), 9), Ok(vec![0, 6, 7, 8]));
 }
 
 #[test]
 fn budgets_that_cannot_be_right() {
-    assert!(matches!(
-        budget(0, 0, 0).check(),
-        Err(Error::OutOfRange { what: "budget", .. })
-    ));
-    assert_eq!(
-        budget(4, 3, 2).check(),
-        Err(Error::BudgetTooSmall {
-            budget: 4,
-            sinks: 3,
-            recent: 2
-        })
-    );
-    assert!(matches!(
-        budget(4, 4, 0).check(),
-        Err(Error::OutOfRange { what: "budget", .. })
-    ));
+    assert!(matches!(budget(0, 0, 0).check(), Err(Error::OutOfRange { what: "budget", .. })));
+    assert_eq!(budget(4, 3, 2).check(), Err(Error::BudgetTooSmall { budget: 4, sinks: 3, recent: 2 }));
+    assert!(matches!(budget(4, 4, 0).check(), Err(Error::OutOfRange { what: "budget", .. })));
     assert!(budget(usize::MAX, usize::MAX, 1).check().is_err());
     assert!(budget(5, 4, 1).check().is_ok());
 }

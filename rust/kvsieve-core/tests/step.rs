@@ -72,10 +72,7 @@ fn a_lone_window_stores_only_what_survives() {
     assert!(step.spans.is_none() && !step.parts.is_empty());
     planner.commit().unwrap();
     assert!(planner.settle(false).unwrap().is_empty());
-    assert_eq!(
-        planner.positions(0, 0).unwrap(),
-        [0, 1, 2, 3, 990, 991, 992, 993, 994, 995, 996, 997, 998, 999]
-    );
+    assert_eq!(planner.positions(0, 0).unwrap(), [0, 1, 2, 3, 990, 991, 992, 993, 994, 995, 996, 997, 998, 999]);
     assert_eq!(planner.resident(0, 1).unwrap(), 12);
     assert_eq!(planner.used_blocks(), 2);
 }
@@ -86,10 +83,7 @@ fn lowest_block_comes_first_and_crop_frees() {
     feed(&mut planner, &[200]);
     assert_eq!((planner.used_blocks(), planner.num_blocks()), (4, 4));
     planner.crop(150).unwrap();
-    assert_eq!(
-        (planner.used_blocks(), planner.num_blocks(), planner.columns()),
-        (1, 1, 50)
-    );
+    assert_eq!((planner.used_blocks(), planner.num_blocks(), planner.columns()), (1, 1, 50));
     let step = planner.begin(&[20], 20, true, false).unwrap();
     let places: Vec<_> = step.appends.iter().map(|a| (a.new, a.block.0, a.slot, a.len)).collect();
     assert_eq!(places, [(0, 0, 50, 14), (14, 1, 0, 6)]);
@@ -99,46 +93,20 @@ fn lowest_block_comes_first_and_crop_frees() {
 fn crop_checks_all_rows_first() {
     let mut planner = all();
     feed(&mut planner, &[20, 5]);
-    assert_eq!(
-        planner.crop(6),
-        Err(Error::CropTooLong {
-            row: 1,
-            asked: 6,
-            seen: 5
-        })
-    );
+    assert_eq!(planner.crop(6), Err(Error::CropTooLong { row: 1, asked: 6, seen: 5 }));
     assert_eq!(planner.resident(0, 0).unwrap(), 20);
     planner.crop_rows(&[7, 5]).unwrap();
-    assert_eq!(
-        (planner.seen(0).unwrap(), planner.seen(1).unwrap(), planner.columns()),
-        (13, 0, 20)
-    );
-    assert_eq!(
-        all().crop(1),
-        Err(Error::CropTooLong {
-            row: 0,
-            asked: 1,
-            seen: 0
-        })
-    );
+    assert_eq!((planner.seen(0).unwrap(), planner.seen(1).unwrap(), planner.columns()), (13, 0, 20));
+    assert_eq!(all().crop(1), Err(Error::CropTooLong { row: 0, asked: 1, seen: 0 }));
 }
 
 #[test]
 fn restore_takes_up_where_a_stream_was() {
     let (frame, memories) = chains().swap_remove(5);
     let mut planner = Planner::new(memories, frame).unwrap();
-    let row = RowState {
-        seen: 90,
-        memories: vec![(vec![0, 1, 80, 89], vec![1.; 4]), (vec![7], vec![f32::NAN])],
-    };
-    let twisted = RowState {
-        memories: vec![(vec![3, 1], vec![0.; 2]), (vec![], vec![])],
-        ..row.clone()
-    };
-    assert!(matches!(
-        planner.restore(90, &[twisted]),
-        Err(Error::OutOfRange { what: "positions", .. })
-    ));
+    let row = RowState { seen: 90, memories: vec![(vec![0, 1, 80, 89], vec![1.; 4]), (vec![7], vec![f32::NAN])] };
+    let twisted = RowState { memories: vec![(vec![3, 1], vec![0.; 2]), (vec![], vec![])], ..row.clone() };
+    assert!(matches!(planner.restore(90, &[twisted]), Err(Error::OutOfRange { what: "positions", .. })));
     assert!(planner.restore(80, std::slice::from_ref(&row)).is_err());
     planner.restore(90, std::slice::from_ref(&row)).unwrap();
     assert_eq!(planner.positions(0, 0).unwrap(), [0, 1, 80, 89]);
@@ -167,22 +135,9 @@ fn mistakes_are_errors() {
     assert_eq!(planner.commit(), Err(Error::NoStep { what: "commit" }));
     assert_eq!(planner.rollback(), Err(Error::NoStep { what: "rollback" }));
     feed(&mut planner, &[8]);
-    assert_eq!(
-        planner.begin(&[1, 1], 1, true, false).err(),
-        Some(Error::RowMismatch { have: 1, got: 2 })
-    );
-    for bad in [
-        &[0, 2, 1, 6, 7][..],
-        &[0, 6, 8],
-        &[1, 6, 7],
-        &[0, 7],
-        &[0, 1, 2, 3, 4, 6, 7],
-        &[],
-    ] {
-        assert!(
-            matches!(planner.keep(0, 0, bad), Err(Error::OutOfRange { what: "keep", .. })),
-            "{bad:?}"
-        );
+    assert_eq!(planner.begin(&[1, 1], 1, true, false).err(), Some(Error::RowMismatch { have: 1, got: 2 }));
+    for bad in [&[0, 2, 1, 6, 7][..], &[0, 6, 8], &[1, 6, 7], &[0, 7], &[0, 1, 2, 3, 4, 6, 7], &[]] {
+        assert!(matches!(planner.keep(0, 0, bad), Err(Error::OutOfRange { what: "keep", .. })), "{bad:?}");
     }
     assert!(planner.keep(1, 0, &[]).is_err() && planner.keep(0, 1, &[]).is_err());
     assert!(planner.set_scores(0, &[0.; 9]).is_err() && planner.set_scores(1, &[]).is_err());
@@ -200,52 +155,15 @@ fn chains_that_cannot_be_right() {
     let new = |frame, memories: Vec<MemorySpec>| Planner::new(memories, frame).err();
     let unsupported = |e: Option<Error>| matches!(e, Some(Error::Unsupported(_)));
     let all = |place| memory(Retain::All, place);
-    assert!(matches!(
-        new(Frame::Raw, vec![]),
-        Some(Error::OutOfRange { what: "memories", .. })
-    ));
-    assert!(unsupported(new(
-        Frame::Rotated,
-        vec![all(Place::Fixed { distance: 4 })]
-    )));
-    assert!(unsupported(new(
-        Frame::Rotated,
-        vec![all(Place::Ceiling { distance: 4 })]
-    )));
-    assert!(unsupported(new(
-        Frame::Rotated,
-        vec![memory(surprisal(9, 1, 1, false), Place::Slots)]
-    )));
-    assert!(unsupported(new(
-        Frame::Raw,
-        vec![MemorySpec {
-            top_k: 3,
-            ..all(Place::True)
-        }]
-    )));
-    assert!(matches!(
-        new(Frame::Raw, vec![memory(window(1, 0), Place::True)]),
-        Some(Error::OutOfRange { .. })
-    ));
-    assert!(
-        new(
-            Frame::Raw,
-            vec![MemorySpec {
-                visible: Some(0),
-                ..all(Place::True)
-            }]
-        )
-        .is_some()
-    );
+    assert!(matches!(new(Frame::Raw, vec![]), Some(Error::OutOfRange { what: "memories", .. })));
+    assert!(unsupported(new(Frame::Rotated, vec![all(Place::Fixed { distance: 4 })])));
+    assert!(unsupported(new(Frame::Rotated, vec![all(Place::Ceiling { distance: 4 })])));
+    assert!(unsupported(new(Frame::Rotated, vec![memory(surprisal(9, 1, 1, false), Place::Slots)])));
+    assert!(unsupported(new(Frame::Raw, vec![MemorySpec { top_k: 3, ..all(Place::True) }])));
+    assert!(matches!(new(Frame::Raw, vec![memory(window(1, 0), Place::True)]), Some(Error::OutOfRange { .. })));
+    assert!(new(Frame::Raw, vec![MemorySpec { visible: Some(0), ..all(Place::True) }]).is_some());
     assert!(new(Frame::Raw, vec![all(Place::Fixed { distance: u64::MAX })]).is_some());
     let small = new(Frame::Raw, vec![memory(surprisal(3, 2, 2, false), Place::True)]);
-    assert_eq!(
-        small,
-        Some(Error::BudgetTooSmall {
-            budget: 3,
-            sinks: 2,
-            recent: 2
-        })
-    );
+    assert_eq!(small, Some(Error::BudgetTooSmall { budget: 3, sinks: 2, recent: 2 }));
     assert!(new(Frame::Rotated, vec![memory(surprisal(9, 1, 1, false), Place::True)]).is_none());
 }

@@ -26,17 +26,11 @@ pub struct Part {
 fn runs(py: Python<'_>, runs: &[kvsieve_core::ids::Run]) -> (Py<PyArray1<i64>>, Py<PyArray1<i64>>, Py<PyArray1<i64>>) {
     let column =
         |f: fn(&kvsieve_core::ids::Run) -> i64| runs.iter().map(f).collect::<Vec<_>>().into_pyarray(py).unbind();
-    (
-        column(|r| i64::from(r.block.0)),
-        column(|r| i64::from(r.lo)),
-        column(|r| i64::from(r.hi)),
-    )
+    (column(|r| i64::from(r.block.0)), column(|r| i64::from(r.lo)), column(|r| i64::from(r.hi)))
 }
 
 fn moves(list: &[plan::Move]) -> Vec<(u32, u32, u32, u32, u32)> {
-    list.iter()
-        .map(|m| (m.from.0, m.from_slot, m.to.0, m.to_slot, m.len))
-        .collect()
+    list.iter().map(|m| (m.from.0, m.from_slot, m.to.0, m.to_slot, m.len)).collect()
 }
 
 #[pymethods]
@@ -100,11 +94,7 @@ impl Step {
 
     /// Tuples (row, new, block, slot, len).
     fn appends(&self) -> Vec<(usize, usize, u32, u32, u32)> {
-        self.inner
-            .appends
-            .iter()
-            .map(|a| (a.row, a.new, a.block.0, a.slot, a.len))
-            .collect()
+        self.inner.appends.iter().map(|a| (a.row, a.new, a.block.0, a.slot, a.len)).collect()
     }
 
     /// For each item (row-major over rows and queries) a list of (block, lo, hi, shift, rotate_keys); None without a fast path.

@@ -23,9 +23,7 @@ type SavedRow = (u64, Vec<(Vec<u64>, Vec<f32>)>);
 
 impl Planner {
     fn wrap(inner: planner::Planner) -> Self {
-        Self {
-            inner: Mutex::new(inner),
-        }
+        Self { inner: Mutex::new(inner) }
     }
 
     /// Calls are planned whole before anything changes, so a panic in an earlier one does not spoil the rest.
@@ -42,9 +40,7 @@ impl Planner {
         py: Python<'_>,
         f: impl FnOnce(&mut planner::Planner) -> Result<Vec<kvsieve_core::plan::Move>> + Send,
     ) -> PyResult<Moves> {
-        Ok(Moves {
-            inner: self.run(py, f)?,
-        })
+        Ok(Moves { inner: self.run(py, f)? })
     }
 }
 
@@ -124,10 +120,7 @@ impl Planner {
 
     /// Rows are (seen, [(positions, scores) per memory]). Write the tokens to `runs` afterwards.
     fn restore(&self, py: Python<'_>, columns: u64, rows: Vec<SavedRow>) -> PyResult<()> {
-        let rows: Vec<_> = rows
-            .into_iter()
-            .map(|(seen, memories)| RowState { seen, memories })
-            .collect();
+        let rows: Vec<_> = rows.into_iter().map(|(seen, memories)| RowState { seen, memories }).collect();
         self.run(py, |p| p.restore(columns, &rows))
     }
 
@@ -195,11 +188,7 @@ impl Planner {
 }
 
 fn choice(what: &'static str, expected: &'static str, got: &str) -> PyErr {
-    to_py(Error::OutOfRange {
-        what,
-        expected,
-        got: format!("{got:?}"),
-    })
+    to_py(Error::OutOfRange { what, expected, got: format!("{got:?}") })
 }
 
 /// The value of a key, or the type's default when it is missing or None.
@@ -225,29 +214,13 @@ fn memory(dict: &Bound<'_, PyDict>) -> PyResult<MemorySpec> {
 fn retain(dict: &Bound<'_, PyDict>) -> PyResult<Retain> {
     let kind: String = get(dict, "retain")?;
     let sinks = get(dict, "sinks")?;
-    let budget = || {
-        PyResult::Ok(Budget {
-            total: get(dict, "budget")?,
-            sinks,
-            recent: get(dict, "recent")?,
-        })
-    };
+    let budget = || PyResult::Ok(Budget { total: get(dict, "budget")?, sinks, recent: get(dict, "recent")? });
     match kind.as_str() {
         "all" => Ok(Retain::All),
-        "window" => Ok(Retain::Window {
-            sinks,
-            window: get(dict, "window")?,
-        }),
-        "surprisal" => Ok(Retain::Surprisal {
-            budget: budget()?,
-            published: get(dict, "published")?,
-        }),
+        "window" => Ok(Retain::Window { sinks, window: get(dict, "window")? }),
+        "surprisal" => Ok(Retain::Surprisal { budget: budget()?, published: get(dict, "published")? }),
         "manual" => Ok(Retain::Manual { budget: budget()? }),
-        other => Err(choice(
-            "retain",
-            "\"all\", \"window\", \"surprisal\" or \"manual\"",
-            other,
-        )),
+        other => Err(choice("retain", "\"all\", \"window\", \"surprisal\" or \"manual\"", other)),
     }
 }
 
@@ -256,12 +229,8 @@ fn place(dict: &Bound<'_, PyDict>) -> PyResult<Place> {
     match kind.as_str() {
         "true" => Ok(Place::True),
         "slots" => Ok(Place::Slots),
-        "ceiling" => Ok(Place::Ceiling {
-            distance: get(dict, "distance")?,
-        }),
-        "fixed" => Ok(Place::Fixed {
-            distance: get(dict, "distance")?,
-        }),
+        "ceiling" => Ok(Place::Ceiling { distance: get(dict, "distance")? }),
+        "fixed" => Ok(Place::Fixed { distance: get(dict, "distance")? }),
         other => Err(choice("place", "\"true\", \"slots\", \"ceiling\" or \"fixed\"", other)),
     }
 }
@@ -277,16 +246,7 @@ fn keep_surprisal(
     protected_tail: usize,
 ) -> PyResult<Vec<usize>> {
     let scores: Vec<f32> = scores.as_array().iter().copied().collect();
-    surprisal::keep(
-        &scores,
-        Budget {
-            total: budget,
-            sinks,
-            recent,
-        },
-        protected_tail,
-    )
-    .map_err(to_py)
+    surprisal::keep(&scores, Budget { total: budget, sinks, recent }, protected_tail).map_err(to_py)
 }
 
 /// Indices kept by the rule of the published code, with room for `incoming` tokens.

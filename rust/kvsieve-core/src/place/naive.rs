@@ -10,11 +10,7 @@ pub fn distances(rules: &[Rule], residents: &[Vec<Position>], query: Position) -
     let mut slot = 0;
     for (m, (rule, held)) in rules.iter().zip(residents).enumerate() {
         let near = |p: Position| rule.visible.is_none_or(|v| query - p < v);
-        let seen: Vec<Position> = held
-            .iter()
-            .copied()
-            .filter(|&p| p <= query && (near(p) || p < rule.sinks))
-            .collect();
+        let seen: Vec<Position> = held.iter().copied().filter(|&p| p <= query && (near(p) || p < rule.sinks)).collect();
         slot += seen.iter().filter(|&&p| p < query).count();
         for (rank, &p) in seen.iter().enumerate() {
             let distance = match rule.place {

@@ -39,9 +39,7 @@ impl Source<'_> {
     }
 
     fn query_true(&self) -> Vec<i64> {
-        (0..self.num_queries)
-            .map(|i| self.keys.first_new as i64 + i as i64)
-            .collect()
+        (0..self.num_queries).map(|i| self.keys.first_new as i64 + i as i64).collect()
     }
 
     fn key_true(&self, lo: usize, hi: usize) -> Vec<i64> {
@@ -59,11 +57,7 @@ impl Source<'_> {
             Place::Fixed { distance } => self.by_position(lo, hi, Placing::Fixed(distance as i64)),
             Place::Slots => self.by_index(lo, hi),
         };
-        let near = self
-            .rule
-            .visible
-            .and_then(|near| i64::try_from(near).ok())
-            .unwrap_or(i64::MAX);
+        let near = self.rule.visible.and_then(|near| i64::try_from(near).ok()).unwrap_or(i64::MAX);
         Some(self.part(lo, hi, near, 0, placed))
     }
 
@@ -97,26 +91,14 @@ impl Source<'_> {
     fn by_index(&self, lo: usize, hi: usize) -> Placed {
         let keys = (0..(hi - lo) as i64).collect();
         let before = |i: usize| self.keys.residents.len() + i.min(self.keys.num_new);
-        let queries = (0..self.num_queries)
-            .map(|i| (before(i) + self.earlier[i]) as i64 - lo as i64)
-            .collect();
-        Placed {
-            keys,
-            queries,
-            placing: Placing::Relative,
-        }
+        let queries = (0..self.num_queries).map(|i| (before(i) + self.earlier[i]) as i64 - lo as i64).collect();
+        Placed { keys, queries, placing: Placing::Relative }
     }
 
     /// Ranks among the keys that each query sees.
     fn by_rank(&self, hi: usize) -> Placed {
-        let queries = (0..self.num_queries)
-            .map(|i| (self.view(i).visible_before() + self.earlier[i]) as i64)
-            .collect();
-        Placed {
-            keys: (0..hi as i64).collect(),
-            queries,
-            placing: Placing::Relative,
-        }
+        let queries = (0..self.num_queries).map(|i| (self.view(i).visible_before() + self.earlier[i]) as i64).collect();
+        Placed { keys: (0..hi as i64).collect(), queries, placing: Placing::Relative }
     }
 
     fn part(&self, lo: usize, hi: usize, near: i64, far: i64, placed: Placed) -> Part {

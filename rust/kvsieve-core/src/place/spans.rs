@@ -31,12 +31,7 @@ struct Piece {
 impl Piece {
     fn of(run: &Run, base: usize, lo: usize, hi: usize) -> Option<Self> {
         let (lo, hi) = (lo.max(base), hi.min(base + run.len() as usize));
-        (lo < hi).then(|| Piece {
-            block: run.block,
-            slot: run.lo + (lo - base) as u32,
-            lo,
-            hi,
-        })
+        (lo < hi).then(|| Piece { block: run.block, slot: run.lo + (lo - base) as u32, lo, hi })
     }
 
     fn until(self, hi: usize) -> Self {
@@ -44,11 +39,7 @@ impl Piece {
     }
 
     fn after(self, lo: usize) -> Self {
-        Piece {
-            lo,
-            slot: self.slot + (lo - self.lo) as u32,
-            ..self
-        }
+        Piece { lo, slot: self.slot + (lo - self.lo) as u32, ..self }
     }
 }
 
@@ -121,11 +112,5 @@ fn push(out: &mut Vec<Span>, start: usize, piece: Piece, shift: i64, rotate_keys
         last.hi = hi;
         return;
     }
-    out.push(Span {
-        block: piece.block,
-        lo: piece.slot,
-        hi,
-        shift,
-        rotate_keys,
-    });
+    out.push(Span { block: piece.block, lo: piece.slot, hi, shift, rotate_keys });
 }

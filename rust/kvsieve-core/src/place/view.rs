@@ -22,9 +22,7 @@ impl Keys<'_> {
 
     /// How many keys have a position below `position`.
     pub fn below(&self, position: Position) -> usize {
-        let new = usize::try_from(position.saturating_sub(self.first_new))
-            .unwrap_or(usize::MAX)
-            .min(self.num_new);
+        let new = usize::try_from(position.saturating_sub(self.first_new)).unwrap_or(usize::MAX).min(self.num_new);
         self.residents.partition_point(|&p| p < position) + new
     }
 
@@ -57,12 +55,7 @@ impl View {
             Some(near) => keys.below((position + 1).saturating_sub(near)).min(before),
             None => 0,
         };
-        Self {
-            beyond: keys.below(rule.sinks).min(band),
-            band,
-            end,
-            before,
-        }
+        Self { beyond: keys.below(rule.sinks).min(band), band, end, before }
     }
 
     /// How many visible keys lie before the query.
@@ -72,10 +65,6 @@ impl View {
 
     /// The number of key `index` among the visible keys.
     pub fn rank(&self, index: usize) -> usize {
-        if index < self.beyond {
-            index
-        } else {
-            index - (self.band - self.beyond)
-        }
+        if index < self.beyond { index } else { index - (self.band - self.beyond) }
     }
 }

@@ -87,9 +87,5 @@ impl Planner {
 }
 
 fn no_row(row: usize) -> Error {
-    Error::OutOfRange {
-        what: "row",
-        expected: "a row of the cache",
-        got: row.to_string(),
-    }
+    Error::OutOfRange { what: "row", expected: "a row of the cache", got: row.to_string() }
 }

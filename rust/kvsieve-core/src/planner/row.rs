@@ -14,19 +14,13 @@ pub(super) struct Row {
 
 impl Row {
     pub fn new(num_memories: usize) -> Self {
-        Self {
-            seen: 0,
-            tables: vec![Table::default(); num_memories],
-        }
+        Self { seen: 0, tables: vec![Table::default(); num_memories] }
     }
 
     /// A row with the same residents, which holds its own references.
     pub fn share(&self, pool: &mut Pool) -> Self {
         self.tables.iter().flat_map(Table::blocks).for_each(|b| pool.retain(b));
-        Self {
-            seen: self.seen,
-            tables: self.tables.clone(),
-        }
+        Self { seen: self.seen, tables: self.tables.clone() }
     }
 
     pub fn release(self, pool: &mut Pool) {

@@ -21,31 +21,18 @@ const MAX_DISTANCE: u64 = 1 << 53;
 
 impl MemorySpec {
     pub fn rule(&self) -> Rule {
-        Rule {
-            place: self.place,
-            sinks: self.retain.sinks() as u64,
-            visible: self.visible,
-            top_k: self.top_k,
-        }
+        Rule { place: self.place, sinks: self.retain.sinks() as u64, visible: self.visible, top_k: self.top_k }
     }
 
     fn check(&self, frame: Frame) -> Result<()> {
         self.retain.check()?;
         if self.visible == Some(0) {
-            return Err(Error::OutOfRange {
-                what: "visible",
-                expected: "at least 1, or none",
-                got: "0".into(),
-            });
+            return Err(Error::OutOfRange { what: "visible", expected: "at least 1, or none", got: "0".into() });
         }
         if let Place::Ceiling { distance } | Place::Fixed { distance } = self.place
             && distance > MAX_DISTANCE
         {
-            return Err(Error::OutOfRange {
-                what: "distance",
-                expected: "at most 2^53",
-                got: distance.to_string(),
-            });
+            return Err(Error::OutOfRange { what: "distance", expected: "at most 2^53", got: distance.to_string() });
         }
         self.check_frame(frame)
     }
@@ -58,9 +45,9 @@ impl MemorySpec {
             (Frame::Rotated, Place::Slots) => Err(Error::Unsupported(
                 "slots among tokens chosen one by one need keys stored before rotation; use the raw frame, or place at true positions",
             )),
-            (Frame::Rotated, Place::Ceiling { .. } | Place::Fixed { .. }) => Err(Error::Unsupported(
-                "a fixed distance needs keys stored before rotation; use the raw frame",
-            )),
+            (Frame::Rotated, Place::Ceiling { .. } | Place::Fixed { .. }) => {
+                Err(Error::Unsupported("a fixed distance needs keys stored before rotation; use the raw frame"))
+            }
         }
     }
 }
@@ -68,11 +55,7 @@ impl MemorySpec {
 /// Checks a whole chain.
 pub fn check_chain(memories: &[MemorySpec], frame: Frame) -> Result<()> {
     let Some(first) = memories.first() else {
-        return Err(Error::OutOfRange {
-            what: "memories",
-            expected: "at least one",
-            got: "none".into(),
-        });
+        return Err(Error::OutOfRange { what: "memories", expected: "at least one", got: "none".into() });
     };
     if first.top_k > 0 {
         return Err(Error::Unsupported(

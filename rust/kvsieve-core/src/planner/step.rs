@@ -37,12 +37,7 @@ impl Planner {
         if first {
             self.rows.extend(new_lens.iter().map(|_| Row::new(self.memories.len())));
         }
-        let stored: Vec<_> = self
-            .rows
-            .iter()
-            .zip(new_lens)
-            .map(|(r, &n)| self.stored(r.seen, n, store_all))
-            .collect();
+        let stored: Vec<_> = self.rows.iter().zip(new_lens).map(|(r, &n)| self.stored(r.seen, n, store_all)).collect();
         let all_stored = stored.iter().zip(new_lens).all(|((sinks, _), &n)| sinks.end == n);
         let fast = all_stored && num_queries <= MAX_SPAN_QUERIES;
         let mut parts = Vec::new();
@@ -59,13 +54,7 @@ impl Planner {
             append(index, row.seen, &mut row.tables[0], stored, &mut edit, &mut appends);
         }
         let (copies, retired) = (edit.moves, edit.retired);
-        self.open = Some(Open {
-            new_lens: new_lens.to_vec(),
-            num_queries,
-            marks,
-            retired,
-            first,
-        });
+        self.open = Some(Open { new_lens: new_lens.to_vec(), num_queries, marks, retired, first });
         Ok(Step {
             frame: self.frame,
             num_rows: self.rows.len(),
@@ -96,11 +85,7 @@ impl Planner {
 
     /// Undoes the open step.
     pub fn rollback(&mut self) -> Result<()> {
-        if self.undo_open() {
-            Ok(())
-        } else {
-            Err(Error::NoStep { what: "rollback" })
-        }
+        if self.undo_open() { Ok(()) } else { Err(Error::NoStep { what: "rollback" }) }
     }
 
     pub(super) fn undo_open(&mut self) -> bool {
@@ -118,11 +103,7 @@ impl Planner {
 
     fn check_lens(&self, new_lens: &[usize], num_queries: usize) -> Result<()> {
         if new_lens.is_empty() {
-            return Err(Error::Shape {
-                what: "input",
-                expected: "at least one row".into(),
-                got: "none".into(),
-            });
+            return Err(Error::Shape { what: "input", expected: "at least one row".into(), got: "none".into() });
         }
         if !self.rows.is_empty() {
             self.check_rows(new_lens.len())?;
@@ -169,13 +150,7 @@ fn append(
                 {
                     a.len += 1;
                 }
-                _ => out.push(Append {
-                    row,
-                    new,
-                    block,
-                    slot,
-                    len: 1,
-                }),
+                _ => out.push(Append { row, new, block, slot, len: 1 }),
             }
         }
     }

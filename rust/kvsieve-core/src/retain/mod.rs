@@ -44,11 +44,9 @@ impl Retain {
     pub fn check(&self) -> Result<()> {
         match *self {
             Retain::All => Ok(()),
-            Retain::Window { window: 0, .. } => Err(Error::OutOfRange {
-                what: "window",
-                expected: "at least 1",
-                got: "0".into(),
-            }),
+            Retain::Window { window: 0, .. } => {
+                Err(Error::OutOfRange { what: "window", expected: "at least 1", got: "0".into() })
+            }
             Retain::Window { sinks, window } if sinks.checked_add(window).is_none() => Err(Error::OutOfRange {
                 what: "window",
                 expected: "a number of tokens that a machine can hold",

@@ -5,12 +5,7 @@ use std::collections::BTreeSet;
 
 fn ranked(scores: &[f32], mut candidates: Vec<usize>) -> Vec<usize> {
     let key = |i: usize| if scores[i].is_nan() { (0, 0.0) } else { (1, scores[i]) };
-    candidates.sort_by(|&a, &b| {
-        key(b)
-            .partial_cmp(&key(a))
-            .unwrap_or(std::cmp::Ordering::Equal)
-            .then(a.cmp(&b))
-    });
+    candidates.sort_by(|&a, &b| key(b).partial_cmp(&key(a)).unwrap_or(std::cmp::Ordering::Equal).then(a.cmp(&b)));
     candidates
 }
 
@@ -35,9 +30,7 @@ pub fn keep_published(scores: &[f32], sinks: usize, slots: usize, recent: usize,
     if n + incoming <= budget {
         return (0..n).collect();
     }
-    let top = ranked(scores, (0..n).collect())
-        .into_iter()
-        .take(slots.saturating_sub(incoming));
+    let top = ranked(scores, (0..n).collect()).into_iter().take(slots.saturating_sub(incoming));
     let mut kept: BTreeSet<usize> = (0..sinks).chain(top).collect();
     for j in (0..n).rev() {
         if kept.len() < budget - incoming {

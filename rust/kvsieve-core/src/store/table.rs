@@ -61,12 +61,7 @@ impl Table {
 
     /// Trailing residents of the latest step whose score is not known yet.
     pub fn pending_tail(&self) -> usize {
-        self.scores
-            .iter()
-            .rev()
-            .take(self.fresh)
-            .take_while(|s| s.is_nan())
-            .count()
+        self.scores.iter().rev().take(self.fresh).take_while(|s| s.is_nan()).count()
     }
 
     /// The blocks that this table holds a reference to. Runs of one block are neighbours, so each block comes once.
@@ -89,23 +84,14 @@ impl Table {
     }
 
     pub fn mark(&self) -> Mark {
-        Mark {
-            num_runs: self.runs.len(),
-            tail: self.runs.last().copied(),
-            len: self.len(),
-            fresh: self.fresh,
-        }
+        Mark { num_runs: self.runs.len(), tail: self.runs.last().copied(), len: self.len(), fresh: self.fresh }
     }
 
     /// Forgets what was appended since `mark`, and returns the blocks that were allocated for it.
     pub fn undo(&mut self, mark: &Mark) -> Vec<BlockId> {
         let tail_block = mark.tail.map(|t| t.block);
         let changed = &self.runs[mark.num_runs.saturating_sub(1)..];
-        let allocated = changed
-            .iter()
-            .map(|r| r.block)
-            .filter(|&b| Some(b) != tail_block)
-            .collect();
+        let allocated = changed.iter().map(|r| r.block).filter(|&b| Some(b) != tail_block).collect();
         self.runs.truncate(mark.num_runs);
         if let (Some(last), Some(tail)) = (self.runs.last_mut(), mark.tail) {
             *last = tail;
@@ -167,12 +153,7 @@ impl Table {
             }
             let Some(r) = run else { break };
             let slot = r.lo + (i - base) as u32;
-            out.push(Held {
-                position: self.positions[i],
-                score: self.scores[i],
-                block: r.block,
-                slot,
-            });
+            out.push(Held { position: self.positions[i], score: self.scores[i], block: r.block, slot });
         }
         out
     }
@@ -188,11 +169,7 @@ impl Table {
         let mut taken = 0;
         if let Some(tail) = self.runs.last_mut() {
             taken = (BLOCK - tail.hi).min(u32::try_from(n).unwrap_or(BLOCK));
-            out.push(Run {
-                block: tail.block,
-                lo: tail.hi,
-                hi: tail.hi + taken,
-            });
+            out.push(Run { block: tail.block, lo: tail.hi, hi: tail.hi + taken });
             tail.hi += taken;
         }
         out.extend(self.grow_blocks(n - taken as usize, edit));
@@ -203,11 +180,7 @@ impl Table {
         let first = self.runs.len();
         for start in (0..n).step_by(BLOCK as usize) {
             let hi = (n - start).min(BLOCK as usize) as u32;
-            self.runs.push(Run {
-                block: edit.pool.alloc(),
-                lo: 0,
-                hi,
-            });
+            self.runs.push(Run { block: edit.pool.alloc(), lo: 0, hi });
         }
         self.runs[first..].to_vec()
     }
@@ -220,13 +193,7 @@ impl Table {
             return;
         }
         let to = edit.pool.alloc();
-        edit.moves.push(Move {
-            from: tail.block,
-            from_slot: tail.lo,
-            to,
-            to_slot: tail.lo,
-            len: tail.len(),
-        });
+        edit.moves.push(Move { from: tail.block, from_slot: tail.lo, to, to_slot: tail.lo, len: tail.len() });
         if earlier != Some(tail.block) {
             edit.retired.push(tail.block);
         }
@@ -256,10 +223,6 @@ fn push_piece(out: &mut Vec<Run>, run: &Run, base: usize, range: &Range<usize>) 
     let end = base + run.len() as usize;
     let (lo, hi) = (range.start.clamp(base, end), range.end.clamp(base, end));
     if lo < hi {
-        out.push(Run {
-            block: run.block,
-            lo: run.lo + (lo - base) as u32,
-            hi: run.lo + (hi - base) as u32,
-        });
+        out.push(Run { block: run.block, lo: run.lo + (lo - base) as u32, hi: run.lo + (hi - base) as u32 });
     }
 }

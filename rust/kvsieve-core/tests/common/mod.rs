@@ -31,8 +31,7 @@ impl Store {
         self.run(&step.copies);
         for a in &step.appends {
             for i in 0..a.len {
-                self.slots
-                    .insert((a.block, a.slot + i), token(a.row, a.new + i as usize));
+                self.slots.insert((a.block, a.slot + i), token(a.row, a.new + i as usize));
             }
         }
     }
@@ -47,12 +46,7 @@ pub fn slots(runs: &[Run]) -> impl Iterator<Item = (BlockId, u32)> + '_ {
 }
 
 pub fn memory(retain: Retain, place: Place) -> MemorySpec {
-    MemorySpec {
-        retain,
-        place,
-        visible: None,
-        top_k: 0,
-    }
+    MemorySpec { retain, place, visible: None, top_k: 0 }
 }
 
 pub fn window(sinks: usize, window: usize) -> Retain {
@@ -60,43 +54,26 @@ pub fn window(sinks: usize, window: usize) -> Retain {
 }
 
 pub fn surprisal(total: usize, sinks: usize, recent: usize, published: bool) -> Retain {
-    Retain::Surprisal {
-        budget: Budget { total, sinks, recent },
-        published,
-    }
+    Retain::Surprisal { budget: Budget { total, sinks, recent }, published }
 }
 
 pub fn manual(total: usize, sinks: usize, recent: usize) -> Retain {
-    Retain::Manual {
-        budget: Budget { total, sinks, recent },
-    }
+    Retain::Manual { budget: Budget { total, sinks, recent } }
 }
 
 /// Chains that between them use every rule.
 pub fn chains() -> Vec<(Frame, Vec<MemorySpec>)> {
     let slots = Place::Slots;
     let far = Place::Fixed { distance: 40 };
-    let seen = |m: MemorySpec, near| MemorySpec {
-        visible: Some(near),
-        ..m
-    };
+    let seen = |m: MemorySpec, near| MemorySpec { visible: Some(near), ..m };
     let picked = |m: MemorySpec| MemorySpec { top_k: 4, ..m };
     vec![
         (Frame::Rotated, vec![memory(Retain::All, Place::True)]),
         (Frame::Rotated, vec![seen(memory(window(2, 3), slots), 4)]),
         (Frame::Rotated, vec![seen(memory(window(4, 70), slots), 71)]),
-        (
-            Frame::Raw,
-            vec![seen(memory(window(4, 90), Place::Ceiling { distance: 90 }), 90)],
-        ),
+        (Frame::Raw, vec![seen(memory(window(4, 90), Place::Ceiling { distance: 90 }), 90)]),
         (Frame::Raw, vec![memory(surprisal(70, 3, 10, false), slots)]),
-        (
-            Frame::Raw,
-            vec![
-                memory(surprisal(20, 2, 0, false), Place::True),
-                memory(surprisal(90, 0, 4, false), slots),
-            ],
-        ),
+        (Frame::Raw, vec![memory(surprisal(20, 2, 0, false), Place::True), memory(surprisal(90, 0, 4, false), slots)]),
         (
             Frame::Raw,
             vec![
@@ -105,35 +82,11 @@ pub fn chains() -> Vec<(Frame, Vec<MemorySpec>)> {
                 memory(window(1, 20), slots),
             ],
         ),
-        (
-            Frame::Raw,
-            vec![
-                seen(memory(window(3, 30), Place::True), 31),
-                picked(memory(Retain::All, far)),
-            ],
-        ),
-        (
-            Frame::Raw,
-            vec![
-                memory(manual(80, 2, 3), slots),
-                memory(surprisal(50, 2, 2, false), slots),
-            ],
-        ),
-        (
-            Frame::Rotated,
-            vec![seen(memory(window(2, 9), slots), 30), memory(window(0, 80), slots)],
-        ),
-        (
-            Frame::Raw,
-            vec![
-                seen(memory(surprisal(30, 3, 8, false), slots), 12),
-                seen(memory(Retain::All, slots), 60),
-            ],
-        ),
-        (
-            Frame::Rotated,
-            vec![memory(manual(40, 2, 3), Place::True), memory(Retain::All, slots)],
-        ),
+        (Frame::Raw, vec![seen(memory(window(3, 30), Place::True), 31), picked(memory(Retain::All, far))]),
+        (Frame::Raw, vec![memory(manual(80, 2, 3), slots), memory(surprisal(50, 2, 2, false), slots)]),
+        (Frame::Rotated, vec![seen(memory(window(2, 9), slots), 30), memory(window(0, 80), slots)]),
+        (Frame::Raw, vec![seen(memory(surprisal(30, 3, 8, false), slots), 12), seen(memory(Retain::All, slots), 60)]),
+        (Frame::Rotated, vec![memory(manual(40, 2, 3), Place::True), memory(Retain::All, slots)]),
     ]
 }
 

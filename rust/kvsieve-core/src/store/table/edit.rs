@@ -17,11 +17,7 @@ pub struct Edit<'a> {
 
 impl<'a> Edit<'a> {
     pub fn new(pool: &'a mut Pool) -> Self {
-        Self {
-            pool,
-            retired: Vec::new(),
-            moves: Vec::new(),
-        }
+        Self { pool, retired: Vec::new(), moves: Vec::new() }
     }
 
     /// Releases what was retired and hands over the moves.
@@ -46,12 +42,6 @@ impl<'a> Edit<'a> {
             last.len += 1;
             return;
         }
-        self.moves.push(Move {
-            from,
-            from_slot,
-            to,
-            to_slot,
-            len: 1,
-        });
+        self.moves.push(Move { from, from_slot, to, to_slot, len: 1 });
     }
 }

@@ -54,9 +54,7 @@ impl Table {
     }
 
     fn write(&mut self, tokens: &[Held], places: &[Run], edit: &mut Edit<'_>) {
-        let slots = places
-            .iter()
-            .flat_map(|run| (run.lo..run.hi).map(|slot| (run.block, slot)));
+        let slots = places.iter().flat_map(|run| (run.lo..run.hi).map(|slot| (run.block, slot)));
         for (token, (block, slot)) in tokens.iter().zip(slots) {
             edit.push_move(token.block, token.slot, block, slot);
         }
@@ -71,11 +69,7 @@ impl Table {
         for held in self.held(keep.iter().copied()) {
             match out.last_mut() {
                 Some(last) if last.block == held.block && last.hi == held.slot => last.hi += 1,
-                _ => out.push(Run {
-                    block: held.block,
-                    lo: held.slot,
-                    hi: held.slot + 1,
-                }),
+                _ => out.push(Run { block: held.block, lo: held.slot, hi: held.slot + 1 }),
             }
         }
         out
@@ -88,10 +82,7 @@ impl Table {
         let held = self.held(keep.iter().copied());
         let mut runs = Vec::with_capacity(held.len().div_ceil(BLOCK as usize));
         for (chunk, &home) in held.chunks(BLOCK as usize).zip(&old) {
-            let in_place = chunk
-                .iter()
-                .enumerate()
-                .all(|(j, t)| t.block == home && t.slot == j as u32);
+            let in_place = chunk.iter().enumerate().all(|(j, t)| t.block == home && t.slot == j as u32);
             let mut to = home;
             if !in_place && edit.pool.is_shared(home) {
                 to = edit.pool.alloc();
@@ -100,11 +91,7 @@ impl Table {
             for (slot, token) in (0..).zip(chunk) {
                 edit.push_move(token.block, token.slot, to, slot);
             }
-            runs.push(Run {
-                block: to,
-                lo: 0,
-                hi: chunk.len() as u32,
-            });
+            runs.push(Run { block: to, lo: 0, hi: chunk.len() as u32 });
         }
         edit.retired.extend_from_slice(&old[runs.len()..]);
         self.runs = runs;
