@@ -181,11 +181,8 @@ class Engine:
                 if bool((rows[:, :-1] & ~rows[:, 1:]).any()):
                     row = int((rows[:, :-1] & ~rows[:, 1:]).any(1).nonzero()[0])
                     raise PaddingError(f"row {row} has a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
-        for row, count in enumerate(lens):
-            seen = self.planner.seen(row) if self.num_rows else 0
-            if count < width and seen:
-                raise PaddingError(f"row {row} has pads after {seen} real tokens; pads may only stand before a row's first token")
-            if width == 1 and self.columns and not seen:
+        for row in range(batch if width == 1 and self.columns else 0):
+            if not self.planner.seen(row):
                 raise PaddingError(f"row {row} has no real token: all of its {self.columns} columns are pads")
         return lens
 
@@ -202,8 +199,8 @@ class Engine:
         for row, (now, before) in enumerate(zip(offsets, self._offsets)):
             if now != before and seen[row]:
                 raise CacheMismatchError(
-                    f"row {row}: the model was told that these tokens end at position {last[row]}, but the stream has seen {seen[row]} "
-                    f"and got {lens[row]}; use stream.generate(), or an attention mask over everything seen"
+                    f"row {row}: the model was told that these tokens end at position {last[row]}, "
+                    f"but the stream has seen {seen[row]} and got {lens[row]}; use stream.generate(), or an attention mask over everything seen"
                 )
 
     def _close(self) -> None:
@@ -274,6 +271,15 @@ class Engine:
         if self.recording and self.num_rows:
             self.settle(force=False)
 
+    def crop_rows(self, counts: list[int]) -> None:
+        """Forget the newest ``counts[row]`` tokens of each row; their columns stay, as pads."""
+        self._idle()
+        self.planner.crop_rows(counts)
+        if self._offsets is not None:
+            self._offsets = [offset + count for offset, count in zip(self._offsets, counts)]
+        if self.scorer is not None:
+            self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
+
     def select_rows(self, rows: list[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was."""
         if not self.num_rows:
@@ -315,8 +321,8 @@ def _check_like(facts: Any, k: torch.Tensor, v: torch.Tensor) -> None:
     got = (k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
     if want != got:
         raise ShapeError(
-            f"when the stream opened, layer {facts.index} had keys and values of {want[0]} heads of sizes {want[1]} and {want[2]} in "
-            f"{want[3]} on {want[4]}; now {got[0]} heads of sizes {got[1]} and {got[2]} in {got[3]} on {got[4]}. Open a new stream"
+            f"when the stream opened, layer {facts.index} had keys and values of {want[0]} heads of sizes {want[1]} and {want[2]} "
+            f"in {want[3]} on {want[4]}; now {got[0]} heads of sizes {got[1]} and {got[2]} in {got[3]} on {got[4]}. Open a new stream"
         )
 
 

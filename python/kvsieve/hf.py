@@ -347,7 +347,7 @@ def _refuse_by_configuration(model: PreTrainedModel) -> None:
     if "full_attention" not in types:
         width = kwargs[0].get("sliding_window")
         raise UnsupportedModelError(
-            f"every layer of this {name} already slides over {width} tokens, which bounds its cache; there is nothing left to budget"
+            f"every layer of this {name} already slides over {width} tokens, which bounds its cache; nothing is left to budget"
         )
 
 

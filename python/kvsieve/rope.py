@@ -27,8 +27,8 @@ class LayerRope:
 
     Attributes:
         inv_freq: float64 ``[R/2]``, radians per position.
-        layout: ``"half"`` pairs channel ``i`` with ``i + R/2``; ``"interleaved"`` pairs ``2i`` with ``2i + 1``. The first R channels
-            rotate, the rest pass through.
+        layout: ``"half"`` pairs channel ``i`` with ``i + R/2``; ``"interleaved"`` pairs ``2i`` with ``2i + 1``. The first
+            R channels rotate, the rest pass through.
         factor: what the model multiplies cosines and sines by (YaRN and longrope; 1 otherwise).
     """
 

@@ -1,7 +1,7 @@
 """Surprisal: how much each token surprised the model, from the logits it computes anyway wherever possible.
 
-The score of token ``t`` is ``-ln p(x_t | x_<t)``, which needs the logits at ``t - 1``. So the last row of logits is carried from one
-forward to the next: a generated token costs one read of a row that exists. A prompt's rows are not computed by `generate`, so they
+The score of token ``t`` is ``-ln p(x_t | x_<t)``, which needs the logits at ``t - 1``. So the last row of logits is carried from
+one forward to the next: a generated token costs one read of a row that exists. A prompt's rows are not computed by `generate`, so they
 are made here from the final hidden states, in blocks, and dropped: ``[tokens, vocabulary]`` is never whole.
 """
 
@@ -88,6 +88,12 @@ class Scorer:
         if self.tail is not None:
             self.tail = self.tail[:, :-count] if count < self.tail.shape[1] else None
 
+    def forget_rows(self, rows: list[int]) -> None:
+        """The logits of these rows belong to tokens that are gone."""
+        if self.tail is not None:
+            self.tail = self.tail.clone()
+            self.tail[rows] = torch.nan
+
     def select_rows(self, rows: list[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was."""
         if self.tail is not None:
@@ -101,11 +107,11 @@ class Scorer:
 def true_scores(following: npt.NDArray[Any], first: float | None, count: int) -> npt.NDArray[np.float32]:
     """Scores of a chunk of ``count`` tokens: ``first`` (from the carry), then ``following``.
 
-    A session's very first token has no carry; it takes the largest of the others, so that it is not the first to go.
+    A session's very first token has no carry (None, or nan); it takes the largest of the others, so that it is not the first to go.
     """
     if count == 0:
         return np.zeros(0, np.float32)
-    if first is None:
+    if first is None or np.isnan(first):
         finite = following[np.isfinite(following)]
         first = float(finite.max()) if finite.size else 0.0
     return np.concatenate([np.float32([first]), following]).astype(np.float32)

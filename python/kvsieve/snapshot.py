@@ -53,15 +53,11 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
             runs = planner.runs(memory, row)
             for index, store in engine.stores.items():
                 k, v = store.read(runs)
-                tensors[f"keys.{index}.{memory}.{row}"], tensors[f"values.{index}.{memory}.{row}"] = (
-                    k.contiguous(),
-                    v.contiguous(),
-                )
-    for name, tensor in (
-        ("pads", stream._pads),
-        ("pending", stream._pending),
-        ("tail", engine.scorer and engine.scorer.tail),
-    ):
+                tensors[f"keys.{index}.{memory}.{row}"] = k.contiguous()
+                tensors[f"values.{index}.{memory}.{row}"] = v.contiguous()
+    pending, unread = stream._pending or (None, None)
+    tail = engine.scorer.tail if engine.scorer is not None else None
+    for name, tensor in (("pads", stream._pads), ("pending", pending), ("unread", unread), ("tail", tail)):
         if tensor is not None:
             tensors[name] = tensor.contiguous()
     header = {
@@ -145,6 +141,7 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
                 store = engine.stores.setdefault(index, engine.backend.make_store(k[None], v[None]))
                 store.write(engine.planner.runs(memory, row), k, v)
     engine._offsets = header["offsets"]
-    stream._pads, stream._pending = (file.get_tensor(n) if n in names else None for n in ("pads", "pending"))
+    stream._pads = file.get_tensor("pads") if "pads" in names else None
+    stream._pending = (file.get_tensor("pending"), file.get_tensor("unread")) if "pending" in names else None
     if engine.scorer is not None and "tail" in names:
         engine.scorer.tail = file.get_tensor("tail")

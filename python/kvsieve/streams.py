@@ -138,7 +138,7 @@ class Stream:
             self.close()
             raise
         self._pads: torch.Tensor | None = None
-        self._pending: torch.Tensor | None = None
+        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # --------------------------------------------------------------------------------------------------------------- lifetime
 
@@ -221,11 +221,8 @@ class Stream:
             PaddingError: for padding that is not on the left.
             CacheMismatchError: if the batch is not the stream's.
         """
-        mask = self._accept(ids, attention_mask)
-        if self._pending is not None:
-            ids, mask = torch.cat([self._pending, ids], 1), torch.cat([torch.ones_like(self._pending), mask], 1)
-            self._pending = None
-        self._feed(ids, mask, chunk or self._chunk())
+        ids, mask = self._with_pending(ids, self._accept(ids, attention_mask))
+        self._feed(ids, mask, self._chunk() if chunk is None else chunk)
 
     def _feed(self, ids: torch.Tensor, mask: torch.Tensor, chunk: int) -> None:
         if chunk < 1:
@@ -260,7 +257,7 @@ class Stream:
                 they run on a fork, and the stream then reads the best one.
 
         Returns:
-            int64 ``[B * num_return_sequences, n + new]``: the new prompt and the answer, or what ``return_dict_in_generate`` asks for.
+            int64 ``[B * num_return_sequences, n + new]``: the new prompt and the answer, or as ``return_dict_in_generate`` asks.
 
         Raises:
             UnsupportedError: for assisted decoding on a stream that has seen tokens (transformers would feed the history again).
@@ -278,9 +275,7 @@ class Stream:
                 "decode this turn without an assistant"
             )
         prompt = ids
-        if self._pending is not None:
-            ids, mask = torch.cat([self._pending, ids], 1), torch.cat([torch.ones_like(self._pending), mask], 1)
-            self._pending = None
+        ids, mask = self._with_pending(ids, mask)
         chunk = self._chunk()
         if ids.shape[1] > chunk:
             last = (ids.shape[1] - 1) // chunk * chunk
@@ -290,7 +285,7 @@ class Stream:
         result = self.model.generate(input_ids=ids, attention_mask=whole, past_key_values=self.cache, **kwargs)
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         answer = sequences[:, ids.shape[1] :]
-        self._remember(whole, answer)
+        self._remember(whole, answer, self._ends(kwargs))
         if end_turn:
             self.end_turn()
         if isinstance(result, torch.Tensor):
@@ -306,7 +301,7 @@ class Stream:
             result = self.model.generate(input_ids=ids[:, -1:], attention_mask=whole, past_key_values=child.cache, **kwargs)
         sequences = result if isinstance(result, torch.Tensor) else result.sequences
         best = sequences[:: sequences.shape[0] // ids.shape[0]]
-        self.feed(best, torch.cat([mask[:, -1:], torch.ones_like(best[:, 1:])], 1))
+        self.feed(*_pads_first(best, torch.cat([mask[:, -1:], _real(best[:, 1:], self._ends(kwargs)).to(mask.dtype)], 1)))
         if end_turn:
             self.end_turn()
         heads = ids[:, :-1].repeat_interleave(sequences.shape[0] // ids.shape[0], 0)
@@ -316,12 +311,31 @@ class Stream:
         result.sequences = full
         return result  # type: ignore[no-any-return]
 
-    def _remember(self, whole: torch.Tensor, answer: torch.Tensor) -> None:
-        """After a turn: which columns are pads, and which sampled token the model has not read yet."""
-        columns = self._engine.columns
-        stored = columns - whole.shape[1]
-        self._pads = torch.cat([whole, torch.ones_like(answer[:, :stored])], 1)
-        self._pending = answer[:, stored:] if answer.shape[1] > stored else None
+    def _with_pending(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new tokens, after the ones the last turn sampled but the model has not read."""
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return ids, mask
+        # Rows that ended early have pads there; pads go first, so that each row's tokens are its last columns.
+        return _pads_first(torch.cat([pending[0], ids], 1), torch.cat([pending[1], mask], 1))
+
+    def _ends(self, kwargs: dict[str, Any]) -> list[int]:
+        """Token ids that end a sequence in this call of generate."""
+        chosen = kwargs.get("generation_config") or self.model.generation_config
+        ends = kwargs.get("eos_token_id", chosen.eos_token_id)
+        if isinstance(ends, torch.Tensor):
+            ends = ends.tolist()
+        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
+
+    def _remember(self, whole: torch.Tensor, answer: torch.Tensor, ends: list[int]) -> None:
+        """After a turn: forget what a row that ended early was padded with, and note the token the model has not read yet."""
+        stored = self._engine.columns - whole.shape[1]
+        real = _real(answer, ends).to(whole.dtype)
+        filler = (real[:, :stored] == 0).sum(1).tolist()
+        if any(filler):
+            self._engine.crop_rows(filler)
+        self._pads = torch.cat([whole, real[:, :stored]], 1)
+        self._pending = (answer[:, stored:], real[:, stored:]) if answer.shape[1] > stored else None
 
     def end_turn(self) -> None:
         """A turn ends: scores decay, residents come down to the budget, unused memory is given back."""
@@ -354,8 +368,9 @@ class Stream:
 
     def _chunk(self) -> int:
         """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""
-        budgets = [spec.get("budget") for spec in self.policy.specs(self._engine.facts.bytes_per_token)]
-        chunk = min([MAX_CHUNK, *(max(b // 2, 16) for b in budgets if b)])
+        specs = self.policy.specs(self._engine.facts.bytes_per_token)
+        sizes = [spec.get("budget", 0) for spec in specs] + [spec.get("window", 0) for spec in specs[:-1]]
+        chunk = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
         trained = self._engine.facts.trained_length
         return chunk if trained is None else max(min(chunk, trained // 2), 1)
 
@@ -375,6 +390,9 @@ class Stream:
         empty = (mask == 0).all(1).nonzero().flatten().tolist()
         if empty:
             raise PaddingError(f"rows {empty} of the input have pads only")
+        right = ((mask[:, :-1] != 0) & (mask[:, 1:] == 0)).any(1).nonzero().flatten().tolist()
+        if right:
+            raise PaddingError(f"rows {right} have a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
         return mask.to(ids.dtype)
 
     def _whole_mask(self, new: torch.Tensor) -> torch.Tensor:
@@ -387,6 +405,20 @@ class Stream:
             fill = torch.ones(new.shape[0], columns - known, dtype=new.dtype, device=new.device)
             self._pads = fill if self._pads is None else torch.cat([self._pads, fill], 1)
         return torch.cat([self._pads[:, :columns], new], 1)
+
+
+def _real(answer: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    """Which tokens of ``answer`` ``[B, n]`` were sampled: those up to and including a row's first end token."""
+    ended = torch.isin(answer, torch.tensor(ends, dtype=answer.dtype, device=answer.device))
+    return ended.cumsum(1) - ended.long() == 0
+
+
+def _pads_first(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same columns with each row's pads moved to its front, the order of its tokens kept."""
+    if bool(mask.all()):
+        return ids, mask
+    order = mask.to(torch.int8).argsort(dim=1, stable=True)
+    return ids.gather(1, order), mask.gather(1, order)
 
 
 def _frame(name: str, policy: Policy, facts: ModelFacts) -> str:
