@@ -200,7 +200,8 @@ class Engine:
             if now != before and seen[row]:
                 raise CacheMismatchError(
                     f"row {row}: the model was told that these tokens end at position {last[row]}, "
-                    f"but the stream has seen {seen[row]} and got {lens[row]}; use stream.generate(), or an attention mask over everything seen"
+                    f"but the stream has seen {seen[row]} and got {lens[row]}; "
+                    "use stream.generate(), or an attention mask over everything seen"
                 )
 
     def _close(self) -> None:
@@ -322,7 +323,8 @@ def _check_like(facts: Any, k: torch.Tensor, v: torch.Tensor) -> None:
     if want != got:
         raise ShapeError(
             f"when the stream opened, layer {facts.index} had keys and values of {want[0]} heads of sizes {want[1]} and {want[2]} "
-            f"in {want[3]} on {want[4]}; now {got[0]} heads of sizes {got[1]} and {got[2]} in {got[3]} on {got[4]}. Open a new stream"
+            f"in {want[3]} on {want[4]}; now {got[0]} heads of sizes {got[1]} and {got[2]} in {got[3]} on {got[4]}; "
+            "open a new stream"
         )
 
 

@@ -373,7 +373,7 @@ def _examine(attachment: Attachment) -> ModelFacts:
     config = model.config.get_text_config(decoder=True)
     types, kwargs = _layer_types(config)
     seen = _watch(model)
-    modules = {m.layer_idx: m for m in seen if getattr(m, "layer_idx", None) is not None}
+    modules: dict[Any, torch.nn.Module] = {getattr(m, "layer_idx", None): m for m in seen}
     full = [i for i, t in enumerate(types) if t == "full_attention"]
     missing = [i for i in full if i not in modules]
     if missing:

@@ -90,7 +90,7 @@ def measure(raw: torch.Tensor, rotated: torch.Tensor, frequencies: list[tuple[to
     best: tuple[float, LayerRope] | None = None
     for inv_freq, factor in frequencies:
         for layout in ("half", "interleaved"):
-            rope = LayerRope(inv_freq.double().cpu(), layout, factor)  # type: ignore[arg-type]
+            rope = LayerRope(inv_freq.double().cpu(), layout, factor)
             if rope.rotary_dim <= raw.shape[-1]:
                 error = float((rope.rotate(raw, positions) - rotated).norm() / size)
                 if best is None or error < best[0]:

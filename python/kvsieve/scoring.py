@@ -1,8 +1,8 @@
 """Surprisal: how much each token surprised the model, from the logits it computes anyway wherever possible.
 
 The score of token ``t`` is ``-ln p(x_t | x_<t)``, which needs the logits at ``t - 1``. So the last row of logits is carried from
-one forward to the next: a generated token costs one read of a row that exists. A prompt's rows are not computed by `generate`, so they
-are made here from the final hidden states, in blocks, and dropped: ``[tokens, vocabulary]`` is never whole.
+one forward to the next: a generated token costs one read of a row that exists. A prompt's rows are not computed by `generate`,
+so they are made here from the final hidden states, in blocks, and dropped: ``[tokens, vocabulary]`` is never whole.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def true_scores(following: npt.NDArray[Any], first: float | None, count: int) ->
     if first is None or np.isnan(first):
         finite = following[np.isfinite(following)]
         first = float(finite.max()) if finite.size else 0.0
-    return np.concatenate([np.float32([first]), following]).astype(np.float32)
+    return np.concatenate([np.array([first]), following]).astype(np.float32)
 
 
 def published_scores(repeats: npt.NDArray[Any]) -> npt.NDArray[np.float32]:

@@ -370,7 +370,7 @@ class Stream:
         """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""
         specs = self.policy.specs(self._engine.facts.bytes_per_token)
         sizes = [spec.get("budget", 0) for spec in specs] + [spec.get("window", 0) for spec in specs[:-1]]
-        chunk = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
+        chunk: int = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
         trained = self._engine.facts.trained_length
         return chunk if trained is None else max(min(chunk, trained // 2), 1)
 

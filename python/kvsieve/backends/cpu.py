@@ -129,7 +129,7 @@ class CpuStore:
 
     @property
     def bytes_held(self) -> int:
-        return self._core.bytes
+        return int(self._core.bytes)
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         if step.has_spans:
