@@ -35,12 +35,25 @@ impl Rope {
     pub fn new(inv_freq: Vec<f64>, layout: Layout, factor: f64) -> Result<Self> {
         if inv_freq.is_empty() || inv_freq.iter().any(|f| !f.is_finite()) {
             let got = format!("{inv_freq:?}");
-            return Err(Error::OutOfRange { what: "inv_freq", expected: "a finite number for each pair", got });
+            return Err(Error::OutOfRange {
+                what: "inv_freq",
+                expected: "a finite number for each pair",
+                got,
+            });
         }
         if !factor.is_finite() || factor == 0.0 {
-            return Err(Error::OutOfRange { what: "factor", expected: "finite and not 0", got: factor.to_string() });
+            return Err(Error::OutOfRange {
+                what: "factor",
+                expected: "finite and not 0",
+                got: factor.to_string(),
+            });
         }
-        Ok(Rope { inv_freq, layout, factor, in_block: OnceLock::new() })
+        Ok(Rope {
+            inv_freq,
+            layout,
+            factor,
+            in_block: OnceLock::new(),
+        })
     }
 
     pub fn inv_freq(&self) -> &[f64] {
@@ -184,22 +197,41 @@ pub fn rotate(
     check_dtype("x", x.elems(), dtype)?;
     check_dtype("out", out.as_ref(), dtype)?;
     check_len("positions", positions.len(), tokens)?;
-    let rows = batch.checked_mul(heads).and_then(|n| n.checked_mul(tokens)).and_then(|n| n.checked_mul(dim));
+    let rows = batch
+        .checked_mul(heads)
+        .and_then(|n| n.checked_mul(tokens))
+        .and_then(|n| n.checked_mul(dim));
     check_len("out", out.len(), rows.unwrap_or(usize::MAX))?;
     if rope.rotary_dim() > dim {
         let expected = format!("at least {} channels", rope.rotary_dim());
-        return Err(Error::Shape { what: "x", expected, got: format!("{dim} channels") });
+        return Err(Error::Shape {
+            what: "x",
+            expected,
+            got: format!("{dim} channels"),
+        });
     }
     let mut trig = Vec::with_capacity(tokens * rope.rotary_dim());
     for &p in positions {
         rope.push_trig(if inverse { p.wrapping_neg() } else { p }, &mut trig);
     }
-    let factor = if inverse { 1.0 / rope.factor } else { rope.factor } as f32;
-    let job = &Job { dim, trig: &trig, layout: rope.layout, pairs: rope.inv_freq.len(), factor };
+    let factor = if inverse {
+        1.0 / rope.factor
+    } else {
+        rope.factor
+    } as f32;
+    let job = &Job {
+        dim,
+        trig: &trig,
+        layout: rope.layout,
+        pairs: rope.inv_freq.len(),
+        factor,
+    };
     let to = out.as_bytes_mut_ptr();
     match dtype {
         Dtype::F32 => dispatch!(level, run::<f32>(job: &Job<'_>, x: &View<'_>, to: *mut u8) -> ()),
-        Dtype::BF16 => dispatch!(level, run::<bf16>(job: &Job<'_>, x: &View<'_>, to: *mut u8) -> ()),
+        Dtype::BF16 => {
+            dispatch!(level, run::<bf16>(job: &Job<'_>, x: &View<'_>, to: *mut u8) -> ())
+        }
         Dtype::F16 => dispatch!(level, run::<f16>(job: &Job<'_>, x: &View<'_>, to: *mut u8) -> ()),
     }
     Ok(())
