@@ -1,4 +1,5 @@
-//! Which token sits where: a pool of counted blocks, and a table per memory and row.
+//! Which token sits where: blocks and who owns them, the tables of residents, and the memory behind them.
 
+pub mod arena;
 pub mod pool;
 pub mod table;
