@@ -66,7 +66,7 @@ impl Planner {
         with_parts: bool,
     ) -> PyResult<Step> {
         let inner = self.run(py, |p| p.begin(&new_lens, num_queries, store_all, with_parts))?;
-        Ok(Step { inner })
+        Ok(Step::new(inner))
     }
 
     fn commit(&self) -> PyResult<()> {
