@@ -18,7 +18,8 @@ pub fn to_py(err: Error) -> PyErr {
     };
     let message = err.to_string();
     Python::attach(|py| {
-        let made = py.import("kvsieve.errors").and_then(|m| m.getattr(class)).and_then(|c| c.call1((message.as_str(),)));
+        let made =
+            py.import("kvsieve.errors").and_then(|m| m.getattr(class)).and_then(|c| c.call1((message.as_str(),)));
         match made {
             Ok(value) => PyErr::from_value(value),
             Err(err) => err,
