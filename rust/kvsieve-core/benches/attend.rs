@@ -24,36 +24,19 @@ impl Noise {
     fn elems(&mut self, n: usize, dtype: Dtype) -> (Vec<f32>, Vec<u16>) {
         match dtype {
             Dtype::F32 => ((0..n).map(|_| self.next()).collect(), Vec::new()),
-            Dtype::BF16 => (
-                Vec::new(),
-                (0..n)
-                    .map(|_| bf16::from_f32(self.next()).to_bits())
-                    .collect(),
-            ),
-            Dtype::F16 => (
-                Vec::new(),
-                (0..n)
-                    .map(|_| f16::from_f32(self.next()).to_bits())
-                    .collect(),
-            ),
+            Dtype::BF16 => (Vec::new(), (0..n).map(|_| bf16::from_f32(self.next()).to_bits()).collect()),
+            Dtype::F16 => (Vec::new(), (0..n).map(|_| f16::from_f32(self.next()).to_bits()).collect()),
         }
     }
 }
 
 fn elems((wide, narrow): &(Vec<f32>, Vec<u16>), dtype: Dtype) -> Elems<'_> {
-    if dtype == Dtype::F32 {
-        Elems::F32(wide)
-    } else {
-        Elems::Bits(narrow)
-    }
+    if dtype == Dtype::F32 { Elems::F32(wide) } else { Elems::Bits(narrow) }
 }
 
 /// Time of this thread alone: a shared machine's other work does not count.
 fn cpu_time() -> Duration {
-    let mut time = libc::timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
+    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call fills the struct that it is given.
     unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &mut time) };
     Duration::new(time.tv_sec as u64, time.tv_nsec as u32)
@@ -65,9 +48,7 @@ fn bandwidth() -> f64 {
     let best = (0..5).map(|_| {
         let start = cpu_time();
         let sums = data.chunks_exact(64).fold([0u64; 64], |mut sums, chunk| {
-            sums.iter_mut()
-                .zip(chunk)
-                .for_each(|(s, x)| *s = s.wrapping_add(*x));
+            sums.iter_mut().zip(chunk).for_each(|(s, x)| *s = s.wrapping_add(*x));
             sums
         });
         black_box(sums);
@@ -78,67 +59,37 @@ fn bandwidth() -> f64 {
 
 fn decode(c: &mut Criterion) {
     let level = isa().expect("a valid KVSIEVE_ISA");
-    println!(
-        "read bandwidth of one thread: {:.1} GB/s; level {}",
-        bandwidth(),
-        level.name()
-    );
+    println!("read bandwidth of one thread: {:.1} GB/s; level {}", bandwidth(), level.name());
     let mut noise = Noise(88_172_645_463_325_252);
     for (heads, kv_heads, dim) in [(9, 3, 64), (32, 8, 128)] {
         for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
-            let mut group =
-                c.benchmark_group(format!("attend_{heads}_{kv_heads}_{dim}_{}", dtype.name()));
-            group
-                .sample_size(20)
-                .measurement_time(Duration::from_secs(1))
-                .warm_up_time(Duration::from_millis(300));
+            let mut group = c.benchmark_group(format!("attend_{heads}_{kv_heads}_{dim}_{}", dtype.name()));
+            group.sample_size(20).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(300));
             for tokens in [1 << 10, 8 << 10, 64 << 10] {
                 let mut arena = Arena::new(kv_heads, dim, dim, dtype).expect("an arena");
                 // Several contexts by turns, so that short ones do not come from the cache.
                 let copies = ((256 << 20) / (tokens * arena.token_bytes())).clamp(1, 64);
-                let run = |block: usize| Run {
-                    block: BlockId(block as u32),
-                    lo: 0,
-                    hi: 64,
-                };
+                let run = |block: usize| Run { block: BlockId(block as u32), lo: 0, hi: 64 };
                 let k = noise.elems(kv_heads * 64 * dim, dtype);
                 let v = noise.elems(kv_heads * 64 * dim, dtype);
                 for block in 0..copies * tokens / 64 {
-                    arena
-                        .write(&[run(block)], elems(&k, dtype), elems(&v, dtype))
-                        .expect("written");
+                    arena.write(&[run(block)], elems(&k, dtype), elems(&v, dtype)).expect("written");
                 }
                 let spans: Vec<Spans> = (0..copies)
                     .map(|copy| {
                         let blocks = copy * tokens / 64..(copy + 1) * tokens / 64;
-                        let span = |b| Span {
-                            block: BlockId(b as u32),
-                            lo: 0,
-                            hi: 64,
-                            shift: 0,
-                            rotate_keys: false,
-                        };
+                        let span = |b| Span { block: BlockId(b as u32), lo: 0, hi: 64, shift: 0, rotate_keys: false };
                         let spans: Vec<Span> = blocks.map(span).collect();
-                        Spans {
-                            num_rows: 1,
-                            num_queries: 1,
-                            starts: vec![0, spans.len() as u32],
-                            spans,
-                        }
+                        Spans { num_rows: 1, num_queries: 1, starts: vec![0, spans.len() as u32], spans }
                     })
                     .collect();
                 let q = noise.elems(heads * dim, dtype);
-                let q =
-                    View::contiguous("q", elems(&q, dtype), [1, heads, 1, dim]).expect("a view");
+                let q = View::contiguous("q", elems(&q, dtype), [1, heads, 1, dim]).expect("a view");
                 let mut wide = vec![0f32; heads * dim];
                 let mut narrow = vec![0u16; heads * dim];
                 let scale = 1.0 / (dim as f32).sqrt();
                 let call = |spans: &Spans, wide: &mut [f32], narrow: &mut [u16]| {
-                    let out = if dtype == Dtype::F32 {
-                        ElemsMut::F32(wide)
-                    } else {
-                        ElemsMut::Bits(narrow)
-                    };
+                    let out = if dtype == Dtype::F32 { ElemsMut::F32(wide) } else { ElemsMut::Bits(narrow) };
                     let args = Attend {
                         q,
                         spans,
@@ -191,13 +142,7 @@ fn check(exact: &[f64], wide: &[f32], narrow: &[u16], dtype: Dtype) {
         Dtype::F16 => f16::from_bits(narrow[i]).to_f64(),
     };
     let norm = exact.iter().map(|x| x * x).sum::<f64>().sqrt();
-    let off = exact
-        .iter()
-        .enumerate()
-        .map(|(i, x)| (x - got(i)).powi(2))
-        .sum::<f64>()
-        .sqrt()
-        / norm;
+    let off = exact.iter().enumerate().map(|(i, x)| (x - got(i)).powi(2)).sum::<f64>().sqrt() / norm;
     let bound = if dtype == Dtype::F32 { 1e-5 } else { 1e-2 };
     assert!(off <= bound, "{dtype:?}: relative error {off:.1e}");
 }

@@ -4,20 +4,10 @@
 #[non_exhaustive]
 pub enum Error {
     #[error("a budget of {budget} tokens cannot hold {sinks} sinks and {recent} recent tokens; give it at least {}", sinks + recent)]
-    BudgetTooSmall {
-        budget: u64,
-        sinks: u64,
-        recent: u64,
-    },
+    BudgetTooSmall { budget: u64, sinks: u64, recent: u64 },
     #[error("{what} must be {expected}, got {got}")]
-    OutOfRange {
-        what: &'static str,
-        expected: &'static str,
-        got: String,
-    },
-    #[error(
-        "the cache holds {have} rows, the input has {got}; use a fresh stream or select rows first"
-    )]
+    OutOfRange { what: &'static str, expected: &'static str, got: String },
+    #[error("the cache holds {have} rows, the input has {got}; use a fresh stream or select rows first")]
     RowMismatch { have: usize, got: usize },
     #[error("cannot crop {asked} tokens: row {row} has seen only {seen}")]
     CropTooLong { row: usize, asked: u64, seen: u64 },
@@ -26,11 +16,7 @@ pub enum Error {
     #[error("{what}: a step is open; commit it or roll it back first")]
     StepOpen { what: &'static str },
     #[error("expected {what} of shape {expected}, got {got}")]
-    Shape {
-        what: &'static str,
-        expected: String,
-        got: String,
-    },
+    Shape { what: &'static str, expected: String, got: String },
     #[error("out of memory: could not reserve {bytes} bytes for the cache; nothing was changed")]
     OutOfMemory { bytes: usize },
     #[error("block {block} is not in the store, which holds {have} blocks")]

@@ -1,5 +1,8 @@
 //! `Step` and `Moves`: opaque to Python but for the arrays that the reference backend reads.
 
+use std::sync::{Arc, Mutex};
+
+use kvsieve_core::kernels::SpanTrig;
 use kvsieve_core::plan;
 use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
@@ -8,6 +11,14 @@ use pyo3::prelude::*;
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Step {
     pub inner: plan::Step,
+    /// By the id of a rope: what every layer of the step shares. See `SpanTrig`.
+    pub trig: Mutex<Vec<(u64, Arc<SpanTrig>)>>,
+}
+
+impl Step {
+    pub fn new(inner: plan::Step) -> Self {
+        Step { inner, trig: Mutex::default() }
+    }
 }
 
 /// A list of token moves, applied in order. Each row of `array()` is (from, from_slot, to, to_slot, len).

@@ -57,11 +57,7 @@ impl SpanTrig {
             last.1
         });
         let variant = variant.collect();
-        SpanTrig {
-            rope: Arc::clone(rope),
-            variant,
-            table,
-        }
+        SpanTrig { rope: Arc::clone(rope), variant, table }
     }
 
     pub fn rope(&self) -> &Arc<Rope> {
@@ -91,12 +87,7 @@ pub struct Attend<'a> {
 
 /// Length of the `mass` of [`attend`].
 pub fn mass_len(spans: &Spans, num_kv_heads: usize) -> usize {
-    spans
-        .spans
-        .iter()
-        .map(|s| s.hi.saturating_sub(s.lo) as usize)
-        .sum::<usize>()
-        * num_kv_heads
+    spans.spans.iter().map(|s| s.hi.saturating_sub(s.lo) as usize).sum::<usize>() * num_kv_heads
 }
 
 /// What all units have in common.
@@ -140,20 +131,16 @@ pub fn attend(
         Some(trig) if args.apply_factor => (trig.rope.factor() * trig.rope.factor()) as f32,
         _ => 1.0,
     };
-    let common = Common {
-        arena,
-        args,
-        group,
-        factor,
-    };
+    let common = Common { arena, args, group, factor };
 
     // Where the units begin and how many keys each has.
     let mut stretches: Vec<(usize, std::ops::Range<usize>, usize)> = Vec::new();
     let mut total_keys = 0;
     for (item, w) in spans.starts.windows(2).enumerate() {
-        let (mut first, end, mut keys) = (w[0] as usize, w[1] as usize, 0);
-        for at in first..end {
-            keys += (spans.spans[at].hi - spans.spans[at].lo) as usize;
+        let end = w[1] as usize;
+        let (mut first, mut keys) = (w[0] as usize, 0);
+        for (at, span) in spans.spans.iter().enumerate().take(end).skip(first) {
+            keys += (span.hi - span.lo) as usize;
             if keys >= SPLIT || at + 1 == end {
                 stretches.push((item, first..at + 1, keys));
                 total_keys += keys;
@@ -175,30 +162,17 @@ pub fn attend(
                 let (mine, others) = rest.split_at_mut(if wants_mass { keys * group } else { 0 });
                 rest = others;
                 let partial = chunks.next().unwrap_or_default();
-                units.push(Unit {
-                    item: *item,
-                    kv_head,
-                    spans: range.clone(),
-                    partial,
-                    logits: mine,
-                });
+                units.push(Unit { item: *item, kv_head, spans: range.clone(), partial, logits: mine });
             }
         }
     }
     let run = kernel(arena);
     let bytes = total_keys * arena.token_bytes();
     if args.threads == 1 || units.len() <= 1 || bytes < INLINE {
-        units
-            .iter_mut()
-            .for_each(|unit| run(args.level, &common, unit));
+        units.iter_mut().for_each(|unit| run(args.level, &common, unit));
     } else {
         let pool = threads::pool(args.threads)?;
-        pool.install(|| {
-            units
-                .par_iter_mut()
-                .with_max_len(1)
-                .for_each(|unit| run(args.level, &common, unit))
-        });
+        pool.install(|| units.par_iter_mut().with_max_len(1).for_each(|unit| run(args.level, &common, unit)));
     }
     drop(units);
 
@@ -209,60 +183,31 @@ pub fn attend(
     let mut logits_at = 0;
     for item in 0..spans.starts.len() - 1 {
         let (row, query) = (item / queries, item % queries);
-        let mine = &stretches[first
-            ..first
-                + stretches[first..]
-                    .iter()
-                    .take_while(|s| s.0 == item)
-                    .count()];
+        let mine = &stretches[first..first + stretches[first..].iter().take_while(|s| s.0 == item).count()];
         let item_keys: usize = mine.iter().map(|s| s.2).sum();
-        let (item_mass, others) =
-            mass_rest.split_at_mut(if wants_mass { item_keys * kv_heads } else { 0 });
+        let (item_mass, others) = mass_rest.split_at_mut(if wants_mass { item_keys * kv_heads } else { 0 });
         mass_rest = others;
         item_mass.fill(0.0);
         for head in 0..heads {
             let (kv_head, g) = (head / group, head % group);
-            let partial =
-                |i: usize| &partials[((first + i) * kv_heads + kv_head) * stride..][..stride];
+            let partial = |i: usize| &partials[((first + i) * kv_heads + kv_head) * stride..][..stride];
             let max_of = |i: usize| partial(i)[group * value_dim + g];
-            let max = (0..mine.len())
-                .map(max_of)
-                .fold(f32::NEG_INFINITY, f32::max);
+            let max = (0..mine.len()).map(max_of).fold(f32::NEG_INFINITY, f32::max);
             sums.fill(0.0);
             let mut weights = 0f32;
             for i in 0..mine.len() {
-                let c = if max_of(i) == f32::NEG_INFINITY {
-                    0.0
-                } else {
-                    (max_of(i) - max).exp()
-                };
+                let c = if max_of(i) == f32::NEG_INFINITY { 0.0 } else { (max_of(i) - max).exp() };
                 let part = partial(i);
                 weights += c * part[group * (value_dim + 1) + g];
-                sums.iter_mut()
-                    .zip(&part[g * value_dim..])
-                    .for_each(|(s, x)| *s += c * x);
+                sums.iter_mut().zip(&part[g * value_dim..]).for_each(|(s, x)| *s += c * x);
             }
-            let this_lse = if weights == 0.0 {
-                f32::NEG_INFINITY
-            } else {
-                max + weights.ln()
-            };
+            let this_lse = if weights == 0.0 { f32::NEG_INFINITY } else { max + weights.ln() };
             if let Some(lse) = &mut lse {
                 lse[(row * heads + head) * queries + query] = this_lse;
             }
             let sink = args.sinks.map_or(0.0, |sinks| (sinks[head] - max).exp());
-            let norm = if weights == 0.0 {
-                0.0
-            } else {
-                1.0 / (weights + sink)
-            };
-            write_out(
-                &mut out,
-                arena.dtype(),
-                (item * heads + head) * value_dim,
-                &sums,
-                norm,
-            );
+            let norm = if weights == 0.0 { 0.0 } else { 1.0 / (weights + sink) };
+            write_out(&mut out, arena.dtype(), (item * heads + head) * value_dim, &sums, norm);
             if wants_mass && item_keys > 0 {
                 let mut at = logits_at;
                 let mut to = kv_head * item_keys;
@@ -285,21 +230,12 @@ pub fn attend(
 fn write_out(out: &mut ElemsMut<'_>, dtype: Dtype, at: usize, sums: &[f32], norm: f32) {
     // An empty item has sums of zero and a norm of zero.
     match (out, dtype) {
-        (ElemsMut::F32(out), _) => out[at..]
-            .iter_mut()
-            .zip(sums)
-            .for_each(|(o, s)| *o = s * norm),
+        (ElemsMut::F32(out), _) => out[at..].iter_mut().zip(sums).for_each(|(o, s)| *o = s * norm),
         (ElemsMut::Bits(out), Dtype::F16) => {
-            out[at..]
-                .iter_mut()
-                .zip(sums)
-                .for_each(|(o, s)| *o = f16::of_f32(s * norm).to_bits());
+            out[at..].iter_mut().zip(sums).for_each(|(o, s)| *o = f16::of_f32(s * norm).to_bits());
         }
         (ElemsMut::Bits(out), _) => {
-            out[at..]
-                .iter_mut()
-                .zip(sums)
-                .for_each(|(o, s)| *o = bf16::of_f32(s * norm).to_bits());
+            out[at..].iter_mut().zip(sums).for_each(|(o, s)| *o = bf16::of_f32(s * norm).to_bits());
         }
     }
 }
@@ -314,11 +250,7 @@ fn check(
 ) -> Result<usize> {
     args.level.check()?;
     if args.threads == 0 {
-        return Err(Error::OutOfRange {
-            what: "threads",
-            expected: "at least 1",
-            got: "0".to_string(),
-        });
+        return Err(Error::OutOfRange { what: "threads", expected: "at least 1", got: "0".to_string() });
     }
     let spans = args.spans;
     let shape = args.q.shape();
@@ -328,15 +260,8 @@ fn check(
     let fits = (rows, queries, dim) == (spans.num_rows, spans.num_queries, arena.key_dim());
     if !fits || heads == 0 || !heads.is_multiple_of(arena.num_kv_heads()) {
         let (kv_heads, key_dim) = (arena.num_kv_heads(), arena.key_dim());
-        let expected = format!(
-            "[{}, multiple of {kv_heads}, {}, {key_dim}]",
-            spans.num_rows, spans.num_queries
-        );
-        return Err(Error::Shape {
-            what: "q",
-            expected,
-            got: format!("{shape:?}"),
-        });
+        let expected = format!("[{}, multiple of {kv_heads}, {}, {key_dim}]", spans.num_rows, spans.num_queries);
+        return Err(Error::Shape { what: "q", expected, got: format!("{shape:?}") });
     }
     let items = rows * queries;
     check_len("out", out.len(), items * heads * arena.value_dim())?;
@@ -347,21 +272,13 @@ fn check(
         check_len("sinks", sinks.len(), heads)?;
     }
     if args.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
-        return Err(Error::OutOfRange {
-            what: "softcap",
-            expected: "above 0",
-            got: format!("{:?}", args.softcap),
-        });
+        return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{:?}", args.softcap) });
     }
     check_len("spans.starts", spans.starts.len(), items + 1)?;
     let ends = (spans.starts[0], spans.starts[items] as usize);
     if ends != (0, spans.spans.len()) || !spans.starts.is_sorted() {
         let expected = format!("ascending from 0 to {}", spans.spans.len());
-        return Err(Error::Shape {
-            what: "spans.starts",
-            expected,
-            got: format!("{:?}", spans.starts),
-        });
+        return Err(Error::Shape { what: "spans.starts", expected, got: format!("{:?}", spans.starts) });
     }
     for span in &spans.spans {
         arena.check_span(span.block, span.lo, span.hi)?;
@@ -370,11 +287,7 @@ fn check(
         check_len("trig", trig.variant.len(), spans.spans.len())?;
         if trig.rope.rotary_dim() > dim {
             let expected = format!("at most {dim} rotated channels");
-            return Err(Error::Shape {
-                what: "rope",
-                expected,
-                got: trig.rope.rotary_dim().to_string(),
-            });
+            return Err(Error::Shape { what: "rope", expected, got: trig.rope.rotary_dim().to_string() });
         }
     }
     if let Some(mass) = mass {
@@ -402,22 +315,14 @@ fn kernel(arena: &Arena) -> Kernel {
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma,f16c")]
-unsafe fn run_avx2<E: Elem, const D: usize>(
-    common: &Common<'_>,
-    unit: &mut Unit<'_>,
-    scratch: &mut Scratch,
-) {
+unsafe fn run_avx2<E: Elem, const D: usize>(common: &Common<'_>, unit: &mut Unit<'_>, scratch: &mut Scratch) {
     // SAFETY: passed on to the caller.
     unsafe { run_unit::<super::simd::Avx2, E, D>(common, unit, scratch) }
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
-unsafe fn run_avx512<E: Elem, const D: usize>(
-    common: &Common<'_>,
-    unit: &mut Unit<'_>,
-    scratch: &mut Scratch,
-) {
+unsafe fn run_avx512<E: Elem, const D: usize>(common: &Common<'_>, unit: &mut Unit<'_>, scratch: &mut Scratch) {
     // SAFETY: passed on to the caller.
     unsafe { run_unit::<super::simd::Avx512, E, D>(common, unit, scratch) }
 }
@@ -471,23 +376,14 @@ fn padded(n: usize) -> usize {
 
 impl Scratch {
     fn cut(&mut self, group: usize, width: usize, value_width: usize) -> Parts<'_> {
-        let sizes = [
-            group * width,
-            group * width,
-            TILE * width,
-            group * TILE,
-            group * value_width,
-            padded(group),
-        ];
+        let sizes = [group * width, group * width, TILE * width, group * TILE, group * value_width, padded(group)];
         let need = sizes.iter().sum::<usize>() + sizes[5];
         if self.lines.len() * 16 < need {
             self.lines.resize(need.div_ceil(16), Line([0.0; 16]));
         }
         let lines: &mut [[f32; 16]] = {
             // SAFETY: `Line` is a transparent-sized wrapper: 16 floats in 64 bytes, without padding.
-            unsafe {
-                std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len())
-            }
+            unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len()) }
         };
         let rest = lines.as_flattened_mut();
         let (base, rest) = rest.split_at_mut(sizes[0]);
@@ -497,15 +393,7 @@ impl Scratch {
         let (sums, rest) = rest.split_at_mut(sizes[4]);
         let (max, rest) = rest.split_at_mut(sizes[5]);
         let total = &mut rest[..sizes[5]];
-        Parts {
-            base,
-            turned,
-            keys,
-            scores,
-            sums,
-            max,
-            total,
-        }
+        Parts { base, turned, keys, scores, sums, max, total }
     }
 }
 
@@ -529,19 +417,9 @@ struct Tile<E> {
 
 impl<E: Elem> Tile<E> {
     fn new() -> Self {
-        let none = Piece {
-            keys: std::ptr::null(),
-            values: std::ptr::null(),
-            len: 0,
-            slot: 0,
-            variant: 0,
-            rotate: false,
-        };
-        Tile {
-            pieces: [none; TILE],
-            num_pieces: 0,
-            len: 0,
-        }
+        let none =
+            Piece { keys: std::ptr::null(), values: std::ptr::null(), len: 0, slot: 0, variant: 0, rotate: false };
+        Tile { pieces: [none; TILE], num_pieces: 0, len: 0 }
     }
 
     /// Takes as many of the spans from `*next` on as fit; spans are never cut.
@@ -559,14 +437,7 @@ impl<E: Elem> Tile<E> {
                 let variant = common.args.trig.map_or(0, |trig| trig.variant[*next]);
                 let rotate = span.rotate_keys && common.args.trig.is_some();
                 let (keys, values) = (keys.cast(), values.cast());
-                self.pieces[self.num_pieces] = Piece {
-                    keys,
-                    values,
-                    len,
-                    slot: span.lo,
-                    variant,
-                    rotate,
-                };
+                self.pieces[self.num_pieces] = Piece { keys, values, len, slot: span.lo, variant, rotate };
                 self.num_pieces += 1;
                 self.len += len;
             }
@@ -580,19 +451,10 @@ impl<E: Elem> Tile<E> {
 /// # Safety
 /// As for [`Simd`]; `E` is the dtype of the queries.
 #[inline(always)]
-unsafe fn load_queries<S: Simd, E: Elem>(
-    common: &Common<'_>,
-    unit: &Unit<'_>,
-    width: usize,
-    base: &mut [f32],
-) {
+unsafe fn load_queries<S: Simd, E: Elem>(common: &Common<'_>, unit: &Unit<'_>, width: usize, base: &mut [f32]) {
     let [_, _, queries, dim] = common.args.q.shape();
     for (g, to) in base.chunks_exact_mut(width).enumerate() {
-        let from = common.args.q.row(
-            unit.item / queries,
-            unit.kv_head * common.group + g,
-            unit.item % queries,
-        );
+        let from = common.args.q.row(unit.item / queries, unit.kv_head * common.group + g, unit.item % queries);
         // SAFETY: a checked row of `dim` elements of the dtype that the caller vouches for.
         unsafe { load_row::<S, E>(from.as_bytes_ptr().cast(), &mut to[..dim]) };
         to[..dim].iter_mut().for_each(|x| *x *= common.args.scale);
@@ -609,13 +471,7 @@ unsafe fn load_queries<S: Simd, E: Elem>(
 /// # Safety
 /// As for [`Simd`]; the piece holds `len` rows of `dim` elements.
 #[inline(always)]
-unsafe fn rotate_keys<S: Simd, E: Elem>(
-    piece: &Piece<E>,
-    rope: &Rope,
-    dim: usize,
-    width: usize,
-    to: &mut [f32],
-) {
+unsafe fn rotate_keys<S: Simd, E: Elem>(piece: &Piece<E>, rope: &Rope, dim: usize, width: usize, to: &mut [f32]) {
     let pairs = rope.inv_freq().len();
     let table = rope.in_block();
     let by_vectors = rope.layout() == Layout::Half && pairs.is_multiple_of(S::LANES);
@@ -629,18 +485,9 @@ unsafe fn rotate_keys<S: Simd, E: Elem>(
             if by_vectors {
                 for c in (0..pairs).step_by(S::LANES) {
                     let (a, b) = (E::load::<S>(from.add(c)), E::load::<S>(from.add(pairs + c)));
-                    let (cos, sin) = (
-                        S::load(trig.as_ptr().add(c)),
-                        S::load(trig.as_ptr().add(pairs + c)),
-                    );
-                    S::store(
-                        to.as_mut_ptr().add(c),
-                        S::sub(S::mul(a, cos), S::mul(b, sin)),
-                    );
-                    S::store(
-                        to.as_mut_ptr().add(pairs + c),
-                        S::fma(b, cos, S::mul(a, sin)),
-                    );
+                    let (cos, sin) = (S::load(trig.as_ptr().add(c)), S::load(trig.as_ptr().add(pairs + c)));
+                    S::store(to.as_mut_ptr().add(c), S::sub(S::mul(a, cos), S::mul(b, sin)));
+                    S::store(to.as_mut_ptr().add(pairs + c), S::fma(b, cos, S::mul(a, sin)));
                 }
                 load_row::<S, E>(from.add(2 * pairs), &mut to[2 * pairs..]);
             } else {
@@ -775,11 +622,7 @@ unsafe fn weigh<S: Simd, E: Elem, const HB: usize, const C: usize, const PART: b
             for _ in 0..piece.len {
                 let mut x = [S::splat(0.0); C];
                 for (j, x) in x.iter_mut().enumerate() {
-                    *x = if PART {
-                        E::load_part::<S>(v, dim - c0)
-                    } else {
-                        E::load::<S>(v.add(j * S::LANES))
-                    };
+                    *x = if PART { E::load_part::<S>(v, dim - c0) } else { E::load::<S>(v.add(j * S::LANES)) };
                 }
                 for (h, acc) in acc.iter_mut().enumerate() {
                     let w = S::splat(*weights.add(h * TILE + t));
@@ -837,13 +680,7 @@ unsafe fn weigh_all<S: Simd, E: Elem, const HB: usize>(
 /// # Safety
 /// As for [`Simd`]; `TILE` scores, of which `n` are set.
 #[inline(always)]
-unsafe fn softmax<S: Simd>(
-    scores: &mut [f32],
-    n: usize,
-    max: &mut f32,
-    total: &mut f32,
-    sums: &mut [f32],
-) {
+unsafe fn softmax<S: Simd>(scores: &mut [f32], n: usize, max: &mut f32, total: &mut f32, sums: &mut [f32]) {
     let end = n.next_multiple_of(S::LANES);
     scores[n..end].fill(f32::NEG_INFINITY);
     let p = scores.as_mut_ptr();
@@ -863,11 +700,7 @@ unsafe fn softmax<S: Simd>(
             sum = S::add(sum, w);
         }
         if top > *max {
-            let c = if *max == f32::NEG_INFINITY {
-                0.0
-            } else {
-                (*max - top).exp()
-            };
+            let c = if *max == f32::NEG_INFINITY { 0.0 } else { (*max - top).exp() };
             *total *= c;
             let c = S::splat(c);
             for i in (0..sums.len()).step_by(S::LANES) {
@@ -883,27 +716,11 @@ unsafe fn softmax<S: Simd>(
 /// # Safety
 /// As for [`Simd`]; all spans lie in blocks with memory; `E` is the dtype of arena and queries; `D` is 0 or both dims.
 #[inline(always)]
-unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
-    common: &Common<'_>,
-    unit: &mut Unit<'_>,
-    scratch: &mut Scratch,
-) {
-    let (dim, value_dim) = if D > 0 {
-        (D, D)
-    } else {
-        (common.arena.key_dim(), common.arena.value_dim())
-    };
+unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(common: &Common<'_>, unit: &mut Unit<'_>, scratch: &mut Scratch) {
+    let (dim, value_dim) = if D > 0 { (D, D) } else { (common.arena.key_dim(), common.arena.value_dim()) };
     let (width, value_width) = (padded(dim), padded(value_dim));
     let group = common.group;
-    let Parts {
-        base,
-        turned,
-        keys,
-        scores,
-        sums,
-        max,
-        total,
-    } = scratch.cut(group, width, value_width);
+    let Parts { base, turned, keys, scores, sums, max, total } = scratch.cut(group, width, value_width);
     // SAFETY: the caller's promise.
     unsafe { load_queries::<S, E>(common, unit, width, base) };
     sums.fill(0.0);
@@ -930,18 +747,14 @@ unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
             {
                 variant = piece.variant;
                 let pairs = trig.rope.inv_freq().len();
-                let (cos, sin) =
-                    trig.table[(variant as usize - 1) * 2 * pairs..][..2 * pairs].split_at(pairs);
+                let (cos, sin) = trig.table[(variant as usize - 1) * 2 * pairs..][..2 * pairs].split_at(pairs);
                 for (from, to) in base.chunks_exact(width).zip(turned.chunks_exact_mut(width)) {
                     to.copy_from_slice(from);
                     rotate_row(to, cos, sin, trig.rope.layout());
                 }
             }
             let q: &[f32] = if piece.variant == 0 { base } else { turned };
-            let ahead = Ahead {
-                from: piece.values.cast(),
-                row: value_dim * size_of::<E>(),
-            };
+            let ahead = Ahead { from: piece.values.cast(), row: value_dim * size_of::<E>() };
             let rotated = match common.args.trig {
                 // SAFETY: the caller's promise: `piece.len` rows of `dim` elements.
                 Some(trig) if piece.rotate => unsafe {
@@ -988,29 +801,19 @@ unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
                 unsafe {
                     for i in (0..tile.len).step_by(S::LANES) {
                         let p = scores.as_mut_ptr().add(i);
-                        S::store(
-                            p,
-                            S::mul(
-                                S::splat(cap),
-                                tanh::<S>(S::mul(S::load(p), S::splat(1.0 / cap))),
-                            ),
-                        );
+                        S::store(p, S::mul(S::splat(cap), tanh::<S>(S::mul(S::load(p), S::splat(1.0 / cap)))));
                     }
                 }
             }
             if unit_keys > 0 {
-                unit.logits[g * unit_keys + done..][..tile.len]
-                    .copy_from_slice(&scores[..tile.len]);
+                unit.logits[g * unit_keys + done..][..tile.len].copy_from_slice(&scores[..tile.len]);
             }
             let sums = &mut sums[g * value_width..(g + 1) * value_width];
             // SAFETY: a whole tile of scores; sums are padded to whole vectors.
             unsafe { softmax::<S>(scores, tile.len, &mut max[g], &mut total[g], sums) };
         }
 
-        let ahead = Ahead {
-            from: following.pieces[0].keys.cast(),
-            row: dim * size_of::<E>(),
-        };
+        let ahead = Ahead { from: following.pieces[0].keys.cast(), row: dim * size_of::<E>() };
         let mut h = 0;
         while h < group {
             let ahead = (h == 0 && following.num_pieces > 0).then_some(ahead);

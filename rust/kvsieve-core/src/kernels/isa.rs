@@ -49,11 +49,7 @@ impl Level {
 
     /// Refuses a level that this machine lacks: running it would be undefined.
     pub(crate) fn check(self) -> Result<()> {
-        if self.available() {
-            Ok(())
-        } else {
-            Err(refused(self.name()))
-        }
+        if self.available() { Ok(()) } else { Err(refused(self.name())) }
     }
 }
 
@@ -67,19 +63,13 @@ fn refused(got: &str) -> Error {
 
 /// Every level of this machine, the slowest first.
 pub fn levels() -> Vec<Level> {
-    [Level::Portable, Level::Avx2, Level::Avx512]
-        .into_iter()
-        .filter(|l| l.available())
-        .collect()
+    [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(|l| l.available()).collect()
 }
 
 fn choose(asked: Option<&str>) -> Result<Level> {
     match asked {
         None | Some("") => Ok(levels().pop().unwrap_or(Level::Portable)),
-        Some(name) => levels()
-            .into_iter()
-            .find(|l| l.name() == name)
-            .ok_or_else(|| refused(name)),
+        Some(name) => levels().into_iter().find(|l| l.name() == name).ok_or_else(|| refused(name)),
     }
 }
 

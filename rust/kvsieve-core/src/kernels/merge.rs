@@ -21,23 +21,12 @@ pub fn merge(parts: &[Partial<'_>], dim: usize, out: &mut [f32], lse: &mut [f32]
     }
     out.fill(0.0);
     for (row, total) in lse.iter_mut().enumerate() {
-        let max = parts
-            .iter()
-            .map(|p| p.lse[row])
-            .fold(f32::NEG_INFINITY, f32::max);
+        let max = parts.iter().map(|p| p.lse[row]).fold(f32::NEG_INFINITY, f32::max);
         let weight = |x: f32| {
-            if x == f32::NEG_INFINITY {
-                0.0
-            } else {
-                (x - max).exp()
-            }
+            if x == f32::NEG_INFINITY { 0.0 } else { (x - max).exp() }
         };
         let sum: f32 = parts.iter().map(|p| weight(p.lse[row])).sum();
-        *total = if sum == 0.0 {
-            f32::NEG_INFINITY
-        } else {
-            max + sum.ln()
-        };
+        *total = if sum == 0.0 { f32::NEG_INFINITY } else { max + sum.ln() };
         if sum == 0.0 {
             continue;
         }
@@ -46,10 +35,7 @@ pub fn merge(parts: &[Partial<'_>], dim: usize, out: &mut [f32], lse: &mut [f32]
             let w = weight(part.lse[row]) / sum;
             // A part without keys may hold anything, NaN included.
             if w != 0.0 {
-                out[span.clone()]
-                    .iter_mut()
-                    .zip(&part.out[span.clone()])
-                    .for_each(|(o, x)| *o += w * x);
+                out[span.clone()].iter_mut().zip(&part.out[span.clone()]).for_each(|(o, x)| *o += w * x);
             }
         }
     }

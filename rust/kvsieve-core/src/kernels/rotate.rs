@@ -35,25 +35,12 @@ impl Rope {
     pub fn new(inv_freq: Vec<f64>, layout: Layout, factor: f64) -> Result<Self> {
         if inv_freq.is_empty() || inv_freq.iter().any(|f| !f.is_finite()) {
             let got = format!("{inv_freq:?}");
-            return Err(Error::OutOfRange {
-                what: "inv_freq",
-                expected: "a finite number for each pair",
-                got,
-            });
+            return Err(Error::OutOfRange { what: "inv_freq", expected: "a finite number for each pair", got });
         }
         if !factor.is_finite() || factor == 0.0 {
-            return Err(Error::OutOfRange {
-                what: "factor",
-                expected: "finite and not 0",
-                got: factor.to_string(),
-            });
+            return Err(Error::OutOfRange { what: "factor", expected: "finite and not 0", got: factor.to_string() });
         }
-        Ok(Rope {
-            inv_freq,
-            layout,
-            factor,
-            in_block: OnceLock::new(),
-        })
+        Ok(Rope { inv_freq, layout, factor, in_block: OnceLock::new() })
     }
 
     pub fn inv_freq(&self) -> &[f64] {
@@ -159,8 +146,8 @@ pub(crate) unsafe fn load_row<S: Simd, E: Elem>(from: *const E, to: &mut [f32]) 
         for c in (0..whole).step_by(S::LANES) {
             S::store(to.as_mut_ptr().add(c), E::load::<S>(from.add(c)));
         }
-        for c in whole..to.len() {
-            to[c] = (*from.add(c)).to_f32();
+        for (c, to) in to.iter_mut().enumerate().skip(whole) {
+            *to = (*from.add(c)).to_f32();
         }
     }
 }
@@ -175,8 +162,8 @@ pub(crate) unsafe fn store_row<S: Simd, E: Elem>(from: &[f32], to: *mut E) {
         for c in (0..whole).step_by(S::LANES) {
             E::store::<S>(to.add(c), S::load(from.as_ptr().add(c)));
         }
-        for c in whole..from.len() {
-            *to.add(c) = E::of_f32(from[c]);
+        for (c, &x) in from.iter().enumerate().skip(whole) {
+            *to.add(c) = E::of_f32(x);
         }
     }
 }
@@ -197,35 +184,18 @@ pub fn rotate(
     check_dtype("x", x.elems(), dtype)?;
     check_dtype("out", out.as_ref(), dtype)?;
     check_len("positions", positions.len(), tokens)?;
-    let rows = batch
-        .checked_mul(heads)
-        .and_then(|n| n.checked_mul(tokens))
-        .and_then(|n| n.checked_mul(dim));
+    let rows = batch.checked_mul(heads).and_then(|n| n.checked_mul(tokens)).and_then(|n| n.checked_mul(dim));
     check_len("out", out.len(), rows.unwrap_or(usize::MAX))?;
     if rope.rotary_dim() > dim {
         let expected = format!("at least {} channels", rope.rotary_dim());
-        return Err(Error::Shape {
-            what: "x",
-            expected,
-            got: format!("{dim} channels"),
-        });
+        return Err(Error::Shape { what: "x", expected, got: format!("{dim} channels") });
     }
     let mut trig = Vec::with_capacity(tokens * rope.rotary_dim());
     for &p in positions {
         rope.push_trig(if inverse { p.wrapping_neg() } else { p }, &mut trig);
     }
-    let factor = if inverse {
-        1.0 / rope.factor
-    } else {
-        rope.factor
-    } as f32;
-    let job = &Job {
-        dim,
-        trig: &trig,
-        layout: rope.layout,
-        pairs: rope.inv_freq.len(),
-        factor,
-    };
+    let factor = if inverse { 1.0 / rope.factor } else { rope.factor } as f32;
+    let job = &Job { dim, trig: &trig, layout: rope.layout, pairs: rope.inv_freq.len(), factor };
     let to = out.as_bytes_mut_ptr();
     match dtype {
         Dtype::F32 => dispatch!(level, run::<f32>(job: &Job<'_>, x: &View<'_>, to: *mut u8) -> ()),

@@ -100,11 +100,7 @@ impl Elem for f32 {
 fn round_bf16(x: f32) -> bf16 {
     let bits = x.to_bits();
     let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
-    bf16::from_bits(if x.is_nan() {
-        bits >> 16 | 0x40
-    } else {
-        rounded
-    } as u16)
+    bf16::from_bits(if x.is_nan() { bits >> 16 | 0x40 } else { rounded } as u16)
 }
 
 impl Elem for bf16 {
@@ -195,7 +191,7 @@ pub(crate) unsafe fn tanh<S: Simd>(x: S::V) -> S::V {
         let abs = S::pick_less(x, zero, minus, x);
         let z = S::mul(x, x);
         let p = S::splat(-5.704_988_7e-3);
-        let p = S::fma(p, z, S::splat(2.063_908_9e-2));
+        let p = S::fma(p, z, S::splat(2.063_909e-2));
         let p = S::fma(p, z, S::splat(-5.373_971_6e-2));
         let p = S::fma(p, z, S::splat(1.333_144_2e-1));
         let p = S::fma(p, z, S::splat(-3.333_328e-1));
@@ -219,12 +215,7 @@ pub(crate) struct Four([f32; 4]);
 impl Four {
     #[inline(always)]
     fn zip(self, b: Four, f: impl Fn(f32, f32) -> f32) -> Four {
-        Four([
-            f(self.0[0], b.0[0]),
-            f(self.0[1], b.0[1]),
-            f(self.0[2], b.0[2]),
-            f(self.0[3], b.0[3]),
-        ])
+        Four([f(self.0[0], b.0[0]), f(self.0[1], b.0[1]), f(self.0[2], b.0[2]), f(self.0[3], b.0[3])])
     }
 }
 
@@ -295,9 +286,7 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn scale2(a: Four, n: Four) -> Four {
-        a.zip(n, |a, n| {
-            a * f32::from_bits((((n as i32) + 127) as u32) << 23)
-        })
+        a.zip(n, |a, n| a * f32::from_bits((((n as i32) + 127) as u32) << 23))
     }
     #[inline(always)]
     unsafe fn pick_less(x: Four, y: Four, a: Four, b: Four) -> Four {
@@ -316,12 +305,7 @@ impl Simd for Portable {
     unsafe fn sum4(p: *mut f32, v: [Four; 4]) {
         // SAFETY: the caller vouches for four elements.
         unsafe {
-            let sums = Four([
-                Self::sum(v[0]),
-                Self::sum(v[1]),
-                Self::sum(v[2]),
-                Self::sum(v[3]),
-            ]);
+            let sums = Four([Self::sum(v[0]), Self::sum(v[1]), Self::sum(v[2]), Self::sum(v[3])]);
             Self::store(p, sums);
         }
     }
@@ -364,12 +348,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn load_bf16(p: *const bf16) -> __m256 {
-            unsafe {
-                _mm256_castsi256_ps(_mm256_slli_epi32(
-                    _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())),
-                    16,
-                ))
-            }
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
         }
         #[inline(always)]
         unsafe fn load_f16(p: *const f16) -> __m256 {
@@ -442,10 +421,7 @@ mod x86 {
         unsafe fn sum4(p: *mut f32, v: [__m256; 4]) {
             unsafe {
                 let s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
-                _mm_storeu_ps(
-                    p,
-                    _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)),
-                );
+                _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
             }
         }
         #[inline(always)]
@@ -472,12 +448,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn load_bf16(p: *const bf16) -> __m512 {
-            unsafe {
-                _mm512_castsi512_ps(_mm512_slli_epi32(
-                    _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())),
-                    16,
-                ))
-            }
+            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
         }
         #[inline(always)]
         unsafe fn load_f16(p: *const f16) -> __m512 {
@@ -539,23 +510,14 @@ mod x86 {
         unsafe fn sum4(p: *mut f32, v: [__m512; 4]) {
             unsafe {
                 // Within each quarter: first pairs of vectors, then pairs of pairs; then the quarters are added up.
-                let ab = _mm512_add_ps(
-                    _mm512_unpacklo_ps(v[0], v[1]),
-                    _mm512_unpackhi_ps(v[0], v[1]),
-                );
-                let cd = _mm512_add_ps(
-                    _mm512_unpacklo_ps(v[2], v[3]),
-                    _mm512_unpackhi_ps(v[2], v[3]),
-                );
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
                 let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
                 let lo = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
                 let hi = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
                 let s = _mm512_add_ps(lo, hi);
                 let s = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
-                _mm_storeu_ps(
-                    p,
-                    _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)),
-                );
+                _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
             }
         }
         #[inline(always)]

@@ -46,10 +46,7 @@ unsafe fn row<S: Simd, E: Elem>(x: *const E, n: usize, id: usize) -> f32 {
                 let e = exp::<S>(S::sub(E::load::<S>(chunk.add(c)), S::splat(base)));
                 sums[lane] = S::add(sums[lane], e);
             }
-            sum += f64::from(S::sum(S::add(
-                S::add(sums[0], sums[1]),
-                S::add(sums[2], sums[3]),
-            )));
+            sum += f64::from(S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3]))));
             for c in whole..len {
                 sum += f64::from(((*chunk.add(c)).to_f32() - base).exp());
             }
@@ -60,18 +57,10 @@ unsafe fn row<S: Simd, E: Elem>(x: *const E, n: usize, id: usize) -> f32 {
             return f32::NAN;
         }
         if max == f32::INFINITY {
-            return if realised == f32::INFINITY {
-                0.0
-            } else {
-                f32::MAX
-            };
+            return if realised == f32::INFINITY { 0.0 } else { f32::MAX };
         }
         let surprise = f64::from(max) - f64::from(realised) + sum.ln();
-        if surprise < f64::from(f32::MAX) {
-            surprise.max(0.0) as f32
-        } else {
-            f32::MAX
-        }
+        if surprise < f64::from(f32::MAX) { surprise.max(0.0) as f32 } else { f32::MAX }
     }
 }
 
@@ -89,36 +78,19 @@ unsafe fn run<S: Simd, E: Elem>(logits: &View<'_>, ids: &[i64], out: &mut [f32])
 /// Negative log-probability of `ids[i]` under row `i` of `logits` (`[1, 1, rows, vocabulary]`), in one pass over memory.
 ///
 /// Never infinite: an impossible token costs `f32::MAX`. NaN when the row holds NaN, unless it also holds `+inf`.
-pub fn surprisal(
-    logits: &View<'_>,
-    dtype: Dtype,
-    ids: &[i64],
-    out: &mut [f32],
-    level: Level,
-) -> Result<()> {
+pub fn surprisal(logits: &View<'_>, dtype: Dtype, ids: &[i64], out: &mut [f32], level: Level) -> Result<()> {
     level.check()?;
     check_dtype("logits", logits.elems(), dtype)?;
     let [one, first, rows, vocabulary] = logits.shape();
     if (one, first) != (1, 1) {
         let got = format!("{:?}", logits.shape());
-        return Err(Error::Shape {
-            what: "logits",
-            expected: "[1, 1, rows, vocabulary]".to_string(),
-            got,
-        });
+        return Err(Error::Shape { what: "logits", expected: "[1, 1, rows, vocabulary]".to_string(), got });
     }
     check_len("ids", ids.len(), rows)?;
     check_len("out", out.len(), rows)?;
-    if let Some(id) = ids
-        .iter()
-        .find(|&&id| usize::try_from(id).map_or(true, |id| id >= vocabulary))
-    {
+    if let Some(id) = ids.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= vocabulary)) {
         let (what, expected) = ("token id", "below the number of logits, and not negative");
-        return Err(Error::OutOfRange {
-            what,
-            expected,
-            got: id.to_string(),
-        });
+        return Err(Error::OutOfRange { what, expected, got: id.to_string() });
     }
     match dtype {
         Dtype::F32 => {

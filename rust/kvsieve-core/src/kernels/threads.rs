@@ -16,14 +16,8 @@ pub fn pool(threads: usize) -> Result<Arc<ThreadPool>> {
     if let Some((_, _, pool)) = pools.iter().find(|(p, n, _)| (*p, *n) == (pid, threads)) {
         return Ok(Arc::clone(pool));
     }
-    let built = ThreadPoolBuilder::new()
-        .num_threads(threads)
-        .thread_name(|i| format!("kvsieve-{i}"))
-        .build();
-    let pool =
-        Arc::new(built.map_err(|_| {
-            Error::Unsupported("could not start the worker threads; ask for fewer")
-        })?);
+    let built = ThreadPoolBuilder::new().num_threads(threads).thread_name(|i| format!("kvsieve-{i}")).build();
+    let pool = Arc::new(built.map_err(|_| Error::Unsupported("could not start the worker threads; ask for fewer"))?);
     // Pools of a former process stay in the list: dropping one would signal threads that do not exist here.
     pools.push((pid, threads, Arc::clone(&pool)));
     Ok(pool)

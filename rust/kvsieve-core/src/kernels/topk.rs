@@ -8,11 +8,7 @@ fn rank(x: f32) -> u32 {
         return 0;
     }
     let bits = (x + 0.0).to_bits();
-    if bits >> 31 == 1 {
-        !bits
-    } else {
-        bits | 1 << 31
-    }
+    if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
 }
 
 /// For each row of `scores` (`[rows, columns]`) the columns of its `k` best entries: by value from high to low, equal values by
@@ -40,11 +36,7 @@ pub fn top_k(scores: &[f32], columns: usize, k: usize) -> Result<Vec<i64>> {
     for row in scores.chunks_exact(columns) {
         keys.clear();
         // The complement of the rank above the column: ascending integers are then the wanted order, ties included.
-        keys.extend(
-            row.iter()
-                .enumerate()
-                .map(|(i, &x)| u64::from(!rank(x)) << 32 | i as u64),
-        );
+        keys.extend(row.iter().enumerate().map(|(i, &x)| u64::from(!rank(x)) << 32 | i as u64));
         if k < columns {
             keys.select_nth_unstable(k - 1);
         }

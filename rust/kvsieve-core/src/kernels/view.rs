@@ -30,14 +30,11 @@ impl Dtype {
 
     /// The inverse of [`Dtype::name`].
     pub fn parse(name: &str) -> Result<Self> {
-        [Dtype::F32, Dtype::BF16, Dtype::F16]
-            .into_iter()
-            .find(|d| d.name() == name)
-            .ok_or_else(|| Error::OutOfRange {
-                what: "dtype",
-                expected: "float32, bfloat16 or float16",
-                got: name.to_string(),
-            })
+        [Dtype::F32, Dtype::BF16, Dtype::F16].into_iter().find(|d| d.name() == name).ok_or_else(|| Error::OutOfRange {
+            what: "dtype",
+            expected: "float32, bfloat16 or float16",
+            got: name.to_string(),
+        })
     }
 }
 
@@ -69,10 +66,7 @@ impl Elems<'_> {
 
     /// Whether these are elements of `dtype`, as far as their width tells.
     pub fn fits(&self, dtype: Dtype) -> bool {
-        matches!(
-            (self, dtype),
-            (Elems::F32(_), Dtype::F32) | (Elems::Bits(_), Dtype::BF16 | Dtype::F16)
-        )
+        matches!((self, dtype), (Elems::F32(_), Dtype::F32) | (Elems::Bits(_), Dtype::BF16 | Dtype::F16))
     }
 
     pub(crate) fn as_bytes_ptr(&self) -> *const u8 {
@@ -131,11 +125,7 @@ pub(crate) fn check_len(what: &'static str, got: usize, expected: usize) -> Resu
     if got == expected {
         return Ok(());
     }
-    Err(Error::Shape {
-        what,
-        expected: format!("{expected} elements"),
-        got: format!("{got} elements"),
-    })
+    Err(Error::Shape { what, expected: format!("{expected} elements"), got: format!("{got} elements") })
 }
 
 /// Four axes, the last of them contiguous: `[batch, head, token, channel]`.
@@ -148,28 +138,17 @@ pub struct View<'a> {
 
 impl<'a> View<'a> {
     /// `strides` are in elements. Refused when any element would lie outside `data`, so that reading needs no further check.
-    pub fn new(
-        what: &'static str,
-        data: Elems<'a>,
-        shape: [usize; 4],
-        strides: [usize; 3],
-    ) -> Result<Self> {
+    pub fn new(what: &'static str, data: Elems<'a>, shape: [usize; 4], strides: [usize; 3]) -> Result<Self> {
         let last = if shape.contains(&0) {
             Some(0)
         } else {
             shape[..3]
                 .iter()
                 .zip(strides)
-                .try_fold(shape[3], |sum, (&n, stride)| {
-                    (n - 1).checked_mul(stride).and_then(|x| sum.checked_add(x))
-                })
+                .try_fold(shape[3], |sum, (&n, stride)| (n - 1).checked_mul(stride).and_then(|x| sum.checked_add(x)))
         };
         match last {
-            Some(extent) if extent <= data.len() => Ok(View {
-                data,
-                shape,
-                strides,
-            }),
+            Some(extent) if extent <= data.len() => Ok(View { data, shape, strides }),
             _ => Err(Error::Shape {
                 what,
                 expected: format!("elements for {shape:?} with strides {strides:?}"),
@@ -181,16 +160,9 @@ impl<'a> View<'a> {
     /// A view of contiguous data.
     pub fn contiguous(what: &'static str, data: Elems<'a>, shape: [usize; 4]) -> Result<Self> {
         let [_, h, n, d] = shape;
-        let strides = h
-            .checked_mul(n)
-            .and_then(|hn| hn.checked_mul(d))
-            .map(|batch| [batch, n * d, d]);
+        let strides = h.checked_mul(n).and_then(|hn| hn.checked_mul(d)).map(|batch| [batch, n * d, d]);
         let Some(strides) = strides else {
-            return Err(Error::Shape {
-                what,
-                expected: format!("{shape:?}"),
-                got: format!("{} elements", data.len()),
-            });
+            return Err(Error::Shape { what, expected: format!("{shape:?}"), got: format!("{} elements", data.len()) });
         };
         View::new(what, data, shape, strides)
     }
@@ -213,10 +185,7 @@ impl<'a> View<'a> {
 
     /// The channels of one token. Panics outside the shape.
     pub fn row(&self, b: usize, h: usize, i: usize) -> Elems<'a> {
-        assert!(
-            b < self.shape[0] && h < self.shape[1] && i < self.shape[2],
-            "row outside the view"
-        );
+        assert!(b < self.shape[0] && h < self.shape[1] && i < self.shape[2], "row outside the view");
         let at = self.offset(b, h, i);
         match self.data {
             Elems::F32(s) => Elems::F32(&s[at..at + self.shape[3]]),

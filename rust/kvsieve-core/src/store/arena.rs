@@ -23,21 +23,13 @@ fn locate(block: u32) -> (usize, usize, usize) {
     for (end, size) in TIERS {
         if block < end {
             let at = block - first_block;
-            return (
-                (first_slab + at / size) as usize,
-                (at % size) as usize,
-                size as usize,
-            );
+            return ((first_slab + at / size) as usize, (at % size) as usize, size as usize);
         }
         first_slab += (end - first_block) / size;
         first_block = end;
     }
     let (_, size) = TIERS[TIERS.len() - 1];
-    (
-        ((block - first_block) / size + first_slab) as usize,
-        ((block - first_block) % size) as usize,
-        size as usize,
-    )
+    (((block - first_block) / size + first_slab) as usize, ((block - first_block) % size) as usize, size as usize)
 }
 
 /// The first block of a slab.
@@ -118,27 +110,13 @@ struct Place<'a> {
 impl Arena {
     pub fn new(heads: usize, key_dim: usize, value_dim: usize, dtype: Dtype) -> Result<Self> {
         let largest = TIERS[TIERS.len() - 1].1 as usize * BLOCK as usize;
-        for (what, n) in [
-            ("num_kv_heads", heads),
-            ("key_dim", key_dim),
-            ("value_dim", value_dim),
-        ] {
+        for (what, n) in [("num_kv_heads", heads), ("key_dim", key_dim), ("value_dim", value_dim)] {
             // Each below 2^20 keeps every product of a slab far inside 64 bits.
             if n == 0 || n >= 1 << 20 || largest.checked_mul(n * dtype.size()).is_none() {
-                return Err(Error::OutOfRange {
-                    what,
-                    expected: "between 1 and 2^20 - 1",
-                    got: n.to_string(),
-                });
+                return Err(Error::OutOfRange { what, expected: "between 1 and 2^20 - 1", got: n.to_string() });
             }
         }
-        Ok(Arena {
-            heads,
-            key_dim,
-            value_dim,
-            dtype,
-            slabs: Vec::new(),
-        })
+        Ok(Arena { heads, key_dim, value_dim, dtype, slabs: Vec::new() })
     }
 
     pub fn num_kv_heads(&self) -> usize {
@@ -164,19 +142,13 @@ impl Arena {
 
     /// Exactly what the allocator was asked for.
     pub fn bytes(&self) -> usize {
-        self.slabs
-            .iter()
-            .flatten()
-            .map(|s| s.keys.layout.size() + s.values.layout.size())
-            .sum()
+        self.slabs.iter().flatten().map(|s| s.keys.layout.size() + s.values.layout.size()).sum()
     }
 
     /// Blocks that have memory.
     pub fn num_blocks(&self) -> u32 {
         let blocks = self.slabs.iter().enumerate().filter(|(_, s)| s.is_some());
-        blocks
-            .map(|(i, _)| locate(first_block(i) as u32).2 as u32)
-            .sum()
+        blocks.map(|(i, _)| locate(first_block(i) as u32).2 as u32).sum()
     }
 
     /// Gives every block below `num_blocks` memory. Writing does so by itself, for the blocks it writes.
@@ -211,11 +183,7 @@ impl Arena {
     fn make(&mut self, slab: usize) -> Result<()> {
         if self.slabs.len() <= slab {
             let more = slab + 1 - self.slabs.len();
-            self.slabs
-                .try_reserve(more)
-                .map_err(|_| Error::OutOfMemory {
-                    bytes: more * size_of::<Option<Slab>>(),
-                })?;
+            self.slabs.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size_of::<Option<Slab>>() })?;
             self.slabs.resize_with(slab + 1, || None);
         }
         let (_, _, blocks) = locate(first_block(slab) as u32);
@@ -239,28 +207,17 @@ impl Arena {
     }
 
     fn bad_block(&self, block: u32) -> Error {
-        Error::BadBlock {
-            block,
-            have: self.num_blocks(),
-        }
+        Error::BadBlock { block, have: self.num_blocks() }
     }
 
     fn check_id(&self, block: u32) -> Result<()> {
-        if block < MAX_BLOCKS {
-            Ok(())
-        } else {
-            Err(self.bad_block(block))
-        }
+        if block < MAX_BLOCKS { Ok(()) } else { Err(self.bad_block(block)) }
     }
 
     fn place(&self, block: BlockId) -> Result<Place<'_>> {
         let (slab, index, blocks) = locate(block.0);
         match self.slabs.get(slab) {
-            Some(Some(slab)) => Ok(Place {
-                slab,
-                index,
-                tokens: blocks * BLOCK as usize,
-            }),
+            Some(Some(slab)) => Ok(Place { slab, index, tokens: blocks * BLOCK as usize }),
             _ => Err(self.bad_block(block.0)),
         }
     }
@@ -274,11 +231,7 @@ impl Arena {
         if lo <= hi && hi <= BLOCK {
             return Ok(());
         }
-        Err(Error::OutOfRange {
-            what,
-            expected: "a range of slots inside one block",
-            got: format!("{lo}..{hi}"),
-        })
+        Err(Error::OutOfRange { what, expected: "a range of slots inside one block", got: format!("{lo}..{hi}") })
     }
 
     /// Refuses a span that lies outside its block or whose block has no memory.
@@ -291,24 +244,14 @@ impl Arena {
     ///
     /// Panics when the block has no memory, or the head or slot does not exist.
     pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> (*const u8, *const u8) {
-        let Ok(place) = self.place(block) else {
-            panic!("{block:?} has no memory")
-        };
-        assert!(
-            head < self.heads && slot < BLOCK,
-            "head {head} or slot {slot} outside the arena"
-        );
+        let Ok(place) = self.place(block) else { panic!("{block:?} has no memory") };
+        assert!(head < self.heads && slot < BLOCK, "head {head} or slot {slot} outside the arena");
         let row = head * place.tokens + place.index * BLOCK as usize + slot as usize;
         let es = self.dtype.size();
         // SAFETY: `row` is below `heads * tokens`, the rows that both buffers of the slab were allocated for.
         unsafe {
             let keys = place.slab.keys.ptr.as_ptr().add(row * self.key_dim * es);
-            let values = place
-                .slab
-                .values
-                .ptr
-                .as_ptr()
-                .add(row * self.value_dim * es);
+            let values = place.slab.values.ptr.as_ptr().add(row * self.value_dim * es);
             (keys.cast_const(), values.cast_const())
         }
     }
@@ -353,40 +296,21 @@ impl Arena {
         check_len("new_lens", step.new_lens.len(), step.num_rows)?;
         if step.new_lens.iter().any(|&n| n > step.num_queries) {
             let expected = format!("at most {} new tokens a row", step.num_queries);
-            return Err(Error::Shape {
-                what: "new_lens",
-                expected,
-                got: format!("{:?}", step.new_lens),
-            });
+            return Err(Error::Shape { what: "new_lens", expected, got: format!("{:?}", step.new_lens) });
         }
         for a in &step.appends {
             Self::check_slots("append", a.slot, a.slot.saturating_add(a.len))?;
-            let fits = step
-                .new_lens
-                .get(a.row)
-                .is_some_and(|&n| a.new <= n && a.len as usize <= n - a.new);
+            let fits = step.new_lens.get(a.row).is_some_and(|&n| a.new <= n && a.len as usize <= n - a.new);
             if !fits {
                 let got = format!("tokens {}..+{} of row {}", a.new, a.len, a.row);
-                return Err(Error::OutOfRange {
-                    what: "append",
-                    expected: "new tokens of the step",
-                    got,
-                });
+                return Err(Error::OutOfRange { what: "append", expected: "new tokens of the step", got });
             }
             if a.block.0 >= step.num_blocks.min(MAX_BLOCKS) {
-                return Err(Error::BadBlock {
-                    block: a.block.0,
-                    have: step.num_blocks,
-                });
+                return Err(Error::BadBlock { block: a.block.0, have: step.num_blocks });
             }
         }
         self.check_moves(&step.copies)?;
-        self.reserve(
-            step.copies
-                .iter()
-                .map(|m| m.to)
-                .chain(step.appends.iter().map(|a| a.block)),
-        )?;
+        self.reserve(step.copies.iter().map(|m| m.to).chain(step.appends.iter().map(|a| a.block)))?;
 
         step.copies.iter().for_each(|m| self.move_tokens(m));
         let es = self.dtype.size();
@@ -399,9 +323,7 @@ impl Arena {
                         let from = view.row(a.row, head, column + i).as_bytes_ptr();
                         // SAFETY: `from` is a checked row of `dim` elements; `to` is the row of slot `a.slot + i`, which was
                         // checked to lie in the block. A borrowed view cannot overlap memory that the arena owns.
-                        unsafe {
-                            std::ptr::copy_nonoverlapping(from, to.add(i * dim * es), dim * es)
-                        };
+                        unsafe { std::ptr::copy_nonoverlapping(from, to.add(i * dim * es), dim * es) };
                     }
                 }
             }
@@ -447,14 +369,7 @@ impl Arena {
     }
 
     /// The number of tokens of the runs, when `k` and `v` are `[heads, total, dim]` with room for them from row `at` on.
-    fn check_runs(
-        &self,
-        runs: &[Run],
-        k: Elems<'_>,
-        v: Elems<'_>,
-        at: usize,
-        total: usize,
-    ) -> Result<()> {
+    fn check_runs(&self, runs: &[Run], k: Elems<'_>, v: Elems<'_>, at: usize, total: usize) -> Result<()> {
         for run in runs {
             Self::check_slots("run", run.lo, run.hi)?;
             self.check_id(run.block.0)?;
@@ -462,11 +377,7 @@ impl Arena {
         let n: usize = runs.iter().map(|r| r.len() as usize).sum();
         if at.checked_add(n).is_none_or(|end| end > total) {
             let got = format!("{n} tokens at row {at} of {total}");
-            return Err(Error::Shape {
-                what: "runs",
-                expected: "room for all tokens".to_string(),
-                got,
-            });
+            return Err(Error::Shape { what: "runs", expected: "room for all tokens".to_string(), got });
         }
         for (what, elems, dim) in [("k", k, self.key_dim), ("v", v, self.value_dim)] {
             check_dtype(what, elems, self.dtype)?;
@@ -477,13 +388,7 @@ impl Arena {
     }
 
     /// For each run and head: its first key and value here, its first row there, its length.
-    fn each_run(
-        &self,
-        runs: &[Run],
-        at: usize,
-        total: usize,
-        mut f: impl FnMut(*const u8, *const u8, usize, usize),
-    ) {
+    fn each_run(&self, runs: &[Run], at: usize, total: usize, mut f: impl FnMut(*const u8, *const u8, usize, usize)) {
         for head in 0..self.heads {
             let mut row = head * total + at;
             for run in runs.iter().filter(|r| !r.is_empty()) {
@@ -504,12 +409,8 @@ impl Arena {
         total: usize,
     ) -> Result<()> {
         self.check_runs(runs, k.as_ref(), v.as_ref(), at, total)?;
-        runs.iter()
-            .try_for_each(|run| self.place(run.block).map(drop))?;
-        let (kb, vb) = (
-            self.key_dim * self.dtype.size(),
-            self.value_dim * self.dtype.size(),
-        );
+        runs.iter().try_for_each(|run| self.place(run.block).map(drop))?;
+        let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         let (k, v) = (k.as_bytes_mut_ptr(), v.as_bytes_mut_ptr());
         // SAFETY: `check_runs` found room for all rows; the source is inside a block; a caller's buffer cannot overlap the arena.
         self.each_run(runs, at, total, |keys, values, row, n| unsafe {
@@ -521,16 +422,10 @@ impl Arena {
 
     /// The inverse of [`Arena::gather`] from row 0 on: stores saved tokens at the slots of the runs.
     pub fn write(&mut self, runs: &[Run], k: Elems<'_>, v: Elems<'_>) -> Result<()> {
-        let total = runs
-            .iter()
-            .map(|r| r.hi.saturating_sub(r.lo) as usize)
-            .sum();
+        let total = runs.iter().map(|r| r.hi.saturating_sub(r.lo) as usize).sum();
         self.check_runs(runs, k, v, 0, total)?;
         self.reserve(runs.iter().map(|r| r.block))?;
-        let (kb, vb) = (
-            self.key_dim * self.dtype.size(),
-            self.value_dim * self.dtype.size(),
-        );
+        let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         let (k, v) = (k.as_bytes_ptr(), v.as_bytes_ptr());
         // SAFETY: as in `gather`, the other way round; `&mut self` gives the right to write to the arena's memory.
         self.each_run(runs, 0, total, |keys, values, row, n| unsafe {
