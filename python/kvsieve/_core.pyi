@@ -4,15 +4,14 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
-from typing_extensions import disjoint_base
 
 __version__: str
+__all__: list[str]
 
 _Triple = tuple[int, int, int]
 _Quintuple = tuple[int, int, int, int, int]
 
 @final
-@disjoint_base
 class Moves:
     """Token moves, applied in order."""
 
@@ -20,7 +19,6 @@ class Moves:
     def tuples(self) -> list[_Quintuple]: ...
 
 @final
-@disjoint_base
 class Part:
     """One memory's share of what one row's new queries read."""
 
@@ -45,7 +43,6 @@ class Part:
     def query_positions(self) -> npt.NDArray[np.int64]: ...
 
 @final
-@disjoint_base
 class Step:
     """The plan of one forward."""
 
@@ -69,7 +66,6 @@ class Step:
     def parts(self) -> list[Part]: ...
 
 @final
-@disjoint_base
 class Planner:
     """What is resident where, and the plan of each forward."""
 
@@ -107,14 +103,20 @@ class Planner:
     def runs(self, memory: int, row: int) -> list[_Triple]: ...
 
 @final
-@disjoint_base
 class Rope:
     """Rotary positions: frequencies, the pairing of channels, and the factor on cosines and sines."""
 
     def __new__(cls, inv_freq: list[float], layout: str = "half", factor: float = 1.0) -> Rope: ...
+    @property
+    def inv_freq(self) -> list[float]: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def factor(self) -> float: ...
+    @property
+    def rotary_dim(self) -> int: ...
 
 @final
-@disjoint_base
 class Store:
     """One layer's keys and values, in blocks. Sixteen-bit floats cross as int16 bits."""
 
