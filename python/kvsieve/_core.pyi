@@ -6,7 +6,23 @@ import numpy as np
 import numpy.typing as npt
 
 __version__: str
-__all__: list[str]
+__all__ = [
+    "Moves",
+    "Part",
+    "Planner",
+    "Rope",
+    "Step",
+    "Store",
+    "__version__",
+    "isa",
+    "isa_levels",
+    "keep_surprisal",
+    "keep_surprisal_published",
+    "keep_window",
+    "rotate",
+    "surprisal",
+    "top_k",
+]
 
 _Triple = tuple[int, int, int]
 _Quintuple = tuple[int, int, int, int, int]
