@@ -1,0 +1,36 @@
+"""kvsieve: a KV cache with a budget around any Hugging Face `generate` loop.
+
+    with kvsieve.stream(model, kvsieve.SirLLM(budget=1024)) as stream:
+        model.generate(**inputs, past_key_values=stream.cache, max_new_tokens=200)
+        stream.stats()
+
+Importing kvsieve changes nothing in `transformers`, and imports neither its models nor CuPy.
+"""
+
+from __future__ import annotations
+
+from kvsieve import errors, policies, roles
+from kvsieve._core import __version__
+from kvsieve.errors import KvsieveError
+from kvsieve.policies import Full, LMInfinite, SirLLM, StreamingLLM
+from kvsieve.roles import Memory
+from kvsieve.snapshot import load
+from kvsieve.streams import Kept, Stats, Stream, stream
+
+__all__ = [
+    "Full",
+    "Kept",
+    "KvsieveError",
+    "LMInfinite",
+    "Memory",
+    "SirLLM",
+    "Stats",
+    "Stream",
+    "StreamingLLM",
+    "__version__",
+    "errors",
+    "load",
+    "policies",
+    "roles",
+    "stream",
+]

@@ -13,6 +13,8 @@ pub enum Error {
     CropTooLong { row: usize, asked: u64, seen: u64 },
     #[error("{what}: no step is open")]
     NoStep { what: &'static str },
+    #[error("{what}: a step is open; commit it or roll it back first")]
+    StepOpen { what: &'static str },
     #[error("expected {what} of shape {expected}, got {got}")]
     Shape { what: &'static str, expected: String, got: String },
     #[error("out of memory: could not reserve {bytes} bytes for the cache; nothing was changed")]

@@ -108,7 +108,7 @@ pub struct Step {
     pub appends: Vec<Append>,
     /// Present when every new token is stored and the chunk is small: the fast path.
     pub spans: Option<Spans>,
-    /// Present always: the specification, and the chunk path.
+    /// Always those of memories read by selection; all of them when asked for, and when there are no spans.
     pub parts: Vec<Part>,
     /// The true position of the first new token of each row.
     pub first_new: Vec<Position>,

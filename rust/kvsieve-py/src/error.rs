@@ -12,13 +12,14 @@ pub fn to_py(err: Error) -> PyErr {
         Error::OutOfRange { .. } => "PolicyError",
         Error::RowMismatch { .. } | Error::CropTooLong { .. } => "CacheMismatchError",
         Error::Shape { .. } => "ShapeError",
-        Error::NoStep { .. } | Error::BadBlock { .. } => "StateError",
+        Error::NoStep { .. } | Error::StepOpen { .. } | Error::BadBlock { .. } => "StateError",
         Error::Unsupported(_) => "UnsupportedError",
         _ => "KvsieveError",
     };
     let message = err.to_string();
     Python::attach(|py| {
-        let made = py.import("kvsieve.errors").and_then(|m| m.getattr(class)).and_then(|c| c.call1((message.as_str(),)));
+        let made =
+            py.import("kvsieve.errors").and_then(|m| m.getattr(class)).and_then(|c| c.call1((message.as_str(),)));
         match made {
             Ok(value) => PyErr::from_value(value),
             Err(err) => err,

@@ -1,13 +1,24 @@
 //! `Step` and `Moves`: opaque to Python but for the arrays that the reference backend reads.
 
+use std::sync::{Arc, Mutex};
+
+use kvsieve_core::kernels::SpanTrig;
 use kvsieve_core::plan;
-use numpy::{PyArray1, IntoPyArray};
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::prelude::*;
 
 /// The plan of one forward. See `kvsieve_core::plan::Step`.
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Step {
     pub inner: plan::Step,
+    /// By the id of a rope: what every layer of the step shares. See `SpanTrig`.
+    pub trig: Mutex<Vec<(u64, Arc<SpanTrig>)>>,
+}
+
+impl Step {
+    pub fn new(inner: plan::Step) -> Self {
+        Step { inner, trig: Mutex::default() }
+    }
 }
 
 /// A list of token moves, applied in order. Each row of `array()` is (from, from_slot, to, to_slot, len).
@@ -22,8 +33,10 @@ pub struct Part {
     pub inner: plan::Part,
 }
 
+#[allow(clippy::type_complexity)]
 fn runs(py: Python<'_>, runs: &[kvsieve_core::ids::Run]) -> (Py<PyArray1<i64>>, Py<PyArray1<i64>>, Py<PyArray1<i64>>) {
-    let column = |f: fn(&kvsieve_core::ids::Run) -> i64| runs.iter().map(f).collect::<Vec<_>>().into_pyarray(py).unbind();
+    let column =
+        |f: fn(&kvsieve_core::ids::Run) -> i64| runs.iter().map(f).collect::<Vec<_>>().into_pyarray(py).unbind();
     (column(|r| i64::from(r.block.0)), column(|r| i64::from(r.lo)), column(|r| i64::from(r.hi)))
 }
 

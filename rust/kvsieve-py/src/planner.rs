@@ -1,5 +1,277 @@
-use pyo3::prelude::*;
+//! The planner of one stream, and the retain rules as plain functions.
 
-pub fn register(_m: &Bound<'_, PyModule>) -> PyResult<()> {
-    Ok(())
+use crate::error::to_py;
+use crate::plan::{Moves, Step};
+use kvsieve_core::budget::Budget;
+use kvsieve_core::place::Place;
+use kvsieve_core::plan::Frame;
+use kvsieve_core::planner::{self, MemorySpec, RowState};
+use kvsieve_core::retain::{self, Retain, surprisal};
+use kvsieve_core::{Error, Result};
+use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
+use pyo3::prelude::*;
+use pyo3::types::PyDict;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What is resident where, and the plan of each forward. One per stream; see `kvsieve_core::planner`.
+#[pyclass(frozen, module = "kvsieve._core")]
+pub struct Planner {
+    inner: Mutex<planner::Planner>,
+}
+
+type SavedRow = (u64, Vec<(Vec<u64>, Vec<f32>)>);
+
+impl Planner {
+    fn wrap(inner: planner::Planner) -> Self {
+        Self { inner: Mutex::new(inner) }
+    }
+
+    /// Calls are planned whole before anything changes, so a panic in an earlier one does not spoil the rest.
+    fn get(&self) -> MutexGuard<'_, planner::Planner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn run<T: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut planner::Planner) -> Result<T> + Send) -> PyResult<T> {
+        py.detach(|| f(&mut self.get())).map_err(to_py)
+    }
+
+    fn moves(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut planner::Planner) -> Result<Vec<kvsieve_core::plan::Move>> + Send,
+    ) -> PyResult<Moves> {
+        Ok(Moves { inner: self.run(py, f)? })
+    }
+}
+
+#[pymethods]
+impl Planner {
+    #[new]
+    fn new(memories: Vec<Bound<'_, PyDict>>, frame: &str) -> PyResult<Self> {
+        let memories = memories.iter().map(memory).collect::<PyResult<Vec<_>>>()?;
+        let frame = match frame {
+            "rotated" => Frame::Rotated,
+            "raw" => Frame::Raw,
+            other => return Err(choice("frame", "\"rotated\" or \"raw\"", other)),
+        };
+        planner::Planner::new(memories, frame).map(Self::wrap).map_err(to_py)
+    }
+
+    fn begin(
+        &self,
+        py: Python<'_>,
+        new_lens: Vec<usize>,
+        num_queries: usize,
+        store_all: bool,
+        with_parts: bool,
+    ) -> PyResult<Step> {
+        let inner = self.run(py, |p| p.begin(&new_lens, num_queries, store_all, with_parts))?;
+        Ok(Step::new(inner))
+    }
+
+    fn commit(&self) -> PyResult<()> {
+        self.get().commit().map_err(to_py)
+    }
+
+    fn rollback(&self) -> PyResult<()> {
+        self.get().rollback().map_err(to_py)
+    }
+
+    /// Scores of the newest residents of the first memory.
+    fn set_scores(&self, row: usize, values: PyReadonlyArray1<'_, f32>) -> PyResult<()> {
+        let values: Vec<f32> = values.as_array().iter().copied().collect();
+        self.get().set_scores(row, &values).map_err(to_py)
+    }
+
+    /// Multiplies the scores of memory m's residents by factors[m].
+    fn decay(&self, factors: Vec<f32>) -> PyResult<()> {
+        self.get().decay(&factors).map_err(to_py)
+    }
+
+    /// The moves must be run, in order, before anything else is planned.
+    fn settle(&self, py: Python<'_>, force: bool) -> PyResult<Moves> {
+        self.moves(py, |p| p.settle(force))
+    }
+
+    /// Keeps only these residents; the rest goes down the chain.
+    fn keep(&self, py: Python<'_>, memory: usize, row: usize, keep: Vec<usize>) -> PyResult<Moves> {
+        self.moves(py, |p| p.keep(memory, row, &keep))
+    }
+
+    fn crop(&self, n: u64) -> PyResult<()> {
+        self.get().crop(n).map_err(to_py)
+    }
+
+    fn crop_rows(&self, tokens: Vec<u64>) -> PyResult<()> {
+        self.get().crop_rows(&tokens).map_err(to_py)
+    }
+
+    fn select_rows(&self, index: Vec<usize>) -> PyResult<()> {
+        self.get().select_rows(&index).map_err(to_py)
+    }
+
+    fn fork(&self) -> PyResult<Self> {
+        self.get().fork().map(Self::wrap).map_err(to_py)
+    }
+
+    fn reset(&self) {
+        self.get().reset();
+    }
+
+    /// Rows are (seen, [(positions, scores) per memory]). Write the tokens to `runs` afterwards.
+    fn restore(&self, py: Python<'_>, columns: u64, rows: Vec<SavedRow>) -> PyResult<()> {
+        let rows: Vec<_> = rows.into_iter().map(|(seen, memories)| RowState { seen, memories }).collect();
+        self.run(py, |p| p.restore(columns, &rows))
+    }
+
+    #[getter]
+    fn num_rows(&self) -> usize {
+        self.get().num_rows()
+    }
+
+    #[getter]
+    fn num_memories(&self) -> usize {
+        self.get().num_memories()
+    }
+
+    #[getter]
+    fn columns(&self) -> u64 {
+        self.get().columns()
+    }
+
+    #[getter]
+    fn step_open(&self) -> bool {
+        self.get().step_open()
+    }
+
+    /// Blocks that the stores must hold before the latest step or moves are run.
+    #[getter]
+    fn num_blocks(&self) -> u32 {
+        self.get().num_blocks()
+    }
+
+    #[getter]
+    fn used_blocks(&self) -> usize {
+        self.get().used_blocks()
+    }
+
+    fn blocks_in_use(&self, py: Python<'_>) -> Py<PyArray1<bool>> {
+        self.get().blocks_in_use().into_pyarray(py).unbind()
+    }
+
+    fn seen(&self, row: usize) -> PyResult<u64> {
+        self.get().seen(row).map_err(to_py)
+    }
+
+    fn resident(&self, memory: usize, row: usize) -> PyResult<usize> {
+        self.get().resident(memory, row).map_err(to_py)
+    }
+
+    fn positions(&self, py: Python<'_>, memory: usize, row: usize) -> PyResult<Py<PyArray1<i64>>> {
+        let planner = self.get();
+        let positions = planner.positions(memory, row).map_err(to_py)?;
+        let positions: Vec<i64> = positions.iter().map(|&p| p as i64).collect();
+        Ok(positions.into_pyarray(py).unbind())
+    }
+
+    fn scores(&self, py: Python<'_>, memory: usize, row: usize) -> PyResult<Py<PyArray1<f32>>> {
+        let scores = self.get().scores(memory, row).map_err(to_py)?.to_vec();
+        Ok(scores.into_pyarray(py).unbind())
+    }
+
+    /// Tuples (block, lo, hi) in text order.
+    fn runs(&self, memory: usize, row: usize) -> PyResult<Vec<(u32, u32, u32)>> {
+        let planner = self.get();
+        let runs = planner.runs(memory, row).map_err(to_py)?;
+        Ok(runs.iter().map(|r| (r.block.0, r.lo, r.hi)).collect())
+    }
+}
+
+fn choice(what: &'static str, expected: &'static str, got: &str) -> PyErr {
+    to_py(Error::OutOfRange { what, expected, got: format!("{got:?}") })
+}
+
+/// The value of a key, or the type's default when it is missing or None.
+fn get<T>(dict: &Bound<'_, PyDict>, key: &str) -> PyResult<T>
+where
+    T: Default + for<'a, 'py> FromPyObject<'a, 'py, Error = PyErr>,
+{
+    match dict.get_item(key)? {
+        Some(value) if !value.is_none() => value.extract(),
+        _ => Ok(T::default()),
+    }
+}
+
+fn memory(dict: &Bound<'_, PyDict>) -> PyResult<MemorySpec> {
+    Ok(MemorySpec {
+        retain: retain(dict)?,
+        place: place(dict)?,
+        visible: get(dict, "visible")?,
+        top_k: get(dict, "top_k")?,
+    })
+}
+
+fn retain(dict: &Bound<'_, PyDict>) -> PyResult<Retain> {
+    let kind: String = get(dict, "retain")?;
+    let sinks = get(dict, "sinks")?;
+    let budget = || PyResult::Ok(Budget { total: get(dict, "budget")?, sinks, recent: get(dict, "recent")? });
+    match kind.as_str() {
+        "all" => Ok(Retain::All),
+        "window" => Ok(Retain::Window { sinks, window: get(dict, "window")? }),
+        "surprisal" => Ok(Retain::Surprisal { budget: budget()?, published: get(dict, "published")? }),
+        "manual" => Ok(Retain::Manual { budget: budget()? }),
+        other => Err(choice("retain", "\"all\", \"window\", \"surprisal\" or \"manual\"", other)),
+    }
+}
+
+fn place(dict: &Bound<'_, PyDict>) -> PyResult<Place> {
+    let kind: String = get(dict, "place")?;
+    match kind.as_str() {
+        "true" => Ok(Place::True),
+        "slots" => Ok(Place::Slots),
+        "ceiling" => Ok(Place::Ceiling { distance: get(dict, "distance")? }),
+        "fixed" => Ok(Place::Fixed { distance: get(dict, "distance")? }),
+        other => Err(choice("place", "\"true\", \"slots\", \"ceiling\" or \"fixed\"", other)),
+    }
+}
+
+/// Indices kept by the sinks, the recent tokens and the highest scores.
+#[pyfunction]
+#[pyo3(signature = (scores, sinks, recent, budget, protected_tail = 0))]
+fn keep_surprisal(
+    scores: PyReadonlyArray1<'_, f32>,
+    sinks: usize,
+    recent: usize,
+    budget: usize,
+    protected_tail: usize,
+) -> PyResult<Vec<usize>> {
+    let scores: Vec<f32> = scores.as_array().iter().copied().collect();
+    surprisal::keep(&scores, Budget { total: budget, sinks, recent }, protected_tail).map_err(to_py)
+}
+
+/// Indices kept by the rule of the published code, with room for `incoming` tokens.
+#[pyfunction]
+#[pyo3(signature = (scores, sinks, entropy_slots, recent, incoming = 0))]
+fn keep_surprisal_published(
+    scores: PyReadonlyArray1<'_, f32>,
+    sinks: usize,
+    entropy_slots: usize,
+    recent: usize,
+    incoming: usize,
+) -> PyResult<Vec<usize>> {
+    let scores: Vec<f32> = scores.as_array().iter().copied().collect();
+    surprisal::keep_published(&scores, sinks, entropy_slots, recent, incoming).map_err(to_py)
+}
+
+/// The first `sinks` and the last `window` of `n`.
+#[pyfunction]
+fn keep_window(n: usize, sinks: usize, window: usize) -> Vec<usize> {
+    retain::keep_window(n, sinks, window)
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<Planner>()?;
+    m.add_function(wrap_pyfunction!(keep_surprisal, m)?)?;
+    m.add_function(wrap_pyfunction!(keep_surprisal_published, m)?)?;
+    m.add_function(wrap_pyfunction!(keep_window, m)?)
 }

@@ -1,5 +1,304 @@
+//! One layer's keys and values, behind a lock.
+
+use std::sync::{Arc, PoisonError, RwLock};
+
+use kvsieve_core::ids::{BlockId, Run};
+use kvsieve_core::kernels::attend::mass_len;
+use kvsieve_core::kernels::isa::isa;
+use kvsieve_core::kernels::{Attend, Dtype, SpanTrig, attend};
+use kvsieve_core::plan::Spans;
+use kvsieve_core::store::arena::Arena;
+use kvsieve_core::{Error, Result};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-pub fn register(_m: &Bound<'_, PyModule>) -> PyResult<()> {
+use crate::error::to_py;
+use crate::kernels::{Input, Output, Rope};
+use crate::plan::{Moves, Step};
+
+/// Work on fewer bytes takes less time than another Python thread may keep the GIL from us, so it is not released.
+const SMALL: usize = 256 << 10;
+
+/// One layer's keys and values. See `kvsieve_core::store::arena::Arena`.
+#[pyclass(frozen, module = "kvsieve._core")]
+pub struct Store {
+    arena: RwLock<Arena>,
+    token_bytes: usize,
+    num_kv_heads: usize,
+    value_dim: usize,
+}
+
+impl Store {
+    /// A guard never outlives the release of the GIL around it, so waiting for one cannot be waiting for ourselves.
+    fn read<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&Arena) -> R + Send) -> R {
+        if bytes < SMALL
+            && let Ok(arena) = self.arena.try_read()
+        {
+            return f(&arena);
+        }
+        // A panic while writing leaves tokens half written but the memory sound.
+        py.detach(|| f(&self.arena.read().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    fn write_with<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&mut Arena) -> R + Send) -> R {
+        if bytes < SMALL
+            && let Ok(mut arena) = self.arena.try_write()
+        {
+            return f(&mut arena);
+        }
+        py.detach(|| f(&mut self.arena.write().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    fn runs_bytes(&self, runs: &[Run]) -> usize {
+        runs.iter().map(|r| r.hi.saturating_sub(r.lo) as usize).sum::<usize>() * self.token_bytes
+    }
+
+    #[allow(clippy::too_many_arguments)]
+    fn attend_into(
+        &self,
+        py: Python<'_>,
+        q: &Bound<'_, PyAny>,
+        step: &Step,
+        rope: Option<&Rope>,
+        scale: f32,
+        softcap: Option<f32>,
+        sinks: Option<PyReadonlyArray1<'_, f32>>,
+        out: &Bound<'_, PyAny>,
+        mut lse: Option<PyReadwriteArray3<'_, f32>>,
+        threads: usize,
+        apply_factor: bool,
+        mass: Option<&mut [f32]>,
+    ) -> PyResult<()> {
+        let spans = spans(step)?;
+        let q = Input::new("q", q)?;
+        let view = q.view("q")?;
+        let [rows, heads, queries, _] = view.shape();
+        let mut out = Output::new("out", out)?;
+        out.expect("out", &[rows, queries, heads, self.value_dim])?;
+        let out = out.elems("out")?;
+        if let Some(lse) = &lse
+            && lse.shape() != [rows, heads, queries]
+        {
+            let expected = format!("{:?}", [rows, heads, queries]);
+            return Err(to_py(Error::Shape { what: "lse", expected, got: format!("{:?}", lse.shape()) }));
+        }
+        let lse = match &mut lse {
+            Some(lse) => Some(lse.as_slice_mut().map_err(|_| strided("lse"))?),
+            None => None,
+        };
+        let sinks = match &sinks {
+            Some(sinks) => Some(sinks.as_slice().map_err(|_| strided("sinks"))?),
+            None => None,
+        };
+        let trig = rope.map(|rope| step.trig(rope, spans));
+        let trig: Option<&SpanTrig> = trig.as_deref();
+        let level = isa().map_err(to_py)?;
+        let args = Attend { q: view, spans, trig, scale, softcap, sinks, apply_factor, threads, level };
+        let bytes = if spans.spans.len() > 256 { SMALL } else { mass_len(spans, 1) * self.token_bytes };
+        self.read(py, bytes, |arena| attend(arena, &args, out, lse, mass)).map_err(to_py)
+    }
+}
+
+fn strided(what: &'static str) -> PyErr {
+    to_py(Error::Shape { what, expected: "a C-contiguous array".to_string(), got: "a strided one".to_string() })
+}
+
+fn spans(step: &Step) -> PyResult<&Spans> {
+    let missing = Error::Unsupported("this step is for the chunk path: it has no spans");
+    step.inner.spans.as_ref().ok_or_else(|| to_py(missing))
+}
+
+/// Three equally long arrays as runs.
+fn runs(
+    blocks: &PyReadonlyArray1<'_, i64>,
+    lo: &PyReadonlyArray1<'_, i64>,
+    hi: &PyReadonlyArray1<'_, i64>,
+) -> Result<Vec<Run>> {
+    let (blocks, lo, hi) = (blocks.as_array(), lo.as_array(), hi.as_array());
+    if blocks.len() != lo.len() || blocks.len() != hi.len() {
+        let got = format!("{}, {} and {}", blocks.len(), lo.len(), hi.len());
+        return Err(Error::Shape { what: "blocks, lo, hi", expected: "equal lengths".to_string(), got });
+    }
+    let int = |what, x: i64| {
+        u32::try_from(x).map_err(|_| Error::OutOfRange { what, expected: "a 32-bit count", got: x.to_string() })
+    };
+    blocks
+        .iter()
+        .zip(lo.iter().zip(hi))
+        .map(|(&b, (&lo, &hi))| Ok(Run { block: BlockId(int("block", b)?), lo: int("lo", lo)?, hi: int("hi", hi)? }))
+        .collect()
+}
+
+#[pymethods]
+impl Store {
+    #[new]
+    fn new(num_kv_heads: usize, key_dim: usize, value_dim: usize, dtype: &str) -> PyResult<Self> {
+        let dtype = Dtype::parse(dtype).map_err(to_py)?;
+        let arena = Arena::new(num_kv_heads, key_dim, value_dim, dtype).map_err(to_py)?;
+        let token_bytes = arena.token_bytes();
+        Ok(Store { arena: RwLock::new(arena), token_bytes, num_kv_heads, value_dim })
+    }
+
+    /// Makes the step's copies, then stores its new tokens from `k` and `v` (`[rows, heads, columns, channels]`).
+    fn append(&self, py: Python<'_>, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>, step: &Step) -> PyResult<()> {
+        let (k, v) = (Input::new("k", k)?, Input::new("v", v)?);
+        let (k, v) = (k.view("k")?, v.view("v")?);
+        let step = &step.inner;
+        let tokens: usize = step.new_lens.iter().sum::<usize>() + step.copies.len() * 64;
+        self.write_with(py, tokens * self.token_bytes, |arena| arena.append(&k, &v, step)).map_err(to_py)
+    }
+
+    /// Applies the moves in order.
+    fn apply(&self, py: Python<'_>, moves: &Moves) -> PyResult<()> {
+        let moves = &moves.inner;
+        let bytes = moves.iter().map(|m| m.len as usize).sum::<usize>() * self.token_bytes;
+        self.write_with(py, bytes, |arena| arena.apply(moves)).map_err(to_py)
+    }
+
+    /// Attends every query of the step to its spans: `q` `[rows, heads, queries, channels]`, `out` `[rows, queries, heads, channels]`,
+    /// `lse` `[rows, heads, queries]`.
+    #[pyo3(signature = (q, step, rope, scale, softcap, sinks, out, lse=None, threads=1, apply_factor=false))]
+    #[allow(clippy::too_many_arguments)]
+    fn attend(
+        &self,
+        py: Python<'_>,
+        q: &Bound<'_, PyAny>,
+        step: &Step,
+        rope: Option<&Rope>,
+        scale: f32,
+        softcap: Option<f32>,
+        sinks: Option<PyReadonlyArray1<'_, f32>>,
+        out: &Bound<'_, PyAny>,
+        lse: Option<PyReadwriteArray3<'_, f32>>,
+        threads: usize,
+        apply_factor: bool,
+    ) -> PyResult<()> {
+        self.attend_into(py, q, step, rope, scale, softcap, sinks, out, lse, threads, apply_factor, None)
+    }
+
+    /// As `attend`; returns for each item (`row * queries + query`) an array `[kv_heads, keys in the order of the spans]` with the
+    /// probability of each key, summed over the query heads of the group.
+    #[pyo3(signature = (q, step, rope, scale, softcap, sinks, out, lse=None, threads=1, apply_factor=false))]
+    #[allow(clippy::too_many_arguments)]
+    fn attend_mass<'py>(
+        &self,
+        py: Python<'py>,
+        q: &Bound<'_, PyAny>,
+        step: &Step,
+        rope: Option<&Rope>,
+        scale: f32,
+        softcap: Option<f32>,
+        sinks: Option<PyReadonlyArray1<'_, f32>>,
+        out: &Bound<'_, PyAny>,
+        lse: Option<PyReadwriteArray3<'_, f32>>,
+        threads: usize,
+        apply_factor: bool,
+    ) -> PyResult<Vec<Bound<'py, PyArray2<f32>>>> {
+        let spans = spans(step)?;
+        let heads = self.num_kv_heads;
+        let mut mass = vec![0f32; mass_len(spans, heads)];
+        let to = Some(&mut mass[..]);
+        self.attend_into(py, q, step, rope, scale, softcap, sinks, out, lse, threads, apply_factor, to)?;
+        let mut rest = &mass[..];
+        let items = spans.starts.windows(2).map(|w| &spans.spans[w[0] as usize..w[1] as usize]);
+        items
+            .map(|item| {
+                let keys: usize = item.iter().map(|s| (s.hi - s.lo) as usize).sum();
+                let (mine, others) = rest.split_at(keys * heads);
+                rest = others;
+                PyArray1::from_slice(py, mine).reshape([heads, keys])
+            })
+            .collect()
+    }
+
+    /// Copies the tokens of the runs to rows `at..` of `k_out` and `v_out`, each `[heads, tokens, channels]`.
+    #[pyo3(signature = (blocks, lo, hi, k_out, v_out, at=0))]
+    #[allow(clippy::too_many_arguments)]
+    fn gather(
+        &self,
+        py: Python<'_>,
+        blocks: PyReadonlyArray1<'_, i64>,
+        lo: PyReadonlyArray1<'_, i64>,
+        hi: PyReadonlyArray1<'_, i64>,
+        k_out: &Bound<'_, PyAny>,
+        v_out: &Bound<'_, PyAny>,
+        at: usize,
+    ) -> PyResult<()> {
+        let runs = runs(&blocks, &lo, &hi).map_err(to_py)?;
+        let (mut k, mut v) = (Output::new("k_out", k_out)?, Output::new("v_out", v_out)?);
+        let total = token_axis("k_out", k.shape(), self.num_kv_heads)?;
+        if token_axis("v_out", v.shape(), self.num_kv_heads)? != total {
+            let (expected, got) = (format!("{total} tokens"), format!("{:?}", v.shape()));
+            return Err(to_py(Error::Shape { what: "v_out", expected, got }));
+        }
+        let (k, v) = (k.elems("k_out")?, v.elems("v_out")?);
+        let bytes = self.runs_bytes(&runs);
+        self.read(py, bytes, |arena| arena.gather(&runs, k, v, at, total)).map_err(to_py)
+    }
+
+    /// Stores saved tokens, `[heads, tokens, channels]`, at the slots of the runs: the inverse of `gather`.
+    fn write(
+        &self,
+        py: Python<'_>,
+        blocks: PyReadonlyArray1<'_, i64>,
+        lo: PyReadonlyArray1<'_, i64>,
+        hi: PyReadonlyArray1<'_, i64>,
+        k_in: &Bound<'_, PyAny>,
+        v_in: &Bound<'_, PyAny>,
+    ) -> PyResult<()> {
+        let runs = runs(&blocks, &lo, &hi).map_err(to_py)?;
+        let (k, v) = (Input::new("k_in", k_in)?, Input::new("v_in", v_in)?);
+        token_axis("k_in", k.shape(), self.num_kv_heads)?;
+        token_axis("v_in", v.shape(), self.num_kv_heads)?;
+        let (k, v) = (k.elems("k_in")?, v.elems("v_in")?);
+        let bytes = self.runs_bytes(&runs);
+        self.write_with(py, bytes, |arena| arena.write(&runs, k, v)).map_err(to_py)
+    }
+
+    /// Frees memory that holds no block in use; `in_use` is indexed by block.
+    fn free_unused(&self, py: Python<'_>, in_use: PyReadonlyArray1<'_, bool>) -> PyResult<()> {
+        let in_use = in_use.as_slice().map_err(|_| strided("in_use"))?;
+        self.write_with(py, SMALL, |arena| arena.free_unused(in_use));
+        Ok(())
+    }
+
+    /// Exactly what the allocator was asked for.
+    #[getter]
+    fn bytes(&self, py: Python<'_>) -> usize {
+        self.read(py, 0, Arena::bytes)
+    }
+
+    /// Blocks that have memory.
+    #[getter]
+    fn num_blocks(&self, py: Python<'_>) -> u32 {
+        self.read(py, 0, Arena::num_blocks)
+    }
+}
+
+fn token_axis(what: &'static str, shape: &[usize], heads: usize) -> PyResult<usize> {
+    match shape {
+        [h, tokens, _] if *h == heads => Ok(*tokens),
+        _ => {
+            let expected = format!("[{heads}, tokens, channels]");
+            Err(to_py(Error::Shape { what, expected, got: format!("{shape:?}") }))
+        }
+    }
+}
+
+impl Step {
+    /// The rotations for this step's spans: the first layer that asks makes them, the others find them.
+    fn trig(&self, rope: &Rope, spans: &Spans) -> Arc<SpanTrig> {
+        let mut made = self.trig.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, trig)) = made.iter().find(|(id, _)| *id == rope.id) {
+            return Arc::clone(trig);
+        }
+        let trig = Arc::new(SpanTrig::new(spans, &rope.inner));
+        made.push((rope.id, Arc::clone(&trig)));
+        trig
+    }
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_class::<Store>()?;
     Ok(())
 }

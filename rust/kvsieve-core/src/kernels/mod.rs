@@ -1,1 +1,19 @@
-//! placeholder
+//! One operation a file; everything that touches keys, values and queries.
+//!
+//! Every kernel is written once over [`simd::Simd`] and compiled for each instruction set; [`isa`] says which one runs. Inputs are
+//! checked before anything is written, so a refused call leaves everything as it was.
+
+pub mod attend;
+pub mod isa;
+pub mod merge;
+pub mod rotate;
+mod simd;
+pub mod surprisal;
+pub mod threads;
+pub mod topk;
+pub mod view;
+
+pub use attend::{Attend, SpanTrig, attend};
+pub use isa::Level;
+pub use rotate::{Layout, Rope};
+pub use view::{Dtype, Elems, ElemsMut, View};

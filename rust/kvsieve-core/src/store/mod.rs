@@ -1,1 +1,5 @@
-//! placeholder
+//! Which token sits where: blocks and who owns them, the tables of residents, and the memory behind them.
+
+pub mod arena;
+pub mod pool;
+pub mod table;

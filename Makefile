@@ -1,0 +1,89 @@
+# The habits of the house; `make help` lists them. Each makes what it needs, and makes nothing twice.
+
+SHELL := bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PYTEST_ARGS ?=
+CARGO_TEST_ARGS ?=
+DEMO_ARGS ?=
+
+OMP_NUM_THREADS ?= $(shell nproc)
+export OMP_NUM_THREADS
+export TOKENIZERS_PARALLELISM := false
+export HF_HUB_OFFLINE := 1
+
+# Every recipe that builds Rust goes through this: it sets CARGO_TARGET_DIR and the interpreter that pyo3 asks.
+HOUSE := scripts/in-house.sh
+
+.PHONY: help
+help: ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r habit what; do \
+		printf '  make %-10s %s\n' "$$habit" "$$what"; done
+
+.PHONY: setup
+setup: ## third-party packages, the built wheel and the small model, in .venv
+	@scripts/setup.sh
+
+.PHONY: demo
+demo: setup ## run the demonstration on the small model; pictures and text go to out/demo (DEMO_ARGS)
+	@mkdir -p out/demo
+	.venv/bin/kvsieve demo --out out/demo $(DEMO_ARGS)
+
+.PHONY: test
+test: setup ## every test that needs no card: the Rust core, then Python against the installed wheel (PYTEST_ARGS)
+	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
+	$(HOUSE) .venv/bin/pytest $(PYTEST_ARGS)
+
+.PHONY: test-fast
+test-fast: setup ## the same without doc tests and without the real model
+	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
+	$(HOUSE) .venv/bin/pytest -m "not model and not gpu" $(PYTEST_ARGS)
+
+.PHONY: gpu
+gpu: setup ## the tests that need an NVIDIA card
+	@command -v nvidia-smi >/dev/null && nvidia-smi -L || { echo 'make gpu needs an NVIDIA card; none here, nothing ran' >&2; exit 1; }
+	$(HOUSE) .venv/bin/pytest -m gpu $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: setup ## formatting, clippy, ruff, mypy, and the stubs of the extension against the extension
+	$(HOUSE) cargo fmt --all --check
+	$(HOUSE) cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+	if [ -e python/kvsieve/_core.pyi ]; then .venv/bin/stubtest kvsieve._core; fi
+
+.PHONY: fmt
+fmt: setup ## format everything, and mend what ruff can mend
+	cargo fmt --all
+	.venv/bin/ruff check --fix-only --quiet .
+	.venv/bin/ruff format .
+
+.PHONY: bench
+bench: setup ## the measurements: out/bench.json, and criterion's report under cargo's target folder
+	@mkdir -p out
+	if compgen -G 'benches/*.py' >/dev/null; then \
+		$(HOUSE) .venv/bin/pytest benches --benchmark-json=out/bench.json $(PYTEST_ARGS); fi
+	$(HOUSE) cargo bench --locked --workspace --exclude kvsieve-py
+
+.PHONY: docs
+docs: setup ## the Rust side's reference, into out/docs
+	RUSTDOCFLAGS='-D warnings' $(HOUSE) cargo doc --quiet --locked --no-deps -p kvsieve-core
+	@rm -rf out/docs && mkdir -p out/docs
+	@$(HOUSE) bash -c 'cp -r "$$CARGO_TARGET_DIR"/doc/. out/docs/'
+	@echo out/docs/kvsieve_core/index.html
+
+.PHONY: wheel
+wheel: setup ## the release wheel (one abi3 wheel for every Python from 3.10 on), into dist/
+	@mkdir -p dist
+	@cp -v .venv/wheel/*.whl dist/
+
+.PHONY: lock
+lock: ## resolve the dependencies anew for PYTHON, and rewrite its lock file
+	@scripts/lock.sh
+
+.PHONY: clean
+clean: ## remove what the habits made in this clone; the shared cache stays
+	rm -rf .venv .venv.lock out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

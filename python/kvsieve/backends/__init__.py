@@ -1,0 +1,110 @@
+"""The same operations, once per backend: ``reference`` (the specification, any device) and ``cpu`` (Rust)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from kvsieve.errors import BackendError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+    import torch
+
+    from kvsieve._core import Moves, Step
+    from kvsieve.rope import LayerRope
+
+__all__ = ["BACKENDS", "AttendCall", "Backend", "Store", "choose", "get"]
+
+BACKENDS = ("reference", "cpu")
+"""Every backend by name."""
+
+
+@dataclass(frozen=True)
+class AttendCall:
+    """What one layer's attention adds to the step: the numbers that differ per layer, never per token.
+
+    Attributes:
+        scale: factor on the logits.
+        softcap: cap of the logits, ``cap * tanh(logit / cap)``; None for none.
+        sinks: learned logits ``[H]`` that join every softmax without a value (gpt-oss); None for none.
+        rope: the layer's rotation; None where the layer has none, or nothing is re-placed.
+        top_k: whether this layer reads memories that are selected by top-k.
+    """
+
+    scale: float
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    rope: LayerRope | None = None
+    top_k: bool = True
+
+
+class Store(Protocol):
+    """One layer's keys and values."""
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes the allocator holds for this layer."""
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        """Store the step's new keys and values and attend.
+
+        Args:
+            q: ``[B, H, q, D]``; k: ``[B, Hkv, q, D]``; v: ``[B, Hkv, q, Dv]``, in the model's dtype.
+
+        Returns:
+            ``[B, q, H, Dv]`` in the model's dtype; rows of pad queries are zero.
+        """
+
+    def apply(self, moves: Moves) -> None:
+        """Move tokens between blocks."""
+
+    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
+        """Give back the memory of blocks nobody holds."""
+
+    def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of (block, lo, hi) runs, copied."""
+
+    def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
+        """The inverse of :meth:`read`."""
+
+
+class Backend(Protocol):
+    """Makes stores, and computes what is not attention."""
+
+    name: str
+
+    def make_store(self, k: torch.Tensor, v: torch.Tensor) -> Store:
+        """An empty store for keys and values like these (``[B, Hkv, q, D]``)."""
+
+    def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        """``logsumexp(logits) - logits[ids]``: float32 ``[n]`` in nats, from ``[n, V]`` and int64 ``[n]``."""
+
+
+def get(name: str) -> Backend:
+    """The backend called ``name``.
+
+    Raises:
+        BackendError: for an unknown name, or one that cannot run here.
+    """
+    if name == "reference":
+        from kvsieve.backends.reference import ReferenceBackend
+
+        return ReferenceBackend()
+    if name == "cpu":
+        from kvsieve.backends.cpu import CpuBackend
+
+        return CpuBackend()
+    if name == "cuda":
+        raise BackendError("there is no CUDA backend yet; use backend='reference', which runs on any device, or a model on the CPU")
+    raise BackendError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+
+
+def choose(device: torch.device, dtype: torch.dtype) -> str:
+    """The fastest backend for tensors on ``device`` in ``dtype``."""
+    import torch
+
+    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
+        return "cpu"
+    return "reference"

@@ -1,0 +1,292 @@
+"""The Rust backend: a block store per layer, decode attention in place, chunks through torch's fused matrix kernels.
+
+Two paths, one decision:
+
+* *few queries* (decoding, verifying a handful of candidates): the new tokens are stored first, then one Rust pass reads keys and
+  values where they lie, rotating on read;
+* *a chunk*: residents are gathered once, rotated to where the policy shows them, and torch's flash kernel does the matrix work in
+  float32, in bands where the policy has a window, so that cost is linear in the chunk. Partial results merge by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsieve import _core
+from kvsieve.backends.reference import attend as naive_attend
+from kvsieve.backends.reference import merge, visibility
+from kvsieve.errors import BackendError
+
+if TYPE_CHECKING:
+    from kvsieve._core import Moves, Part, Step
+    from kvsieve.backends import AttendCall
+    from kvsieve.rope import LayerRope
+
+__all__ = ["CpuBackend", "CpuStore"]
+
+BAND = 256
+"""Queries that share one band of keys."""
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+
+Table = tuple[torch.Tensor, torch.Tensor]
+Partial = tuple[torch.Tensor, torch.Tensor]
+
+
+def _view(x: torch.Tensor) -> npt.NDArray[Any]:
+    """A numpy view of ``x``; 16-bit floats as their bits."""
+    x = x.detach()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy()
+
+
+def _flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+) -> Partial:
+    """Out ``[H, m, Dv]`` and lse ``[H, m]`` of float32 ``q`` ``[H, m, D]`` over ``k``, ``v`` ``[Hkv, n, D]``."""
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q[None], k[None], v[None], 0.0, causal, attn_mask=bias, scale=scale
+    )
+    return out[0], lse[0]
+
+
+@dataclass
+class _Plan:
+    """A part of a step, in the form the chunk path wants; shared by all layers of the step."""
+
+    part: Part
+    runs: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+    num_old: int
+    num_queries: int
+    tables: dict[int, tuple[Table, Table] | None] = field(default_factory=dict)
+    bands: list[tuple[slice, slice, torch.Tensor | None]] | None = None
+    visible: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, part: Part, num_queries: int) -> _Plan:
+        runs = part.runs()
+        return cls(part, runs, int((runs[2] - runs[1]).sum()), num_queries)
+
+    def rotation(self, rope: LayerRope | None, frame: str) -> tuple[Table, Table] | None:
+        """Tables for queries and keys, or None if nothing turns."""
+        if rope is None:
+            return None
+        if id(rope) not in self.tables:
+            self.tables[id(rope)] = self._rotation(rope, frame)
+        return self.tables[id(rope)]
+
+    def _rotation(self, rope: LayerRope, frame: str) -> tuple[Table, Table] | None:
+        part = self.part
+        q_at, k_at = torch.from_numpy(part.query_positions()), torch.from_numpy(part.key_positions())
+        if part.fixed is not None:
+            q_at, k_at = torch.full_like(q_at, part.fixed), torch.zeros_like(k_at)
+        elif frame == "rotated":
+            q_at, k_at = q_at - torch.from_numpy(part.query_true()), k_at - torch.from_numpy(part.key_true())
+            if not q_at.any() and not k_at.any():
+                return None
+        scaled = frame == "raw"
+        return rope.table(q_at, torch.float32, factor=scaled), rope.table(k_at, torch.float32, factor=scaled)
+
+    def band_list(self) -> list[tuple[slice, slice, torch.Tensor | None]]:
+        """(queries, keys, bias) so that every query meets each key it sees in exactly one band."""
+        if self.bands is None:
+            q_at, k_at = torch.from_numpy(self.part.query_true()), torch.from_numpy(self.part.key_true())
+            near = self.part.near
+            self.bands = []
+            for lo in range(0, self.num_queries, BAND):
+                queries = q_at[lo : lo + BAND]
+                first = 0 if near is None else int(torch.searchsorted(k_at, queries[0] - near, right=True))
+                last = int(torch.searchsorted(k_at, queries[-1], right=True))
+                distance = queries[:, None] - k_at[None, first:last]
+                hidden = distance < 0
+                if near is not None:
+                    hidden |= distance >= near
+                bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf) if bool(hidden.any()) else None
+                self.bands.append((slice(lo, lo + len(queries)), slice(first, last), bias))
+        return self.bands
+
+
+class CpuStore:
+    """One layer's blocks, in Rust."""
+
+    def __init__(self, backend: CpuBackend, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._backend = backend
+        self._dtype = k.dtype
+        self._core = _core.Store(k.shape[1], k.shape[3], v.shape[3], _DTYPES[k.dtype])
+        self._shape = (k.shape[1], k.shape[3], v.shape[3])
+
+    @property
+    def bytes_held(self) -> int:
+        return int(self._core.bytes)
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        if step.has_spans:
+            return self._few(q, k, v, step, call)
+        out = self._chunk(q, k, v, step, call)
+        self._core.append(_view(k), _view(v), step)
+        return out
+
+    def _few(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        self._core.append(_view(k), _view(v), step)
+        plans = [p for p in self._backend.plans(step) if p.part.top_k] if call.top_k and self._backend.selects else []
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        lse = np.empty((q.shape[0], q.shape[1], q.shape[2]), np.float32) if plans else None
+        rope = None if call.rope is None else call.rope.core
+        sinks = None if call.sinks is None or plans else call.sinks.detach().float().numpy()
+        threads = torch.get_num_threads()
+        self._core.attend(_view(q), step, rope, call.scale, call.softcap, sinks, _view(out), lse, threads, step.frame == "raw")
+        if lse is not None:
+            self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
+        return out
+
+    def _merge_selected(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plans: list[_Plan],
+        step: Step,
+        call: AttendCall,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        for row in range(q.shape[0]):
+            new = slice(q.shape[2] - step.new_lens[row], None)
+            parts = [(out[row].float().transpose(0, 1), lse[row])]
+            mine = [plan for plan in plans if plan.part.row == row]
+            parts += [self._selected(q[row], k[row, :, new], v[row, :, new], plan, step.frame, call) for plan in mine]
+            out[row] = merge(parts, call.sinks).transpose(0, 1).to(out.dtype)
+
+    def _selected(
+        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, plan: _Plan, frame: str, call: AttendCall
+    ) -> Partial:
+        """A memory read by top-k, by the last query only: out ``[H, m, Dv]``, lse ``[H, m]``."""
+        k, v = self._gather(plan, new_k, new_v)
+        out = torch.zeros(q.shape[0], q.shape[1], v.shape[2])
+        lse = torch.full(q.shape[:2], -torch.inf)
+        queries = q[:, -1:].float()
+        tables = plan.rotation(call.rope, frame)
+        if tables is not None and call.rope is not None:
+            (cos, sin), keys = tables
+            queries, k = call.rope.turn(queries, (cos[-1:], sin[-1:])), call.rope.turn(k, keys)
+        if plan.visible is None:
+            plan.visible = visibility(plan.part, q.device)[-1:]
+        out[:, -1:], lse[:, -1:] = naive_attend(queries, k, v, plan.visible, call.scale, call.softcap, plan.part.top_k)
+        return out, lse
+
+    def _gather(self, plan: _Plan, new_k: torch.Tensor, new_v: torch.Tensor) -> Partial:
+        """float32 keys and values of a part: its residents, then its new tokens (``[Hkv, m, D]``)."""
+        heads, key_dim, value_dim = self._shape
+        lo, hi = plan.part.new_range
+        if plan.num_old == 0:
+            return new_k[:, lo:hi].float(), new_v[:, lo:hi].float()
+        count = plan.num_old + hi - lo
+        k = torch.empty(heads, count, key_dim, dtype=self._dtype)
+        v = torch.empty(heads, count, value_dim, dtype=self._dtype)
+        self._core.gather(*plan.runs, _view(k), _view(v), 0)
+        k[:, plan.num_old :], v[:, plan.num_old :] = new_k[:, lo:hi], new_v[:, lo:hi]
+        return k.float(), v.float()
+
+    def _chunk(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
+        width = q.shape[2]
+        for plan in self._backend.plans(step):
+            part = plan.part
+            if part.top_k and not call.top_k:
+                continue
+            new = slice(width - plan.num_queries, width)
+            keys, values = self._gather(plan, k[part.row, :, new], v[part.row, :, new])
+            queries = q[part.row, :, new].float()
+            tables = plan.rotation(call.rope, step.frame)
+            if tables is not None and call.rope is not None:
+                queries, keys = call.rope.turn(queries, tables[0]), call.rope.turn(keys, tables[1])
+            rows[part.row].append(self._attend(queries, keys, values, plan, call))
+        for row, parts in enumerate(rows):
+            if parts:
+                merged = parts[0][0] if len(parts) == 1 and call.sinks is None else merge(parts, call.sinks)
+                out[row, width - step.new_lens[row] :] = merged.transpose(0, 1).to(out.dtype)
+        return out
+
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, call: AttendCall) -> Partial:
+        part = plan.part
+        if part.far or part.top_k or call.softcap is not None or k.shape[-1] != v.shape[-1]:
+            if plan.visible is None:
+                plan.visible = visibility(part, q.device)
+            return naive_attend(q, k, v, plan.visible, call.scale, call.softcap, part.top_k)
+        if part.near is None and plan.num_old == 0:
+            return _flash(q, k, v, call.scale, causal=True)
+        if part.near is None:
+            old, new = slice(None, plan.num_old), slice(plan.num_old, None)
+            pieces = [_flash(q, k[:, old], v[:, old], call.scale)]
+            if k.shape[1] > plan.num_old:
+                pieces.append(_flash(q, k[:, new], v[:, new], call.scale, causal=True))
+            lse = torch.logsumexp(torch.stack([p[1] for p in pieces]), 0)
+            return merge(pieces), lse
+        outs = [_flash(q[:, queries], k[:, keys], v[:, keys], call.scale, bias=bias) for queries, keys, bias in plan.band_list()]
+        return torch.cat([o for o, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
+
+    def apply(self, moves: Moves) -> None:
+        self._core.apply(moves)
+
+    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
+        self._core.free_unused(in_use)
+
+    def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        heads, key_dim, value_dim = self._shape
+        columns = _columns(runs)
+        count = int((columns[2] - columns[1]).sum())
+        k = torch.empty(heads, count, key_dim, dtype=self._dtype)
+        v = torch.empty(heads, count, value_dim, dtype=self._dtype)
+        if count:
+            self._core.gather(*columns, _view(k), _view(v), 0)
+        return k, v
+
+    def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
+        self._core.write(*_columns(runs), _view(k.contiguous()), _view(v.contiguous()))
+
+
+def _columns(
+    runs: list[tuple[int, int, int]],
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    table = np.asarray(runs, np.int64).reshape(-1, 3)
+    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]), np.ascontiguousarray(table[:, 2])
+
+
+class CpuBackend:
+    """Rust kernels for tensors on the CPU in float32, bfloat16 and float16."""
+
+    name = "cpu"
+    wants_parts = False
+
+    def __init__(self) -> None:
+        self._plans: tuple[Step, list[_Plan]] | None = None
+        self.selects = True
+
+    def plans(self, step: Step) -> list[_Plan]:
+        """The parts of ``step``, prepared once for all layers."""
+        if self._plans is None or self._plans[0] is not step:
+            self._plans = (step, [_Plan.of(p, step.new_lens[p.row]) for p in step.parts()])
+        return self._plans[1]
+
+    def make_store(self, k: torch.Tensor, v: torch.Tensor) -> CpuStore:
+        if k.device.type != "cpu" or k.dtype not in _DTYPES:
+            raise BackendError(
+                f"backend 'cpu' holds float32, bfloat16 and float16 on the CPU, not {k.dtype} on {k.device}; use 'reference'"
+            )
+        return CpuStore(self, k, v)
+
+    def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return torch.from_numpy(_core.surprisal(_view(logits), ids.detach().numpy()))

@@ -1,0 +1,215 @@
+"""The specification: plain torch, any device, any float dtype. Slow and obvious on purpose.
+
+For one row and one memory (a *part* of the step):
+
+    keys     = the memory's residents, then the new tokens, in text order
+    visible  = 0 <= d < near and d >= far          with d = true position of the query - true position of the key
+    logits   = scale * <rotate(q), rotate(k)>      rotated to the positions the policy assigns
+    lse      = logsumexp(logits), out = softmax(logits) @ v
+
+and the parts merge by ``softmax`` over their ``lse``, which equals one softmax over all their keys.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsieve.budget import BLOCK
+from kvsieve.errors import ShapeError
+
+if TYPE_CHECKING:
+    from kvsieve._core import Moves, Part, Step
+    from kvsieve.backends import AttendCall
+    from kvsieve.rope import LayerRope
+
+__all__ = ["ReferenceBackend", "ReferenceStore", "attend", "merge"]
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    scale: float,
+    softcap: float | None = None,
+    top_k: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The primitive: softmax attention, and the log-sum-exp that lets results merge.
+
+    Args:
+        q: ``[H, m, D]``; k: ``[Hkv, n, D]``; v: ``[Hkv, n, Dv]``, already rotated. ``H`` is a multiple of ``Hkv``.
+        visible: bool ``[m, n]``.
+        scale: factor on the logits; softcap: their cap; top_k: keep only the best so many keys per head (0 for all).
+
+    Returns:
+        out ``[H, m, Dv]`` (zero where nothing is visible) and lse ``[H, m]`` (-inf there).
+    """
+    group = q.shape[0] // k.shape[0]
+    k, v = (x.repeat_interleave(group, 0) for x in (k, v))
+    logits = (q @ k.transpose(-1, -2)) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~visible, -torch.inf)
+    if 0 < top_k < logits.shape[-1]:
+        kth = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    lse = torch.logsumexp(logits, -1)
+    weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None])
+    return weights @ v, lse
+
+
+def merge(parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor | None = None) -> torch.Tensor:
+    """One softmax over the union of the parts' keys: ``[H, m, Dv]`` from pairs (out ``[H, m, Dv]``, lse ``[H, m]``).
+
+    ``sinks`` (``[H]``) are learned logits that take part in the softmax without a value.
+    """
+    lse = torch.stack([part[1] for part in parts])
+    every = lse if sinks is None else torch.cat([lse, sinks.to(lse.dtype)[None, :, None].expand(1, *lse.shape[1:])])
+    total = torch.logsumexp(every, 0)
+    weights = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))
+    return sum((w[..., None] * part[0] for w, part in zip(weights, parts)), torch.zeros_like(parts[0][0]))
+
+
+def _long(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(values).to(device)
+
+
+def rotate_part(
+    q: torch.Tensor, k: torch.Tensor, part: Part, frame: str, rope: LayerRope | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``q`` ``[H, m, D]`` and ``k`` ``[Hkv, n, D]`` rotated to the distances that ``part`` assigns."""
+    if rope is None:
+        return q, k
+    q_at, k_at = (_long(p, q.device) for p in (part.query_positions(), part.key_positions()))
+    if part.fixed is not None:
+        return rope.rotate(q, torch.full_like(q_at, part.fixed)), rope.rotate(k, torch.zeros_like(k_at))
+    if frame == "rotated":
+        q_at, k_at = q_at - _long(part.query_true(), q.device), k_at - _long(part.key_true(), q.device)
+        return rope.rotate(q, q_at, factor=False), rope.rotate(k, k_at, factor=False)
+    return rope.rotate(q, q_at), rope.rotate(k, k_at)
+
+
+def visibility(part: Part, device: torch.device) -> torch.Tensor:
+    """Which key each query of ``part`` sees: bool ``[m, n]``."""
+    distance = _long(part.query_true(), device)[:, None] - _long(part.key_true(), device)[None, :]
+    visible = (distance >= 0) & (distance >= part.far)
+    if part.near is not None:
+        visible &= distance < part.near
+    if part.top_k:
+        visible[:-1] = False
+    return visible
+
+
+class ReferenceStore:
+    """Blocks ``[block, Hkv, 64, D]`` of keys and values, in plain tensors."""
+
+    def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._k = k.new_zeros(0, k.shape[1], BLOCK, k.shape[3])
+        self._v = v.new_zeros(0, v.shape[1], BLOCK, v.shape[3])
+
+    @property
+    def bytes_held(self) -> int:
+        return self._k.nbytes + self._v.nbytes
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        self._check(k, v)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(q.shape[0])]
+        for part in step.parts():
+            if part.top_k and not call.top_k:
+                continue
+            m = step.new_lens[part.row]
+            lo, hi = part.new_range
+            new = slice(q.shape[2] - m + lo, q.shape[2] - m + hi)
+            old_k, old_v = self.read(list(zip(*(a.tolist() for a in part.runs()))))
+            keys = torch.cat([old_k, k[part.row, :, new]], 1).to(wide)
+            values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
+            queries, keys = rotate_part(q[part.row, :, q.shape[2] - m :].to(wide), keys, part, step.frame, call.rope)
+            seen = visibility(part, q.device)
+            rows[part.row].append(attend(queries, keys, values, seen, call.scale, call.softcap, part.top_k))
+        for row, parts in enumerate(rows):
+            if parts:
+                m = step.new_lens[row]
+                out[row, q.shape[2] - m :] = merge(parts, call.sinks).transpose(0, 1).to(out.dtype)
+        self._append(k, v, step)
+        return out
+
+    def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        for name, new, old in (("keys", k, self._k), ("values", v, self._v)):
+            if (new.shape[1], new.shape[3], new.dtype, new.device) != (
+                old.shape[1],
+                old.shape[3],
+                old.dtype,
+                old.device,
+            ):
+                raise ShapeError(
+                    f"this layer holds {name} of {old.shape[1]} heads of size {old.shape[3]} in {old.dtype} on {old.device}, "
+                    f"got {new.shape[1]} heads of size {new.shape[3]} in {new.dtype} on {new.device}"
+                )
+
+    def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        self._ensure(step.num_blocks)
+        for move in step.copies():
+            self._move(*move)
+        for row, new, block, slot, count in step.appends():
+            start = k.shape[2] - step.new_lens[row] + new
+            self._k[block, :, slot : slot + count] = k[row, :, start : start + count]
+            self._v[block, :, slot : slot + count] = v[row, :, start : start + count]
+
+    def _ensure(self, num_blocks: int) -> None:
+        missing = num_blocks - self._k.shape[0]
+        if missing > 0:
+            self._k = torch.cat([self._k, self._k.new_zeros(missing, *self._k.shape[1:])])
+            self._v = torch.cat([self._v, self._v.new_zeros(missing, *self._v.shape[1:])])
+
+    def _move(self, source: int, source_slot: int, to: int, to_slot: int, count: int) -> None:
+        self._ensure(to + 1)
+        for blocks in (self._k, self._v):
+            blocks[to, :, to_slot : to_slot + count] = blocks[source, :, source_slot : source_slot + count].clone()
+
+    def apply(self, moves: Moves) -> None:
+        for move in moves.tuples():
+            self._move(*move)
+
+    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
+        used = np.flatnonzero(in_use)
+        keep = int(used[-1]) + 1 if used.size else 0
+        if keep < self._k.shape[0]:
+            self._k, self._v = self._k[:keep].clone(), self._v[:keep].clone()
+
+    def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+        if not runs:
+            return self._k.new_zeros(self._k.shape[1], 0, self._k.shape[3]), self._v.new_zeros(
+                self._v.shape[1], 0, self._v.shape[3]
+            )
+        k = torch.cat([self._k[block, :, lo:hi] for block, lo, hi in runs], 1)
+        v = torch.cat([self._v[block, :, lo:hi] for block, lo, hi in runs], 1)
+        return k, v
+
+    def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
+        at = 0
+        for block, lo, hi in runs:
+            self._ensure(block + 1)
+            self._k[block, :, lo:hi] = k[:, at : at + hi - lo]
+            self._v[block, :, lo:hi] = v[:, at : at + hi - lo]
+            at += hi - lo
+
+
+class ReferenceBackend:
+    """Plain torch on any device."""
+
+    name = "reference"
+    wants_parts = True
+
+    def make_store(self, k: torch.Tensor, v: torch.Tensor) -> ReferenceStore:
+        return ReferenceStore(k, v)
+
+    def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        wide = logits.float()
+        score = torch.logsumexp(wide, -1) - wide.gather(-1, ids[:, None])[:, 0]
+        return score.clamp(max=torch.finfo(torch.float32).max)

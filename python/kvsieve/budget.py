@@ -1,0 +1,72 @@
+"""Budgets are counts: of tokens (an int) or of bytes (a string such as ``"64MiB"``). Never ratios."""
+
+from __future__ import annotations
+
+import re
+
+from kvsieve.errors import BudgetError
+
+__all__ = ["BLOCK", "check_budget", "parse_bytes", "tokens_for"]
+
+BLOCK = 64
+"""Tokens in one block, the unit of allocation."""
+
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_BYTES = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?I?B)\s*", re.IGNORECASE)
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes meant by ``text``, for example ``"64MiB"`` (2**20) or ``"64MB"`` (10**6).
+
+    Raises:
+        BudgetError: if ``text`` is not a number followed by a unit, or is zero.
+    """
+    match = _BYTES.fullmatch(text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise BudgetError(f"cannot read the budget {text!r}; write tokens as an int or bytes such as '64MiB' or '2GB'")
+    value = int(float(match[1]) * _UNITS[match[2].upper()])
+    if value <= 0:
+        raise BudgetError(f"a budget must be positive, got {text!r}")
+    return value
+
+
+def check_budget(budget: int | str, *, sinks: int, recent: int, name: str) -> int | str:
+    """``budget`` unchanged, if it can hold ``sinks + recent`` tokens and one more (a byte budget is checked when resolved).
+
+    Raises:
+        BudgetError: for a ratio, a negative or zero count, or one that is too small.
+    """
+    if isinstance(budget, str):
+        parse_bytes(budget)
+        return budget
+    if isinstance(budget, bool) or not isinstance(budget, int):
+        raise BudgetError(f"{name}: a budget is a count of tokens (int) or bytes (such as '64MiB'), got {budget!r}")
+    if budget <= 0:
+        raise BudgetError(f"{name}: a budget must be positive, got {budget}")
+    if budget <= sinks + recent - (recent > 0):
+        raise BudgetError(
+            f"{name}: a budget of {budget} tokens cannot hold {sinks} sinks and {recent} recent tokens; "
+            f"give it at least {sinks + max(recent, 1)}"
+        )
+    return budget
+
+
+def tokens_for(budget: int | str, bytes_per_token: int) -> int:
+    """Tokens that ``budget`` buys, per sequence.
+
+    A byte budget counts whole blocks of 64 tokens and sets two aside (the sinks' block and the one being filled), so that the
+    bytes held at rest stay below it.
+
+    Raises:
+        BudgetError: if the bytes do not hold three blocks.
+    """
+    if isinstance(budget, int):
+        return budget
+    total = parse_bytes(budget)
+    blocks = total // (BLOCK * bytes_per_token)
+    if blocks < 3:
+        raise BudgetError(
+            f"{budget} is {total} bytes, which holds {blocks} blocks of {BLOCK} tokens at {bytes_per_token} bytes a token; "
+            f"give it at least {3 * BLOCK * bytes_per_token} bytes"
+        )
+    return (blocks - 2) * BLOCK

@@ -1,0 +1,122 @@
+"""The cache that `generate` holds: it owns nothing but the way to the engine."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+
+from kvsieve.errors import UnsupportedError
+from kvsieve.hf import hand_over
+
+if TYPE_CHECKING:
+    from kvsieve.engine import Engine
+
+__all__ = ["StreamCache", "StreamLayer"]
+
+
+class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
+    """A full-attention layer. `update` hands it to the attention function, where mask, queries and fresh keys meet."""
+
+    is_sliding = False
+    is_compileable = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self, owner: Engine, index: int) -> None:
+        super().__init__()
+        self.owner, self.index = owner, index
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        self.is_initialized = True
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hands this layer over; returns the new keys and values only, because the past is read from the store."""
+        hand_over(self)
+        return key_states, value_states
+
+    def get_seq_length(self) -> int:
+        """Tokens *seen* (columns, pads included), never tokens resident."""
+        return self.owner.columns
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """As of a cache that keeps everything: positions and mask offsets count what was seen."""
+        return self.owner.columns + query_length, 0
+
+    def get_max_length(self) -> int:
+        """No maximum: a stream takes any number of tokens."""
+        return -1
+
+    def offload(self) -> None:
+        raise UnsupportedError("a stream's cache cannot be offloaded by generate; give it a smaller budget instead")
+
+    prefetch = offload
+
+
+class StreamCache(Cache):  # type: ignore[misc]
+    """A `transformers` cache whose full-attention layers live in a stream; sliding layers keep their own, stock cache.
+
+    Every method acts on all layers at once, because one plan serves them all.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        layers: list[Any] = []
+        for index, (kind, kwargs) in enumerate(zip(engine.facts.layer_types, engine.facts.layer_kwargs)):
+            layers.append(StreamLayer(engine, index) if kind == "full_attention" else DynamicSlidingWindowLayer(**kwargs))
+        super().__init__(layers=layers)
+
+    def __bool__(self) -> bool:
+        return True
+
+    @property
+    def own_layers(self) -> list[Any]:
+        """The layers that keep their own cache."""
+        return [layer for layer in self.layers if not isinstance(layer, StreamLayer)]
+
+    @property
+    def is_initialized(self) -> bool:
+        """Whether any token was seen."""
+        return self.engine.columns > 0
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.engine.reset()
+        for layer in self.own_layers:
+            layer.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the newest ``-tokens_to_remove`` tokens (``<= 0``, as `transformers` passes it)."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop takes a number of tokens to remove, as a negative int or 0, got {tokens_to_remove}")
+        self.engine.crop(-tokens_to_remove)
+        for layer in self.own_layers:
+            layer.crop(tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Row ``i`` becomes what row ``beam_idx[i]`` was. Blocks are shared until one of them is written."""
+        self.engine.select_rows(beam_idx.tolist())
+        for layer in self.own_layers:
+            layer.reorder_cache(beam_idx)
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep the rows ``indices``."""
+        rows = torch.arange(max(self.engine.num_rows, 1))[indices.cpu()].tolist()
+        self.engine.select_rows(rows)
+        for layer in self.own_layers:
+            layer.batch_select_indices(indices)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each row ``repeats`` times."""
+        self.engine.select_rows([row for row in range(self.engine.num_rows) for _ in range(repeats)])
+        for layer in self.own_layers:
+            layer.batch_repeat_interleave(repeats)
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding: nothing is let go until its tokens are verified, that is until `crop` or the next forward."""
+        self.engine.recording = True
+        for layer in self.own_layers:
+            layer.activate_past_recording()

@@ -1,0 +1,333 @@
+"""One stream's memory at work: plans once per forward, runs once per layer, lets go after attention.
+
+The order of one forward (the seam in :mod:`kvsieve.hf` calls these):
+
+    expect(ids)            the causal LM begins; the ids are remembered for scoring
+    prepare()              its decoder begins; a forward that died half-way is undone here
+    attend(layer, ...)     once per full-attention layer; the first one makes the plan
+    complete(logits)       the causal LM returns; tokens are scored, the step is committed, the policy lets go
+
+The control plane (`_core.Planner`) is two-phase: until `commit` nothing was decided, so an exception anywhere loses nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvsieve import _core
+from kvsieve.backends import AttendCall, Backend, Store
+from kvsieve.budget import BLOCK
+from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
+from kvsieve.roles import Residents, TopKTokens
+from kvsieve.scoring import Scorer
+
+if TYPE_CHECKING:
+    from kvsieve._core import Moves, Planner, Step
+    from kvsieve.cache import StreamLayer
+    from kvsieve.hf import ModelFacts
+    from kvsieve.roles import Policy
+
+__all__ = ["Engine"]
+
+
+class Engine:
+    """The memory of one stream: a planner, one store per layer, and a scorer if the policy needs one."""
+
+    def __init__(self, policy: Policy, facts: ModelFacts, backend: Backend, frame: str, planner: Planner | None = None) -> None:
+        self.policy, self.facts, self.backend, self.frame = policy, facts, backend, frame
+        self.planner = planner or _core.Planner(policy.specs(facts.bytes_per_token), frame)
+        self.stores: dict[int, Store] = {}
+        self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
+        self.recording = False
+        self.hidden: torch.Tensor | None = None
+        self._layers = {layer.index: layer for layer in facts.layers}
+        self._first, self._last = facts.layers[0].index, facts.layers[-1].index
+        self._step: Step | None = None
+        self._ids: torch.Tensor | None = None
+        self._whole_model = False
+        self._offsets: list[int] | None = None
+        self._undo: list[tuple[Any, dict[str, Any]]] = []
+        self.own_layers: list[Any] = []
+        self._top_k_from = [m.select.from_layer if isinstance(m.select, TopKTokens) else 0 for m in policy.memories]
+        self._selects = any(isinstance(m.select, TopKTokens) for m in policy.memories)
+
+    # ------------------------------------------------------------------------------------------------------------ what is held
+
+    @property
+    def columns(self) -> int:
+        """Columns seen, pads included: what `generate` must be told."""
+        return self.planner.columns
+
+    @property
+    def num_rows(self) -> int:
+        """Sequences in the batch; 0 before the first forward."""
+        return self.planner.num_rows
+
+    @property
+    def resident(self) -> int:
+        """Tokens held by the fullest row, over all memories of the chain."""
+        memories = range(len(self.policy.memories))
+        return max((sum(self.planner.resident(m, row) for m in memories) for row in range(self.num_rows)), default=0)
+
+    @property
+    def bytes_held(self) -> int:
+        """Bytes of keys and values that the allocator holds, the sliding layers' own caches included."""
+        return sum(store.bytes_held for store in self.stores.values()) + self.own_bytes
+
+    @property
+    def own_bytes(self) -> int:
+        """Bytes of the layers that keep their own cache."""
+        tensors = (t for layer in self.own_layers for t in (layer.keys, layer.values) if t is not None)
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    # -------------------------------------------------------------------------------------------------------------- one forward
+
+    def expect(self, ids: torch.Tensor | None) -> None:
+        """The causal LM begins a forward over ``ids`` (int64 ``[B, q]``; None when it was given embeddings)."""
+        if self.scorer is not None and ids is None:
+            raise StateError(f"{self.policy!r} scores tokens by their ids: pass input_ids, not inputs_embeds")
+        self._ids, self._whole_model = ids, True
+
+    def prepare(self) -> None:
+        """The decoder begins. Undo a forward that died; let go of what the last one left because it was being verified."""
+        if self.scorer is not None and not self._whole_model:
+            raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
+        if self._step is not None:
+            self.rollback()
+        if self.recording and self.num_rows:
+            self.settle(force=False)
+        self._undo = [(layer, dict(vars(layer))) for layer in self.own_layers]
+
+    def rollback(self) -> None:
+        """Undo an unfinished forward, in every layer."""
+        self._step = None
+        self.planner.rollback()
+        for layer, state in self._undo:
+            vars(layer).clear()
+            vars(layer).update(state)
+
+    def attend(
+        self,
+        layer: StreamLayer,
+        module: torch.nn.Module,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        mask: torch.Tensor | None,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Attention of one layer: ``q`` ``[B, H, q, D]`` over the memory and the new ``k``, ``v`` ``[B, Hkv, q, D]``.
+
+        ``mask`` is bool-like ``[B, q]`` (the padding of the new columns) or None. Returns ``[B, q, H, Dv]``.
+        """
+        facts = self._layers[layer.index]
+        if module is not facts.module:
+            raise CacheMismatchError(f"layer {layer.index} of this cache was handed to another model's attention")
+        if layer.index == self._first:
+            self._open(q, mask, position_ids)
+        step = self._step
+        if step is None or step.num_queries != q.shape[2]:
+            raise StateError(f"layer {layer.index} ran out of order: its stream has no open step of {q.shape[2]} tokens")
+        store = self.stores.get(layer.index)
+        if store is None:
+            _check_like(facts, k, v)
+            store = self.stores[layer.index] = self.backend.make_store(k, v)
+        top_k = self._selects and layer.index >= max(self._top_k_from)
+        out = store.run(q, k, v, step, AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k))
+        if layer.index == self._last and self.scorer is None:
+            self._close()
+        return out
+
+    def complete(self, logits: torch.Tensor) -> None:
+        """The causal LM returned ``logits`` ``[B, r, V]`` of its last ``r`` columns."""
+        self._whole_model = False
+        hidden, self.hidden = self.hidden, None
+        if self.scorer is None or self._step is None or self._ids is None or hidden is None:
+            return
+        lens = self._step.new_lens
+        scores, tail = self.scorer.score(self._ids, hidden, logits, lens, keep_rows=self.recording)
+        self.planner.commit()
+        for row, values in enumerate(scores):
+            if len(values):
+                self.planner.set_scores(row, values)
+        self.scorer.tail = tail
+        self._after_commit()
+
+    def _open(self, q: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
+        batch, width = q.shape[0], q.shape[2]
+        if self.num_rows and batch != self.num_rows:
+            raise CacheMismatchError(
+                f"the stream holds {self.num_rows} sequences, the input has {batch}; open a stream for each batch size"
+            )
+        lens = self._valid(mask, batch, width)
+        self._check_positions(position_ids, lens)
+        parts = getattr(self.backend, "wants_parts", False) or self._selects
+        store_all = self.scorer is not None or width <= 16 or len(self.policy.memories) > 1 or self.recording
+        self._step = self.planner.begin(lens, width, store_all, parts)
+
+    def _valid(self, mask: torch.Tensor | None, batch: int, width: int) -> list[int]:
+        """Real tokens among the new columns of each row; they must be the last ones."""
+        lens = [width] * batch
+        if mask is not None:
+            rows = mask.to(torch.bool)
+            if not bool(rows.all()):
+                lens = rows.sum(1).tolist()
+                if bool((rows[:, :-1] & ~rows[:, 1:]).any()):
+                    row = int((rows[:, :-1] & ~rows[:, 1:]).any(1).nonzero()[0])
+                    raise PaddingError(f"row {row} has a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
+        for row in range(batch if width == 1 and self.columns else 0):
+            if not self.planner.seen(row):
+                raise PaddingError(f"row {row} has no real token: all of its {self.columns} columns are pads")
+        return lens
+
+    def _check_positions(self, position_ids: torch.Tensor | None, lens: list[int]) -> None:
+        """The model must be told positions that go on where the stream stands, or rotated keys would lie."""
+        if position_ids is None or position_ids.dim() != 2 or position_ids.device.type != "cpu":
+            return
+        last = position_ids[:, -1].tolist()
+        last = last * len(lens) if len(last) == 1 else last
+        seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
+        offsets = [at - (s + n - 1) for at, s, n in zip(last, seen, lens)]
+        if self._offsets is None or not self.columns:
+            self._offsets = offsets
+        for row, (now, before) in enumerate(zip(offsets, self._offsets)):
+            if now != before and seen[row]:
+                raise CacheMismatchError(
+                    f"row {row}: the model was told that these tokens end at position {last[row]}, "
+                    f"but the stream has seen {seen[row]} and got {lens[row]}; "
+                    "use stream.generate(), or an attention mask over everything seen"
+                )
+
+    def _close(self) -> None:
+        self.planner.commit()
+        self._after_commit()
+
+    def _after_commit(self) -> None:
+        step, self._step = self._step, None
+        self._undo = []
+        if not self.recording:
+            self.settle(force=step is not None and step.num_queries > 1)
+
+    # ---------------------------------------------------------------------------------------------------------------- letting go
+
+    def settle(self, force: bool, turn_ended: bool = False) -> None:
+        """Let the policy let go. Without ``force`` a score-based rule waits until it is a whole block over budget."""
+        self._apply(self.planner.settle(force))
+        for index, memory in enumerate(self.policy.memories):
+            spec = memory.retain_or_default.spec(self.facts.bytes_per_token)
+            if spec["retain"] == "manual":
+                self._settle_own(index, spec, force, turn_ended)
+        if force:
+            self.free_unused()
+
+    def _settle_own(self, index: int, spec: dict[str, Any], force: bool, turn_ended: bool) -> None:
+        rule, budget = self.policy.memories[index].retain_or_default, spec["budget"]
+        for row in range(self.num_rows):
+            count = self.planner.resident(index, row)
+            if count <= budget or (not force and count < budget + BLOCK):
+                continue
+            residents = Residents(
+                self.planner.positions(index, row), self.planner.scores(index, row), self.planner.seen(row), turn_ended
+            )
+            kept = [int(i) for i in rule.keep(residents)]
+            must = {*range(spec["sinks"]), *range(count - spec["recent"], count)}
+            if len(kept) > budget or not must <= set(kept):
+                raise PolicyError(
+                    f"{type(rule).__name__}.keep returned {len(kept)} of {count} residents; it must return at most {budget}, "
+                    f"the first {spec['sinks']} and the last {spec['recent']} among them"
+                )
+            self._apply(self.planner.keep(index, row, kept))
+
+    def _apply(self, moves: Moves) -> None:
+        if len(moves):
+            for store in self.stores.values():
+                store.apply(moves)
+
+    def free_unused(self) -> None:
+        """Give memory that no block uses back to the allocator."""
+        in_use = self.planner.blocks_in_use()
+        for store in self.stores.values():
+            store.free_unused(in_use)
+
+    def end_turn(self) -> None:
+        """Scores decay, the budget holds exactly, memory is given back."""
+        self.planner.decay([getattr(m.retain_or_default, "decay", 1.0) for m in self.policy.memories])
+        self.settle(force=True, turn_ended=True)
+
+    # ------------------------------------------------------------------------------------------------------------- what callers do
+
+    def crop(self, count: int) -> None:
+        """Forget the newest ``count`` columns."""
+        self._idle()
+        if count:
+            self.planner.crop(count)
+            if self.scorer is not None:
+                self.scorer.crop(count)
+        if self.recording and self.num_rows:
+            self.settle(force=False)
+
+    def crop_rows(self, counts: list[int]) -> None:
+        """Forget the newest ``counts[row]`` tokens of each row; their columns stay, as pads."""
+        self._idle()
+        self.planner.crop_rows(counts)
+        if self._offsets is not None:
+            self._offsets = [offset + count for offset, count in zip(self._offsets, counts)]
+        if self.scorer is not None:
+            self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was."""
+        if not self.num_rows:
+            return
+        self._idle()
+        self.planner.select_rows(rows)
+        if self.scorer is not None:
+            self.scorer.select_rows(rows)
+        if self._offsets is not None:
+            self._offsets = [self._offsets[row] for row in rows]
+
+    def reset(self) -> None:
+        """Forget everything and give all memory back."""
+        self._step = None
+        self.planner.reset()
+        self.stores.clear()
+        self._offsets = None
+        self.recording = False
+        if self.scorer is not None:
+            self.scorer.reset()
+
+    def fork(self) -> Engine:
+        """A second engine over the same blocks, which are copied when one of the two writes."""
+        self._idle()
+        child = Engine(self.policy, self.facts, self.backend, self.frame, planner=self.planner.fork())
+        child.stores = self.stores
+        child._offsets = None if self._offsets is None else list(self._offsets)
+        if self.scorer is not None and child.scorer is not None:
+            child.scorer.tail = self.scorer.tail
+        return child
+
+    def _idle(self) -> None:
+        if self._step is not None:
+            self.rollback()
+
+
+def _check_like(facts: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+    want = (facts.num_kv_heads, facts.key_dim, facts.value_dim, facts.dtype, facts.device)
+    got = (k.shape[1], k.shape[3], v.shape[3], k.dtype, k.device)
+    if want != got:
+        raise ShapeError(
+            f"when the stream opened, layer {facts.index} had keys and values of {want[0]} heads of sizes {want[1]} and {want[2]} "
+            f"in {want[3]} on {want[4]}; now {got[0]} heads of sizes {got[1]} and {got[2]} in {got[3]} on {got[4]}; "
+            "open a new stream"
+        )
+
+
+def scores_as_numpy(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """float32 numpy copy of a score tensor."""
+    return values.detach().to("cpu", torch.float32).numpy()

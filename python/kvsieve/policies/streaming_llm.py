@@ -1,0 +1,31 @@
+"""StreamingLLM (Xiao et al., ICLR 2024, arXiv 2309.17453): attention sinks and a window of recent tokens.
+
+Departures from the published code, and why:
+
+* Every query sees the sinks, the ``budget - sinks`` tokens before it, and itself, whatever the size of the chunk it came in. The
+  published code prefills densely and trims afterwards, so its answer depends on how the prompt was cut.
+* Keys are stored as the model rotated them and the *query* is shifted for the sinks. Nothing is re-rotated, so nothing drifts.
+"""
+
+from __future__ import annotations
+
+from kvsieve.roles import Memory, Slots, Window
+
+__all__ = ["StreamingLLM"]
+
+
+def StreamingLLM(budget: int | str, sinks: int = 4) -> Memory:
+    """Keep the first ``sinks`` tokens and the newest ``budget - sinks``; distances count residents.
+
+    Args:
+        budget: residents per sequence, in tokens, or in bytes such as ``"64MiB"``.
+        sinks: first real tokens of each sequence that are never let go.
+
+    Raises:
+        BudgetError: if the budget does not hold the sinks and one more token.
+
+    >>> StreamingLLM(1024)
+    StreamingLLM(budget=1024, sinks=4)
+    """
+    retain = Window(budget=budget, sinks=sinks)
+    return Memory(retain=retain, place=Slots(), text=f"StreamingLLM(budget={budget!r}, sinks={sinks})")

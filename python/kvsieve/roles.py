@@ -1,0 +1,414 @@
+"""The four roles of a memory, and the operators that combine them.
+
+A *memory* answers four questions, one role each: which tokens stay (:class:`Retain`), at which distance a query sees them
+(:class:`Place`), which of them it reads (:class:`Select`), and how they are stored (:class:`Pack`). A *policy* is a chain of
+memories: what one lets go flows into the next, and their answers merge exactly, by log-sum-exp.
+
+* ``a | b`` joins the roles of two parts in one memory; claiming a role twice is an error.
+* ``a >> b`` chains: what ``a`` lets go, ``b`` keeps.
+
+Python binds ``>>`` tighter than ``|``, so ``a | b >> c`` joins ``a`` to ``b`` and ``a >> b | c`` joins ``c`` to ``b``.
+
+A role of one's own is a small class: subclass :class:`Retain` and write :meth:`Retain.keep`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsieve.budget import check_budget, tokens_for
+from kvsieve.errors import PolicyError
+
+__all__ = [
+    "All",
+    "AsRotated",
+    "Ceiling",
+    "Chain",
+    "Everything",
+    "Fixed",
+    "Memory",
+    "Pack",
+    "Place",
+    "Plain",
+    "Policy",
+    "Residents",
+    "Retain",
+    "Select",
+    "Slots",
+    "Surprisal",
+    "TopKTokens",
+    "Window",
+]
+
+Frame = Literal["rotated", "raw"]
+
+
+@dataclass(frozen=True)
+class Residents:
+    """What a retain role sees of one sequence: its resident tokens, in text order.
+
+    Attributes:
+        positions: int64 ``[n]``, the number of each token in its sequence.
+        scores: float32 ``[n]``; nan where no score was given.
+        seen: tokens the sequence has seen.
+        turn_ended: whether this is the end of a turn rather than an overflow.
+    """
+
+    positions: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+    seen: int
+    turn_ended: bool
+
+
+# --------------------------------------------------------------------------------------------------------------------- retain
+
+
+class Retain:
+    """Which tokens stay resident. Subclass and write :meth:`keep` for a rule of one's own."""
+
+    budget: int | str | None = None
+    """Most residents after the rule ran, in tokens, or bytes as text; None when unbounded."""
+    sinks: int = 0
+    """First tokens of the sequence, in every keep."""
+    recent: int = 0
+    """Newest tokens, in every keep."""
+    contiguous: ClassVar[bool] = False
+    """Whether every keep is the sinks and one run of recent tokens."""
+    needs_surprisal: ClassVar[bool] = False
+
+    def keep(self, residents: Residents) -> Sequence[int]:
+        """Indices of the residents that stay, ascending; the sinks, the recent ones and at most ``budget`` in all."""
+        raise NotImplementedError(f"{type(self).__name__} does not define keep()")
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        """This rule in the control plane's terms."""
+        if self.budget is None:
+            raise PolicyError(f"{type(self).__name__} needs a budget: set the attribute `budget` to a count of tokens")
+        budget = tokens_for(self.budget, bytes_per_token)
+        check_budget(budget, sinks=self.sinks, recent=self.recent, name=type(self).__name__)
+        return {"retain": "manual", "budget": budget, "sinks": self.sinks, "recent": self.recent}
+
+
+@dataclass(frozen=True)
+class All(Retain):
+    """Every token stays."""
+
+    contiguous: ClassVar[bool] = True
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        return {"retain": "all"}
+
+
+@dataclass(frozen=True)
+class Window(Retain):
+    """The first ``sinks`` tokens and the newest ``budget - sinks`` stay. A query sees them and itself."""
+
+    budget: int | str
+    sinks: int = 4
+    contiguous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_count("sinks", self.sinks)
+        check_budget(self.budget, sinks=self.sinks, recent=1, name="Window")
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        budget = tokens_for(self.budget, bytes_per_token)
+        check_budget(budget, sinks=self.sinks, recent=1, name="Window")
+        window = budget - self.sinks
+        return {"retain": "window", "sinks": self.sinks, "window": window, "visible": window + 1}
+
+
+@dataclass(frozen=True)
+class Surprisal(Retain):
+    """The sinks, the newest ``recent`` and the most surprising tokens stay; scores decay by ``decay`` at each end of turn."""
+
+    budget: int | str
+    sinks: int = 4
+    recent: int | None = None  # type: ignore[assignment]
+    decay: float = 1.0
+    score: Literal["surprisal", "published"] = "surprisal"
+    needs_surprisal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_count("sinks", self.sinks)
+        if self.recent is not None:
+            _check_count("recent", self.recent)
+        if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)) or not 0.0 < self.decay <= 1.0:
+            raise PolicyError(f"decay must lie in (0, 1], got {self.decay!r}")
+        if self.score not in ("surprisal", "published"):
+            raise PolicyError(f"score must be 'surprisal' or 'published', got {self.score!r}")
+        check_budget(self.budget, sinks=self.sinks, recent=self.recent or 0, name="Surprisal")
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        budget = tokens_for(self.budget, bytes_per_token)
+        recent = (budget - self.sinks) // 4 if self.recent is None else self.recent
+        if self.score == "published" and self.recent is None:
+            recent = 0
+        check_budget(budget, sinks=self.sinks, recent=recent, name="Surprisal")
+        published = self.score == "published"
+        return {"retain": "surprisal", "budget": budget, "sinks": self.sinks, "recent": recent, "published": published}
+
+
+# ---------------------------------------------------------------------------------------------------------------------- place
+
+
+class Place:
+    """At which distance a query sees each resident token."""
+
+    moves: ClassVar[bool] = True
+    """Whether a token may be seen at another distance than its true one."""
+
+    def frame(self, retain: Retain) -> Frame:
+        """The frame in which keys must be stored for this rule to be exact."""
+        return "raw"
+
+    def spec(self) -> dict[str, Any]:
+        """This rule in the control plane's terms."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class AsRotated(Place):
+    """At its true distance, as the model rotated it."""
+
+    moves: ClassVar[bool] = False
+
+    def frame(self, retain: Retain) -> Frame:
+        return "rotated"
+
+    def spec(self) -> dict[str, Any]:
+        return {"place": "true"}
+
+
+@dataclass(frozen=True)
+class Slots(Place):
+    """As if the residents stood side by side: the distance counts residents, not tokens of the text."""
+
+    def frame(self, retain: Retain) -> Frame:
+        return "rotated" if retain.contiguous else "raw"
+
+    def spec(self) -> dict[str, Any]:
+        return {"place": "slots"}
+
+
+@dataclass(frozen=True)
+class Ceiling(Place):
+    """At its true distance inside the window; the sinks beyond it at ``distance``."""
+
+    distance: int
+
+    def __post_init__(self) -> None:
+        _check_count("ceiling", self.distance, least=1)
+
+    def spec(self) -> dict[str, Any]:
+        return {"place": "ceiling", "distance": self.distance}
+
+
+@dataclass(frozen=True)
+class Fixed(Place):
+    """Every token at one ``distance``."""
+
+    distance: int
+
+    def __post_init__(self) -> None:
+        _check_count("distance", self.distance)
+
+    def spec(self) -> dict[str, Any]:
+        return {"place": "fixed", "distance": self.distance}
+
+
+# --------------------------------------------------------------------------------------------------------------------- select
+
+
+class Select:
+    """Which resident tokens a query reads."""
+
+    from_layer: int = 0
+
+    def spec(self) -> dict[str, Any]:
+        """This rule in the control plane's terms."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Everything(Select):
+    """Every resident token."""
+
+    def spec(self) -> dict[str, Any]:
+        return {}
+
+
+@dataclass(frozen=True)
+class TopKTokens(Select):
+    """The ``k`` tokens with the highest logits, per head, for the last query of each forward, in layers from ``from_layer`` on."""
+
+    k: int
+    from_layer: int = 0
+
+    def __post_init__(self) -> None:
+        _check_count("k", self.k, least=1)
+        _check_count("from_layer", self.from_layer)
+
+    def spec(self) -> dict[str, Any]:
+        return {"top_k": self.k}
+
+
+# ----------------------------------------------------------------------------------------------------------------------- pack
+
+
+class Pack:
+    """How a block is stored once it has settled."""
+
+
+@dataclass(frozen=True)
+class Plain(Pack):
+    """As it came, in the model's dtype."""
+
+
+# --------------------------------------------------------------------------------------------------------------------- policy
+
+
+class Policy:
+    """A chain of one or more memories."""
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """The memories of the chain, the first one first."""
+        raise NotImplementedError
+
+    @property
+    def frame(self) -> Frame:
+        """The frame in which every memory of the chain stores keys."""
+        frames = {memory.frame for memory in self.memories}
+        return "raw" if "raw" in frames else "rotated"
+
+    @property
+    def moves(self) -> bool:
+        """Whether a token may be seen at another distance than its true one."""
+        return any(memory.place_or_default.moves for memory in self.memories)
+
+    @property
+    def needs_surprisal(self) -> bool:
+        """Whether the policy scores tokens by the model's own logits."""
+        return any(memory.retain_or_default.needs_surprisal for memory in self.memories)
+
+    def specs(self, bytes_per_token: int) -> list[dict[str, Any]]:
+        """Each memory in the control plane's terms; byte budgets become tokens."""
+        return [memory.spec(bytes_per_token) for memory in self.memories]
+
+    def __or__(self, other: object) -> Policy:
+        if not isinstance(other, Policy):
+            return NotImplemented
+        left, right = self.memories, other.memories
+        if len(left) > 1 and len(right) > 1:
+            raise PolicyError(f"cannot join two chains, {self} and {other}; join the memories first, then chain with >>")
+        joined = _join(left[-1], right[0])
+        return _chain((*left[:-1], joined, *right[1:]))
+
+    def __rshift__(self, other: object) -> Policy:
+        if not isinstance(other, Policy):
+            return NotImplemented
+        return _chain((*self.memories, *other.memories))
+
+
+@dataclass(frozen=True, repr=False)
+class Memory(Policy):
+    """One choice for each role; None leaves a role unclaimed, and open to ``|``.
+
+    Unclaimed roles default to: everything stays, as rotated, everything is read, plain.
+
+    Raises:
+        PolicyError: for a part in the wrong role.
+    """
+
+    retain: Retain | None = None
+    place: Place | None = None
+    select: Select | None = None
+    pack: Pack | None = None
+    text: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, kind in (("retain", Retain), ("place", Place), ("select", Select), ("pack", Pack)):
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        return (self,)
+
+    @property
+    def retain_or_default(self) -> Retain:
+        """The retain role, or :class:`All`."""
+        return self.retain or All()
+
+    @property
+    def place_or_default(self) -> Place:
+        """The place role, or :class:`AsRotated`."""
+        return self.place or AsRotated()
+
+    @property
+    def frame(self) -> Frame:
+        return self.place_or_default.frame(self.retain_or_default)
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        """This memory in the control plane's terms."""
+        select = self.select or Everything()
+        return {**self.retain_or_default.spec(bytes_per_token), **self.place_or_default.spec(), **select.spec()}
+
+    def __repr__(self) -> str:
+        if self.text is not None:
+            return self.text
+        parts = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[:4] if getattr(self, f.name) is not None)
+        return f"Memory({parts})"
+
+
+@dataclass(frozen=True, repr=False)
+class Chain(Policy):
+    """Two or more memories; what one lets go flows into the next."""
+
+    parts: tuple[Memory, ...]
+    text: str | None = field(default=None, compare=False)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        return self.parts
+
+    def __repr__(self) -> str:
+        if self.text is not None:
+            return self.text
+        return " >> ".join(f"({m!r})" if " | " in repr(m) else repr(m) for m in self.parts)
+
+
+def _chain(memories: tuple[Memory, ...]) -> Policy:
+    if len(memories) == 1:
+        return memories[0]
+    for memory in memories[:-1]:
+        if isinstance(memory.retain_or_default, All):
+            raise PolicyError(f"{memory!r} lets nothing go, so nothing can flow into what follows it; put it last")
+    for memory in memories[1:]:
+        if isinstance(memory.place_or_default, Ceiling):
+            raise PolicyError(f"{memory!r}: a ceiling is relative to a window's edge and belongs to the first memory; use Fixed")
+    return Chain(memories)
+
+
+def _join(left: Memory, right: Memory) -> Memory:
+    roles: dict[str, Any] = {}
+    for name in ("retain", "place", "select", "pack"):
+        mine, theirs = getattr(left, name), getattr(right, name)
+        if mine is not None and theirs is not None:
+            raise PolicyError(
+                f"both {left!r} and {right!r} decide {name}; a memory has one {name} role: chain them with >> instead"
+            )
+        roles[name] = mine if mine is not None else theirs
+    return Memory(**roles, text=f"{left!r} | {right!r}")
+
+
+def _check_count(name: str, value: object, least: int = 0) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PolicyError(f"{name} must be an int of at least {least}, got {value!r}")

@@ -1,0 +1,124 @@
+"""Surprisal: how much each token surprised the model, from the logits it computes anyway wherever possible.
+
+The score of token ``t`` is ``-ln p(x_t | x_<t)``, which needs the logits at ``t - 1``. So the last row of logits is carried from
+one forward to the next: a generated token costs one read of a row that exists. A prompt's rows are not computed by `generate`,
+so they are made here from the final hidden states, in blocks, and dropped: ``[tokens, vocabulary]`` is never whole.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsieve.errors import UnsupportedModelError
+
+if TYPE_CHECKING:
+    from kvsieve.backends import Backend
+    from kvsieve.hf import ModelFacts
+    from kvsieve.roles import Policy
+
+__all__ = ["Scorer", "published_scores", "true_scores"]
+
+ROWS = 256
+"""Rows of logits made at a time."""
+
+
+class Scorer:
+    """Scores the tokens of each forward, and carries the last logits to the next."""
+
+    def __init__(self, policy: Policy, facts: ModelFacts, backend: Backend) -> None:
+        if facts.logits_of is None:
+            raise UnsupportedModelError(
+                f"{policy!r} needs the model's logits for every token, but this model computes them in a way that is not known: "
+                "its output differs from its head applied to its last hidden state"
+            )
+        self._logits_of, self._backend = facts.logits_of, backend
+        retain = next(m.retain_or_default for m in policy.memories if m.retain_or_default.needs_surprisal)
+        self._published = getattr(retain, "score", "surprisal") == "published"
+        self.tail: torch.Tensor | None = None
+        """Logits ``[B, r, V]`` of the last columns seen; the last row is the carry."""
+
+    def score(
+        self, ids: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, lens: list[int], keep_rows: bool
+    ) -> tuple[list[npt.NDArray[np.float32]], torch.Tensor]:
+        """Scores of each row's new tokens, and the tail to carry.
+
+        Args:
+            ids: int64 ``[B, q]``; hidden: ``[B, q, hidden]`` after the final norm; logits: ``[B, r, V]`` of the last ``r`` columns.
+            lens: real new tokens of each row (its last columns).
+            keep_rows: keep all ``r`` rows, because a later crop may go back to any of them.
+        """
+        with torch.no_grad():
+            width = ids.shape[1]
+            own = ids if self._published else torch.cat([ids[:, 1:], ids[:, :1]], 1)
+            table = self._table(own.to(hidden.device), hidden, logits, width if self._published else width - 1)
+            carry = None if self.tail is None or self._published else self.tail[:, -1]
+            first = None if carry is None else self._backend.surprisal(carry, ids[:, 0].to(carry.device)).cpu().numpy()
+            scores = []
+            for row, count in enumerate(lens):
+                values = table[row, width - count :]
+                if self._published:
+                    scores.append(published_scores(values))
+                else:
+                    known = None if first is None or count < width else float(first[row])
+                    scores.append(true_scores(values[: max(count - 1, 0)], known, count))
+            tail = logits.detach() if keep_rows else logits[:, -1:].detach().clone()
+            return scores, tail
+
+    def _table(self, targets: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, width: int) -> npt.NDArray[np.float32]:
+        """Surprisal of ``targets[:, c]`` under the logits of column ``c``, for columns below ``width``: ``[B, width]``."""
+        batch, given = targets.shape[0], logits.shape[1]
+        made = min(hidden.shape[1] - given, width)
+        table = torch.zeros(batch, width, dtype=torch.float32)
+        for row in range(batch):
+            for lo in range(0, made, ROWS):
+                hi = min(lo + ROWS, made)
+                table[row, lo:hi] = self._backend.surprisal(self._logits_of(hidden[row, lo:hi]), targets[row, lo:hi]).cpu()
+            if width > made:
+                rows = logits[row, : width - made]
+                table[row, made:] = self._backend.surprisal(rows, targets[row, made:width].to(rows.device)).cpu()
+        result: npt.NDArray[np.float32] = table.numpy()
+        return result
+
+    def crop(self, count: int) -> None:
+        """The newest ``count`` columns are forgotten; so are their logits."""
+        if self.tail is not None:
+            self.tail = self.tail[:, :-count] if count < self.tail.shape[1] else None
+
+    def forget_rows(self, rows: list[int]) -> None:
+        """The logits of these rows belong to tokens that are gone."""
+        if self.tail is not None:
+            self.tail = self.tail.clone()
+            self.tail[rows] = torch.nan
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was."""
+        if self.tail is not None:
+            self.tail = self.tail[rows]
+
+    def reset(self) -> None:
+        """Forget the carry."""
+        self.tail = None
+
+
+def true_scores(following: npt.NDArray[Any], first: float | None, count: int) -> npt.NDArray[np.float32]:
+    """Scores of a chunk of ``count`` tokens: ``first`` (from the carry), then ``following``.
+
+    A session's very first token has no carry (None, or nan); it takes the largest of the others, so that it is not the first to go.
+    """
+    if count == 0:
+        return np.zeros(0, np.float32)
+    if first is None or np.isnan(first):
+        finite = following[np.isfinite(following)]
+        first = float(finite.max()) if finite.size else 0.0
+    return np.concatenate([np.array([first]), following]).astype(np.float32)
+
+
+def published_scores(repeats: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
+    """The score of the published SirLLM code, from ``repeats[i] = -ln p_i(x_i)``: shifted by one, the first takes the largest."""
+    if repeats.size == 0:
+        return np.zeros(0, np.float32)
+    return np.concatenate([repeats.max(keepdims=True), repeats[:-1]]).astype(np.float32)

@@ -1,0 +1,147 @@
+"""A stream on disk: one safetensors file, plain tensors and a JSON header. Nothing is pickled, nothing is executed on load."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvsieve.errors import CacheMismatchError, KvsieveError, UnsupportedError
+from kvsieve.policies import parse
+
+if TYPE_CHECKING:
+    from os import PathLike
+
+    from transformers import PreTrainedModel
+
+    from kvsieve.streams import Stream
+
+__all__ = ["load", "save"]
+
+VERSION = 1
+
+
+def _fingerprint(stream: Stream) -> list[Any]:
+    facts = stream._engine.facts
+    layers = [[x.index, x.num_kv_heads, x.key_dim, x.value_dim, str(x.dtype)] for x in facts.layers]
+    return [type(stream.model).__name__, list(facts.layer_types), layers]
+
+
+def save(stream: Stream, path: str | PathLike[str]) -> None:
+    """Write ``stream`` to ``path``. An existing file is replaced only once the new one is complete.
+
+    Raises:
+        UnsupportedError: if the model has sliding layers of its own, or the policy has parts that text cannot describe.
+    """
+    from safetensors.torch import save_file
+
+    engine = stream._engine
+    if engine.own_layers:
+        raise UnsupportedError("saving a stream whose model has sliding layers of its own is not supported")
+    if repr(parse(repr(stream.policy))) != repr(stream.policy):
+        raise UnsupportedError(f"the policy {stream.policy!r} cannot be written as text; save works for kvsieve's own policies")
+    planner = engine.planner
+    tensors: dict[str, torch.Tensor] = {}
+    memories = range(len(stream.policy.memories))
+    for row in range(planner.num_rows):
+        for memory in memories:
+            tensors[f"positions.{memory}.{row}"] = torch.from_numpy(planner.positions(memory, row).copy())
+            tensors[f"scores.{memory}.{row}"] = torch.from_numpy(planner.scores(memory, row).copy())
+            runs = planner.runs(memory, row)
+            for index, store in engine.stores.items():
+                k, v = store.read(runs)
+                tensors[f"keys.{index}.{memory}.{row}"] = k.contiguous()
+                tensors[f"values.{index}.{memory}.{row}"] = v.contiguous()
+    pending, unread = stream._pending or (None, None)
+    tail = engine.scorer.tail if engine.scorer is not None else None
+    for name, tensor in (("pads", stream._pads), ("pending", pending), ("unread", unread), ("tail", tail)):
+        if tensor is not None:
+            tensors[name] = tensor.contiguous()
+    header = {
+        "version": VERSION,
+        "policy": repr(stream.policy),
+        "model": _fingerprint(stream),
+        "frame": engine.frame,
+        "columns": planner.columns,
+        "seen": [planner.seen(row) for row in range(planner.num_rows)],
+        "layers": sorted(engine.stores),
+        "offsets": engine._offsets,
+    }
+    target = Path(path)
+    partial = target.with_name(target.name + ".partial")
+    try:
+        save_file(tensors, partial, metadata={"kvsieve": json.dumps(header)})
+        os.replace(partial, target)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None = None) -> Stream:
+    """Open the stream saved at ``path`` on ``model``; it goes on where it was.
+
+    Args:
+        path: a file written by :meth:`Stream.save`.
+        model: the same model; its layers, heads and dtype are compared with the file's.
+        backend: as for :func:`kvsieve.stream`.
+
+    Raises:
+        CacheMismatchError: if the file was written for another model.
+        KvsieveError: if the file is not a kvsieve stream.
+    """
+    from safetensors import safe_open
+
+    from kvsieve.streams import Stream
+
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("kvsieve")
+        if text is None:
+            raise KvsieveError(f"{path} is not a kvsieve stream: it has no kvsieve header")
+        header = json.loads(text)
+        if header["version"] != VERSION:
+            raise KvsieveError(f"{path} was written in format {header['version']}; this kvsieve reads format {VERSION}")
+        stream = Stream(model, parse(header["policy"]), backend)
+        try:
+            _restore(stream, header, file)
+        except BaseException:
+            stream.close()
+            raise
+    return stream
+
+
+def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
+    mine, theirs = _fingerprint(stream), header["model"]
+    if mine != theirs:
+        raise CacheMismatchError(
+            f"the stream was saved from {theirs[0]} with layers {theirs[2][:1]}..., this model is {mine[0]} with {mine[2][:1]}..."
+        )
+    engine, names = stream._engine, set(file.keys())
+    if header["frame"] != engine.frame:
+        raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.frame} ones")
+    if not header["seen"]:
+        return
+    memories = range(len(stream.policy.memories))
+    rows = [
+        (
+            seen,
+            [(file.get_tensor(f"positions.{m}.{row}").tolist(), file.get_tensor(f"scores.{m}.{row}").tolist()) for m in memories],
+        )
+        for row, seen in enumerate(header["seen"])
+    ]
+    engine.planner.restore(header["columns"], rows)
+    for index in header["layers"]:
+        for row in range(len(rows)):
+            for memory in memories:
+                k, v = (
+                    file.get_tensor(f"{name}.{index}.{memory}.{row}").to(engine._layers[index].device)
+                    for name in ("keys", "values")
+                )
+                store = engine.stores.setdefault(index, engine.backend.make_store(k[None], v[None]))
+                store.write(engine.planner.runs(memory, row), k, v)
+    engine._offsets = header["offsets"]
+    stream._pads = file.get_tensor("pads") if "pads" in names else None
+    stream._pending = (file.get_tensor("pending"), file.get_tensor("unread")) if "pending" in names else None
+    if engine.scorer is not None and "tail" in names:
+        engine.scorer.tail = file.get_tensor("tail")

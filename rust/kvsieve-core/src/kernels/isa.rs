@@ -1,0 +1,97 @@
+//! Which instruction set the kernels run on.
+
+use std::sync::OnceLock;
+
+use crate::{Error, Result};
+
+/// An instruction set that the kernels are compiled for, from the slowest to the fastest.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Level {
+    /// Plain Rust that the compiler vectorises with what the target always has.
+    Portable,
+    /// AVX2, FMA and F16C.
+    Avx2,
+    /// AVX-512 F, BW, VL and DQ.
+    Avx512,
+}
+
+impl Level {
+    pub fn name(self) -> &'static str {
+        match self {
+            Level::Portable => "portable",
+            Level::Avx2 => "avx2",
+            Level::Avx512 => "avx512",
+        }
+    }
+
+    /// Whether this machine has it. The kernels rely on this check for soundness.
+    pub fn available(self) -> bool {
+        match self {
+            Level::Portable => true,
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => {
+                std::is_x86_feature_detected!("avx2")
+                    && std::is_x86_feature_detected!("fma")
+                    && std::is_x86_feature_detected!("f16c")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                Level::Avx2.available()
+                    && std::is_x86_feature_detected!("avx512f")
+                    && std::is_x86_feature_detected!("avx512bw")
+                    && std::is_x86_feature_detected!("avx512vl")
+                    && std::is_x86_feature_detected!("avx512dq")
+            }
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => false,
+        }
+    }
+
+    /// Refuses a level that this machine lacks: running it would be undefined.
+    pub(crate) fn check(self) -> Result<()> {
+        if self.available() { Ok(()) } else { Err(refused(self.name())) }
+    }
+}
+
+fn refused(got: &str) -> Error {
+    Error::OutOfRange {
+        what: "KVSIEVE_ISA",
+        expected: "portable, avx2 or avx512, and one that this machine has",
+        got: got.to_string(),
+    }
+}
+
+/// Every level of this machine, the slowest first.
+pub fn levels() -> Vec<Level> {
+    [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(|l| l.available()).collect()
+}
+
+fn choose(asked: Option<&str>) -> Result<Level> {
+    match asked {
+        None | Some("") => Ok(levels().pop().unwrap_or(Level::Portable)),
+        Some(name) => levels().into_iter().find(|l| l.name() == name).ok_or_else(|| refused(name)),
+    }
+}
+
+/// The level that runs: the fastest of this machine, or the one named by the environment variable `KVSIEVE_ISA`, read once.
+pub fn isa() -> Result<Level> {
+    static CHOSEN: OnceLock<Result<Level>> = OnceLock::new();
+    CHOSEN
+        .get_or_init(|| {
+            let asked = std::env::var_os("KVSIEVE_ISA");
+            choose(asked.as_ref().map(|a| a.to_str().unwrap_or("not text")))
+        })
+        .clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_unknown_level_is_refused() {
+        assert_eq!(choose(Some("sse9")), Err(refused("sse9")));
+        assert_eq!(choose(Some("portable")), Ok(Level::Portable));
+        assert_eq!(choose(None).ok(), levels().pop());
+    }
+}

@@ -1,0 +1,560 @@
+//! The vector operations that the kernels are written in, once for each instruction set.
+//!
+//! Every method is `#[inline(always)]` and is only ever called from a function compiled with the features of its implementation,
+//! into which it is inlined. That is why the trait is unsafe to use and why the kernels check [`super::Level::available`] first.
+
+use half::{bf16, f16};
+
+/// One instruction set.
+///
+/// # Safety
+/// All methods: the running machine has the features of the implementation. Methods with pointers: the named number of elements is
+/// readable or writable there; no alignment is needed.
+pub(crate) trait Simd: Copy {
+    /// Lanes of a vector; divides 16.
+    const LANES: usize;
+    /// Query heads that one pass over the keys serves: as many as leave four keys and their sums in registers.
+    const HEADS: usize;
+    type V: Copy;
+
+    unsafe fn splat(x: f32) -> Self::V;
+    unsafe fn load(p: *const f32) -> Self::V;
+    unsafe fn load_bf16(p: *const bf16) -> Self::V;
+    unsafe fn load_f16(p: *const f16) -> Self::V;
+    unsafe fn store(p: *mut f32, v: Self::V);
+    unsafe fn store_f16(p: *mut f16, v: Self::V);
+    unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sub(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn mul(a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn div(a: Self::V, b: Self::V) -> Self::V;
+    /// `a * b + c`
+    unsafe fn fma(a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The greater of both, and `b` when either is NaN: the order of operands decides whether NaN passes.
+    unsafe fn max(a: Self::V, b: Self::V) -> Self::V;
+    /// To the nearest integer, ties to even.
+    unsafe fn round(a: Self::V) -> Self::V;
+    /// `a * 2^n` for an integral `n` in -126..=127.
+    unsafe fn scale2(a: Self::V, n: Self::V) -> Self::V;
+    /// Where `x < y`, `a`, else `b`.
+    unsafe fn pick_less(x: Self::V, y: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    unsafe fn sum(a: Self::V) -> f32;
+    /// The greatest lane. Unspecified when a lane is NaN.
+    unsafe fn top(a: Self::V) -> f32;
+    /// Stores the sums of the four vectors to `p[0..4]`.
+    unsafe fn sum4(p: *mut f32, v: [Self::V; 4]);
+    /// Asks for the cache line at `p`, which may be any address.
+    unsafe fn prefetch(p: *const u8);
+}
+
+/// An element type that keys and values are stored in.
+pub(crate) trait Elem: Copy + Send + Sync + 'static {
+    const ZERO: Self;
+    /// # Safety
+    /// As for [`Simd::load`].
+    unsafe fn load<S: Simd>(p: *const Self) -> S::V;
+    /// # Safety
+    /// As for [`Simd::store`].
+    unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
+    fn to_f32(self) -> f32;
+    fn of_f32(x: f32) -> Self;
+
+    /// Loads `n < LANES` elements; the other lanes are zero.
+    ///
+    /// # Safety
+    /// As for [`Simd::load`], with `n` elements readable.
+    #[inline(always)]
+    unsafe fn load_part<S: Simd>(p: *const Self, n: usize) -> S::V {
+        let mut buf = [Self::ZERO; 16];
+        // SAFETY: the caller vouches for `n` elements; `n < LANES <= 16`; the buffer is a whole vector.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), n);
+            Self::load::<S>(buf.as_ptr())
+        }
+    }
+}
+
+impl Elem for f32 {
+    const ZERO: f32 = 0.0;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const f32) -> S::V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut f32, v: S::V) {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::store(p, v) }
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        self
+    }
+    #[inline(always)]
+    fn of_f32(x: f32) -> f32 {
+        x
+    }
+}
+
+/// Rounds to nearest even. Branch-free, so that loops over it vectorise; the crate's own conversion does not.
+#[inline(always)]
+fn round_bf16(x: f32) -> bf16 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    bf16::from_bits(if x.is_nan() { bits >> 16 | 0x40 } else { rounded } as u16)
+}
+
+impl Elem for bf16 {
+    const ZERO: bf16 = bf16::ZERO;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const bf16) -> S::V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::load_bf16(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut bf16, v: S::V) {
+        let mut buf = [0f32; 16];
+        // SAFETY: the buffer holds a whole vector, and the caller vouches for as many elements at `p`.
+        unsafe {
+            S::store(buf.as_mut_ptr(), v);
+            for (i, &x) in buf[..S::LANES].iter().enumerate() {
+                *p.add(i) = round_bf16(x);
+            }
+        }
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f32::from_bits(u32::from(self.to_bits()) << 16)
+    }
+    #[inline(always)]
+    fn of_f32(x: f32) -> bf16 {
+        round_bf16(x)
+    }
+}
+
+impl Elem for f16 {
+    const ZERO: f16 = f16::ZERO;
+    #[inline(always)]
+    unsafe fn load<S: Simd>(p: *const f16) -> S::V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn store<S: Simd>(p: *mut f16, v: S::V) {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::store_f16(p, v) }
+    }
+    #[inline(always)]
+    fn to_f32(self) -> f32 {
+        f16::to_f32(self)
+    }
+    #[inline(always)]
+    fn of_f32(x: f32) -> f16 {
+        f16::from_f32(x)
+    }
+}
+
+/// `e^x` for `x <= 0` to about 1e-7 relative; at least `e^-87` (never quite zero), NaN for NaN.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn exp<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the caller vouches for the instruction set; there is no memory access.
+    unsafe {
+        // The bound is the first operand, so that NaN passes through.
+        let x = S::max(S::splat(-87.0), x);
+        let n = S::round(S::mul(x, S::splat(std::f32::consts::LOG2_E)));
+        // ln 2 in two parts, the first of them exact in few bits: `r` keeps all its digits.
+        let r = S::fma(n, S::splat(-0.693_359_4), x);
+        let r = S::fma(n, S::splat(2.121_944_4e-4), r);
+        let p = S::splat(1.987_569_1e-4);
+        let p = S::fma(p, r, S::splat(1.398_199_9e-3));
+        let p = S::fma(p, r, S::splat(8.333_452e-3));
+        let p = S::fma(p, r, S::splat(4.166_579_6e-2));
+        let p = S::fma(p, r, S::splat(1.666_666_5e-1));
+        let p = S::fma(p, r, S::splat(0.5));
+        let p = S::fma(S::mul(p, r), r, S::add(r, S::splat(1.0)));
+        S::scale2(p, n)
+    }
+}
+
+/// `tanh x`, to about 1e-7 relative, near zero too: logits are small where a soft cap hardly acts.
+///
+/// # Safety
+/// As for [`Simd`].
+#[inline(always)]
+pub(crate) unsafe fn tanh<S: Simd>(x: S::V) -> S::V {
+    // SAFETY: the caller vouches for the instruction set; there is no memory access.
+    unsafe {
+        let zero = S::splat(0.0);
+        let minus = S::sub(zero, x);
+        let abs = S::pick_less(x, zero, minus, x);
+        let z = S::mul(x, x);
+        let p = S::splat(-5.704_988_7e-3);
+        let p = S::fma(p, z, S::splat(2.063_909e-2));
+        let p = S::fma(p, z, S::splat(-5.373_971_6e-2));
+        let p = S::fma(p, z, S::splat(1.333_144_2e-1));
+        let p = S::fma(p, z, S::splat(-3.333_328e-1));
+        let small = S::fma(S::mul(p, z), x, x);
+        // 1 - 2 e^-2|x| / (1 + e^-2|x|), which cannot overflow.
+        let e = exp::<S>(S::mul(abs, S::splat(-2.0)));
+        let one = S::splat(1.0);
+        let large = S::sub(one, S::div(S::add(e, e), S::add(one, e)));
+        let large = S::pick_less(x, zero, S::sub(zero, large), large);
+        S::pick_less(abs, S::splat(0.625), small, large)
+    }
+}
+
+/// Four lanes in plain Rust: what every 64-bit target has a register for.
+#[derive(Clone, Copy)]
+pub(crate) struct Portable;
+
+#[derive(Clone, Copy)]
+pub(crate) struct Four([f32; 4]);
+
+impl Four {
+    #[inline(always)]
+    fn zip(self, b: Four, f: impl Fn(f32, f32) -> f32) -> Four {
+        Four([f(self.0[0], b.0[0]), f(self.0[1], b.0[1]), f(self.0[2], b.0[2]), f(self.0[3], b.0[3])])
+    }
+}
+
+impl Simd for Portable {
+    const LANES: usize = 4;
+    const HEADS: usize = 2;
+    type V = Four;
+
+    #[inline(always)]
+    unsafe fn splat(x: f32) -> Four {
+        Four([x; 4])
+    }
+    #[inline(always)]
+    unsafe fn load(p: *const f32) -> Four {
+        // SAFETY: the caller vouches for four elements; an array of floats is read without alignment.
+        Four(unsafe { p.cast::<[f32; 4]>().read_unaligned() })
+    }
+    #[inline(always)]
+    unsafe fn load_bf16(p: *const bf16) -> Four {
+        // SAFETY: the caller vouches for four elements.
+        Four(unsafe { p.cast::<[bf16; 4]>().read_unaligned() }.map(Elem::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn load_f16(p: *const f16) -> Four {
+        // SAFETY: the caller vouches for four elements.
+        Four(unsafe { p.cast::<[f16; 4]>().read_unaligned() }.map(Elem::to_f32))
+    }
+    #[inline(always)]
+    unsafe fn store(p: *mut f32, v: Four) {
+        // SAFETY: the caller vouches for four elements.
+        unsafe { p.cast::<[f32; 4]>().write_unaligned(v.0) }
+    }
+    #[inline(always)]
+    unsafe fn store_f16(p: *mut f16, v: Four) {
+        // SAFETY: the caller vouches for four elements.
+        unsafe { p.cast::<[f16; 4]>().write_unaligned(v.0.map(f16::from_f32)) }
+    }
+    #[inline(always)]
+    unsafe fn add(a: Four, b: Four) -> Four {
+        a.zip(b, |a, b| a + b)
+    }
+    #[inline(always)]
+    unsafe fn sub(a: Four, b: Four) -> Four {
+        a.zip(b, |a, b| a - b)
+    }
+    #[inline(always)]
+    unsafe fn mul(a: Four, b: Four) -> Four {
+        a.zip(b, |a, b| a * b)
+    }
+    #[inline(always)]
+    unsafe fn div(a: Four, b: Four) -> Four {
+        a.zip(b, |a, b| a / b)
+    }
+    #[inline(always)]
+    unsafe fn fma(a: Four, b: Four, c: Four) -> Four {
+        // Not `mul_add`: without the instruction that is a call into the C library.
+        a.zip(b, |a, b| a * b).zip(c, |ab, c| ab + c)
+    }
+    #[inline(always)]
+    unsafe fn max(a: Four, b: Four) -> Four {
+        a.zip(b, |a, b| if a > b { a } else { b })
+    }
+    #[inline(always)]
+    unsafe fn round(a: Four) -> Four {
+        // Adding 1.5 * 2^23 leaves no bits for a fraction. Good for |a| < 2^22, which the exponents are.
+        const MAGIC: f32 = 12_582_912.0;
+        Four(a.0.map(|x| (x + MAGIC) - MAGIC))
+    }
+    #[inline(always)]
+    unsafe fn scale2(a: Four, n: Four) -> Four {
+        a.zip(n, |a, n| a * f32::from_bits((((n as i32) + 127) as u32) << 23))
+    }
+    #[inline(always)]
+    unsafe fn pick_less(x: Four, y: Four, a: Four, b: Four) -> Four {
+        let pick = |i: usize| if x.0[i] < y.0[i] { a.0[i] } else { b.0[i] };
+        Four([pick(0), pick(1), pick(2), pick(3)])
+    }
+    #[inline(always)]
+    unsafe fn sum(a: Four) -> f32 {
+        (a.0[0] + a.0[2]) + (a.0[1] + a.0[3])
+    }
+    #[inline(always)]
+    unsafe fn top(a: Four) -> f32 {
+        a.0[0].max(a.0[1]).max(a.0[2].max(a.0[3]))
+    }
+    #[inline(always)]
+    unsafe fn sum4(p: *mut f32, v: [Four; 4]) {
+        // SAFETY: the caller vouches for four elements.
+        unsafe {
+            let sums = Four([Self::sum(v[0]), Self::sum(v[1]), Self::sum(v[2]), Self::sum(v[3])]);
+            Self::store(p, sums);
+        }
+    }
+    #[inline(always)]
+    unsafe fn prefetch(_p: *const u8) {}
+}
+
+#[cfg(target_arch = "x86_64")]
+pub(crate) use x86::{Avx2, Avx512};
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    // The one reason for all blocks of this module: the trait's contract, the instruction set by the caller's check and the
+    // pointers by the caller's promise. Unaligned forms are used throughout.
+    #![allow(clippy::undocumented_unsafe_blocks)]
+
+    use std::arch::x86_64::*;
+
+    use half::{bf16, f16};
+
+    use super::Simd;
+
+    const NEAREST: i32 = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx2;
+
+    impl Simd for Avx2 {
+        const LANES: usize = 8;
+        const HEADS: usize = 2;
+        type V = __m256;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> __m256 {
+            unsafe { _mm256_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> __m256 {
+            unsafe { _mm256_loadu_ps(p) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const bf16) -> __m256 {
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const f16) -> __m256 {
+            unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, v: __m256) {
+            unsafe { _mm256_storeu_ps(p, v) }
+        }
+        #[inline(always)]
+        unsafe fn store_f16(p: *mut f16, v: __m256) {
+            unsafe { _mm_storeu_si128(p.cast(), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn div(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_div_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn fma(a: __m256, b: __m256, c: __m256) -> __m256 {
+            unsafe { _mm256_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn max(a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_max_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn round(a: __m256) -> __m256 {
+            unsafe { _mm256_round_ps(a, NEAREST) }
+        }
+        #[inline(always)]
+        unsafe fn scale2(a: __m256, n: __m256) -> __m256 {
+            unsafe {
+                let biased = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+                _mm256_mul_ps(a, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn pick_less(x: __m256, y: __m256, a: __m256, b: __m256) -> __m256 {
+            unsafe { _mm256_blendv_ps(b, a, _mm256_cmp_ps(x, y, _CMP_LT_OQ)) }
+        }
+        #[inline(always)]
+        unsafe fn sum(a: __m256) -> f32 {
+            unsafe {
+                let s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+                let s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+                _mm_cvtss_f32(_mm_add_ss(s, _mm_shuffle_ps(s, s, 1)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn top(a: __m256) -> f32 {
+            unsafe {
+                let s = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+                let s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+                _mm_cvtss_f32(_mm_max_ss(s, _mm_shuffle_ps(s, s, 1)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn sum4(p: *mut f32, v: [__m256; 4]) {
+            unsafe {
+                let s = _mm256_hadd_ps(_mm256_hadd_ps(v[0], v[1]), _mm256_hadd_ps(v[2], v[3]));
+                _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+            }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+        }
+    }
+
+    #[derive(Clone, Copy)]
+    pub(crate) struct Avx512;
+
+    impl Simd for Avx512 {
+        const LANES: usize = 16;
+        const HEADS: usize = 4;
+        type V = __m512;
+
+        #[inline(always)]
+        unsafe fn splat(x: f32) -> __m512 {
+            unsafe { _mm512_set1_ps(x) }
+        }
+        #[inline(always)]
+        unsafe fn load(p: *const f32) -> __m512 {
+            unsafe { _mm512_loadu_ps(p) }
+        }
+        #[inline(always)]
+        unsafe fn load_bf16(p: *const bf16) -> __m512 {
+            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
+        }
+        #[inline(always)]
+        unsafe fn load_f16(p: *const f16) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
+        }
+        #[inline(always)]
+        unsafe fn store(p: *mut f32, v: __m512) {
+            unsafe { _mm512_storeu_ps(p, v) }
+        }
+        #[inline(always)]
+        unsafe fn store_f16(p: *mut f16, v: __m512) {
+            unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT)) }
+        }
+        #[inline(always)]
+        unsafe fn add(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_add_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn sub(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_sub_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn mul(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mul_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn div(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_div_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn fma(a: __m512, b: __m512, c: __m512) -> __m512 {
+            unsafe { _mm512_fmadd_ps(a, b, c) }
+        }
+        #[inline(always)]
+        unsafe fn max(a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_max_ps(a, b) }
+        }
+        #[inline(always)]
+        unsafe fn round(a: __m512) -> __m512 {
+            unsafe { _mm512_roundscale_ps(a, NEAREST) }
+        }
+        #[inline(always)]
+        unsafe fn scale2(a: __m512, n: __m512) -> __m512 {
+            unsafe { _mm512_scalef_ps(a, n) }
+        }
+        #[inline(always)]
+        unsafe fn pick_less(x: __m512, y: __m512, a: __m512, b: __m512) -> __m512 {
+            unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a) }
+        }
+        #[inline(always)]
+        unsafe fn sum(a: __m512) -> f32 {
+            unsafe { _mm512_reduce_add_ps(a) }
+        }
+        #[inline(always)]
+        unsafe fn top(a: __m512) -> f32 {
+            unsafe { _mm512_reduce_max_ps(a) }
+        }
+        #[inline(always)]
+        unsafe fn sum4(p: *mut f32, v: [__m512; 4]) {
+            unsafe {
+                // Within each quarter: first pairs of vectors, then pairs of pairs; then the quarters are added up.
+                let ab = _mm512_add_ps(_mm512_unpacklo_ps(v[0], v[1]), _mm512_unpackhi_ps(v[0], v[1]));
+                let cd = _mm512_add_ps(_mm512_unpacklo_ps(v[2], v[3]), _mm512_unpackhi_ps(v[2], v[3]));
+                let (ab, cd) = (_mm512_castps_pd(ab), _mm512_castps_pd(cd));
+                let lo = _mm512_castpd_ps(_mm512_unpacklo_pd(ab, cd));
+                let hi = _mm512_castpd_ps(_mm512_unpackhi_pd(ab, cd));
+                let s = _mm512_add_ps(lo, hi);
+                let s = _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
+                _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(s), _mm256_extractf128_ps(s, 1)));
+            }
+        }
+        #[inline(always)]
+        unsafe fn prefetch(p: *const u8) {
+            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+        }
+    }
+}
+
+/// Compiles the function `$run` for every level and calls the one for `$level`.
+///
+/// `$run` is `#[inline(always)]` and generic over [`Simd`] first. The caller has checked that the level is available; the block that
+/// the macro expands to is sound because of that check and of `$run`'s own contract.
+macro_rules! dispatch {
+    ($level:expr, $run:ident::<$($g:ty),*>($($arg:ident: $ty:ty),*) -> $ret:ty) => {{
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx2,fma,f16c")]
+        unsafe fn avx2($($arg: $ty),*) -> $ret {
+            // SAFETY: passed on to the caller.
+            unsafe { $run::<$crate::kernels::simd::Avx2, $($g),*>($($arg),*) }
+        }
+        #[cfg(target_arch = "x86_64")]
+        #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
+        unsafe fn avx512($($arg: $ty),*) -> $ret {
+            // SAFETY: passed on to the caller.
+            unsafe { $run::<$crate::kernels::simd::Avx512, $($g),*>($($arg),*) }
+        }
+        match $level {
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: the level was checked to be available; the arguments meet the contract of the function.
+            $crate::kernels::Level::Avx512 => unsafe { avx512($($arg),*) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: as above.
+            $crate::kernels::Level::Avx2 => unsafe { avx2($($arg),*) },
+            // SAFETY: the portable level needs nothing; the arguments meet the contract of the function.
+            _ => unsafe { $run::<$crate::kernels::simd::Portable, $($g),*>($($arg),*) },
+        }
+    }};
+}
+pub(crate) use dispatch;

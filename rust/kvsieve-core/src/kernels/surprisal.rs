@@ -1,0 +1,107 @@
+//! How unexpected each realised token was: the negative log-probability under the logits.
+
+use half::{bf16, f16};
+
+use super::isa::Level;
+use super::simd::{Elem, Simd, dispatch, exp};
+use super::view::{Dtype, View, check_dtype, check_len};
+use crate::{Error, Result};
+
+/// Elements between two looks at the maximum: a block stays in the first-level cache for the second look.
+const CHUNK: usize = 512;
+
+/// # Safety
+/// As for [`Simd`]; `n` elements at `x`.
+#[inline(always)]
+unsafe fn row<S: Simd, E: Elem>(x: *const E, n: usize, id: usize) -> f32 {
+    let (mut max, mut sum) = (f32::NEG_INFINITY, 0f64);
+    let mut at = 0;
+    // SAFETY: all loads are of `len <= CHUNK` elements from `at` on, which lie below `n`; so does `id`, checked by the caller.
+    unsafe {
+        while at < n {
+            let len = CHUNK.min(n - at);
+            let whole = len / S::LANES * S::LANES;
+            let chunk = x.add(at);
+            let mut tops = [S::splat(f32::NEG_INFINITY); 4];
+            for c in (0..whole).step_by(S::LANES) {
+                let lane = c / S::LANES % 4;
+                tops[lane] = S::max(E::load::<S>(chunk.add(c)), tops[lane]);
+            }
+            let mut top = S::top(S::max(S::max(tops[0], tops[1]), S::max(tops[2], tops[3])));
+            for c in whole..len {
+                top = top.max((*chunk.add(c)).to_f32());
+            }
+            if top > max {
+                // A sum of nothing so far has no scale to change; NaN in it must stay.
+                if max != f32::NEG_INFINITY {
+                    sum *= f64::from(max - top).exp();
+                }
+                max = top;
+            }
+            // Before any finite logit was seen, differences to the maximum would be NaN for no reason.
+            let base = if max == f32::NEG_INFINITY { 0.0 } else { max };
+            let mut sums = [S::splat(0.0); 4];
+            for c in (0..whole).step_by(S::LANES) {
+                let lane = c / S::LANES % 4;
+                let e = exp::<S>(S::sub(E::load::<S>(chunk.add(c)), S::splat(base)));
+                sums[lane] = S::add(sums[lane], e);
+            }
+            sum += f64::from(S::sum(S::add(S::add(sums[0], sums[1]), S::add(sums[2], sums[3]))));
+            for c in whole..len {
+                sum += f64::from(((*chunk.add(c)).to_f32() - base).exp());
+            }
+            at += len;
+        }
+        let realised = (*x.add(id)).to_f32();
+        if sum.is_nan() && max != f32::INFINITY {
+            return f32::NAN;
+        }
+        if max == f32::INFINITY {
+            return if realised == f32::INFINITY { 0.0 } else { f32::MAX };
+        }
+        let surprise = f64::from(max) - f64::from(realised) + sum.ln();
+        if surprise < f64::from(f32::MAX) { surprise.max(0.0) as f32 } else { f32::MAX }
+    }
+}
+
+/// # Safety
+/// As for [`Simd`]; the dtype of the view is `E`; the ids lie inside the rows.
+#[inline(always)]
+unsafe fn run<S: Simd, E: Elem>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) {
+    for (i, (&id, out)) in ids.iter().zip(out).enumerate() {
+        let x = logits.row(0, 0, i).as_bytes_ptr().cast::<E>();
+        // SAFETY: a checked row of the view; the caller vouches for the rest.
+        *out = unsafe { row::<S, E>(x, logits.shape()[3], id as usize) };
+    }
+}
+
+/// Negative log-probability of `ids[i]` under row `i` of `logits` (`[1, 1, rows, vocabulary]`), in one pass over memory.
+///
+/// Never infinite: an impossible token costs `f32::MAX`. NaN when the row holds NaN, unless it also holds `+inf`.
+pub fn surprisal(logits: &View<'_>, dtype: Dtype, ids: &[i64], out: &mut [f32], level: Level) -> Result<()> {
+    level.check()?;
+    check_dtype("logits", logits.elems(), dtype)?;
+    let [one, first, rows, vocabulary] = logits.shape();
+    if (one, first) != (1, 1) {
+        let got = format!("{:?}", logits.shape());
+        return Err(Error::Shape { what: "logits", expected: "[1, 1, rows, vocabulary]".to_string(), got });
+    }
+    check_len("ids", ids.len(), rows)?;
+    check_len("out", out.len(), rows)?;
+    if let Some(id) = ids.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= vocabulary)) {
+        let (what, expected) = ("token id", "below the number of logits, and not negative");
+        return Err(Error::OutOfRange { what, expected, got: id.to_string() });
+    }
+    match dtype {
+        Dtype::F32 => {
+            dispatch!(level, run::<f32>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) -> ())
+        }
+        Dtype::BF16 => {
+            dispatch!(level, run::<bf16>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) -> ())
+        }
+        Dtype::F16 => {
+            dispatch!(level, run::<f16>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) -> ())
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,122 @@
+//! Per row and memory: positions of all keys and all queries of a chunk, for the path on which new tokens are read unstored.
+
+use super::view::{Keys, View};
+use super::{Place, Rule};
+use crate::plan::{Part, Placing};
+use crate::store::table::Table;
+
+/// One memory of one row, before the step's tokens are appended.
+#[derive(Clone, Copy, Debug)]
+pub struct Source<'a> {
+    pub row: usize,
+    pub memory: usize,
+    pub table: &'a Table,
+    pub keys: Keys<'a>,
+    pub rule: &'a Rule,
+    pub num_queries: usize,
+    /// Per query, the visible keys before it in all earlier memories.
+    pub earlier: &'a [usize],
+}
+
+/// Positions of keys and queries under one placing.
+struct Placed {
+    keys: Vec<i64>,
+    queries: Vec<i64>,
+    placing: Placing,
+}
+
+impl Source<'_> {
+    pub fn parts(&self, out: &mut Vec<Part>) {
+        if self.keys.is_empty() || self.num_queries == 0 {
+            return;
+        }
+        out.extend(self.beyond());
+        out.extend(self.band());
+    }
+
+    fn view(&self, i: usize) -> View {
+        View::new(&self.keys, self.rule, i)
+    }
+
+    fn query_true(&self) -> Vec<i64> {
+        (0..self.num_queries).map(|i| self.keys.first_new as i64 + i as i64).collect()
+    }
+
+    fn key_true(&self, lo: usize, hi: usize) -> Vec<i64> {
+        self.keys.positions(lo, hi).map(|p| p as i64).collect()
+    }
+
+    /// All keys that some query sees within the visible range.
+    fn band(&self) -> Option<Part> {
+        let (lo, hi) = (self.view(0).band, self.keys.len());
+        if lo == hi {
+            return None;
+        }
+        let placed = match self.rule.place {
+            Place::True | Place::Ceiling { .. } => self.by_position(lo, hi, Placing::Relative),
+            Place::Fixed { distance } => self.by_position(lo, hi, Placing::Fixed(distance as i64)),
+            Place::Slots => self.by_index(lo, hi),
+        };
+        let near = self.rule.visible.and_then(|near| i64::try_from(near).ok()).unwrap_or(i64::MAX);
+        Some(self.part(lo, hi, near, 0, placed))
+    }
+
+    /// The sinks, for the queries that have them beyond their visible range.
+    fn beyond(&self) -> Option<Part> {
+        if self.view(self.num_queries - 1).beyond == 0 {
+            return None;
+        }
+        let (lo, hi) = (0, self.keys.below(self.rule.sinks));
+        let placed = match self.rule.place {
+            Place::True => self.by_position(lo, hi, Placing::Relative),
+            Place::Ceiling { distance } | Place::Fixed { distance } => {
+                self.by_position(lo, hi, Placing::Fixed(distance as i64))
+            }
+            Place::Slots => self.by_rank(hi),
+        };
+        let far = i64::try_from(self.rule.visible?).ok()?;
+        Some(self.part(lo, hi, i64::MAX, far, placed))
+    }
+
+    /// True positions, counted from the first key so that the numbers stay small.
+    fn by_position(&self, lo: usize, hi: usize, placing: Placing) -> Placed {
+        let mut keys = self.key_true(lo, hi);
+        let mut queries = self.query_true();
+        let base = keys.first().copied().unwrap_or(0);
+        keys.iter_mut().chain(&mut queries).for_each(|p| *p -= base);
+        Placed { keys, queries, placing }
+    }
+
+    /// Indices among all keys: for keys in the visible range, differences of indices count visible keys.
+    fn by_index(&self, lo: usize, hi: usize) -> Placed {
+        let keys = (0..(hi - lo) as i64).collect();
+        let before = |i: usize| self.keys.residents.len() + i.min(self.keys.num_new);
+        let queries = (0..self.num_queries).map(|i| (before(i) + self.earlier[i]) as i64 - lo as i64).collect();
+        Placed { keys, queries, placing: Placing::Relative }
+    }
+
+    /// Ranks among the keys that each query sees.
+    fn by_rank(&self, hi: usize) -> Placed {
+        let queries = (0..self.num_queries).map(|i| (self.view(i).visible_before() + self.earlier[i]) as i64).collect();
+        Placed { keys: (0..hi as i64).collect(), queries, placing: Placing::Relative }
+    }
+
+    fn part(&self, lo: usize, hi: usize, near: i64, far: i64, placed: Placed) -> Part {
+        let n = self.keys.residents.len();
+        Part {
+            row: self.row,
+            memory: self.memory,
+            runs: self.table.runs_of(lo.min(n)..hi.min(n)),
+            new_lo: lo.saturating_sub(n),
+            new_hi: hi.saturating_sub(n),
+            key_true: self.key_true(lo, hi),
+            key_positions: placed.keys,
+            query_true: self.query_true(),
+            query_positions: placed.queries,
+            near,
+            far,
+            placing: placed.placing,
+            top_k: self.rule.top_k,
+        }
+    }
+}

@@ -1,0 +1,116 @@
+//! Per query: runs of slots with one shift each, for the path on which new tokens are stored before they are read.
+
+use super::view::View;
+use super::{Place, Rule};
+use crate::ids::{BlockId, Position, Run};
+use crate::plan::{Frame, Span};
+
+/// One memory as one query reads it.
+#[derive(Clone, Copy, Debug)]
+pub struct Reader<'a> {
+    pub frame: Frame,
+    pub rule: &'a Rule,
+    pub view: View,
+    /// True position of the query.
+    pub query: Position,
+    /// Visible keys before the query in this memory and in all earlier ones.
+    pub slot: usize,
+    /// Positions of all keys, new tokens included.
+    pub positions: &'a [Position],
+}
+
+/// Residents `lo..hi` of the table, in consecutive slots of one block.
+#[derive(Clone, Copy)]
+struct Piece {
+    block: BlockId,
+    slot: u32,
+    lo: usize,
+    hi: usize,
+}
+
+impl Piece {
+    fn of(run: &Run, base: usize, lo: usize, hi: usize) -> Option<Self> {
+        let (lo, hi) = (lo.max(base), hi.min(base + run.len() as usize));
+        (lo < hi).then(|| Piece { block: run.block, slot: run.lo + (lo - base) as u32, lo, hi })
+    }
+
+    fn until(self, hi: usize) -> Self {
+        Piece { hi, ..self }
+    }
+
+    fn after(self, lo: usize) -> Self {
+        Piece { lo, slot: self.slot + (lo - self.lo) as u32, ..self }
+    }
+}
+
+impl Reader<'_> {
+    /// Appends the spans of this memory. Spans before `start` belong to other queries.
+    pub fn read(&self, runs: &[Run], start: usize, out: &mut Vec<Span>) {
+        let mut base = 0;
+        for run in runs {
+            if base >= self.view.end {
+                break;
+            }
+            if let Some(piece) = Piece::of(run, base, 0, self.view.beyond) {
+                self.place(piece, start, out);
+            }
+            if let Some(piece) = Piece::of(run, base, self.view.band, self.view.end) {
+                self.place(piece, start, out);
+            }
+            base += run.len() as usize;
+        }
+    }
+
+    fn place(&self, piece: Piece, start: usize, out: &mut Vec<Span>) {
+        let beyond = piece.lo < self.view.beyond;
+        match (self.rule.place, self.frame) {
+            (Place::Fixed { distance }, _) => push(out, start, piece, distance as i64, false),
+            (Place::Ceiling { distance }, _) if beyond => push(out, start, piece, distance as i64, false),
+            (Place::True | Place::Ceiling { .. }, Frame::Rotated) => push(out, start, piece, 0, false),
+            (Place::Slots, Frame::Raw) => push(out, start, piece, self.by_slot(piece.lo) + i64::from(piece.slot), true),
+            (Place::Slots, Frame::Rotated) => self.each_contiguous(piece, |p| {
+                push(out, start, p, self.by_slot(p.lo) - self.by_position(p.lo), false);
+            }),
+            (Place::True | Place::Ceiling { .. }, Frame::Raw) => self.each_contiguous(piece, |p| {
+                push(out, start, p, self.by_position(p.lo) + i64::from(p.slot), true);
+            }),
+        }
+    }
+
+    fn by_slot(&self, index: usize) -> i64 {
+        self.slot as i64 - self.view.rank(index) as i64
+    }
+
+    fn by_position(&self, index: usize) -> i64 {
+        self.query as i64 - self.positions[index] as i64
+    }
+
+    /// Splits where true positions jump.
+    fn each_contiguous(&self, mut piece: Piece, mut each: impl FnMut(Piece)) {
+        let p = self.positions;
+        if p[piece.hi - 1] - p[piece.lo] == (piece.hi - 1 - piece.lo) as u64 {
+            return each(piece);
+        }
+        for cut in piece.lo + 1..piece.hi {
+            if p[cut] != p[cut - 1] + 1 {
+                each(piece.until(cut));
+                piece = piece.after(cut);
+            }
+        }
+        each(piece);
+    }
+}
+
+fn push(out: &mut Vec<Span>, start: usize, piece: Piece, shift: i64, rotate_keys: bool) {
+    let hi = piece.slot + (piece.hi - piece.lo) as u32;
+    if let Some(last) = out[start..].last_mut()
+        && last.block == piece.block
+        && last.hi == piece.slot
+        && last.shift == shift
+        && last.rotate_keys == rotate_keys
+    {
+        last.hi = hi;
+        return;
+    }
+    out.push(Span { block: piece.block, lo: piece.slot, hi, shift, rotate_keys });
+}

@@ -1,0 +1,51 @@
+//! Checks of what callers hand in, before anything is changed.
+
+use super::{MemorySpec, RowState};
+use crate::error::{Error, Result};
+use crate::retain::Retain;
+
+/// Whether `keep` can be what is left of `len` residents.
+pub(super) fn keep(memories: &[MemorySpec], memory: usize, len: usize, keep: &[usize]) -> Result<()> {
+    let bad = |expected, got: String| Err(Error::OutOfRange { what: "keep", expected, got });
+    if let Some(pair) = keep.windows(2).find(|w| w[0] >= w[1]) {
+        return bad("strictly ascending", format!("{} before {}", pair[0], pair[1]));
+    }
+    if let Some(&last) = keep.last()
+        && last >= len
+    {
+        return bad("indices of residents", format!("{last} of {len}"));
+    }
+    let Retain::Manual { budget } = memories[memory].retain else {
+        return Ok(());
+    };
+    if keep.len() > budget.total {
+        return bad("at most the budget", format!("{} indices for {}", keep.len(), budget.total));
+    }
+    let first_kept = keep.iter().zip(0..budget.sinks.min(len)).take_while(|(k, i)| **k == *i).count();
+    let last_kept = keep.iter().rev().zip((0..len).rev()).take(budget.recent).take_while(|(k, i)| **k == *i).count();
+    if first_kept < budget.sinks.min(len) || last_kept < budget.recent.min(len) {
+        return bad("all sinks and recent tokens included", format!("{} of {len} indices", keep.len()));
+    }
+    Ok(())
+}
+
+/// Whether a saved row can be one of this stream.
+pub(super) fn state(row: &RowState, columns: u64, num_memories: usize) -> Result<()> {
+    let bad = |what, expected, got: String| Err(Error::OutOfRange { what, expected, got });
+    if row.memories.len() != num_memories {
+        return bad("memories", "as many as the stream has", row.memories.len().to_string());
+    }
+    if row.seen > columns {
+        return bad("seen", "at most the number of columns", row.seen.to_string());
+    }
+    for (positions, scores) in &row.memories {
+        if positions.len() != scores.len() {
+            return bad("scores", "one per resident", format!("{} for {}", scores.len(), positions.len()));
+        }
+        let ascending = positions.windows(2).all(|w| w[0] < w[1]);
+        if !ascending || positions.last().is_some_and(|&p| p >= row.seen) {
+            return bad("positions", "strictly ascending and below seen", format!("{} positions", positions.len()));
+        }
+    }
+    Ok(())
+}

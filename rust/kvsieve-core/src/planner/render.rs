@@ -1,0 +1,108 @@
+//! Renders what the rows hold as spans and parts.
+
+use super::row::Row;
+use crate::ids::Position;
+use crate::place::parts::Source;
+use crate::place::spans::Reader;
+use crate::place::view::{Keys, View};
+use crate::place::{Place, Rule};
+use crate::plan::{Frame, Part, Placing, Spans};
+
+/// The keys of memory `m`, of which the last `appended` are new already (first memory only).
+fn keys(row: &Row, m: usize, num_new: usize, appended: usize) -> Keys<'_> {
+    let positions = row.tables[m].positions();
+    let (residents, num_new) =
+        if m == 0 { (&positions[..positions.len() - appended], num_new) } else { (positions, 0) };
+    Keys { residents, first_new: row.seen, num_new }
+}
+
+/// The parts of one row, before its new tokens are appended. With `only_top_k`, only of memories read by selection.
+pub(super) fn parts(index: usize, row: &Row, rules: &[Rule], num_new: usize, only_top_k: bool, out: &mut Vec<Part>) {
+    if only_top_k && rules.iter().all(|r| r.top_k == 0) {
+        return;
+    }
+    let mut earlier = vec![0; num_new];
+    for (m, rule) in rules.iter().enumerate() {
+        let keys = keys(row, m, num_new, 0);
+        if m > 0 && rule.top_k > 0 && matches!(rule.place, Place::Fixed { .. }) {
+            out.extend(middle(index, row, rules, m, num_new));
+        } else if !only_top_k || rule.top_k > 0 {
+            let table = &row.tables[m];
+            Source { row: index, memory: m, table, keys, rule, num_queries: num_new, earlier: &earlier }.parts(out);
+        }
+        for (i, slot) in earlier.iter_mut().enumerate() {
+            *slot += View::new(&keys, rule, i).visible_before();
+        }
+    }
+}
+
+/// A memory read by selection, by the last query. Whatever the first memory no longer shows that query will flow here after this
+/// step, so it is offered now: otherwise a chunk's last token would miss what the chunk pushed out of the window.
+fn middle(index: usize, row: &Row, rules: &[Rule], m: usize, num_new: usize) -> Option<Part> {
+    let (rule, near) = (&rules[m], keys(row, 0, num_new, 0));
+    let placing = match rule.place {
+        Place::Fixed { distance } | Place::Ceiling { distance } => Placing::Fixed(distance as i64),
+        Place::True | Place::Slots => Placing::Relative,
+    };
+    let (own, last) = (keys(row, m, num_new, 0), num_new.checked_sub(1)?);
+    let hidden = near.below(rules[0].sinks)..View::new(&near, &rules[0], last).band;
+    let hidden = hidden.start.min(hidden.end)..hidden.end;
+    let key_true: Vec<i64> =
+        own.positions(0, own.len()).chain(near.positions(hidden.start, hidden.end)).map(|p| p as i64).collect();
+    if key_true.is_empty() {
+        return None;
+    }
+    let held = near.residents.len();
+    let mut runs = row.tables[m].runs().to_vec();
+    runs.extend(row.tables[0].runs_of(hidden.start.min(held)..hidden.end.min(held)));
+    let query_true: Vec<i64> = (0..num_new).map(|i| row.seen as i64 + i as i64).collect();
+    Some(Part {
+        row: index,
+        memory: m,
+        runs,
+        new_lo: hidden.start.saturating_sub(held),
+        new_hi: hidden.end.saturating_sub(held),
+        key_positions: key_true.clone(),
+        query_positions: query_true.clone(),
+        key_true,
+        query_true,
+        near: i64::MAX,
+        far: 0,
+        placing,
+        top_k: rule.top_k,
+    })
+}
+
+/// The spans of all queries, after all new tokens are appended.
+pub(super) fn spans(rows: &[Row], rules: &[Rule], frame: Frame, new_lens: &[usize], num_queries: usize) -> Spans {
+    let mut out = Spans { num_rows: rows.len(), num_queries, starts: vec![0], spans: Vec::new() };
+    for (row, &num_new) in rows.iter().zip(new_lens) {
+        let pads = num_queries - num_new;
+        out.starts.extend(std::iter::repeat_n(out.spans.len() as u32, pads));
+        for i in 0..num_new {
+            query_spans(row, rules, frame, num_new, i, &mut out);
+            out.starts.push(out.spans.len() as u32);
+        }
+    }
+    out
+}
+
+fn query_spans(row: &Row, rules: &[Rule], frame: Frame, num_new: usize, i: usize, out: &mut Spans) {
+    let start = out.spans.len();
+    let query: Position = row.seen + i as u64;
+    let mut slot = 0;
+    for (m, rule) in rules.iter().enumerate() {
+        let view = View::new(&keys(row, m, num_new, num_new), rule, i);
+        slot += view.visible_before();
+        if rule.top_k > 0 {
+            continue;
+        }
+        let table = &row.tables[m];
+        out.spans.reserve(table.runs().len());
+        Reader { frame, rule, view, query, slot, positions: table.positions() }.read(
+            table.runs(),
+            start,
+            &mut out.spans,
+        );
+    }
+}

@@ -1,0 +1,74 @@
+//! One row of the batch: a table per memory, and how tokens pass between them.
+
+use super::spec::MemorySpec;
+use crate::error::Result;
+use crate::retain::Decision;
+use crate::store::pool::Pool;
+use crate::store::table::{Edit, Table};
+
+#[derive(Debug)]
+pub(super) struct Row {
+    pub seen: u64,
+    pub tables: Vec<Table>,
+}
+
+impl Row {
+    pub fn new(num_memories: usize) -> Self {
+        Self { seen: 0, tables: vec![Table::default(); num_memories] }
+    }
+
+    /// A row with the same residents, which holds its own references.
+    pub fn share(&self, pool: &mut Pool) -> Self {
+        self.tables.iter().flat_map(Table::blocks).for_each(|b| pool.retain(b));
+        Self { seen: self.seen, tables: self.tables.clone() }
+    }
+
+    pub fn release(self, pool: &mut Pool) {
+        self.tables.iter().flat_map(Table::blocks).for_each(|b| pool.release(b));
+    }
+
+    /// Lets every memory from `first` on retain in turn.
+    pub fn settle(&mut self, memories: &[MemorySpec], first: usize, force: bool, edit: &mut Edit<'_>) -> Result<()> {
+        for (m, memory) in memories.iter().enumerate().skip(first) {
+            let decision = memory.retain.decide(&self.tables[m], force)?;
+            self.apply(m, decision, edit);
+        }
+        Ok(())
+    }
+
+    /// Carries out a decision. What memory `m` lets go is copied to the next one first: making room may overwrite it.
+    pub fn apply(&mut self, m: usize, decision: Decision, edit: &mut Edit<'_>) {
+        let (here, later) = self.tables.split_at_mut(m + 1);
+        let table = &mut here[m];
+        match decision {
+            Decision::Nothing => {}
+            Decision::Cut(range) => {
+                if let Some(next) = later.first_mut() {
+                    next.receive(&table.held(range.clone()), edit);
+                }
+                table.cut(range, edit);
+            }
+            Decision::Keep(keep) => {
+                if let Some(next) = later.first_mut() {
+                    next.receive(&table.held(others(table.len(), &keep)), edit);
+                }
+                table.keep(&keep, edit);
+            }
+        }
+    }
+
+    /// Forgets every token from position `seen` on.
+    pub fn crop(&mut self, seen: u64, edit: &mut Edit<'_>) {
+        self.seen = seen;
+        for table in &mut self.tables {
+            let from = table.positions().partition_point(|&p| p < seen);
+            table.cut(from..table.len(), edit);
+        }
+    }
+}
+
+/// The numbers below `n` that are not in `keep` (ascending).
+fn others(n: usize, keep: &[usize]) -> impl Iterator<Item = usize> + '_ {
+    let mut keep = keep.iter().copied().peekable();
+    (0..n).filter(move |i| keep.next_if_eq(i).is_none())
+}

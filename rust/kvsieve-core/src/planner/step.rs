@@ -1,0 +1,157 @@
+//! Opening, committing and undoing a step.
+
+use super::row::Row;
+use super::{Planner, lock, render};
+use crate::error::{Error, Result};
+use crate::ids::{BlockId, Position, Run};
+use crate::plan::{Append, Step};
+use crate::retain::Retain;
+use crate::store::table::{Edit, Mark, Table};
+use std::ops::Range;
+use std::sync::Arc;
+
+/// Larger chunks are read part by part: with many queries, reading each key once per chunk wins over one span list per query.
+const MAX_SPAN_QUERIES: usize = 16;
+
+/// What it takes to undo or to finish the open step.
+#[derive(Debug)]
+pub(super) struct Open {
+    new_lens: Vec<usize>,
+    num_queries: usize,
+    marks: Vec<Mark>,
+    /// Shared tail blocks that were replaced by copies; still referenced, so that undoing can return to them.
+    retired: Vec<BlockId>,
+    /// This step is the stream's first: undoing it forgets the number of rows.
+    first: bool,
+}
+
+impl Planner {
+    /// Plans one forward over `num_queries` columns, of which the last `new_lens[row]` of each row are real tokens.
+    ///
+    /// Unless `store_all`, tokens that the step's own end would evict from a lone window are not stored at all. `with_parts` asks
+    /// for parts even where spans suffice; memories read by selection are rendered as parts always.
+    pub fn begin(&mut self, new_lens: &[usize], num_queries: usize, store_all: bool, with_parts: bool) -> Result<Step> {
+        self.undo_open();
+        self.check_lens(new_lens, num_queries)?;
+        let first = self.rows.is_empty();
+        if first {
+            self.rows.extend(new_lens.iter().map(|_| Row::new(self.memories.len())));
+        }
+        let stored: Vec<_> = self.rows.iter().zip(new_lens).map(|(r, &n)| self.stored(r.seen, n, store_all)).collect();
+        let all_stored = stored.iter().zip(new_lens).all(|((sinks, _), &n)| sinks.end == n);
+        let fast = all_stored && num_queries <= MAX_SPAN_QUERIES;
+        let mut parts = Vec::new();
+        for (index, (row, &n)) in self.rows.iter().zip(new_lens).enumerate() {
+            render::parts(index, row, &self.rules, n, fast && !with_parts, &mut parts);
+        }
+        let marks = self.rows.iter().map(|row| row.tables[0].mark()).collect();
+        let pool = Arc::clone(&self.pool);
+        let mut pool = lock(&pool);
+        pool.mark_reach();
+        let mut edit = Edit::new(&mut pool);
+        let mut appends = Vec::new();
+        for (index, (row, stored)) in self.rows.iter_mut().zip(stored).enumerate() {
+            append(index, row.seen, &mut row.tables[0], stored, &mut edit, &mut appends);
+        }
+        let (copies, retired) = (edit.moves, edit.retired);
+        self.open = Some(Open { new_lens: new_lens.to_vec(), num_queries, marks, retired, first });
+        Ok(Step {
+            frame: self.frame,
+            num_rows: self.rows.len(),
+            num_queries,
+            new_lens: new_lens.to_vec(),
+            num_blocks: pool.high(),
+            copies,
+            appends,
+            spans: fast.then(|| render::spans(&self.rows, &self.rules, self.frame, new_lens, num_queries)),
+            parts,
+            first_new: self.rows.iter().map(|r| r.seen).collect(),
+        })
+    }
+
+    /// Makes the open step count.
+    pub fn commit(&mut self) -> Result<()> {
+        let Some(open) = self.open.take() else {
+            return Err(Error::NoStep { what: "commit" });
+        };
+        for (row, n) in self.rows.iter_mut().zip(open.new_lens) {
+            row.seen += n as u64;
+        }
+        self.columns += open.num_queries as u64;
+        let mut pool = lock(&self.pool);
+        open.retired.into_iter().for_each(|b| pool.release(b));
+        Ok(())
+    }
+
+    /// Undoes the open step.
+    pub fn rollback(&mut self) -> Result<()> {
+        if self.undo_open() { Ok(()) } else { Err(Error::NoStep { what: "rollback" }) }
+    }
+
+    pub(super) fn undo_open(&mut self) -> bool {
+        let Some(open) = self.open.take() else { return false };
+        let mut pool = lock(&self.pool);
+        for (row, mark) in self.rows.iter_mut().zip(&open.marks) {
+            row.tables[0].undo(mark).into_iter().for_each(|b| pool.release(b));
+        }
+        pool.mark_reach();
+        if open.first {
+            self.rows.clear();
+        }
+        true
+    }
+
+    fn check_lens(&self, new_lens: &[usize], num_queries: usize) -> Result<()> {
+        if new_lens.is_empty() {
+            return Err(Error::Shape { what: "input", expected: "at least one row".into(), got: "none".into() });
+        }
+        if !self.rows.is_empty() {
+            self.check_rows(new_lens.len())?;
+        }
+        match new_lens.iter().find(|&&n| n > num_queries) {
+            Some(n) => Err(Error::OutOfRange {
+                what: "new tokens of a row",
+                expected: "at most the number of columns",
+                got: format!("{n} of {num_queries}"),
+            }),
+            None => Ok(()),
+        }
+    }
+
+    /// Which of a row's `n` new tokens are stored: two ranges, the second empty when the first holds all.
+    fn stored(&self, seen: Position, n: usize, store_all: bool) -> (Range<usize>, Range<usize>) {
+        let Retain::Window { sinks, window } = self.memories[0].retain else {
+            return (0..n, n..n);
+        };
+        let new_sinks = (sinks as u64).saturating_sub(seen).min(n as u64) as usize;
+        if store_all || self.memories.len() > 1 || new_sinks + window >= n {
+            return (0..n, n..n);
+        }
+        (0..new_sinks, n - window..n)
+    }
+}
+
+fn append(
+    row: usize,
+    seen: Position,
+    table: &mut Table,
+    stored: (Range<usize>, Range<usize>),
+    edit: &mut Edit<'_>,
+    out: &mut Vec<Append>,
+) {
+    let mut new = stored.0.clone().chain(stored.1.clone());
+    let positions = stored.0.chain(stored.1).map(|i| seen + i as u64);
+    for Run { block, lo, hi } in table.append(positions, edit) {
+        for slot in lo..hi {
+            let Some(new) = new.next() else { return };
+            match out.last_mut() {
+                Some(a)
+                    if a.row == row && a.block == block && a.slot + a.len == slot && a.new + a.len as usize == new =>
+                {
+                    a.len += 1;
+                }
+                _ => out.push(Append { row, new, block, slot, len: 1 }),
+            }
+        }
+    }
+}

@@ -1,0 +1,469 @@
+//! The keys and values of one layer, block by block, in memory that grows without ever moving.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::ptr::NonNull;
+
+use crate::ids::{BLOCK, BlockId, Run};
+use crate::kernels::view::{Dtype, Elems, ElemsMut, View, check_dtype, check_len};
+use crate::plan::{Move, Step};
+use crate::{Error, Result};
+
+/// No stream is this long (4 billion tokens); a block number beyond it is a mistake, not a reason to allocate.
+const MAX_BLOCKS: u32 = 1 << 26;
+
+/// Slabs of at least this size are aligned to it and offered to the kernel for huge pages: reading is a fifth faster from them.
+const HUGE: usize = 2 << 20;
+
+/// Small slabs first, so that a short conversation costs little; large ones later, so that long ones need few.
+const TIERS: [(u32, u32); 3] = [(32, 4), (1024, 16), (MAX_BLOCKS, 64)];
+
+/// The slab of a block, the block's place in it, and the number of blocks of that slab.
+fn locate(block: u32) -> (usize, usize, usize) {
+    let (mut first_block, mut first_slab) = (0, 0);
+    for (end, size) in TIERS {
+        if block < end {
+            let at = block - first_block;
+            return ((first_slab + at / size) as usize, (at % size) as usize, size as usize);
+        }
+        first_slab += (end - first_block) / size;
+        first_block = end;
+    }
+    let (_, size) = TIERS[TIERS.len() - 1];
+    (((block - first_block) / size + first_slab) as usize, ((block - first_block) % size) as usize, size as usize)
+}
+
+/// The first block of a slab.
+fn first_block(slab: usize) -> usize {
+    let (mut first_block, mut first_slab) = (0usize, 0usize);
+    for (end, size) in TIERS {
+        let slabs = (end as usize - first_block) / size as usize;
+        if slab < first_slab + slabs {
+            return first_block + (slab - first_slab) * size as usize;
+        }
+        first_slab += slabs;
+        first_block = end as usize;
+    }
+    first_block
+}
+
+/// Zeroed memory that is never moved.
+struct Buf {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: a `Buf` owns its memory alone, and hands out access only through `&self` and `&mut self` of the arena.
+unsafe impl Send for Buf {}
+// SAFETY: as above; nothing is written through a shared reference.
+unsafe impl Sync for Buf {}
+
+impl Buf {
+    fn zeroed(bytes: usize) -> Result<Self> {
+        let oom = Error::OutOfMemory { bytes };
+        let align = if bytes >= HUGE { HUGE } else { 64 };
+        let layout = Layout::from_size_align(bytes, align).map_err(|_| oom.clone())?;
+        // SAFETY: the arena refuses dimensions of zero, so the layout is not empty.
+        let ptr = NonNull::new(unsafe { alloc(layout) }).ok_or(oom)?;
+        #[cfg(target_os = "linux")]
+        if bytes >= HUGE {
+            // SAFETY: the range was just allocated and starts at a page. The call is a hint: its failure changes nothing.
+            unsafe { libc::madvise(ptr.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        }
+        // Only after the hint, so that the first touch already gets huge pages.
+        // SAFETY: `bytes` were just allocated.
+        unsafe { ptr.as_ptr().write_bytes(0, bytes) };
+        Ok(Buf { ptr, layout })
+    }
+}
+
+impl Drop for Buf {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with this layout, and freed only here.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
+    }
+}
+
+/// Some blocks, head-major: `[heads][blocks * BLOCK][dim]`, so that neighbouring blocks of a head are one stretch of memory.
+struct Slab {
+    keys: Buf,
+    values: Buf,
+}
+
+/// Keys and values of one layer.
+///
+/// Which slot holds which token is not known here. A slab comes into being when one of its blocks is first written.
+pub struct Arena {
+    heads: usize,
+    key_dim: usize,
+    value_dim: usize,
+    dtype: Dtype,
+    slabs: Vec<Option<Slab>>,
+}
+
+/// Where the tokens of one block lie: `(block, head, slot)` to byte offsets.
+struct Place<'a> {
+    slab: &'a Slab,
+    index: usize,
+    tokens: usize,
+}
+
+impl Arena {
+    pub fn new(heads: usize, key_dim: usize, value_dim: usize, dtype: Dtype) -> Result<Self> {
+        let largest = TIERS[TIERS.len() - 1].1 as usize * BLOCK as usize;
+        for (what, n) in [("num_kv_heads", heads), ("key_dim", key_dim), ("value_dim", value_dim)] {
+            // Each below 2^20 keeps every product of a slab far inside 64 bits.
+            if n == 0 || n >= 1 << 20 || largest.checked_mul(n * dtype.size()).is_none() {
+                return Err(Error::OutOfRange { what, expected: "between 1 and 2^20 - 1", got: n.to_string() });
+            }
+        }
+        Ok(Arena { heads, key_dim, value_dim, dtype, slabs: Vec::new() })
+    }
+
+    pub fn num_kv_heads(&self) -> usize {
+        self.heads
+    }
+
+    pub fn key_dim(&self) -> usize {
+        self.key_dim
+    }
+
+    pub fn value_dim(&self) -> usize {
+        self.value_dim
+    }
+
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
+    /// Bytes of one token's keys and values over all heads.
+    pub fn token_bytes(&self) -> usize {
+        self.heads * (self.key_dim + self.value_dim) * self.dtype.size()
+    }
+
+    /// Exactly what the allocator was asked for.
+    pub fn bytes(&self) -> usize {
+        self.slabs.iter().flatten().map(|s| s.keys.layout.size() + s.values.layout.size()).sum()
+    }
+
+    /// Blocks that have memory.
+    pub fn num_blocks(&self) -> u32 {
+        let blocks = self.slabs.iter().enumerate().filter(|(_, s)| s.is_some());
+        blocks.map(|(i, _)| locate(first_block(i) as u32).2 as u32).sum()
+    }
+
+    /// Gives every block below `num_blocks` memory. Writing does so by itself, for the blocks it writes.
+    pub fn ensure(&mut self, num_blocks: u32) -> Result<()> {
+        if num_blocks == 0 {
+            return Ok(());
+        }
+        self.check_id(num_blocks - 1)?;
+        let (last, _, _) = locate(num_blocks - 1);
+        self.reserve((0..=last).map(|slab| BlockId(first_block(slab) as u32)))
+    }
+
+    /// Gives these blocks memory; on failure nothing has changed.
+    fn reserve(&mut self, blocks: impl Iterator<Item = BlockId>) -> Result<()> {
+        let mut made: Vec<usize> = Vec::new();
+        for block in blocks {
+            let (slab, _, _) = locate(block.0);
+            if self.slabs.get(slab).is_some_and(Option::is_some) {
+                continue;
+            }
+            match self.make(slab) {
+                Ok(()) => made.push(slab),
+                Err(err) => {
+                    made.into_iter().for_each(|slab| self.slabs[slab] = None);
+                    return Err(err);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn make(&mut self, slab: usize) -> Result<()> {
+        if self.slabs.len() <= slab {
+            let more = slab + 1 - self.slabs.len();
+            self.slabs.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size_of::<Option<Slab>>() })?;
+            self.slabs.resize_with(slab + 1, || None);
+        }
+        let (_, _, blocks) = locate(first_block(slab) as u32);
+        let per_channel = self.heads * blocks * BLOCK as usize * self.dtype.size();
+        let keys = Buf::zeroed(per_channel * self.key_dim)?;
+        let values = Buf::zeroed(per_channel * self.value_dim)?;
+        self.slabs[slab] = Some(Slab { keys, values });
+        Ok(())
+    }
+
+    /// Frees the slabs none of whose blocks is in use. `in_use` is indexed by block; blocks beyond its end are not in use.
+    pub fn free_unused(&mut self, in_use: &[bool]) {
+        for slab in 0..self.slabs.len() {
+            let first = first_block(slab);
+            let (_, _, blocks) = locate(first as u32);
+            let used = in_use.iter().skip(first).take(blocks).any(|&used| used);
+            if !used {
+                self.slabs[slab] = None;
+            }
+        }
+    }
+
+    fn bad_block(&self, block: u32) -> Error {
+        Error::BadBlock { block, have: self.num_blocks() }
+    }
+
+    fn check_id(&self, block: u32) -> Result<()> {
+        if block < MAX_BLOCKS { Ok(()) } else { Err(self.bad_block(block)) }
+    }
+
+    fn place(&self, block: BlockId) -> Result<Place<'_>> {
+        let (slab, index, blocks) = locate(block.0);
+        match self.slabs.get(slab) {
+            Some(Some(slab)) => Ok(Place { slab, index, tokens: blocks * BLOCK as usize }),
+            _ => Err(self.bad_block(block.0)),
+        }
+    }
+
+    /// Whether the block has memory.
+    pub fn holds(&self, block: BlockId) -> bool {
+        self.place(block).is_ok()
+    }
+
+    fn check_slots(what: &'static str, lo: u32, hi: u32) -> Result<()> {
+        if lo <= hi && hi <= BLOCK {
+            return Ok(());
+        }
+        Err(Error::OutOfRange { what, expected: "a range of slots inside one block", got: format!("{lo}..{hi}") })
+    }
+
+    /// Refuses a span that lies outside its block or whose block has no memory.
+    pub(crate) fn check_span(&self, block: BlockId, lo: u32, hi: u32) -> Result<()> {
+        Self::check_slots("span", lo, hi)?;
+        self.place(block).map(drop)
+    }
+
+    /// Keys and values of `head` from `slot` of `block` on; the rest of the block follows at distances of the dims.
+    ///
+    /// Panics when the block has no memory, or the head or slot does not exist.
+    pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> (*const u8, *const u8) {
+        let Ok(place) = self.place(block) else { panic!("{block:?} has no memory") };
+        assert!(head < self.heads && slot < BLOCK, "head {head} or slot {slot} outside the arena");
+        let row = head * place.tokens + place.index * BLOCK as usize + slot as usize;
+        let es = self.dtype.size();
+        // SAFETY: `row` is below `heads * tokens`, the rows that both buffers of the slab were allocated for.
+        unsafe {
+            let keys = place.slab.keys.ptr.as_ptr().add(row * self.key_dim * es);
+            let values = place.slab.values.ptr.as_ptr().add(row * self.value_dim * es);
+            (keys.cast_const(), values.cast_const())
+        }
+    }
+
+    fn rows_mut(&mut self, block: BlockId, head: usize, slot: u32) -> (*mut u8, *mut u8) {
+        // The buffers are raw memory owned through `&mut self` here, so writing through their pointers is allowed.
+        let (keys, values) = self.rows(block, head, slot);
+        (keys.cast_mut(), values.cast_mut())
+    }
+
+    /// The key of one token, for tests and for the reference.
+    pub fn key(&self, block: BlockId, head: usize, slot: u32) -> Result<Elems<'_>> {
+        Self::check_slots("slot", slot, slot + 1)?;
+        self.place(block)?;
+        let (keys, _) = self.rows(block, head, slot);
+        // SAFETY: a row of `key_dim` initialised elements starts here; they are aligned, for slabs are and rows are whole elements.
+        Ok(unsafe { elems(self.dtype, keys, self.key_dim) })
+    }
+
+    /// The value of one token, for tests and for the reference.
+    pub fn value(&self, block: BlockId, head: usize, slot: u32) -> Result<Elems<'_>> {
+        Self::check_slots("slot", slot, slot + 1)?;
+        self.place(block)?;
+        let (_, values) = self.rows(block, head, slot);
+        // SAFETY: as in `key`, for `value_dim` elements.
+        Ok(unsafe { elems(self.dtype, values, self.value_dim) })
+    }
+
+    /// Makes the step's copies, then stores its new tokens from `k` and `v` (`[rows, heads, columns, dim]`).
+    pub fn append(&mut self, k: &View<'_>, v: &View<'_>, step: &Step) -> Result<()> {
+        for (what, view, dim) in [("k", k, self.key_dim), ("v", v, self.value_dim)] {
+            check_dtype(what, view.elems(), self.dtype)?;
+            let expected = [step.num_rows, self.heads, step.num_queries, dim];
+            if view.shape() != expected {
+                return Err(Error::Shape {
+                    what,
+                    expected: format!("{expected:?}"),
+                    got: format!("{:?}", view.shape()),
+                });
+            }
+        }
+        check_len("new_lens", step.new_lens.len(), step.num_rows)?;
+        if step.new_lens.iter().any(|&n| n > step.num_queries) {
+            let expected = format!("at most {} new tokens a row", step.num_queries);
+            return Err(Error::Shape { what: "new_lens", expected, got: format!("{:?}", step.new_lens) });
+        }
+        for a in &step.appends {
+            Self::check_slots("append", a.slot, a.slot.saturating_add(a.len))?;
+            let fits = step.new_lens.get(a.row).is_some_and(|&n| a.new <= n && a.len as usize <= n - a.new);
+            if !fits {
+                let got = format!("tokens {}..+{} of row {}", a.new, a.len, a.row);
+                return Err(Error::OutOfRange { what: "append", expected: "new tokens of the step", got });
+            }
+            if a.block.0 >= step.num_blocks.min(MAX_BLOCKS) {
+                return Err(Error::BadBlock { block: a.block.0, have: step.num_blocks });
+            }
+        }
+        self.check_moves(&step.copies)?;
+        self.reserve(step.copies.iter().map(|m| m.to).chain(step.appends.iter().map(|a| a.block)))?;
+
+        step.copies.iter().for_each(|m| self.move_tokens(m));
+        let es = self.dtype.size();
+        for a in step.appends.iter().filter(|a| a.len > 0) {
+            let column = step.num_queries - step.new_lens[a.row] + a.new;
+            for head in 0..self.heads {
+                let (keys, values) = self.rows_mut(a.block, head, a.slot);
+                for (to, view, dim) in [(keys, k, self.key_dim), (values, v, self.value_dim)] {
+                    for i in 0..a.len as usize {
+                        let from = view.row(a.row, head, column + i).as_bytes_ptr();
+                        // SAFETY: `from` is a checked row of `dim` elements; `to` is the row of slot `a.slot + i`, which was
+                        // checked to lie in the block. A borrowed view cannot overlap memory that the arena owns.
+                        unsafe { std::ptr::copy_nonoverlapping(from, to.add(i * dim * es), dim * es) };
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn check_moves(&self, moves: &[Move]) -> Result<()> {
+        for (i, m) in moves.iter().enumerate() {
+            Self::check_slots("move", m.from_slot, m.from_slot.saturating_add(m.len))?;
+            Self::check_slots("move", m.to_slot, m.to_slot.saturating_add(m.len))?;
+            self.check_id(m.to.0)?;
+            // What an earlier move fills may be moved on, though it has no memory yet.
+            if !self.holds(m.from) && !moves[..i].iter().any(|earlier| earlier.to == m.from) {
+                return Err(self.bad_block(m.from.0));
+            }
+        }
+        Ok(())
+    }
+
+    fn move_tokens(&mut self, m: &Move) {
+        if m.len == 0 {
+            return;
+        }
+        let es = self.dtype.size();
+        for head in 0..self.heads {
+            let (from_k, from_v) = self.rows(m.from, head, m.from_slot);
+            let (to_k, to_v) = self.rows_mut(m.to, head, m.to_slot);
+            // SAFETY: both ranges were checked to lie inside their blocks, which have memory; `copy` allows them to overlap.
+            unsafe {
+                std::ptr::copy(from_k, to_k, m.len as usize * self.key_dim * es);
+                std::ptr::copy(from_v, to_v, m.len as usize * self.value_dim * es);
+            }
+        }
+    }
+
+    /// Applies the moves in order, each as a memmove: bits are carried over, never computed with.
+    pub fn apply(&mut self, moves: &[Move]) -> Result<()> {
+        self.check_moves(moves)?;
+        self.reserve(moves.iter().map(|m| m.to))?;
+        moves.iter().for_each(|m| self.move_tokens(m));
+        Ok(())
+    }
+
+    /// The number of tokens of the runs, when `k` and `v` are `[heads, total, dim]` with room for them from row `at` on.
+    fn check_runs(&self, runs: &[Run], k: Elems<'_>, v: Elems<'_>, at: usize, total: usize) -> Result<()> {
+        for run in runs {
+            Self::check_slots("run", run.lo, run.hi)?;
+            self.check_id(run.block.0)?;
+        }
+        let n: usize = runs.iter().map(|r| r.len() as usize).sum();
+        if at.checked_add(n).is_none_or(|end| end > total) {
+            let got = format!("{n} tokens at row {at} of {total}");
+            return Err(Error::Shape { what: "runs", expected: "room for all tokens".to_string(), got });
+        }
+        for (what, elems, dim) in [("k", k, self.key_dim), ("v", v, self.value_dim)] {
+            check_dtype(what, elems, self.dtype)?;
+            let len = total.checked_mul(self.heads * dim);
+            check_len(what, elems.len(), len.unwrap_or(usize::MAX))?;
+        }
+        Ok(())
+    }
+
+    /// For each run and head: its first key and value here, its first row there, its length.
+    fn each_run(&self, runs: &[Run], at: usize, total: usize, mut f: impl FnMut(*const u8, *const u8, usize, usize)) {
+        for head in 0..self.heads {
+            let mut row = head * total + at;
+            for run in runs.iter().filter(|r| !r.is_empty()) {
+                let (keys, values) = self.rows(run.block, head, run.lo);
+                f(keys, values, row, run.len() as usize);
+                row += run.len() as usize;
+            }
+        }
+    }
+
+    /// Copies the tokens of the runs to rows `at..` of `k` and `v`, each `[heads, total, dim]`.
+    pub fn gather(
+        &self,
+        runs: &[Run],
+        mut k: ElemsMut<'_>,
+        mut v: ElemsMut<'_>,
+        at: usize,
+        total: usize,
+    ) -> Result<()> {
+        self.check_runs(runs, k.as_ref(), v.as_ref(), at, total)?;
+        runs.iter().try_for_each(|run| self.place(run.block).map(drop))?;
+        let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
+        let (k, v) = (k.as_bytes_mut_ptr(), v.as_bytes_mut_ptr());
+        // SAFETY: `check_runs` found room for all rows; the source is inside a block; a caller's buffer cannot overlap the arena.
+        self.each_run(runs, at, total, |keys, values, row, n| unsafe {
+            std::ptr::copy_nonoverlapping(keys, k.add(row * kb), n * kb);
+            std::ptr::copy_nonoverlapping(values, v.add(row * vb), n * vb);
+        });
+        Ok(())
+    }
+
+    /// The inverse of [`Arena::gather`] from row 0 on: stores saved tokens at the slots of the runs.
+    pub fn write(&mut self, runs: &[Run], k: Elems<'_>, v: Elems<'_>) -> Result<()> {
+        let total = runs.iter().map(|r| r.hi.saturating_sub(r.lo) as usize).sum();
+        self.check_runs(runs, k, v, 0, total)?;
+        self.reserve(runs.iter().map(|r| r.block))?;
+        let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
+        let (k, v) = (k.as_bytes_ptr(), v.as_bytes_ptr());
+        // SAFETY: as in `gather`, the other way round; `&mut self` gives the right to write to the arena's memory.
+        self.each_run(runs, 0, total, |keys, values, row, n| unsafe {
+            std::ptr::copy_nonoverlapping(k.add(row * kb), keys.cast_mut(), n * kb);
+            std::ptr::copy_nonoverlapping(v.add(row * vb), values.cast_mut(), n * vb);
+        });
+        Ok(())
+    }
+}
+
+/// # Safety
+/// `n` initialised, aligned elements of `dtype` at `p`, unchanged for the lifetime that the caller gives the result.
+unsafe fn elems<'a>(dtype: Dtype, p: *const u8, n: usize) -> Elems<'a> {
+    // SAFETY: the caller's promise; every bit pattern is a valid element.
+    unsafe {
+        match dtype {
+            Dtype::F32 => Elems::F32(std::slice::from_raw_parts(p.cast(), n)),
+            Dtype::BF16 | Dtype::F16 => Elems::Bits(std::slice::from_raw_parts(p.cast(), n)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn slabs_tile_the_blocks() {
+        let mut block = 0u32;
+        for slab in 0..200 {
+            assert_eq!(first_block(slab), block as usize);
+            let (_, _, size) = locate(block);
+            for i in 0..size {
+                assert_eq!(locate(block + i as u32), (slab, i, size));
+            }
+            block += size as u32;
+        }
+        assert_eq!(locate(32).2, 16);
+        assert_eq!(locate(1024).2, 64);
+    }
+}

@@ -1,0 +1,623 @@
+//! The kernels against their naive twin, on every instruction set of the machine.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use kvsieve_core::Error;
+use kvsieve_core::ids::{BlockId, Run};
+use kvsieve_core::kernels::attend::mass_len;
+use kvsieve_core::kernels::isa::levels;
+use kvsieve_core::kernels::merge::{Partial, merge};
+use kvsieve_core::kernels::rotate::rotate;
+use kvsieve_core::kernels::surprisal::surprisal;
+use kvsieve_core::kernels::topk::top_k;
+use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, Layout, Level, Rope, SpanTrig, View, attend};
+use kvsieve_core::plan::{Append, Frame, Move, Span, Spans, Step};
+use kvsieve_core::reference;
+use kvsieve_core::store::arena::Arena;
+
+const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
+
+struct Noise(u64);
+
+impl Noise {
+    fn bits(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
+    }
+
+    fn below(&mut self, n: usize) -> usize {
+        (self.bits() % n as u64) as usize
+    }
+
+    fn unit(&mut self) -> f32 {
+        (self.bits() >> 24 & 0xff_ffff) as f32 / (1 << 23) as f32 - 1.0
+    }
+
+    fn data(&mut self, n: usize, dtype: Dtype) -> Data {
+        Data::of(&(0..n).map(|_| self.unit()).collect::<Vec<_>>(), dtype)
+    }
+}
+
+/// Owned elements of any dtype.
+#[derive(Clone, Debug, PartialEq)]
+struct Data {
+    wide: Vec<f32>,
+    narrow: Vec<u16>,
+    dtype: Dtype,
+}
+
+impl Data {
+    fn of(x: &[f32], dtype: Dtype) -> Self {
+        let (wide, narrow) = match dtype {
+            Dtype::F32 => (x.to_vec(), Vec::new()),
+            Dtype::BF16 => (Vec::new(), x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect()),
+            Dtype::F16 => (Vec::new(), x.iter().map(|&x| f16::from_f32(x).to_bits()).collect()),
+        };
+        Data { wide, narrow, dtype }
+    }
+
+    fn elems(&self) -> Elems<'_> {
+        if self.dtype == Dtype::F32 { Elems::F32(&self.wide) } else { Elems::Bits(&self.narrow) }
+    }
+
+    fn elems_mut(&mut self) -> ElemsMut<'_> {
+        if self.dtype == Dtype::F32 { ElemsMut::F32(&mut self.wide) } else { ElemsMut::Bits(&mut self.narrow) }
+    }
+
+    fn view(&self, shape: [usize; 4]) -> View<'_> {
+        View::contiguous("data", self.elems(), shape).unwrap()
+    }
+
+    fn f64s(&self) -> Vec<f64> {
+        let n = self.elems().len();
+        reference::widened(&self.view([1, 1, 1, n]), self.dtype)
+    }
+}
+
+fn tolerance(dtype: Dtype) -> f64 {
+    if dtype == Dtype::F32 { 1e-5 } else { 1e-2 }
+}
+
+fn off(got: &[f64], exact: &[f64]) -> f64 {
+    assert_eq!(got.len(), exact.len());
+    let finite: Vec<(f64, f64)> = got
+        .iter()
+        .zip(exact)
+        .filter(|(g, e)| {
+            assert_eq!(g.is_finite(), e.is_finite(), "{g} {e}");
+            e.is_finite()
+        })
+        .map(|(g, e)| (*g, *e))
+        .collect();
+    let norm = finite.iter().map(|(_, e)| e * e).sum::<f64>().sqrt();
+    finite.iter().map(|(g, e)| (g - e).powi(2)).sum::<f64>().sqrt() / norm.max(1e-12)
+}
+
+fn span(block: u32, lo: u32, hi: u32, shift: i64, rotate_keys: bool) -> Span {
+    Span { block: BlockId(block), lo, hi, shift, rotate_keys }
+}
+
+struct Result3 {
+    out: Data,
+    lse: Vec<f32>,
+    mass: Vec<f32>,
+}
+
+fn call(arena: &Arena, args: &Attend<'_>) -> Result3 {
+    let [b, h, q, _] = args.q.shape();
+    let mut out = Data::of(&vec![7.0; b * h * q * arena.value_dim()], arena.dtype());
+    let mut lse = vec![7.0; b * h * q];
+    let mut mass = vec![7.0; mass_len(args.spans, arena.num_kv_heads())];
+    attend(arena, args, out.elems_mut(), Some(&mut lse), Some(&mut mass)).unwrap();
+    let mut alone = Data::of(&vec![7.0; b * h * q * arena.value_dim()], arena.dtype());
+    attend(arena, args, alone.elems_mut(), None, None).unwrap();
+    assert_eq!(out, alone, "asking for more must not change the output");
+    Result3 { out, lse, mass }
+}
+
+fn widen(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+/// An arena of random blocks.
+fn filled(noise: &mut Noise, heads: usize, dims: (usize, usize), dtype: Dtype, blocks: u32) -> Arena {
+    let mut arena = Arena::new(heads, dims.0, dims.1, dtype).unwrap();
+    for block in 0..blocks {
+        let run = [Run { block: BlockId(block), lo: 0, hi: 64 }];
+        let k = noise.data(heads * 64 * dims.0, dtype);
+        let v = noise.data(heads * 64 * dims.1, dtype);
+        arena.write(&run, k.elems(), v.elems()).unwrap();
+    }
+    arena
+}
+
+#[test]
+fn attend_equals_the_reference() {
+    let mut noise = Noise(0x9e37_79b9);
+    let shapes = [(64, 64), (128, 128), (96, 96), (16, 16), (80, 80), (256, 256), (2, 1), (22, 38), (192, 128)];
+    for round in 0..120 {
+        let dims = shapes[noise.below(shapes.len())];
+        let dtype = DTYPES[round % 3];
+        let kv_heads = 1 + noise.below(3);
+        let group = [1, 2, 3, 4, 5, 7, 8, 16][noise.below(8)];
+        let heads = kv_heads * group;
+        let (rows, queries) = (1 + noise.below(2), 1 + noise.below(3));
+        let arena = filled(&mut noise, kv_heads, dims, dtype, 40);
+        let pairs = (1 + noise.below(dims.0 / 2)).max(if noise.below(2) == 0 { dims.0 / 2 } else { 1 });
+        let layout = if noise.below(2) == 0 { Layout::Half } else { Layout::Interleaved };
+        let inv_freq = (0..pairs).map(|i| 1e4f64.powf(-(i as f64) / pairs as f64)).collect();
+        let rope = Arc::new(Rope::new(inv_freq, layout, [1.0, 1.1][noise.below(2)]).unwrap());
+
+        let mut spans = Spans { num_rows: rows, num_queries: queries, starts: vec![0], spans: Vec::new() };
+        for item in 0..rows * queries {
+            // Pads first, then few or many, whole blocks or scraps.
+            let many = if item == 0 && queries > 1 { 0 } else { noise.below(40) };
+            for _ in 0..many {
+                let (a, b) = if noise.below(2) == 0 { (0, 64) } else { (noise.below(65), noise.below(65)) };
+                let shift = [0, 5, 1000, 123_456, -3][noise.below(5)];
+                let rotate = noise.below(2) == 0;
+                spans.spans.push(span(noise.below(40) as u32, a.min(b) as u32, a.max(b) as u32, shift, rotate));
+            }
+            spans.starts.push(spans.spans.len() as u32);
+        }
+        // Queries as torch has them: [rows, queries, heads, dim], transposed, inside something larger.
+        let stride = heads * dims.0 + 3;
+        let q = noise.data(rows * queries * stride + 5, dtype);
+        let strides = [queries * stride, dims.0, stride];
+        let q = View::new("q", q.elems(), [rows, heads, queries, dims.0], strides).unwrap();
+        let sinks: Vec<f32> = (0..heads).map(|_| noise.unit() * 3.0).collect();
+        let with_rope = noise.below(4) > 0;
+        let trig = SpanTrig::new(&spans, &rope);
+        let mut args = Attend {
+            q,
+            spans: &spans,
+            trig: with_rope.then_some(&trig),
+            scale: 1.0 / (dims.0 as f32).sqrt(),
+            softcap: [None, Some(2.0), Some(50.0)][noise.below(3)],
+            sinks: (noise.below(2) == 0).then_some(&sinks[..]),
+            apply_factor: noise.below(2) == 0,
+            threads: 1,
+            level: Level::Portable,
+        };
+        let exact = reference::attend(
+            &arena,
+            &reference::Params {
+                q: &q,
+                spans: &spans,
+                rope: with_rope.then_some(&*rope),
+                scale: f64::from(args.scale),
+                softcap: args.softcap.map(f64::from),
+                sinks: args.sinks,
+                apply_factor: args.apply_factor,
+            },
+        )
+        .unwrap();
+        for level in levels() {
+            (args.level, args.threads) = (level, 1);
+            let one = call(&arena, &args);
+            let what = format!("round {round} {level:?} {dtype:?} {dims:?} group {group}");
+            let bound = tolerance(dtype);
+            assert!(off(&one.out.f64s(), &exact.out) <= bound, "out, {what}: {}", off(&one.out.f64s(), &exact.out));
+            assert!(off(&widen(&one.lse), &exact.lse) <= 1e-5, "lse, {what}: {}", off(&widen(&one.lse), &exact.lse));
+            assert!(
+                off(&widen(&one.mass), &exact.mass) <= 1e-5,
+                "mass, {what}: {}",
+                off(&widen(&one.mass), &exact.mass)
+            );
+            args.threads = 2;
+            let two = call(&arena, &args);
+            assert_eq!(one.out, two.out, "threads must not matter, {what}");
+            assert_eq!((one.lse, one.mass), (two.lse, two.mass), "threads must not matter, {what}");
+        }
+    }
+}
+
+#[test]
+fn long_contexts_are_split_and_merged() {
+    let mut noise = Noise(77);
+    for dtype in DTYPES {
+        let arena = filled(&mut noise, 3, (64, 64), dtype, 160);
+        let spans: Vec<Span> = (0..160).map(|b| span(b, 0, 64, 0, false)).collect();
+        let spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0, 160], spans };
+        let q = noise.data(9 * 64, dtype);
+        let q = q.view([1, 9, 1, 64]);
+        let args = |threads, level| Attend {
+            q,
+            spans: &spans,
+            trig: None,
+            scale: 1.0,
+            softcap: None,
+            sinks: None,
+            apply_factor: false,
+            threads,
+            level,
+        };
+        let (rope, softcap, sinks, apply_factor) = (None, None, None, false);
+        let params = reference::Params { q: &q, spans: &spans, rope, scale: 1.0, softcap, sinks, apply_factor };
+        let exact = reference::attend(&arena, &params).unwrap();
+        for level in levels() {
+            let one = call(&arena, &args(1, level));
+            assert!(off(&one.out.f64s(), &exact.out) <= tolerance(dtype));
+            assert!(off(&widen(&one.mass), &exact.mass) <= 1e-5);
+            for threads in [2, 3] {
+                assert_eq!(one.out, call(&arena, &args(threads, level)).out);
+            }
+        }
+    }
+}
+
+#[test]
+fn the_three_ways_to_place_give_their_numbers() {
+    let kept = [0.0, 1.0, 6.0, 7.0, 8.0, 9.0];
+    let mut arena = Arena::new(1, 2, 1, Dtype::F32).unwrap();
+    let keys = [1.0, 0.0].repeat(6);
+    let run = [Run { block: BlockId(0), lo: 0, hi: 6 }];
+    arena.write(&run, Elems::F32(&keys), Elems::F32(&kept)).unwrap();
+    let rope = Arc::new(Rope::new(vec![1.0], Layout::Half, 1.0).unwrap());
+    let slots = vec![span(0, 0, 6, 5, true)];
+    let ceiling = vec![span(0, 0, 2, 4, false), span(0, 2, 6, 5, true)];
+    let truth = vec![span(0, 0, 2, 9, true), span(0, 2, 6, 5, true)];
+    for (spans, expected) in [(slots, 5.890367), (ceiling, 6.472257), (truth, 6.340546)] {
+        let spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0, spans.len() as u32], spans };
+        let trig = SpanTrig::new(&spans, &rope);
+        for level in levels() {
+            let args = Attend {
+                q: View::contiguous("q", Elems::F32(&[1.0, 0.0]), [1, 1, 1, 2]).unwrap(),
+                spans: &spans,
+                trig: Some(&trig),
+                scale: 0.5f32.sqrt(),
+                softcap: None,
+                sinks: None,
+                apply_factor: false,
+                threads: 1,
+                level,
+            };
+            let got = call(&arena, &args).out.wide[0];
+            assert!((got - expected).abs() < 2e-6, "{got} {expected}");
+        }
+    }
+}
+
+#[test]
+fn nan_in_a_key_reaches_the_output() {
+    let mut noise = Noise(5);
+    let mut arena = filled(&mut noise, 1, (64, 64), Dtype::F32, 3);
+    let run = [Run { block: BlockId(1), lo: 7, hi: 8 }];
+    arena.write(&run, Elems::F32(&[f32::NAN; 64]), Elems::F32(&[0.0; 64])).unwrap();
+    let spans = (0..3).map(|b| span(b, 0, 64, 0, false)).collect();
+    let spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0, 3], spans };
+    let q = noise.data(64, Dtype::F32);
+    for level in levels() {
+        let args = Attend {
+            q: q.view([1, 1, 1, 64]),
+            spans: &spans,
+            trig: None,
+            scale: 0.1,
+            softcap: None,
+            sinks: None,
+            apply_factor: false,
+            threads: 1,
+            level,
+        };
+        let mut out = [0f32; 64];
+        attend(&arena, &args, ElemsMut::F32(&mut out), None, None).unwrap();
+        assert!(out.iter().all(|x| x.is_nan()));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut noise = Noise(6);
+    let arena = filled(&mut noise, 2, (16, 16), Dtype::F32, 1);
+    let q = noise.data(4 * 16, Dtype::F32);
+    let mut out = vec![0f32; 4 * 16];
+    let mut attempt = |spans: Vec<Span>, shape: [usize; 4], threads: usize, starts: Vec<u32>| {
+        let spans = Spans { num_rows: 1, num_queries: 1, starts, spans };
+        let args = Attend {
+            q: View::contiguous("q", q.elems(), shape).unwrap(),
+            spans: &spans,
+            trig: None,
+            scale: 0.1,
+            softcap: None,
+            sinks: None,
+            apply_factor: false,
+            threads,
+            level: Level::Portable,
+        };
+        attend(&arena, &args, ElemsMut::F32(&mut out), None, None)
+    };
+    let good = || vec![span(0, 0, 64, 0, false)];
+    let shape = [1, 4, 1, 16];
+    assert_eq!(attempt(good(), shape, 1, vec![0, 1]), Ok(()));
+    assert!(matches!(attempt(good(), shape, 0, vec![0, 1]), Err(Error::OutOfRange { what: "threads", .. })));
+    assert!(matches!(attempt(good(), [1, 3, 1, 16], 1, vec![0, 1]), Err(Error::Shape { what: "q", .. })));
+    assert!(matches!(attempt(good(), [1, 4, 1, 8], 1, vec![0, 1]), Err(Error::Shape { what: "q", .. })));
+    assert!(matches!(attempt(good(), shape, 1, vec![0, 2]), Err(Error::Shape { .. })));
+    assert!(matches!(attempt(good(), shape, 1, vec![1, 1]), Err(Error::Shape { .. })));
+    assert!(matches!(attempt(vec![span(9, 0, 1, 0, false)], shape, 1, vec![0, 1]), Err(Error::BadBlock { .. })));
+    assert!(matches!(attempt(vec![span(0, 3, 2, 0, false)], shape, 1, vec![0, 1]), Err(Error::OutOfRange { .. })));
+    assert!(matches!(attempt(vec![span(0, 0, 65, 0, false)], shape, 1, vec![0, 1]), Err(Error::OutOfRange { .. })));
+    assert!(View::new("q", q.elems(), [1, 4, 1, 16], [0, 17, 0]).is_err());
+    assert!(View::new("q", q.elems(), [2, 4, 2, 16], [usize::MAX, 16, 16]).is_err());
+}
+
+#[test]
+fn rotate_gives_the_worked_numbers() {
+    let k = [1.0f32, 2.0, 3.0, 4.0];
+    let at = |x: &[f32], position: i64, layout, inverse| {
+        let rope = Rope::new(vec![1.0, 0.01], layout, 1.0).unwrap();
+        let mut all = Vec::new();
+        for level in levels() {
+            let mut out = vec![0f32; 4];
+            let view = View::contiguous("x", Elems::F32(x), [1, 1, 1, 4]).unwrap();
+            rotate(&view, Dtype::F32, &[position], &rope, inverse, ElemsMut::F32(&mut out), level).unwrap();
+            all.push(out);
+        }
+        all
+    };
+    let near = |got: Vec<Vec<f32>>, expected: [f32; 4]| {
+        for got in got {
+            assert!(got.iter().zip(expected).all(|(g, e)| (g - e).abs() < 2e-6), "{got:?} {expected:?}");
+        }
+    };
+    let six = [1.798417, 1.756545, 2.601095, 4.11273];
+    let four = [1.616764, 1.838443, -2.717733, 4.076779];
+    near(at(&k, 6, Layout::Half, false), six);
+    near(at(&k, 4, Layout::Half, false), four);
+    near(at(&six, -2, Layout::Half, false), four);
+    near(at(&six, 2, Layout::Half, true), four);
+    near(at(&k, 4, Layout::Interleaved, false), [0.859961, -2.06409, 2.837643, 4.116768]);
+}
+
+#[test]
+fn rotate_equals_the_reference_and_undoes_itself() {
+    let mut noise = Noise(11);
+    for round in 0..60 {
+        let dtype = DTYPES[round % 3];
+        let layout = if noise.below(2) == 0 { Layout::Half } else { Layout::Interleaved };
+        let dim = 2 * (1 + noise.below(64));
+        let pairs = 1 + noise.below(dim / 2);
+        let shape = [1 + noise.below(2), 1 + noise.below(3), noise.below(5), dim];
+        let n: usize = shape.iter().product();
+        let inv_freq = (0..pairs).map(|i| 1e4f64.powf(-(i as f64) / pairs as f64)).collect();
+        let rope = Rope::new(inv_freq, layout, 1.25).unwrap();
+        let x = noise.data(n, dtype);
+        let positions: Vec<i64> = (0..shape[2]).map(|_| noise.below(1_000_000) as i64).collect();
+        let wide = x.f64s();
+        let exact: Vec<f64> = wide
+            .chunks(dim)
+            .enumerate()
+            .flat_map(|(row, x)| reference::rotated(x, positions[row % shape[2]], &rope, 1.25))
+            .collect();
+        for level in levels() {
+            let (mut out, mut back) = (x.clone(), x.clone());
+            rotate(&x.view(shape), dtype, &positions, &rope, false, out.elems_mut(), level).unwrap();
+            assert!(off(&out.f64s(), &exact) <= tolerance(dtype));
+            rotate(&out.view(shape), dtype, &positions, &rope, true, back.elems_mut(), level).unwrap();
+            assert!(off(&back.f64s(), &wide) <= tolerance(dtype));
+        }
+    }
+}
+
+#[test]
+fn surprisal_equals_the_reference() {
+    let mut noise = Noise(12);
+    for round in 0..60 {
+        let dtype = DTYPES[round % 3];
+        let (rows, vocabulary) = (1 + noise.below(3), 1 + noise.below(3000));
+        let values: Vec<f32> = (0..rows * vocabulary).map(|_| noise.unit() * 30.0).collect();
+        let logits = Data::of(&values, dtype);
+        let ids: Vec<i64> = (0..rows).map(|_| noise.below(vocabulary) as i64).collect();
+        let wide = logits.f64s();
+        for level in levels() {
+            let mut out = vec![0f32; rows];
+            surprisal(&logits.view([1, 1, rows, vocabulary]), dtype, &ids, &mut out, level).unwrap();
+            for (i, got) in out.iter().enumerate() {
+                let exact = reference::surprisal(&wide[i * vocabulary..(i + 1) * vocabulary], ids[i] as usize);
+                assert!((f64::from(*got) - exact).abs() <= 2e-6 * exact.max(1.0), "{got} {exact}");
+            }
+        }
+    }
+}
+
+#[test]
+fn surprisal_stays_finite() {
+    let inf = f32::INFINITY;
+    let of = |row: &[f32], id: i64, level| {
+        let mut out = [0f32];
+        let view = View::contiguous("logits", Elems::F32(row), [1, 1, 1, row.len()]).unwrap();
+        surprisal(&view, Dtype::F32, &[id], &mut out, level).map(|()| out[0])
+    };
+    for level in levels() {
+        assert!((of(&[0.0, -120.0, -1.0], 1, level).unwrap() - 120.3133).abs() < 1e-4);
+        assert_eq!(of(&[0.0, -inf], 1, level), Ok(f32::MAX));
+        assert_eq!(of(&[0.0, -inf], 0, level), Ok(0.0));
+        assert_eq!(of(&[-inf, -inf], 0, level), Ok(f32::MAX));
+        assert_eq!(of(&[inf, 0.0], 0, level), Ok(0.0));
+        for at in [0, 17, 600, 1000] {
+            let mut row = vec![-inf; 1001];
+            row[at] = f32::NAN;
+            row[3] = 1.0;
+            assert!(of(&row, 3, level).unwrap().is_nan());
+        }
+        let mut late = vec![-inf; 2000];
+        late[1999] = 3.0;
+        assert!(of(&late, 1999, level).unwrap().abs() < 1e-6);
+        assert!(matches!(of(&[0.0], 1, level), Err(Error::OutOfRange { .. })));
+        assert!(matches!(of(&[0.0], -1, level), Err(Error::OutOfRange { .. })));
+    }
+}
+
+#[test]
+fn top_k_equals_the_reference() {
+    let mut noise = Noise(13);
+    for _ in 0..200 {
+        let (columns, rows) = (1 + noise.below(40), 1 + noise.below(3));
+        let k = noise.below(columns + 1);
+        let pool = [0.0, -0.0, 1.0, -1.0, f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.5];
+        let scores: Vec<f32> = (0..rows * columns).map(|_| pool[noise.below(pool.len())]).collect();
+        let exact: Vec<i64> = scores.chunks(columns).flat_map(|row| reference::top_k(row, k)).collect();
+        assert_eq!(top_k(&scores, columns, k).unwrap(), exact, "{scores:?}");
+    }
+    assert!(top_k(&[1.0], 1, 2).is_err());
+}
+
+#[test]
+fn merge_equals_the_reference() {
+    let mut noise = Noise(14);
+    for _ in 0..50 {
+        let (dim, parts) = (1 + noise.below(9), 1 + noise.below(4));
+        let outs: Vec<Vec<f32>> = (0..parts).map(|_| (0..dim).map(|_| noise.unit()).collect()).collect();
+        let lses: Vec<[f32; 1]> =
+            (0..parts).map(|_| [if noise.below(3) == 0 { f32::NEG_INFINITY } else { noise.unit() * 20.0 }]).collect();
+        let given: Vec<Partial<'_>> = outs.iter().zip(&lses).map(|(out, lse)| Partial { out, lse }).collect();
+        let (mut out, mut lse) = (vec![1f32; dim], [1f32]);
+        merge(&given, dim, &mut out, &mut lse).unwrap();
+        let exact: Vec<(Vec<f64>, f64)> = outs.iter().zip(&lses).map(|(o, l)| (widen(o), f64::from(l[0]))).collect();
+        let (exact, exact_lse) = reference::merge(&exact, dim);
+        assert!(off(&widen(&out), &exact) < 1e-5);
+        assert!(off(&[f64::from(lse[0])], &[exact_lse]) < 1e-5);
+    }
+}
+
+fn step(rows: usize, queries: usize, new_lens: &[usize], copies: Vec<Move>, appends: Vec<Append>, blocks: u32) -> Step {
+    Step {
+        frame: Frame::Raw,
+        num_rows: rows,
+        num_queries: queries,
+        new_lens: new_lens.to_vec(),
+        num_blocks: blocks,
+        copies,
+        appends,
+        spans: None,
+        parts: Vec::new(),
+        first_new: vec![0; rows],
+    }
+}
+
+fn moved(from: u32, from_slot: u32, to: u32, to_slot: u32, len: u32) -> Move {
+    Move { from: BlockId(from), from_slot, to: BlockId(to), to_slot, len }
+}
+
+#[test]
+fn append_puts_tokens_where_the_step_says() {
+    let mut noise = Noise(15);
+    for dtype in DTYPES {
+        let mut arena = Arena::new(2, 6, 4, dtype).unwrap();
+        let (k, v) = (noise.data(2 * 2 * 5 * 6, dtype), noise.data(2 * 2 * 5 * 4, dtype));
+        let (k, v) = (k.view([2, 2, 5, 6]), v.view([2, 2, 5, 4]));
+        let append = |row, new, block, slot, len| Append { row, new, block: BlockId(block), slot, len };
+        let appends = vec![append(0, 0, 7, 62, 2), append(0, 2, 40, 0, 3), append(1, 0, 1, 10, 2)];
+        arena.append(&k, &v, &step(2, 5, &[5, 2], vec![], appends, 41)).unwrap();
+        let same = |arena: &Arena, block, slot, row, column| {
+            for head in 0..2 {
+                let key = format!("{:?}", arena.key(BlockId(block), head, slot).unwrap());
+                assert_eq!(key, format!("{:?}", k.row(row, head, column)));
+                let value = format!("{:?}", arena.value(BlockId(block), head, slot).unwrap());
+                assert_eq!(value, format!("{:?}", v.row(row, head, column)));
+            }
+        };
+        same(&arena, 7, 63, 0, 1);
+        same(&arena, 40, 2, 0, 4);
+        same(&arena, 1, 11, 1, 4);
+        // A copy comes before the append that would overwrite its source.
+        let again = step(2, 5, &[0, 2], vec![moved(1, 10, 2, 0, 2)], vec![append(1, 0, 1, 11, 1)], 41);
+        arena.append(&k, &v, &again).unwrap();
+        same(&arena, 2, 1, 1, 4);
+        same(&arena, 1, 11, 1, 3);
+        // Refused, and nothing written.
+        let before = arena.bytes();
+        let far = step(2, 5, &[5, 2], vec![], vec![append(0, 0, 90, 0, 1)], 41);
+        assert_eq!(arena.append(&k, &v, &far), Err(Error::BadBlock { block: 90, have: 41 }));
+        let long = step(2, 5, &[5, 2], vec![], vec![append(1, 1, 7, 0, 2)], 41);
+        assert!(matches!(arena.append(&k, &v, &long), Err(Error::OutOfRange { .. })));
+        let wide = step(2, 5, &[5, 2], vec![], vec![append(0, 0, 7, 63, 2)], 41);
+        assert!(matches!(arena.append(&k, &v, &wide), Err(Error::OutOfRange { .. })));
+        assert!(matches!(arena.append(&v, &k, &again), Err(Error::Shape { .. })));
+        assert_eq!(arena.bytes(), before);
+    }
+}
+
+#[test]
+fn memory_is_what_was_asked_for() {
+    let mut arena = Arena::new(2, 8, 4, Dtype::F32).unwrap();
+    let block = 2 * 64 * (8 + 4) * 4;
+    assert_eq!(arena.bytes(), 0);
+    arena.ensure(5).unwrap();
+    assert_eq!((arena.bytes(), arena.num_blocks()), (8 * block, 8));
+    arena.ensure(33).unwrap();
+    assert_eq!((arena.bytes(), arena.num_blocks()), (48 * block, 48));
+    let mut in_use = vec![false; 48];
+    in_use[5] = true;
+    arena.free_unused(&in_use);
+    assert_eq!((arena.bytes(), arena.num_blocks()), (4 * block, 4));
+    assert!(arena.holds(BlockId(4)) && !arena.holds(BlockId(0)) && !arena.holds(BlockId(40)));
+    assert!(matches!(arena.apply(&[moved(0, 0, 4, 0, 1)]), Err(Error::BadBlock { block: 0, .. })));
+    // A hole is filled again when something is written there.
+    arena.apply(&[moved(5, 0, 0, 0, 1), moved(0, 0, 1, 0, 1)]).unwrap();
+    assert_eq!(arena.bytes(), 8 * block);
+    assert!(matches!(arena.ensure(u32::MAX), Err(Error::BadBlock { .. })));
+    assert!(matches!(Arena::new(0, 8, 4, Dtype::F32), Err(Error::OutOfRange { .. })));
+}
+
+#[test]
+fn moves_carry_bits_over() {
+    let mut noise = Noise(16);
+    let mut arena = filled(&mut noise, 2, (8, 8), Dtype::BF16, 6);
+    let bits = |arena: &Arena, block: u32, slot: u32| {
+        (0..2)
+            .map(|h| {
+                let at = BlockId(block);
+                format!("{:?} {:?}", arena.key(at, h, slot).unwrap(), arena.value(at, h, slot).unwrap())
+            })
+            .collect::<String>()
+    };
+    let mut model: Vec<Vec<String>> = (0..6).map(|b| (0..64).map(|s| bits(&arena, b, s)).collect()).collect();
+    for _ in 0..1000 {
+        let len = noise.below(20) as u32;
+        let slot = |noise: &mut Noise| noise.below(65 - len as usize) as u32;
+        let m = moved(noise.below(6) as u32, slot(&mut noise), noise.below(6) as u32, slot(&mut noise), len);
+        arena.apply(&[m]).unwrap();
+        let taken = model[m.from.0 as usize][m.from_slot as usize..][..len as usize].to_vec();
+        model[m.to.0 as usize][m.to_slot as usize..][..len as usize].clone_from_slice(&taken);
+    }
+    for (b, block) in model.iter().enumerate() {
+        for (s, token) in block.iter().enumerate() {
+            assert_eq!(&bits(&arena, b as u32, s as u32), token);
+        }
+    }
+}
+
+#[test]
+fn gather_and_write_are_inverse() {
+    let mut noise = Noise(17);
+    for dtype in DTYPES {
+        let arena = filled(&mut noise, 3, (6, 4), dtype, 5);
+        let run = |block, lo, hi| Run { block: BlockId(block), lo, hi };
+        let runs = [run(4, 3, 64), run(0, 0, 1), run(2, 5, 5), run(1, 10, 20)];
+        let n = 61 + 1 + 10;
+        let (mut k, mut v) = (noise.data(3 * n * 6, dtype), noise.data(3 * n * 4, dtype));
+        arena.gather(&runs, k.elems_mut(), v.elems_mut(), 0, n).unwrap();
+        let mut other = Arena::new(3, 6, 4, dtype).unwrap();
+        other.write(&runs, k.elems(), v.elems()).unwrap();
+        let (mut k2, mut v2) = (noise.data(3 * (n + 5) * 6, dtype), noise.data(3 * (n + 5) * 4, dtype));
+        let untouched = k2.f64s();
+        other.gather(&runs, k2.elems_mut(), v2.elems_mut(), 2, n + 5).unwrap();
+        let (k, k2) = (k.f64s(), k2.f64s());
+        for head in 0..3 {
+            let there = &k2[head * (n + 5) * 6..(head + 1) * (n + 5) * 6];
+            assert_eq!(there[2 * 6..(2 + n) * 6], k[head * n * 6..(head + 1) * n * 6]);
+            assert_eq!(there[..2 * 6], untouched[head * (n + 5) * 6..][..2 * 6]);
+            assert_eq!(there[(2 + n) * 6..], untouched[head * (n + 5) * 6..][(2 + n) * 6..(n + 5) * 6]);
+        }
+        let mut short = noise.data(3 * n * 6, dtype);
+        assert!(arena.gather(&runs, short.elems_mut(), v2.elems_mut(), 1, n).is_err());
+        assert!(matches!(
+            arena.gather(&[run(77, 0, 1)], short.elems_mut(), v2.elems_mut(), 0, n),
+            Err(Error::Shape { .. } | Error::BadBlock { .. })
+        ));
+    }
+}

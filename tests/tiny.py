@@ -1,0 +1,95 @@
+"""Tiny random models of every family the tests cover, and the one table of policies that drives them."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+
+import kvsieve
+
+VOCAB = 128
+
+_SHAPE: dict[str, Any] = dict(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=96,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    max_position_embeddings=4096,
+    bos_token_id=1,
+    eos_token_id=2,
+    pad_token_id=0,
+    tie_word_embeddings=False,
+)
+
+# What each family adds to the common shape. Mixed layer types where the family has them.
+_MIXED = dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=24)
+FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("Llama", {}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "qwen2": ("Qwen2", {}),
+    "qwen3": ("Qwen3", {}),
+    "gemma2": ("Gemma2", {**_MIXED, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3", {**_MIXED, "query_pre_attn_scalar": 16}),
+    "phi3": ("Phi3", {}),
+    "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5, "num_key_value_heads": None, "head_dim": None}),
+    "olmo2": ("Olmo2", {}),
+    "cohere2": ("Cohere2", {**_MIXED, "logit_scale": 0.25}),
+    "glm4": ("Glm4", {"partial_rotary_factor": 0.5}),
+    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0]}),
+    "gpt_oss": ("GptOss", {**_MIXED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "starcoder2": ("Starcoder2", {}),
+}
+
+
+def config(family: str, **changes: Any) -> Any:
+    """A tiny configuration of ``family``."""
+    import transformers
+
+    name, extra = FAMILIES[family]
+    values = {**_SHAPE, **extra, **changes}
+    values = {k: v for k, v in values.items() if not (k in ("num_key_value_heads", "head_dim") and v is None)}
+    stem = {"Gemma3": "Gemma3Text"}.get(name, name)
+    return getattr(transformers, f"{stem}Config")(**values)
+
+
+@functools.lru_cache(maxsize=None)
+def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model, the same for the same arguments. Do not change it."""
+    import transformers
+
+    name = FAMILIES[family][0]
+    torch.manual_seed(seed)
+    made = getattr(transformers, f"{name}ForCausalLM")._from_config(config(family, **changes), dtype=dtype).eval()
+    for p in made.parameters():
+        # Random weights give nearly flat logits; larger ones make attention and argmax matter.
+        if p.dim() > 1:
+            p.data.mul_(4.0)
+    made.generation_config.pad_token_id = 0
+    made.generation_config.eos_token_id = None
+    return made
+
+
+def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:
+    """Random token ids ``[batch, length]`` without the special ones."""
+    return torch.randint(3, VOCAB, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+POLICIES: dict[str, Any] = {
+    "full": lambda budget: kvsieve.Full(),
+    "streaming": lambda budget: kvsieve.StreamingLLM(budget=budget, sinks=2),
+    "lm_infinite": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2),
+    "lm_infinite_middle": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2, middle_top_k=3, middle_from_layer=1),
+    "sirllm": lambda budget: kvsieve.SirLLM(budget=budget, sinks=2, recent=4),
+    "chain": lambda budget: kvsieve.StreamingLLM(budget=budget // 2, sinks=2) >> kvsieve.SirLLM(budget=budget // 2, sinks=0, recent=0),
+}
+"""Every policy by name, as a function of the tokens it may hold."""
+
+BOUNDED = [name for name in POLICIES if name not in ("full", "lm_infinite_middle")]
+"""The policies whose memory is bounded."""
+
+BACKENDS = ["reference", "cpu"]
