@@ -1,0 +1,210 @@
+"""The `kvsieve` command: see a bounded memory at work, run a model with one, look at what this machine offers.
+
+torch and transformers are imported by the command that needs them, so that help and mistakes answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import importlib.util
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvsieve.errors import BackendError, KvsieveError
+
+__all__ = ["main"]
+
+_DTYPES = ("float32", "bfloat16", "float16")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0, or 2 when the user has to change something."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return int(arguments.run(arguments))
+    except KvsieveError as error:
+        print(f"kvsieve: {error}", file=sys.stderr)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"kvsieve: {where}{error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("kvsieve: interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="kvsieve", description="a KV cache with a budget around any generate loop")
+    commands = parser.add_subparsers(required=True, metavar="command")
+    _add_demo(commands)
+    _add_generate(commands)
+    info = commands.add_parser("info", help="versions, instruction set, and the backends that can run here")
+    info.add_argument("--json", action="store_true", help="print JSON instead of lines")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _add_demo(commands: Any) -> None:
+    demo = commands.add_parser(
+        "demo", help="read a long text and keep a shopping list, with and without a budget (up to 5 minutes)"
+    )
+    demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the report, picture and page")
+    demo.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
+    demo.add_argument("--tokens", type=_positive, default=24_000, help="how much of the text to read")
+    demo.add_argument("--full-tokens", type=_positive, default=12_288, help="how much of it with the full cache")
+    demo.add_argument("--budget", type=_positive, default=1024, help="tokens that a bounded memory may hold")
+    demo.add_argument("--dialogues", type=_positive, default=8, help="shopping-list dialogues")
+    demo.add_argument("--chunk", type=_positive, default=512, help="tokens per forward pass")
+    demo.add_argument("--seed", type=int, default=0, help="seed of the dialogues")
+    demo.add_argument("--quick", action="store_true", help="a fraction of everything, to see that it runs")
+    _add_machine(demo, dtype_help="default: the faster of float32 and bfloat16 here")
+    demo.set_defaults(run=_demo)
+
+
+def _add_generate(commands: Any) -> None:
+    generate = commands.add_parser("generate", help="continue a prompt with a bounded memory")
+    generate.add_argument("--model", required=True, help="a local model folder, or smollm2")
+    generate.add_argument("--policy", required=True, help='for example "sirllm(budget=1024, decay=0.9)"')
+    prompt = generate.add_mutually_exclusive_group(required=True)
+    prompt.add_argument("--prompt", help="the text to continue")
+    prompt.add_argument("--prompt-file", type=Path, help="a file with the text to continue")
+    generate.add_argument("--max-new-tokens", type=_positive, required=True, help="tokens to generate")
+    generate.add_argument("--json", type=Path, help="also write prompt, text and stats to this file")
+    _add_machine(generate, dtype_help="default: float32")
+    generate.set_defaults(run=_generate)
+
+
+def _add_machine(parser: argparse.ArgumentParser, *, dtype_help: str) -> None:
+    parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
+    parser.add_argument("--threads", type=_positive, help="CPU threads for torch; default: torch's own choice")
+    parser.add_argument("--backend", help="reference, cpu or cuda; default: the best that can run here")
+
+
+def _positive(text: str) -> int:
+    number = int(text.replace("_", ""))
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    _need_torch(arguments.threads)
+    from kvsieve.demo import Settings, run
+
+    settings = Settings(
+        out=arguments.out,
+        text=arguments.text,
+        tokens=arguments.tokens,
+        full_tokens=arguments.full_tokens,
+        budget=arguments.budget,
+        dialogues=arguments.dialogues,
+        chunk=arguments.chunk,
+        seed=arguments.seed,
+        dtype=arguments.dtype,
+        threads=arguments.threads,
+        backend=arguments.backend,
+    )
+    run(settings.quick() if arguments.quick else settings)
+    return 0
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    prompt = arguments.prompt if arguments.prompt_file is None else arguments.prompt_file.read_text(encoding="utf-8")
+    _need_torch(arguments.threads)
+    import torch
+
+    import kvsieve
+    from kvsieve import policies
+    from kvsieve.evals.models import load_model
+    from kvsieve.view.typist import print_while_generating
+
+    policy = policies.parse(arguments.policy)
+    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    with kvsieve.stream(model, policy, backend=arguments.backend) as stream:
+        text = print_while_generating(stream, tokenizer, ids, max_new_tokens=arguments.max_new_tokens)
+        stats = stream.stats()
+    print(
+        f"\n[{stats.policy} on {stats.backend}: {stats.seen:,} tokens seen, {stats.resident:,} resident, "
+        f"{stats.bytes_held / 2**20:.1f} MiB held, {stats.bytes_full / 2**20:.1f} MiB for a full cache]"
+    )
+    if arguments.json is not None:
+        report = {"prompt": prompt, "text": text, "stats": stats.as_dict()}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _need_torch(threads: int | None) -> None:
+    for need in ("torch", "transformers"):
+        if importlib.util.find_spec(need) is None:
+            raise BackendError(f"{need} is not installed; pip install {need}")
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    versions, instruction_set, backends = _versions(), _instruction_set(), _backends()
+    if arguments.json:
+        facts = {"versions": versions, "instruction_set": instruction_set, "backends": backends}
+        print(json.dumps(facts, indent=2))
+        return 0
+    for name, version in versions.items():
+        print(f"{name:<18}{version or 'not installed'}")
+    print(f"{'instruction set':<18}{instruction_set or 'unknown: the compiled core is missing'}")
+    for name, missing in backends.items():
+        print(f"{name + ' backend':<18}{'available' if missing is None else missing}")
+    return 0
+
+
+def _versions() -> dict[str, str | None]:
+    def version(name: str) -> str | None:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            return None
+
+    found = {name: version(name) for name in ("kvsieve", "torch", "transformers")}
+    return {**found, "python": platform.python_version()}
+
+
+def _instruction_set() -> str | None:
+    try:
+        from kvsieve import _core
+    except ImportError:
+        return None
+    return str(_core.isa())
+
+
+def _backends() -> dict[str, str | None]:
+    """For each backend `None` when it can run here, else what is missing and how to get it."""
+    has_torch = importlib.util.find_spec("torch") is not None
+    torch_missing = None if has_torch else "needs torch; pip install torch"
+    core_missing = None if _instruction_set() else "needs the compiled core; pip install --force-reinstall kvsieve"
+    return {
+        "reference": torch_missing,
+        "cpu": torch_missing or core_missing,
+        "cuda": torch_missing or _cuda_missing(),
+    }
+
+
+def _cuda_missing() -> str | None:
+    import torch
+
+    if torch.version.cuda is None:
+        return "needs a torch built for CUDA; see https://pytorch.org/get-started"
+    if not torch.cuda.is_available():
+        return "needs a CUDA device and its driver; torch sees none"
+    if importlib.util.find_spec("cupy") is None:
+        return "needs CuPy; pip install 'kvsieve[cuda]'"
+    return None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

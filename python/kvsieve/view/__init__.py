@@ -1,0 +1,1 @@
+"""Pictures and pages from plain data: nothing here knows a model, a cache or a policy."""
