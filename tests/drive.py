@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import kvsieve
 import numpy as np
 import torch
-
-import kvsieve
 from kvsieve import backends
 from kvsieve._core import Planner
 from kvsieve.backends import AttendCall
@@ -154,7 +153,9 @@ class Layer:
         return self.planner.positions(memory, row).tolist()
 
 
-def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, distances: torch.Tensor, rope: LayerRope, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, distances: torch.Tensor, rope: LayerRope, scale: float
+) -> torch.Tensor:
     """The definition in float64, key by key: one query ``[H, D]`` over ``k`` ``[n, Hkv, D]`` seen at ``distances`` ``[n]``."""
     group = q.shape[0] // k.shape[1]
     k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)

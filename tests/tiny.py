@@ -5,9 +5,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-import torch
-
 import kvsieve
+import torch
 
 # On tensors this small a second thread only costs; on a busy machine, several times the whole run.
 torch.set_num_threads(1)
@@ -60,7 +59,7 @@ def config(family: str, **changes: Any) -> Any:
     return getattr(transformers, f"{stem}Config")(**values)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A tiny random model, the same for the same arguments. Do not change it."""
     import transformers
@@ -88,7 +87,9 @@ POLICIES: dict[str, Any] = {
     "lm_infinite": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2),
     "lm_infinite_middle": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2, middle_top_k=3, middle_from_layer=1),
     "sirllm": lambda budget: kvsieve.SirLLM(budget=budget, sinks=2, recent=4),
-    "chain": lambda budget: kvsieve.StreamingLLM(budget=budget // 2, sinks=2) >> kvsieve.SirLLM(budget=budget // 2, sinks=0, recent=0),
+    "chain": lambda budget: (
+        kvsieve.StreamingLLM(budget=budget // 2, sinks=2) >> kvsieve.SirLLM(budget=budget // 2, sinks=0, recent=0)
+    ),
 }
 """Every policy by name, as a function of the tokens it may hold."""
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import kvsieve
 import pytest
 import tiny
 import torch
 from drive import forward, forwards, greedy, positions
-
-import kvsieve
 
 EVERY = pytest.mark.parametrize("policy", list(tiny.POLICIES))
 BOUNDED = pytest.mark.parametrize("policy", tiny.BOUNDED)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import kvsieve
 import pytest
 import tiny
 import torch
 from drive import forwards, greedy, pad_left, positions
-
-import kvsieve
 from kvsieve.errors import PaddingError, ShapeError
 
 LENGTHS = [50, 23, 37]

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import kvsieve
 import pytest
 import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, positions
-
-import kvsieve
 
 EVERY = pytest.mark.parametrize("policy", list(tiny.POLICIES))
 BOUNDED = pytest.mark.parametrize("policy", tiny.BOUNDED)

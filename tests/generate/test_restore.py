@@ -6,12 +6,11 @@ import subprocess
 import sys
 from typing import Any
 
+import kvsieve
 import pytest
 import tiny
 import torch
 from drive import forward, forwards, greedy, positions, same_memory, snapshot
-
-import kvsieve
 from kvsieve.errors import CacheMismatchError, PolicyError, StateError
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -30,9 +29,7 @@ class Picture:
     def __init__(self, model: Any) -> None:
         self.model = model
         self.state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-        self.attention = [
-            m.config._attn_implementation for m in model.modules() if getattr(m, "config", None) is not None
-        ]
+        self.attention = [m.config._attn_implementation for m in model.modules() if getattr(m, "config", None) is not None]
         self.hooks = hooks(model)
         self.config = model.config.to_dict()
         self.attributes = {id(module): set(vars(module)) for module in model.modules()}

@@ -5,13 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import kvsieve
 import numpy as np
 import pytest
 import tiny
 import torch
 from drive import forwards, greedy, pad_left, positions, same_memory, snapshot
-
-import kvsieve
 from kvsieve.errors import CacheMismatchError, KvsieveError, ShapeError, StateError, UnsupportedError
 
 EVERY = pytest.mark.parametrize("policy", list(tiny.POLICIES))

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import kvsieve
 import pytest
 import tiny
 import torch
 from drive import forward, forwards, greedy
-
-import kvsieve
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)

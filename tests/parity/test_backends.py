@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import kvsieve
 import pytest
 import tiny
 import torch
 from drive import Layer, forwards, pad_left
-
-import kvsieve
 from kvsieve.roles import AsRotated, Ceiling, Fixed, Memory, Slots, Surprisal, TopKTokens, Window
 from kvsieve.rope import LayerRope
 
@@ -23,9 +22,12 @@ PARTS: dict[str, Any] = {
     "window_fixed": lambda b: Memory(retain=Window(b, sinks=1), place=Fixed(5)),
     "no_sinks": lambda b: kvsieve.StreamingLLM(b, sinks=0),
     "scored_true": lambda b: Memory(retain=Surprisal(b, sinks=2, recent=5), place=AsRotated()),
-    "scored_fixed_tail": lambda b: Memory(retain=Window(b // 2, sinks=2), place=Slots())
-    >> Memory(retain=Surprisal(b // 2, sinks=0, recent=0), place=Fixed(9)),
-    "top_k_tail": lambda b: Memory(retain=Window(b // 2, sinks=2), place=Ceiling(11)) >> Memory(place=Fixed(4), select=TopKTokens(2)),
+    "scored_fixed_tail": lambda b: (
+        Memory(retain=Window(b // 2, sinks=2), place=Slots()) >> Memory(retain=Surprisal(b // 2, sinks=0, recent=0), place=Fixed(9))
+    ),
+    "top_k_tail": lambda b: (
+        Memory(retain=Window(b // 2, sinks=2), place=Ceiling(11)) >> Memory(place=Fixed(4), select=TopKTokens(2))
+    ),
 }
 
 
@@ -113,7 +115,9 @@ def test_values_may_have_another_size_than_keys(backend: str, policy: str) -> No
 
 
 @pytest.mark.parametrize("policy", list(tiny.POLICIES))
-@pytest.mark.parametrize(("family", "dtype"), [("llama", torch.float32), ("gpt_oss", torch.float32), ("gemma2", torch.float32)], ids=str)
+@pytest.mark.parametrize(
+    ("family", "dtype"), [("llama", torch.float32), ("gpt_oss", torch.float32), ("gemma2", torch.float32)], ids=str
+)
 def test_logits_of_a_model(family: str, dtype: torch.dtype, policy: str) -> None:
     model = tiny.model(family, dtype)
     ids, mask = pad_left([tiny.ids(1, 90, 1)[0], tiny.ids(1, 61, 2)[0]])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import kvsieve
 import numpy as np
 import pytest
 import tiny
@@ -11,8 +12,6 @@ import torch
 from drive import Layer, attention, forward, forwards
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
-import kvsieve
 from kvsieve import _core, backends
 from kvsieve.roles import AsRotated, Memory, Slots, Surprisal, Window
 from kvsieve.rope import LayerRope

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import kvsieve
 import pytest
 import tiny
 from hypothesis import given
 from hypothesis import strategies as st
-
-import kvsieve
 from kvsieve.budget import check_budget, parse_bytes, tokens_for
 from kvsieve.errors import BudgetError, PolicyError
 
@@ -31,7 +30,9 @@ def test_bytes_as_text(text: str, want: int) -> None:
     assert parse_bytes(text) == want
 
 
-@pytest.mark.parametrize("text", ["", "64", "MiB", "64 MiBs", "-1MiB", "0MB", "0.0GB", "1e3MB", "64TiB", "50%", "nan MB", "1iB", "0.1B"])
+@pytest.mark.parametrize(
+    "text", ["", "64", "MiB", "64 MiBs", "-1MiB", "0MB", "0.0GB", "1e3MB", "64TiB", "50%", "nan MB", "1iB", "0.1B"]
+)
 def test_bytes_that_cannot_be_read(text: str) -> None:
     for call in (lambda: parse_bytes(text), lambda: kvsieve.StreamingLLM(text), lambda: kvsieve.SirLLM(text)):
         with pytest.raises(BudgetError):

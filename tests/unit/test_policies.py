@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import kvsieve
 import pytest
 import tiny
-
-import kvsieve
 from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.policies import POLICIES, parse
 from kvsieve.roles import All, AsRotated, Ceiling, Chain, Fixed, Slots, Surprisal, TopKTokens, Window

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import kvsieve
 import numpy as np
 import pytest
 import tiny
 import torch
 from drive import forward, forwards, positions
-
-import kvsieve
 from kvsieve.errors import PolicyError
 from kvsieve.roles import (
     All,
