@@ -25,7 +25,14 @@ def limit(policy: str, budget: int) -> int:
 @EVERY
 def test_sampling_draws_the_same_tokens(policy: str, backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(2, 12)
-    how: dict[str, Any] = dict(do_sample=True, temperature=0.8, top_k=20, top_p=0.95, repetition_penalty=1.1, max_new_tokens=8)
+    how: dict[str, Any] = {
+        "do_sample": True,
+        "temperature": 0.8,
+        "top_k": 20,
+        "top_p": 0.95,
+        "repetition_penalty": 1.1,
+        "max_new_tokens": 8,
+    }
     torch.manual_seed(5)
     want = model.generate(ids, **how)
     with kvsieve.stream(model, tiny.POLICIES[policy](60), backend) as stream:
@@ -37,7 +44,7 @@ def test_sampling_draws_the_same_tokens(policy: str, backend: str) -> None:
 @EVERY
 def test_beam_search_under_the_budget(policy: str, backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(2, 12)
-    how: dict[str, Any] = dict(num_beams=3, do_sample=False, max_new_tokens=9, num_return_sequences=2)
+    how: dict[str, Any] = {"num_beams": 3, "do_sample": False, "max_new_tokens": 9, "num_return_sequences": 2}
     want = model.generate(ids, **how)
     with kvsieve.stream(model, tiny.POLICIES[policy](60), backend) as stream:
         assert torch.equal(model.generate(ids, past_key_values=stream.cache, **how), want)
@@ -47,7 +54,7 @@ def test_beam_search_under_the_budget(policy: str, backend: str) -> None:
 @EVERY
 def test_beam_search_with_sliding_layers(policy: str, backend: str) -> None:
     model, ids = tiny.model("gemma2"), tiny.ids(1, 30)
-    how: dict[str, Any] = dict(num_beams=3, do_sample=False, max_new_tokens=6)
+    how: dict[str, Any] = {"num_beams": 3, "do_sample": False, "max_new_tokens": 6}
     want = model.generate(ids, **how)
     with kvsieve.stream(model, tiny.POLICIES[policy](100), backend) as stream:
         assert torch.equal(model.generate(ids, past_key_values=stream.cache, **how), want)
@@ -77,7 +84,7 @@ def test_beam_search_over_the_budget_keeps_sane_beams(policy: str, backend: str)
 def test_the_best_beam_is_what_its_own_tokens_give(policy: str, backend: str) -> None:
     """Over the budget too, the winner's score is the sum of its tokens' log-probabilities, run alone through the same policy."""
     model, ids = tiny.model(), tiny.ids(1, 40)
-    how: dict[str, Any] = dict(num_beams=4, do_sample=False, max_new_tokens=10, length_penalty=0.0)
+    how: dict[str, Any] = {"num_beams": 4, "do_sample": False, "max_new_tokens": 10, "length_penalty": 0.0}
     with kvsieve.stream(model, tiny.POLICIES[policy](16), backend) as stream:
         out = model.generate(ids, past_key_values=stream.cache, return_dict_in_generate=True, output_scores=True, **how)
     best = out.sequences
@@ -91,7 +98,7 @@ def test_the_best_beam_is_what_its_own_tokens_give(policy: str, backend: str) ->
 @EVERY
 def test_several_return_sequences(policy: str, backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(2, 12)
-    how: dict[str, Any] = dict(num_return_sequences=3, do_sample=True, max_new_tokens=6)
+    how: dict[str, Any] = {"num_return_sequences": 3, "do_sample": True, "max_new_tokens": 6}
     torch.manual_seed(3)
     want = model.generate(ids, **how)
     with kvsieve.stream(model, tiny.POLICIES[policy](60), backend) as stream:
@@ -201,7 +208,7 @@ def test_a_streamer_in_a_thread(policy: str, backend: str) -> None:
         want = greedy(model, ids, 10, past_key_values=stream.cache)[0, 30:].tolist()
     streamer = TextIteratorStreamer(Words(), skip_prompt=True, timeout=60)
     with kvsieve.stream(model, tiny.POLICIES[policy](16), backend) as stream:
-        how = dict(past_key_values=stream.cache, streamer=streamer)
+        how = {"past_key_values": stream.cache, "streamer": streamer}
         worker = threading.Thread(target=greedy, args=(model, ids, 10), kwargs=how)
         worker.start()
         got = [int(word) for word in "".join(streamer).split()]
@@ -247,7 +254,7 @@ def test_a_text_generation_pipeline() -> None:
     model, ids = tiny.model(), tiny.ids(1, 25)
     text = " ".join(f"w{int(i)}" for i in ids[0])
     pipe = pipeline("text-generation", model=model, tokenizer=tokenizer)
-    how: dict[str, Any] = dict(do_sample=False, max_new_tokens=7, return_full_text=False)
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 7, "return_full_text": False}
     with kvsieve.stream(model, kvsieve.SirLLM(budget=64), "reference") as stream:
         got = pipe(text, past_key_values=stream.cache, **how)[0]["generated_text"]
         assert stream.seen >= 25
@@ -258,7 +265,7 @@ def test_a_text_generation_pipeline() -> None:
 @EVERY
 def test_return_dict_in_generate(policy: str, backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, 20)
-    how: dict[str, Any] = dict(return_dict_in_generate=True, output_scores=True, output_logits=True)
+    how: dict[str, Any] = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     want = greedy(model, ids, 5, **how)
     with kvsieve.stream(model, tiny.POLICIES[policy](80), backend) as stream:
         got = greedy(model, ids, 5, past_key_values=stream.cache, **how)

@@ -119,13 +119,13 @@ def test_other_padding_is_refused_and_leaves_the_stream_clean(policy: str, backe
 def test_a_row_of_pads_only_is_refused(backend: str, how: str) -> None:
     model, ids, mask = tiny.model(), tiny.ids(2, 6), torch.tensor([[1] * 6, [0] * 6])
     with kvsieve.stream(model, kvsieve.SirLLM(budget=20), backend) as stream:
+        calls = {
+            "generate": lambda: greedy(model, ids, 3, attention_mask=mask, past_key_values=stream.cache),
+            "feed": lambda: stream.feed(ids, mask),
+            "stream.generate": lambda: stream.generate(ids, mask, max_new_tokens=3, do_sample=False),
+        }
         with pytest.raises(PaddingError):
-            if how == "generate":
-                greedy(model, ids, 3, attention_mask=mask, past_key_values=stream.cache)
-            elif how == "feed":
-                stream.feed(ids, mask)
-            else:
-                stream.generate(ids, mask, max_new_tokens=3, do_sample=False)
+            calls[how]()
         stream.reset()
         assert torch.equal(greedy(model, ids, 3, past_key_values=stream.cache), greedy(model, ids, 3))
 

@@ -77,9 +77,14 @@ def test_the_attention_that_was_there_comes_back(attention: str) -> None:
 def test_an_exception_inside_the_block_restores_the_model() -> None:
     model = tiny.model()
     before = Picture(model)
-    with pytest.raises(RuntimeError, match="mine"), kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
-        forward(model, stream.cache, tiny.ids(1, 10))
-        raise RuntimeError("mine")
+
+    def work() -> None:
+        with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+            forward(model, stream.cache, tiny.ids(1, 10))
+            raise RuntimeError("mine")
+
+    with pytest.raises(RuntimeError, match="mine"):
+        work()
     before.check()
 
 

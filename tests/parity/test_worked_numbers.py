@@ -33,10 +33,7 @@ def ten(amplitudes: list[float] | None = None, values: str = "number") -> tuple[
     k = q.clone()
     if amplitudes is not None:
         k = k * torch.tensor(amplitudes)[None, None, :, None]
-    if values == "number":
-        v = torch.stack([torch.arange(10.0), torch.zeros(10)], 1)[None, None]
-    else:
-        v = torch.eye(16)[None, None, :10]
+    v = torch.stack([torch.arange(10.0), torch.zeros(10)], 1)[None, None] if values == "number" else torch.eye(16)[None, None, :10]
     return q, k, v.contiguous()
 
 
