@@ -183,9 +183,7 @@ def run_dialogue(model: Any, tokenizer: Any, stream: Any, dialogue: Dialogue) ->
     return Outcome(dialogue.seed, tuple(ids), tuple(item_positions), kept.positions, kept.scores, answers)
 
 
-def run_dialogues(
-    model: Any, tokenizer: Any, open_stream: Callable[[], Any], dialogues: Sequence[Dialogue]
-) -> Iterator[Outcome]:
+def run_dialogues(model: Any, tokenizer: Any, open_stream: Callable[[], Any], dialogues: Sequence[Dialogue]) -> Iterator[Outcome]:
     """Every dialogue through a stream of its own; `open_stream` returns a context manager that yields the stream."""
     for dialogue in dialogues:
         with open_stream() as stream:

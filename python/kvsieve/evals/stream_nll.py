@@ -138,7 +138,4 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _bucket_means(losses: torch.Tensor, bucket: int) -> list[float]:
     """Means of `losses [n]` by bucket; position 0 has no prediction and is left out of the first."""
-    return [
-        float(part[1:].mean() if i == 0 and len(part) > 1 else part.mean())
-        for i, part in enumerate(losses.split(bucket))
-    ]
+    return [float(part[1:].mean() if i == 0 and len(part) > 1 else part.mean()) for i, part in enumerate(losses.split(bucket))]
