@@ -97,15 +97,15 @@ class Engine:
     def steps_through(self, width: int, kept_logits: Any) -> bool:
         """Whether a forward over ``width`` tokens, of which the last ``kept_logits - 1`` are candidates, must go one by one.
 
-        Only while candidates are verified, and only where what they see may depend on how many of them came before: a score-based rule
-        that could act among them, or a memory that only the last query of a forward reads.
+        Only while candidates are verified, and only where what they see may depend on how many came before: a score-based rule that
+        could act among them, or a chain, whose later memories receive between forwards.
         """
         if not self.recording or self.stepping or not isinstance(kept_logits, int) or not 1 <= kept_logits <= width:
             return False
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
-        if self._selects:
-            return resident > specs[0]["window"]
+        if len(specs) > 1:
+            return resident > specs[0].get("window", specs[0].get("budget", 0))
         limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
@@ -131,9 +131,11 @@ class Engine:
         self._undo = [(layer, dict(vars(layer))) for layer in self.own_layers]
 
     def rollback(self) -> None:
-        """Undo an unfinished forward, in every layer."""
-        self._step = None
-        self.planner.rollback()
+        """Undo an unfinished forward, in every layer; without one, do nothing."""
+        self.hidden, self._whole_model = None, False
+        if self._step is not None:
+            self._step = None
+            self.planner.rollback()
         for layer, state in self._undo:
             vars(layer).clear()
             vars(layer).update(state)
@@ -280,6 +282,7 @@ class Engine:
 
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
+        self._apply(self.planner.tidy())
         in_use = self.planner.blocks_in_use()
         for store in self.stores.values():
             store.free_unused(in_use)

@@ -231,7 +231,7 @@ class Attachment:
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.model.register_forward_hook(self._after_model, with_kwargs=True),
+            self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
         ]
 
     def _hook_layers(self) -> None:
@@ -279,7 +279,9 @@ class Attachment:
 
     def _after_decoder(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache, _thread.cache, _thread.handed = _thread.cache, None, None
-        if cache is not None and output is not None:
+        if cache is not None and output is None:
+            cache.engine.rollback()
+        elif cache is not None:
             cache.engine.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
     def _before_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
@@ -296,8 +298,12 @@ class Attachment:
         return None if changed is None else (args, changed)
 
     def _after_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = self._cache_of(kwargs)
-        if cache is not None:
+        from kvsieve.cache import StreamCache
+
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StreamCache) and output is None:
+            cache.engine.rollback()
+        elif isinstance(cache, StreamCache):
             engine = cache.engine
             engine.complete(output[0] if isinstance(output, tuple) else output.logits)
             if engine.stepping and not self._inner:
