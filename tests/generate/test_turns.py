@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -257,16 +258,16 @@ def test_the_order_of_forks_does_not_matter(policy: str, backend: str) -> None:
 @EVERY
 def test_a_fork_outlives_its_parent(policy: str, backend: str) -> None:
     model = tiny.model()
-    stream = kvsieve.stream(model, tiny.POLICIES[policy](24), backend)
-    stream.feed(tiny.ids(1, 50))
-    child, twin = stream.fork(), stream.fork()
-    want = turn(twin, tiny.ids(1, 9, 2), 30)
-    twin.close()
-    stream.reset()
-    stream.feed(tiny.ids(1, 200, 3))
-    stream.close()
-    assert torch.equal(turn(child, tiny.ids(1, 9, 2), 30), want)
-    child.close()
+    with ExitStack() as left_open:
+        stream = left_open.enter_context(kvsieve.stream(model, tiny.POLICIES[policy](24), backend))
+        stream.feed(tiny.ids(1, 50))
+        child, twin = (left_open.enter_context(stream.fork()) for _ in range(2))
+        want = turn(twin, tiny.ids(1, 9, 2), 30)
+        twin.close()
+        stream.reset()
+        stream.feed(tiny.ids(1, 200, 3))
+        stream.close()
+        assert torch.equal(turn(child, tiny.ids(1, 9, 2), 30), want)
 
 
 # -------------------------------------------------------------------------------------------------------------------- save, load
