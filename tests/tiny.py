@@ -87,9 +87,7 @@ POLICIES: dict[str, Any] = {
     "lm_infinite": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2),
     "lm_infinite_middle": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2, middle_top_k=3, middle_from_layer=1),
     "sirllm": lambda budget: kvsieve.SirLLM(budget=budget, sinks=2, recent=4),
-    "chain": lambda budget: (
-        kvsieve.StreamingLLM(budget=budget // 2, sinks=2) >> kvsieve.SirLLM(budget=budget // 2, sinks=0, recent=0)
-    ),
+    "chain": lambda budget: kvsieve.StreamingLLM(budget // 2, sinks=2) >> kvsieve.SirLLM(budget // 2, sinks=0, recent=0),
 }
 """Every policy by name, as a function of the tokens it may hold."""
 

@@ -217,9 +217,11 @@ def test_a_rule_without_keep_or_budget_says_so() -> None:
 
     with pytest.raises(PolicyError, match="needs a budget"):
         kvsieve.stream(tiny.model(), Memory(retain=Nothing()), "reference")
-    with kvsieve.stream(tiny.model(), Memory(retain=NoKeep()), "reference") as stream:
-        with pytest.raises(NotImplementedError, match="NoKeep does not define keep"):
-            forward(tiny.model(), stream.cache, tiny.ids(1, 60))
+    with (
+        kvsieve.stream(tiny.model(), Memory(retain=NoKeep()), "reference") as stream,
+        pytest.raises(NotImplementedError, match="NoKeep does not define keep"),
+    ):
+        forward(tiny.model(), stream.cache, tiny.ids(1, 60))
 
 
 @pytest.mark.parametrize("budget", [0, -3, 7, 2.5, True])
