@@ -4,18 +4,22 @@
         model.generate(**inputs, past_key_values=stream.cache, max_new_tokens=200)
         stream.stats()
 
-Importing kvsieve changes nothing in `transformers`, and imports neither its models nor CuPy.
+Importing kvsieve changes nothing in `transformers`, and imports neither its models nor CuPy; torch is imported when a stream is.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
 
 from kvsieve import errors, policies, roles
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
 from kvsieve.policies import Full, LMInfinite, SirLLM, StreamingLLM
 from kvsieve.roles import Memory
-from kvsieve.snapshot import load
-from kvsieve.streams import Kept, Stats, Stream, stream
+
+if TYPE_CHECKING:
+    from kvsieve.snapshot import load
+    from kvsieve.streams import Kept, Stats, Stream, stream
 
 __all__ = [
     "Full",
@@ -34,3 +38,19 @@ __all__ = [
     "roles",
     "stream",
 ]
+
+_LAZY = {"load": "snapshot", "Kept": "streams", "Stats": "streams", "Stream": "streams", "stream": "streams"}
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'kvsieve' has no attribute {name!r}")
+    from importlib import import_module
+
+    value = globals()[name] = getattr(import_module(f"kvsieve.{module}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from kvsieve import _core
@@ -25,6 +24,9 @@ from kvsieve.roles import Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
     from kvsieve._core import Moves, Planner, Step
     from kvsieve.cache import StreamLayer
     from kvsieve.hf import ModelFacts
@@ -47,11 +49,11 @@ class Engine:
         self._marks: list[tuple[Planner, torch.Tensor | None]] = []
         self.hidden: torch.Tensor | None = None
         self._layers = {layer.index: layer for layer in facts.layers}
-        self._first, self._last = facts.layers[0].index, facts.layers[-1].index
+        self._first = facts.layers[0].index
         self._step: Step | None = None
         self._ids: torch.Tensor | None = None
         self._whole_model = False
-        self._offsets: list[int] | None = None
+        self._offsets: list[int | None] | None = None
         self._undo: list[tuple[Any, dict[str, Any]]] = []
         self.own_layers: list[Any] = []
         self._top_k_from = [m.select.from_layer if isinstance(m.select, TopKTokens) else 0 for m in policy.memories]
@@ -105,7 +107,7 @@ class Engine:
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
-            return resident > specs[0].get("window", specs[0].get("budget", 0))
+            return resident > int(specs[0].get("window", specs[0].get("budget", 0)))
         limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
@@ -122,8 +124,10 @@ class Engine:
         """The decoder begins. Undo a forward that died; let go of what the last one left because it was being verified."""
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
-        if self._step is not None:
+        if self._step is not None or self._undo:
+            whole, ids = self._whole_model, self._ids
             self.rollback()
+            self._whole_model, self._ids = whole, ids
         if not self.stepping:
             self._marks = []
             if self.recording and self.num_rows:
@@ -139,6 +143,7 @@ class Engine:
         for layer, state in self._undo:
             vars(layer).clear()
             vars(layer).update(state)
+        self._undo = []
 
     def attend(
         self,
@@ -170,25 +175,26 @@ class Engine:
             _check_like(facts, k, v)
             store = self.stores[layer.index] = self.backend.make_store(k, v)
         top_k = self._selects and layer.index >= max(self._top_k_from)
-        out = store.run(q, k, v, step, AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k))
-        if layer.index == self._last and self.scorer is None:
-            self._close()
-        return out
+        return store.run(q, k, v, step, AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k))
+
+    def decoded(self, hidden: torch.Tensor) -> None:
+        """The decoder returned ``hidden`` ``[B, q, hidden]``. Without a causal LM around it, the forward ends here."""
+        self.hidden = hidden
+        if not self._whole_model and self._step is not None:
+            self._commit()
 
     def complete(self, logits: torch.Tensor) -> None:
         """The causal LM returned ``logits`` ``[B, r, V]`` of its last ``r`` columns."""
         self._whole_model = False
         hidden, self.hidden = self.hidden, None
-        if self.scorer is None or self._step is None or self._ids is None or hidden is None:
+        if self._step is None:
             return
-        lens = self._step.new_lens
-        scores, tail = self.scorer.score(self._ids, hidden, logits, lens, keep_rows=self.recording)
-        self.planner.commit()
-        for row, values in enumerate(scores):
-            if len(values):
-                self.planner.set_scores(row, values)
+        if self.scorer is None or self._ids is None or hidden is None:
+            self._commit()
+            return
+        scores, tail = self.scorer.score(self._ids, hidden, logits, self._step.new_lens, keep_rows=self.recording)
+        self._commit(scores)
         self.scorer.tail = tail
-        self._after_commit()
 
     def _open(self, q: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
         batch, width = q.shape[0], q.shape[2]
@@ -224,22 +230,23 @@ class Engine:
         last = position_ids[:, -1].tolist()
         last = last * len(lens) if len(last) == 1 else last
         seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
-        offsets = [at - (s + n - 1) for at, s, n in zip(last, seen, lens)]
-        if self._offsets is None or not self.columns:
-            self._offsets = offsets
+        offsets = [at - (s + n - 1) if s + n else None for at, s, n in zip(last, seen, lens)]
+        known = self._offsets if self._offsets is not None and self.columns else [None] * len(lens)
+        self._offsets = [now if before is None else before for now, before in zip(offsets, known)]
         for row, (now, before) in enumerate(zip(offsets, self._offsets)):
-            if now != before and seen[row]:
+            if now != before:
                 raise CacheMismatchError(
                     f"row {row}: the model was told that these tokens end at position {last[row]}, "
                     f"but the stream has seen {seen[row]} and got {lens[row]}; "
                     "use stream.generate(), or an attention mask over everything seen"
                 )
 
-    def _close(self) -> None:
+    def _commit(self, scores: list[npt.NDArray[np.float32]] | None = None) -> None:
+        """The forward is over: its tokens are seen, and the policy may let go."""
         self.planner.commit()
-        self._after_commit()
-
-    def _after_commit(self) -> None:
+        for row, values in enumerate(scores or []):
+            if len(values):
+                self.planner.set_scores(row, values)
         step, self._step = self._step, None
         self._undo = []
         if self.stepping or not self.recording:
@@ -267,6 +274,8 @@ class Engine:
                 self.planner.positions(index, row), self.planner.scores(index, row), self.planner.seen(row), turn_ended
             )
             kept = [int(i) for i in rule.keep(residents)]
+            if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < count):
+                raise PolicyError(f"{type(rule).__name__}.keep must return ascending indices below {count}, got {kept[:4]}...")
             must = {*range(spec["sinks"]), *range(count - spec["recent"], count)}
             if len(kept) > budget or not must <= set(kept):
                 raise PolicyError(
@@ -314,7 +323,7 @@ class Engine:
         self._idle()
         self.planner.crop_rows(counts)
         if self._offsets is not None:
-            self._offsets = [offset + count for offset, count in zip(self._offsets, counts)]
+            self._offsets = [None if offset is None else offset + count for offset, count in zip(self._offsets, counts)]
         if self.scorer is not None:
             self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
 
@@ -333,7 +342,9 @@ class Engine:
         """Forget everything and give all memory back."""
         self._step = None
         self.planner.reset()
-        self.stores.clear()
+        self.free_unused()
+        if not self.planner.used_blocks:
+            self.stores.clear()
         self._offsets = None
         self.recording = False
         self.stop_stepping()
@@ -364,8 +375,3 @@ def _check_like(facts: Any, k: torch.Tensor, v: torch.Tensor) -> None:
             f"in {want[3]} on {want[4]}; now {got[0]} heads of sizes {got[1]} and {got[2]} in {got[3]} on {got[4]}; "
             "open a new stream"
         )
-
-
-def scores_as_numpy(values: torch.Tensor) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """float32 numpy copy of a score tensor."""
-    return values.detach().to("cpu", torch.float32).numpy()

@@ -282,7 +282,7 @@ class Attachment:
         if cache is not None and output is None:
             cache.engine.rollback()
         elif cache is not None:
-            cache.engine.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
+            cache.engine.decoded(output[0] if isinstance(output, tuple) else output.last_hidden_state)
 
     def _before_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = self._cache_of(kwargs)
@@ -351,9 +351,9 @@ def attach(model: PreTrainedModel) -> Attachment:
         UnsupportedModelError: if the model's attention cannot be served; the message names the reason.
     """
     with _lock:
+        _refuse_by_configuration(model)
         found = _attached.get(model)
         if found is None:
-            _refuse_by_configuration(model)
             found = _attached[model] = Attachment(model)
         return found
 

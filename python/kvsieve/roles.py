@@ -89,6 +89,7 @@ class Retain:
         """This rule in the control plane's terms."""
         if self.budget is None:
             raise PolicyError(f"{type(self).__name__} needs a budget: set the attribute `budget` to a count of tokens")
+        check_budget(self.budget, sinks=self.sinks, recent=self.recent, name=type(self).__name__)
         budget = tokens_for(self.budget, bytes_per_token)
         check_budget(budget, sinks=self.sinks, recent=self.recent, name=type(self).__name__)
         return {"retain": "manual", "budget": budget, "sinks": self.sinks, "recent": self.recent}

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.errors import CacheMismatchError, KvsieveError, UnsupportedError
+from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
 from kvsieve.policies import parse
 
 if TYPE_CHECKING:
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from kvsieve.roles import Policy
     from kvsieve.streams import Stream
 
 __all__ = ["load", "save"]
@@ -30,6 +31,13 @@ def _fingerprint(stream: Stream) -> list[Any]:
     return [type(stream.model).__name__, list(facts.layer_types), layers]
 
 
+def _is_text(policy: Policy) -> bool:
+    try:
+        return repr(parse(repr(policy))) == repr(policy)
+    except PolicyError:
+        return False
+
+
 def save(stream: Stream, path: str | PathLike[str]) -> None:
     """Write ``stream`` to ``path``. An existing file is replaced only once the new one is complete.
 
@@ -41,7 +49,7 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
     engine = stream._engine
     if engine.own_layers:
         raise UnsupportedError("saving a stream whose model has sliding layers of its own is not supported")
-    if repr(parse(repr(stream.policy))) != repr(stream.policy):
+    if not _is_text(stream.policy):
         raise UnsupportedError(f"the policy {stream.policy!r} cannot be written as text; save works for kvsieve's own policies")
     planner = engine.planner
     tensors: dict[str, torch.Tensor] = {}
@@ -91,11 +99,15 @@ def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None 
         CacheMismatchError: if the file was written for another model.
         KvsieveError: if the file is not a kvsieve stream.
     """
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     from kvsieve.streams import Stream
 
-    with safe_open(path, framework="pt") as file:
+    try:
+        opened = safe_open(path, framework="pt")
+    except SafetensorError as err:
+        raise KvsieveError(f"{path} is not a kvsieve stream: {err}") from None
+    with opened as file:
         text = (file.metadata() or {}).get("kvsieve")
         if text is None:
             raise KvsieveError(f"{path} is not a kvsieve stream: it has no kvsieve header")

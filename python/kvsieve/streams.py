@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import asdict, dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -125,6 +126,7 @@ class Stream:
         self.model, self.policy = model, policy
         self._attachment: Attachment | None = attach(model)
         self._attachment.acquire()
+        self._leave = weakref.finalize(self, self._attachment.release)
         try:
             if _parent is None:
                 facts = self._attachment.facts
@@ -150,9 +152,8 @@ class Stream:
 
     def close(self) -> None:
         """Leave the model. The last stream on it restores it exactly; closing twice is fine."""
-        attachment, self._attachment = self._attachment, None
-        if attachment is not None:
-            attachment.release()
+        self._attachment = None
+        self._leave()
 
     def _check_open(self) -> Engine:
         if self._attachment is None:
@@ -296,7 +297,10 @@ class Stream:
     def _generate_wide(self, ids: torch.Tensor, mask: torch.Tensor, end_turn: bool, kwargs: dict[str, Any]) -> torch.Tensor:
         if ids.shape[1] > 1:
             self.feed(ids[:, :-1], mask[:, :-1])
+        count = max(int(kwargs.get(n) or 1) for n in ("num_beams", "num_return_sequences"))
         with self.fork() as child:
+            if child._engine.num_rows:
+                child.cache.batch_repeat_interleave(count)
             whole = child._whole_mask(mask[:, -1:])
             result = self.model.generate(input_ids=ids[:, -1:], attention_mask=whole, past_key_values=child.cache, **kwargs)
         sequences = result if isinstance(result, torch.Tensor) else result.sequences

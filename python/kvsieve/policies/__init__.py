@@ -52,7 +52,7 @@ def _build(node: ast.expr, text: str) -> Policy:
         raise PolicyError(f"unknown policy {node.func.id!r}; known: {', '.join(sorted(POLICIES))}")
     try:
         args = [ast.literal_eval(a) for a in node.args]
-        kwargs = {k.arg: ast.literal_eval(k.value) for k in node.keywords if k.arg is not None}
+        kwargs = {k.arg or "**": ast.literal_eval(k.value) for k in node.keywords}
         return make(*args, **kwargs)
     except TypeError as err:
         raise PolicyError(f"{node.func.id}: {err}") from None

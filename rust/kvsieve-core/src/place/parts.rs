@@ -14,8 +14,10 @@ pub struct Source<'a> {
     pub keys: Keys<'a>,
     pub rule: &'a Rule,
     pub num_queries: usize,
-    /// Per query, the visible keys before it in all earlier memories.
+    /// Per query, the visible keys before it in all earlier memories, sinks beyond their window left out.
     pub earlier: &'a [usize],
+    /// Keys of later memories, which stand between this one's sinks and its window.
+    pub later: usize,
 }
 
 /// Positions of keys and queries under one placing.
@@ -28,6 +30,10 @@ struct Placed {
 impl Source<'_> {
     pub fn parts(&self, out: &mut Vec<Part>) {
         if self.keys.is_empty() || self.num_queries == 0 {
+            return;
+        }
+        if self.hides_nothing() {
+            out.extend(self.whole());
             return;
         }
         out.extend(self.beyond());
@@ -44,6 +50,23 @@ impl Source<'_> {
 
     fn key_true(&self, lo: usize, hi: usize) -> Vec<i64> {
         self.keys.positions(lo, hi).map(|p| p as i64).collect()
+    }
+
+    /// Whether every query sees every key before it, each at its place among its neighbours.
+    fn hides_nothing(&self) -> bool {
+        let last = self.view(self.num_queries - 1);
+        let one_rule = matches!(self.rule.place, Place::True | Place::Slots);
+        one_rule && self.later == 0 && last.beyond == last.band
+    }
+
+    /// All keys in one part, so that a window that nothing has left yet is computed as if there were none.
+    fn whole(&self) -> Option<Part> {
+        let hi = self.keys.len();
+        let placed = match self.rule.place {
+            Place::Slots => self.by_index(0, hi),
+            _ => self.by_position(0, hi, Placing::Relative),
+        };
+        Some(self.part(0, hi, i64::MAX, 0, placed))
     }
 
     /// All keys that some query sees within the visible range.
@@ -97,7 +120,9 @@ impl Source<'_> {
 
     /// Ranks among the keys that each query sees.
     fn by_rank(&self, hi: usize) -> Placed {
-        let queries = (0..self.num_queries).map(|i| (self.view(i).visible_before() + self.earlier[i]) as i64).collect();
+        let queries = (0..self.num_queries)
+            .map(|i| (self.view(i).visible_before() + self.earlier[i] + self.later) as i64)
+            .collect();
         Placed { keys: (0..hi as i64).collect(), queries, placing: Placing::Relative }
     }
 

@@ -13,8 +13,10 @@ pub struct Reader<'a> {
     pub view: View,
     /// True position of the query.
     pub query: Position,
-    /// Visible keys before the query in this memory and in all earlier ones.
+    /// Visible keys before the query in this memory and, sinks beyond their window left out, in all earlier ones.
     pub slot: usize,
+    /// Keys of later memories, which stand between this one's sinks and its window.
+    pub later: usize,
     /// Positions of all keys, new tokens included.
     pub positions: &'a [Position],
 }
@@ -78,7 +80,8 @@ impl Reader<'_> {
     }
 
     fn by_slot(&self, index: usize) -> i64 {
-        self.slot as i64 - self.view.rank(index) as i64
+        let between = if index < self.view.beyond { self.later } else { 0 };
+        (self.slot + between) as i64 - self.view.rank(index) as i64
     }
 
     fn by_position(&self, index: usize) -> i64 {

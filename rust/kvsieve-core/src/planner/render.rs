@@ -16,6 +16,12 @@ fn keys(row: &Row, m: usize, num_new: usize, appended: usize) -> Keys<'_> {
     Keys { residents, first_new: row.seen, num_new }
 }
 
+/// Keys in the memories after `m` that are counted as slots.
+fn later(row: &Row, rules: &[Rule], m: usize) -> usize {
+    let counted = |&(_, rule): &(usize, &Rule)| rule.place == Place::Slots && rule.top_k == 0;
+    rules.iter().enumerate().skip(m + 1).filter(counted).map(|(l, _)| row.tables[l].len()).sum()
+}
+
 /// The parts of one row, before its new tokens are appended. With `only_top_k`, only of memories read by selection.
 pub(super) fn parts(index: usize, row: &Row, rules: &[Rule], num_new: usize, only_top_k: bool, out: &mut Vec<Part>) {
     if only_top_k && rules.iter().all(|r| r.top_k == 0) {
@@ -28,10 +34,13 @@ pub(super) fn parts(index: usize, row: &Row, rules: &[Rule], num_new: usize, onl
             out.extend(middle(index, row, rules, m, num_new));
         } else if !only_top_k || rule.top_k > 0 {
             let table = &row.tables[m];
-            Source { row: index, memory: m, table, keys, rule, num_queries: num_new, earlier: &earlier }.parts(out);
+            let later = later(row, rules, m);
+            Source { row: index, memory: m, table, keys, rule, num_queries: num_new, earlier: &earlier, later }
+                .parts(out);
         }
         for (i, slot) in earlier.iter_mut().enumerate() {
-            *slot += View::new(&keys, rule, i).visible_before();
+            let view = View::new(&keys, rule, i);
+            *slot += view.visible_before() - view.beyond;
         }
     }
 }
@@ -90,16 +99,17 @@ pub(super) fn spans(rows: &[Row], rules: &[Rule], frame: Frame, new_lens: &[usiz
 fn query_spans(row: &Row, rules: &[Rule], frame: Frame, num_new: usize, i: usize, out: &mut Spans) {
     let start = out.spans.len();
     let query: Position = row.seen + i as u64;
-    let mut slot = 0;
+    let mut earlier = 0;
     for (m, rule) in rules.iter().enumerate() {
         let view = View::new(&keys(row, m, num_new, num_new), rule, i);
-        slot += view.visible_before();
+        let slot = earlier + view.visible_before();
+        earlier = slot - view.beyond;
         if rule.top_k > 0 {
             continue;
         }
         let table = &row.tables[m];
         out.spans.reserve(table.runs().len());
-        Reader { frame, rule, view, query, slot, positions: table.positions() }.read(
+        Reader { frame, rule, view, query, slot, later: later(row, rules, m), positions: table.positions() }.read(
             table.runs(),
             start,
             &mut out.spans,

@@ -463,7 +463,9 @@ mod tests {
             }
             block += size as u32;
         }
-        assert_eq!(locate(32).2, 16);
+        assert_eq!(locate(31).2, 1);
+        assert_eq!(locate(32).2, 4);
+        assert_eq!(locate(128).2, 16);
         assert_eq!(locate(1024).2, 64);
     }
 }
