@@ -137,9 +137,7 @@ def _bounded(budget: int) -> dict[str, Any]:
     }
 
 
-def _read_all(
-    model: Any, tokenizer: Any, ids: torch.Tensor, settings: Settings
-) -> tuple[list[Reading], dict[str, Any]]:
+def _read_all(model: Any, tokenizer: Any, ids: torch.Tensor, settings: Settings) -> tuple[list[Reading], dict[str, Any]]:
     from transformers import DynamicCache
 
     title = f"reading {ids.shape[1]:,} tokens in chunks of {settings.chunk}, budget {settings.budget:,}"
@@ -202,7 +200,7 @@ def _recollect_all(model: Any, tokenizer: Any, settings: Settings) -> list[Recol
     memories = {
         "full cache": kvsieve.Full(),
         "StreamingLLM": kvsieve.StreamingLLM(budget=budget, sinks=_SINKS),
-        "SirLLM": kvsieve.SirLLM(budget=budget, sinks=_SINKS),
+        "SirLLM": kvsieve.SirLLM(budget=budget, sinks=_SINKS, recent=budget // 8),
     }
     dialogues = shopping.make_dialogues(settings.dialogues, seed=settings.seed)
     num_questions = sum(len(dialogue.questions) for dialogue in dialogues)
@@ -217,9 +215,7 @@ def _recollect_all(model: Any, tokenizer: Any, settings: Settings) -> list[Recol
 def _outcomes(
     model: Any, tokenizer: Any, policy: Any, dialogues: Sequence[shopping.Dialogue], settings: Settings
 ) -> Iterator[shopping.Outcome]:
-    return shopping.run_dialogues(
-        model, tokenizer, lambda: kvsieve.stream(model, policy, backend=settings.backend), dialogues
-    )
+    return shopping.run_dialogues(model, tokenizer, lambda: kvsieve.stream(model, policy, backend=settings.backend), dialogues)
 
 
 def _recollect(table: LiveTable, name: str, outcomes: Iterator[shopping.Outcome], total: int) -> Recollection:
@@ -349,10 +345,7 @@ def _page(recollections: Sequence[Recollection], tokenizer: Any, settings: Setti
 
 def _caption(outcome: shopping.Outcome) -> str:
     correct = sum(answer.correct for answer in outcome.answers)
-    return (
-        f"{outcome.retention:.0%} of the items' tokens kept, {correct} of {len(outcome.answers)} questions answered "
-        "correctly."
-    )
+    return f"{outcome.retention:.0%} of the items' tokens kept, {correct} of {len(outcome.answers)} questions answered correctly."
 
 
 def _marks(outcome: shopping.Outcome, tokenizer: Any) -> list[TokenMark]:

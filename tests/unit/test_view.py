@@ -44,8 +44,7 @@ class Spans(HTMLParser):
 def marks() -> list[TokenMark]:
     texts = ["<b>", " &amp", ' "q"', "\n", " plain", " end"]
     return [
-        TokenMark(text, i, kept=i % 2 == 0, score=float(i) if i < 4 else math.nan, marked=i == 2)
-        for i, text in enumerate(texts)
+        TokenMark(text, i, kept=i % 2 == 0, score=float(i) if i < 4 else math.nan, marked=i == 2) for i, text in enumerate(texts)
     ]
 
 

@@ -131,7 +131,7 @@ def read(
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     """nll [n] of `targets [n]` under `logits [n, V]`, cast to float32 a block of rows at a time."""
-    blocks = zip(logits.split(_ROWS), targets.split(_ROWS), strict=True)
+    blocks = zip(torch.split(logits, _ROWS), torch.split(targets, _ROWS), strict=True)
     parts = [F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in blocks]
     return torch.cat(parts).cpu() if parts else torch.zeros(0)
 
@@ -139,6 +139,5 @@ def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 def _bucket_means(losses: torch.Tensor, bucket: int) -> list[float]:
     """Means of `losses [n]` by bucket; position 0 has no prediction and is left out of the first."""
     return [
-        float(part[1:].mean() if i == 0 and len(part) > 1 else part.mean())
-        for i, part in enumerate(losses.split(bucket))
+        float(part[1:].mean() if i == 0 and len(part) > 1 else part.mean()) for i, part in enumerate(torch.split(losses, bucket))
     ]

@@ -37,9 +37,7 @@ class Series:
     bytes_held: Sequence[int]
 
 
-def plot_curves(
-    series: Sequence[Series], path: Path, *, trained_length: int | None = None, title: str | None = None
-) -> None:
+def plot_curves(series: Sequence[Series], path: Path, *, trained_length: int | None = None, title: str | None = None) -> None:
     """Draws nll (nats a token) and memory held (MiB) against position and writes a PNG to `path`.
 
     Raises `ValueError` without series or on lengths that differ, and `KvsieveError` without matplotlib.

@@ -55,9 +55,7 @@ def tokens_page(
     """
     nav = "".join(f'<li><a href="#m{i}">{escape(s.title)}</a></li>' for i, s in enumerate(sections))
     body = "\n".join(_section(i, section, unit) for i, section in enumerate(sections))
-    return _PAGE.format(
-        title=escape(title), intro=escape(intro), nav=nav, body=body, style=_STYLE, legend=_legend(unit, marked)
-    )
+    return _PAGE.format(title=escape(title), intro=escape(intro), nav=nav, body=body, style=_STYLE, legend=_legend(unit, marked))
 
 
 def _section(index: int, section: TokenSection, unit: str) -> str:
