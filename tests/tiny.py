@@ -5,29 +5,31 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import kvsieve
 import torch
 
-import kvsieve
+# On tensors this small a second thread only costs; on a busy machine, several times the whole run.
+torch.set_num_threads(1)
 
 VOCAB = 128
 
-_SHAPE: dict[str, Any] = dict(
-    vocab_size=VOCAB,
-    hidden_size=64,
-    intermediate_size=96,
-    num_hidden_layers=3,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=16,
-    max_position_embeddings=4096,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-    tie_word_embeddings=False,
-)
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
 
 # What each family adds to the common shape. Mixed layer types where the family has them.
-_MIXED = dict(layer_types=["sliding_attention", "full_attention", "full_attention"], sliding_window=24)
+_MIXED = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 24}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
@@ -57,7 +59,7 @@ def config(family: str, **changes: Any) -> Any:
     return getattr(transformers, f"{stem}Config")(**values)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
     """A tiny random model, the same for the same arguments. Do not change it."""
     import transformers
@@ -85,7 +87,7 @@ POLICIES: dict[str, Any] = {
     "lm_infinite": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2),
     "lm_infinite_middle": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2, middle_top_k=3, middle_from_layer=1),
     "sirllm": lambda budget: kvsieve.SirLLM(budget=budget, sinks=2, recent=4),
-    "chain": lambda budget: kvsieve.StreamingLLM(budget=budget // 2, sinks=2) >> kvsieve.SirLLM(budget=budget // 2, sinks=0, recent=0),
+    "chain": lambda budget: kvsieve.StreamingLLM(budget // 2, sinks=2) >> kvsieve.SirLLM(budget // 2, sinks=0, recent=0),
 }
 """Every policy by name, as a function of the tokens it may hold."""
 

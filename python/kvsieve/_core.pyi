@@ -1,21 +1,40 @@
 """The Rust core, as Python sees it."""
 
-from typing import Any
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
 
 __version__: str
+__all__ = [
+    "Moves",
+    "Part",
+    "Planner",
+    "Rope",
+    "Step",
+    "Store",
+    "__version__",
+    "isa",
+    "isa_levels",
+    "keep_surprisal",
+    "keep_surprisal_published",
+    "keep_window",
+    "rotate",
+    "surprisal",
+    "top_k",
+]
 
-Triple = tuple[int, int, int]
-Quintuple = tuple[int, int, int, int, int]
+_Triple = tuple[int, int, int]
+_Quintuple = tuple[int, int, int, int, int]
 
+@final
 class Moves:
     """Token moves, applied in order."""
 
     def __len__(self) -> int: ...
-    def tuples(self) -> list[Quintuple]: ...
+    def tuples(self) -> list[_Quintuple]: ...
 
+@final
 class Part:
     """One memory's share of what one row's new queries read."""
 
@@ -39,6 +58,7 @@ class Part:
     def query_true(self) -> npt.NDArray[np.int64]: ...
     def query_positions(self) -> npt.NDArray[np.int64]: ...
 
+@final
 class Step:
     """The plan of one forward."""
 
@@ -56,11 +76,12 @@ class Step:
     def first_new(self) -> list[int]: ...
     @property
     def has_spans(self) -> bool: ...
-    def copies(self) -> list[Quintuple]: ...
-    def appends(self) -> list[Quintuple]: ...
+    def copies(self) -> list[_Quintuple]: ...
+    def appends(self) -> list[_Quintuple]: ...
     def spans(self) -> list[list[tuple[int, int, int, int, bool]]] | None: ...
     def parts(self) -> list[Part]: ...
 
+@final
 class Planner:
     """What is resident where, and the plan of each forward."""
 
@@ -83,6 +104,7 @@ class Planner:
     def set_scores(self, row: int, values: npt.NDArray[np.float32]) -> None: ...
     def decay(self, factors: list[float]) -> None: ...
     def settle(self, force: bool) -> Moves: ...
+    def tidy(self) -> Moves: ...
     def keep(self, memory: int, row: int, keep: list[int]) -> Moves: ...
     def crop(self, n: int) -> None: ...
     def crop_rows(self, tokens: list[int]) -> None: ...
@@ -95,13 +117,23 @@ class Planner:
     def resident(self, memory: int, row: int) -> int: ...
     def positions(self, memory: int, row: int) -> npt.NDArray[np.int64]: ...
     def scores(self, memory: int, row: int) -> npt.NDArray[np.float32]: ...
-    def runs(self, memory: int, row: int) -> list[Triple]: ...
+    def runs(self, memory: int, row: int) -> list[_Triple]: ...
 
+@final
 class Rope:
     """Rotary positions: frequencies, the pairing of channels, and the factor on cosines and sines."""
 
-    def __new__(cls, inv_freq: list[float], layout: str, factor: float) -> Rope: ...
+    def __new__(cls, inv_freq: list[float], layout: str = "half", factor: float = 1.0) -> Rope: ...
+    @property
+    def inv_freq(self) -> list[float]: ...
+    @property
+    def layout(self) -> str: ...
+    @property
+    def factor(self) -> float: ...
+    @property
+    def rotary_dim(self) -> int: ...
 
+@final
 class Store:
     """One layer's keys and values, in blocks. Sixteen-bit floats cross as int16 bits."""
 
@@ -121,10 +153,23 @@ class Store:
         softcap: float | None,
         sinks: npt.NDArray[np.float32] | None,
         out: npt.NDArray[Any],
-        lse: npt.NDArray[np.float32] | None,
-        threads: int,
-        apply_factor: bool,
+        lse: npt.NDArray[np.float32] | None = None,
+        threads: int = 1,
+        apply_factor: bool = False,
     ) -> None: ...
+    def attend_mass(
+        self,
+        q: npt.NDArray[Any],
+        step: Step,
+        rope: Rope | None,
+        scale: float,
+        softcap: float | None,
+        sinks: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[Any],
+        lse: npt.NDArray[np.float32] | None = None,
+        threads: int = 1,
+        apply_factor: bool = False,
+    ) -> list[npt.NDArray[np.float32]]: ...
     def gather(
         self,
         blocks: npt.NDArray[np.int64],
@@ -132,7 +177,7 @@ class Store:
         hi: npt.NDArray[np.int64],
         k_out: npt.NDArray[Any],
         v_out: npt.NDArray[Any],
-        at: int,
+        at: int = 0,
     ) -> None: ...
     def write(
         self,
@@ -150,9 +195,14 @@ def keep_surprisal_published(
 ) -> list[int]: ...
 def keep_window(n: int, sinks: int, window: int) -> list[int]: ...
 def rotate(
-    x: npt.NDArray[Any], positions: npt.NDArray[np.int64], rope: Rope, out: npt.NDArray[Any], inverse: bool = False
+    x: npt.NDArray[Any],
+    positions: npt.NDArray[np.int64],
+    rope: Rope,
+    out: npt.NDArray[Any],
+    inverse: bool = False,
+    dtype: str | None = None,
 ) -> None: ...
-def surprisal(logits: npt.NDArray[Any], ids: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]: ...
+def surprisal(logits: npt.NDArray[Any], ids: npt.NDArray[np.int64], dtype: str | None = None) -> npt.NDArray[np.float32]: ...
 def top_k(scores: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]: ...
 def isa() -> str: ...
 def isa_levels() -> list[str]: ...

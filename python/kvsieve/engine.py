@@ -42,6 +42,9 @@ class Engine:
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.recording = False
+        self.stepping = False
+        self.stepped: list[torch.Tensor] = []
+        self._marks: list[tuple[Planner, torch.Tensor | None]] = []
         self.hidden: torch.Tensor | None = None
         self._layers = {layer.index: layer for layer in facts.layers}
         self._first, self._last = facts.layers[0].index, facts.layers[-1].index
@@ -91,20 +94,48 @@ class Engine:
             raise StateError(f"{self.policy!r} scores tokens by their ids: pass input_ids, not inputs_embeds")
         self._ids, self._whole_model = ids, True
 
+    def steps_through(self, width: int, kept_logits: Any) -> bool:
+        """Whether a forward over ``width`` tokens, of which the last ``kept_logits - 1`` are candidates, must go one by one.
+
+        Only while candidates are verified, and only where what they see may depend on how many came before: a score-based rule that
+        could act among them, or a chain, whose later memories receive between forwards.
+        """
+        if not self.recording or self.stepping or not isinstance(kept_logits, int) or not 1 <= kept_logits <= width:
+            return False
+        resident = self.resident + width
+        specs = self.policy.specs(self.facts.bytes_per_token)
+        if len(specs) > 1:
+            return resident > specs[0].get("window", specs[0].get("budget", 0))
+        limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
+        slack = 0 if width > kept_logits else BLOCK - 1
+        return bool(limits) and resident > min(limits) + slack
+
+    def mark(self) -> None:
+        """Remember this state, for a `crop` that goes back to it."""
+        self._marks.append((self.planner.fork(), None if self.scorer is None else self.scorer.tail))
+
+    def stop_stepping(self) -> None:
+        """Candidates are verified together again."""
+        self.stepping, self.stepped, self._marks = False, [], []
+
     def prepare(self) -> None:
         """The decoder begins. Undo a forward that died; let go of what the last one left because it was being verified."""
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
         if self._step is not None:
             self.rollback()
-        if self.recording and self.num_rows:
-            self.settle(force=False)
+        if not self.stepping:
+            self._marks = []
+            if self.recording and self.num_rows:
+                self.settle(force=False)
         self._undo = [(layer, dict(vars(layer))) for layer in self.own_layers]
 
     def rollback(self) -> None:
-        """Undo an unfinished forward, in every layer."""
-        self._step = None
-        self.planner.rollback()
+        """Undo an unfinished forward, in every layer; without one, do nothing."""
+        self.hidden, self._whole_model = None, False
+        if self._step is not None:
+            self._step = None
+            self.planner.rollback()
         for layer, state in self._undo:
             vars(layer).clear()
             vars(layer).update(state)
@@ -211,7 +242,7 @@ class Engine:
     def _after_commit(self) -> None:
         step, self._step = self._step, None
         self._undo = []
-        if not self.recording:
+        if self.stepping or not self.recording:
             self.settle(force=step is not None and step.num_queries > 1)
 
     # ---------------------------------------------------------------------------------------------------------------- letting go
@@ -251,6 +282,7 @@ class Engine:
 
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
+        self._apply(self.planner.tidy())
         in_use = self.planner.blocks_in_use()
         for store in self.stores.values():
             store.free_unused(in_use)
@@ -265,10 +297,15 @@ class Engine:
     def crop(self, count: int) -> None:
         """Forget the newest ``count`` columns."""
         self._idle()
-        if count:
+        if 0 < count <= len(self._marks):
+            self.planner, tail = self._marks[-count]
+            if self.scorer is not None:
+                self.scorer.tail = tail
+        elif count:
             self.planner.crop(count)
             if self.scorer is not None:
                 self.scorer.crop(count)
+        self._marks = []
         if self.recording and self.num_rows:
             self.settle(force=False)
 
@@ -299,6 +336,7 @@ class Engine:
         self.stores.clear()
         self._offsets = None
         self.recording = False
+        self.stop_stepping()
         if self.scorer is not None:
             self.scorer.reset()
 

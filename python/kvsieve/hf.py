@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvsieve.cache import StreamCache, StreamLayer
+    from kvsieve.engine import Engine
 
 __all__ = ["ATTENTION_NAME", "Attachment", "AttentionLayer", "ModelFacts", "attach", "hand_over"]
 
@@ -204,6 +205,7 @@ class Attachment:
         self.model = model
         self.previous: str = model.config._attn_implementation
         self.users = 0
+        self._inner = False
         self._hooks: list[Any] = []
         self._install()
         try:
@@ -229,7 +231,7 @@ class Attachment:
             self.decoder.register_forward_pre_hook(self._before_decoder, with_kwargs=True),
             self.decoder.register_forward_hook(self._after_decoder, with_kwargs=True, always_call=True),
             self.model.register_forward_pre_hook(self._before_model, with_kwargs=True),
-            self.model.register_forward_hook(self._after_model, with_kwargs=True),
+            self.model.register_forward_hook(self._after_model, with_kwargs=True, always_call=True),
         ]
 
     def _hook_layers(self) -> None:
@@ -277,19 +279,58 @@ class Attachment:
 
     def _after_decoder(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         cache, _thread.cache, _thread.handed = _thread.cache, None, None
-        if cache is not None and output is not None:
+        if cache is not None and output is None:
+            cache.engine.rollback()
+        elif cache is not None:
             cache.engine.hidden = output[0] if isinstance(output, tuple) else output.last_hidden_state
 
-    def _before_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = self._cache_of(kwargs)
-        if cache is not None:
-            ids = kwargs.get("input_ids")
-            cache.engine.expect(ids if ids is not None else (args[0] if args else None))
+        if cache is None:
+            return None
+        ids = kwargs.get("input_ids")
+        ids = ids if ids is not None else (args[0] if args else None)
+        changed = None
+        if ids is not None and not args and cache.engine.steps_through(ids.shape[1], kwargs.get("logits_to_keep", 1)):
+            kwargs = changed = self._step_through(cache.engine, kwargs)
+            ids = kwargs["input_ids"]
+        cache.engine.expect(ids)
+        return None if changed is None else (args, changed)
 
     def _after_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        cache = self._cache_of(kwargs)
-        if cache is not None:
-            cache.engine.complete(output[0] if isinstance(output, tuple) else output.logits)
+        from kvsieve.cache import StreamCache
+
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StreamCache) and output is None:
+            cache.engine.rollback()
+        elif isinstance(cache, StreamCache):
+            engine = cache.engine
+            engine.complete(output[0] if isinstance(output, tuple) else output.logits)
+            if engine.stepping and not self._inner:
+                output.logits = torch.cat([*engine.stepped, output.logits], 1)
+                engine.stepping, engine.stepped = False, []
+
+    def _step_through(self, engine: Engine, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Verify candidates one by one, each with the memory that plain decoding would have; the last one is left to the caller.
+
+        Used where a memory may change between the candidates of one forward, which no single forward can show. The state before
+        each candidate is kept, so that `crop` can return to it.
+        """
+        ids, keep = kwargs["input_ids"], kwargs.get("logits_to_keep", 1)
+        ends = list(range(ids.shape[1] - keep + 1, ids.shape[1] + 1))
+        starts, seen = [0, *ends[:-1]], engine.columns
+        pieces = [_piece(kwargs, lo, hi, seen) for lo, hi in zip(starts, ends)]
+        engine.stepping, self._inner = True, True
+        try:
+            for piece in pieces[:-1]:
+                engine.stepped.append(self.model(**piece).logits[:, -1:])
+                engine.mark()
+        except BaseException:
+            engine.stop_stepping()
+            raise
+        finally:
+            self._inner = False
+        return pieces[-1]
 
     def _before_attention(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Raw keys: the module's own rotation becomes the identity."""
@@ -315,6 +356,16 @@ def attach(model: PreTrainedModel) -> Attachment:
             _refuse_by_configuration(model)
             found = _attached[model] = Attachment(model)
         return found
+
+
+def _piece(kwargs: dict[str, Any], lo: int, hi: int, seen: int) -> dict[str, Any]:
+    """The arguments of a forward over columns ``lo .. hi`` of the input only."""
+    part = {**kwargs, "input_ids": kwargs["input_ids"][:, lo:hi], "logits_to_keep": 1}
+    if isinstance(kwargs.get("attention_mask"), torch.Tensor):
+        part["attention_mask"] = kwargs["attention_mask"][:, : seen + hi]
+    if isinstance(kwargs.get("position_ids"), torch.Tensor):
+        part["position_ids"] = kwargs["position_ids"][:, lo:hi]
+    return part
 
 
 def _with_identity(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -289,4 +289,4 @@ class CpuBackend:
         return CpuStore(self, k, v)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(_core.surprisal(_view(logits), ids.detach().numpy()))
+        return torch.from_numpy(_core.surprisal(_view(logits), ids.detach().contiguous().numpy(), _DTYPES[logits.dtype]))

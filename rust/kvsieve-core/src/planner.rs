@@ -62,6 +62,32 @@ impl Planner {
         edit(pool, |edit| rows.iter_mut().try_for_each(|row| row.settle(memories, 0, force, edit)))
     }
 
+    /// Moves the highest blocks into free lower ones, so that the stores can give memory back at their end. Blocks that a fork or
+    /// another row shares stay where they are.
+    pub fn tidy(&mut self) -> Result<Vec<Move>> {
+        self.check_closed("tidy")?;
+        let Self { rows, pool, .. } = self;
+        edit(pool, |edit| {
+            let mut held: Vec<_> = rows
+                .iter()
+                .flat_map(|row| &row.tables)
+                .enumerate()
+                .flat_map(|(table, t)| t.blocks().map(move |block| (block, table)).collect::<Vec<_>>())
+                .filter(|&(block, _)| !edit.pool.is_shared(block))
+                .collect();
+            held.sort_unstable();
+            let width = rows.first().map_or(1, |row| row.tables.len());
+            for (block, table) in held.into_iter().rev() {
+                if edit.pool.lowest_free().is_none_or(|free| free > block) {
+                    break;
+                }
+                let to = edit.pool.alloc();
+                rows[table / width].tables[table % width].relocate(block, to, edit);
+            }
+            Ok(())
+        })
+    }
+
     /// Keeps only the residents `keep` of one memory of one row; the rest goes down the chain.
     pub fn keep(&mut self, memory: usize, row: usize, keep: &[usize]) -> Result<Vec<Move>> {
         self.check_closed("keep")?;

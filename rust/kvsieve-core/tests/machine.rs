@@ -50,6 +50,7 @@ enum Op {
     Append { lens: [usize; 3], pads: usize, store_all: bool, scored: bool },
     Die { lens: [usize; 3], explicit: bool },
     Settle { force: bool },
+    Tidy,
     Keep { memory: usize, row: usize, mask: u64 },
     Crop { n: u64 },
     CropRows { n: [u64; 3] },
@@ -67,6 +68,7 @@ fn op() -> impl Strategy<Value = (usize, Op)> {
             .prop_map(|(lens, pads, store_all, scored)| Op::Append { lens, pads, store_all, scored }),
         2 => (lens(), any::<bool>()).prop_map(|(lens, explicit)| Op::Die { lens, explicit }),
         6 => any::<bool>().prop_map(|force| Op::Settle { force }),
+        3 => Just(Op::Tidy),
         3 => (0usize..3, 0usize..3, any::<u64>()).prop_map(|(memory, row, mask)| Op::Keep { memory, row, mask }),
         2 => (0u64..70).prop_map(|n| Op::Crop { n }),
         1 => prop::array::uniform3(0u64..70).prop_map(|n| Op::CropRows { n }),
@@ -266,6 +268,12 @@ impl World {
                     row.settle(&self.specs, 0, lists.step, *force);
                 }
                 self.retained = *force;
+            }
+            Op::Tidy => {
+                let moves = planner.tidy().unwrap();
+                assert!(moves.iter().all(|m| m.to.0 < m.from.0 && m.from.0 < planner.num_blocks()));
+                self.store.run(&moves);
+                assert!(planner.tidy().unwrap().is_empty(), "tidying twice moves nothing");
             }
             Op::Keep { memory, row, mask } if *memory < self.specs.len() && *row < rows => {
                 let n = lists.rows[*row].memories[*memory].len();

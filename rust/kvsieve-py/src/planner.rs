@@ -94,6 +94,11 @@ impl Planner {
     }
 
     /// Keeps only these residents; the rest goes down the chain.
+    /// Moves the highest blocks into free lower ones.
+    fn tidy(&self, py: Python<'_>) -> PyResult<Moves> {
+        self.moves(py, planner::Planner::tidy)
+    }
+
     fn keep(&self, py: Python<'_>, memory: usize, row: usize, keep: Vec<usize>) -> PyResult<Moves> {
         self.moves(py, |p| p.keep(memory, row, &keep))
     }

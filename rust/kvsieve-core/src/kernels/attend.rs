@@ -382,7 +382,7 @@ impl Scratch {
             self.lines.resize(need.div_ceil(16), Line([0.0; 16]));
         }
         let lines: &mut [[f32; 16]] = {
-            // SAFETY: `Line` is a transparent-sized wrapper: 16 floats in 64 bytes, without padding.
+            // SAFETY: a `Line` is 16 floats in 64 bytes, without padding; the borrow is passed on whole.
             unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len()) }
         };
         let rest = lines.as_flattened_mut();
@@ -551,6 +551,10 @@ unsafe fn score<S: Simd, E: Elem, const HB: usize>(
                         acc[j] = S::fma(x[j], q, acc[j]);
                     }
                 }
+                if let Some(ahead) = ahead {
+                    // Four rows are one stretch. A few lines at a time: a burst would fill the queue of misses and stall.
+                    ahead.ask::<S>(i, 4 * ahead.row * c / whole, 4 * ahead.row * (c + S::LANES) / whole);
+                }
                 c += S::LANES;
             }
             if whole < dim {
@@ -563,10 +567,6 @@ unsafe fn score<S: Simd, E: Elem, const HB: usize>(
             }
             for (h, acc) in acc.iter().enumerate() {
                 S::sum4(scores.add(h * TILE + i), *acc);
-            }
-            if let Some(ahead) = ahead {
-                // Rows follow each other, so four of them are one stretch.
-                ahead.ask::<S>(i, 0, 4 * ahead.row);
             }
             i += 4;
         }

@@ -14,8 +14,8 @@ const MAX_BLOCKS: u32 = 1 << 26;
 /// Slabs of at least this size are aligned to it and offered to the kernel for huge pages: reading is a fifth faster from them.
 const HUGE: usize = 2 << 20;
 
-/// Small slabs first, so that a short conversation costs little; large ones later, so that long ones need few.
-const TIERS: [(u32, u32); 3] = [(32, 4), (1024, 16), (MAX_BLOCKS, 64)];
+/// Small slabs first, so that a short conversation or a small budget costs what it holds; large ones later, so that long ones need few.
+const TIERS: [(u32, u32); 4] = [(32, 1), (128, 4), (1024, 16), (MAX_BLOCKS, 64)];
 
 /// The slab of a block, the block's place in it, and the number of blocks of that slab.
 fn locate(block: u32) -> (usize, usize, usize) {

@@ -35,6 +35,11 @@ impl Pool {
         BlockId(id)
     }
 
+    /// The block that [`Pool::alloc`] would hand out, if it has been handed out before.
+    pub fn lowest_free(&self) -> Option<BlockId> {
+        self.free.peek().map(|r| BlockId(r.0))
+    }
+
     /// Adds a reference to a block that is already held.
     pub fn retain(&mut self, block: BlockId) {
         debug_assert!(self.refs[block.0 as usize] > 0, "{block:?} is free");

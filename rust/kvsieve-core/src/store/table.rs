@@ -139,6 +139,15 @@ impl Table {
         self.scores.drain(range);
     }
 
+    /// Moves what lies in block `from`, which nobody else holds, to the same slots of block `to`.
+    pub fn relocate(&mut self, from: BlockId, to: BlockId, edit: &mut Edit<'_>) {
+        for run in self.runs.iter_mut().filter(|run| run.block == from) {
+            edit.push_run(*run, to);
+            run.block = to;
+        }
+        edit.retired.push(from);
+    }
+
     /// Residents `picked` (ascending) and where they sit.
     pub fn held(&self, picked: impl Iterator<Item = usize>) -> Vec<Held> {
         let mut out = Vec::with_capacity(picked.size_hint().0);

@@ -1,6 +1,6 @@
 //! What a rearrangement of tables leaves to do.
 
-use crate::ids::BlockId;
+use crate::ids::{BlockId, Run};
 use crate::plan::Move;
 use crate::store::pool::Pool;
 
@@ -26,6 +26,11 @@ impl<'a> Edit<'a> {
             self.pool.release(block);
         }
         self.moves
+    }
+
+    /// Moves a whole run to the same slots of another block.
+    pub(super) fn push_run(&mut self, run: Run, to: BlockId) {
+        self.moves.push(Move { from: run.block, from_slot: run.lo, to, to_slot: run.lo, len: run.len() });
     }
 
     /// Adds the move of one token, to the last move where it continues that.

@@ -1,0 +1,165 @@
+"""Ways to run a tiny model, and a single layer without a model; shared by the tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvsieve
+import numpy as np
+import torch
+from kvsieve import backends
+from kvsieve._core import Planner
+from kvsieve.backends import AttendCall
+from kvsieve.rope import LayerRope
+
+# ------------------------------------------------------------------------------------------------------------------- with a model
+
+
+@torch.no_grad()
+def forward(model: Any, cache: Any, ids: torch.Tensor, mask: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
+    """One plain forward of the new columns ``ids``; ``mask`` covers everything seen and them. Logits ``[B, q, V]``."""
+    positions = {} if mask is None else {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]}
+    return model(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **positions, **kwargs).logits
+
+
+def forwards(model: Any, cache: Any, ids: torch.Tensor, chunks: list[int], mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Plain forwards of ``chunks`` columns each; the last size repeats until ``ids`` is used up. Logits of every column."""
+    out, lo, sizes = [], 0, list(chunks)
+    while lo < ids.shape[1]:
+        size = sizes.pop(0) if len(sizes) > 1 else sizes[0]
+        hi = min(lo + size, ids.shape[1])
+        out.append(forward(model, cache, ids[:, lo:hi], None if mask is None else mask[:, :hi]))
+        lo = hi
+    return torch.cat(out, 1)
+
+
+def greedy(model: Any, ids: torch.Tensor, new: int, **kwargs: Any) -> torch.Tensor:
+    """Greedy tokens, the prompt included."""
+    return model.generate(ids, do_sample=False, max_new_tokens=new, **kwargs)
+
+
+def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows ``[n_i]`` as one left-padded batch and its mask."""
+    width = max(len(r) for r in rows)
+    ids = torch.stack([torch.cat([torch.zeros(width - len(r), dtype=torch.long), r]) for r in rows])
+    mask = torch.stack([torch.cat([torch.zeros(width - len(r), dtype=torch.long), torch.ones_like(r)]) for r in rows])
+    return ids, mask
+
+
+def positions(stream: kvsieve.Stream) -> list[list[int]]:
+    """Kept positions of every row."""
+    return [kept.positions.tolist() for kept in stream.kept()]
+
+
+def same_memory(a: kvsieve.Stream, b: kvsieve.Stream) -> bool:
+    """Whether two streams hold the same tokens, scores, keys and values, bit for bit."""
+    mine, theirs = snapshot(a), snapshot(b)
+    return mine.keys() == theirs.keys() and all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def snapshot(stream: kvsieve.Stream) -> dict[str, torch.Tensor]:
+    """Copies of everything a stream holds, as bits."""
+    planner, found = stream._engine.planner, {}
+    for row in range(planner.num_rows):
+        for memory in range(planner.num_memories):
+            at = f"{memory}.{row}"
+            found[f"positions.{at}"] = torch.from_numpy(planner.positions(memory, row).copy())
+            found[f"scores.{at}"] = torch.from_numpy(planner.scores(memory, row).copy()).view(torch.int32)
+            for index, store in stream._engine.stores.items():
+                k, v = store.read(planner.runs(memory, row))
+                found[f"keys.{index}.{at}"], found[f"values.{index}.{at}"] = k.clone(), v.clone()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------- without a model
+
+
+class Layer:
+    """One layer without a model: a planner and a store, driven as the engine drives them.
+
+    ``feed`` takes raw queries and keys; where the policy stores rotated keys, they are rotated to their true positions first.
+    """
+
+    def __init__(
+        self,
+        backend: str,
+        policy: Any,
+        *,
+        rope: LayerRope | None = None,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        top_k: bool = True,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        self.backend = backends.get(backend)
+        self.policy, self.rope, self.dtype = policy, rope, dtype
+        self.frame = policy.frame
+        self.planner = Planner(policy.specs(1), self.frame)
+        self.call = AttendCall(scale, softcap, sinks, rope if policy.moves else None, top_k)
+        self.store: Any = None
+        self.selects = any("top_k" in spec for spec in policy.specs(1))
+
+    def rotated(self, x: torch.Tensor, first: list[int]) -> torch.Tensor:
+        """``x`` ``[B, H, q, D]``, row ``r`` rotated as positions ``first[r], first[r] + 1, ...``, in its own dtype."""
+        if self.rope is None:
+            return x
+        rows = [self.rope.rotate(row.double(), torch.arange(at, at + x.shape[2])) for row, at in zip(x, first)]
+        return torch.stack(rows).to(x.dtype)
+
+    def feed(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        lens: list[int] | None = None,
+        scores: list[Any] | None = None,
+        settle: bool | None = None,
+    ) -> torch.Tensor:
+        """One forward; the last ``lens[row]`` columns of each row are real. Returns ``[B, q, H, Dv]``."""
+        batch, width = q.shape[0], q.shape[2]
+        lens = [width] * batch if lens is None else lens
+        if self.frame == "rotated":
+            seen = [self.planner.seen(row) if self.planner.num_rows else 0 for row in range(batch)]
+            first = [s - (width - n) for s, n in zip(seen, lens)]
+            q, k = self.rotated(q, first), self.rotated(k, first)
+        if self.dtype is not None:
+            q, k, v = q.to(self.dtype), k.to(self.dtype), v.to(self.dtype)
+        if self.store is None:
+            self.store = self.backend.make_store(k, v)
+        scored = self.policy.needs_surprisal
+        store_all = scored or width <= 16 or len(self.policy.memories) > 1
+        parts = getattr(self.backend, "wants_parts", False) or self.selects
+        step = self.planner.begin(lens, width, store_all, parts)
+        out = self.store.run(q, k, v, step, self.call)
+        self.planner.commit()
+        if scores is not None:
+            for row, values in enumerate(scores):
+                if len(values):
+                    self.planner.set_scores(row, np.asarray(values, np.float32))
+        self.settle(width > 1 if settle is None else settle)
+        return out
+
+    def settle(self, force: bool) -> None:
+        """Let the policy let go."""
+        moves = self.planner.settle(force)
+        if len(moves):
+            self.store.apply(moves)
+        if force:
+            self.store.free_unused(self.planner.blocks_in_use())
+
+    def positions(self, row: int = 0, memory: int = 0) -> list[int]:
+        """Positions of the residents."""
+        return self.planner.positions(memory, row).tolist()
+
+
+def attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, distances: torch.Tensor, rope: LayerRope, scale: float
+) -> torch.Tensor:
+    """The definition in float64, key by key: one query ``[H, D]`` over ``k`` ``[n, Hkv, D]`` seen at ``distances`` ``[n]``."""
+    group = q.shape[0] // k.shape[1]
+    k, v = k.double().repeat_interleave(group, 1), v.double().repeat_interleave(group, 1)
+    at = torch.as_tensor(distances, dtype=torch.long)
+    turned = rope.rotate(q.double()[:, None].expand(-1, len(at), -1), at)  # [H, n, D]
+    logits = torch.einsum("hnd,nhd->hn", turned, k) * rope.factor * scale
+    return torch.einsum("hn,nhd->hd", logits.softmax(-1), v)

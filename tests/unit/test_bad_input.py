@@ -1,0 +1,397 @@
+"""What a user may get wrong fails early, by name, with words that help; and leaves model and stream as they were."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import kvsieve
+import numpy as np
+import pytest
+import tiny
+import torch
+import transformers
+from drive import forward, forwards, greedy, positions
+from kvsieve.errors import (
+    BackendError,
+    CacheMismatchError,
+    KvsieveError,
+    PolicyError,
+    ShapeError,
+    StateError,
+    UnsupportedModelError,
+)
+
+BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
+
+
+# ------------------------------------------------------------------------------------------------------------------------- NaN
+
+
+@BACKEND
+def test_tokens_with_nan_scores_go_first_and_poison_nothing(backend: str) -> None:
+    """One word's row of the head is NaN from the start: its logits are, and with them every score."""
+    model = copy.deepcopy(tiny.model())
+    clean = tiny.ids(1, 60)
+    with kvsieve.stream(model, kvsieve.SirLLM(budget=80, sinks=2, recent=4), backend) as stream:
+        forward(model, stream.cache, clean[:, :30])
+        known = stream.kept()[0].scores[:30].copy()
+        weight = model.lm_head.weight.data.clone()
+        model.lm_head.weight.data[7] = torch.nan
+        forward(model, stream.cache, clean[:, 30:])
+        model.lm_head.weight.data.copy_(weight)
+        # Token 30 was scored by the clean carry; those after it by rows with a NaN.
+        scores = stream.kept()[0].scores
+        assert np.array_equal(scores[:30], known)
+        assert np.isnan(scores[31:60]).all()
+        forward(model, stream.cache, tiny.ids(1, 40, 3))
+        kept = positions(stream)[0]
+        assert len(kept) == 80
+        assert set(range(31)) <= set(kept)
+        assert set(range(62, 100)) <= set(kept), "clean tokens outrank those without a score"
+        stream.reset()
+        again = forwards(model, stream.cache, clean, [30, 1])
+        torch.testing.assert_close(again, model(clean).logits.detach(), atol=1e-4, rtol=0)
+        assert np.isfinite(stream.kept()[0].scores).all()
+
+
+@BACKEND
+@pytest.mark.parametrize("policy", list(tiny.POLICIES))
+def test_a_nan_in_one_row_stays_in_that_row(policy: str, backend: str) -> None:
+    model, ids = tiny.model(), tiny.ids(2, 40)
+    with kvsieve.stream(model, tiny.POLICIES[policy](24), backend) as stream, torch.no_grad():
+        embeds = model.get_input_embeddings()(ids)
+        want = forwards(model, stream.cache, ids, [20, 1])
+        stream.reset()
+        hook = model.model.layers[1].register_forward_hook(lambda m, a, o: _poison(o))
+        try:
+            got = forwards(model, stream.cache, ids, [20, 1])
+        finally:
+            hook.remove()
+        assert embeds.isfinite().all()
+    assert torch.isnan(got[1]).any()
+    torch.testing.assert_close(got[0], want[0], atol=1e-4, rtol=0)
+
+
+def _poison(output: Any) -> Any:
+    hidden = (output[0] if isinstance(output, tuple) else output).clone()
+    hidden[1] = torch.nan
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+
+# --------------------------------------------------------------------------------------------------------------------- prompts
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.zeros(1, 0, dtype=torch.long),
+        torch.zeros(0, 5, dtype=torch.long),
+        torch.zeros(5, dtype=torch.long),
+        torch.zeros(1, 5),
+        torch.zeros(1, 5, dtype=torch.bool),
+        [[1, 2, 3]],
+        "text",
+        None,
+    ],
+    ids=["empty", "no_rows", "one_dimension", "floats", "bools", "list", "text", "none"],
+)
+def test_prompts_that_are_not_ids_are_refused(ids: Any) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.SirLLM(budget=64), "reference") as stream:
+        for call in (stream.feed, stream.generate):
+            with pytest.raises(ShapeError) as caught:
+                call(ids)
+            assert isinstance(caught.value, ValueError)
+        assert stream.seen == 0
+        assert stream.generate(tiny.ids(1, 5), max_new_tokens=2, do_sample=False).shape == (1, 7)
+
+
+@BACKEND
+def test_another_batch_size_is_refused(backend: str) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.SirLLM(budget=64), backend) as stream:
+        forward(model, stream.cache, tiny.ids(2, 20))
+        before = positions(stream)
+        with pytest.raises(CacheMismatchError, match=r"2 sequences.* 3"):
+            forward(model, stream.cache, tiny.ids(3, 5))
+        assert positions(stream) == before
+        got = forward(model, stream.cache, tiny.ids(2, 5, 1))
+    want = model(torch.cat([tiny.ids(2, 20), tiny.ids(2, 5, 1)], 1)).logits[:, 20:].detach()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@BACKEND
+def test_positions_that_do_not_go_on_are_refused(backend: str) -> None:
+    """A second turn without a mask over everything seen would be told positions from 0."""
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), backend) as stream:
+        forward(model, stream.cache, tiny.ids(1, 20))
+        with pytest.raises(CacheMismatchError, match="position"), torch.no_grad():
+            model(tiny.ids(1, 5), position_ids=torch.arange(5)[None], past_key_values=stream.cache)
+        assert stream.seen == 20
+        assert forward(model, stream.cache, tiny.ids(1, 5)).shape[1] == 5
+
+
+# -------------------------------------------------------------------------------------------------------- models that change
+
+
+@BACKEND
+def test_a_model_moved_to_another_dtype_is_refused(backend: str) -> None:
+    for fed in (False, True):
+        model = copy.deepcopy(tiny.model())
+        with kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), backend) as stream:
+            if fed:
+                forward(model, stream.cache, tiny.ids(1, 20))
+            model.to(torch.bfloat16)
+            with pytest.raises(ShapeError, match=r"float32.*(bfloat16|16-bit)"):
+                forward(model, stream.cache, tiny.ids(1, 5))
+            model.to(torch.float32)
+            assert forward(model, stream.cache, tiny.ids(1, 5)).dtype == torch.float32
+            assert stream.seen == 20 * fed + 5
+
+
+def test_a_backend_that_cannot_run_here_says_so() -> None:
+    model = tiny.model()
+    for name, match in (("cuda", "CUDA"), ("abacus", "known: reference, cpu")):
+        with pytest.raises(BackendError, match=match):
+            kvsieve.stream(model, kvsieve.Full(), name)
+    assert model.config._attn_implementation != "kvsieve"
+
+
+def test_a_dtype_the_backend_does_not_hold_is_refused() -> None:
+    model = copy.deepcopy(tiny.model()).to(torch.float64)
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        assert stream.stats().backend == "reference"
+        torch.testing.assert_close(forwards(model, stream.cache, tiny.ids(1, 20), [15, 1]), model(tiny.ids(1, 20)).logits.detach())
+    with pytest.raises(BackendError, match="float64"), kvsieve.stream(model, kvsieve.Full(), "cpu") as stream:
+        forward(model, stream.cache, tiny.ids(1, 5))
+
+
+# ------------------------------------------------------------------------------------------------------ calls that cannot score
+
+
+@BACKEND
+def test_embeddings_are_fine_unless_tokens_are_scored(backend: str) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 20)
+    with torch.no_grad():
+        embeds, want = model.get_input_embeddings()(ids), model(ids).logits
+        with kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), backend) as stream:
+            got = model(inputs_embeds=embeds, past_key_values=stream.cache).logits
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+        with kvsieve.stream(model, kvsieve.SirLLM(budget=64), backend) as stream:
+            with pytest.raises(StateError, match="input_ids, not inputs_embeds"):
+                model(inputs_embeds=embeds, past_key_values=stream.cache)
+            torch.testing.assert_close(forward(model, stream.cache, ids), want, atol=1e-4, rtol=0)
+
+
+@BACKEND
+def test_the_base_model_is_fine_unless_tokens_are_scored(backend: str) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 20)
+    with torch.no_grad():
+        want = model.model(ids).last_hidden_state
+        with kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), backend) as stream:
+            got = model.model(ids, past_key_values=stream.cache).last_hidden_state
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+            assert stream.seen == 20
+        with kvsieve.stream(model, kvsieve.SirLLM(budget=64), backend) as stream:
+            with pytest.raises(StateError, match="causal LM, not its base model"):
+                model.model(ids, past_key_values=stream.cache)
+            assert forward(model, stream.cache, ids).shape[1] == 20
+            with pytest.raises(StateError, match="causal LM, not its base model"):
+                model.model(ids, past_key_values=stream.cache)
+            assert stream.seen == 20
+
+
+@BACKEND
+def test_probabilities_are_never_materialised(backend: str) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.Full(), backend) as stream:
+        with pytest.raises(StateError, match="output_attentions"), torch.no_grad():
+            model(tiny.ids(1, 5), past_key_values=stream.cache, output_attentions=True)
+        assert stream.seen == 0
+        assert forward(model, stream.cache, tiny.ids(1, 5)).shape[1] == 5
+
+
+def test_a_cache_that_is_not_used_is_refused() -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+        with pytest.raises(StateError, match="use_cache"), torch.no_grad():
+            model(tiny.ids(1, 5), past_key_values=stream.cache, use_cache=False)
+        assert forward(model, stream.cache, tiny.ids(1, 5)).shape[1] == 5
+
+
+def test_another_attention_inside_the_block_is_noticed() -> None:
+    model = copy.deepcopy(tiny.model())
+    with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+        model.set_attn_implementation("sdpa")
+        with pytest.raises(KvsieveError, match="attention implementation"):
+            forward(model, stream.cache, tiny.ids(1, 5))
+    assert model.config._attn_implementation == "sdpa"
+
+
+@BACKEND
+@pytest.mark.parametrize("amount", [1, -21, -100])
+def test_a_crop_beyond_what_was_seen_is_refused(amount: int, backend: str) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.SirLLM(budget=64), backend) as stream:
+        forward(model, stream.cache, tiny.ids(1, 20))
+        with pytest.raises(ValueError):  # noqa: PT011
+            stream.cache.crop(amount)
+        assert stream.seen == 20
+        stream.cache.crop(0)
+        stream.cache.crop(-20)
+        assert stream.seen == 0
+
+
+# ------------------------------------------------------------------------------------------------------------ unsupported models
+
+SMALL: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+LLAMA: dict[str, Any] = dict(
+    **SMALL,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    max_position_embeddings=256,
+)
+GPT: dict[str, Any] = dict(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
+
+# Attention that bypasses the interface is found either when it is set, or when no layer calls it.
+ELSEWHERE = r"(:| does not dispatch) .*(AttentionInterface|registered attention function)"
+
+REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
+    "bloom": (
+        lambda: _made("Bloom", hidden_size=32, n_layer=2, n_head=4, **SMALL),
+        f"BloomForCausalLM{ELSEWHERE}",
+    ),
+    "gptj": (lambda: _made("GPTJ", **GPT), f"GPTJForCausalLM{ELSEWHERE}"),
+    "codegen": (lambda: _made("CodeGen", **GPT), f"CodeGenForCausalLM{ELSEWHERE}"),
+    "falcon": (
+        lambda: _made("Falcon", hidden_size=32, num_hidden_layers=2, num_attention_heads=4, **SMALL),
+        f"FalconForCausalLM{ELSEWHERE}",
+    ),
+    "mpt": (lambda: _made("Mpt", d_model=32, n_heads=4, n_layers=2, **SMALL), f"MptForCausalLM{ELSEWHERE}"),
+    "gpt_neo": (
+        lambda: _made(
+            "GPTNeo",
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global"], 2]],
+            max_position_embeddings=64,
+            **SMALL,
+        ),
+        f"GPTNeoForCausalLM{ELSEWHERE}",
+    ),
+    "t5": (
+        lambda: transformers.T5ForConditionalGeneration(
+            transformers.T5Config(vocab_size=64, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, decoder_start_token_id=0)
+        ),
+        "T5ForConditionalGeneration is an encoder-decoder",
+    ),
+    "deepseek_v3": (
+        lambda: _made(
+            "DeepseekV3",
+            **{**LLAMA, "num_key_value_heads": 4},
+            kv_lora_rank=16,
+            q_lora_rank=16,
+            qk_rope_head_dim=8,
+            qk_nope_head_dim=8,
+            v_head_dim=8,
+            n_routed_experts=4,
+            num_experts_per_tok=2,
+            n_group=1,
+            topk_group=1,
+            first_k_dense_replace=4,
+            moe_intermediate_size=16,
+        ),
+        "DeepseekV3ForCausalLM uses multi-head latent attention",
+    ),
+    "gemma3n": (
+        lambda: transformers.Gemma3nForCausalLM(
+            transformers.Gemma3nTextConfig(
+                **{**LLAMA, "intermediate_size": [48] * 4},
+                num_kv_shared_layers=2,
+                layer_types=["sliding_attention", "full_attention"] * 2,
+                vocab_size_per_layer_input=64,
+                hidden_size_per_layer_input=8,
+                altup_num_inputs=2,
+                laurel_rank=4,
+                activation_sparsity_pattern=[0.0] * 4,
+            )
+        ),
+        "Gemma3nForCausalLM shares keys and values between layers",
+    ),
+    "mistral_all_sliding": (
+        lambda: _made("Mistral", **LLAMA, sliding_window=32),
+        "every layer of this MistralForCausalLM already slides over 32 tokens",
+    ),
+    "base_model": (lambda: tiny.model().model, "LlamaModel has no language-model head"),
+}
+
+
+def _made(name: str, **values: Any) -> Any:
+    config = getattr(transformers, f"{name}Config")(**values)
+    return getattr(transformers, f"{name}ForCausalLM")(config).eval()
+
+
+def _hooks(model: Any) -> int:
+    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) for module in model.modules())
+
+
+@pytest.mark.parametrize("name", list(REFUSED))
+def test_a_model_that_cannot_be_served_is_refused_by_name(name: str) -> None:
+    make, match = REFUSED[name]
+    torch.manual_seed(0)
+    model = make()
+    before, hooks = model.config._attn_implementation, _hooks(model)
+    with pytest.raises(UnsupportedModelError, match=match) as caught:
+        kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), "reference")
+    assert isinstance(caught.value, NotImplementedError)
+    assert model.config._attn_implementation == before
+    assert _hooks(model) == hooks
+    if name not in ("t5", "base_model"):
+        with torch.no_grad():
+            assert model(tiny.ids(1, 10) % 60).logits.isfinite().all()
+
+
+def test_what_is_no_model_is_refused() -> None:
+    for thing in (torch.nn.Linear(2, 2), "llama", None):
+        with pytest.raises(UnsupportedModelError, match="PreTrainedModel"):
+            kvsieve.stream(thing, kvsieve.Full(), "reference")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("policy", list(tiny.POLICIES))
+def test_frequencies_that_depend_on_the_length_cannot_be_re_placed(policy: str) -> None:
+    torch.manual_seed(0)
+    rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    model = transformers.LlamaForCausalLM(tiny.config("llama", rope_parameters=rope)).eval()
+    before = model.config._attn_implementation
+    if policy == "full":
+        with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+            assert torch.equal(greedy(model, tiny.ids(1, 20), 5, past_key_values=stream.cache), greedy(model, tiny.ids(1, 20), 5))
+    else:
+        with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM .*dynamic NTK"):
+            kvsieve.stream(model, tiny.POLICIES[policy](64), "reference")
+    assert model.config._attn_implementation == before
+
+
+def test_models_without_positions_take_only_policies_that_do_not_move() -> None:
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=128, **SMALL)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    ids = tiny.ids(1, 20) % 60
+    with pytest.raises(UnsupportedModelError, match="GPT2LMHeadModel has no rotary positions"):
+        kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), "reference")
+    with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+        torch.testing.assert_close(forwards(model, stream.cache, ids, [15, 1]), model(ids).logits.detach(), atol=1e-4, rtol=0)
+
+
+def test_what_is_no_policy_is_refused() -> None:
+    for thing in ("sirllm(64)", 64, None, kvsieve.SirLLM, kvsieve.roles.Window(64)):
+        with pytest.raises(PolicyError, match="a stream needs a policy such as"):
+            kvsieve.stream(tiny.model(), thing, "reference")  # type: ignore[arg-type]

@@ -1,0 +1,182 @@
+"""The published systems: their parameters, what they refuse, and how they read and write themselves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvsieve
+import pytest
+import tiny
+from kvsieve.errors import BudgetError, PolicyError
+from kvsieve.policies import POLICIES, parse
+from kvsieve.roles import All, AsRotated, Ceiling, Chain, Fixed, Slots, Surprisal, TopKTokens, Window
+
+WELL = [
+    "Full()",
+    "StreamingLLM(budget=1024, sinks=4)",
+    "StreamingLLM(budget='64MiB', sinks=0)",
+    "LMInfinite(window=2, sinks=0)",
+    "LMInfinite(window=1020, sinks=4)",
+    "LMInfinite(window=100, sinks=4, ceiling=50)",
+    "LMInfinite(window=100, sinks=4, middle_top_k=5, middle_from_layer=2)",
+    "LMInfinite(window=100, sinks=4, ceiling=50, middle_top_k=5, middle_from_layer=0, middle_distance=7)",
+    "SirLLM(budget=1024, sinks=4)",
+    "SirLLM(budget=1024, sinks=4, recent=0)",
+    "SirLLM(budget='1GB', sinks=1, recent=8, decay=0.7)",
+    "SirLLM(budget=64, sinks=4, decay=0.9, score='published')",
+    "StreamingLLM(budget=64, sinks=4) >> SirLLM(budget=64, sinks=0, recent=0)",
+    "StreamingLLM(budget=64, sinks=4) >> StreamingLLM(budget=64, sinks=0) >> SirLLM(budget=64, sinks=0, recent=0)",
+]
+
+
+@pytest.mark.parametrize("text", WELL)
+def test_a_policy_prints_what_parses_back(text: str) -> None:
+    policy = parse(text)
+    assert repr(policy) == text
+    assert repr(parse(repr(policy))) == repr(policy)
+    assert parse(repr(policy)) == policy
+    assert policy.specs(1024) == parse(repr(policy)).specs(1024)
+
+
+@pytest.mark.parametrize("name", list(tiny.POLICIES))
+def test_every_policy_of_the_tests_prints_what_parses_back(name: str) -> None:
+    policy = tiny.POLICIES[name](64)
+    assert repr(parse(repr(policy))) == repr(policy)
+    assert parse(repr(policy)).specs(8) == policy.specs(8)
+
+
+@pytest.mark.parametrize(
+    ("text", "want"),
+    [
+        ("full", "Full()"),
+        ("  FULL ", "Full()"),
+        ("sirllm(1024, decay=0.9)", "SirLLM(budget=1024, sinks=4, decay=0.9)"),
+        ("streaming_llm(512) >> sirllm(512)", "StreamingLLM(budget=512, sinks=4) >> SirLLM(budget=512, sinks=4)"),
+        ("lm_infinite(100)", "LMInfinite(window=100, sinks=10)"),
+        ("streamingllm(budget='64MiB')", "StreamingLLM(budget='64MiB', sinks=4)"),
+    ],
+)
+def test_parse_is_lenient_about_case_and_underscores(text: str, want: str) -> None:
+    assert repr(parse(text)) == want
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("", "cannot read"),
+        ("sirllm(", "cannot read"),
+        ("sirllm(budget=1024", "cannot read"),
+        ("h2o(budget=4)", "unknown policy 'h2o'; known: full"),
+        ("1024", "cannot read"),
+        ("sirllm(budget=1024).x", "cannot read"),
+        ("__import__('os')", "unknown policy"),
+        ("sirllm(budget=__import__('os').getpid())", "literal"),
+        ("sirllm(budget=open('x'))", "literal"),
+        ("sirllm()", "budget"),
+        ("sirllm(1024, wrong=1)", "wrong"),
+        ("sirllm(1024, *[1])", "sirllm"),
+        ("sirllm(1024, **{'decay': 0.5})", "sirllm"),
+        ("full() & full()", "cannot read"),
+        ("sirllm(budget=0)", "positive"),
+        ("full() >> sirllm(10)", "lets nothing go"),
+        ("streamingllm(64) | sirllm(64)", "retain"),
+    ],
+)
+def test_parse_refuses_with_a_policy_error(text: str, match: str) -> None:
+    with pytest.raises(PolicyError, match=match):
+        parse(text)
+
+
+@pytest.mark.parametrize("make", list(POLICIES.values()), ids=list(POLICIES))
+def test_policies_are_frozen_and_hashable(make: Any) -> None:
+    args = {kvsieve.Full: (), kvsieve.LMInfinite: (64,)}.get(make, (64,))
+    policy = make(*args)
+    assert policy == make(*args)
+    assert hash(policy) == hash(make(*args))
+    with pytest.raises(AttributeError):
+        policy.memories[0].retain = None
+
+
+class TestParts:
+    def test_full(self) -> None:
+        memory = kvsieve.Full()
+        assert (memory.retain, memory.place) == (All(), AsRotated())
+        assert (memory.frame, memory.moves, memory.needs_surprisal) == ("rotated", False, False)
+
+    def test_streaming(self) -> None:
+        memory = kvsieve.StreamingLLM(100)
+        assert (memory.retain, memory.place) == (Window(budget=100, sinks=4), Slots())
+        assert (memory.frame, memory.moves, memory.needs_surprisal) == ("rotated", True, False)
+        spec = memory.specs(1)[0]
+        assert spec == {"retain": "window", "sinks": 4, "window": 96, "visible": 97, "place": "slots"}
+
+    def test_infinite(self) -> None:
+        memory = kvsieve.LMInfinite(window=100)
+        assert (memory.retain, memory.place) == (Window(budget=109, sinks=10), Ceiling(100))
+        assert (memory.frame, memory.moves) == ("raw", True)
+        spec = memory.specs(1)[0]
+        assert (spec["window"], spec["visible"], spec["distance"]) == (99, 100, 100)
+        assert kvsieve.LMInfinite(window=100, ceiling=33).place == Ceiling(33)
+
+    def test_infinite_with_a_middle(self) -> None:
+        chain = kvsieve.LMInfinite(window=100, middle_top_k=5)
+        assert isinstance(chain, Chain)
+        near, middle = chain.memories
+        assert (middle.retain, middle.place, middle.select) == (All(), Fixed(50), TopKTokens(5, 4))
+        assert near == kvsieve.LMInfinite(window=100)
+        assert kvsieve.LMInfinite(100, middle_top_k=5, middle_distance=9).memories[1].place == Fixed(9)
+
+    def test_sirllm(self) -> None:
+        memory = kvsieve.SirLLM(104)
+        assert (memory.retain, memory.place) == (Surprisal(budget=104, sinks=4), Slots())
+        assert (memory.frame, memory.moves, memory.needs_surprisal) == ("raw", True, True)
+        assert memory.specs(1)[0]["recent"] == 25
+        assert kvsieve.SirLLM(104, score="published").specs(1)[0]["recent"] == 0
+        assert kvsieve.SirLLM(104, recent=7, score="published").specs(1)[0]["recent"] == 7
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda: kvsieve.SirLLM(64, decay=0), PolicyError, "decay"),
+        (lambda: kvsieve.SirLLM(64, decay=0.0), PolicyError, "decay"),
+        (lambda: kvsieve.SirLLM(64, decay=1.5), PolicyError, "decay"),
+        (lambda: kvsieve.SirLLM(64, decay=-0.5), PolicyError, "decay"),
+        (lambda: kvsieve.SirLLM(64, decay=float("nan")), PolicyError, "decay"),
+        (lambda: kvsieve.SirLLM(64, decay=True), PolicyError, "decay"),
+        (lambda: kvsieve.SirLLM(64, decay="0.5"), PolicyError, "decay"),  # type: ignore[arg-type]
+        (lambda: kvsieve.SirLLM(64, score="entropy"), PolicyError, "score"),  # type: ignore[arg-type]
+        (lambda: kvsieve.SirLLM(64, sinks=-1), PolicyError, "sinks"),
+        (lambda: kvsieve.SirLLM(64, sinks=2.0), PolicyError, "sinks"),  # type: ignore[arg-type]
+        (lambda: kvsieve.SirLLM(64, recent=-1), PolicyError, "recent"),
+        (lambda: kvsieve.SirLLM(64, recent=True), PolicyError, "recent"),
+        (lambda: kvsieve.SirLLM(8, sinks=4, recent=5), BudgetError, "sinks"),
+        (lambda: kvsieve.SirLLM(4, sinks=4), BudgetError, "sinks"),
+        (lambda: kvsieve.SirLLM(4, sinks=4, recent=0), BudgetError, "sinks"),
+        (lambda: kvsieve.StreamingLLM(4, sinks=4), BudgetError, "sinks"),
+        (lambda: kvsieve.StreamingLLM(64, sinks=True), PolicyError, "sinks"),
+        (lambda: kvsieve.LMInfinite(window=1), PolicyError, "window"),
+        (lambda: kvsieve.LMInfinite(window=0), PolicyError, "window"),
+        (lambda: kvsieve.LMInfinite(window=64.0), PolicyError, "window"),  # type: ignore[arg-type]
+        (lambda: kvsieve.LMInfinite(window=64, sinks=-1), PolicyError, "sinks"),
+        (lambda: kvsieve.LMInfinite(window=64, ceiling=0), PolicyError, "ceiling"),
+        (lambda: kvsieve.LMInfinite(window=64, middle_top_k=-1), PolicyError, "middle_top_k"),
+        (lambda: kvsieve.LMInfinite(window=64, middle_top_k=2, middle_from_layer=-1), PolicyError, "from_layer"),
+        (lambda: kvsieve.LMInfinite(window=64, middle_top_k=2, middle_distance=-1), PolicyError, "distance"),
+    ],
+)
+def test_arguments_that_cannot_be_right_are_refused(call: Any, error: type[Exception], match: str) -> None:
+    with pytest.raises(error, match=match) as caught:
+        call()
+    assert isinstance(caught.value, ValueError)
+
+
+@pytest.mark.parametrize("make", [kvsieve.StreamingLLM, kvsieve.SirLLM])
+def test_the_smallest_budget_works(make: Any) -> None:
+    for sinks in (0, 4):
+        policy = make(sinks + 1, sinks=sinks)
+        with kvsieve.stream(tiny.model(), policy, "reference") as stream:
+            stream.generate(tiny.ids(1, 30), max_new_tokens=4, do_sample=False)
+            kept = stream.kept()[0].positions.tolist()
+        assert len(kept) == sinks + 1
+        assert kept[:sinks] == list(range(sinks))
