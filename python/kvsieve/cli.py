@@ -9,6 +9,7 @@ import argparse
 import importlib.metadata
 import importlib.util
 import json
+import os
 import platform
 import sys
 from collections.abc import Sequence
@@ -19,11 +20,14 @@ from kvsieve.errors import BackendError, KvsieveError
 
 __all__ = ["main"]
 
+_BACKENDS = ("reference", "cpu", "cuda")
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0, or 2 when the user has to change something."""
+    # Waiting threads must sleep: torch's spin by default, and on a machine that is shared they starve the ones that work.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     arguments = _parser().parse_args(argv)
     try:
         return int(arguments.run(arguments))
@@ -82,7 +86,7 @@ def _add_generate(commands: Any) -> None:
 def _add_machine(parser: argparse.ArgumentParser, *, dtype_help: str) -> None:
     parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
     parser.add_argument("--threads", type=_positive, help="CPU threads for torch; default: torch's own choice")
-    parser.add_argument("--backend", help="reference, cpu or cuda; default: the best that can run here")
+    parser.add_argument("--backend", help=f"{', '.join(_BACKENDS)}; default: the fastest that can run here")
 
 
 def _positive(text: str) -> int:
@@ -184,25 +188,20 @@ def _instruction_set() -> str | None:
 
 def _backends() -> dict[str, str | None]:
     """For each backend `None` when it can run here, else what is missing and how to get it."""
-    has_torch = importlib.util.find_spec("torch") is not None
-    torch_missing = None if has_torch else "needs torch; pip install torch"
-    core_missing = None if _instruction_set() else "needs the compiled core; pip install --force-reinstall kvsieve"
-    return {
-        "reference": torch_missing,
-        "cpu": torch_missing or core_missing,
-        "cuda": torch_missing or _cuda_missing(),
-    }
+    if importlib.util.find_spec("torch") is None:
+        return dict.fromkeys(_BACKENDS, "torch is not installed; pip install torch")
+    return {name: _missing(name) for name in _BACKENDS}
 
 
-def _cuda_missing() -> str | None:
-    import torch
+def _missing(backend: str) -> str | None:
+    try:
+        from kvsieve import backends
 
-    if torch.version.cuda is None:
-        return "needs a torch built for CUDA; see https://pytorch.org/get-started"
-    if not torch.cuda.is_available():
-        return "needs a CUDA device and its driver; torch sees none"
-    if importlib.util.find_spec("cupy") is None:
-        return "needs CuPy; pip install 'kvsieve[cuda]'"
+        backends.get(backend)
+    except BackendError as error:
+        return str(error)
+    except ImportError as error:
+        return f"{error}; pip install --force-reinstall kvsieve"
     return None
 
 

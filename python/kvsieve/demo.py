@@ -200,7 +200,7 @@ def _recollect_all(model: Any, tokenizer: Any, settings: Settings) -> list[Recol
     memories = {
         "full cache": kvsieve.Full(),
         "StreamingLLM": kvsieve.StreamingLLM(budget=budget, sinks=_SINKS),
-        "SirLLM": kvsieve.SirLLM(budget=budget, sinks=_SINKS),
+        "SirLLM": kvsieve.SirLLM(budget=budget, sinks=_SINKS, recent=budget // 8),
     }
     dialogues = shopping.make_dialogues(settings.dialogues, seed=settings.seed)
     num_questions = sum(len(dialogue.questions) for dialogue in dialogues)

@@ -60,7 +60,7 @@ def test_options_are_distinct_items_of_one_category() -> None:
 
 def test_a_dialogue_is_long_enough_to_forget_in() -> None:
     for dialogue in shopping.make_dialogues(20):
-        assert sum(len((turn.user + turn.assistant).split()) for turn in dialogue.turns) > 800
+        assert sum(len((turn.user + turn.assistant).split()) for turn in dialogue.turns) > 700
 
 
 def test_no_filler_gives_an_item_away() -> None:

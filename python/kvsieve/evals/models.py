@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
+import io
 import os
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -82,15 +86,25 @@ def _matmul_seconds(dtype: torch.dtype) -> float:
 def _load(folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    with _no_bars():
+        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
+        # GGUF weights are read in float32 and cast: transformers warns about any other dtype there.
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if kwargs else dtype, **kwargs)
+    return model.eval().to(dtype), tokenizer
+
+
+@contextlib.contextmanager
+def _no_bars() -> Iterator[None]:
+    """No progress bars of transformers: a small model is there before they are read, and in a log they are noise."""
     from transformers.utils import logging
 
     was_enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
+    bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-        # GGUF weights are read in float32 and cast: transformers warns about any other dtype there.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if kwargs else dtype, **kwargs)
+        with bars:
+            yield
     finally:
         if was_enabled:
             logging.enable_progress_bar()
-    return model.eval().to(dtype), tokenizer

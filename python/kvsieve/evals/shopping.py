@@ -1,4 +1,4 @@
-"""A shopping list, twenty turns of small talk, and the question what was on the list.
+"""A shopping list, seventeen turns of small talk, and the question what was on the list.
 
 The items are named once, early. Whether the memory still knows them is measured twice, before the last question:
 *retention*, the share of the items' tokens that are still resident, and *recall*, whether the right item is the most
@@ -110,7 +110,7 @@ class Outcome:
         return sum(answer.correct for answer in self.answers) / len(self.answers)
 
 
-def make_dialogue(seed: int, *, num_items: int = 2, num_fillers: int = 20, num_options: int = 5) -> Dialogue:
+def make_dialogue(seed: int, *, num_items: int = 2, num_fillers: int = 17, num_options: int = 5) -> Dialogue:
     """A dialogue that depends on `seed` and the counts only.
 
     Raises `ValueError` if there are not that many categories, fillers or items of one category.
