@@ -7,6 +7,7 @@ MAKEFLAGS += --no-print-directory
 
 PYTEST_ARGS ?=
 CARGO_TEST_ARGS ?=
+PYTEST_JOBS ?= $(shell nproc)
 DEMO_ARGS ?=
 
 OMP_NUM_THREADS ?= $(shell nproc)
@@ -34,12 +35,12 @@ demo: setup ## run the demonstration on the small model; pictures and text go to
 .PHONY: test
 test: setup ## every test that needs no card: the Rust core, then Python against the installed wheel (PYTEST_ARGS)
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
-	$(HOUSE) .venv/bin/pytest $(PYTEST_ARGS)
+	$(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: setup ## the same without doc tests and without the real model
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
-	$(HOUSE) .venv/bin/pytest -m "not model and not gpu" $(PYTEST_ARGS)
+	$(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal -m "not model and not gpu" $(PYTEST_ARGS)
 
 .PHONY: gpu
 gpu: setup ## the tests that need an NVIDIA card
