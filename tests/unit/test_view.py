@@ -111,6 +111,14 @@ def test_curves_are_a_png_of_some_size(tmp_path: Path) -> None:
     assert len(data) > 10_000
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_trained_length_beyond_the_text_does_not_squeeze_the_picture(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    plot_curves([series("a")], tmp_path / "far.png", trained_length=1_000_000)
+    plot_curves([series("a")], tmp_path / "none.png")
+    assert (tmp_path / "far.png").stat().st_size == (tmp_path / "none.png").stat().st_size
+
+
 def test_curves_refuse_what_they_cannot_draw(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="at least one"):
         plot_curves([], tmp_path / "x.png")

@@ -40,6 +40,8 @@ class Series:
 def plot_curves(series: Sequence[Series], path: Path, *, trained_length: int | None = None, title: str | None = None) -> None:
     """Draws nll (nats a token) and memory held (MiB) against position and writes a PNG to `path`.
 
+    The trained length is marked where the text reaches it.
+
     Raises `ValueError` without series or on lengths that differ, and `KvsieveError` without matplotlib.
     """
     if not series:
@@ -53,6 +55,9 @@ def plot_curves(series: Sequence[Series], path: Path, *, trained_length: int | N
     except ImportError as error:
         raise KvsieveError("drawing curves needs matplotlib; pip install 'kvsieve[demo]'") from error
 
+    reached = max((max(line.seen, default=0) for line in series), default=0)
+    if trained_length is not None and trained_length > reached:
+        trained_length = None
     figure = Figure(figsize=(9, 7.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
