@@ -44,9 +44,9 @@ class Settings:
     text: Path | None = None
     tokens: int = 24_000
     full_tokens: int = 12_288
-    full_seconds: float = 150.0
+    full_seconds: float = 90.0
     budget: int = 1024
-    dialogues: int = 6
+    dialogues: int = 4
     new_tokens: int = 60
     chunk: int = 512
     seed: int = 0
@@ -139,23 +139,20 @@ def _bounded(budget: int) -> dict[str, Any]:
 
 
 def _read_all(model: Any, tokenizer: Any, ids: torch.Tensor, settings: Settings) -> tuple[list[Reading], dict[str, Any]]:
-    from transformers import DynamicCache
-
     title = f"reading {ids.shape[1]:,} tokens in chunks of {settings.chunk}, budget {settings.budget:,}"
     readings = []
     with contextlib.ExitStack() as streams:
         with LiveTable(("memory", "tokens", "tok/s", "resident", "MiB held", "nll so far"), title=title) as table:
-            cache = DynamicCache(config=model.config)
+            full = streams.enter_context(kvsieve.stream(model, kvsieve.Full(), backend=settings.backend))
             readings.append(
                 _read(
                     table,
                     Reading("full cache", _BUCKET),
-                    (model, ids[:, : settings.full_tokens], cache, stream_nll.dynamic_cache_meter(cache)),
+                    (model, ids[:, : settings.full_tokens], full.cache, stream_nll.stream_meter(full)),
                     chunk=settings.chunk,
                     seconds=settings.full_seconds,
                 )
             )
-            del cache
             for name, policy in _bounded(settings.budget).items():
                 streams.close()
                 stream = streams.enter_context(kvsieve.stream(model, policy, backend=settings.backend))

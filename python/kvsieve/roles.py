@@ -147,7 +147,7 @@ class Surprisal(Retain):
 
     def spec(self, bytes_per_token: int) -> dict[str, Any]:
         budget = tokens_for(self.budget, bytes_per_token)
-        recent = (budget - self.sinks) // 4 if self.recent is None else self.recent
+        recent = (budget - self.sinks) // 2 if self.recent is None else self.recent
         if self.score == "published" and self.recent is None:
             recent = 0
         check_budget(budget, sinks=self.sinks, recent=recent, name="Surprisal")

@@ -32,7 +32,7 @@ def SirLLM(
     Args:
         budget: residents per sequence, in tokens, or in bytes such as ``"64MiB"``.
         sinks: first real tokens of each sequence that are never let go.
-        recent: newest tokens that always stay; a quarter of what the sinks leave by default.
+        recent: newest tokens that always stay; half of what the sinks leave by default.
         decay: factor in (0, 1] on every score at each end of turn.
         score: ``"surprisal"``, or ``"published"`` for the score of the published code.
 
