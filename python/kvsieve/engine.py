@@ -12,7 +12,7 @@ The control plane (`_core.Planner`) is two-phase: until `commit` nothing was dec
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
+_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[tuple[Any, dict[str, Any]]]]"
+
 
 class Engine:
     """The memory of one stream: a planner, one store per layer, and a scorer if the policy needs one."""
@@ -46,7 +48,7 @@ class Engine:
         self.recording = False
         self.stepping = False
         self.stepped: list[torch.Tensor] = []
-        self._marks: list[tuple[Planner, torch.Tensor | None]] = []
+        self._marks: list[_State] = []
         self.hidden: torch.Tensor | None = None
         self._layers = {layer.index: layer for layer in facts.layers}
         self._first = facts.layers[0].index
@@ -112,9 +114,22 @@ class Engine:
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
 
+    def state(self) -> _State:
+        """What it takes to return to this moment. Blocks are shared with the present until the present writes to them."""
+        tail = None if self.scorer is None else self.scorer.tail
+        return self.planner.fork(), tail, [(layer, dict(vars(layer))) for layer in self.own_layers]
+
+    def return_to(self, state: _State, own_layers: bool = True) -> None:
+        """Make ``state`` the present."""
+        self.planner, tail, layers = state
+        if self.scorer is not None:
+            self.scorer.tail = tail
+        if own_layers:
+            _put_back(layers)
+
     def mark(self) -> None:
         """Remember this state, for a `crop` that goes back to it."""
-        self._marks.append((self.planner.fork(), None if self.scorer is None else self.scorer.tail))
+        self._marks.append(self.state())
 
     def stop_stepping(self) -> None:
         """Candidates are verified together again."""
@@ -140,9 +155,7 @@ class Engine:
         if self._step is not None:
             self._step = None
             self.planner.rollback()
-        for layer, state in self._undo:
-            vars(layer).clear()
-            vars(layer).update(state)
+        _put_back(self._undo)
         self._undo = []
 
     def attend(
@@ -307,9 +320,7 @@ class Engine:
         """Forget the newest ``count`` columns."""
         self._idle()
         if 0 < count <= len(self._marks):
-            self.planner, tail = self._marks[-count]
-            if self.scorer is not None:
-                self.scorer.tail = tail
+            self.return_to(self._marks[-count], own_layers=False)
         elif count:
             self.planner.crop(count)
             if self.scorer is not None:
@@ -364,6 +375,12 @@ class Engine:
     def _idle(self) -> None:
         if self._step is not None:
             self.rollback()
+
+
+def _put_back(states: list[tuple[Any, dict[str, Any]]]) -> None:
+    for layer, values in states:
+        vars(layer).clear()
+        vars(layer).update(values)
 
 
 def _check_like(facts: Any, k: torch.Tensor, v: torch.Tensor) -> None:

@@ -320,6 +320,7 @@ class Attachment:
         ends = list(range(ids.shape[1] - keep + 1, ids.shape[1] + 1))
         starts, seen = [0, *ends[:-1]], engine.columns
         pieces = [_piece(kwargs, lo, hi, seen) for lo, hi in zip(starts, ends)]
+        before = engine.state()
         engine.stepping, self._inner = True, True
         try:
             for piece in pieces[:-1]:
@@ -327,6 +328,7 @@ class Attachment:
                 engine.mark()
         except BaseException:
             engine.stop_stepping()
+            engine.return_to(before)
             raise
         finally:
             self._inner = False
