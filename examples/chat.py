@@ -23,7 +23,7 @@ def main() -> None:
                 break
             turn = f"<|im_start|>user\n{said}<|im_end|>\n<|im_start|>assistant\n"
             ids = tokenizer(turn, return_tensors="pt", add_special_tokens=False)["input_ids"]
-            print_while_generating(stream, tokenizer, ids, max_new_tokens=200, repetition_penalty=1.1)
+            print_while_generating(stream, tokenizer, ids, max_new_tokens=200)
             stream.end_turn()
             stats = stream.stats()
             print(f"[{stats.seen:,} tokens seen, {stats.resident:,} kept, {stats.bytes_held / 2**20:.1f} MiB]")
