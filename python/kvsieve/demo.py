@@ -44,7 +44,7 @@ class Settings:
     text: Path | None = None
     tokens: int = 24_000
     full_tokens: int = 12_288
-    full_seconds: float = 90.0
+    full_seconds: float = 120.0
     budget: int = 1024
     dialogues: int = 4
     new_tokens: int = 60

@@ -52,11 +52,12 @@ impl Source<'_> {
         self.keys.positions(lo, hi).map(|p| p as i64).collect()
     }
 
-    /// Whether every query sees every key before it, each at its place among its neighbours.
+    /// Whether nothing has left, and no query misses a key before it.
     fn hides_nothing(&self) -> bool {
         let last = self.view(self.num_queries - 1);
         let one_rule = matches!(self.rule.place, Place::True | Place::Slots);
-        one_rule && self.later == 0 && last.beyond == last.band
+        let complete = self.keys.first_new == self.keys.residents.len() as u64;
+        one_rule && self.later == 0 && complete && last.beyond == last.band
     }
 
     /// All keys in one part, so that a window that nothing has left yet is computed as if there were none.
