@@ -130,7 +130,7 @@ class TestParts:
         memory = kvsieve.SirLLM(104)
         assert (memory.retain, memory.place) == (Surprisal(budget=104, sinks=4), Slots())
         assert (memory.frame, memory.moves, memory.needs_surprisal) == ("raw", True, True)
-        assert memory.specs(1)[0]["recent"] == 25
+        assert memory.specs(1)[0]["recent"] == 50
         assert kvsieve.SirLLM(104, score="published").specs(1)[0]["recent"] == 0
         assert kvsieve.SirLLM(104, recent=7, score="published").specs(1)[0]["recent"] == 7
 
