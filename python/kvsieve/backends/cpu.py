@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuBackend", "CpuStore"]
 
-BAND = 256
+BAND = 128
 """Queries that share one band of keys."""
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from kvsieve import backends
+
 __all__ = ["Holding", "Progress", "Reading", "dynamic_cache_meter", "read", "stream_meter"]
 
 _ROWS = 128  # rows of logits that are cast to float32 at a time: 128 x 49,152 x 4 B = 25 MB
@@ -130,7 +132,9 @@ def read(
 
 
 def _losses(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """nll [n] of `targets [n]` under `logits [n, V]`, cast to float32 a block of rows at a time."""
+    """nll [n] of `targets [n]` under `logits [n, V]`, in float32: a surprisal is a negative log-likelihood."""
+    if len(logits) and backends.choose(logits.device, logits.dtype) == "cpu":
+        return backends.get("cpu").surprisal(logits, targets)
     blocks = zip(torch.split(logits, _ROWS), torch.split(targets, _ROWS), strict=True)
     parts = [F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in blocks]
     return torch.cat(parts).cpu() if parts else torch.zeros(0)
