@@ -7,7 +7,7 @@
 //! * [`planner`]: the control plane of one stream; makes a [`plan::Step`] once per forward.
 //! * [`plan`]: the plain structs that cross from the control plane to the kernels.
 //! * [`kernels`]: one operation a file; everything that touches keys, values and queries.
-//! * [`reference`]: the naive twin of the kernels and of retain; tests compare against it.
+//! * [`mod@reference`]: the naive twin of the kernels and of retain; tests compare against it.
 //!
 //! # Glossary
 //! *position*: number of a token in its sequence. *slot*: place of a token in a block. *resident*: a token whose key and value are

@@ -1,6 +1,6 @@
 //! One operation a file; everything that touches keys, values and queries.
 //!
-//! Every kernel is written once over [`simd::Simd`] and compiled for each instruction set; [`isa`] says which one runs. Inputs are
+//! Every kernel is written once over `simd::Simd` and compiled for each instruction set; [`isa`] says which one runs. Inputs are
 //! checked before anything is written, so a refused call leaves everything as it was.
 
 pub mod attend;
