@@ -62,7 +62,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--tokens", type=_positive, default=24_000, help="how much of the text to read")
     demo.add_argument("--full-tokens", type=_positive, default=12_288, help="how much of it with the full cache")
     demo.add_argument("--budget", type=_positive, default=1024, help="tokens that a bounded memory may hold")
-    demo.add_argument("--dialogues", type=_positive, default=3, help="shopping-list dialogues")
+    demo.add_argument("--dialogues", type=_positive, default=2, help="shopping-list dialogues")
     demo.add_argument("--chunk", type=_positive, default=512, help="tokens per forward pass")
     demo.add_argument("--seed", type=int, default=0, help="seed of the dialogues")
     demo.add_argument("--quick", action="store_true", help="a fraction of everything, to see that it runs")

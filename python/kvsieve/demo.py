@@ -46,7 +46,7 @@ class Settings:
     full_tokens: int = 12_288
     full_seconds: float = 120.0
     budget: int = 1024
-    dialogues: int = 3
+    dialogues: int = 2
     new_tokens: int = 60
     chunk: int = 512
     seed: int = 0
