@@ -13,6 +13,8 @@ pub enum Level {
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// The same and AVX-512 BF16.
+    Avx512Bf16,
 }
 
 impl Level {
@@ -21,6 +23,7 @@ impl Level {
             Level::Portable => "portable",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
+            Level::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -42,6 +45,8 @@ impl Level {
                     && std::is_x86_feature_detected!("avx512vl")
                     && std::is_x86_feature_detected!("avx512dq")
             }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => Level::Avx512.available() && std::is_x86_feature_detected!("avx512bf16"),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
@@ -56,14 +61,14 @@ impl Level {
 fn refused(got: &str) -> Error {
     Error::OutOfRange {
         what: "KVSIEVE_ISA",
-        expected: "portable, avx2 or avx512, and one that this machine has",
+        expected: "portable, avx2, avx512 or avx512bf16, and one that this machine has",
         got: got.to_string(),
     }
 }
 
 /// Every level of this machine, the slowest first.
 pub fn levels() -> Vec<Level> {
-    [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(|l| l.available()).collect()
+    [Level::Portable, Level::Avx2, Level::Avx512, Level::Avx512Bf16].into_iter().filter(|l| l.available()).collect()
 }
 
 fn choose(asked: Option<&str>) -> Result<Level> {
