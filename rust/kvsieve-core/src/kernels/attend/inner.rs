@@ -79,7 +79,11 @@ pub(super) unsafe fn score<S: Simd, E: Elem, const HB: usize>(rows: &Rows<E>, sc
             let mut acc = [[S::splat(0.0); 4]; HB];
             let mut c = 0;
             while c < whole {
-                let x: [S::V; 4] = std::array::from_fn(|j| E::load::<S>(k.add(j * dim + c)));
+                // Not by a closure: that would be compiled without the instruction set.
+                let mut x = [S::splat(0.0); 4];
+                for (j, x) in x.iter_mut().enumerate() {
+                    *x = E::load::<S>(k.add(j * dim + c));
+                }
                 for (h, acc) in acc.iter_mut().enumerate() {
                     let q = S::load(queries.add(h * width + c));
                     for j in 0..4 {
@@ -140,40 +144,53 @@ pub(super) unsafe fn score_turned<S: Simd, E: Elem, const HB: usize>(
     scores: *mut f32,
 ) {
     let Rows { keys, n, dim, queries, width, ahead } = *rows;
+    // Bytes to ask for with each step over the channels of two rows.
+    let share = ahead.map_or(0, |ahead| (2 * ahead.row * S::LANES / pairs).max(1));
     let mut i = 0;
     // SAFETY: rows and trigonometry `i..i + 4` are below `n`; all channels below `dim`, in whole vectors.
     unsafe {
         while i + 4 <= n {
-            let (k, t) = (keys.add(i * dim), trig.add(i * 2 * pairs));
             let mut acc = [[S::splat(0.0); 4]; HB];
-            let mut c = 0;
-            while c < pairs {
-                for j in 0..4 {
-                    let (a, b) = (E::load::<S>(k.add(j * dim + c)), E::load::<S>(k.add(j * dim + pairs + c)));
-                    let t = t.add(j * 2 * pairs + c);
-                    let (cos, sin) = (S::load(t), S::load(t.add(pairs)));
-                    let x = S::sub(S::mul(a, cos), S::mul(b, sin));
-                    let y = S::fma(b, cos, S::mul(a, sin));
-                    for (h, acc) in acc.iter_mut().enumerate() {
+            // Two rows at a time: with four, what is turned and the sums would not fit into the registers.
+            for two in [0, 2] {
+                let (k, t) = (keys.add((i + two) * dim), trig.add((i + two) * 2 * pairs));
+                let mut sums = [[S::splat(0.0); 2]; HB];
+                let mut c = 0;
+                let mut asked = 0;
+                while c < pairs {
+                    let mut turned = [(S::splat(0.0), S::splat(0.0)); 2];
+                    for (j, turned) in turned.iter_mut().enumerate() {
+                        let (a, b) = (E::load::<S>(k.add(j * dim + c)), E::load::<S>(k.add(j * dim + pairs + c)));
+                        let t = t.add(j * 2 * pairs + c);
+                        let (cos, sin) = (S::load(t), S::load(t.add(pairs)));
+                        *turned = (S::sub(S::mul(a, cos), S::mul(b, sin)), S::fma(b, cos, S::mul(a, sin)));
+                    }
+                    for (h, sums) in sums.iter_mut().enumerate() {
                         let q = queries.add(h * width + c);
-                        acc[j] = S::fma(x, S::load(q), acc[j]);
-                        acc[j] = S::fma(y, S::load(q.add(pairs)), acc[j]);
+                        let (qa, qb) = (S::load(q), S::load(q.add(pairs)));
+                        for (turned, sum) in turned.iter().zip(sums) {
+                            *sum = S::fma(turned.1, qb, S::fma(turned.0, qa, *sum));
+                        }
                     }
-                }
-                if let Some(ahead) = ahead {
-                    ahead.ask::<S>(i, 4 * ahead.row * c / pairs, 4 * ahead.row * (c + S::LANES) / pairs);
-                }
-                c += S::LANES;
-            }
-            let mut c = 2 * pairs;
-            while c < dim {
-                for j in 0..4 {
-                    let x = E::load::<S>(k.add(j * dim + c));
-                    for (h, acc) in acc.iter_mut().enumerate() {
-                        acc[j] = S::fma(x, S::load(queries.add(h * width + c)), acc[j]);
+                    if let Some(ahead) = ahead {
+                        ahead.ask::<S>(i + two, asked, asked + share);
+                        asked += share;
                     }
+                    c += S::LANES;
                 }
-                c += S::LANES;
+                let mut c = 2 * pairs;
+                while c < dim {
+                    for j in 0..2 {
+                        let x = E::load::<S>(k.add(j * dim + c));
+                        for (h, sums) in sums.iter_mut().enumerate() {
+                            sums[j] = S::fma(x, S::load(queries.add(h * width + c)), sums[j]);
+                        }
+                    }
+                    c += S::LANES;
+                }
+                for (acc, sums) in acc.iter_mut().zip(&sums) {
+                    (acc[two], acc[two + 1]) = (sums[0], sums[1]);
+                }
             }
             put4::<S, HB>(scores, i, acc);
             i += 4;

@@ -96,14 +96,14 @@ impl<E: Elem> Tile<E> {
     /// What to ask for while `now` is worked on, when this tile comes next: its keys and its values.
     ///
     /// Nothing, where the machine finds out by itself: when memory is read from one end to the other. More channels than one pass
-    /// over the values takes break that pattern.
+    /// over the values takes break that pattern, and so does turning, which reads both halves of a row at once.
     #[inline(always)]
     fn ahead<S: Simd>(&self, now: &Tile<E>, dim: usize, value_dim: usize) -> (Option<Ahead>, Option<Ahead>) {
         if self.num_pieces == 0 {
             return (None, None);
         }
         let (here, last) = (&self.pieces[0], &now.pieces[now.num_pieces - 1]);
-        if value_dim <= 4 * S::LANES && here.keys == last.keys.wrapping_add(last.len * dim) {
+        if value_dim <= 4 * S::LANES && !here.rotate && here.keys == last.keys.wrapping_add(last.len * dim) {
             return (None, None);
         }
         let (keys, values) = (dim * size_of::<E>(), value_dim * size_of::<E>());
