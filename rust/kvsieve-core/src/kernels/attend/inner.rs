@@ -6,24 +6,39 @@ use super::TILE;
 use super::unit::Piece;
 use crate::kernels::simd::{Elem, Simd, exp};
 
-/// What the next tile holds of the rows at hand, asked for while these are computed with: row `i` is `row` bytes long.
-///
-/// Keys while scoring and values while weighing, so that memory is read at one pace throughout.
+/// Bytes of a cache line.
+const LINE: usize = 64;
+
+/// A stretch of memory that the next tile will need, asked for bit by bit while this one is computed with: a burst would fill the
+/// queue of misses and stall, a pause would leave the memory idle.
 #[derive(Clone, Copy)]
 pub(super) struct Ahead {
-    pub from: *const u8,
-    pub row: usize,
+    at: *const u8,
+    /// Cache lines still to be asked for.
+    left: usize,
+    /// Lines and calls over which to spread them, and what the calls so far have saved up.
+    lines: usize,
+    calls: usize,
+    saved: usize,
 }
 
 impl Ahead {
-    /// Asks for bytes `lo..hi` of the `n` rows from `i` on.
+    /// `bytes` from `at` on, spread over so many calls of [`Ahead::ask`].
     #[inline(always)]
-    unsafe fn ask<S: Simd>(self, i: usize, lo: usize, hi: usize) {
-        let mut at = lo;
-        while at < hi {
+    pub fn new(at: *const u8, bytes: usize, calls: usize) -> Self {
+        let lines = bytes.div_ceil(LINE);
+        Ahead { at, left: lines, lines, calls: calls.max(1), saved: 0 }
+    }
+
+    #[inline(always)]
+    unsafe fn ask<S: Simd>(&mut self) {
+        self.saved += self.lines;
+        while self.saved >= self.calls && self.left > 0 {
             // SAFETY: prefetching reads nothing; any address will do.
-            unsafe { S::prefetch(self.from.wrapping_add(i * self.row + at)) };
-            at += 64;
+            unsafe { S::prefetch(self.at) };
+            self.at = self.at.wrapping_add(LINE);
+            self.left -= 1;
+            self.saved -= self.calls;
         }
     }
 }
@@ -38,15 +53,14 @@ pub(super) struct Rows<E> {
     /// Queries of `width` elements, zero beyond `dim`.
     pub queries: *const f32,
     pub width: usize,
-    pub ahead: Option<Ahead>,
 }
 
 impl<E> Rows<E> {
     /// The same rows of keys that are known to be `bf16`.
     #[inline(always)]
     pub fn of_bf16(self) -> Rows<bf16> {
-        let Rows { keys, n, dim, queries, width, ahead } = self;
-        Rows { keys: keys.cast(), n, dim, queries, width, ahead }
+        let Rows { keys, n, dim, queries, width } = self;
+        Rows { keys: keys.cast(), n, dim, queries, width }
     }
 }
 
@@ -67,8 +81,8 @@ unsafe fn put4<S: Simd, const HB: usize>(scores: *mut f32, i: usize, acc: [[S::V
 /// # Safety
 /// As for [`Simd`]; the rows and `HB` queries are readable; `n` scores for each query.
 #[inline(always)]
-pub(super) unsafe fn score<S: Simd, E: Elem, const HB: usize>(rows: &Rows<E>, scores: *mut f32) {
-    let Rows { keys, n, dim, queries, width, ahead } = *rows;
+pub(super) unsafe fn score<S: Simd, E: Elem, const HB: usize>(rows: &Rows<E>, scores: *mut f32, ahead: &mut Ahead) {
+    let Rows { keys, n, dim, queries, width } = *rows;
     let whole = dim / S::LANES * S::LANES;
     let mut i = 0;
     // SAFETY: rows `i..i + 4` are below `n`; channels below `dim`, the last few by a partial load; the queries are padded with
@@ -90,10 +104,7 @@ pub(super) unsafe fn score<S: Simd, E: Elem, const HB: usize>(rows: &Rows<E>, sc
                         acc[j] = S::fma(x[j], q, acc[j]);
                     }
                 }
-                if let Some(ahead) = ahead {
-                    // Four rows are one stretch. A few lines at a time: a burst would fill the queue of misses and stall.
-                    ahead.ask::<S>(i, 4 * ahead.row * c / whole, 4 * ahead.row * (c + S::LANES) / whole);
-                }
+                ahead.ask::<S>();
                 c += S::LANES;
             }
             if whole < dim {
@@ -142,10 +153,9 @@ pub(super) unsafe fn score_turned<S: Simd, E: Elem, const HB: usize>(
     rows: &Rows<E>,
     (trig, pairs): (*const f32, usize),
     scores: *mut f32,
+    ahead: &mut Ahead,
 ) {
-    let Rows { keys, n, dim, queries, width, ahead } = *rows;
-    // Bytes to ask for with each step over the channels of two rows.
-    let share = ahead.map_or(0, |ahead| (2 * ahead.row * S::LANES / pairs).max(1));
+    let Rows { keys, n, dim, queries, width } = *rows;
     let mut i = 0;
     // SAFETY: rows and trigonometry `i..i + 4` are below `n`; all channels below `dim`, in whole vectors.
     unsafe {
@@ -156,7 +166,6 @@ pub(super) unsafe fn score_turned<S: Simd, E: Elem, const HB: usize>(
                 let (k, t) = (keys.add((i + two) * dim), trig.add((i + two) * 2 * pairs));
                 let mut sums = [[S::splat(0.0); 2]; HB];
                 let mut c = 0;
-                let mut asked = 0;
                 while c < pairs {
                     let mut turned = [(S::splat(0.0), S::splat(0.0)); 2];
                     for (j, turned) in turned.iter_mut().enumerate() {
@@ -172,10 +181,7 @@ pub(super) unsafe fn score_turned<S: Simd, E: Elem, const HB: usize>(
                             *sum = S::fma(turned.1, qb, S::fma(turned.0, qa, *sum));
                         }
                     }
-                    if let Some(ahead) = ahead {
-                        ahead.ask::<S>(i + two, asked, asked + share);
-                        asked += share;
-                    }
+                    ahead.ask::<S>();
                     c += S::LANES;
                 }
                 let mut c = 2 * pairs;
@@ -228,8 +234,8 @@ pub(super) unsafe fn score_turned<S: Simd, E: Elem, const HB: usize>(
 /// # Safety
 /// As for [`score`]; `S` has such products; `dim` is a multiple of `2 * LANES`; the queries are rows of `width` elements of `bf16`.
 #[inline(always)]
-pub(super) unsafe fn score_dots<S: Simd, const HB: usize>(rows: &Rows<bf16>, scores: *mut f32) {
-    let Rows { keys, n, dim, queries, width, ahead } = *rows;
+pub(super) unsafe fn score_dots<S: Simd, const HB: usize>(rows: &Rows<bf16>, scores: *mut f32, ahead: &mut Ahead) {
+    let Rows { keys, n, dim, queries, width } = *rows;
     let queries = queries.cast::<bf16>();
     let step = 2 * S::LANES;
     let mut i = 0;
@@ -246,9 +252,7 @@ pub(super) unsafe fn score_dots<S: Simd, const HB: usize>(rows: &Rows<bf16>, sco
                         acc[j] = S::dot_bf16(acc[j], k.add(j * dim + c), q);
                     }
                 }
-                if let Some(ahead) = ahead {
-                    ahead.ask::<S>(i, 4 * ahead.row * c / dim, 4 * ahead.row * (c + step) / dim);
-                }
+                ahead.ask::<S>();
                 c += step;
             }
             put4::<S, HB>(scores, i, acc);
@@ -278,7 +282,7 @@ unsafe fn weigh<S: Simd, E: Elem, const HB: usize, const C: usize, const PART: b
     (dim, c0): (usize, usize),
     weights: *const f32,
     (sums, width): (*mut f32, usize),
-    ahead: Option<Ahead>,
+    ahead: &mut Ahead,
 ) {
     // SAFETY: channels `c0..c0 + C * LANES` are below `dim` (below it by a partial load when `PART`), and below `width`, which is
     // whole vectors; key `t` of the tile has a weight.
@@ -303,10 +307,7 @@ unsafe fn weigh<S: Simd, E: Elem, const HB: usize, const C: usize, const PART: b
                         acc[j] = S::fma(w, x[j], acc[j]);
                     }
                 }
-                if let Some(ahead) = ahead {
-                    let (lo, hi) = (c0 * size_of::<E>(), (c0 + C * S::LANES) * size_of::<E>());
-                    ahead.ask::<S>(t, lo, hi);
-                }
+                ahead.ask::<S>();
                 v = v.wrapping_add(dim);
                 t += 1;
             }
@@ -319,6 +320,12 @@ unsafe fn weigh<S: Simd, E: Elem, const HB: usize, const C: usize, const PART: b
     }
 }
 
+/// How often [`weigh_all`] goes over the keys.
+pub(super) fn passes<S: Simd>(dim: usize) -> usize {
+    let rest = dim % (4 * S::LANES);
+    dim / (4 * S::LANES) + rest / (2 * S::LANES) + rest % (2 * S::LANES) / S::LANES + usize::from(rest % S::LANES > 0)
+}
+
 /// [`weigh`] for all channels.
 ///
 /// # Safety
@@ -329,7 +336,7 @@ pub(super) unsafe fn weigh_all<S: Simd, E: Elem, const HB: usize>(
     dim: usize,
     weights: *const f32,
     (sums, width): (*mut f32, usize),
-    ahead: Option<Ahead>,
+    ahead: &mut Ahead,
 ) {
     let mut c = 0;
     // SAFETY: each call covers channels that are still below `dim`.
@@ -357,7 +364,13 @@ pub(super) unsafe fn weigh_all<S: Simd, E: Elem, const HB: usize>(
 /// # Safety
 /// As for [`Simd`]; `TILE` scores, of which `n` are set.
 #[inline(always)]
-pub(super) unsafe fn softmax<S: Simd>(scores: &mut [f32], n: usize, max: &mut f32, total: &mut f32, sums: &mut [f32]) {
+pub(super) unsafe fn softmax<S: Simd>(
+    scores: &mut [f32],
+    n: usize,
+    (max, total): (&mut f32, &mut f32),
+    sums: &mut [f32],
+    ahead: &mut Ahead,
+) {
     let end = n.next_multiple_of(S::LANES);
     scores[n..end].fill(f32::NEG_INFINITY);
     let p = scores.as_mut_ptr();
@@ -375,6 +388,7 @@ pub(super) unsafe fn softmax<S: Simd>(scores: &mut [f32], n: usize, max: &mut f3
             let w = exp::<S>(S::sub(S::load(p.add(i)), base));
             S::store(p.add(i), w);
             sum = S::add(sum, w);
+            ahead.ask::<S>();
         }
         if top > *max {
             let c = if *max == f32::NEG_INFINITY { 0.0 } else { (*max - top).exp() };

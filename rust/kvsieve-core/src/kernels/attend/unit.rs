@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::inner::{Ahead, Rows, score, score_dots, score_turned, softmax, weigh_all};
+use super::inner::{Ahead, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
 use super::{Common, TILE, Unit};
 use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
 use crate::kernels::simd::{Elem, Simd, tanh};
@@ -91,23 +91,6 @@ impl<E: Elem> Tile<E> {
         let none =
             Piece { keys: std::ptr::null(), values: std::ptr::null(), len: 0, slot: 0, variant: 0, rotate: false };
         Tile { pieces: [none; TILE], num_pieces: 0, len: 0 }
-    }
-
-    /// What to ask for while `now` is worked on, when this tile comes next: its keys and its values.
-    ///
-    /// Nothing, where the machine finds out by itself: when memory is read from one end to the other. More channels than one pass
-    /// over the values takes break that pattern, and so does turning, which reads both halves of a row at once.
-    #[inline(always)]
-    fn ahead<S: Simd>(&self, now: &Tile<E>, dim: usize, value_dim: usize) -> (Option<Ahead>, Option<Ahead>) {
-        if self.num_pieces == 0 {
-            return (None, None);
-        }
-        let (here, last) = (&self.pieces[0], &now.pieces[now.num_pieces - 1]);
-        if value_dim <= 4 * S::LANES && !here.rotate && here.keys == last.keys.wrapping_add(last.len * dim) {
-            return (None, None);
-        }
-        let (keys, values) = (dim * size_of::<E>(), value_dim * size_of::<E>());
-        (Some(Ahead { from: here.keys.cast(), row: keys }), Some(Ahead { from: here.values.cast(), row: values }))
     }
 
     /// Takes as many of the spans from `*next` on as fit; spans are never cut.
@@ -234,7 +217,15 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
     while tiles[turn].len > 0 {
         tiles[1 - turn].fill(common, unit.kv_head, &mut next, end);
         let (tile, following) = (&tiles[turn], &tiles[1 - turn]);
-        let (next_keys, next_values) = following.ahead::<S>(tile, dim, value_dim);
+
+        // Of the next tile, its keys while this one is scored, and its values while this one is weighed: memory is read at one pace.
+        let heads = group.div_ceil(S::HEADS);
+        let step =
+            if use_dots && tile.pieces[0].variant == 0 && !tile.pieces[0].rotate { 2 * S::LANES } else { S::LANES };
+        let calls = tile.len * heads * dim / (4 * step) + group * tile.len / S::LANES;
+        let upcoming = &following.pieces[0];
+        let num_next = if following.num_pieces > 0 { upcoming.len } else { 0 };
+        let mut ahead = Ahead::new(upcoming.keys.cast(), num_next * dim * size_of::<E>(), calls);
 
         let mut at = 0;
         for piece in &tile.pieces[..tile.num_pieces] {
@@ -253,9 +244,8 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
             let q: &[f32] = if piece.variant == 0 { base } else { turned };
             let rope = common.args.trig.filter(|_| piece.rotate).map(|trig| &trig.rope);
             let rows = |h: usize| {
-                let ahead = if h == 0 && at == 0 { next_keys } else { None };
                 let queries = q[h * width..].as_ptr();
-                Rows { keys: piece.keys, n: piece.len, dim, queries, width, ahead }
+                Rows { keys: piece.keys, n: piece.len, dim, queries, width }
             };
             let to = scores.as_mut_ptr();
             // SAFETY: `piece.len` rows of `dim` elements at all places; queries and scores for the heads from `h` on, of which there
@@ -265,21 +255,26 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
                     None if use_dots && piece.variant == 0 => by_heads!(group, |h, HB| {
                         let queries = dots.as_ptr().cast::<bf16>().add(h * width).cast();
                         let rows = Rows { queries, ..rows(h).of_bf16() };
-                        score_dots::<S, HB>(&rows, to.add(h * TILE + at));
+                        score_dots::<S, HB>(&rows, to.add(h * TILE + at), &mut ahead);
                     }),
-                    None => by_heads!(group, |h, HB| score::<S, E, HB>(&rows(h), to.add(h * TILE + at))),
+                    None => by_heads!(group, |h, HB| score::<S, E, HB>(&rows(h), to.add(h * TILE + at), &mut ahead)),
                     Some(rope) if turns_by_vectors::<S>(rope, dim) => {
                         let pairs = rope.inv_freq().len();
                         let trig = (rope.in_block()[piece.slot as usize * 2 * pairs..].as_ptr(), pairs);
-                        by_heads!(group, |h, HB| score_turned::<S, E, HB>(&rows(h), trig, to.add(h * TILE + at)));
+                        by_heads!(group, |h, HB| score_turned::<S, E, HB>(
+                            &rows(h),
+                            trig,
+                            to.add(h * TILE + at),
+                            &mut ahead
+                        ));
                     }
                     Some(rope) => {
                         rotate_keys::<S, E>(piece, rope, dim, keys);
                         let keys = keys.as_ptr();
                         by_heads!(group, |h, HB| {
-                            let Rows { n, dim, queries, width, ahead, .. } = rows(h);
-                            let rows = Rows { keys, n, dim, queries, width, ahead };
-                            score::<S, f32, HB>(&rows, to.add(h * TILE + at));
+                            let Rows { n, dim, queries, width, .. } = rows(h);
+                            let rows = Rows { keys, n, dim, queries, width };
+                            score::<S, f32, HB>(&rows, to.add(h * TILE + at), &mut ahead);
                         });
                     }
                 }
@@ -302,14 +297,15 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
             }
             let sums = &mut sums[g * value_width..(g + 1) * value_width];
             // SAFETY: a whole tile of scores; sums are padded to whole vectors.
-            unsafe { softmax::<S>(scores, tile.len, &mut max[g], &mut total[g], sums) };
+            unsafe { softmax::<S>(scores, tile.len, (&mut max[g], &mut total[g]), sums, &mut ahead) };
         }
 
+        let calls = tile.len * heads * passes::<S>(value_dim);
+        let mut ahead = Ahead::new(upcoming.values.cast(), num_next * value_dim * size_of::<E>(), calls);
         by_heads!(group, |h, HB| {
-            let ahead = if h == 0 { next_values } else { None };
             let (weights, to) = (scores[h * TILE..].as_ptr(), (sums[h * value_width..].as_mut_ptr(), value_width));
             // SAFETY: weights and sums for the heads from `h` on, of which there are at least `HB`.
-            unsafe { weigh_all::<S, E, HB>(&tile.pieces[..tile.num_pieces], value_dim, weights, to, ahead) };
+            unsafe { weigh_all::<S, E, HB>(&tile.pieces[..tile.num_pieces], value_dim, weights, to, &mut ahead) };
         });
         done += tile.len;
         turn = 1 - turn;
