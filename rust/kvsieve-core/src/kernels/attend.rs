@@ -327,6 +327,13 @@ unsafe fn run_avx512<E: Elem, const D: usize>(common: &Common<'_>, unit: &mut Un
     unsafe { run_unit::<super::simd::Avx512, E, D>(common, unit, scratch) }
 }
 
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn run_neon<E: Elem, const D: usize>(common: &Common<'_>, unit: &mut Unit<'_>, scratch: &mut Scratch) {
+    // SAFETY: passed on to the caller.
+    unsafe { run_unit::<super::simd::Neon, E, D>(common, unit, scratch) }
+}
+
 fn run_sized<E: Elem, const D: usize>(level: Level, common: &Common<'_>, unit: &mut Unit<'_>) {
     thread_local! {
         static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch { lines: Vec::new() }) };
@@ -339,6 +346,9 @@ fn run_sized<E: Elem, const D: usize>(level: Level, common: &Common<'_>, unit: &
         #[cfg(target_arch = "x86_64")]
         // SAFETY: as above.
         Level::Avx2 => unsafe { run_avx2::<E, D>(common, unit, scratch) },
+        #[cfg(target_arch = "aarch64")]
+        // SAFETY: as above.
+        Level::Neon => unsafe { run_neon::<E, D>(common, unit, scratch) },
         // SAFETY: as above.
         _ => unsafe { run_unit::<super::simd::Portable, E, D>(common, unit, scratch) },
     });
