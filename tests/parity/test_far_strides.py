@@ -1,7 +1,8 @@
 """Offsets past 2^31 and 2^32 elements: the same bits as from contiguous arrays.
 
-A long context's tensors are that large, a test machine's memory is not. So the arrays lie in sparse mappings: gigabytes of addresses,
-of which a few pages are touched. An offset that loses its upper half lands on other pages, whose zeros or poison differ from the data.
+A long context's tensors are that large, a test machine's memory is not. So the arrays lie in sparse mappings: gigabytes of
+addresses, of which a few pages are touched. An offset that loses its upper half lands on other pages, whose zeros or other tokens
+differ from the data.
 """
 
 from __future__ import annotations
