@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-__all__ = ["DECODE", "PREFILL", "Way", "exact", "generate_default"]
+__all__ = ["DECODE", "IN_F32", "PREFILL", "Way", "exact", "generate_default"]
 
 Way = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, float], torch.Tensor]
 
@@ -121,6 +121,10 @@ def flash_in_f32(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float
 
 PREFILL: dict[str, Way] = {"repeated_sdpa": repeated_sdpa, "flash": flash, "flash_in_f32": flash_in_f32}
 """Formulations for a causal chunk, by name; they return ``[1, m, H, D]``."""
+
+
+IN_F32 = {"packed_in_f32", "flash_in_f32"}
+"""Formulations for 16-bit elements; in float32 they are others under another name."""
 
 
 def exact(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False) -> torch.Tensor:
