@@ -14,7 +14,7 @@ import torch
 from kvsieve import _core
 from kvsieve.backends import AttendCall, get
 from kvsieve.bench import DTYPES, Options, Shape, rivals
-from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, interleaved, quickest, readers, steady
+from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, figure, interleaved, quickest, readers, steady
 from kvsieve.bench.report import TOLERANCE, Report, check
 from kvsieve.rope import LayerRope
 
@@ -186,11 +186,11 @@ def print_row(
         f"{speed / 1e9:.1f}",
         f"{speed / read:.2f}",
     ]
-    cells += [f"{ms['raw']:.3g}", f"{ratios['raw']:.2f}"]
-    cells += [f"{ms['generate_default']:.3g}", f"{ratios['generate_default']:.1f}"]
+    cells += [figure(times["raw"].median), f"{ratios['raw']:.2f}"]
+    cells += [figure(times["generate_default"].median), f"{ratios['generate_default']:.1f}"]
     # Not exact enough to be timed: say so rather than leave the row out.
-    cells += [f"{ms[packed]:.3g}", f"{ratios[packed]:.1f}"] if packed in ms else ["inexact", ""]
-    cells += [f"{ms[best]:.3g}", f"{ratios[best]:.1f}", best]
+    cells += [figure(times[packed].median), f"{ratios[packed]:.1f}"] if packed in ms else ["inexact", ""]
+    cells += [figure(times[best].median), f"{ratios[best]:.1f}", best]
     cells += [f"{errors['rotated']:.0e}", f"{errors['generate_default']:.0e}"]
     report.row(
         cells,

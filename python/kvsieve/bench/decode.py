@@ -20,7 +20,7 @@ import torch
 
 import kvsieve
 from kvsieve.bench import DTYPES, Options, Shape
-from kvsieve.bench.measure import Clock, Run, interleaved, readers, steady
+from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, steady
 from kvsieve.bench.report import Report
 from kvsieve.errors import AccuracyError
 from kvsieve.roles import Policy
@@ -157,7 +157,9 @@ def held(seen: int) -> list[int]:
 
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
-    report.note("x: times as fast as transformers' full cache; ceiling: 1 + KV bytes / weight bytes")
+    report.note(
+        "x: times as fast as transformers' full cache; ceiling: 1 + KV bytes / weight bytes, of what letting go gains over Full()"
+    )
     report.head(*COLUMNS)
     with steady(options.threads) as clock:
         for dtype in options.dtypes:
@@ -207,7 +209,7 @@ def measure(dtype: str, kind: torch.dtype, length: int, rounds: int, clock: Cloc
     ratios = {name: times["transformers"].median / times[name].median for name in ("Full", *BOUNDED)}
     cells = [dtype, str(length), f"{read / 1e9:.1f}", str(times["transformers"]), str(times["Full"]), f"{ratios['Full']:.2f}"]
     for name in BOUNDED:
-        cells += [f"{times[name].median * 1e3:.3g}", f"{ratios[name]:.2f}"]
+        cells += [figure(times[name].median), f"{ratios[name]:.2f}"]
     cells += [f"{1 + kv / weights:.2f}", f"{errors['Full']:.0e}", f"{errors['transformers']:.0e}"]
     report.row(
         cells,

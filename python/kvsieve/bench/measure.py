@@ -18,7 +18,7 @@ import torch
 
 from kvsieve import _core
 
-__all__ = ["CACHE", "Clock", "Ring", "Run", "Timing", "available_bytes", "interleaved", "quickest", "readers", "steady"]
+__all__ = ["CACHE", "Clock", "Ring", "Run", "Timing", "available_bytes", "figure", "interleaved", "quickest", "readers", "steady"]
 
 Run = Callable[[], Any]
 Clock = Callable[[], float]
@@ -32,6 +32,11 @@ ROUND = 2e-3
 
 SLOW = 0.2
 """A call of more seconds is measured in five rounds at most."""
+
+
+def figure(seconds: float) -> str:
+    """Milliseconds to three digits, or whole ones."""
+    return f"{seconds * 1e3:.3g}" if seconds < 1 else f"{seconds * 1e3:.0f}"
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ class Timing:
         return {**times, "rounds": self.rounds, "calls": self.calls}
 
     def __str__(self) -> str:
-        return f"{self.median * 1e3:.3g} ({self.min * 1e3:.3g}-{self.max * 1e3:.3g})"
+        return f"{figure(self.median)} ({figure(self.min)}-{figure(self.max)})"
 
 
 class Ring(Generic[T]):

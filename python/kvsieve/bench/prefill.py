@@ -16,7 +16,7 @@ from kvsieve.backends import AttendCall, get
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import merge, rotate_part
 from kvsieve.bench import DTYPES, Options, Shape, rivals
-from kvsieve.bench.measure import Clock, Ring, Run, copies, interleaved, quickest, readers, steady
+from kvsieve.bench.measure import Clock, Ring, Run, copies, figure, interleaved, quickest, readers, steady
 from kvsieve.bench.report import TOLERANCE, Report, check
 from kvsieve.roles import Policy
 from kvsieve.rope import LayerRope
@@ -166,10 +166,10 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
     ratios = {name: ms[name] / ms["Full"] for name in runs if name != "Full"}
     per_query = {name: ms[name] * 1e3 / length for name in POLICIES}
     cells = [str(shape), dtype, str(length), str(times["Full"])]
-    cells += [f"{ms['generate_default']:.3g}", f"{ratios['generate_default']:.2f}"]
-    cells += [f"{ms[best]:.3g}", f"{ratios[best]:.2f}", best]
+    cells += [figure(times["generate_default"].median), f"{ratios['generate_default']:.2f}"]
+    cells += [figure(times[best].median), f"{ratios[best]:.2f}", best]
     for name in ("StreamingLLM", "LMInfinite"):
-        cells += [f"{ms[name]:.3g}", f"{per_query[name]:.1f}"]
+        cells += [figure(times[name].median), f"{per_query[name]:.1f}"]
     cells += [f"{errors['Full']:.0e}", f"{errors['generate_default']:.0e}"]
     report.row(
         cells,
