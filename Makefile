@@ -47,6 +47,10 @@ gpu: setup ## the tests that need an NVIDIA card
 	@command -v nvidia-smi >/dev/null && nvidia-smi -L || { echo 'make gpu needs an NVIDIA card; none here, nothing ran' >&2; exit 1; }
 	$(HOUSE) .venv/bin/pytest -m gpu $(PYTEST_ARGS)
 
+.PHONY: cross
+cross: ## the core for 64-bit ARM: clippy, and its kernel tests under qemu where that is installed (some minutes)
+	@scripts/cross.sh $(CARGO_TEST_ARGS)
+
 .PHONY: lint
 lint: setup ## formatting, clippy, ruff, mypy, and the stubs of the extension against the extension
 	$(HOUSE) cargo fmt --all --check

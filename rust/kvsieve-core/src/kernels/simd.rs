@@ -322,6 +322,10 @@ impl Simd for Portable {
     unsafe fn prefetch(_p: *const u8) {}
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
@@ -568,6 +572,12 @@ macro_rules! dispatch {
             // SAFETY: passed on to the caller.
             unsafe { $run::<$crate::kernels::simd::Avx512<false>, $($g),*>($($arg),*) }
         }
+        #[cfg(target_arch = "aarch64")]
+        #[target_feature(enable = "neon")]
+        unsafe fn neon($($arg: $ty),*) -> $ret {
+            // SAFETY: passed on to the caller.
+            unsafe { $run::<$crate::kernels::simd::Neon, $($g),*>($($arg),*) }
+        }
         match $level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the level was checked to be available; the arguments meet the contract of the function.
@@ -575,6 +585,9 @@ macro_rules! dispatch {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             $crate::kernels::Level::Avx2 => unsafe { avx2($($arg),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            $crate::kernels::Level::Neon => unsafe { neon($($arg),*) },
             // SAFETY: the portable level needs nothing; the arguments meet the contract of the function.
             _ => unsafe { $run::<$crate::kernels::simd::Portable, $($g),*>($($arg),*) },
         }

@@ -248,8 +248,8 @@ pub(super) unsafe fn score_dots<S: Simd, const HB: usize>(rows: &Rows<bf16>, sco
             while c < dim {
                 for (h, acc) in acc.iter_mut().enumerate() {
                     let q = queries.add(h * width + c);
-                    for j in 0..4 {
-                        acc[j] = S::dot_bf16(acc[j], k.add(j * dim + c), q);
+                    for (j, acc) in acc.iter_mut().enumerate() {
+                        *acc = S::dot_bf16(*acc, k.add(j * dim + c), q);
                     }
                 }
                 ahead.ask::<S>();
@@ -323,7 +323,10 @@ unsafe fn weigh<S: Simd, E: Elem, const HB: usize, const C: usize, const PART: b
 /// How often [`weigh_all`] goes over the keys.
 pub(super) fn passes<S: Simd>(dim: usize) -> usize {
     let rest = dim % (4 * S::LANES);
-    dim / (4 * S::LANES) + rest / (2 * S::LANES) + rest % (2 * S::LANES) / S::LANES + usize::from(rest % S::LANES > 0)
+    dim / (4 * S::LANES)
+        + rest / (2 * S::LANES)
+        + rest % (2 * S::LANES) / S::LANES
+        + usize::from(!rest.is_multiple_of(S::LANES))
 }
 
 /// [`weigh`] for all channels.

@@ -323,6 +323,13 @@ unsafe fn run_avx512_bf16<E: Elem, const D: usize>(common: &Common<'_>, unit: &m
     unsafe { run_unit::<super::simd::Avx512<true>, E, D>(common, unit, scratch) }
 }
 
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn run_neon<E: Elem, const D: usize>(common: &Common<'_>, unit: &mut Unit<'_>, scratch: &mut Scratch) {
+    // SAFETY: passed on to the caller.
+    unsafe { run_unit::<super::simd::Neon, E, D>(common, unit, scratch) }
+}
+
 unsafe fn run_portable<E: Elem, const D: usize>(common: &Common<'_>, unit: &mut Unit<'_>, scratch: &mut Scratch) {
     // SAFETY: passed on to the caller.
     unsafe { run_unit::<super::simd::Portable, E, D>(common, unit, scratch) }
@@ -357,6 +364,8 @@ fn kernel(level: Level, arena: &Arena) -> Kernel {
         Level::Avx512 | Level::Avx512Bf16 => typed!(run_avx512),
         #[cfg(target_arch = "x86_64")]
         Level::Avx2 => typed!(run_avx2),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => typed!(run_neon),
         _ => typed!(run_portable),
     }
 }
