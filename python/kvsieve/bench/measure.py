@@ -140,8 +140,8 @@ def quickest(runs: dict[str, Run], clock: Clock, factor: float) -> list[str]:
 def readers(tensors: Sequence[torch.Tensor] = ()) -> tuple[int, dict[str, Run]]:
     """Ways to read memory by one thread, to be measured beside what they are the yardstick of; and the bytes they read.
 
-    Reads ``tensors`` (contiguous, of 4 or 2 bytes an element), for how fast memory is depends on where it lies: on the machine of the
-    first records 26 or 34 GB/s from one buffer to the next. Without any, 256 MiB of its own.
+    Reads ``tensors`` (contiguous, of 4 or 2 bytes an element), for how fast memory is depends on where it lies: on the machine of
+    the first records 26 or 34 GB/s from one buffer to the next. Without any, 256 MiB of its own.
     """
     theirs = torch.ones(64 << 20)
     ours = [x.detach().reshape(-1).view(torch.float32).numpy() for x in tensors] or [theirs.numpy()]
