@@ -9,6 +9,7 @@ import re
 import struct
 import subprocess
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from kvsieve.backends.nvrtc import SOURCES, Module
 
 SHIM = Path(__file__).resolve().parent / "cuda"
 CACHE = Path(tempfile.gettempdir()) / f"kvsieve-emulator-{os.getuid()}"
+
+_one_at_a_time = threading.Lock()
 
 
 class EmulatorError(AssertionError):
@@ -41,9 +44,7 @@ class Emulator:
     def processors(self, device: torch.device) -> int:
         return self.count
 
-    def launch(
-        self, module: Module, grid: tuple[int, int, int], block: int, args: Sequence[Any], device: torch.device
-    ) -> None:
+    def launch(self, module: Module, grid: tuple[int, int, int], block: int, args: Sequence[Any], device: torch.device) -> None:
         assert device.type == "cpu"
         if self.launches is not None:
             self.launches.append((module, grid, block, list(args)))
@@ -60,8 +61,9 @@ class Emulator:
         function, arity = self._functions[module]
         assert len(args) == arity, f"{module.expressions[0]} takes {arity} arguments, got {len(args)}"
         packed = b"".join(struct.pack("d", a) if isinstance(a, float) else struct.pack("q", a or 0) for a in args)
-        self.seed += 1
-        error = function(packed, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(block, 1, 1), self.seed)
+        with _one_at_a_time:
+            self.seed += 1
+            error = function(packed, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(block, 1, 1), self.seed)
         if error:
             raise EmulatorError(f"{module.expressions[0]}: {error.decode()}")
 
@@ -82,7 +84,17 @@ class Emulator:
             CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
                 (Path(scratch) / "kernel.cpp").write_text(source)
-                command = ["g++", "-std=c++17", "-O1", "-fno-strict-aliasing", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+                command = [
+                    "g++",
+                    "-std=c++17",
+                    "-O1",
+                    "-fno-strict-aliasing",
+                    "-fno-gnu-unique",
+                    "-Wall",
+                    "-Wno-unknown-pragmas",
+                    "-shared",
+                    "-fPIC",
+                ]
                 command += [f"-I{SHIM}", f"-I{self.folder}", "kernel.cpp", "-o", "kernel.so"]
                 done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr
@@ -98,3 +110,12 @@ def without(folder: Path, file: str, pattern: str, which: int, to: Path) -> Path
     found = list(re.finditer(pattern, text))[which]
     (to / file).write_text(text[: found.start()] + text[found.end() :])
     return to
+
+
+def install(monkeypatch: Any, emulator: Emulator) -> None:
+    """Make ``backends.get("cuda")`` the emulated one, for tensors on the CPU."""
+    from kvsieve.backends import cuda, kernels
+
+    monkeypatch.setattr(cuda, "require", lambda: None)
+    monkeypatch.setattr(cuda.CudaBackend, "device_type", "cpu")
+    monkeypatch.setitem(kernels._launchers, "cpu", emulator)

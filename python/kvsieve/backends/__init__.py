@@ -1,4 +1,4 @@
-"""The same operations, once per backend: ``reference`` (the specification, any device) and ``cpu`` (Rust)."""
+"""The same operations, once per backend: ``reference`` (the specification, any device), ``cpu`` (Rust), ``cuda`` (CUDA, CuPy)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BACKENDS", "AttendCall", "Backend", "Store", "choose", "get"]
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 """Every backend by name."""
 
 
@@ -97,14 +97,19 @@ def get(name: str) -> Backend:
 
         return CpuBackend()
     if name == "cuda":
-        raise BackendError("there is no CUDA backend yet; use backend='reference', which runs on any device, or a model on the CPU")
+        from kvsieve.backends.cuda import CudaBackend
+
+        return CudaBackend()
     raise BackendError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest backend for tensors on ``device`` in ``dtype``."""
+    """The fastest backend for tensors on ``device`` in ``dtype``.
+
+    On a CUDA device that is ``cuda``, whether or not what it needs is installed: a slower one is taken by name, never in silence.
+    """
     import torch
 
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return "cpu"
+    if dtype in (torch.float32, torch.bfloat16, torch.float16) and device.type in ("cpu", "cuda"):
+        return device.type
     return "reference"

@@ -1,11 +1,12 @@
 """The CUDA operations as torch sees them: checked arguments, launch geometry, and registration with ``torch.library``.
 
-Nothing here knows how a kernel gets onto a device. That is a :class:`Launcher`: CuPy's in :mod:`kvsieve.backends.cuda`; in the tests one
-that runs the same sources on the CPU. One launcher serves one type of device, see :func:`register`.
+Nothing here knows how a kernel gets onto a device. That is a :class:`Launcher`: CuPy's in :mod:`kvsieve.backends.cuda`; in the
+tests one that runs the same sources on the CPU. One launcher serves one type of device, see :func:`register`.
 
 Each operation is ``torch.ops.kvsieve.<name>``, with a fake (shapes and dtypes without running), so that ``torch.compile`` and graph
-capture pass through it. `blocks`, the table that says where each block lies, stands for the memory itself: operations that write keys
-and values say that they change `blocks`. Called as plain functions they skip torch's dispatcher, which costs as much as a launch.
+capture pass through it. `blocks`, the table that says where each block lies, stands for the memory itself: operations that write
+keys and values say that they change `blocks`. Called as plain functions they skip torch's dispatcher, which costs as much as a
+launch.
 
 None of them waits for the device.
 """
@@ -13,8 +14,8 @@ None of them waits for the device.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cache
-from typing import Any, Protocol, TypeVar
+from functools import cache, wraps
+from typing import Any, Protocol, TypeVar, cast
 
 import torch
 
@@ -27,6 +28,7 @@ __all__ = [
     "append",
     "attend",
     "attend_module",
+    "check_dims",
     "dims_supported",
     "gather",
     "launcher_of",
@@ -97,18 +99,21 @@ def _check(good: bool, what: str) -> None:
         raise ShapeError(what)
 
 
-def _check_dims(dtype: torch.dtype, *dims: int) -> None:
+def check_dims(dtype: torch.dtype, *dims: int) -> None:
+    """Raise BackendError where :func:`dims_supported` does not hold."""
     if not dims_supported(dtype, *dims):
         sizes = " and ".join(str(d) for d in dims)
         raise BackendError(
-            f"backend 'cuda' holds float32, bfloat16 and float16 heads of at most 256 channels in whole 16-byte pieces (a multiple of "
-            f"{16 // dtype.itemsize}), not {sizes} in {dtype}; use backend='reference'"
+            "backend 'cuda' holds float32, bfloat16 and float16 heads of at most 256 channels in whole 16-byte pieces "
+            f"(a multiple of {16 // dtype.itemsize}), not {sizes} in {dtype}; use backend='reference'"
         )
 
 
 def _check_table(name: str, x: torch.Tensor, dtype: torch.dtype, width: int, device: torch.device) -> None:
     good = x.dim() == 2 and x.shape[1] == width and x.dtype == dtype and x.is_contiguous() and x.device == device
-    _check(good, f"{name} must be a contiguous {dtype} tensor [n, {width}] on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}")
+    _check(
+        good, f"{name} must be a contiguous {dtype} tensor [n, {width}] on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
+    )
 
 
 def _check_vector(name: str, x: torch.Tensor, dtype: torch.dtype, least: int, device: torch.device) -> None:
@@ -156,22 +161,31 @@ def attend_module(dtype: torch.dtype, key_dim: int, value_dim: int, group: int, 
 
 # ---------------------------------------------------------------------------------------------------------------------- operations
 
-_library = torch.library.Library("kvsieve", "DEF")
+_library: Any = torch.library.Library("kvsieve", "DEF")  # type: ignore[no-untyped-call]
 
 
 def _operation(schema: str) -> Callable[[F], F]:
-    """Define ``kvsieve::<schema>`` and let the function implement it on every device that has a launcher."""
+    """Define ``kvsieve::<schema>`` and let the function implement it on every device that has a launcher.
+
+    The function that is returned goes through torch's dispatcher only where it is being compiled.
+    """
 
     def wrap(function: F) -> F:
-        name = _library.define(schema)
-        _library.impl(name.split("::")[-1], function, "CompositeExplicitAutograd")
-        return function
+        name = _library.define(schema).split("::")[-1]
+        _library.impl(name, function, "CompositeExplicitAutograd")
+        operation = getattr(torch.ops.kvsieve, name).default
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return (operation if torch.compiler.is_compiling() else function)(*args, **kwargs)
+
+        return cast(F, call)
 
     return wrap
 
 
 def _fake(name: str) -> Callable[[F], F]:
-    return torch.library.register_fake(f"kvsieve::{name}", lib=_library)
+    return cast("Callable[[F], F]", torch.library.register_fake(f"kvsieve::{name}", lib=_library))
 
 
 @_operation("append(Tensor k, Tensor v, Tensor(a!) blocks, Tensor appends, Tensor counts, int tokens) -> ()")
@@ -186,7 +200,7 @@ def append(
         appends: int32 ``[capacity, 4]`` (row, column, block, slot), of which ``counts[0]`` count.
         tokens: at most how many may count; sizes the launch.
     """
-    _check_dims(k.dtype, k.shape[-1], v.shape[-1])
+    check_dims(k.dtype, k.shape[-1], v.shape[-1])
     _check(
         k.dim() == 4 and v.dim() == 4 and k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device,
         f"k and v must be [rows, heads, columns, channels] alike, got {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}",
@@ -249,12 +263,12 @@ def attend(
         key_starts: int64 ``[B * q + 1]``, where each item's keys begin among ``total_keys``; None unless the mass is wanted.
 
     Returns:
-        out ``[B, q, H, Dv]`` in q's dtype (zero where nothing is read); lse float32 ``[B, q, H]`` without the learned sinks (-inf there);
-        mass float32 ``[Hkv, total_keys]``, each key's probability summed over its group (``[Hkv, 0]`` when not asked for).
+        out ``[B, q, H, Dv]`` in q's dtype (zero where nothing is read); lse float32 ``[B, q, H]`` without the learned sinks (-inf
+        there); mass float32 ``[Hkv, total_keys]``, each key's probability summed over its group (``[Hkv, 0]`` when not asked for).
     """
     _check(q.dim() == 4 and q.stride(-1) == 1, f"q must be [rows, heads, queries, channels], got {tuple(q.shape)}")
     rows, heads, queries, key_dim = q.shape
-    _check_dims(q.dtype, key_dim, value_dim)
+    check_dims(q.dtype, key_dim, value_dim)
     items, device = rows * queries, q.device
     _check(kv_heads > 0 and heads % kv_heads == 0, f"{heads} query heads are no multiple of {kv_heads} key-value heads")
     _check(0 < splits <= 65535 and items <= 65535, f"{splits} splits of {items} queries: at most 65,535 of each")
@@ -362,7 +376,7 @@ def merge(
         part_lse.shape == part.shape[:3] and part_lse.dtype == torch.float32 and part_lse.device == part.device,
         f"part_lse must be float32 {tuple(part.shape[:3])} on {part.device}, got {part_lse.dtype} {tuple(part_lse.shape)}",
     )
-    _check_dims(dtype, part.shape[3])
+    check_dims(dtype, part.shape[3])
     if sinks is not None:
         _check_vector("sinks", sinks, torch.float32, part.shape[1], part.device)
     out = part.new_empty((part.shape[0], part.shape[1], part.shape[3]), dtype=dtype)
@@ -384,7 +398,7 @@ def gather(
     blocks: torch.Tensor, runs: torch.Tensor, tokens: int, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys ``[Hkv, tokens, D]`` and values ``[Hkv, tokens, Dv]`` of ``runs``, int32 ``[n, 4]`` (block, lo, hi, tokens before)."""
-    _check_dims(dtype, key_dim, value_dim)
+    check_dims(dtype, key_dim, value_dim)
     k = torch.empty(kv_heads, tokens, key_dim, dtype=dtype, device=blocks.device)
     v = torch.empty(kv_heads, tokens, value_dim, dtype=dtype, device=blocks.device)
     _copy_runs(blocks, runs, k, v, back=False)
@@ -402,7 +416,7 @@ def _(
 @_operation("scatter(Tensor k, Tensor v, Tensor(a!) blocks, Tensor runs) -> ()")
 def scatter(k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, runs: torch.Tensor) -> None:
     """The inverse of :func:`gather`."""
-    _check_dims(k.dtype, k.shape[-1], v.shape[-1])
+    check_dims(k.dtype, k.shape[-1], v.shape[-1])
     good = k.is_contiguous() and v.is_contiguous() and k.dim() == 3 and k.shape[:2] == v.shape[:2] and k.dtype == v.dtype
     _check(good and k.device == v.device, f"k and v must be contiguous [heads, tokens, channels], got {k.shape} and {v.shape}")
     _copy_runs(blocks, runs, k, v, back=True)
@@ -424,7 +438,7 @@ def _copy_runs(blocks: torch.Tensor, runs: torch.Tensor, k: torch.Tensor, v: tor
 @_operation("move(Tensor(a!) blocks, Tensor moves, int kv_heads, int key_dim, int value_dim, ScalarType dtype) -> ()")
 def move(blocks: torch.Tensor, moves: torch.Tensor, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
     """Move tokens between slots, in the order of ``moves``, int32 ``[n, 4]`` (from, to, from_slot | to_slot << 16, length)."""
-    _check_dims(dtype, key_dim, value_dim)
+    check_dims(dtype, key_dim, value_dim)
     _check_table("blocks", blocks, torch.int64, 4, blocks.device)
     _check_table("moves", moves, torch.int32, 4, blocks.device)
     pieces = (key_dim + value_dim) * dtype.itemsize // 16
@@ -461,9 +475,7 @@ def _(positions: Any, counts: Any, frequencies: Any, table: Any) -> None:
     return None
 
 
-@_operation(
-    "rotate(Tensor x, Tensor positions, Tensor frequencies, int layout, float factor, ScalarType? dtype=None) -> Tensor"
-)
+@_operation("rotate(Tensor x, Tensor positions, Tensor frequencies, int layout, float factor, ScalarType? dtype=None) -> Tensor")
 def rotate(
     x: torch.Tensor,
     positions: torch.Tensor,
@@ -502,7 +514,7 @@ def _(
 
 @_operation("surprisal(Tensor logits, Tensor ids) -> Tensor")
 def surprisal(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """``logsumexp(logits) - logits[ids]``: float32 ``[n]`` in nats, from ``[n, V]`` and int64 ``[n]``. An id outside V gives nan."""
+    """``logsumexp(logits) - logits[ids]``: float32 ``[n]`` in nats, of ``[n, V]`` and int64 ``[n]``. An id outside V gives nan."""
     _check(logits.dim() == 2 and logits.shape[1] > 0, f"logits must be [n, vocabulary], got {tuple(logits.shape)}")
     _check(logits.dtype in DTYPES, f"surprisal takes {', '.join(map(str, DTYPES))}, got {logits.dtype}")
     _check(ids.shape == logits.shape[:1], f"{tuple(ids.shape)} ids for {logits.shape[0]} rows")
@@ -523,7 +535,7 @@ def _(logits: torch.Tensor, ids: Any) -> torch.Tensor:
 
 @_operation("top_k(Tensor x, int k) -> (Tensor, Tensor)")
 def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Columns (int64 ``[rows, k]``, ascending) of the k largest of float32 ``x`` ``[rows, n]``, and the smallest of them ``[rows]``.
+    """Columns (int64 ``[rows, k]``, ascending) of the k largest of float32 ``x`` ``[rows, n]``; the smallest of them, ``[rows]``.
 
     Of equal values the first columns are taken; nan ranks below everything.
     """

@@ -1,9 +1,9 @@
 """CUDA sources to machine code, without a card and without CuPy: NVRTC through ctypes, and a cache on disk.
 
 A *module* is one kernel file with the instantiations wanted of it. Its machine code is kept under ``$KVSIEVE_CUDA_CACHE``, else
-``$XDG_CACHE_HOME/kvsieve/cuda``, else ``~/.cache/kvsieve/cuda``, keyed by the sources, the options, the architecture and the version
-of NVRTC. Files appear whole or not at all (written aside, then renamed). Without a place to write, modules are compiled anew in each
-process.
+``$XDG_CACHE_HOME/kvsieve/cuda``, else ``~/.cache/kvsieve/cuda``, keyed by the sources, the options, the architecture and the
+version of NVRTC. Files appear whole or not at all (written aside, then renamed). Without a place to write, modules are compiled
+anew in each process.
 """
 
 from __future__ import annotations
