@@ -1,7 +1,8 @@
 // Runs a CUDA kernel on the CPU, to see whether it computes what it should. No part of kvsieve; no model of a card's memory.
 //
 // Thread blocks run one after another. Each of a block's threads is a fibre; a barrier, a shuffle or a ballot is a rendezvous at which
-// it waits for the others. Who runs next is drawn at random, so a missing barrier is a wrong answer sooner or later. Shared memory
+// it waits for the others. Who runs next is drawn at random: in half of the blocks any thread alike, in the others one warp before
+// all others as far as it gets, with a new order now and then. So a missing barrier is a wrong answer sooner or later. Shared memory
 // holds NaN until it is written, with guards between arrays. An asynchronous copy happens at once or when it is waited for, by lot.
 // Reported: threads that wait for others that will never come; lanes of a warp that meet in different operations; guards written over.
 #pragma once
@@ -55,6 +56,7 @@ struct Fibre {
 };
 
 struct Warp {
+    std::vector<int> ready;
     int arrived = 0;
     Meeting kind = Meeting::none;
     uint64_t values[2][32];
@@ -65,8 +67,9 @@ struct State {
     std::vector<Fibre> fibres{kMaxThreads};
     std::vector<char> stacks = std::vector<char>(size_t(kMaxThreads) * kStack);
     std::vector<Warp> warps{kMaxThreads / 32};
-    std::vector<int> ready;
-    int num = 0, current = -1, alive = 0, at_barrier = 0;
+    std::vector<int> order;  // of warps
+    bool unfair = false;
+    int num = 0, current = -1, alive = 0, at_barrier = 0, num_ready = 0;
     alignas(128) char memory[kShared + 64 * kGuard];
     size_t used = 0, charged = 0;
     std::vector<std::pair<int, void*>> sites;
@@ -133,16 +136,44 @@ inline void leave(int from, int to) {
 }
 #endif
 
+inline void make_ready(int thread) {
+    state.warps[thread / 32].ready.push_back(thread);
+    state.num_ready++;
+}
+
+inline void shuffle_order() {
+    for (size_t i = state.order.size(); i > 1; i--) std::swap(state.order[i - 1], state.order[draw(unsigned(i))]);
+}
+
+inline int choose() {
+    std::vector<int>* ready = nullptr;
+    unsigned at = 0;
+    if (state.unfair) {
+        if (draw(4096) == 0) shuffle_order();
+        for (int warp : state.order) {
+            ready = &state.warps[warp].ready;
+            if (!ready->empty()) break;
+        }
+        at = draw(unsigned(ready->size()));
+    } else {
+        at = draw(unsigned(state.num_ready));
+        for (int warp : state.order) {
+            ready = &state.warps[warp].ready;
+            if (at < ready->size()) break;
+            at -= unsigned(ready->size());
+        }
+    }
+    const int to = (*ready)[at];
+    (*ready)[at] = ready->back();
+    ready->pop_back();
+    state.num_ready--;
+    return to;
+}
+
 // Goes on with another thread that can; back to the launcher when none can.
 inline void go_on() {
     const int from = state.current;
-    int to = -1;
-    if (!state.ready.empty() && !state.error[0]) {
-        const size_t i = draw(unsigned(state.ready.size()));
-        to = state.ready[i];
-        state.ready[i] = state.ready.back();
-        state.ready.pop_back();
-    }
+    const int to = state.num_ready && !state.error[0] ? choose() : -1;
     state.current = to;
     if (to != from) leave(from, to);
 }
@@ -184,7 +215,7 @@ inline void barrier() {
         if (state.alive < state.num) fail("a thread ended while others wait at a barrier");
     } else {
         state.at_barrier = 0;
-        for (int i = 0; i < state.num; i++) state.ready.push_back(i);
+        for (int i = 0; i < state.num; i++) make_ready(i);
     }
     go_on();
 }
@@ -196,7 +227,7 @@ inline void meet(Meeting kind) {
     if (++warp.arrived == 32) {
         warp.arrived = 0;
         const int first = state.current / 32 * 32;
-        for (int i = first; i < first + 32; i++) state.ready.push_back(i);
+        for (int i = first; i < first + 32; i++) make_ready(i);
     }
     go_on();
 }
@@ -248,10 +279,16 @@ inline void run_block() {
     state.used = state.charged = 0;
     state.sites.clear();
     state.guards.clear();
-    state.ready.clear();
     state.alive = state.num;
-    state.at_barrier = 0;
-    for (Warp& warp : state.warps) warp = Warp();
+    state.at_barrier = state.num_ready = 0;
+    state.order.clear();
+    for (int warp = 0; warp < state.num / 32; warp++) {
+        state.order.push_back(warp);
+        state.warps[warp].ready.clear();
+        state.warps[warp].arrived = 0;
+    }
+    shuffle_order();
+    state.unfair = draw(2) != 0;
     for (int i = 0; i < state.num; i++) {
         Fibre& f = state.fibres[i];
         f.index = {i % state.block_dim.x, i / state.block_dim.x % state.block_dim.y, i / (state.block_dim.x * state.block_dim.y)};
@@ -259,7 +296,7 @@ inline void run_block() {
         f.parity = f.group = 0;
         f.copies.clear();
         prepare(i);
-        state.ready.push_back(i);
+        make_ready(i);
     }
     state.current = -1;
     go_on();

@@ -204,6 +204,20 @@ def test_attend(dtype: torch.dtype, key_dim: int, value_dim: int, group: int, la
             close(got[2], torch.cat(masses, 1), 1e-5)
 
 
+@pytest.mark.parametrize("slot", range(3))
+@pytest.mark.parametrize("where", ["key", "value", "every key"])
+def test_nan_is_seen_if_its_slot_is_read_and_only_then(where: str, slot: int) -> None:
+    held = Blocks(1, 16, 16, torch.float32, 0)
+    if where == "every key":
+        held.slabs[0][0][:] = torch.nan
+    else:
+        held.slabs[0][where == "value"][0, 64 + slot] = torch.nan
+    spans = torch.tensor([[1, 1 | 3 << 8, 0, 0]], dtype=torch.int32)  # slots 1 and 2
+    starts, q = torch.tensor([0, 1], dtype=torch.int32), torch.randn(1, 1, 1, 16)
+    out, _, _ = kernels.attend(q, held.table, starts, spans, None, None, 1, 16, 3, 0.25)
+    assert bool(out.isnan().any()) == (where == "every key" or slot in (1, 2))
+
+
 def test_merge_equals_the_reference() -> None:
     generator = torch.Generator().manual_seed(0)
     for parts, sinks in ((1, None), (3, torch.randn(2, generator=generator)), (300, None)):

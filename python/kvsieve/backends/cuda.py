@@ -360,6 +360,21 @@ class CudaStore:
 
     # ------------------------------------------------------------------------------------------------------------------- one step
 
+    def prepare(self, step: Step) -> None:
+        """Everything that `run` does on the host: the plan is uploaded, and blocks that will be written have memory.
+
+        A captured graph of :meth:`run` can then be replayed, if no buffer had to grow meanwhile (see :meth:`addresses`) and the
+        step copies no shared block.
+        """
+        plan = self._backend.plan(step, self.device)
+        self.reserve(plan.written)
+        _ = self.table
+
+    def addresses(self, step: Step) -> tuple[int, ...]:
+        """What a captured graph of this step has built in: it may be replayed while these stay the same."""
+        buffer = self._backend.plan(step, self.device).buffer
+        return self.table.data_ptr(), buffer.counts.data_ptr(), buffer.capacity
+
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._check(q, k, v)
         plan = self._backend.plan(step, self.device)
@@ -419,7 +434,7 @@ class CudaStore:
         turns = in_block = None
         if rope is not None:
             frequencies, in_block = self._backend.rope(rope, self.device)
-            turns = buffer.turns(rope, frequencies)
+            turns = buffer.turns(self._backend.same(rope), frequencies)
         return kernels.attend(
             q if q.stride(-1) == 1 else q.contiguous(),
             self.table,
@@ -534,7 +549,7 @@ class CudaStore:
     def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
         table, _ = _run_table(runs)
         self.reserve(sorted(set(table[:, 0].tolist())))
-        kernels.scatter(kernels.aligned(k).contiguous(), kernels.aligned(v).contiguous(), self.table, _upload(table, self.device))
+        kernels.scatter(kernels.aligned(k.contiguous()), kernels.aligned(v.contiguous()), self.table, _upload(table, self.device))
 
 
 def _run_table(runs: list[tuple[int, int, int]]) -> tuple[npt.NDArray[np.int32], int]:
@@ -650,7 +665,8 @@ class CudaBackend:
         require()
         self.selects = True
         self._local = _Local()
-        self._ropes: weakref.WeakKeyDictionary[LayerRope, dict[torch.device, Partial]] = weakref.WeakKeyDictionary()
+        self._ropes: dict[LayerRope, dict[torch.device, Partial]] = {}
+        self._same: weakref.WeakKeyDictionary[LayerRope, LayerRope] = weakref.WeakKeyDictionary()
 
     def plan(self, step: Step, device: torch.device) -> Plan:
         """The step's integers on ``device``: made and uploaded once, found by all layers."""
@@ -670,13 +686,21 @@ class CudaBackend:
 
     def rope(self, rope: LayerRope, device: torch.device) -> Partial:
         """A rotation on ``device``: its frequencies float64 ``[pairs]``; float32 ``[64, 2 * pairs]``, those of a block's slots."""
-        held = self._ropes.setdefault(rope, {})
+        held = self._ropes.setdefault(self.same(rope), {})
         if device not in held:
             frequencies = rope.inv_freq.to(device=device, dtype=torch.float64).contiguous()
             table = torch.empty(BLOCK, rope.rotary_dim, dtype=torch.float32, device=device)
             kernels.turns(torch.arange(BLOCK, device=device), None, frequencies, table)
             held[device] = frequencies, table
         return held[device]
+
+    def same(self, rope: LayerRope) -> LayerRope:
+        """The first rope with these frequencies: layers of a model have equal ones, and need their tables made once."""
+        found = self._same.get(rope)
+        if found is None:
+            by_value = (other for other in self._ropes if torch.equal(other.inv_freq, rope.inv_freq))
+            found = self._same[rope] = next(by_value, rope)
+        return found
 
     def splits(self, plan: Plan, kv_heads: int, group: int, key_dim: int) -> int:
         """Thread blocks per query and head: as many as fill the card once, at most one per span."""

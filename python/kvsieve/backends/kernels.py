@@ -128,7 +128,7 @@ def aligned(x: torch.Tensor) -> torch.Tensor:
     """``x``, or a copy whose rows are contiguous and begin at multiples of 16 bytes."""
     size = x.element_size()
     good = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:-1])
-    return x if good else x.contiguous()
+    return x if good else x.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(module: Module, grid: Size, args: Sequence[Argument], device: torch.device, block: int = THREADS) -> None:
@@ -419,6 +419,7 @@ def scatter(k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, runs: torch.
     check_dims(k.dtype, k.shape[-1], v.shape[-1])
     good = k.is_contiguous() and v.is_contiguous() and k.dim() == 3 and k.shape[:2] == v.shape[:2] and k.dtype == v.dtype
     _check(good and k.device == v.device, f"k and v must be contiguous [heads, tokens, channels], got {k.shape} and {v.shape}")
+    _check(aligned(k) is k and aligned(v) is v, "k and v must begin at multiples of 16 bytes")
     _copy_runs(blocks, runs, k, v, back=True)
 
 

@@ -291,7 +291,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                         for (int c = 0; c < V::channels; c++) acc[h][c] *= shrink;
                         top[h] = most;
                     }
-                    const float weight = valid && x > -KV_INF ? exp2f(x - top[h]) : 0.f;
+                    const float weight = valid && x != -KV_INF ? exp2f(x - top[h]) : 0.f;  // NaN stays NaN
                     sum[h] += weight;
                     if (lane % SAME == 0) weights[(warp * KEYS + mine) * STRIDE_P + h] = weight;
                 }
@@ -361,16 +361,14 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         float most = -KV_INF;
         for (int k = 0; k < KEY_WARPS; k++) most = fmaxf(most, tops[(k * SUBSETS + held / HEADS) * HEADS + held % HEADS]);
         float total = 0.f, value = 0.f;
-        if (most > -KV_INF) {
-            for (int k = 0; k < KEY_WARPS; k++) {
-                const int at = (k * SUBSETS + held / HEADS) * HEADS + held % HEADS;
-                const float share = exp2f(tops[at] - most);
-                total = fmaf(share, sums[at], total);
-                value = fmaf(share, all[at * DV + c], value);
-            }
+        for (int k = 0; k < KEY_WARPS; k++) {
+            const int at = (k * SUBSETS + held / HEADS) * HEADS + held % HEADS;
+            const float share = tops[at] == most ? 1.f : exp2f(tops[at] - most);
+            total = fmaf(share, sums[at], total);
+            value = fmaf(share, all[at * DV + c], value);
         }
         const i64 to = (item * heads + i64(kv_head) * group + first + held) * splits + split;
-        if (total > 0.f) part_out[to * DV + c] = value / total;
-        if (c == 0) part_lse[to] = total > 0.f ? (most + log2f(total)) * KV_LN2 : -KV_INF;
+        if (total != 0.f) part_out[to * DV + c] = value / total;
+        if (c == 0) part_lse[to] = total != 0.f ? (most + log2f(total)) * KV_LN2 : -KV_INF;
     }
 }

@@ -41,7 +41,7 @@ merge(const float* __restrict__ part, const float* __restrict__ part_lse, i64 pa
         __syncthreads();
         if (tid < num) {
             const float x = mine[begin + tid];
-            shares[tid] = x > -KV_INF ? expf(x - top) : 0.f;
+            shares[tid] = x != -KV_INF ? expf(x - top) : 0.f;  // NaN stays NaN
         }
         __syncthreads();
         for (int s = 0; s < num; s++) {
@@ -57,15 +57,15 @@ merge(const float* __restrict__ part, const float* __restrict__ part_lse, i64 pa
         }
     }
     const float sink = sinks == nullptr ? 0.f : expf(sinks[row % heads] - top);
-    const float scale = sum > 0.f ? 1.f / (sum + sink) : 0.f;
+    const float scale = sum != 0.f ? 1.f / (sum + sink) : 0.f;
 #pragma unroll
     for (int i = 0; i < HELD; i++) {
         const int c = tid + i * kThreads;
-        if (c < DV) out[row * DV + c] = narrow<T>(sum > 0.f ? acc[i] * scale : 0.f);
+        if (c < DV) out[row * DV + c] = narrow<T>(acc[i] * scale);
     }
     if (tid == 0) {
-        if (lse != nullptr) lse[row] = sum > 0.f ? top + logf(sum) : -KV_INF;
-        if (norms != nullptr) norms[row] = sum > 0.f ? top + logf(sum + sink) : KV_INF;
+        if (lse != nullptr) lse[row] = sum != 0.f ? top + logf(sum) : -KV_INF;
+        if (norms != nullptr) norms[row] = sum != 0.f ? top + logf(sum + sink) : KV_INF;
     }
 }
 
