@@ -11,6 +11,7 @@
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <tuple>
 #include <utility>
@@ -29,7 +30,7 @@
 
 namespace shim {
 
-constexpr int kMaxThreads = 1024, kStack = 96 << 10, kShared = 48 << 10, kGuard = 64;
+constexpr int kMaxThreads = 256, kStack = 96 << 10, kShared = 48 << 10, kGuard = 64;
 
 struct Dim {
     unsigned x = 0, y = 0, z = 0;
@@ -65,7 +66,7 @@ struct Warp {
 struct State {
     Dim block_index, block_dim, grid_dim;
     std::vector<Fibre> fibres{kMaxThreads};
-    std::vector<char> stacks = std::vector<char>(size_t(kMaxThreads) * kStack);
+    char* stacks = static_cast<char*>(std::malloc(size_t(kMaxThreads) * kStack));  // untouched memory costs nothing
     std::vector<Warp> warps{kMaxThreads / 32};
     std::vector<int> order;  // of warps
     bool unfair = false;
@@ -193,7 +194,7 @@ inline void enter() {
 
 inline void prepare(int i) {
     Fibre& f = state.fibres[i];
-    char* stack = state.stacks.data() + size_t(i) * kStack;
+    char* stack = state.stacks + size_t(i) * kStack;
 #if defined(__x86_64__)
     auto top = reinterpret_cast<uintptr_t>(stack + kStack) & ~uintptr_t(63);
     void** at = reinterpret_cast<void**>(top);

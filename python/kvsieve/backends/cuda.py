@@ -44,9 +44,6 @@ BAND = 256
 TIERS = ((32, 1), (128, 4), (1024, 16), (1 << 26, 64))
 """Blocks per slab below each block number, as in the CPU's arena: small budgets cost what they hold, long ones need few slabs."""
 
-RESIDENT = 3
-"""Thread blocks of `attend` that fit a multiprocessor (its registers allow no more)."""
-
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -187,6 +184,10 @@ class StepBuffer:
         self._memory[:used].copy_(staged, non_blocking=True)
         self._turned.clear()
 
+    def forget_turns(self) -> None:
+        """Let the next layer that asks make the rotations again: a graph that is being captured must hold their launch."""
+        self._turned.clear()
+
     def turns(self, rope: LayerRope, frequencies: torch.Tensor) -> torch.Tensor:
         """Rotations of the step's shifts, made by the first layer that asks."""
         table = self._tables.get(rope)
@@ -305,6 +306,7 @@ class CudaStore:
         self._host = np.zeros((64, 4), np.int64)
         self._table: torch.Tensor | None = None
         self._stale = True
+        self._prepared: Plan | None = None
 
     @property
     def bytes_held(self) -> int:
@@ -361,14 +363,19 @@ class CudaStore:
     # ------------------------------------------------------------------------------------------------------------------- one step
 
     def prepare(self, step: Step) -> None:
-        """Everything that `run` does on the host: the plan is uploaded, and blocks that will be written have memory.
+        """What `run` does before it launches what a graph can hold: the plan is uploaded, blocks that will be written have memory,
+        shared ones are copied.
 
-        A captured graph of :meth:`run` can then be replayed, if no buffer had to grow meanwhile (see :meth:`addresses`) and the
-        step copies no shared block.
+        A captured graph of :meth:`run` can then be replayed, if no buffer had to grow meanwhile (see :meth:`addresses`).
         """
         plan = self._backend.plan(step, self.device)
+        if self._prepared is plan:
+            return
         self.reserve(plan.written)
-        _ = self.table
+        table = self.table
+        if plan.copies is not None:
+            kernels.move(table, plan.copies, *self._shape, self.dtype)
+        self._prepared = plan
 
     def addresses(self, step: Step) -> tuple[int, ...]:
         """What a captured graph of this step has built in: it may be replayed while these stay the same."""
@@ -400,9 +407,7 @@ class CudaStore:
             )
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
-        self.reserve(plan.written)
-        if plan.copies is not None:
-            kernels.move(self.table, plan.copies, *self._shape, self.dtype)
+        self.prepare(plan.step)
         buffer = plan.buffer
         kernels.append(kernels.aligned(k), kernels.aligned(v), self.table, buffer.appends, buffer.counts, buffer.tokens)
 
@@ -705,8 +710,9 @@ class CudaBackend:
     def splits(self, plan: Plan, kv_heads: int, group: int, key_dim: int) -> int:
         """Thread blocks per query and head: as many as fill the card once, at most one per span."""
         heads, subsets = kernels.heads_of(group, key_dim)
+        resident = 3 if subsets == 1 else 2  # thread blocks that a multiprocessor holds; its registers allow no more
         others = kv_heads * -(-group // (heads * subsets)) * max(plan.buffer.items, 1)
-        fill = kernels.launcher_of(plan.device).processors(plan.device) * RESIDENT // others
+        fill = kernels.launcher_of(plan.device).processors(plan.device) * resident // others
         return max(1, min(fill, _round_up(plan.most_spans) if plan.most_spans > 256 else plan.most_spans))
 
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> CudaStore:

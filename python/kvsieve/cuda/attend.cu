@@ -91,7 +91,7 @@ struct Tiles {
 };
 
 template <typename T, int DK, int DV, int HEADS, int SUBSETS, bool RAW>
-__global__ void __launch_bounds__(kThreads, SUBSETS < 4 ? 3 : 2)
+__global__ void __launch_bounds__(kThreads, SUBSETS == 1 || (SUBSETS == 2 && !RAW) ? 3 : 2)
 attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks,
        const int* __restrict__ starts, const Span* __restrict__ spans, const float* __restrict__ turns,
        const float* __restrict__ in_block, i64 pairs_, i64 layout_, double factor, double scale, double softcap, i64 num_queries,
