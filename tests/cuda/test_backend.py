@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import random
 import sys
 from typing import Any
 
+import backend_cases
 import emulator
 import kvsieve
 import pytest
 import tiny
 import torch
-from drive import Layer, forwards, pad_left
+from backend_cases import close
+from drive import Layer
 from kvsieve import backends
 from kvsieve.backends import cuda, kernels
 from kvsieve.errors import BackendError, ShapeError
 from kvsieve.rope import LayerRope
 
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
+CPU = torch.device("cpu")
 
 
 @pytest.fixture
@@ -28,63 +29,16 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
     return made
 
 
-def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
-    error = (got.double() - want.double()).abs().max() / want.double().abs().max().clamp_min(1e-6)
-    assert float(error) <= tolerance, f"off by {float(error):.2e} of the largest value"
-
-
 @pytest.mark.parametrize("policy", list(tiny.POLICIES))
-@pytest.mark.parametrize("dtype", list(TOLERANCE), ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_equals_the_reference(launcher: emulator.Emulator, policy: str, dtype: torch.dtype) -> None:
-    for seed in range(3):
-        rng = random.Random(seed)
-        rows, heads, group = rng.choice([1, 2, 3]), 2, 2
-        rope = LayerRope(10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16), rng.choice(["half", "interleaved"]), 1.2)
-        extra: dict[str, Any] = {"rope": rope, "scale": 0.25, "softcap": rng.choice([None, 5.0])}
-        if seed == 1:
-            extra["sinks"] = torch.randn(heads * group)
-        made = tiny.POLICIES[policy](24)
-        tested, exact = (Layer(name, made, **extra) for name in ("cuda", "reference"))
-        generator = torch.Generator().manual_seed(seed)
-        first = rng.choice([5, 40, 300])
-        begin = (first, [rng.randint(1, first) for _ in range(rows)])
-        for width, lens in [begin, *((n, [n] * rows) for n in (1, 1, 17, 1, 5, 40, 1, 70, 1))]:
-            q, k, v = (torch.randn(rows, h, width, 16, generator=generator) for h in (heads * group, heads, heads))
-            if tested.frame == "rotated":
-                seen = [tested.planner.seen(r) if tested.planner.num_rows else 0 for r in range(rows)]
-                q, k = (tested.rotated(x, [s - (width - n) for s, n in zip(seen, lens)]) for x in (q, k))
-            q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-            scores = [torch.rand(n, generator=generator).numpy() for n in lens] if made.needs_surprisal else None
-            for layer in (tested, exact):
-                layer.rope = None  # keys are in the layer's frame already
-            got = tested.feed(q, k, v, lens, scores)
-            close(got, exact.feed(q.double(), k.double(), v.double(), lens, scores), TOLERANCE[dtype])
-            assert got.dtype == dtype
-            for row, n in enumerate(lens):
-                assert got[row, : width - n].abs().sum() == 0, "a pad's output is not zero"
-            for memory in range(tested.planner.num_memories):
-                for row in range(rows):
-                    assert tested.positions(row, memory) == exact.positions(row, memory)
-                    held, same = (layer.store.read(layer.planner.runs(memory, row)) for layer in (tested, exact))
-                    assert all(torch.equal(x.double(), y) for x, y in zip(held, same))
+    backend_cases.layer(policy, dtype, CPU)
 
 
 @pytest.mark.parametrize("policy", list(tiny.POLICIES))
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma2", "glm4"])
 def test_a_model_equals_the_reference(launcher: emulator.Emulator, family: str, policy: str) -> None:
-    model = tiny.model(family)
-    ids, mask = pad_left([tiny.ids(1, 80, 1)[0], tiny.ids(1, 61, 2)[0]])
-    logits, kept = {}, {}
-    for backend in ("cuda", "reference"):
-        with kvsieve.stream(model, tiny.POLICIES[policy](30), backend) as stream:
-            logits[backend] = forwards(model, stream.cache, ids, [50, 17, 5, 1], mask)
-            kept[backend] = [k.positions.tolist() for k in stream.kept()]
-            assert stream.stats().backend == backend
-    assert kept["cuda"] == kept["reference"]
-    for row in range(2):
-        real = mask[row].bool()
-        a, b = (logits[name][row, real] for name in ("cuda", "reference"))
-        assert float((a - b).abs().max()) < 1e-4 * float(b.abs().max())
+    backend_cases.model(family, policy, CPU)
 
 
 def test_streams_fork_crop_reorder_and_save(launcher: emulator.Emulator, tmp_path: Any) -> None:

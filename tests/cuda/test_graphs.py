@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import backend_cases
 import emulator
 import kvsieve
 import pytest
@@ -46,26 +47,7 @@ POLICIES = [name for name in tiny.POLICIES if name != "lm_infinite_middle"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_tokens_as_without_a_graph(policy: str) -> None:
-    model, new = tiny.model(), 100
-    prompt = tiny.ids(2, 50)
-    with kvsieve.stream(model, tiny.POLICIES[policy](40), "cuda") as stream:
-        stream.feed(prompt[:, :-1])
-        want = stream.generate(prompt[:, -1:], max_new_tokens=new, do_sample=False, end_turn=False)[:, 1:]
-        kept = [k.positions.tolist() for k in stream.kept()]
-        scores = [k.scores.tolist() for k in stream.kept()]
-    with kvsieve.stream(model, tiny.POLICIES[policy](40), "cuda") as stream:
-        stream.feed(prompt[:, :-1])
-        decoder = GraphDecoder(stream)
-        got = decoder.greedy(prompt[:, -1:], new)
-        assert torch.equal(got, want)
-        assert [k.positions.tolist() for k in stream.kept()] == kept
-        if policy == "sirllm":
-            torch.testing.assert_close(
-                torch.tensor([k.scores.tolist() for k in stream.kept()]), torch.tensor(scores), equal_nan=True
-            )
-        assert decoder.captures <= 2 if policy == "full" else decoder.captures == 1
-        more = stream.generate(tiny.ids(2, 3, 5), max_new_tokens=4, do_sample=False)  # and on without a graph
-        assert more.shape == (2, 7)
+    backend_cases.graph(policy, torch.device("cpu"), 100)
 
 
 def test_what_a_graph_cannot_hold_is_refused() -> None:
