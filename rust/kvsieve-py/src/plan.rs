@@ -53,7 +53,10 @@ fn table(py: Python<'_>, rows: Vec<[i32; 4]>) -> PyResult<Py<PyArray2<i32>>> {
 
 /// (from, to, from_slot | to_slot << 16, len).
 fn move_table(py: Python<'_>, list: &[plan::Move]) -> PyResult<Py<PyArray2<i32>>> {
-    table(py, list.iter().map(|m| [m.from.0, m.to.0, m.from_slot | m.to_slot << 16, m.len].map(u32::cast_signed)).collect())
+    table(
+        py,
+        list.iter().map(|m| [m.from.0, m.to.0, m.from_slot | m.to_slot << 16, m.len].map(u32::cast_signed)).collect(),
+    )
 }
 
 #[pymethods]
@@ -162,7 +165,10 @@ impl Step {
     /// rotate_keys << 16, keys of the item before the span, number of the shift below plus one or 0 for none); shifts int64, each
     /// once. None without a fast path.
     #[allow(clippy::type_complexity)]
-    fn span_table(&self, py: Python<'_>) -> PyResult<Option<(Py<PyArray1<i32>>, Py<PyArray2<i32>>, Py<PyArray1<i64>>)>> {
+    fn span_table(
+        &self,
+        py: Python<'_>,
+    ) -> PyResult<Option<(Py<PyArray1<i32>>, Py<PyArray2<i32>>, Py<PyArray1<i64>>)>> {
         let Some(spans) = &self.inner.spans else { return Ok(None) };
         let (mut shifts, mut known) = (Vec::new(), HashMap::from([(0i64, 0i32)]));
         let mut rows = Vec::with_capacity(spans.spans.len());
