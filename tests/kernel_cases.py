@@ -239,7 +239,7 @@ def append(dtype: torch.dtype, device: torch.device) -> None:
     held = Blocks(2, 16, 24, dtype, 0, device)
     before = [tuple(x.clone() for x in slab) for slab in held.slabs]
     k = torch.randn(3, 5, 2, 16).to(device, dtype).transpose(1, 2)  # [rows, heads, columns, channels], as models hand it over
-    v = torch.randn(3, 2, 5, 24).to(device, dtype)
+    v = torch.randn(3, 2, 5, 25).to(device, dtype)[..., 1:]  # rows that begin anywhere
     wanted = [(0, 4, 6, 63), (2, 0, 1, 0), (2, 1, 1, 1), (1, 3, 3, 17)]
     appends = torch.full((8, 4), 1 << 30, dtype=torch.int32)  # what lies beyond the count must not be looked at
     appends[: len(wanted)] = torch.tensor(wanted, dtype=torch.int32)

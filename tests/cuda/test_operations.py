@@ -65,7 +65,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
     with pytest.raises(BackendError, match="reference"):
         attend(q=q.double())
     with pytest.raises(ShapeError, match="16 bytes"):
-        kernels.append(*(torch.randn(1, 2, 1, 20)[..., 1:17] for _ in "kv"), held.table, spans, starts, 0)
+        kernels.scatter(*(torch.randn(2 * 16 + 1)[1:].view(2, 1, 16) for _ in "kv"), held.table, spans)
+    with pytest.raises(ShapeError, match="capacity"):
+        kernels.append(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), held.table, spans, starts, 1)
     with pytest.raises(ShapeError):
         kernels.top_k(torch.zeros(2, 3), 4)
     assert len(launched.launches) == count

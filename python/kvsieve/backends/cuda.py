@@ -97,11 +97,12 @@ class CupyLauncher:
         stream = self._streams.get(address)
         if stream is None:
             stream = self._streams[address] = self._cupy.cuda.Stream.from_external(_Stream(address))
+        values = tuple([0 if a is None else a for a in args])
         if device.index == torch.cuda.current_device():
-            function(grid, (block, 1, 1), tuple(args), stream=stream)
+            function(grid, (block, 1, 1), values, stream=stream)
         else:
             with torch.cuda.device(device):
-                function(grid, (block, 1, 1), tuple(args), stream=stream)
+                function(grid, (block, 1, 1), values, stream=stream)
 
     def _load(self, module: Module, device: torch.device) -> Any:
         major, minor = torch.cuda.get_device_capability(device)
@@ -212,6 +213,8 @@ class Plan:
         )
         self.most_spans = int(np.diff(starts).max()) if len(starts) > 1 else 0
         """Spans of the longest item."""
+        self.splits: dict[tuple[int, int, int], int] = {}
+        """See :meth:`CudaBackend.splits`."""
         self.key_starts: npt.NDArray[np.int64] | None = None
         """Where each item's keys begin among the keys of all items, and their number; None without a fast path."""
         if few:
@@ -409,7 +412,7 @@ class CudaStore:
     def _append(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
         self.prepare(plan.step)
         buffer = plan.buffer
-        kernels.append(kernels.aligned(k), kernels.aligned(v), self.table, buffer.appends, buffer.counts, buffer.tokens)
+        kernels.append(k, v, self.table, buffer.appends, buffer.counts, buffer.tokens)
 
     def _few(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
         chosen = [p for p in plan.parts if p.part.top_k] if call.top_k and self._backend.selects else []
@@ -709,11 +712,17 @@ class CudaBackend:
 
     def splits(self, plan: Plan, kv_heads: int, group: int, key_dim: int) -> int:
         """Thread blocks per query and head: as many as fill the card once, at most one per span."""
+        found = plan.splits.get((kv_heads, group, key_dim))
+        if found is not None:
+            return found
         heads, subsets = kernels.heads_of(group, key_dim)
         resident = 3 if subsets == 1 else 2  # thread blocks that a multiprocessor holds; its registers allow no more
         others = kv_heads * -(-group // (heads * subsets)) * max(plan.buffer.items, 1)
         fill = kernels.launcher_of(plan.device).processors(plan.device) * resident // others
-        return max(1, min(fill, _round_up(plan.most_spans) if plan.most_spans > 256 else plan.most_spans))
+        # Beyond the smallest capacity by powers of two, so that a growing memory changes the shape of a launch seldom.
+        most = plan.most_spans if plan.most_spans <= 256 else _round_up(plan.most_spans)
+        found = plan.splits[kv_heads, group, key_dim] = max(1, min(fill, most))
+        return found
 
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> CudaStore:
         if k.device.type != self.device_type:

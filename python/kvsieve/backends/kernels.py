@@ -109,26 +109,38 @@ def check_dims(dtype: torch.dtype, *dims: int) -> None:
         )
 
 
-def _check_table(name: str, x: torch.Tensor, dtype: torch.dtype, width: int, device: torch.device) -> None:
-    good = x.dim() == 2 and x.shape[1] == width and x.dtype == dtype and x.is_contiguous() and x.device == device
-    _check(
-        good, f"{name} must be a contiguous {dtype} tensor [n, {width}] on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}"
+def _misfit(name: str, x: torch.Tensor, dtype: torch.dtype, shape: str, device: torch.device) -> ShapeError:
+    return ShapeError(
+        f"{name} must be a contiguous {dtype} tensor {shape} on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}, "
+        f"strides {x.stride()}"
     )
+
+
+# These run for every layer of every token: messages are made only where something is wrong.
+
+
+def _check_table(name: str, x: torch.Tensor, dtype: torch.dtype, width: int, device: torch.device) -> None:
+    if x.dtype is not dtype or x.dim() != 2 or x.shape[1] != width or x.device != device or not x.is_contiguous():
+        raise _misfit(name, x, dtype, f"[n, {width}]", device)
 
 
 def _check_vector(name: str, x: torch.Tensor, dtype: torch.dtype, least: int, device: torch.device) -> None:
-    good = x.dim() == 1 and x.shape[0] >= least and x.dtype == dtype and x.is_contiguous() and x.device == device
-    _check(
-        good,
-        f"{name} must be a contiguous {dtype} tensor [at least {least}] on {device}, got {x.dtype} {tuple(x.shape)} on {x.device}",
-    )
+    if x.dtype is not dtype or x.dim() != 1 or x.shape[0] < least or x.device != device or not x.is_contiguous():
+        raise _misfit(name, x, dtype, f"[at least {least}]", device)
+
+
+def is_aligned(x: torch.Tensor) -> bool:
+    """Whether rows of ``x`` are contiguous and begin at multiples of 16 bytes."""
+    together = 0
+    *outer, last = x.stride()
+    for stride in outer:
+        together |= stride
+    return last == 1 and not x.data_ptr() & 15 and not together * x.element_size() & 15
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:
     """``x``, or a copy whose rows are contiguous and begin at multiples of 16 bytes."""
-    size = x.element_size()
-    good = x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s * size % 16 == 0 for s in x.stride()[:-1])
-    return x if good else x.clone(memory_format=torch.contiguous_format)
+    return x if is_aligned(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def _launch(module: Module, grid: Size, args: Sequence[Argument], device: torch.device, block: int = THREADS) -> None:
@@ -195,22 +207,22 @@ def append(
     """Store new tokens where ``appends`` says.
 
     Args:
-        k: ``[B, Hkv, q, D]``; v: ``[B, Hkv, q, Dv]``, rows aligned to 16 bytes.
+        k: ``[B, Hkv, q, D]``; v: ``[B, Hkv, q, Dv]``. Copied first if rows do not begin at multiples of 16 bytes.
         blocks: int64 ``[n, 4]`` (key address, value address, tokens between heads, kind 0).
         appends: int32 ``[capacity, 4]`` (row, column, block, slot), of which ``counts[0]`` count.
         tokens: at most how many may count; sizes the launch.
     """
     check_dims(k.dtype, k.shape[-1], v.shape[-1])
-    _check(
-        k.dim() == 4 and v.dim() == 4 and k.shape[:3] == v.shape[:3] and k.dtype == v.dtype and k.device == v.device,
-        f"k and v must be [rows, heads, columns, channels] alike, got {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}",
-    )
-    for name, x in (("k", k), ("v", v)):
-        _check(aligned(x) is x, f"rows of {name} must begin at multiples of 16 bytes, strides are {x.stride()}")
+    if k.dim() != 4 or v.dim() != 4 or k.shape[:3] != v.shape[:3] or k.dtype is not v.dtype or k.device != v.device:
+        raise ShapeError(
+            f"k and v must be [rows, heads, columns, channels] alike, got {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}"
+        )
+    k, v = aligned(k), aligned(v)
     _check_table("blocks", blocks, torch.int64, 4, k.device)
     _check_table("appends", appends, torch.int32, 4, k.device)
     _check_vector("counts", counts, torch.int32, 1, k.device)
-    _check(0 <= tokens <= appends.shape[0], f"tokens must be at most {appends.shape[0]}, the list's capacity, got {tokens}")
+    if not 0 <= tokens <= appends.shape[0]:
+        raise ShapeError(f"tokens must be at most {appends.shape[0]}, the list's capacity, got {tokens}")
     pieces = (k.shape[3] + v.shape[3]) * k.element_size() // 16
     grid = min(-(-tokens * k.shape[1] * pieces // THREADS), 1024)
     args = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
@@ -266,22 +278,25 @@ def attend(
         out ``[B, q, H, Dv]`` in q's dtype (zero where nothing is read); lse float32 ``[B, q, H]`` without the learned sinks (-inf
         there); mass float32 ``[Hkv, total_keys]``, each key's probability summed over its group (``[Hkv, 0]`` when not asked for).
     """
-    _check(q.dim() == 4 and q.stride(-1) == 1, f"q must be [rows, heads, queries, channels], got {tuple(q.shape)}")
+    if q.dim() != 4 or q.stride(3) != 1:
+        raise ShapeError(f"q must be [rows, heads, queries, channels], got {tuple(q.shape)}, strides {q.stride()}")
     rows, heads, queries, key_dim = q.shape
     check_dims(q.dtype, key_dim, value_dim)
     items, device = rows * queries, q.device
-    _check(kv_heads > 0 and heads % kv_heads == 0, f"{heads} query heads are no multiple of {kv_heads} key-value heads")
-    _check(0 < splits <= 65535 and items <= 65535, f"{splits} splits of {items} queries: at most 65,535 of each")
+    if kv_heads <= 0 or heads % kv_heads:
+        raise ShapeError(f"{heads} query heads are no multiple of {kv_heads} key-value heads")
+    if not 0 < splits <= 65535 or items > 65535:
+        raise ShapeError(f"{splits} splits of {items} queries: at most 65,535 of each")
     _check_table("blocks", blocks, torch.int64, 4, device)
     _check_vector("starts", starts, torch.int32, items + 1, device)
     _check_table("spans", spans, torch.int32, 4, device)
     pairs = 0
     if layout:
-        _check(turns is not None and in_block is not None, "turns and in_block are needed where something turns")
-        assert turns is not None
-        assert in_block is not None
+        if turns is None or in_block is None:
+            raise ShapeError("turns and in_block are needed where something turns")
         pairs = in_block.shape[1] // 2
-        _check(0 < 2 * pairs <= key_dim, f"{2 * pairs} rotated channels in keys of {key_dim}")
+        if not 0 < 2 * pairs <= key_dim:
+            raise ShapeError(f"{2 * pairs} rotated channels in keys of {key_dim}")
         _check_table("turns", turns, torch.float32, 2 * pairs, device)
         _check_table("in_block", in_block, torch.float32, 2 * pairs, device)
     if sinks is not None:
@@ -419,7 +434,7 @@ def scatter(k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, runs: torch.
     check_dims(k.dtype, k.shape[-1], v.shape[-1])
     good = k.is_contiguous() and v.is_contiguous() and k.dim() == 3 and k.shape[:2] == v.shape[:2] and k.dtype == v.dtype
     _check(good and k.device == v.device, f"k and v must be contiguous [heads, tokens, channels], got {k.shape} and {v.shape}")
-    _check(aligned(k) is k and aligned(v) is v, "k and v must begin at multiples of 16 bytes")
+    _check(is_aligned(k) and is_aligned(v), "k and v must begin at multiples of 16 bytes")
     _copy_runs(blocks, runs, k, v, back=True)
 
 
