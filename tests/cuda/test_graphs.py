@@ -47,7 +47,7 @@ POLICIES = [name for name in tiny.POLICIES if name != "lm_infinite_middle"]
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_tokens_as_without_a_graph(policy: str) -> None:
-    backend_cases.graph(policy, torch.device("cpu"), 100)
+    backend_cases.graph(policy, torch.device("cpu"), 80)
 
 
 def test_what_a_graph_cannot_hold_is_refused() -> None:

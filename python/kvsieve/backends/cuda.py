@@ -412,7 +412,7 @@ class CudaStore:
     def _append(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
         self.prepare(plan.step)
         buffer = plan.buffer
-        kernels.append(k, v, self.table, buffer.appends, buffer.counts, buffer.tokens)
+        kernels.run_append(k, v, self.table, buffer.appends, buffer.counts, buffer.tokens)
 
     def _few(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
         chosen = [p for p in plan.parts if p.part.top_k] if call.top_k and self._backend.selects else []
@@ -436,14 +436,14 @@ class CudaStore:
         sinks: torch.Tensor | None,
         key_starts: torch.Tensor | None = None,
         total_keys: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         heads, _, value_dim = self._shape
         raw, rope, buffer = plan.step.frame == "raw", call.rope, plan.buffer
         turns = in_block = None
         if rope is not None:
             frequencies, in_block = self._backend.rope(rope, self.device)
             turns = buffer.turns(self._backend.same(rope), frequencies)
-        return kernels.attend(
+        return kernels.run_attend(
             q if q.stride(-1) == 1 else q.contiguous(),
             self.table,
             buffer.starts,
@@ -476,6 +476,7 @@ class CudaStore:
         sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
         starts = _upload(plan.key_starts, self.device)
         out, lse, mass = self._attend_spans(q, plan, call, sinks, starts, int(plan.key_starts[-1]))
+        assert mass is not None
         return out, lse, list(torch.split(mass, np.diff(plan.key_starts).tolist(), 1))
 
     # -------------------------------------------------------------------------------------------------------------------- a chunk

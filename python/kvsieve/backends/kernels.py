@@ -217,12 +217,19 @@ def append(
         raise ShapeError(
             f"k and v must be [rows, heads, columns, channels] alike, got {k.dtype} {tuple(k.shape)} and {v.dtype} {tuple(v.shape)}"
         )
-    k, v = aligned(k), aligned(v)
     _check_table("blocks", blocks, torch.int64, 4, k.device)
     _check_table("appends", appends, torch.int32, 4, k.device)
     _check_vector("counts", counts, torch.int32, 1, k.device)
     if not 0 <= tokens <= appends.shape[0]:
         raise ShapeError(f"tokens must be at most {appends.shape[0]}, the list's capacity, got {tokens}")
+    run_append(k, v, blocks, appends, counts, tokens)
+
+
+def run_append(
+    k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, appends: torch.Tensor, counts: torch.Tensor, tokens: int
+) -> None:
+    """:func:`append` of arguments that are known to fit, as a store's own are."""
+    k, v = aligned(k), aligned(v)
     pieces = (k.shape[3] + v.shape[3]) * k.element_size() // 16
     grid = min(-(-tokens * k.shape[1] * pieces // THREADS), 1024)
     args = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
@@ -301,14 +308,60 @@ def attend(
         _check_table("in_block", in_block, torch.float32, 2 * pairs, device)
     if sinks is not None:
         _check_vector("sinks", sinks, torch.float32, heads, device)
+    if key_starts is not None:
+        _check_vector("key_starts", key_starts, torch.int64, items + 1, device)
+    out, lse, mass = run_attend(
+        q,
+        blocks,
+        starts,
+        spans,
+        turns,
+        in_block,
+        kv_heads,
+        value_dim,
+        splits,
+        scale,
+        softcap,
+        layout,
+        factor,
+        raw,
+        sinks,
+        key_starts,
+        total_keys,
+    )
+    return out, lse, lse.new_empty((kv_heads, 0)) if mass is None else mass
+
+
+def run_attend(
+    q: torch.Tensor,
+    blocks: torch.Tensor,
+    starts: torch.Tensor,
+    spans: torch.Tensor,
+    turns: torch.Tensor | None,
+    in_block: torch.Tensor | None,
+    kv_heads: int,
+    value_dim: int,
+    splits: int,
+    scale: float,
+    softcap: float,
+    layout: int,
+    factor: float,
+    raw: bool,
+    sinks: torch.Tensor | None,
+    key_starts: torch.Tensor | None,
+    total_keys: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """:func:`attend` of arguments that are known to fit, as a store's own are."""
+    rows, heads, queries, key_dim = q.shape
+    items, device = rows * queries, q.device
+    pairs = in_block.shape[1] // 2 if layout and in_block is not None else 0
     group = heads // kv_heads
     per_warp, subsets = heads_of(group, key_dim)
     chunks = -(-group // (per_warp * subsets))
     part = torch.empty(items, heads, splits, value_dim, dtype=torch.float32, device=device)
     part_lse = torch.empty(items, heads, splits, dtype=torch.float32, device=device)
-    logits = norms = None
+    logits = norms = mass = None
     if key_starts is not None:
-        _check_vector("key_starts", key_starts, torch.int64, items + 1, device)
         logits = torch.empty(heads, total_keys, dtype=torch.float32, device=device)
         norms = torch.empty(items, heads, dtype=torch.float32, device=device)
     args: list[Argument] = [q.data_ptr(), *q.stride()[:3], blocks.data_ptr(), starts.data_ptr(), spans.data_ptr()]
@@ -318,8 +371,8 @@ def attend(
     out = torch.empty(rows, queries, heads, value_dim, dtype=q.dtype, device=device)
     lse = torch.empty(rows, queries, heads, dtype=torch.float32, device=device)
     _merge(part, part_lse, heads, sinks, out, lse, norms)
-    mass = torch.empty(kv_heads, total_keys if logits is not None else 0, dtype=torch.float32, device=device)
-    if logits is not None and norms is not None and total_keys:
+    if logits is not None and norms is not None:
+        mass = torch.empty(kv_heads, total_keys, dtype=torch.float32, device=device)
         args = [logits.data_ptr(), _address(key_starts), total_keys, norms.data_ptr(), group, mass.data_ptr()]
         _launch(_module("merge", "mass"), (min(-(-total_keys // (items * THREADS)), 1024), kv_heads, items), args, device)
     return out, lse, mass
