@@ -244,7 +244,7 @@ def small() -> None:
     from kvsieve.backends import cuda
 
     cuda.require()
-    for case in (kernel_cases.CASES[1], kernel_cases.CASES[3], kernel_cases.CASES[11]):
+    for case in (kernel_cases.CASES[1], kernel_cases.CASES[3], kernel_cases.CASES[-4]):
         kernel_cases.attend(case, torch.device("cuda", 0))
     for run in kernel_cases.every(torch.device("cuda", 0)).values():
         run()

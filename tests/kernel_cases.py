@@ -136,6 +136,7 @@ CASES: list[Case] = [
     (torch.float32, 16, 16, 11, "half", 16, False),
     (torch.float32, 16, 16, 16, "half", 16, False),
     (torch.float32, 16, 16, 21, "half", 16, False),
+    *((torch.float32, 16, 16, group, "half", 16, False) for group in (4, 5, 7, 9, 10, 12, 13, 14, 15)),
     (torch.float32, 8, 24, 5, "half", 8, False),
     (torch.float32, 64, 64, 4, "half", 64, True),
     (torch.bfloat16, 64, 64, 3, "half", 64, False),

@@ -417,8 +417,8 @@ class CudaStore:
     def _few(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
         chosen = [p for p in plan.parts if p.part.top_k] if call.top_k and self._backend.selects else []
         sinks = None if call.sinks is None or chosen else call.sinks.detach().float().contiguous()
-        out, lse, _ = self._attend_spans(q, plan, call, sinks)
-        if not chosen:
+        out, lse, _ = self._attend_spans(q, plan, call, sinks, with_lse=bool(chosen))
+        if lse is None:
             return out
         for row in range(q.shape[0]):
             new = slice(q.shape[2] - plan.step.new_lens[row], None)
@@ -436,7 +436,8 @@ class CudaStore:
         sinks: torch.Tensor | None,
         key_starts: torch.Tensor | None = None,
         total_keys: int = 0,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        with_lse: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         heads, _, value_dim = self._shape
         raw, rope, buffer = plan.step.frame == "raw", call.rope, plan.buffer
         turns = in_block = None
@@ -461,6 +462,7 @@ class CudaStore:
             sinks,
             key_starts,
             total_keys,
+            with_lse,
         )
 
     def attend_mass(self, q: torch.Tensor, step: Step, call: AttendCall) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -476,6 +478,7 @@ class CudaStore:
         sinks = None if call.sinks is None else call.sinks.detach().float().contiguous()
         starts = _upload(plan.key_starts, self.device)
         out, lse, mass = self._attend_spans(q, plan, call, sinks, starts, int(plan.key_starts[-1]))
+        assert lse is not None
         assert mass is not None
         return out, lse, list(torch.split(mass, np.diff(plan.key_starts).tolist(), 1))
 

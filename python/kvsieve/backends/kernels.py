@@ -329,6 +329,7 @@ def attend(
         key_starts,
         total_keys,
     )
+    assert lse is not None
     return out, lse, lse.new_empty((kv_heads, 0)) if mass is None else mass
 
 
@@ -350,27 +351,30 @@ def run_attend(
     sinks: torch.Tensor | None,
     key_starts: torch.Tensor | None,
     total_keys: int,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
-    """:func:`attend` of arguments that are known to fit, as a store's own are."""
+    with_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    """:func:`attend` of arguments that are known to fit, as a store's own are. Gives None for what was not asked for."""
     rows, heads, queries, key_dim = q.shape
     items, device = rows * queries, q.device
     pairs = in_block.shape[1] // 2 if layout and in_block is not None else 0
     group = heads // kv_heads
     per_warp, subsets = heads_of(group, key_dim)
     chunks = -(-group // (per_warp * subsets))
-    part = torch.empty(items, heads, splits, value_dim, dtype=torch.float32, device=device)
-    part_lse = torch.empty(items, heads, splits, dtype=torch.float32, device=device)
+    parts = items * heads * splits
+    scratch = torch.empty(parts * (value_dim + 1), dtype=torch.float32, device=device)
+    part = scratch.data_ptr()
+    part_lse = part + 4 * parts * value_dim
     logits = norms = mass = None
     if key_starts is not None:
         logits = torch.empty(heads, total_keys, dtype=torch.float32, device=device)
         norms = torch.empty(items, heads, dtype=torch.float32, device=device)
     args: list[Argument] = [q.data_ptr(), *q.stride()[:3], blocks.data_ptr(), starts.data_ptr(), spans.data_ptr()]
     args += [_address(turns), _address(in_block), pairs, layout, float(factor), float(scale), float(softcap), queries, group]
-    args += [part.data_ptr(), part_lse.data_ptr(), _address(logits), _address(key_starts), total_keys]
+    args += [part, part_lse, _address(logits), _address(key_starts), total_keys]
     _launch(attend_module(q.dtype, key_dim, value_dim, group, raw), (splits, kv_heads * chunks, items), args, device)
     out = torch.empty(rows, queries, heads, value_dim, dtype=q.dtype, device=device)
-    lse = torch.empty(rows, queries, heads, dtype=torch.float32, device=device)
-    _merge(part, part_lse, heads, sinks, out, lse, norms)
+    lse = torch.empty(rows, queries, heads, dtype=torch.float32, device=device) if with_lse else None
+    _merge(part, part_lse, splits, heads, sinks, out, lse, norms)
     if logits is not None and norms is not None:
         mass = torch.empty(kv_heads, total_keys, dtype=torch.float32, device=device)
         args = [logits.data_ptr(), _address(key_starts), total_keys, norms.data_ptr(), group, mass.data_ptr()]
@@ -409,17 +413,18 @@ def _address(x: torch.Tensor | None) -> int | None:
 
 
 def _merge(
-    part: torch.Tensor,
-    part_lse: torch.Tensor,
+    part: int,
+    part_lse: int,
+    parts: int,
     heads: int,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
     lse: torch.Tensor | None,
     norms: torch.Tensor | None,
 ) -> None:
-    rows, parts = part_lse.numel() // part_lse.shape[-1], part_lse.shape[-1]
-    args = (part.data_ptr(), part_lse.data_ptr(), parts, heads, _address(sinks), out.data_ptr(), _address(lse), _address(norms))
-    _launch(_module("merge", "merge", out.dtype, part.shape[-1]), (rows, 1, 1), args, part.device)
+    dim = out.shape[-1]
+    args = (part, part_lse, parts, heads, _address(sinks), out.data_ptr(), _address(lse), _address(norms))
+    _launch(_module("merge", "merge", out.dtype, dim), (out.numel() // dim, 1, 1), args, out.device)
 
 
 @_operation("merge(Tensor part, Tensor part_lse, Tensor? sinks, ScalarType dtype) -> (Tensor, Tensor)")
@@ -449,7 +454,7 @@ def merge(
         _check_vector("sinks", sinks, torch.float32, part.shape[1], part.device)
     out = part.new_empty((part.shape[0], part.shape[1], part.shape[3]), dtype=dtype)
     lse = torch.empty_like(part_lse[..., 0], memory_format=torch.contiguous_format)
-    _merge(part, part_lse, part.shape[1], sinks, out, lse, None)
+    _merge(part.data_ptr(), part_lse.data_ptr(), part.shape[2], part.shape[1], sinks, out, lse, None)
     return out, lse
 
 

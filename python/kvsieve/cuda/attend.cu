@@ -17,7 +17,8 @@
 // Launch: grid (splits, kv_heads * chunks of HEADS * SUBSETS query heads, items), block 128.
 //
 // One thread block takes a contiguous share of an item's spans, for one key-value head and up to HEADS * SUBSETS query heads of its
-// group: every key and value is read from memory once for all of them. Tiles of TILE slots (16 KB of keys and values) pass through
+// group: every key and value is read from memory once for all of them. (Several queries of a row read for themselves: what one has
+// read, the others find in the second-level cache.) Tiles of TILE slots (16 KB of keys and values) pass through
 // two stages of shared memory, the next one under way (cp.async) while this one is computed.
 //
 // In a tile, a warp owns every (4 / SUBSETS)-th run of keys and HEADS query heads. For the scores its lanes split the channels
