@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import backend_cases
@@ -15,6 +16,7 @@ from backend_cases import close
 from drive import Layer
 from kvsieve import backends
 from kvsieve.backends import cuda, kernels
+from kvsieve.backends.nvrtc import Module
 from kvsieve.errors import BackendError, ShapeError
 from kvsieve.rope import LayerRope
 
@@ -198,6 +200,57 @@ def test_without_cupy_the_message_says_what_to_install(monkeypatch: pytest.Monke
     monkeypatch.setattr(kernels, "_launchers", {})
     with pytest.raises(BackendError, match=r"pip install cupy-cuda1\dx.*reference"):
         backends.get("cuda")
+
+
+@pytest.mark.parametrize("current", [0, 1])
+def test_the_launcher_loads_once_and_starts_on_torchs_stream(monkeypatch: pytest.MonkeyPatch, tmp_path: Any, current: int) -> None:
+    """CuPy's launcher against a stand-in for CuPy: everything but the driver."""
+    started: list[Any] = []
+    loaded: list[str] = []
+    entered: list[Any] = []
+
+    class FakeModule:
+        def load(self, cubin: bytes) -> None:
+            assert cubin[:4] == b"\x7fELF"
+            self.cubin = cubin
+
+        def get_function(self, name: str) -> Any:
+            assert name.encode() in self.cubin, "the symbol is in the machine code"
+            loaded.append(name)
+            return lambda *args, **kwargs: started.append((*args, kwargs["stream"]))
+
+    def from_external(stream: Any) -> str:
+        version, address = stream.__cuda_stream__()
+        return f"stream {version} {address}"
+
+    class FakeDevice:
+        def __init__(self, device: torch.device) -> None:
+            entered.append(device)
+
+        def __enter__(self) -> None: ...
+        def __exit__(self, *args: object) -> None: ...
+
+    stream = SimpleNamespace(from_external=from_external)
+    cupy = SimpleNamespace(cuda=SimpleNamespace(function=SimpleNamespace(Module=FakeModule), Stream=stream))
+    monkeypatch.setitem(sys.modules, "cupy", cupy)
+    monkeypatch.setenv("KVSIEVE_CUDA_CACHE", str(tmp_path))
+    for name, value in {
+        "is_available": lambda: True,
+        "current_stream": lambda device: SimpleNamespace(cuda_stream=77),
+        "current_device": lambda: current,
+        "get_device_capability": lambda device: (9, 0),
+        "get_device_properties": lambda index: SimpleNamespace(multi_processor_count=132),
+        "device": FakeDevice,
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    launcher, card = cuda.CupyLauncher(), torch.device("cuda", 0)
+    module = Module("top_k.cu", ("top_k",))
+    for _ in range(2):
+        launcher.launch(module, (1, 2, 3), 128, [7, 2.5, None], card)
+    assert len(loaded) == 1
+    assert started == [((1, 2, 3), (128, 1, 1), (7, 2.5, 0), "stream 0 77")] * 2
+    assert launcher.processors(card) == 132
+    assert len(entered) == (1 if current == 0 else 3), "another device than the current one is entered for each launch"
 
 
 def test_a_cuda_device_asks_for_the_cuda_backend() -> None:

@@ -53,7 +53,9 @@ def _candidates(stem: str) -> list[str]:
     spec = importlib.util.find_spec("nvidia")
     for root in spec.submodule_search_locations or [] if spec is not None else []:
         for folder in ("cu13/lib", "cuda_nvrtc/lib", "cu12/lib", "cu13/bin", "cu13/bin/x86_64"):
-            found += sorted(str(path) for path in Path(root, folder).glob(f"*{stem}*") if not path.name.endswith((".a", ".alt")))
+            # The `.alt` variants belong with builtins of their own.
+            paths = (p for p in Path(root, folder).glob(f"*{stem}*") if p.suffix != ".a" and ".alt." not in p.name)
+            found += sorted(str(path) for path in paths)
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     if home:
         found += sorted(str(path) for path in Path(home, "lib64").glob(f"lib{stem}.so*"))
