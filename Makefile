@@ -51,6 +51,10 @@ gpu: ## on a machine with an NVIDIA card: parity, times, sanitizer, from the whe
 	@compgen -G 'dist/*.whl' >/dev/null || $(MAKE) wheel
 	$(GPU_PYTHON) benches/gpu.py --wheel "$$(ls -t dist/*.whl | head -n 1)" $(GPU_ARGS)
 
+.PHONY: cross
+cross: ## the core for 64-bit ARM: clippy, and its kernel tests under qemu where that is installed (some minutes)
+	@scripts/cross.sh $(CARGO_TEST_ARGS)
+
 .PHONY: lint
 lint: setup ## formatting, clippy, ruff, mypy, and the stubs of the extension against the extension
 	$(HOUSE) cargo fmt --all --check

@@ -1,28 +1,18 @@
-"""How the benches measure: thread CPU time, interleaved rounds, medians. Only ratios of one run mean something."""
+"""What the benches add to `kvsieve.bench.measure`: results in pytest-benchmark's JSON. Only ratios of one run mean something."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
+from kvsieve.bench import measure
+from kvsieve.bench.measure import Run
 
-Run = Callable[[], Any]
 
-
-def interleaved(runs: dict[str, Run], rounds: int = 9, warmup: int = 2) -> dict[str, float]:
+def interleaved(runs: dict[str, Run], rounds: int = 9, *, repeat: bool = True) -> dict[str, float]:
     """Median thread-CPU seconds of each run, measured in turns on one thread."""
     torch.set_num_threads(1)
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for index in range(rounds + warmup):
-        for name, run in runs.items():
-            start = time.thread_time()
-            run()
-            if index >= warmup:
-                times[name].append(time.thread_time() - start)
-    return {name: statistics.median(values) for name, values in times.items()}
+    return {name: time.median for name, time in measure.interleaved(runs, rounds, repeat=repeat).items()}
 
 
 def record(benchmark: Any, run: Run, medians: dict[str, float], **facts: Any) -> None:
@@ -31,7 +21,7 @@ def record(benchmark: Any, run: Run, medians: dict[str, float], **facts: Any) ->
     benchmark.pedantic(run, rounds=3, iterations=1)
 
 
-def read_bandwidth(megabytes: int = 256) -> float:
+def read_bandwidth() -> float:
     """Bytes per second that one thread reads from memory, by summing a buffer larger than the caches."""
-    buffer = torch.ones(megabytes << 18)
-    return buffer.nbytes / interleaved({"sum": buffer.sum}, rounds=5)["sum"]
+    moved, yardsticks = measure.readers()
+    return moved / min(interleaved(yardsticks, rounds=5).values())

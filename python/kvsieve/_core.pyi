@@ -19,6 +19,7 @@ __all__ = [
     "keep_surprisal",
     "keep_surprisal_published",
     "keep_window",
+    "read",
     "rotate",
     "surprisal",
     "top_k",
@@ -198,6 +199,7 @@ def keep_surprisal_published(
     scores: npt.NDArray[np.float32], sinks: int, entropy_slots: int, recent: int, incoming: int = 0
 ) -> list[int]: ...
 def keep_window(n: int, sinks: int, window: int) -> list[int]: ...
+def read(x: npt.NDArray[np.float32]) -> float: ...
 def rotate(
     x: npt.NDArray[Any],
     positions: npt.NDArray[np.int64],

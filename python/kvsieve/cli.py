@@ -1,4 +1,4 @@
-"""The `kvsieve` command: see a bounded memory at work, run a model with one, look at what this machine offers.
+"""The `kvsieve` command: see a bounded memory at work, run a model with one, measure it, look at what this machine offers.
 
 torch and transformers are imported by the command that needs them, so that help and mistakes answer at once.
 """
@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_generate(commands)
+    _add_bench(commands)
     info = commands.add_parser("info", help="versions, instruction set, and the backends that can run here")
     info.add_argument("--json", action="store_true", help="print JSON instead of lines")
     info.set_defaults(run=_info)
@@ -81,6 +82,30 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--json", type=Path, help="also write prompt, text and stats to this file")
     _add_machine(generate, dtype_help="default: float32")
     generate.set_defaults(run=_generate)
+
+
+def _add_bench(commands: Any) -> None:
+    from kvsieve.bench import DTYPES
+
+    bench = commands.add_parser("bench", help="measure the kernels here, beside torch and what the memory allows")
+    tables = bench.add_subparsers(dest="table", required=True, metavar="table")
+    for table, what in (
+        ("attend", "one layer's decode attention: ours, generate's own, the best that torch can do"),
+        ("decode", "whole tokens of a model of SmolLM2-135M's shape, full cache and budgets"),
+        ("prefill", "one layer's attention of a chunk of queries; windows, whose time is linear"),
+    ):
+        one = tables.add_parser(table, help=what)
+        if table != "decode":
+            one.add_argument("--shape", nargs="+", metavar="H/KV/D", help="heads/kv heads/head size; default: 9/3/64 32/8/128")
+        one.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="element types")
+        one.add_argument("--length", nargs="+", type=_positive, help="tokens")
+        one.add_argument("--rounds", type=_positive, help="rounds of each case; default: 9, with --quick 5")
+        one.add_argument(
+            "--threads", type=_positive, default=1, help="default: 1, pinned, in CPU time; more are measured in wall time"
+        )
+        one.add_argument("--json", type=Path, help="also write everything to this file, after every row")
+        one.add_argument("--quick", action="store_true", help="two lengths and five rounds")
+    bench.set_defaults(run=_bench)
 
 
 def _add_machine(parser: argparse.ArgumentParser, *, dtype_help: str) -> None:
@@ -140,6 +165,24 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         report = {"prompt": prompt, "text": text, "stats": stats.as_dict()}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _bench(arguments: argparse.Namespace) -> int:
+    from kvsieve.bench import Options
+
+    options = Options.of(
+        arguments.table,
+        shapes=getattr(arguments, "shape", None),
+        dtypes=arguments.dtype,
+        lengths=arguments.length,
+        rounds=arguments.rounds,
+        threads=arguments.threads,
+        json=arguments.json,
+        quick=arguments.quick,
+    )
+    _need_torch(None)
+    options.run()
     return 0
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 __all__ = [
+    "AccuracyError",
     "BackendError",
+    "BenchError",
     "BudgetError",
     "CacheMismatchError",
     "KvsieveError",
@@ -54,3 +56,11 @@ class UnsupportedError(KvsieveError, NotImplementedError):
 
 class UnsupportedModelError(UnsupportedError):
     """A model whose attention kvsieve cannot serve; the message names the reason."""
+
+
+class BenchError(KvsieveError, ValueError):
+    """A measurement that cannot be made as asked: an unreadable shape, an unknown dtype, a length or a count that is too small."""
+
+
+class AccuracyError(KvsieveError, ArithmeticError):
+    """An answer that is further from float64 than it may be. What is wrong is not worth measuring."""

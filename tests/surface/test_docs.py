@@ -11,7 +11,7 @@ import pytest
 import torch
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-MODULES = ["kvsieve.policies.full", "kvsieve.policies.streaming_llm", "kvsieve.policies.lm_infinite", "kvsieve.policies.sirllm"]
+MODULES = [f"kvsieve.policies.{name}" for name in ("full", "streaming_llm", "lm_infinite", "sirllm")] + ["kvsieve.bench"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -8,6 +8,7 @@ use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::merge::{Partial, merge};
+use kvsieve_core::kernels::read::read;
 use kvsieve_core::kernels::rotate::rotate;
 use kvsieve_core::kernels::surprisal::surprisal;
 use kvsieve_core::kernels::topk::top_k;
@@ -463,6 +464,17 @@ fn top_k_equals_the_reference() {
         assert_eq!(top_k(&scores, columns, k).unwrap(), exact, "{scores:?}");
     }
     assert!(top_k(&[1.0], 1, 2).is_err());
+}
+
+#[test]
+fn reading_reads_everything() {
+    for n in [0, 1, 15, 127, 128, 129, 1000] {
+        // Small integers: sums are exact in any order.
+        let x: Vec<f32> = (0..n).map(|i| (i % 7) as f32).collect();
+        for level in levels() {
+            assert_eq!(read(&x, level), Ok(x.iter().sum::<f32>()), "{n} {level:?}");
+        }
+    }
 }
 
 #[test]

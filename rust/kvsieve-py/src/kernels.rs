@@ -5,7 +5,9 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvsieve_core::Error;
 use kvsieve_core::kernels::isa::{isa as chosen, levels};
-use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Layout, View, rotate as rotating, surprisal as surprising, topk};
+use kvsieve_core::kernels::{
+    Dtype, Elems, ElemsMut, Layout, View, read as reading, rotate as rotating, surprisal as surprising, topk,
+};
 use numpy::{
     Element, IntoPyArray, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn,
     PyReadwriteArrayDyn, PyUntypedArrayMethods,
@@ -291,6 +293,14 @@ fn top_k<'py>(py: Python<'py>, scores: PyReadonlyArray2<'_, f32>, k: usize) -> P
     best.into_pyarray(py).reshape([rows, k])
 }
 
+/// The sum of a contiguous array, read once by one thread: the yardstick of kernels that are bound by memory.
+#[pyfunction]
+fn read(py: Python<'_>, x: PyReadonlyArray1<'_, f32>) -> PyResult<f32> {
+    let x = x.as_slice().map_err(|_| shape_error("x", "contiguous", "strided".to_string()))?;
+    let level = chosen().map_err(to_py)?;
+    py.detach(|| reading::read(x, level)).map_err(to_py)
+}
+
 /// The instruction set that the kernels run on.
 #[pyfunction]
 fn isa() -> PyResult<&'static str> {
@@ -305,6 +315,7 @@ fn isa_levels() -> Vec<&'static str> {
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Rope>()?;
+    m.add_function(wrap_pyfunction!(read, m)?)?;
     m.add_function(wrap_pyfunction!(rotate, m)?)?;
     m.add_function(wrap_pyfunction!(surprisal, m)?)?;
     m.add_function(wrap_pyfunction!(top_k, m)?)?;

@@ -9,18 +9,24 @@ use crate::{Error, Result};
 pub enum Level {
     /// Plain Rust that the compiler vectorises with what the target always has.
     Portable,
+    /// What every 64-bit ARM has.
+    Neon,
     /// AVX2, FMA and F16C.
     Avx2,
     /// AVX-512 F, BW, VL and DQ.
     Avx512,
+    /// The same and AVX-512 BF16.
+    Avx512Bf16,
 }
 
 impl Level {
     pub fn name(self) -> &'static str {
         match self {
             Level::Portable => "portable",
+            Level::Neon => "neon",
             Level::Avx2 => "avx2",
             Level::Avx512 => "avx512",
+            Level::Avx512Bf16 => "avx512bf16",
         }
     }
 
@@ -42,7 +48,11 @@ impl Level {
                     && std::is_x86_feature_detected!("avx512vl")
                     && std::is_x86_feature_detected!("avx512dq")
             }
-            #[cfg(not(target_arch = "x86_64"))]
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512Bf16 => Level::Avx512.available() && std::is_x86_feature_detected!("avx512bf16"),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => std::arch::is_aarch64_feature_detected!("neon"),
+            // Levels of other machines.
             _ => false,
         }
     }
@@ -56,14 +66,17 @@ impl Level {
 fn refused(got: &str) -> Error {
     Error::OutOfRange {
         what: "KVSIEVE_ISA",
-        expected: "portable, avx2 or avx512, and one that this machine has",
+        expected: "portable, neon, avx2, avx512 or avx512bf16, and one that this machine has",
         got: got.to_string(),
     }
 }
 
 /// Every level of this machine, the slowest first.
 pub fn levels() -> Vec<Level> {
-    [Level::Portable, Level::Avx2, Level::Avx512].into_iter().filter(|l| l.available()).collect()
+    [Level::Portable, Level::Neon, Level::Avx2, Level::Avx512, Level::Avx512Bf16]
+        .into_iter()
+        .filter(|l| l.available())
+        .collect()
 }
 
 fn choose(asked: Option<&str>) -> Result<Level> {
@@ -87,6 +100,13 @@ pub fn isa() -> Result<Level> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[cfg(target_arch = "aarch64")]
+    #[test]
+    fn every_64_bit_arm_runs_on_neon() {
+        assert_eq!(levels(), [Level::Portable, Level::Neon]);
+        assert_eq!(choose(None), Ok(Level::Neon));
+    }
 
     #[test]
     fn an_unknown_level_is_refused() {

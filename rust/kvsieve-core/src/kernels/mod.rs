@@ -6,6 +6,7 @@
 pub mod attend;
 pub mod isa;
 pub mod merge;
+pub mod read;
 pub mod rotate;
 mod simd;
 pub mod surprisal;

@@ -42,13 +42,21 @@ pub(crate) trait Simd: Copy {
     unsafe fn top(a: Self::V) -> f32;
     /// Stores the sums of the four vectors to `p[0..4]`.
     unsafe fn sum4(p: *mut f32, v: [Self::V; 4]);
-    /// Asks for the cache line at `p`, which may be any address.
+    /// Asks for the cache line at `p`, which may be any address, in the second-level cache: the first is too small for a tile of
+    /// keys, one of values and what comes next, and a burst of requests to it stalls the loads at hand.
     unsafe fn prefetch(p: *const u8);
+    /// Whether [`Simd::dot_bf16`] exists.
+    const DOTS: bool = false;
+    /// `acc + k . q` over `2 * LANES` products, a lane taking two of them.
+    unsafe fn dot_bf16(acc: Self::V, _k: *const bf16, _q: *const bf16) -> Self::V {
+        acc
+    }
 }
 
 /// An element type that keys and values are stored in.
 pub(crate) trait Elem: Copy + Send + Sync + 'static {
     const ZERO: Self;
+    const IS_BF16: bool = false;
     /// # Safety
     /// As for [`Simd::load`].
     unsafe fn load<S: Simd>(p: *const Self) -> S::V;
@@ -105,6 +113,7 @@ fn round_bf16(x: f32) -> bf16 {
 
 impl Elem for bf16 {
     const ZERO: bf16 = bf16::ZERO;
+    const IS_BF16: bool = true;
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const bf16) -> S::V {
         // SAFETY: the caller's promise is the callee's.
@@ -313,6 +322,10 @@ impl Simd for Portable {
     unsafe fn prefetch(_p: *const u8) {}
 }
 
+#[cfg(target_arch = "aarch64")]
+mod neon;
+#[cfg(target_arch = "aarch64")]
+pub(crate) use neon::Neon;
 #[cfg(target_arch = "x86_64")]
 pub(crate) use x86::{Avx2, Avx512};
 
@@ -426,17 +439,31 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {
-            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
         }
     }
 
+    /// `BF16`: with the products of pairs of `bf16` that newer machines have.
     #[derive(Clone, Copy)]
-    pub(crate) struct Avx512;
+    pub(crate) struct Avx512<const BF16: bool>;
 
-    impl Simd for Avx512 {
+    impl<const BF16: bool> Simd for Avx512<BF16> {
         const LANES: usize = 16;
         const HEADS: usize = 4;
         type V = __m512;
+
+        const DOTS: bool = BF16;
+        #[inline(always)]
+        unsafe fn dot_bf16(acc: __m512, k: *const bf16, q: *const bf16) -> __m512 {
+            if BF16 {
+                // SAFETY: vectors of bits; the same size.
+                let load =
+                    |p: *const bf16| unsafe { std::mem::transmute::<__m512i, __m512bh>(_mm512_loadu_si512(p.cast())) };
+                unsafe { _mm512_dpbf16_ps(acc, load(k), load(q)) }
+            } else {
+                acc
+            }
+        }
 
         #[inline(always)]
         unsafe fn splat(x: f32) -> __m512 {
@@ -522,7 +549,7 @@ mod x86 {
         }
         #[inline(always)]
         unsafe fn prefetch(p: *const u8) {
-            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T0) }
+            unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
         }
     }
 }
@@ -543,15 +570,24 @@ macro_rules! dispatch {
         #[target_feature(enable = "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c")]
         unsafe fn avx512($($arg: $ty),*) -> $ret {
             // SAFETY: passed on to the caller.
-            unsafe { $run::<$crate::kernels::simd::Avx512, $($g),*>($($arg),*) }
+            unsafe { $run::<$crate::kernels::simd::Avx512<false>, $($g),*>($($arg),*) }
+        }
+        #[cfg(target_arch = "aarch64")]
+        #[target_feature(enable = "neon")]
+        unsafe fn neon($($arg: $ty),*) -> $ret {
+            // SAFETY: passed on to the caller.
+            unsafe { $run::<$crate::kernels::simd::Neon, $($g),*>($($arg),*) }
         }
         match $level {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: the level was checked to be available; the arguments meet the contract of the function.
-            $crate::kernels::Level::Avx512 => unsafe { avx512($($arg),*) },
+            $crate::kernels::Level::Avx512 | $crate::kernels::Level::Avx512Bf16 => unsafe { avx512($($arg),*) },
             #[cfg(target_arch = "x86_64")]
             // SAFETY: as above.
             $crate::kernels::Level::Avx2 => unsafe { avx2($($arg),*) },
+            #[cfg(target_arch = "aarch64")]
+            // SAFETY: as above.
+            $crate::kernels::Level::Neon => unsafe { neon($($arg),*) },
             // SAFETY: the portable level needs nothing; the arguments meet the contract of the function.
             _ => unsafe { $run::<$crate::kernels::simd::Portable, $($g),*>($($arg),*) },
         }

@@ -1,0 +1,345 @@
+//! One unit of work: the queries of one group over a stretch of spans, tile by tile.
+
+use half::bf16;
+
+use super::inner::{Ahead, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
+use super::{Common, TILE, Unit};
+use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
+use crate::kernels::simd::{Elem, Simd, tanh};
+use crate::plan::Span;
+
+/// A cache line, to align the scratch memory.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([f32; 16]);
+
+/// Memory that a thread keeps from unit to unit.
+pub(super) struct Scratch {
+    lines: Vec<Line>,
+}
+
+/// Bytes as `f32`s, cut into the parts that a unit needs.
+struct Parts<'a> {
+    /// The queries of the group, `[group][width]`, zero beyond the channels.
+    base: &'a mut [f32],
+    /// The same in `bf16`, two to a float, where the kernel can make use of them.
+    dots: &'a mut [f32],
+    /// The same, rotated for the spans at hand.
+    turned: &'a mut [f32],
+    /// Keys of one span, rotated: `[TILE][width]`.
+    keys: &'a mut [f32],
+    /// Scores and then weights, `[group][TILE]`.
+    scores: &'a mut [f32],
+    /// Sums, `[group][value_width]`.
+    sums: &'a mut [f32],
+    max: &'a mut [f32],
+    total: &'a mut [f32],
+}
+
+fn padded(n: usize) -> usize {
+    n.next_multiple_of(16)
+}
+
+impl Scratch {
+    pub(super) const fn new() -> Self {
+        Scratch { lines: Vec::new() }
+    }
+
+    fn cut(&mut self, group: usize, width: usize, value_width: usize) -> Parts<'_> {
+        let sizes = [group * width, group * width, TILE * width, group * TILE, group * value_width, padded(group)];
+        let need = sizes.iter().sum::<usize>() + sizes[5] + sizes[0];
+        if self.lines.len() * 16 < need {
+            self.lines.resize(need.div_ceil(16), Line([0.0; 16]));
+        }
+        let lines: &mut [[f32; 16]] = {
+            // SAFETY: a `Line` is 16 floats in 64 bytes, without padding; the borrow is passed on whole.
+            unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len()) }
+        };
+        let rest = lines.as_flattened_mut();
+        let (base, rest) = rest.split_at_mut(sizes[0]);
+        let (turned, rest) = rest.split_at_mut(sizes[1]);
+        let (keys, rest) = rest.split_at_mut(sizes[2]);
+        let (scores, rest) = rest.split_at_mut(sizes[3]);
+        let (sums, rest) = rest.split_at_mut(sizes[4]);
+        let (max, rest) = rest.split_at_mut(sizes[5]);
+        let (total, rest) = rest.split_at_mut(sizes[5]);
+        let dots = &mut rest[..sizes[0]];
+        Parts { base, dots, turned, keys, scores, sums, max, total }
+    }
+}
+
+/// A span with its addresses.
+#[derive(Clone, Copy)]
+pub(super) struct Piece<E> {
+    keys: *const E,
+    pub values: *const E,
+    pub len: usize,
+    slot: u32,
+    variant: u32,
+    rotate: bool,
+}
+
+/// Consecutive spans of at most [`TILE`] keys in all.
+struct Tile<E> {
+    pieces: [Piece<E>; TILE],
+    num_pieces: usize,
+    len: usize,
+}
+
+impl<E: Elem> Tile<E> {
+    fn new() -> Self {
+        let none =
+            Piece { keys: std::ptr::null(), values: std::ptr::null(), len: 0, slot: 0, variant: 0, rotate: false };
+        Tile { pieces: [none; TILE], num_pieces: 0, len: 0 }
+    }
+
+    /// Takes as many of the spans from `*next` on as fit; spans are never cut.
+    #[inline(always)]
+    fn fill(&mut self, common: &Common<'_>, kv_head: usize, next: &mut usize, end: usize) {
+        (self.num_pieces, self.len) = (0, 0);
+        while *next < end {
+            let span: Span = common.args.spans.spans[*next];
+            let len = (span.hi - span.lo) as usize;
+            if self.len + len > TILE {
+                break;
+            }
+            if len > 0 {
+                let (keys, values) = common.arena.rows(span.block, kv_head, span.lo);
+                let variant = common.args.trig.map_or(0, |trig| trig.variant[*next]);
+                let rotate = span.rotate_keys && common.args.trig.is_some();
+                let (keys, values) = (keys.cast(), values.cast());
+                self.pieces[self.num_pieces] = Piece { keys, values, len, slot: span.lo, variant, rotate };
+                self.num_pieces += 1;
+                self.len += len;
+            }
+            *next += 1;
+        }
+    }
+}
+
+/// Copies the group's queries, with the rope's factor where it is still missing.
+///
+/// # Safety
+/// As for [`Simd`]; `E` is the dtype of the queries.
+#[inline(always)]
+unsafe fn load_queries<S: Simd, E: Elem>(common: &Common<'_>, unit: &Unit<'_>, width: usize, base: &mut [f32]) {
+    let [_, _, queries, dim] = common.args.q.shape();
+    for (g, to) in base.chunks_exact_mut(width).enumerate() {
+        let from = common.args.q.row(unit.item / queries, unit.kv_head * common.group + g, unit.item % queries);
+        // SAFETY: a checked row of `dim` elements of the dtype that the caller vouches for.
+        unsafe { load_row::<S, E>(from.as_bytes_ptr().cast(), &mut to[..dim]) };
+        to[dim..].fill(0.0);
+        if common.factor != 1.0 {
+            let rotary = common.args.trig.map_or(0, |trig| trig.rope.rotary_dim());
+            to[..rotary].iter_mut().for_each(|x| *x *= common.factor);
+        }
+    }
+}
+
+/// Rotates the keys of a piece by their slots, into `[TILE][dim]`: for layouts of pairs that [`score_turned`] does not take.
+///
+/// # Safety
+/// As for [`Simd`]; the piece holds `len` rows of `dim` elements.
+#[inline(always)]
+unsafe fn rotate_keys<S: Simd, E: Elem>(piece: &Piece<E>, rope: &Rope, dim: usize, to: &mut [f32]) {
+    let pairs = rope.inv_freq().len();
+    let table = rope.in_block();
+    for (i, to) in to.chunks_exact_mut(dim).enumerate().take(piece.len) {
+        let trig = &table[(piece.slot as usize + i) * 2 * pairs..][..2 * pairs];
+        // SAFETY: row `i` of the piece has `dim` elements.
+        unsafe { load_row::<S, E>(piece.keys.add(i * dim), to) };
+        rotate_row(to, &trig[..pairs], &trig[pairs..], rope.layout());
+    }
+}
+
+/// Calls `$run` with as many queries at a time as the instruction set has registers for.
+macro_rules! by_heads {
+    ($group:expr, |$h:ident, $HB:ident| $run:expr) => {{
+        let mut $h = 0;
+        while $h < $group {
+            match ($group - $h).min(S::HEADS) {
+                4 => {
+                    const $HB: usize = 4;
+                    $run
+                }
+                3 => {
+                    const $HB: usize = 3;
+                    $run
+                }
+                2 => {
+                    const $HB: usize = 2;
+                    $run
+                }
+                _ => {
+                    const $HB: usize = 1;
+                    $run
+                }
+            }
+            $h += S::HEADS.min($group - $h);
+        }
+    }};
+}
+
+/// # Safety
+/// As for [`Simd`]; all spans lie in blocks with memory; `E` is the dtype of arena and queries; `D` is 0 or both dims.
+#[inline(always)]
+pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
+    common: &Common<'_>,
+    unit: &mut Unit<'_>,
+    scratch: &mut Scratch,
+) {
+    let (dim, value_dim) = if D > 0 { (D, D) } else { (common.arena.key_dim(), common.arena.value_dim()) };
+    let (width, value_width) = (padded(dim), padded(value_dim));
+    let group = common.group;
+    let Parts { base, dots, turned, keys, scores, sums, max, total } = scratch.cut(group, width, value_width);
+    // SAFETY: the caller's promise.
+    unsafe { load_queries::<S, E>(common, unit, width, base) };
+    // Queries as they came and keys as they lie need no conversion where the machine multiplies `bf16`.
+    let use_dots = S::DOTS && E::IS_BF16 && dim.is_multiple_of(2 * S::LANES) && common.factor == 1.0;
+    if use_dots {
+        // SAFETY: as many halves as floats fit into the `dots`, twice.
+        let to = unsafe { std::slice::from_raw_parts_mut(dots.as_mut_ptr().cast::<bf16>(), base.len()) };
+        // The queries were `bf16`, so nothing is rounded.
+        to.iter_mut().zip(base.iter()).for_each(|(to, &x)| *to = bf16::of_f32(x));
+    }
+    sums.fill(0.0);
+    max.fill(f32::NEG_INFINITY);
+    total.fill(0.0);
+
+    // Two, by turns: while one is worked on, the other is already on its way from memory.
+    let mut tiles = [Tile::<E>::new(), Tile::<E>::new()];
+    let mut turn = 0;
+    let (mut next, end) = (unit.spans.start, unit.spans.end);
+    let unit_keys = unit.logits.len() / group;
+    let mut done = 0;
+    let mut variant = 0;
+    tiles[0].fill(common, unit.kv_head, &mut next, end);
+    while tiles[turn].len > 0 {
+        tiles[1 - turn].fill(common, unit.kv_head, &mut next, end);
+        let (tile, following) = (&tiles[turn], &tiles[1 - turn]);
+
+        // Of the next tile, its keys while this one is scored, and its values while this one is weighed: memory is read at one pace.
+        let heads = group.div_ceil(S::HEADS);
+        let step =
+            if use_dots && tile.pieces[0].variant == 0 && !tile.pieces[0].rotate { 2 * S::LANES } else { S::LANES };
+        let calls = tile.len * heads * dim / (4 * step) + group * tile.len / S::LANES;
+        let upcoming = &following.pieces[0];
+        let num_next = if following.num_pieces > 0 { upcoming.len } else { 0 };
+        let mut ahead = Ahead::new(upcoming.keys.cast(), num_next * dim * size_of::<E>(), calls);
+
+        let mut at = 0;
+        for piece in &tile.pieces[..tile.num_pieces] {
+            if let Some(trig) = common.args.trig
+                && piece.variant != 0
+                && piece.variant != variant
+            {
+                variant = piece.variant;
+                let pairs = trig.rope.inv_freq().len();
+                let (cos, sin) = trig.table[(variant as usize - 1) * 2 * pairs..][..2 * pairs].split_at(pairs);
+                for (from, to) in base.chunks_exact(width).zip(turned.chunks_exact_mut(width)) {
+                    to.copy_from_slice(from);
+                    rotate_row(to, cos, sin, trig.rope.layout());
+                }
+            }
+            let q: &[f32] = if piece.variant == 0 { base } else { turned };
+            let rope = common.args.trig.filter(|_| piece.rotate).map(|trig| &trig.rope);
+            let rows = |h: usize| {
+                let queries = q[h * width..].as_ptr();
+                Rows { keys: piece.keys, n: piece.len, dim, queries, width }
+            };
+            let to = scores.as_mut_ptr();
+            // SAFETY: `piece.len` rows of `dim` elements at all places; queries and scores for the heads from `h` on, of which there
+            // are at least `HB`; the table of the rope has `BLOCK` rows, and the piece lies inside one block.
+            unsafe {
+                match rope {
+                    None if use_dots && piece.variant == 0 => by_heads!(group, |h, HB| {
+                        let queries = dots.as_ptr().cast::<bf16>().add(h * width).cast();
+                        let rows = Rows { queries, ..rows(h).of_bf16() };
+                        score_dots::<S, HB>(&rows, to.add(h * TILE + at), &mut ahead);
+                    }),
+                    None => by_heads!(group, |h, HB| score::<S, E, HB>(&rows(h), to.add(h * TILE + at), &mut ahead)),
+                    Some(rope) if turns_by_vectors::<S>(rope, dim) => {
+                        let pairs = rope.inv_freq().len();
+                        let trig = (rope.in_block()[piece.slot as usize * 2 * pairs..].as_ptr(), pairs);
+                        by_heads!(group, |h, HB| score_turned::<S, E, HB>(
+                            &rows(h),
+                            trig,
+                            to.add(h * TILE + at),
+                            &mut ahead
+                        ));
+                    }
+                    Some(rope) => {
+                        rotate_keys::<S, E>(piece, rope, dim, keys);
+                        let keys = keys.as_ptr();
+                        by_heads!(group, |h, HB| {
+                            let Rows { n, dim, queries, width, .. } = rows(h);
+                            let rows = Rows { keys, n, dim, queries, width };
+                            score::<S, f32, HB>(&rows, to.add(h * TILE + at), &mut ahead);
+                        });
+                    }
+                }
+            }
+            at += piece.len;
+        }
+
+        for g in 0..group {
+            let scores = &mut scores[g * TILE..(g + 1) * TILE];
+            // SAFETY: a whole tile of scores, in whole vectors.
+            unsafe {
+                scale_logits::<S>(
+                    &mut scores[..tile.len.next_multiple_of(S::LANES)],
+                    common.args.scale,
+                    common.args.softcap,
+                )
+            };
+            if unit_keys > 0 {
+                unit.logits[g * unit_keys + done..][..tile.len].copy_from_slice(&scores[..tile.len]);
+            }
+            let sums = &mut sums[g * value_width..(g + 1) * value_width];
+            // SAFETY: a whole tile of scores; sums are padded to whole vectors.
+            unsafe { softmax::<S>(scores, tile.len, (&mut max[g], &mut total[g]), sums, &mut ahead) };
+        }
+
+        let calls = tile.len * heads * passes::<S>(value_dim);
+        let mut ahead = Ahead::new(upcoming.values.cast(), num_next * value_dim * size_of::<E>(), calls);
+        by_heads!(group, |h, HB| {
+            let (weights, to) = (scores[h * TILE..].as_ptr(), (sums[h * value_width..].as_mut_ptr(), value_width));
+            // SAFETY: weights and sums for the heads from `h` on, of which there are at least `HB`.
+            unsafe { weigh_all::<S, E, HB>(&tile.pieces[..tile.num_pieces], value_dim, weights, to, &mut ahead) };
+        });
+        done += tile.len;
+        turn = 1 - turn;
+    }
+
+    for g in 0..group {
+        unit.partial[g * value_dim..(g + 1) * value_dim]
+            .copy_from_slice(&sums[g * value_width..g * value_width + value_dim]);
+    }
+    unit.partial[group * value_dim..group * (value_dim + 1)].copy_from_slice(&max[..group]);
+    unit.partial[group * (value_dim + 1)..].copy_from_slice(&total[..group]);
+}
+
+/// Whether [`score_turned`] can do it.
+#[inline(always)]
+fn turns_by_vectors<S: Simd>(rope: &Rope, dim: usize) -> bool {
+    rope.layout() == Layout::Half && rope.inv_freq().len().is_multiple_of(S::LANES) && dim.is_multiple_of(S::LANES)
+}
+
+/// Scores to logits.
+///
+/// # Safety
+/// As for [`Simd`]; whole vectors.
+#[inline(always)]
+unsafe fn scale_logits<S: Simd>(scores: &mut [f32], scale: f32, softcap: Option<f32>) {
+    for x in scores.chunks_exact_mut(S::LANES) {
+        // SAFETY: a vector of scores.
+        unsafe {
+            let y = S::mul(S::load(x.as_ptr()), S::splat(scale));
+            let y = match softcap {
+                Some(cap) => S::mul(S::splat(cap), tanh::<S>(S::mul(y, S::splat(1.0 / cap)))),
+                None => y,
+            };
+            S::store(x.as_mut_ptr(), y);
+        }
+    }
+}
