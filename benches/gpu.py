@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -615,7 +616,8 @@ def rehearsing() -> Iterator[None]:
         run()
         return run
 
-    with pytest.MonkeyPatch.context() as patched:
+    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
         emulator.install(patched, emulator.Emulator(processors=4))
         patched.setattr(graphs, "record", record)
         yield

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from kvsieve import _core
-from kvsieve.backends import AttendCall, Backend, Store
+from kvsieve.backends import AttendCall, Backend, Choosy, Store
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.roles import Residents, TopKTokens
@@ -53,6 +53,9 @@ class Engine:
         self._marks: list[_State] = []
         self.hidden: torch.Tensor | None = None
         self._layers = {layer.index: layer for layer in facts.layers}
+        if isinstance(backend, Choosy) and planner is None:
+            for layer in facts.layers:
+                backend.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
         self._first = facts.layers[0].index
         self._step: Step | None = None
         self._ids: torch.Tensor | None = None

@@ -179,6 +179,14 @@ def test_another_layers_tensors_are_refused(launcher: emulator.Emulator) -> None
         backends.get("cuda").make_store(torch.randn(1, 2, 3, 16).double(), torch.randn(1, 2, 3, 16).double())
 
 
+def test_heads_that_do_not_fit_are_refused_when_the_stream_opens(launcher: emulator.Emulator) -> None:
+    model = tiny.model(head_dim=18)
+    with pytest.raises(BackendError, match=r"18 and 18.*reference"):
+        kvsieve.stream(model, kvsieve.Full(), "cuda")
+    with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+        stream.feed(tiny.ids(1, 5))
+
+
 # ------------------------------------------------------------------------------------------------------- where something is missing
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvsieve.errors import BackendError
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.rope import LayerRope
 
-__all__ = ["BACKENDS", "AttendCall", "Backend", "Store", "choose", "get"]
+__all__ = ["BACKENDS", "AttendCall", "Backend", "Choosy", "Store", "choose", "get"]
 
 BACKENDS = ("reference", "cpu", "cuda")
 """Every backend by name."""
@@ -80,6 +80,14 @@ class Backend(Protocol):
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """``logsumexp(logits) - logits[ids]``: float32 ``[n]`` in nats, from ``[n, V]`` and int64 ``[n]``."""
+
+
+@runtime_checkable
+class Choosy(Protocol):
+    """A backend that cannot hold every layer: asked when a stream opens, not when its first token arrives."""
+
+    def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
+        """Raise BackendError if a layer like this cannot be held."""
 
 
 def get(name: str) -> Backend:

@@ -728,10 +728,14 @@ class CudaBackend:
         found = plan.splits[kv_heads, group, key_dim] = max(1, min(fill, most))
         return found
 
+    def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
+        """Raise BackendError if a layer like this cannot be held."""
+        if device.type != self.device_type:
+            raise BackendError(f"backend 'cuda' holds tensors on a CUDA device, not on {device}; use 'cpu' or 'reference'")
+        kernels.check_dims(dtype, key_dim, value_dim)
+
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> CudaStore:
-        if k.device.type != self.device_type:
-            raise BackendError(f"backend 'cuda' holds tensors on a CUDA device, not on {k.device}; use 'cpu' or 'reference'")
-        kernels.check_dims(k.dtype, k.shape[3], v.shape[3])
+        self.check_layer(k.device, k.dtype, k.shape[3], v.shape[3])
         return CudaStore(self, k, v)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
