@@ -40,7 +40,7 @@ def test_attend_writes_every_case_with_its_errors(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     for row in found["rows"]:
         assert (row["heads"], row["kv_heads"], row["head_dim"], row["length"]) == (9, 3, 64, 1024)
-        assert {"read", "read_by_torch", "rotated", "raw", "generate_default", "packed_sdpa", row["best"]} <= set(row["times"])
+        assert {"read", "rotated", "raw", "generate_default", "packed_sdpa", row["best"]} <= set(row["times"])
         others = rivals.DECODE.keys() - (rivals.IN_F32 if row["dtype"] == "f32" else ())
         assert set(row["errors"]) == {"rotated", "raw", "generate_default", *others}
         for name in ("rotated", "raw", row["best"]):

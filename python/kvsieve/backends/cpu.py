@@ -28,6 +28,12 @@ if TYPE_CHECKING:
 
 __all__ = ["CpuBackend", "CpuStore"]
 
+QUERIES = 512
+"""Queries of a piece of a long prompt."""
+
+WORK = 8 << 30
+"""Floating-point operations of one call into torch, about: a tenth of a second of one core."""
+
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
 Partial = tuple[torch.Tensor, torch.Tensor]
@@ -55,6 +61,43 @@ def _flash(
         q[None], k[None], v[None], 0.0, causal, attn_mask=bias, scale=scale
     )
     return out[0], lse[0]
+
+
+def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, scale: float) -> Partial:
+    """Causal attention of ``q`` ``[H, m, D]`` over ``num_old`` keys that all see, and then their own; as :func:`_flash`.
+
+    In pieces of at most :data:`WORK` where that is needed, because nothing can interrupt torch inside one.
+    """
+    heads, count, total = q.shape[0], q.shape[1], k.shape[1]
+    group = heads // k.shape[0]
+    if 4 * heads * count * total * q.shape[2] <= WORK:
+        pieces = [_flash(q, k[:, :num_old], v[:, :num_old], scale)] if num_old else []
+        if total > num_old:
+            pieces.append(_flash(q, k[:, num_old:], v[:, num_old:], scale, causal=True))
+        return _merged(pieces)
+    rows = []
+    for lo in range(0, count, QUERIES):
+        hi = min(lo + QUERIES, count)
+        columns = []
+        for head in range(k.shape[0]):
+            mine, keys, values = q[head * group : (head + 1) * group, lo:hi], k[head : head + 1], v[head : head + 1]
+            end = num_old + lo if total > num_old else num_old
+            size = max(QUERIES, WORK // (4 * group * QUERIES * q.shape[2]))
+            cuts = [slice(at, min(at + size, end)) for at in range(0, end, size)]
+            pieces = [_flash(mine, keys[:, cut], values[:, cut], scale) for cut in cuts]
+            if total > num_old:
+                own = slice(end, num_old + hi)
+                pieces.append(_flash(mine, keys[:, own], values[:, own], scale, causal=True))
+            columns.append(_merged(pieces))
+        rows.append((torch.cat([out for out, _ in columns]), torch.cat([lse for _, lse in columns])))
+    return torch.cat([out for out, _ in rows], 1), torch.cat([lse for _, lse in rows], 1)
+
+
+def _merged(pieces: list[Partial]) -> Partial:
+    """Partial results over disjoint keys as one."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return merge(pieces), torch.logsumexp(torch.stack([lse for _, lse in pieces]), 0)
 
 
 class CpuStore:
@@ -139,7 +182,6 @@ class CpuStore:
         return k.float(), v.float()
 
     def _chunk(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
-        out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
         rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
         width = q.shape[2]
         for plan in self._backend.plans(step):
@@ -153,6 +195,10 @@ class CpuStore:
             if tables is not None and call.rope is not None:
                 queries, keys = call.rope.turn(queries, tables[0]), call.rope.turn(keys, tables[1])
             rows[part.row].append(self._attend(queries, keys, values, plan, call))
+        if len(rows) == 1 and len(rows[0]) == 1 and call.sinks is None and step.new_lens[0] == width:
+            # The common case, without a copy: torch's kernel writes queries before heads anyway.
+            return rows[0][0][0].transpose(0, 1)[None].to(q.dtype)
+        out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
         for row, parts in enumerate(rows):
             if parts:
                 merged = parts[0][0] if len(parts) == 1 and call.sinks is None else merge(parts, call.sinks)
@@ -165,15 +211,8 @@ class CpuStore:
             if plan.visible is None:
                 plan.visible = visibility(part, q.device)
             return naive_attend(q, k, v, plan.visible, call.scale, call.softcap, part.top_k)
-        if part.near is None and plan.num_old == 0:
-            return _flash(q, k, v, call.scale, causal=True)
         if part.near is None:
-            old, new = slice(None, plan.num_old), slice(plan.num_old, None)
-            pieces = [_flash(q, k[:, old], v[:, old], call.scale)]
-            if k.shape[1] > plan.num_old:
-                pieces.append(_flash(q, k[:, new], v[:, new], call.scale, causal=True))
-            lse = torch.logsumexp(torch.stack([p[1] for p in pieces]), 0)
-            return merge(pieces), lse
+            return _dense(q, k, v, plan.num_old, call.scale)
         outs = [_flash(q[:, queries], k[:, keys], v[:, keys], call.scale, bias=bias) for queries, keys, bias in plan.band_list()]
         return torch.cat([o for o, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
 
@@ -221,4 +260,5 @@ class CpuBackend:
         return CpuStore(self, k, v)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return torch.from_numpy(_core.surprisal(_view(logits), ids.detach().contiguous().numpy(), _DTYPES[logits.dtype]))
+        targets = ids.detach().contiguous().numpy()
+        return torch.from_numpy(_core.surprisal(_view(logits), targets, _DTYPES[logits.dtype], torch.get_num_threads()))

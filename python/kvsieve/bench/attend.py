@@ -143,7 +143,7 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
         runs[frame] = ours
     runs["generate_default"] = case.theirs(rivals.generate_default)
     promising, errors = promising_ways(case, want, dtype, errors, clock)
-    bytes_read, yardsticks = readers()
+    bytes_read, yardsticks = readers([x for pair in case.pairs.copies for x in pair])
     times = interleaved({**yardsticks, **runs, **promising}, rounds, clock=clock)
     read = bytes_read / min(times[name].median for name in yardsticks)
     exact = [name for name in (*promising, "generate_default") if errors[name] <= TOLERANCE[dtype]]
@@ -175,7 +175,7 @@ def print_row(
     ms = {name: time.median * 1e3 for name, time in times.items()}
     moved = shape.token_bytes(getattr(torch, DTYPES[dtype]).itemsize) * length
     speed = moved / times["rotated"].median
-    ratios = {name: ms[name] / ms["rotated"] for name in times if name not in ("read", "read_by_torch", "rotated")}
+    ratios = {name: ms[name] / ms["rotated"] for name in times if name not in ("read", "rotated")}
     packed = "packed_sdpa"
     cells = [
         str(shape),

@@ -21,6 +21,9 @@ pub enum Error {
     OutOfMemory { bytes: usize },
     #[error("block {block} is not in the store, which holds {have} blocks")]
     BadBlock { block: u32, have: u32 },
+    /// The caller asked to stop; it knows why.
+    #[error("interrupted; nothing was changed")]
+    Interrupted,
     #[error("{0}")]
     Unsupported(&'static str),
 }

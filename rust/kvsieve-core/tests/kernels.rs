@@ -12,7 +12,9 @@ use kvsieve_core::kernels::read::read;
 use kvsieve_core::kernels::rotate::rotate;
 use kvsieve_core::kernels::surprisal::surprisal;
 use kvsieve_core::kernels::topk::top_k;
-use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, Layout, Level, Rope, SpanTrig, View, attend};
+use kvsieve_core::kernels::{
+    Attend, Dtype, Elems, ElemsMut, Layout, Level, Rope, SpanTrig, View, attend, attend_unless,
+};
 use kvsieve_core::plan::{Append, Frame, Move, Span, Spans, Step};
 use kvsieve_core::reference;
 use kvsieve_core::store::arena::Arena;
@@ -415,7 +417,10 @@ fn surprisal_equals_the_reference() {
         let wide = logits.f64s();
         for level in levels() {
             let mut out = vec![0f32; rows];
-            surprisal(&logits.view([1, 1, rows, vocabulary]), dtype, &ids, &mut out, level).unwrap();
+            for threads in [1, 3] {
+                let view = logits.view([1, 1, rows, vocabulary]);
+                surprisal(&view, dtype, &ids, &mut out, (level, threads), &|| false).unwrap();
+            }
             for (i, got) in out.iter().enumerate() {
                 let exact = reference::surprisal(&wide[i * vocabulary..(i + 1) * vocabulary], ids[i] as usize);
                 assert!((f64::from(*got) - exact).abs() <= 2e-6 * exact.max(1.0), "{got} {exact}");
@@ -425,12 +430,57 @@ fn surprisal_equals_the_reference() {
 }
 
 #[test]
+fn long_calls_stop_when_asked_and_threads_change_no_bit() {
+    let (rows, vocabulary) = (300, 40_000);
+    let mut noise = Noise(13);
+    let logits: Vec<f32> = (0..rows * vocabulary).map(|_| noise.unit() * 30.0).collect();
+    let view = View::contiguous("logits", Elems::F32(&logits), [1, 1, rows, vocabulary]).unwrap();
+    let ids: Vec<i64> = (0..rows).map(|i| i as i64).collect();
+    let level = *levels().last().unwrap();
+    let of = |threads, stop: &dyn Fn() -> bool| {
+        let mut out = vec![-1f32; rows];
+        surprisal(&view, Dtype::F32, &ids, &mut out, (level, threads), stop).map(|()| out)
+    };
+    let alone = of(1, &|| false).unwrap();
+    assert_eq!(of(2, &|| false).unwrap(), alone);
+    assert_eq!(of(1, &|| true), Err(Error::Interrupted));
+    assert!(of(0, &|| false).is_err());
+
+    // 48 MB of keys and values: more than one breath.
+    let (heads, dim, tokens) = (4, 64, 96 * 1024);
+    let mut arena = Arena::new(heads, dim, dim, Dtype::F16).unwrap();
+    arena.ensure(tokens / 64).unwrap();
+    let span = |block| Span { block: BlockId(block), lo: 0, hi: 64, shift: 0, rotate_keys: false };
+    let all: Vec<Span> = (0..tokens / 64).map(span).collect();
+    let spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0, all.len() as u32], spans: all };
+    let q = vec![0u16; heads * dim];
+    let q = View::contiguous("q", Elems::Bits(&q), [1, heads, 1, dim]).unwrap();
+    let args = Attend {
+        q,
+        spans: &spans,
+        trig: None,
+        scale: 1.0,
+        softcap: None,
+        sinks: None,
+        apply_factor: false,
+        threads: 1,
+        level,
+    };
+    let mut out = vec![7u16; heads * dim];
+    let stopped = attend_unless(&arena, &args, ElemsMut::Bits(&mut out), None, None, &|| true);
+    assert_eq!(stopped, Err(Error::Interrupted));
+    assert!(out.iter().all(|&x| x == 7));
+    attend_unless(&arena, &args, ElemsMut::Bits(&mut out), None, None, &|| false).unwrap();
+    assert!(out.iter().all(|&x| x == 0));
+}
+
+#[test]
 fn surprisal_stays_finite() {
     let inf = f32::INFINITY;
     let of = |row: &[f32], id: i64, level| {
         let mut out = [0f32];
         let view = View::contiguous("logits", Elems::F32(row), [1, 1, 1, row.len()]).unwrap();
-        surprisal(&view, Dtype::F32, &[id], &mut out, level).map(|()| out[0])
+        surprisal(&view, Dtype::F32, &[id], &mut out, (level, 1), &|| false).map(|()| out[0])
     };
     for level in levels() {
         assert!((of(&[0.0, -120.0, -1.0], 1, level).unwrap() - 120.3133).abs() < 1e-4);

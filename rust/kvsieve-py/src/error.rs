@@ -3,6 +3,25 @@
 use kvsieve_core::Error;
 use pyo3::exceptions::PyMemoryError;
 use pyo3::prelude::*;
+use std::sync::{Mutex, PoisonError};
+
+/// Asks Python, from inside a long call, whether a signal such as Ctrl-C has arrived, and keeps what its handler raised.
+#[derive(Default)]
+pub struct Signals(Mutex<Option<PyErr>>);
+
+impl Signals {
+    pub fn arrived(&self) -> bool {
+        let Err(raised) = Python::attach(|py| py.check_signals()) else { return false };
+        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = Some(raised);
+        true
+    }
+
+    /// What to raise for `err`.
+    pub fn error(&self, err: Error) -> PyErr {
+        let raised = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        raised.unwrap_or_else(|| to_py(err))
+    }
+}
 
 /// The Python exception for a core error.
 pub fn to_py(err: Error) -> PyErr {

@@ -14,7 +14,7 @@ use numpy::{
 };
 use pyo3::prelude::*;
 
-use crate::error::to_py;
+use crate::error::{Signals, to_py};
 
 fn shape_error(what: &'static str, expected: &str, got: String) -> PyErr {
     to_py(Error::Shape { what, expected: expected.to_string(), got })
@@ -264,12 +264,13 @@ fn rotate(
 
 /// Negative log-probability of each row's realised token.
 #[pyfunction]
-#[pyo3(signature = (logits, ids, dtype=None))]
+#[pyo3(signature = (logits, ids, dtype=None, threads=1))]
 fn surprisal<'py>(
     py: Python<'py>,
     logits: &Bound<'py, PyAny>,
     ids: PyReadonlyArray1<'_, i64>,
     dtype: Option<&str>,
+    threads: usize,
 ) -> PyResult<Bound<'py, numpy::PyArray1<f32>>> {
     let logits = Input::new("logits", logits)?;
     let dtype = dtype_of(&logits, dtype)?;
@@ -280,7 +281,9 @@ fn surprisal<'py>(
     let ids = ids.as_slice().map_err(|_| shape_error("ids", "contiguous", "strided".to_string()))?;
     let level = chosen().map_err(to_py)?;
     let mut out = vec![0f32; ids.len()];
-    py.detach(|| surprising::surprisal(&view, dtype, ids, &mut out, level)).map_err(to_py)?;
+    let signals = Signals::default();
+    py.detach(|| surprising::surprisal(&view, dtype, ids, &mut out, (level, threads), &|| signals.arrived()))
+        .map_err(|err| signals.error(err))?;
     Ok(out.into_pyarray(py))
 }
 

@@ -5,14 +5,14 @@ use std::sync::{Arc, PoisonError, RwLock};
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
 use kvsieve_core::kernels::isa::isa;
-use kvsieve_core::kernels::{Attend, Dtype, SpanTrig, attend};
+use kvsieve_core::kernels::{Attend, Dtype, SpanTrig, attend_unless};
 use kvsieve_core::plan::Spans;
 use kvsieve_core::store::arena::Arena;
 use kvsieve_core::{Error, Result};
 use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
-use crate::error::to_py;
+use crate::error::{Signals, to_py};
 use crate::kernels::{Input, Output, Rope};
 use crate::plan::{Moves, Step};
 
@@ -95,7 +95,9 @@ impl Store {
         let level = isa().map_err(to_py)?;
         let args = Attend { q: view, spans, trig, scale, softcap, sinks, apply_factor, threads, level };
         let bytes = if spans.spans.len() > 256 { SMALL } else { mass_len(spans, 1) * self.token_bytes };
-        self.read(py, bytes, |arena| attend(arena, &args, out, lse, mass)).map_err(to_py)
+        let signals = Signals::default();
+        let done = self.read(py, bytes, |arena| attend_unless(arena, &args, out, lse, mass, &|| signals.arrived()));
+        done.map_err(|err| signals.error(err))
     }
 }
 

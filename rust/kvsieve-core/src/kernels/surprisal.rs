@@ -1,9 +1,11 @@
 //! How unexpected each realised token was: the negative log-probability under the logits.
 
 use half::{bf16, f16};
+use rayon::prelude::*;
 
 use super::isa::Level;
 use super::simd::{Elem, Simd, dispatch, exp};
+use super::threads::{self, BREATH, INLINE};
 use super::view::{Dtype, View, check_dtype, check_len};
 use crate::{Error, Result};
 
@@ -65,42 +67,73 @@ unsafe fn row<S: Simd, E: Elem>(x: *const E, n: usize, id: usize) -> f32 {
 }
 
 /// # Safety
-/// As for [`Simd`]; the dtype of the view is `E`; the ids lie inside the rows.
+/// As for [`Simd`]; the dtype of the view is `E`; the ids lie inside the rows, of which `first` is the first.
 #[inline(always)]
-unsafe fn run<S: Simd, E: Elem>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) {
+unsafe fn run<S: Simd, E: Elem>(logits: &View<'_>, first: usize, ids: &[i64], out: &mut [f32]) {
     for (i, (&id, out)) in ids.iter().zip(out).enumerate() {
-        let x = logits.row(0, 0, i).as_bytes_ptr().cast::<E>();
+        let x = logits.row(0, 0, first + i).as_bytes_ptr().cast::<E>();
         // SAFETY: a checked row of the view; the caller vouches for the rest.
         *out = unsafe { row::<S, E>(x, logits.shape()[3], id as usize) };
     }
 }
 
+fn rows(level: Level, dtype: Dtype, logits: &View<'_>, first: usize, ids: &[i64], out: &mut [f32]) {
+    match dtype {
+        Dtype::F32 => {
+            dispatch!(level, run::<f32>(logits: &View<'_>, first: usize, ids: &[i64], out: &mut [f32]) -> ())
+        }
+        Dtype::BF16 => {
+            dispatch!(level, run::<bf16>(logits: &View<'_>, first: usize, ids: &[i64], out: &mut [f32]) -> ())
+        }
+        Dtype::F16 => {
+            dispatch!(level, run::<f16>(logits: &View<'_>, first: usize, ids: &[i64], out: &mut [f32]) -> ())
+        }
+    }
+}
+
 /// Negative log-probability of `ids[i]` under row `i` of `logits` (`[1, 1, rows, vocabulary]`), in one pass over memory.
 ///
-/// Never infinite: an impossible token costs `f32::MAX`. NaN when the row holds NaN, unless it also holds `+inf`.
-pub fn surprisal(logits: &View<'_>, dtype: Dtype, ids: &[i64], out: &mut [f32], level: Level) -> Result<()> {
+/// Never infinite: an impossible token costs `f32::MAX`. NaN when the row holds NaN, unless it also holds `+inf`. `stop` is asked
+/// every few milliseconds, and then there is [`Error::Interrupted`].
+pub fn surprisal(
+    logits: &View<'_>,
+    dtype: Dtype,
+    ids: &[i64],
+    out: &mut [f32],
+    (level, threads): (Level, usize),
+    stop: &dyn Fn() -> bool,
+) -> Result<()> {
     level.check()?;
+    threads::check(threads)?;
     check_dtype("logits", logits.elems(), dtype)?;
-    let [one, first, rows, vocabulary] = logits.shape();
+    let [one, first, num_rows, vocabulary] = logits.shape();
     if (one, first) != (1, 1) {
         let got = format!("{:?}", logits.shape());
         return Err(Error::Shape { what: "logits", expected: "[1, 1, rows, vocabulary]".to_string(), got });
     }
-    check_len("ids", ids.len(), rows)?;
-    check_len("out", out.len(), rows)?;
+    check_len("ids", ids.len(), num_rows)?;
+    check_len("out", out.len(), num_rows)?;
     if let Some(id) = ids.iter().find(|&&id| usize::try_from(id).map_or(true, |id| id >= vocabulary)) {
         let (what, expected) = ("token id", "below the number of logits, and not negative");
         return Err(Error::OutOfRange { what, expected, got: id.to_string() });
     }
-    match dtype {
-        Dtype::F32 => {
-            dispatch!(level, run::<f32>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) -> ())
+    let bytes = vocabulary * dtype.size();
+    let pool =
+        if threads == 1 || num_rows == 1 || num_rows * bytes < INLINE { None } else { Some(threads::pool(threads)?) };
+    let breath = (BREATH / bytes.max(1)).max(1) * threads;
+    for (i, (ids, out)) in ids.chunks(breath).zip(out.chunks_mut(breath)).enumerate() {
+        if i > 0 && stop() {
+            return Err(Error::Interrupted);
         }
-        Dtype::BF16 => {
-            dispatch!(level, run::<bf16>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) -> ())
-        }
-        Dtype::F16 => {
-            dispatch!(level, run::<f16>(logits: &View<'_>, ids: &[i64], out: &mut [f32]) -> ())
+        let first = i * breath;
+        let one = |(i, (id, out)): (usize, (&i64, &mut f32))| {
+            rows(level, dtype, logits, first + i, std::slice::from_ref(id), std::slice::from_mut(out));
+        };
+        match &pool {
+            None => rows(level, dtype, logits, first, ids, out),
+            Some(pool) => {
+                pool.install(|| ids.par_iter().zip(out.par_iter_mut()).enumerate().with_max_len(1).for_each(one))
+            }
         }
     }
     Ok(())

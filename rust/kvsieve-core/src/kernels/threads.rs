@@ -6,6 +6,20 @@ use rayon::{ThreadPool, ThreadPoolBuilder};
 
 use crate::{Error, Result};
 
+/// Bytes that a thread reads between two questions whether to stop: a few milliseconds, on the slowest level a tenth of a second.
+pub(crate) const BREATH: usize = 32 << 20;
+
+/// Waking another thread costs as long as reading about this many bytes.
+pub(crate) const INLINE: usize = 256 << 10;
+
+/// Refuses a number of threads that nothing can run on.
+pub(crate) fn check(threads: usize) -> Result<()> {
+    if threads > 0 {
+        return Ok(());
+    }
+    Err(Error::OutOfRange { what: "threads", expected: "at least 1", got: "0".to_string() })
+}
+
 /// Keyed by process too: after a fork the child has the parent's memory but none of its threads, and would wait for ever.
 static POOLS: Mutex<Vec<(u32, usize, Arc<ThreadPool>)>> = Mutex::new(Vec::new());
 

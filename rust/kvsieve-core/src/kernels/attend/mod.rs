@@ -17,7 +17,7 @@ use rayon::prelude::*;
 use super::isa::Level;
 use super::rotate::Rope;
 use super::simd::Elem;
-use super::threads;
+use super::threads::{self, BREATH, INLINE};
 use super::view::{Dtype, ElemsMut, View, check_dtype, check_len};
 use crate::ids::BLOCK;
 use crate::plan::Spans;
@@ -30,9 +30,6 @@ const TILE: usize = BLOCK as usize;
 
 /// Keys of one unit, at least. A function of nothing else, so that results do not depend on the machine.
 const SPLIT: usize = 4096;
-
-/// Waking another thread costs as long as reading about this many bytes.
-const INLINE: usize = 256 << 10;
 
 /// The rotations that one step's spans need: made once, used by every layer and head that shares the rope.
 #[derive(Debug)]
@@ -123,9 +120,21 @@ struct Unit<'a> {
 pub fn attend(
     arena: &Arena,
     args: &Attend<'_>,
+    out: ElemsMut<'_>,
+    lse: Option<&mut [f32]>,
+    mass: Option<&mut [f32]>,
+) -> Result<()> {
+    attend_unless(arena, args, out, lse, mass, &|| false)
+}
+
+/// [`attend`], unless `stop` says so: asked every few milliseconds, and then [`Error::Interrupted`], with nothing written.
+pub fn attend_unless(
+    arena: &Arena,
+    args: &Attend<'_>,
     mut out: ElemsMut<'_>,
     mut lse: Option<&mut [f32]>,
     mass: Option<&mut [f32]>,
+    stop: &dyn Fn() -> bool,
 ) -> Result<()> {
     let group = check(arena, args, &out, lse.as_deref(), mass.as_deref())?;
     let [_, heads, queries, _] = args.q.shape();
@@ -172,11 +181,19 @@ pub fn attend(
     }
     let kernel = kernel(args.level, arena);
     let bytes = total_keys * arena.token_bytes();
-    if args.threads == 1 || units.len() <= 1 || bytes < INLINE {
-        units.iter_mut().for_each(|unit| run(kernel, &common, unit));
-    } else {
-        let pool = threads::pool(args.threads)?;
-        pool.install(|| units.par_iter_mut().with_max_len(1).for_each(|unit| run(kernel, &common, unit)));
+    let alone = args.threads == 1 || units.len() <= 1 || bytes < INLINE;
+    let pool = if alone { None } else { Some(threads::pool(args.threads)?) };
+    let breath = (BREATH / (bytes / units.len().max(1)).max(1)).max(1) * args.threads;
+    for (i, units) in units.chunks_mut(breath).enumerate() {
+        if i > 0 && stop() {
+            return Err(Error::Interrupted);
+        }
+        match &pool {
+            None => units.iter_mut().for_each(|unit| run(kernel, &common, unit)),
+            Some(pool) => {
+                pool.install(|| units.par_iter_mut().with_max_len(1).for_each(|unit| run(kernel, &common, unit)))
+            }
+        }
     }
     drop(units);
 
@@ -253,9 +270,7 @@ fn check(
     mass: Option<&[f32]>,
 ) -> Result<usize> {
     args.level.check()?;
-    if args.threads == 0 {
-        return Err(Error::OutOfRange { what: "threads", expected: "at least 1", got: "0".to_string() });
-    }
+    threads::check(args.threads)?;
     let spans = args.spans;
     let shape = args.q.shape();
     let [rows, heads, queries, dim] = shape;

@@ -1,0 +1,157 @@
+"""Long calls answer Ctrl-C, and running out of memory is an exception that leaves everything as it was."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import unittest.mock
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from kvsieve import _core
+
+TRIES = 20
+
+
+class Rung(Exception):
+    """What the signal's handler raises."""
+
+
+@pytest.fixture
+def bell() -> Iterator[None]:
+    def ring(*_: Any) -> None:
+        raise Rung
+
+    before, interval = signal.signal(signal.SIGUSR1, ring), sys.getswitchinterval()
+    # Other threads run only when this one lets go of the interpreter.
+    sys.setswitchinterval(1000.0)
+    yield
+    sys.setswitchinterval(interval)
+    signal.signal(signal.SIGUSR1, before)
+
+
+def rung_inside(call: Callable[[], Any], finished: Callable[[], bool]) -> bool:
+    """Whether a signal, sent once ``call`` has let go of the interpreter, ended it before its work was done.
+
+    The thread that sends it may be late on a busy machine, so there are several tries.
+    """
+    for _ in range(TRIES):
+        gate = threading.Lock()
+        gate.acquire()
+
+        def send(gate: threading.Lock = gate) -> None:
+            gate.acquire()
+            os.kill(os.getpid(), signal.SIGUSR1)
+
+        sender = threading.Thread(target=send)
+        sender.start()
+        inside = False
+        try:
+            gate.release()
+            call()
+            sender.join()
+        except Rung:
+            inside = not finished()
+        sender.join()
+        if inside:
+            return True
+    return False
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals that a process may send itself")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_attend_stops_at_a_signal(bell: None, threads: int) -> None:
+    heads, dim, tokens = 8, 128, 48 << 10
+    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    planner.restore(tokens, [(tokens, [(list(range(tokens)), [0.0] * tokens)])])
+    store = _core.Store(heads, dim, dim, "float32")
+    zeros = np.zeros((heads, tokens, dim), np.float32)
+    store.write(*(np.array(column) for column in zip(*planner.runs(0, 0))), zeros, zeros)
+    step = planner.begin([1], 1, True, False)
+    store.append(zeros[None, :, :1], zeros[None, :, :1], step)
+    q, out = np.ones((1, heads, 1, dim), np.float32), np.empty((1, 1, heads, dim), np.float32)
+
+    def call() -> None:
+        out.fill(7)
+        store.attend(q, step, None, 1.0, None, None, out, None, threads, False)
+
+    call()
+    assert not out.any()
+    assert rung_inside(call, lambda: not out.all())
+    assert (out == 7).all()
+    call()
+    assert not out.any()
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals that a process may send itself")
+def test_surprisal_stops_at_a_signal(bell: None) -> None:
+    logits, ids = np.zeros((512, 1 << 18), np.float32), np.zeros(512, np.int64)
+    got: list[Any] = []
+    assert rung_inside(lambda: got.append(_core.surprisal(logits, ids)), lambda: bool(got))
+
+
+def test_a_torch_chunk_is_cut_where_one_call_would_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A long prompt in pieces is the prompt in one: between the pieces Python answers signals."""
+    import torch
+    from kvsieve.backends import cpu
+
+    torch.manual_seed(0)
+    for old, count, own in [(0, 300, True), (130, 70, True), (500, 33, True), (200, 40, False)]:
+        q, k, v = torch.randn(6, count, 32), torch.randn(2, old + count * own, 32), torch.randn(2, old + count * own, 32)
+        monkeypatch.setattr(cpu, "WORK", 1 << 60)
+        whole = cpu._dense(q, k, v, old, 0.2)
+        monkeypatch.setattr(cpu, "WORK", 4 * 3 * 64 * 32 * 64)
+        monkeypatch.setattr(cpu, "QUERIES", 64)
+        with unittest.mock.patch.object(cpu, "_flash", wraps=cpu._flash) as flash:
+            pieces = cpu._dense(q, k, v, old, 0.2)
+        assert flash.call_count > 4
+        torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
+def test_running_out_of_memory_changes_nothing() -> None:
+    code = """
+    import resource
+    import numpy as np
+    from kvsieve import _core
+
+    heads, dim = 8, 128
+    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    store = _core.Store(heads, dim, dim, "float32")
+    few = np.random.default_rng(0).random((1, heads, 100, dim), np.float32)
+    store.append(few, few, planner.begin([100], 100, True, False))
+    planner.commit()
+    held = store.bytes
+
+    # 1.6 GB to store, from one row of zeros; room for a quarter of it.
+    many = 200_000
+    zeros = np.lib.stride_tricks.as_strided(np.zeros(dim, np.float32), (1, heads, many, dim), (0, 0, 0, 4))
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20), unlimited[1]))
+    step = planner.begin([many], many, True, False)
+    try:
+        store.append(zeros, zeros, step)
+        raise SystemExit("there was room")
+    except MemoryError as err:
+        print(err)
+    planner.rollback()
+    assert store.bytes == held
+    resource.setrlimit(resource.RLIMIT_AS, unlimited)
+
+    k, v = np.empty((2, heads, 100, dim), np.float32)
+    store.gather(*(np.array(column) for column in zip(*planner.runs(0, 0))), k, v, 0)
+    assert (k == few[0]).all() and (v == few[0]).all()
+    store.append(few, few, planner.begin([100], 100, True, False))
+    planner.commit()
+    assert planner.seen(0) == 200
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "could not reserve" in done.stdout
