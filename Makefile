@@ -42,10 +42,14 @@ test-fast: setup ## the same without doc tests and without the real model
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
 	$(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal -m "not model and not gpu" $(PYTEST_ARGS)
 
+# The machine with the card may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
+GPU_PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
+GPU_ARGS ?=
+
 .PHONY: gpu
-gpu: setup ## the tests that need an NVIDIA card
-	@command -v nvidia-smi >/dev/null && nvidia-smi -L || { echo 'make gpu needs an NVIDIA card; none here, nothing ran' >&2; exit 1; }
-	$(HOUSE) .venv/bin/pytest -m gpu $(PYTEST_ARGS)
+gpu: ## on a machine with an NVIDIA card: parity, times, sanitizer, from the wheel in dist/ (GPU_PYTHON, GPU_ARGS)
+	@compgen -G 'dist/*.whl' >/dev/null || $(MAKE) wheel
+	$(GPU_PYTHON) benches/gpu.py --wheel "$$(ls -t dist/*.whl | head -n 1)" $(GPU_ARGS)
 
 .PHONY: cross
 cross: ## the core for 64-bit ARM: clippy, and its kernel tests under qemu where that is installed (some minutes)

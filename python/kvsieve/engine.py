@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from kvsieve import _core
-from kvsieve.backends import AttendCall, Backend, Store
+from kvsieve.backends import AttendCall, Backend, Choosy, Store
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.roles import Residents, TopKTokens
@@ -46,11 +46,16 @@ class Engine:
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.recording = False
+        self.replaying = False
+        """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
         self.stepping = False
         self.stepped: list[torch.Tensor] = []
         self._marks: list[_State] = []
         self.hidden: torch.Tensor | None = None
         self._layers = {layer.index: layer for layer in facts.layers}
+        if isinstance(backend, Choosy) and planner is None:
+            for layer in facts.layers:
+                backend.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
         self._first = facts.layers[0].index
         self._step: Step | None = None
         self._ids: torch.Tensor | None = None
@@ -94,6 +99,8 @@ class Engine:
 
     def expect(self, ids: torch.Tensor | None) -> None:
         """The causal LM begins a forward over ``ids`` (int64 ``[B, q]``; None when it was given embeddings)."""
+        if self.replaying:
+            return
         if self.scorer is not None and ids is None:
             raise StateError(f"{self.policy!r} scores tokens by their ids: pass input_ids, not inputs_embeds")
         self._ids, self._whole_model = ids, True
@@ -137,6 +144,8 @@ class Engine:
 
     def prepare(self) -> None:
         """The decoder begins. Undo a forward that died; let go of what the last one left because it was being verified."""
+        if self.replaying:
+            return
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
         if self._step is not None or self._undo:
@@ -178,7 +187,7 @@ class Engine:
         facts = self._layers[layer.index]
         if module is not facts.module:
             raise CacheMismatchError(f"layer {layer.index} of this cache was handed to another model's attention")
-        if layer.index == self._first:
+        if layer.index == self._first and not self.replaying:
             self._open(q, mask, position_ids)
         step = self._step
         if step is None or step.num_queries != q.shape[2]:
@@ -192,12 +201,16 @@ class Engine:
 
     def decoded(self, hidden: torch.Tensor) -> None:
         """The decoder returned ``hidden`` ``[B, q, hidden]``. Without a causal LM around it, the forward ends here."""
+        if self.replaying:
+            return
         self.hidden = hidden
         if not self._whole_model and self._step is not None:
             self._commit()
 
     def complete(self, logits: torch.Tensor) -> None:
         """The causal LM returned ``logits`` ``[B, r, V]`` of its last ``r`` columns."""
+        if self.replaying:
+            return
         self._whole_model = False
         hidden, self.hidden = self.hidden, None
         if self._step is None:
@@ -217,9 +230,20 @@ class Engine:
             )
         lens = self._valid(mask, batch, width)
         self._check_positions(position_ids, lens)
+        self.open(lens, width)
+
+    def open(self, lens: list[int], width: int) -> Step:
+        """Plan a forward over ``width`` columns, of which the last ``lens[row]`` of each row are real tokens."""
         parts = getattr(self.backend, "wants_parts", False) or self._selects
         store_all = self.scorer is not None or width <= 16 or len(self.policy.memories) > 1 or self.recording
         self._step = self.planner.begin(lens, width, store_all, parts)
+        return self._step
+
+    def close(self) -> None:
+        """The planned forward is over and its tokens are seen; the caller scores them and lets go."""
+        self.planner.commit()
+        self._step, self._undo = None, []
+        self._whole_model, self._ids = False, None
 
     def _valid(self, mask: torch.Tensor | None, batch: int, width: int) -> list[int]:
         """Real tokens among the new columns of each row; they must be the last ones."""

@@ -98,7 +98,7 @@ def stream(model: PreTrainedModel, policy: Policy, backend: str | None = None) -
     Args:
         model: a decoder-only causal LM whose attention goes through transformers' ``AttentionInterface``.
         policy: for example ``kvsieve.SirLLM(budget=1024)``.
-        backend: ``"cpu"`` or ``"reference"``; by default the fastest for the model's device and dtype.
+        backend: ``"cpu"``, ``"cuda"`` or ``"reference"``; by default the fastest for the model's device and dtype.
 
     Raises:
         UnsupportedModelError: if the model cannot be served with this policy; the message names the reason.

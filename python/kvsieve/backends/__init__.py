@@ -1,9 +1,9 @@
-"""The same operations, once per backend: ``reference`` (the specification, any device) and ``cpu`` (Rust)."""
+"""The same operations, once per backend: ``reference`` (the specification, any device), ``cpu`` (Rust), ``cuda`` (CUDA, CuPy)."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 from kvsieve.errors import BackendError
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.rope import LayerRope
 
-__all__ = ["BACKENDS", "AttendCall", "Backend", "Store", "choose", "get"]
+__all__ = ["BACKENDS", "AttendCall", "Backend", "Choosy", "Store", "choose", "get"]
 
-BACKENDS = ("reference", "cpu")
+BACKENDS = ("reference", "cpu", "cuda")
 """Every backend by name."""
 
 
@@ -82,6 +82,14 @@ class Backend(Protocol):
         """``logsumexp(logits) - logits[ids]``: float32 ``[n]`` in nats, from ``[n, V]`` and int64 ``[n]``."""
 
 
+@runtime_checkable
+class Choosy(Protocol):
+    """A backend that cannot hold every layer: asked when a stream opens, not when its first token arrives."""
+
+    def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
+        """Raise BackendError if a layer like this cannot be held."""
+
+
 def get(name: str) -> Backend:
     """The backend called ``name``.
 
@@ -97,14 +105,19 @@ def get(name: str) -> Backend:
 
         return CpuBackend()
     if name == "cuda":
-        raise BackendError("there is no CUDA backend yet; use backend='reference', which runs on any device, or a model on the CPU")
+        from kvsieve.backends.cuda import CudaBackend
+
+        return CudaBackend()
     raise BackendError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> str:
-    """The fastest backend for tensors on ``device`` in ``dtype``."""
+    """The fastest backend for tensors on ``device`` in ``dtype``.
+
+    On a CUDA device that is ``cuda``, whether or not what it needs is installed: a slower one is taken by name, never in silence.
+    """
     import torch
 
-    if device.type == "cpu" and dtype in (torch.float32, torch.bfloat16, torch.float16):
-        return "cpu"
+    if dtype in (torch.float32, torch.bfloat16, torch.float16) and device.type in ("cpu", "cuda"):
+        return device.type
     return "reference"

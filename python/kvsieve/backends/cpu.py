@@ -10,7 +10,6 @@ Two paths, one decision:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,19 +17,16 @@ import numpy.typing as npt
 import torch
 
 from kvsieve import _core
+from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import merge, visibility
 from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:
-    from kvsieve._core import Moves, Part, Step
+    from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
-    from kvsieve.rope import LayerRope
 
 __all__ = ["CpuBackend", "CpuStore"]
-
-BAND = 128
-"""Queries that share one band of keys."""
 
 QUERIES = 512
 """Queries of a piece of a long prompt."""
@@ -40,7 +36,6 @@ WORK = 8 << 30
 
 _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 
-Table = tuple[torch.Tensor, torch.Tensor]
 Partial = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -105,62 +100,6 @@ def _merged(pieces: list[Partial]) -> Partial:
     return merge(pieces), torch.logsumexp(torch.stack([lse for _, lse in pieces]), 0)
 
 
-@dataclass
-class _Plan:
-    """A part of a step, in the form the chunk path wants; shared by all layers of the step."""
-
-    part: Part
-    runs: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
-    num_old: int
-    num_queries: int
-    tables: dict[int, tuple[Table, Table] | None] = field(default_factory=dict)
-    bands: list[tuple[slice, slice, torch.Tensor | None]] | None = None
-    visible: torch.Tensor | None = None
-
-    @classmethod
-    def of(cls, part: Part, num_queries: int) -> _Plan:
-        runs = part.runs()
-        return cls(part, runs, int((runs[2] - runs[1]).sum()), num_queries)
-
-    def rotation(self, rope: LayerRope | None, frame: str) -> tuple[Table, Table] | None:
-        """Tables for queries and keys, or None if nothing turns."""
-        if rope is None:
-            return None
-        if id(rope) not in self.tables:
-            self.tables[id(rope)] = self._rotation(rope, frame)
-        return self.tables[id(rope)]
-
-    def _rotation(self, rope: LayerRope, frame: str) -> tuple[Table, Table] | None:
-        part = self.part
-        q_at, k_at = torch.from_numpy(part.query_positions()), torch.from_numpy(part.key_positions())
-        if part.fixed is not None:
-            q_at, k_at = torch.full_like(q_at, part.fixed), torch.zeros_like(k_at)
-        elif frame == "rotated":
-            q_at, k_at = q_at - torch.from_numpy(part.query_true()), k_at - torch.from_numpy(part.key_true())
-            if not q_at.any() and not k_at.any():
-                return None
-        scaled = frame == "raw"
-        return rope.table(q_at, torch.float32, factor=scaled), rope.table(k_at, torch.float32, factor=scaled)
-
-    def band_list(self) -> list[tuple[slice, slice, torch.Tensor | None]]:
-        """(queries, keys, bias) so that every query meets each key it sees in exactly one band."""
-        if self.bands is None:
-            q_at, k_at = torch.from_numpy(self.part.query_true()), torch.from_numpy(self.part.key_true())
-            near = self.part.near
-            self.bands = []
-            for lo in range(0, self.num_queries, BAND):
-                queries = q_at[lo : lo + BAND]
-                first = 0 if near is None else int(torch.searchsorted(k_at, queries[0] - near, right=True))
-                last = int(torch.searchsorted(k_at, queries[-1], right=True))
-                distance = queries[:, None] - k_at[None, first:last]
-                hidden = distance < 0
-                if near is not None:
-                    hidden |= distance >= near
-                bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf) if bool(hidden.any()) else None
-                self.bands.append((slice(lo, lo + len(queries)), slice(first, last), bias))
-        return self.bands
-
-
 class CpuStore:
     """One layer's blocks, in Rust."""
 
@@ -199,7 +138,7 @@ class CpuStore:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        plans: list[_Plan],
+        plans: list[PartPlan],
         step: Step,
         call: AttendCall,
         out: torch.Tensor,
@@ -213,7 +152,7 @@ class CpuStore:
             out[row] = merge(parts, call.sinks).transpose(0, 1).to(out.dtype)
 
     def _selected(
-        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, plan: _Plan, frame: str, call: AttendCall
+        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, plan: PartPlan, frame: str, call: AttendCall
     ) -> Partial:
         """A memory read by top-k, by the last query only: out ``[H, m, Dv]``, lse ``[H, m]``."""
         k, v = self._gather(plan, new_k, new_v)
@@ -229,7 +168,7 @@ class CpuStore:
         out[:, -1:], lse[:, -1:] = naive_attend(queries, k, v, plan.visible, call.scale, call.softcap, plan.part.top_k)
         return out, lse
 
-    def _gather(self, plan: _Plan, new_k: torch.Tensor, new_v: torch.Tensor) -> Partial:
+    def _gather(self, plan: PartPlan, new_k: torch.Tensor, new_v: torch.Tensor) -> Partial:
         """float32 keys and values of a part: its residents, then its new tokens (``[Hkv, m, D]``)."""
         heads, key_dim, value_dim = self._shape
         lo, hi = plan.part.new_range
@@ -266,7 +205,7 @@ class CpuStore:
                 out[row, width - step.new_lens[row] :] = merged.transpose(0, 1).to(out.dtype)
         return out
 
-    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: _Plan, call: AttendCall) -> Partial:
+    def _attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PartPlan, call: AttendCall) -> Partial:
         part = plan.part
         if part.far or part.top_k or call.softcap is not None or k.shape[-1] != v.shape[-1]:
             if plan.visible is None:
@@ -285,23 +224,16 @@ class CpuStore:
 
     def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         heads, key_dim, value_dim = self._shape
-        columns = _columns(runs)
-        count = int((columns[2] - columns[1]).sum())
+        table = columns(runs)
+        count = int((table[2] - table[1]).sum())
         k = torch.empty(heads, count, key_dim, dtype=self._dtype)
         v = torch.empty(heads, count, value_dim, dtype=self._dtype)
         if count:
-            self._core.gather(*columns, _view(k), _view(v), 0)
+            self._core.gather(*table, _view(k), _view(v), 0)
         return k, v
 
     def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
-        self._core.write(*_columns(runs), _view(k.contiguous()), _view(v.contiguous()))
-
-
-def _columns(
-    runs: list[tuple[int, int, int]],
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    table = np.asarray(runs, np.int64).reshape(-1, 3)
-    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]), np.ascontiguousarray(table[:, 2])
+        self._core.write(*columns(runs), _view(k.contiguous()), _view(v.contiguous()))
 
 
 class CpuBackend:
@@ -311,13 +243,13 @@ class CpuBackend:
     wants_parts = False
 
     def __init__(self) -> None:
-        self._plans: tuple[Step, list[_Plan]] | None = None
+        self._plans: tuple[Step, list[PartPlan]] | None = None
         self.selects = True
 
-    def plans(self, step: Step) -> list[_Plan]:
+    def plans(self, step: Step) -> list[PartPlan]:
         """The parts of ``step``, prepared once for all layers."""
         if self._plans is None or self._plans[0] is not step:
-            self._plans = (step, [_Plan.of(p, step.new_lens[p.row]) for p in step.parts()])
+            self._plans = (step, [PartPlan.of(p, step.new_lens[p.row]) for p in step.parts()])
         return self._plans[1]
 
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> CpuStore:

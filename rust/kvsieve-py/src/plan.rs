@@ -1,10 +1,11 @@
 //! `Step` and `Moves`: opaque to Python but for the arrays that the reference backend reads.
 
+use std::collections::HashMap;
 use std::sync::{Arc, Mutex};
 
 use kvsieve_core::kernels::SpanTrig;
 use kvsieve_core::plan;
-use numpy::{IntoPyArray, PyArray1};
+use numpy::{IntoPyArray, PyArray1, PyArray2, PyArrayMethods};
 use pyo3::prelude::*;
 
 /// The plan of one forward. See `kvsieve_core::plan::Step`.
@@ -44,6 +45,20 @@ fn moves(list: &[plan::Move]) -> Vec<(u32, u32, u32, u32, u32)> {
     list.iter().map(|m| (m.from.0, m.from_slot, m.to.0, m.to_slot, m.len)).collect()
 }
 
+/// Rows of four, as the CUDA kernels read them.
+fn table(py: Python<'_>, rows: Vec<[i32; 4]>) -> PyResult<Py<PyArray2<i32>>> {
+    let len = rows.len();
+    Ok(rows.into_flattened().into_pyarray(py).reshape([len, 4])?.unbind())
+}
+
+/// (from, to, from_slot | to_slot << 16, len).
+fn move_table(py: Python<'_>, list: &[plan::Move]) -> PyResult<Py<PyArray2<i32>>> {
+    table(
+        py,
+        list.iter().map(|m| [m.from.0, m.to.0, m.from_slot | m.to_slot << 16, m.len].map(u32::cast_signed)).collect(),
+    )
+}
+
 #[pymethods]
 impl Moves {
     fn __len__(&self) -> usize {
@@ -53,6 +68,11 @@ impl Moves {
     /// Tuples (from, from_slot, to, to_slot, len).
     fn tuples(&self) -> Vec<(u32, u32, u32, u32, u32)> {
         moves(&self.inner)
+    }
+
+    /// int32 `[n, 4]`: (from, to, from_slot | to_slot << 16, len).
+    fn table(&self, py: Python<'_>) -> PyResult<Py<PyArray2<i32>>> {
+        move_table(py, &self.inner)
     }
 }
 
@@ -122,6 +142,50 @@ impl Step {
                 })
                 .collect()
         })
+    }
+
+    /// The copies as int32 `[n, 4]`: (from, to, from_slot | to_slot << 16, len).
+    fn copy_table(&self, py: Python<'_>) -> PyResult<Py<PyArray2<i32>>> {
+        move_table(py, &self.inner.copies)
+    }
+
+    /// One row per stored new token, int32 `[n, 4]`: (row, column, block, slot).
+    fn append_table(&self, py: Python<'_>) -> PyResult<Py<PyArray2<i32>>> {
+        let step = &self.inner;
+        let tokens = step.appends.iter().flat_map(|a| {
+            let column = step.num_queries - step.new_lens[a.row] + a.new;
+            (0..a.len).map(move |i| {
+                [a.row as i32, (column + i as usize) as i32, a.block.0.cast_signed(), (a.slot + i).cast_signed()]
+            })
+        });
+        table(py, tokens.collect())
+    }
+
+    /// The spans as the CUDA kernels read them: starts int32 `[items + 1]`; spans int32 `[n, 4]` of (block, lo | hi << 8 |
+    /// rotate_keys << 16, keys of the item before the span, number of the shift below plus one or 0 for none); shifts int64, each
+    /// once. None without a fast path.
+    #[allow(clippy::type_complexity)]
+    fn span_table(
+        &self,
+        py: Python<'_>,
+    ) -> PyResult<Option<(Py<PyArray1<i32>>, Py<PyArray2<i32>>, Py<PyArray1<i64>>)>> {
+        let Some(spans) = &self.inner.spans else { return Ok(None) };
+        let (mut shifts, mut known) = (Vec::new(), HashMap::from([(0i64, 0i32)]));
+        let mut rows = Vec::with_capacity(spans.spans.len());
+        for item in spans.starts.windows(2) {
+            let mut before = 0;
+            for span in &spans.spans[item[0] as usize..item[1] as usize] {
+                let turn = *known.entry(span.shift).or_insert_with(|| {
+                    shifts.push(span.shift);
+                    shifts.len() as i32
+                });
+                let slots = span.lo | span.hi << 8 | u32::from(span.rotate_keys) << 16;
+                rows.push([span.block.0.cast_signed(), slots.cast_signed(), before, turn]);
+                before += (span.hi - span.lo).cast_signed();
+            }
+        }
+        let starts: Vec<i32> = spans.starts.iter().map(|&s| s.cast_signed()).collect();
+        Ok(Some((starts.into_pyarray(py).unbind(), table(py, rows)?, shifts.into_pyarray(py).unbind())))
     }
 
     fn parts(&self) -> Vec<Part> {

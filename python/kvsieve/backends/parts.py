@@ -1,0 +1,91 @@
+"""A part of a step in the form that chunks want; made once, used by all layers of the step, on any backend."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+if TYPE_CHECKING:
+    from kvsieve._core import Part
+    from kvsieve.rope import LayerRope
+
+__all__ = ["BAND", "Columns", "PartPlan", "columns"]
+
+BAND = 128
+"""Queries that share one band of keys."""
+
+Table = tuple[torch.Tensor, torch.Tensor]
+Columns = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
+
+
+def columns(runs: list[tuple[int, int, int]]) -> Columns:
+    """Runs (block, lo, hi) as three int64 arrays."""
+    table = np.asarray(runs, np.int64).reshape(-1, 3)
+    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]), np.ascontiguousarray(table[:, 2])
+
+
+@dataclass
+class PartPlan:
+    """A part of a step, in the form the chunk path wants; shared by all layers of the step."""
+
+    part: Part
+    runs: Columns
+    num_old: int
+    num_queries: int
+    tables: dict[int, tuple[Table, Table] | None] = field(default_factory=dict)
+    bands: list[tuple[slice, slice, torch.Tensor | None]] | None = None
+    visible: torch.Tensor | None = None
+
+    @classmethod
+    def of(cls, part: Part, num_queries: int) -> PartPlan:
+        runs = part.runs()
+        return cls(part, runs, int((runs[2] - runs[1]).sum()), num_queries)
+
+    def rotation(self, rope: LayerRope | None, frame: str) -> tuple[Table, Table] | None:
+        """Tables for queries and keys, or None if nothing turns."""
+        if rope is None:
+            return None
+        if id(rope) not in self.tables:
+            self.tables[id(rope)] = self._rotation(rope, frame)
+        return self.tables[id(rope)]
+
+    def positions(self, frame: str) -> Table | None:
+        """Where to rotate queries and keys to, int64, from where the frame has them; None if nothing turns."""
+        part = self.part
+        q_at, k_at = torch.from_numpy(part.query_positions()), torch.from_numpy(part.key_positions())
+        if part.fixed is not None:
+            q_at, k_at = torch.full_like(q_at, part.fixed), torch.zeros_like(k_at)
+        elif frame == "rotated":
+            q_at, k_at = q_at - torch.from_numpy(part.query_true()), k_at - torch.from_numpy(part.key_true())
+            if not q_at.any() and not k_at.any():
+                return None
+        return q_at, k_at
+
+    def _rotation(self, rope: LayerRope, frame: str) -> tuple[Table, Table] | None:
+        at = self.positions(frame)
+        if at is None:
+            return None
+        scaled = frame == "raw"
+        return rope.table(at[0], torch.float32, factor=scaled), rope.table(at[1], torch.float32, factor=scaled)
+
+    def band_list(self) -> list[tuple[slice, slice, torch.Tensor | None]]:
+        """(queries, keys, bias) so that every query meets each key it sees in exactly one band."""
+        if self.bands is None:
+            q_at, k_at = torch.from_numpy(self.part.query_true()), torch.from_numpy(self.part.key_true())
+            near = self.part.near
+            self.bands = []
+            for lo in range(0, self.num_queries, BAND):
+                queries = q_at[lo : lo + BAND]
+                first = 0 if near is None else int(torch.searchsorted(k_at, queries[0] - near, right=True))
+                last = int(torch.searchsorted(k_at, queries[-1], right=True))
+                distance = queries[:, None] - k_at[None, first:last]
+                hidden = distance < 0
+                if near is not None:
+                    hidden |= distance >= near
+                bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf) if bool(hidden.any()) else None
+                self.bands.append((slice(lo, lo + len(queries)), slice(first, last), bias))
+        return self.bands

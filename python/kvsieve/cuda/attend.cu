@@ -1,0 +1,375 @@
+// Attention of a few queries over the blocks of a store, read where they lie: the decode kernel.
+//
+//     x[j]  = scale * <turn(q, span), k[j] or turn(k[j], its slot)>      then cap * tanh(x / cap) where there is a cap
+//     lse   = log sum exp x[j]        out = sum exp(x[j] - lse) v[j]     over the keys j of all spans of the query
+//
+// Shapes (row-major, `item` = row * num_queries + query):
+//     q          [rows, heads, queries, DK]  any strides but 1 along DK
+//     blocks     [blocks]                    where each block lies: head-major slabs [kv_heads][tokens][D]
+//     starts     [items + 1]                 item i reads spans starts[i] .. starts[i + 1]; read here, so that a captured graph
+//                                            can be replayed with another plan
+//     turns      [.., 2 * pairs]             cosines and sines of the queries' rotations, see rotate.cu
+//     in_block   [64, 2 * pairs]             cosines and sines of the slots 0 .. 63, for keys that are stored unrotated
+//     part_out   [items, heads, splits, DV]  float, normalised; not written where part_lse is -inf
+//     part_lse   [items, heads, splits]      float, natural logarithm
+//     logits     [heads, total_keys]         float, natural; null unless the mass is wanted. Keys of item i begin at key_starts[i]
+//
+// Launch: grid (splits, kv_heads * chunks of HEADS * SUBSETS query heads, items), block 128.
+//
+// One thread block takes a contiguous share of an item's spans, for one key-value head and up to HEADS * SUBSETS query heads of its
+// group: every key and value is read from memory once for all of them. (Several queries of a row read for themselves: what one has
+// read, the others find in the second-level cache.) Tiles of TILE slots (16 KB of keys and values) pass through
+// two stages of shared memory, the next one under way (cp.async) while this one is computed.
+//
+// In a tile, a warp owns every (4 / SUBSETS)-th run of keys and HEADS query heads. For the scores its lanes split the channels
+// (16 bytes a lane) of 32 / LANES_K keys at a time; partial products of UNROLL keys are reduced together, each exchange halving
+// what is left to exchange, so that a lane ends with one key's score. For the values its lanes split channels again and every lane
+// adds up its own. Softmax is online in base 2, per warp; warps meet once, at the end.
+//
+// With RAW, keys of spans so marked are rotated by their slot's angle as they leave shared memory. The angles of all blocks are the
+// same 64 rows, which stay in the first-level cache; the query is rotated once per span, by the block's base distance.
+//
+// Tried, by the assembler's report only (nothing here was timed on a card yet): at least 4 thread blocks a multiprocessor spills at
+// D = 128 in 16 bits (48 bytes stored, raw keys 176); 3 (at most 168 registers) does not, and keeps 48 KB on their way. Multiply-add
+// only; from 8 query heads a group on, tensor cores should pay.
+#include "common.cuh"
+
+template <int N>
+__device__ __forceinline__ constexpr int ceil_pow2() {
+    int p = 1;
+    while (p < N) p *= 2;
+    return p;
+}
+
+constexpr int smaller(int a, int b) { return a < b ? a : b; }
+constexpr int larger(int a, int b) { return a > b ? a : b; }
+
+constexpr int floor_pow2(int n) {
+    int p = 1;
+    while (2 * p <= n) p *= 2;
+    return p;
+}
+
+// How a row of D elements of T is split over the lanes of a warp: `lanes` lanes with `pieces` pieces of 16 bytes each.
+template <typename T, int D>
+struct Rows {
+    static_assert(D % kVec<T> == 0, "a row must be whole 16-byte pieces");
+    static constexpr int vec = kVec<T>;
+    static constexpr int lanes = smaller(32, ceil_pow2<D / vec>());
+    static constexpr int pieces = (D / vec + lanes - 1) / lanes;
+    static constexpr int together = 32 / lanes;  // rows that a warp reads at once
+    static constexpr int channels = pieces * vec;
+
+    __device__ static int at(int lane, int piece) { return ((lane % lanes) + piece * lanes) * vec; }
+    __device__ static bool inside(int lane, int piece) { return D == lanes * pieces * vec || at(lane, piece) < D; }
+};
+
+// Sums N values over LANES lanes, N <= LANES, both powers of two. Lane `kl` of the LANES is left with value kl / (LANES / N).
+template <int N, int LANES>
+__device__ __forceinline__ float reduce_scattered(float (&v)[N], int lane) {
+    int width = LANES / 2;
+#pragma unroll
+    for (int n = N / 2; n > 0; n /= 2) {
+        const bool upper = (lane & width) != 0;
+#pragma unroll
+        for (int i = 0; i < n; i++) {
+            const float give = upper ? v[i] : v[i + n];
+            const float keep = upper ? v[i + n] : v[i];
+            v[i] = keep + __shfl_xor_sync(0xffffffffu, give, width);
+        }
+        width /= 2;
+    }
+#pragma unroll
+    for (; width > 0; width /= 2) v[0] += __shfl_xor_sync(0xffffffffu, v[0], width);
+    return v[0];
+}
+
+template <typename T, int DK, int DV>
+struct Tiles {
+    // 16 KB of keys and values a stage, at most a block of tokens.
+    static constexpr int tile = smaller(kBlock, larger(1, floor_pow2(int(16384 / ((DK + DV) * sizeof(T))))));
+    static constexpr int stage = tile * (DK + DV);  // elements
+};
+
+template <typename T, int DK, int DV, int HEADS, int SUBSETS, bool RAW>
+__global__ void __launch_bounds__(kThreads, SUBSETS == 1 || (SUBSETS == 2 && !RAW) ? 3 : 2)
+attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks,
+       const int* __restrict__ starts, const Span* __restrict__ spans, const float* __restrict__ turns,
+       const float* __restrict__ in_block, i64 pairs_, i64 layout_, double factor, double scale, double softcap, i64 num_queries,
+       i64 group_, float* __restrict__ part_out, float* __restrict__ part_lse, float* __restrict__ logits,
+       const i64* __restrict__ key_starts, i64 total_keys) {
+    using K = Rows<T, DK>;
+    using V = Rows<T, DV>;
+    constexpr int TILE = Tiles<T, DK, DV>::tile;
+    constexpr int STAGE = Tiles<T, DK, DV>::stage;
+    constexpr int KEY_WARPS = kWarps / SUBSETS;
+    constexpr int PER_WARP = larger(1, TILE / (KEY_WARPS * K::together));  // rounds of `together` keys, per warp and tile
+    constexpr int UNROLL = smaller(4, smaller(PER_WARP, K::lanes));
+    constexpr int KEYS = UNROLL * K::together;  // keys that a warp scores before it reads their values
+    constexpr int HELD = HEADS * SUBSETS;
+    constexpr int STRIDE_P = HEADS == 3 ? 4 : HEADS;
+    constexpr int BATCH = 32;  // spans looked up at once
+
+    struct alignas(16) Where {
+        u64 key, value;
+        int lo, hi, before, turn_rotate;
+    };
+
+    KV_SHARED(T, tiles, 2 * STAGE);
+    KV_SHARED(float, base, HELD * DK);
+    KV_SHARED(float, weights, kWarps * KEYS * STRIDE_P);
+    KV_SHARED(Where, where, BATCH);
+    static_assert(2 * STAGE * sizeof(T) >= kWarps * HEADS * (DV + 2) * sizeof(float), "the last merge reuses the tiles");
+
+    const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
+    const int subset = warp % SUBSETS, key_warp = warp / SUBSETS;
+    const int group = int(group_), pairs = int(pairs_), layout = int(layout_);
+    const int chunks = (group + HELD - 1) / HELD;
+    const int kv_head = int(blockIdx.y) / chunks, first = (int(blockIdx.y) % chunks) * HELD;  // first head within the group
+    const int kv_heads = int(gridDim.y) / chunks;
+    const i64 item = blockIdx.z;
+    const int split = int(blockIdx.x), splits = int(gridDim.x);
+    const i64 heads = i64(kv_heads) * group;
+
+    // The queries, scaled; in base 2 unless the cap needs the logits as they are.
+    const float to_base2 = softcap > 0 ? 1.f : KV_LOG2E;
+    const float cap = float(softcap);
+    for (int i = tid; i < HELD * DK; i += kThreads) {
+        const int g = first + i / DK, c = i % DK;
+        float x = 0.f;
+        if (g < group) {
+            const i64 row = item / num_queries, query = item % num_queries;
+            x = widen(q[row * q_row + (i64(kv_head) * group + g) * q_head + query * q_query + c]) * float(scale) * to_base2;
+            if (c < 2 * pairs) x *= float(factor);
+        }
+        base[i] = x;
+    }
+
+    float top[HEADS], sum[HEADS], acc[HEADS][V::channels], turned[HEADS][K::channels];
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        top[h] = -KV_INF;
+        sum[h] = 0.f;
+#pragma unroll
+        for (int c = 0; c < V::channels; c++) acc[h][c] = 0.f;
+    }
+    int facing = -1;  // the turn that `turned` has
+
+    const i64 from = starts[item], count = starts[item + 1] - from;
+    const i64 begin = from + count * split / splits, end = from + count * (split + 1) / splits;
+
+    for (i64 batch = begin; batch < end; batch += BATCH) {
+        const int num = end - batch < BATCH ? int(end - batch) : BATCH;
+        __syncthreads();  // the last batch's table and tiles are done with; the queries are there
+        if (tid < num) {
+            const Span span = spans[batch + tid];
+            const Block block = blocks[span.block];
+            Where w;
+            w.key = block.key + u64(i64(kv_head) * block.stride) * (DK * sizeof(T));
+            w.value = block.value + u64(i64(kv_head) * block.stride) * (DV * sizeof(T));
+            w.lo = span.lo();
+            w.hi = span.hi();
+            w.before = span.before;
+            w.turn_rotate = span.turn << 1 | int(span.rotate());
+            where[tid] = w;
+        }
+        __syncthreads();
+
+        // Asks for slots at .. at + TILE of a span. Only slots inside the span are read.
+        auto fetch = [&](int s, int at, int stage) {
+            const Where w = where[s];
+            const int n = w.hi - at < TILE ? w.hi - at : TILE;
+            const T* keys = (const T*)w.key + i64(at) * DK;
+            const T* values = (const T*)w.value + i64(at) * DV;
+            T* to = tiles + stage * STAGE;
+            for (int i = tid; i < n * (DK / K::vec); i += kThreads) kv_copy16(to + i * K::vec, keys + i * K::vec);
+            to += TILE * DK;
+            for (int i = tid; i < n * (DV / V::vec); i += kThreads) kv_copy16(to + i * V::vec, values + i * V::vec);
+        };
+
+        int s = 0;
+        while (s < num && where[s].lo >= where[s].hi) s++;
+        int at = s < num ? where[s].lo : 0, stage = 0;
+        if (s < num) fetch(s, at, 0);
+        kv_commit();
+        while (s < num) {
+            kv_wait<0>();
+            __syncthreads();  // this tile has arrived for everyone, and everyone has left the other stage
+            const Where w = where[s];
+            const int now = at, n = w.hi - at < TILE ? w.hi - at : TILE;
+            at += TILE;
+            if (at >= w.hi) {
+                do s++;
+                while (s < num && where[s].lo >= where[s].hi);
+                at = s < num ? where[s].lo : 0;
+            }
+            if (s < num) fetch(s, at, stage ^ 1);
+            kv_commit();
+
+            const T* keys = tiles + stage * STAGE;
+            const T* values = keys + TILE * DK;
+            stage ^= 1;
+
+            const int face = layout == 0 ? 0 : w.turn_rotate >> 1;
+            if (face != facing) {
+                facing = face;
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) {
+                    const float* row = base + (subset * HEADS + h) * DK;
+#pragma unroll
+                    for (int p = 0; p < K::pieces; p++) {
+                        float x[K::vec];
+#pragma unroll
+                        for (int e = 0; e < K::vec; e++) x[e] = 0.f;
+                        if (K::inside(lane, p)) {
+                            load<K::vec>(row + K::at(lane, p), x);
+                            if (face) turn<K::vec>(x, row, K::at(lane, p), turns + i64(face - 1) * 2 * pairs, pairs, layout);
+                        }
+#pragma unroll
+                        for (int e = 0; e < K::vec; e++) turned[h][p * K::vec + e] = x[e];
+                    }
+                }
+            }
+            const bool rotate = RAW && layout != 0 && (w.turn_rotate & 1) != 0;
+
+#pragma unroll 1
+            for (int round = 0; round < PER_WARP; round += UNROLL) {
+                // Key `i` (of KEYS) of this warp and round; the same for every lane that asks.
+                auto key_of = [&](int i) {
+                    return ((round + i / K::together) * KEY_WARPS + key_warp) * K::together + i % K::together;
+                };
+                if (key_of(0) >= n) break;
+
+                float scores[HEADS][UNROLL];
+#pragma unroll
+                for (int u = 0; u < UNROLL; u++) {
+#pragma unroll
+                    for (int h = 0; h < HEADS; h++) scores[h][u] = 0.f;
+                    const int j = key_of(u * K::together + lane / K::lanes);
+                    if (j < n) {
+                        const T* row = keys + j * DK;
+#pragma unroll
+                        for (int p = 0; p < K::pieces; p++) {
+                            if (K::inside(lane, p)) {
+                                float x[K::vec];
+                                load<K::vec>(row + K::at(lane, p), x);
+                                if constexpr (RAW) {
+                                    if (rotate)
+                                        turn<K::vec>(x, row, K::at(lane, p), in_block + i64(now + j) * 2 * pairs, pairs, layout);
+                                }
+#pragma unroll
+                                for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                                    for (int e = 0; e < K::vec; e++)
+                                        scores[h][u] = fmaf(x[e], turned[h][p * K::vec + e], scores[h][u]);
+                            }
+                        }
+                    }
+                }
+
+                // The key whose score this lane will hold. Lanes that hold the same one are neighbours.
+                constexpr int SAME = K::lanes / UNROLL;
+                const int mine = (lane % K::lanes) / SAME * K::together + lane / K::lanes;
+                const bool valid = key_of(mine) < n;
+#pragma unroll
+                for (int h = 0; h < HEADS; h++) {
+                    float x = reduce_scattered<UNROLL, K::lanes>(scores[h], lane);
+                    if (cap > 0.f) x = cap * tanhf(x / cap) * KV_LOG2E;
+                    if (!valid) x = -KV_INF;
+                    if (logits != nullptr && valid && lane % SAME == 0) {
+                        const i64 g = first + subset * HEADS + h;
+                        if (g < group)
+                            logits[(i64(kv_head) * group + g) * total_keys + key_starts[item] + w.before + now - w.lo + key_of(mine)] =
+                                x * KV_LN2;
+                    }
+                    float most = x;
+#pragma unroll
+                    for (int width = 16; width >= SAME; width /= 2) most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, width));
+                    if (most > top[h]) {  // the same for all lanes of the warp
+                        const float shrink = exp2f(top[h] - most);
+                        sum[h] *= shrink;
+#pragma unroll
+                        for (int c = 0; c < V::channels; c++) acc[h][c] *= shrink;
+                        top[h] = most;
+                    }
+                    const float weight = valid && x != -KV_INF ? exp2f(x - top[h]) : 0.f;  // NaN stays NaN
+                    sum[h] += weight;
+                    if (lane % SAME == 0) weights[(warp * KEYS + mine) * STRIDE_P + h] = weight;
+                }
+                __syncwarp();
+
+#pragma unroll
+                for (int i = 0; i < KEYS; i += V::together) {
+                    const int k = i + lane / V::lanes;
+                    const int j = key_of(k);
+                    if ((KEYS % V::together == 0 || k < KEYS) && j < n) {
+                        float weight[HEADS];
+#pragma unroll
+                        for (int h = 0; h < HEADS; h++) weight[h] = weights[(warp * KEYS + k) * STRIDE_P + h];
+                        const T* row = values + j * DV;
+#pragma unroll
+                        for (int p = 0; p < V::pieces; p++) {
+                            if (V::inside(lane, p)) {
+                                float x[V::vec];
+                                load<V::vec>(row + V::at(lane, p), x);
+#pragma unroll
+                                for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                                    for (int e = 0; e < V::vec; e++)
+                                        acc[h][p * V::vec + e] = fmaf(weight[h], x[e], acc[h][p * V::vec + e]);
+                            }
+                        }
+                    }
+                }
+                __syncwarp();  // the weights are read before the next round writes its own
+            }
+        }
+    }
+
+    // Each warp's share of the sums, into the tiles' memory: [warp][HEADS][DV], then [warp][HEADS] maxima and sums of weights.
+    constexpr int SAME = K::lanes / UNROLL;
+    float* all = (float*)tiles;
+    float* tops = all + kWarps * HEADS * DV;
+    float* sums = tops + kWarps * HEADS;
+    kv_wait<0>();
+    __syncthreads();
+#pragma unroll
+    for (int h = 0; h < HEADS; h++) {
+        float total = sum[h];
+#pragma unroll
+        for (int width = 16; width >= SAME; width /= 2) total += __shfl_xor_sync(0xffffffffu, total, width);
+#pragma unroll
+        for (int c = 0; c < V::channels; c++)
+#pragma unroll
+            for (int width = 16; width >= V::lanes; width /= 2) acc[h][c] += __shfl_xor_sync(0xffffffffu, acc[h][c], width);
+        if (lane < V::lanes) {
+#pragma unroll
+            for (int p = 0; p < V::pieces; p++)
+                if (V::inside(lane, p))
+#pragma unroll
+                    for (int e = 0; e < V::vec; e++)
+                        all[(warp * HEADS + h) * DV + V::at(lane, p) + e] = acc[h][p * V::vec + e];
+        }
+        if (lane == 0) {
+            tops[warp * HEADS + h] = top[h];
+            sums[warp * HEADS + h] = total;
+        }
+    }
+    __syncthreads();
+    for (int i = tid; i < HELD * DV; i += kThreads) {
+        const int held = i / DV, c = i % DV;
+        if (first + held >= group) continue;
+        float most = -KV_INF;
+        for (int k = 0; k < KEY_WARPS; k++) most = fmaxf(most, tops[(k * SUBSETS + held / HEADS) * HEADS + held % HEADS]);
+        float total = 0.f, value = 0.f;
+        for (int k = 0; k < KEY_WARPS; k++) {
+            const int at = (k * SUBSETS + held / HEADS) * HEADS + held % HEADS;
+            const float share = tops[at] == most ? 1.f : exp2f(tops[at] - most);
+            total = fmaf(share, sums[at], total);
+            value = fmaf(share, all[at * DV + c], value);
+        }
+        const i64 to = (item * heads + i64(kv_head) * group + first + held) * splits + split;
+        if (total != 0.f) part_out[to * DV + c] = value / total;
+        if (c == 0) part_lse[to] = total != 0.f ? (most + log2f(total)) * KV_LN2 : -KV_INF;
+    }
+}

@@ -1,0 +1,183 @@
+"""Decoding under a CUDA graph: one token of every row at a time, the whole forward one launch.
+
+What the policy decides still changes from step to step; what the forward launches does not. So the graph is captured once, and
+before each replay the host plans the step and uploads it to where the kernels look. After the replay it commits and lets go,
+outside the graph. The graph is captured anew when a buffer that it has built in had to grow.
+
+The host never waits for the step that runs: a score-based policy's one float per token is read a step later, from pinned memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvsieve.backends.cuda import CudaBackend, CudaStore
+from kvsieve.errors import StateError, UnsupportedError
+
+if TYPE_CHECKING:
+    from kvsieve._core import Step
+    from kvsieve.streams import Stream
+
+__all__ = ["GraphDecoder"]
+
+
+def record(run: Callable[[], None]) -> Callable[[], None]:
+    """Capture what ``run`` launches; the result launches it again. ``run`` may be called any number of times."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()  # whatever is made at first use is made outside the graph
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
+class GraphDecoder:
+    """Decodes on a stream that has read its prompt, by replaying one captured graph.
+
+    >>> stream.feed(prompt)                                        # doctest: +SKIP
+    >>> decoder = kvsieve.graphs.GraphDecoder(stream)              # doctest: +SKIP
+    >>> tokens = decoder.greedy(last_token, max_new_tokens=200)    # doctest: +SKIP
+
+    Between two tokens the stream may be used in any other way, after :meth:`finish`.
+
+    Args:
+        stream: a stream on the ``cuda`` backend that has seen at least one token per row.
+
+    Raises:
+        StateError: if the stream has seen nothing yet, or verifies candidates.
+        UnsupportedError: for another backend, a memory read by top-k, SirLLM's published score, or layers with caches of their own.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        engine = stream._check_open()
+        if not isinstance(engine.backend, CudaBackend):
+            raise UnsupportedError(f"a graph needs backend 'cuda', this stream runs on {engine.backend.name!r}")
+        if engine._selects:
+            raise UnsupportedError("a memory read by top-k is chosen on the host's side of each layer; decode it without a graph")
+        if engine.own_layers:
+            raise UnsupportedError("this model has sliding layers whose own caches grow and shrink; decode it without a graph")
+        if engine.scorer is not None and engine.scorer._published:
+            raise UnsupportedError("the published score needs each token's own logits; decode it without a graph")
+        if not engine.num_rows or not engine.stores:
+            raise StateError("read a prompt first: stream.feed(ids), then decode")
+        self.stream, self._engine, self._backend = stream, engine, engine.backend
+        self._stores: list[CudaStore] = [s for s in engine.stores.values() if isinstance(s, CudaStore)]
+        device, rows = self._stores[0].device, engine.num_rows
+        self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+        self._logits: torch.Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+        self._addresses: list[tuple[int, ...]] = []
+        self._unread: tuple[Any, torch.Tensor] | None = None
+        self.captures = 0
+        """How often the graph was captured."""
+
+    @torch.no_grad()
+    def step(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[B, V]`` after the tokens ``ids`` (int64 ``[B, 1]``); overwritten by the next step."""
+        engine = self.stream._check_open()
+        if engine.recording or engine.num_rows != self._ids.shape[0]:
+            raise StateError(f"the stream verifies candidates, or no longer holds {self._ids.shape[0]} rows")
+        self.finish()
+        engine.expect(self._ids)
+        engine.prepare()
+        self._ids.copy_(ids)
+        self._positions.copy_(self._upload([engine.planner.seen(row) for row in range(engine.num_rows)])[:, None])
+        self._score()
+        plan = engine.open([1] * engine.num_rows, 1)
+        try:
+            self._run(plan)
+        except BaseException:
+            engine.rollback()
+            self._unread = None
+            raise
+        assert self._logits is not None
+        engine.close()
+        if engine.scorer is not None:
+            engine.scorer.tail = self._logits.clone()
+        else:
+            engine.settle(force=False)
+        return self._logits[:, -1]
+
+    @torch.no_grad()
+    def greedy(self, ids: torch.Tensor, max_new_tokens: int) -> torch.Tensor:
+        """The most likely tokens after ``ids`` (int64 ``[B, 1]``, not read yet): int64 ``[B, max_new_tokens]``, on the device.
+
+        The last of them is not read by the stream, as with `generate`.
+        """
+        found = []
+        for _ in range(max_new_tokens):
+            ids = self.step(ids).argmax(-1, keepdim=True)
+            found.append(ids)
+        self.finish()
+        return torch.cat(found, 1)
+
+    def finish(self) -> None:
+        """Score the last step's tokens, if that was put off, and let the policy let go."""
+        unread, self._unread = self._unread, None
+        if unread is None:
+            return
+        event, scores = unread
+        if event is not None:
+            event.synchronize()
+        values = scores.nan_to_num(nan=0.0).numpy()
+        for row in range(len(values)):
+            self._engine.planner.set_scores(row, values[row : row + 1].copy())
+        self._engine.settle(force=False)
+
+    # ------------------------------------------------------------------------------------------------------------------ internals
+
+    def _run(self, step: Step) -> None:
+        for store in self._stores:
+            store.prepare(step)
+        addresses = [store.addresses(step) for store in self._stores]
+        self._engine.replaying = True
+        try:
+            if self._replay is None or addresses != self._addresses:
+                self._replay = record(self._forward)
+                self._addresses = addresses
+                self.captures += 1
+            self._replay()
+        finally:
+            self._engine.replaying = False
+
+    def _forward(self) -> None:
+        step = self._engine._step
+        assert step is not None
+        for device in {store.device for store in self._stores}:
+            self._backend.plan(step, device).buffer.forget_turns()
+        out = self.stream.model(
+            input_ids=self._ids, position_ids=self._positions, past_key_values=self.stream.cache, use_cache=True
+        ).logits
+        if self._logits is None:
+            self._logits = torch.empty_like(out)
+        self._logits.copy_(out)
+
+    def _upload(self, values: list[int]) -> torch.Tensor:
+        tensor = torch.tensor(values)
+        pinned = tensor.pin_memory() if self._ids.device.type == "cuda" else tensor
+        return pinned.to(self._ids.device, non_blocking=True)
+
+    def _score(self) -> None:
+        """Start reading back how surprising the new tokens are, under the logits of the last step."""
+        scorer = self._engine.scorer
+        if scorer is None:
+            return
+        if scorer.tail is None:
+            scores = torch.full((self._ids.shape[0],), torch.nan)
+        else:
+            scores = self._backend.surprisal(scorer.tail[:, -1], self._ids[:, 0])
+        cuda = scores.device.type == "cuda"
+        here = torch.empty(scores.shape, dtype=torch.float32, pin_memory=cuda)
+        here.copy_(scores, non_blocking=True)
+        event = None
+        if cuda:
+            event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            event.record()
+        self._unread = (event, here)

@@ -1,0 +1,80 @@
+"""Decoding by replays, without a card: a replay runs the forward again, and the host may plan and upload only outside of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import backend_cases
+import emulator
+import kvsieve
+import pytest
+import tiny
+import torch
+from kvsieve import graphs
+from kvsieve.backends import cuda
+from kvsieve.errors import StateError, UnsupportedError
+from kvsieve.graphs import GraphDecoder
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
+    made = emulator.Emulator()
+    emulator.install(monkeypatch, made)
+
+    def record(run: Callable[[], None]) -> Callable[[], None]:
+        run()  # the host may not plan, upload or reserve in here: a replay would not do it
+
+        def replay() -> None:
+            with pytest.MonkeyPatch.context() as patched:
+                patched.setattr(cuda.StepBuffer, "fill", refuse)
+                patched.setattr(cuda.CudaStore, "reserve", refuse)
+                patched.setattr(cuda, "_upload", refuse)
+                run()
+
+        return replay
+
+    monkeypatch.setattr(graphs, "record", record)
+    return made
+
+
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("the host did inside a graph what a replay will not do")
+
+
+POLICIES = [name for name in tiny.POLICIES if name != "lm_infinite_middle"]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_the_same_tokens_as_without_a_graph(policy: str) -> None:
+    backend_cases.graph(policy, torch.device("cpu"), 80)
+
+
+def test_what_a_graph_cannot_hold_is_refused() -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.Full(), "cuda") as stream, pytest.raises(StateError, match="prompt"):
+        GraphDecoder(stream)
+    for backend, policy, family in (
+        ("reference", kvsieve.Full(), "llama"),
+        ("cuda", tiny.POLICIES["lm_infinite_middle"](30), "llama"),
+        ("cuda", kvsieve.Full(), "gemma2"),
+    ):
+        with kvsieve.stream(tiny.model(family), policy, backend) as stream:
+            stream.feed(tiny.ids(1, 20))
+            with pytest.raises(UnsupportedError, match="graph"):
+                GraphDecoder(stream)
+
+
+def test_a_forward_that_fails_leaves_the_stream_as_it_was(launcher: emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.StreamingLLM(40), "cuda") as stream:
+        stream.feed(tiny.ids(1, 30))
+        decoder = GraphDecoder(stream)
+        want = decoder.step(tiny.ids(1, 1)).clone()
+        stream.cache.crop(-1)
+        with monkeypatch.context() as patched:
+            patched.setattr(decoder, "_replay", refuse)
+            with pytest.raises(AssertionError):
+                decoder.step(tiny.ids(1, 1))
+        assert stream.seen == 30
+        torch.testing.assert_close(decoder.step(tiny.ids(1, 1)), want)

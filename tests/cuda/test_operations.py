@@ -1,0 +1,120 @@
+"""Every CUDA kernel, run on the CPU under the shim, gives what its definition gives in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import emulator
+import kernel_cases
+import pytest
+import torch
+from kernel_cases import CASES, Blocks, rope_of, table_of
+from kvsieve.backends import kernels
+from kvsieve.errors import BackendError, ShapeError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
+    """The emulator, and memory that is nan until it is written."""
+    made = emulator.Emulator(processors=1)
+    monkeypatch.setitem(kernels._launchers, "cpu", made)
+    torch.use_deterministic_algorithms(True)
+    yield made
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))
+def test_attend(case: kernel_cases.Case) -> None:
+    kernel_cases.attend(case, CPU)
+
+
+@pytest.mark.parametrize("name", list(kernel_cases.every(CPU)))
+def test_small_cases(name: str) -> None:
+    kernel_cases.every(CPU)[name]()
+
+
+def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Emulator) -> None:
+    launched.launches = []
+    held = Blocks(2, 16, 16, torch.float32, 0)
+    q, starts, spans = torch.randn(1, 4, 1, 16), torch.zeros(2, dtype=torch.int32), torch.zeros(0, 4, dtype=torch.int32)
+
+    def attend(**changes: Any) -> Any:
+        given = {"q": q, "blocks": held.table, "starts": starts, "spans": spans, "turns": None, "in_block": None}
+        return kernels.attend(**{**given, "kv_heads": 2, "value_dim": 16, "splits": 1, "scale": 1.0, **changes})
+
+    attend()
+    count = len(launched.launches)
+    for changes in (
+        {"kv_heads": 3},
+        {"splits": 0},
+        {"starts": starts[:1]},
+        {"starts": starts.long()},
+        {"spans": spans.float()},
+        {"blocks": held.table[:, :2]},
+        {"sinks": torch.zeros(3)},
+        {"layout": 1},
+        {"q": q[0]},
+    ):
+        with pytest.raises(ShapeError):
+            attend(**changes)
+    with pytest.raises(BackendError, match="reference"):
+        attend(q=torch.randn(1, 4, 1, 18))
+    with pytest.raises(BackendError, match="reference"):
+        attend(q=q.double())
+    with pytest.raises(ShapeError, match="16 bytes"):
+        kernels.scatter(*(torch.randn(2 * 16 + 1)[1:].view(2, 1, 16) for _ in "kv"), held.table, spans)
+    with pytest.raises(ShapeError, match="capacity"):
+        kernels.append(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), held.table, spans, starts, 1)
+    with pytest.raises(ShapeError):
+        kernels.top_k(torch.zeros(2, 3), 4)
+    assert len(launched.launches) == count
+    with pytest.raises(BackendError, match="meta"):
+        kernels.top_k(torch.zeros(2, 3, device="meta"), 1)
+
+
+def operations() -> dict[str, tuple[Any, ...]]:
+    held = Blocks(2, 16, 8, torch.float32, 0)
+    ints = torch.int32
+    runs = torch.tensor([[5, 3, 64, 0]], dtype=ints)
+    spans = torch.tensor([[5, 3 | 64 << 8 | 1 << 16, 0, 1]], dtype=ints)
+    starts, rope = torch.tensor([0, 1], dtype=ints), rope_of(16, "half")
+    turned = table_of(rope, [9]), table_of(rope, list(range(64)))
+    rest = (2, 8, 1, 0.25, 0.0, 1, 1.0, True, None, torch.tensor([0, 61]), 61)
+    k, v = torch.randn(2, 61, 16), torch.randn(2, 61, 8)
+    tokens = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8)
+    return {
+        "append": (*tokens, held.table, torch.tensor([[0, 0, 1, 1]], dtype=ints), torch.tensor([1], dtype=ints), 1),
+        "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest),
+        "merge": (torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3), None, torch.float32),
+        "gather": (held.table, runs, 61, 2, 16, 8, torch.float32),
+        "scatter": (k, v, held.table, runs),
+        "move": (held.table, torch.tensor([[1, 2, 0, 5]], dtype=ints), 2, 16, 8, torch.float32),
+        "turns": (torch.tensor([5]), None, rope.inv_freq, torch.zeros(1, 16)),
+        "rotate": (k, torch.arange(61), rope.inv_freq, 1, 1.0, None),
+        "surprisal": (torch.randn(3, 50), torch.tensor([1, 2, 3])),
+        "top_k": (torch.randn(3, 50), 7),
+        "_keep": (held,),
+    }
+
+
+@pytest.mark.parametrize("name", [name for name in operations() if name != "_keep"])
+def test_torch_knows_the_operation(name: str) -> None:
+    """Its schema says what it changes, and its fake gives the shapes and dtypes that running gives."""
+    every = operations()
+    torch.use_deterministic_algorithms(False)
+    torch.library.opcheck(getattr(torch.ops.kvsieve, name).default, every[name], test_utils=("test_schema", "test_faketensor"))
+    del every
+
+
+def test_operations_pass_through_torch_compile() -> None:
+    logits, ids = torch.randn(4, 50), torch.arange(4)
+
+    def score(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return kernels.surprisal(logits * 2.0, ids) + 1.0
+
+    torch._dynamo.reset()
+    compiled = torch.compile(score, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(logits, ids), score(logits, ids))

@@ -1,0 +1,46 @@
+"""`make gpu` cannot run here; its rehearsal can, so that it does not rot until a card is at hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gpu
+import pytest
+
+
+def test_every_section_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert set(record) == {name for name, _ in gpu.SECTIONS}
+    assert gpu.errors(record) == []
+    assert set(record["attention"]) - {"seconds"} == {"200", "500"}
+    for row in (record["attention"]["200"], record["attention"]["500"]):
+        assert {"kvsieve rotated", "kvsieve raw", "sdpa", "flex", "copy"} <= set(row)
+    assert record["whole_token"]["SirLLM 500"]["captures"] == 1
+    assert "SirLLM" in capsys.readouterr().out
+
+
+def test_a_section_that_fails_is_reported_and_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(b: gpu.Bench) -> dict[str, object]:
+        raise RuntimeError("the card is on fire")
+
+    monkeypatch.setattr(gpu, "SECTIONS", [("about", gpu.about), ("broken", fails), ("copy", gpu.copy_bandwidth)])
+    assert gpu.main(["--dry", "--out", str(tmp_path)]) == 1
+    (path,) = tmp_path.iterdir()
+    record = json.loads(path.read_text())
+    assert "on fire" in record["broken"]["error"]
+    assert "gb_per_s" in record["copy"]
+    assert "FAILED /broken" in capsys.readouterr().out
+
+
+def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a card")
+    assert gpu.main([]) == 1
+    assert "NVIDIA card" in capsys.readouterr().err

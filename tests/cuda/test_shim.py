@@ -1,0 +1,116 @@
+"""The shim that runs kernels on the CPU catches what it is there to catch."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import emulator
+import pytest
+import torch
+from kvsieve.backends.nvrtc import SOURCES, Module
+
+CPU = torch.device("cpu")
+
+
+def attend_once(launcher: emulator.Emulator) -> None:
+    """One `attend` of 6 heads over 77 ragged spans against its definition.
+
+    Three lookups of spans, the last of an odd number of tiles, and warps that compute what others copied: every barrier matters.
+    """
+    torch.manual_seed(0)
+    rng = random.Random(0)
+    q, k, v = torch.randn(6, 16), torch.randn(256, 16), torch.randn(256, 16)
+    blocks = torch.tensor([[k.data_ptr() + b * 4096, v.data_ptr() + b * 4096, 256, 0] for b in range(4)])
+    ranges = [(rng.randrange(4), rng.randint(0, 40), rng.randint(41, 64)) for _ in range(77)]
+    spans = torch.tensor([[b, lo | hi << 8, 0, 0] for b, lo, hi in ranges], dtype=torch.int32)
+    starts = torch.tensor([0, len(ranges)], dtype=torch.int32)
+    part, lse = torch.full((6, 1, 16), torch.nan), torch.full((6, 1), torch.nan)
+    args = [q.data_ptr(), 96, 16, 96, blocks.data_ptr(), starts.data_ptr(), spans.data_ptr(), None, None, 0, 0, 1.0, 0.25, 0.0]
+    args += [1, 6, part.data_ptr(), lse.data_ptr(), None, None, 0]
+    launcher.launch(Module("attend.cu", ("attend<float, 16, 16, 3, 2, false>",)), (1, 1, 1), 128, args, CPU)
+    read = torch.tensor([64 * b + slot for b, lo, hi in ranges for slot in range(lo, hi)])
+    x = q.double() @ k[read].double().T * 0.25
+    torch.testing.assert_close(part[:, 0].double(), x.softmax(-1) @ v[read].double(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(lse[:, 0].double(), x.logsumexp(-1), atol=1e-5, rtol=0)
+
+
+def move_once(launcher: emulator.Emulator) -> None:
+    k, v = torch.randn(1, 64, 16), torch.randn(1, 64, 16)
+    want = k.clone()
+    blocks = torch.tensor([[k.data_ptr(), v.data_ptr(), 64, 0]])
+    moves = torch.tensor([[0, 0, 1 | 0 << 16, 60], [0, 0, 3 | 2 << 16, 50]], dtype=torch.int32)
+    launcher.launch(Module("move.cu", ("move<float, 16, 16>",)), (8, 1, 1), 64, [blocks.data_ptr(), moves.data_ptr(), 2], CPU)
+    want[:, :60] = want[:, 1:61].clone()
+    want[:, 2:52] = want[:, 3:53].clone()
+    assert torch.equal(k, want)
+
+
+def surprisal_once(launcher: emulator.Emulator) -> None:
+    x, ids, out = torch.randn(1, 700) * 5, torch.tensor([3]), torch.empty(1)
+    args = [x.data_ptr(), 700, 700, ids.data_ptr(), out.data_ptr()]
+    launcher.launch(Module("surprisal.cu", ("surprisal<float>",)), (1, 1, 1), 128, args, CPU)
+    torch.testing.assert_close(out, x.logsumexp(1) - x[:, 3], atol=1e-5, rtol=0)
+
+
+CASES = [
+    *(("attend.cu", r"__syncthreads\(\);", which, attend_once) for which in range(5)),
+    ("attend.cu", r"__syncwarp\(\);", 0, attend_once),
+    ("attend.cu", r"kv_wait<0>\(\);", 0, attend_once),
+    *(("move.cu", r"__syncthreads\(\);", which, move_once) for which in range(2)),
+    ("surprisal.cu", r"__syncthreads\(\);", 0, surprisal_once),
+]
+
+
+@pytest.mark.parametrize(("file", "pattern", "which", "run"), CASES)
+def test_a_barrier_that_is_removed_is_caught(file: str, pattern: str, which: int, run: object, tmp_path: Path) -> None:
+    assert callable(run)
+    run(emulator.Emulator())
+    broken = emulator.without(SOURCES, file, pattern, which, tmp_path)
+    caught = 0
+    for seed in range(8):
+        try:
+            run(emulator.Emulator(broken, seed=1000 * seed))
+        except AssertionError:
+            caught += 1
+    assert caught, "eight random schedules, and the answer was right in all of them"
+
+
+FAULTS = {
+    "others that will never come": "if (threadIdx.x < 32) __syncwarp(); else if (threadIdx.x != 40) __syncwarp();",
+    "a thread ended while others wait": "if (threadIdx.x != 7) __syncthreads();",
+    "meet in different operations": "if (threadIdx.x % 2) __syncwarp(); else __ballot_sync(0xffffffffu, true);",
+    "beyond the end of an array": "KV_SHARED(float, x, 16); x[16 + threadIdx.x % 2] = 1.f;",
+    "bytes of shared memory": "KV_SHARED(float, x, 13000); x[0] = 1.f;",
+}
+
+
+@pytest.mark.parametrize("message", list(FAULTS))
+def test_what_no_kernel_may_do_is_an_error(message: str, tmp_path: Path) -> None:
+    (tmp_path / "common.cuh").write_text((SOURCES / "common.cuh").read_text())
+    (tmp_path / "fault.cu").write_text(f'#include "common.cuh"\n__global__ void fault(i64 unused) {{ {FAULTS[message]} }}\n')
+    with pytest.raises(emulator.EmulatorError, match=message):
+        emulator.Emulator(tmp_path).launch(Module("fault.cu", ("fault",)), (1, 1, 1), 128, [0], CPU)
+
+
+def test_shared_memory_is_nan_until_it_is_written(tmp_path: Path) -> None:
+    (tmp_path / "common.cuh").write_text((SOURCES / "common.cuh").read_text())
+    body = "KV_SHARED(float, x, 128); ((float*)to)[threadIdx.x] = x[threadIdx.x];"
+    (tmp_path / "peek.cu").write_text(f'#include "common.cuh"\n__global__ void peek(float* to) {{ {body} }}\n')
+    out = torch.zeros(128)
+    emulator.Emulator(tmp_path).launch(Module("peek.cu", ("peek",)), (1, 1, 1), 128, [out.data_ptr()], CPU)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize(
+    "value", [0.0, -0.0, 1.0, 65504.0, 65520.0, 6.1e-5, 5.96e-8, 2.98e-8, 1 / 3, -2049.0, torch.inf, torch.nan]
+)
+def test_half_precision_rounds_as_torch_does(value: float, tmp_path: Path) -> None:
+    source = "__global__ void half(const float* x, f16* y, float* z) { y[0] = narrow<f16>(x[0]); z[0] = widen(y[0]); }"
+    (tmp_path / "common.cuh").write_text((SOURCES / "common.cuh").read_text())
+    (tmp_path / "half.cu").write_text(f'#include "common.cuh"\n{source}\n')
+    x, y, z = torch.tensor([value]), torch.empty(1, dtype=torch.float16), torch.empty(1)
+    launcher = emulator.Emulator(tmp_path)
+    launcher.launch(Module("half.cu", ("half",)), (1, 1, 1), 32, [x.data_ptr(), y.data_ptr(), z.data_ptr()], CPU)
+    assert torch.equal(y.nan_to_num(7.0), x.half().nan_to_num(7.0))
+    assert torch.equal(z.nan_to_num(7.0), x.half().float().nan_to_num(7.0))

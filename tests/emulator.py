@@ -1,0 +1,121 @@
+"""Runs the CUDA kernels on the CPU: the same sources, compiled by g++ under the shim of ``tests/cuda/shim.h``."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import re
+import struct
+import subprocess
+import tempfile
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from kvsieve.backends.nvrtc import SOURCES, Module
+
+SHIM = Path(__file__).resolve().parent / "cuda"
+CACHE = Path(tempfile.gettempdir()) / f"kvsieve-emulator-{os.getuid()}"
+
+_one_at_a_time = threading.Lock()
+
+
+class EmulatorError(AssertionError):
+    """What no kernel may do: threads that never meet, memory written beyond its end."""
+
+
+class Emulator:
+    """A launcher for tensors on the CPU.
+
+    Args:
+        folder: where the kernels' sources are.
+        seed: of the schedules; each launch draws its own.
+        processors: how many multiprocessors to pretend.
+    """
+
+    def __init__(self, folder: Path = SOURCES, seed: int = 1, processors: int = 1) -> None:
+        self.folder, self.seed, self.count = folder, seed, processors
+        self.launches: list[tuple[Module, tuple[int, int, int], int, list[Any]]] | None = None
+        self._functions: dict[Module, tuple[Any, int]] = {}
+
+    def processors(self, device: torch.device) -> int:
+        return self.count
+
+    def launch(self, module: Module, grid: tuple[int, int, int], block: int, args: Sequence[Any], device: torch.device) -> None:
+        assert device.type == "cpu"
+        if self.launches is not None:
+            self.launches.append((module, grid, block, list(args)))
+        self.run(module, grid, block, args)
+
+    def replay(self, launches: list[tuple[Module, tuple[int, int, int], int, list[Any]]]) -> None:
+        """Run recorded launches again, with the very same arguments: what replaying a captured graph does."""
+        for launch in launches:
+            self.run(*launch)
+
+    def run(self, module: Module, grid: tuple[int, int, int], block: int, args: Sequence[Any]) -> None:
+        if module not in self._functions:
+            self._functions[module] = self._load(module)
+        function, arity = self._functions[module]
+        assert len(args) == arity, f"{module.expressions[0]} takes {arity} arguments, got {len(args)}"
+        packed = b"".join(struct.pack("d", a) if isinstance(a, float) else struct.pack("q", a or 0) for a in args)
+        with _one_at_a_time:
+            self.seed += 1
+            error = function(packed, (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(block, 1, 1), self.seed)
+        if error:
+            raise EmulatorError(f"{module.expressions[0]}: {error.decode()}")
+
+    def _load(self, module: Module) -> tuple[Any, int]:
+        library = ctypes.CDLL(str(self._build(module)))
+        function = library.run_kernel
+        function.restype = ctypes.c_char_p
+        function.argtypes = [ctypes.c_char_p, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint64]
+        return function, int(library.arity_kernel())
+
+    def _build(self, module: Module) -> Path:
+        source = f'#include "shim.h"\n#include "{module.file}"\n#include "half.h"\nKV_EXPORT(kernel, {module.expressions[0]})\n'
+        digest = hashlib.sha256(source.encode())
+        for path in sorted([*SHIM.glob("*.h"), *self.folder.glob("*.cu*")]):
+            digest.update(path.read_bytes())
+        built = CACHE / f"{digest.hexdigest()}.so"
+        if not built.exists():
+            CACHE.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+                (Path(scratch) / "kernel.cpp").write_text(source)
+                command = [
+                    "g++",
+                    "-std=c++17",
+                    "-O1",
+                    "-fno-strict-aliasing",
+                    "-fno-gnu-unique",
+                    "-Wall",
+                    "-Wno-unknown-pragmas",
+                    "-shared",
+                    "-fPIC",
+                ]
+                command += [f"-I{SHIM}", f"-I{self.folder}", "kernel.cpp", "-o", "kernel.so"]
+                done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+                assert done.returncode == 0, done.stderr
+                os.replace(Path(scratch) / "kernel.so", built)
+        return built
+
+
+def without(folder: Path, file: str, pattern: str, which: int, to: Path) -> Path:
+    """A copy of the kernels in which the ``which``-th match of ``pattern`` in ``file`` is gone."""
+    for path in folder.glob("*.cu*"):
+        (to / path.name).write_text(path.read_text())
+    text = (to / file).read_text()
+    found = list(re.finditer(pattern, text))[which]
+    (to / file).write_text(text[: found.start()] + text[found.end() :])
+    return to
+
+
+def install(monkeypatch: Any, emulator: Emulator) -> None:
+    """Make ``backends.get("cuda")`` the emulated one, for tensors on the CPU."""
+    from kvsieve.backends import cuda, kernels
+
+    monkeypatch.setattr(cuda, "require", lambda: None)
+    monkeypatch.setattr(cuda.CudaBackend, "device_type", "cpu")
+    monkeypatch.setitem(kernels._launchers, "cpu", emulator)

@@ -1,0 +1,116 @@
+"""The same checks as under the emulator, on a card, and what only a card can show. `make gpu` runs them."""
+
+from __future__ import annotations
+
+import backend_cases
+import kernel_cases
+import kvsieve
+import pytest
+import tiny
+import torch
+from backend_cases import on
+from kvsieve import graphs
+from kvsieve.backends import cuda
+
+pytestmark = pytest.mark.gpu
+
+CARD = torch.device("cuda", 0)
+POLICIES = [name for name in tiny.POLICIES if name != "lm_infinite_middle"]
+
+HALVES = (torch.bfloat16, torch.float16)
+# Sizes that take too long to compile for the CPU.
+MORE: list[kernel_cases.Case] = [
+    *((d, s, s, g, "half", s, raw) for d in HALVES for s in (64, 128) for g in (1, 4, 7, 16) for raw in (False, True)),
+    *((d, s, s, 4, "half", s, raw) for d in HALVES for s in (96, 256) for raw in (False, True)),
+    *((torch.float32, s, s, 4, "half", s, raw) for s in (64, 96, 128, 256) for raw in (False, True)),
+]
+
+
+@pytest.fixture(autouse=True)
+def kernels_can_run() -> None:
+    cuda.require()
+
+
+@pytest.mark.parametrize("case", [*kernel_cases.CASES, *MORE], ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
+def test_attend(case: kernel_cases.Case) -> None:
+    kernel_cases.attend(case, CARD)
+
+
+@pytest.mark.parametrize("name", list(kernel_cases.every(CARD)))
+def test_small_cases(name: str) -> None:
+    kernel_cases.every(CARD)[name]()
+
+
+@pytest.mark.parametrize("policy", list(tiny.POLICIES))
+@pytest.mark.parametrize("dtype", list(backend_cases.TOLERANCE), ids=str)
+@pytest.mark.parametrize("size", [16, 64])
+def test_a_layer_equals_the_reference(policy: str, dtype: torch.dtype, size: int) -> None:
+    backend_cases.layer(policy, dtype, CARD, size, seeds=4)
+
+
+@pytest.mark.parametrize("policy", list(tiny.POLICIES))
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_a_model_equals_the_reference(family: str, policy: str) -> None:
+    backend_cases.model(family, policy, CARD)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_graph_gives_the_same_tokens(policy: str) -> None:
+    backend_cases.graph(policy, CARD, 200)
+
+
+@pytest.mark.parametrize("policy", ["full", "streaming", "lm_infinite"])
+def test_a_decode_step_never_waits_for_the_card(policy: str) -> None:
+    model = on(tiny.model(), CARD)
+    with kvsieve.stream(model, tiny.POLICIES[policy](100)) as stream, torch.no_grad():
+        stream.feed(tiny.ids(1, 150).to(CARD))
+        token = tiny.ids(1, 1).to(CARD)
+        model(input_ids=token, past_key_values=stream.cache, use_cache=True)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(130):
+                model(input_ids=token, past_key_values=stream.cache, use_cache=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_graph_of_a_scored_memory_never_waits_inside_a_step() -> None:
+    model = on(tiny.model(), CARD)
+    with kvsieve.stream(model, tiny.POLICIES["sirllm"](100)) as stream:
+        stream.feed(tiny.ids(1, 150).to(CARD))
+        decoder, token = graphs.GraphDecoder(stream), tiny.ids(1, 1).to(CARD)
+        decoder.step(token)
+        decoder.finish()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            decoder.step(token)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_bytes_reported_are_bytes_allocated() -> None:
+    model = on(tiny.model(dtype=torch.bfloat16), CARD)
+    with kvsieve.stream(model, kvsieve.StreamingLLM(1024)) as stream:
+        stream.feed(tiny.ids(1, 64).to(CARD))
+        before, held = torch.cuda.memory_allocated(), stream.stats().bytes_held
+        stream.feed(tiny.ids(1, 4000).to(CARD))
+        torch.cuda.synchronize()
+        grown = torch.cuda.memory_allocated() - before
+        assert abs(grown - (stream.stats().bytes_held - held)) < 4 << 20, "plans and tables may take a few megabytes"
+
+
+def test_streams_on_two_torch_streams_do_not_disturb_each_other() -> None:
+    model, ids = on(tiny.model(), CARD), tiny.ids(1, 60).to(CARD)
+    with kvsieve.stream(model, kvsieve.StreamingLLM(40)) as stream:
+        want = stream.generate(ids, max_new_tokens=40, do_sample=False)
+    with kvsieve.stream(model, kvsieve.StreamingLLM(40)) as a, kvsieve.stream(model, kvsieve.StreamingLLM(40)) as b:
+        found = []
+        for stream in (a, b):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                found.append(stream.generate(ids, max_new_tokens=40, do_sample=False))
+        torch.cuda.synchronize()
+    assert torch.equal(found[0], want)
+    assert torch.equal(found[1], want)

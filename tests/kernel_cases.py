@@ -1,0 +1,356 @@
+"""What every CUDA kernel must compute, as functions of a device: run under the shim on the CPU, and on a card."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import torch
+from kvsieve.backends import kernels, reference
+from kvsieve.rope import LayerRope
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
+
+
+class Blocks:
+    """Blocks of random keys and values in two slabs, and their table."""
+
+    def __init__(
+        self,
+        heads: int,
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        seed: int,
+        device: torch.device | str = "cpu",
+        sizes: tuple[int, ...] = (3, 4),
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.heads, self.dims, self.dtype = heads, (key_dim, value_dim), dtype
+        self.slabs = [
+            tuple(torch.randn(heads, 64 * n, d, generator=generator).to(device, dtype) for d in self.dims)  # one slab
+            for n in sizes
+        ]
+        self.places = [(slab, i) for slab, n in enumerate(sizes) for i in range(n)]
+        rows = []
+        for slab, i in self.places:
+            key, value = (x.data_ptr() + 64 * i * d * x.element_size() for x, d in zip(self.slabs[slab], self.dims))
+            rows.append([key, value, 64 * sizes[slab], 0])
+        self.table = torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def read(self, block: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+        slab, i = self.places[block]
+        k, v = self.slabs[slab]
+        return k[:, 64 * i + lo : 64 * i + hi].cpu(), v[:, 64 * i + lo : 64 * i + hi].cpu()
+
+
+def rope_of(dim: int, layout: Any, rotary: int | None = None, factor: float = 1.0) -> LayerRope:
+    rotary = dim if rotary is None else rotary
+    return LayerRope(10000.0 ** (-torch.arange(0, rotary, 2, dtype=torch.float64) / rotary), layout, factor)
+
+
+def table_of(rope: LayerRope, positions: list[int]) -> torch.Tensor:
+    return torch.cat(rope.table(torch.tensor(positions), torch.float64, factor=False), 1).float().contiguous()
+
+
+def random_spans(
+    rng: random.Random, items: int, blocks: int, shifts: int, raw: bool
+) -> list[list[tuple[int, int, int, int, bool]]]:
+    """For each item spans (block, lo, hi, number of the shift or 0, rotate); the last item of several reads nothing."""
+    out = []
+    for item in range(items):
+        spans = []
+        for _ in range(rng.choice([1, 3, 6]) if item < max(items - 1, 1) else 0):
+            lo = rng.choice([0, 0, rng.randint(0, 63)])
+            hi = rng.choice([64, rng.randint(lo, 64)])
+            spans.append((rng.randrange(blocks), lo, hi, rng.randint(0, shifts), raw and rng.random() < 0.8))
+        out.append(spans)
+    return out
+
+
+def defined(
+    q: torch.Tensor,
+    held: Blocks,
+    spans: list[list[tuple[int, int, int, int, bool]]],
+    rope: LayerRope | None,
+    shifts: list[int],
+    factor: float,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    """Attention, key by key, in float64: out ``[B, q, H, Dv]``, lse ``[B, q, H]``, mass per item ``[Hkv, keys]``."""
+    rows, heads, queries, _ = q.shape
+    group = heads // held.heads
+    out = torch.zeros(rows, queries, heads, held.dims[1], dtype=torch.float64)
+    lse = torch.full((rows, queries, heads), -torch.inf, dtype=torch.float64)
+    masses = []
+    for item, mine in enumerate(spans):
+        row, query = item // queries, item % queries
+        base = q[row, :, query].double() * scale
+        if rope is not None:
+            base[:, : rope.rotary_dim] *= factor
+        logits, values = [], []
+        for block, lo, hi, shift, rotate in mine:
+            k, v = (x.double() for x in held.read(block, lo, hi))
+            turned = base
+            if rope is not None and shift:
+                at = torch.tensor([shifts[shift - 1]])
+                turned = rope.rotate(base[:, None], at, factor=False)[:, 0]
+            if rope is not None and rotate:
+                k = rope.rotate(k, torch.arange(lo, hi), factor=False)
+            logits.append(torch.einsum("hd,hnd->hn", turned, k.repeat_interleave(group, 0)))
+            values.append(v.repeat_interleave(group, 0))
+        x = torch.cat([*logits, torch.zeros(heads, 0, dtype=torch.float64)], 1)
+        if softcap:
+            x = softcap * torch.tanh(x / softcap)
+        if x.shape[1] == 0:
+            masses.append(torch.zeros(held.heads, 0, dtype=torch.float64))
+            continue
+        lse[row, query] = x.logsumexp(1)
+        norm = lse[row, query] if sinks is None else torch.logaddexp(lse[row, query], sinks.double())
+        weights = torch.exp(x - norm[:, None])
+        out[row, query] = torch.einsum("hn,hnd->hd", weights, torch.cat(values, 1))
+        masses.append(weights.view(held.heads, group, -1).sum(1))
+    return out, lse, masses
+
+
+def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
+    """By the norm of the difference; nan never passes."""
+    got, want = got.cpu(), want.cpu()
+    assert got.shape == want.shape
+    error = (got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-9)
+    assert float(error) <= tolerance, f"off by {float(error):.2e}"
+
+
+# dtype, key and value size, group, layout, rotated channels, raw
+Case = tuple[torch.dtype, int, int, int, str, int, bool]
+"""Dtype, key and value size, group, layout, rotated channels, raw."""
+
+CASES: list[Case] = [
+    (torch.float32, 16, 16, 1, "half", 16, False),
+    (torch.float32, 16, 16, 2, "half", 8, True),
+    (torch.float32, 16, 16, 3, "interleaved", 16, False),
+    (torch.float32, 16, 16, 6, "half", 16, False),
+    (torch.float32, 16, 16, 8, "half", 4, True),
+    (torch.float32, 16, 16, 11, "half", 16, False),
+    (torch.float32, 16, 16, 16, "half", 16, False),
+    (torch.float32, 16, 16, 21, "half", 16, False),
+    *((torch.float32, 16, 16, group, "half", 16, False) for group in (4, 5, 7, 9, 10, 12, 13, 14, 15)),
+    (torch.float32, 8, 24, 5, "half", 8, False),
+    (torch.float32, 64, 64, 4, "half", 64, True),
+    (torch.bfloat16, 64, 64, 3, "half", 64, False),
+    (torch.bfloat16, 128, 128, 4, "half", 128, True),
+    (torch.bfloat16, 96, 96, 1, "interleaved", 48, True),
+    (torch.float16, 128, 128, 16, "half", 64, True),
+    (torch.float16, 256, 256, 2, "half", 256, False),
+]
+"""Few enough to compile for the CPU in half a minute, and each way through the kernel at least once."""
+
+
+def flat(spans: list[list[tuple[int, int, int, int, bool]]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Starts and spans as `attend` takes them."""
+    starts, rows = [0], []
+    for mine in spans:
+        before = 0
+        for block, lo, hi, shift, rotate in mine:
+            rows.append([block, lo | hi << 8 | int(rotate) << 16, before, shift])
+            before += hi - lo
+        starts.append(len(rows))
+    return torch.tensor(starts, dtype=torch.int32), torch.tensor(rows, dtype=torch.int32).view(-1, 4)
+
+
+def attend(case: Case, device: torch.device) -> None:
+    """Random spans of random queries, whatever comes with them, against the definition."""
+    dtype, key_dim, value_dim, group, layout, rotary, raw = case
+    rng = random.Random(key_dim * 1000 + group)
+    for seed in range(4):
+        held = Blocks(rng.choice([1, 2]), key_dim, value_dim, dtype, seed, device)
+        rows, queries = rng.choice([(1, 1), (2, 1), (1, 3)])
+        heads = held.heads * group
+        q = torch.randn(rows, queries, heads, key_dim, generator=torch.Generator().manual_seed(seed)).to(dtype).transpose(1, 2)
+        rope = None if seed == 3 else rope_of(key_dim, layout, rotary)
+        shifts = [rng.randint(-100, 100_000) for _ in range(3)]
+        spans = random_spans(rng, rows * queries, len(held.places), len(shifts), raw)
+        softcap, factor, scale = rng.choice([None, 3.0]), rng.choice([1.0, 1.44]) if raw else 1.0, key_dim**-0.5
+        sinks = torch.randn(heads, generator=torch.Generator().manual_seed(seed)) if rng.random() < 0.5 else None
+        out, lse, masses = defined(q, held, spans, rope, shifts, factor, scale, softcap, sinks)
+        key_starts = torch.tensor([0, *(m.shape[1] for m in masses)]).cumsum(0)
+        starts, table = flat(spans)
+        got = kernels.attend(
+            q.to(device),
+            held.table,
+            starts.to(device),
+            table.to(device),
+            None if rope is None else table_of(rope, shifts).to(device),
+            None if rope is None else table_of(rope, list(range(64))).to(device),
+            held.heads,
+            value_dim,
+            rng.choice([1, 2, 5]),
+            scale,
+            softcap or 0.0,
+            0 if rope is None else kernels.LAYOUTS[layout],
+            factor if rope is not None else 1.0,
+            raw,
+            None if sinks is None else sinks.to(device),
+            key_starts.to(device) if seed % 2 else None,
+            int(key_starts[-1]) if seed % 2 else 0,
+        )
+        assert got[0].dtype == dtype
+        close(got[0], out, TOLERANCE[dtype])
+        found = got[1].cpu().double()
+        assert torch.equal(found == -torch.inf, lse == -torch.inf)
+        seen = lse > -torch.inf
+        torch.testing.assert_close(found[seen], lse[seen], atol=3e-5, rtol=1e-5)
+        if seed % 2:
+            close(got[2], torch.cat(masses, 1), 1e-5)
+
+
+def nan_is_seen(where: str, slot: int, device: torch.device) -> None:
+    """A nan in a slot that is read shows; in another it does not."""
+    held = Blocks(1, 16, 16, torch.float32, 0, device)
+    if where == "every key":
+        held.slabs[0][0][:] = torch.nan
+    else:
+        held.slabs[0][where == "value"][0, 64 + slot] = torch.nan
+    starts, spans = flat([[(1, 1, 3, 0, False)]])
+    q = torch.randn(1, 1, 1, 16).to(device)
+    out, _, _ = kernels.attend(q, held.table, starts.to(device), spans.to(device), None, None, 1, 16, 3, 0.25)
+    assert bool(out.isnan().any()) == (where == "every key" or slot in (1, 2))
+
+
+def merge(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for parts, sinks in ((1, None), (3, torch.randn(2, generator=generator)), (300, None)):
+        part = torch.randn(5, 2, parts, 64, generator=generator)
+        lse = torch.randn(5, 2, parts, generator=generator) * 20
+        lse[torch.rand(lse.shape, generator=generator) < 0.3] = -torch.inf
+        lse[0] = -torch.inf
+        part[lse == -torch.inf] = torch.nan  # a part without keys is never read
+        out, total = kernels.merge(part.to(device), lse.to(device), None if sinks is None else sinks.to(device), torch.float32)
+        clean = part.nan_to_num(0.0).double()
+        want = reference.merge([(clean[:, :, s].transpose(0, 1), lse[:, :, s].double().T) for s in range(parts)], sinks)
+        close(out, want.transpose(0, 1), 1e-6)
+        torch.testing.assert_close(total.cpu(), lse.double().logsumexp(-1).float(), atol=1e-5, rtol=1e-6)
+        assert out[0].abs().sum() == 0
+
+
+def append(dtype: torch.dtype, device: torch.device) -> None:
+    """Tokens go where they are told, and nowhere else."""
+    held = Blocks(2, 16, 24, dtype, 0, device)
+    before = [tuple(x.clone() for x in slab) for slab in held.slabs]
+    k = torch.randn(3, 5, 2, 16).to(device, dtype).transpose(1, 2)  # [rows, heads, columns, channels], as models hand it over
+    v = torch.randn(3, 2, 5, 25).to(device, dtype)[..., 1:]  # rows that begin anywhere
+    wanted = [(0, 4, 6, 63), (2, 0, 1, 0), (2, 1, 1, 1), (1, 3, 3, 17)]
+    appends = torch.full((8, 4), 1 << 30, dtype=torch.int32)  # what lies beyond the count must not be looked at
+    appends[: len(wanted)] = torch.tensor(wanted, dtype=torch.int32)
+    counts = torch.tensor([len(wanted), 0], dtype=torch.int32)
+    kernels.append(k, v, held.table, appends.to(device), counts.to(device), 8)
+    for row, column, block, slot in wanted:
+        stored = held.read(block, slot, slot + 1)
+        assert torch.equal(stored[0][:, 0], k[row, :, column].cpu())
+        assert torch.equal(stored[1][:, 0], v[row, :, column].cpu())
+        slab, i = held.places[block]
+        for x, old in zip(held.slabs[slab], before[slab]):
+            x[:, 64 * i + slot] = old[:, 64 * i + slot]
+    for slab, old in zip(held.slabs, before):
+        assert all(torch.equal(x, y) for x, y in zip(slab, old)), "a slot that no token went to has changed"
+
+
+def move(dtype: torch.dtype, device: torch.device) -> None:
+    """Moves happen in order, each as if through a buffer."""
+    rng = random.Random(3)
+    held = Blocks(2, 16, 8, dtype, 0, device)
+    model = [[x.clone() for x in held.read(block, 0, 64)] for block in range(7)]
+    moves = []
+    for _ in range(60):
+        length = rng.randint(1, 64)
+        a, b = rng.randint(0, 64 - length), rng.randint(0, 64 - length)
+        block, to = rng.choice([(1, 1), (rng.randrange(7), rng.randrange(7))])
+        moves.append([block, to, a | b << 16, length])
+        for which in range(2):
+            model[to][which][:, b : b + length] = model[block][which][:, a : a + length].clone()
+    kernels.move(held.table, torch.tensor(moves, dtype=torch.int32).to(device), 2, 16, 8, dtype)
+    for block in range(7):
+        assert all(torch.equal(x, y) for x, y in zip(held.read(block, 0, 64), model[block]))
+
+
+def gather(device: torch.device) -> None:
+    """Gather reads the runs in their order; scatter is its inverse."""
+    held, other = Blocks(2, 16, 8, torch.float16, 0, device), Blocks(2, 16, 8, torch.float16, 1, device)
+    runs = torch.tensor([[5, 3, 64, 0], [0, 0, 1, 61], [2, 10, 10, 62], [6, 0, 30, 62]], dtype=torch.int32)
+    k, v = kernels.gather(held.table, runs.to(device), 92, 2, 16, 8, torch.float16)
+    want = [torch.cat([held.read(b, lo, hi)[i] for b, lo, hi, _ in runs.tolist()], 1) for i in range(2)]
+    assert torch.equal(k.cpu(), want[0])
+    assert torch.equal(v.cpu(), want[1])
+    kernels.scatter(k, v, other.table, runs.to(device))
+    for block, lo, hi, _ in runs.tolist():
+        assert all(torch.equal(x, y) for x, y in zip(other.read(block, lo, hi), held.read(block, lo, hi)))
+    assert kernels.gather(held.table, runs[:0].to(device), 0, 2, 16, 8, torch.float16)[0].shape == (2, 0, 16)
+
+
+def rotate(layout: str, dtype: torch.dtype, to: torch.dtype | None, device: torch.device) -> None:
+    rope = rope_of(24, layout, 16, 1.3)
+    x = torch.randn(7, 3, 24).to(dtype).transpose(0, 1)
+    at = torch.tensor([0, 1, -5, 1_000_003, 2, 90_000, 7])
+    frequencies = rope.inv_freq.to(device)
+    got = kernels.rotate(x.to(device), at.to(device), frequencies, kernels.LAYOUTS[layout], rope.factor, to)
+    assert got.dtype == (to or dtype)
+    close(got, rope.rotate(x.double(), at), 1e-6 if got.dtype == torch.float32 else TOLERANCE[dtype])
+    table = torch.full((8, 16), torch.nan).to(device)
+    kernels.turns(at.to(device), torch.tensor([5], dtype=torch.int32).to(device), frequencies, table)
+    torch.testing.assert_close(table[:5].cpu(), table_of(rope, at[:5].tolist()), atol=2e-7, rtol=0)
+    assert table[5:].isnan().all(), "more positions than count were turned"
+
+
+def surprisal(dtype: torch.dtype, device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    wide = (torch.randn(7, 1003, generator=generator) * 8).to(dtype)
+    ids = torch.randint(0, 1002, (7,), generator=generator)
+    want = reference.ReferenceBackend().surprisal(wide[:, 1:].double(), ids)
+    got = kernels.surprisal(wide.to(device)[:, 1:], ids.to(device))  # rows that begin anywhere
+    torch.testing.assert_close(got.cpu(), want.float(), atol=2e-5, rtol=2e-6)
+    inf, odd = torch.inf, torch.zeros(6, 5)
+    odd[0, 2], odd[1, 2], odd[2, 3], odd[4], odd[5, 1] = torch.nan, -inf, inf, -inf, inf
+    odd[5, 0] = torch.nan
+    got = kernels.surprisal(odd.to(device, dtype), torch.tensor([0, 2, 3, 9, 0, 2]).to(device)).cpu()
+    most = torch.finfo(torch.float32).max
+    assert got[0].isnan()
+    assert got[1:3].tolist() == [most, 0.0]
+    assert got[3].isnan(), "an id outside the vocabulary"
+    assert got[4:].tolist() == [most, most]
+
+
+def top_k(device: torch.device) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for n, k in ((1, 1), (5, 2), (130, 130), (1000, 37), (777, 1)):
+        x = torch.randn(3, n, generator=generator)
+        x[1] = torch.randint(-2, 3, (n,), generator=generator).float()  # many ties
+        columns, kth = (y.cpu() for y in kernels.top_k(x.to(device), k))
+        want = x.topk(k, 1).values
+        assert torch.equal(x.gather(1, columns).sort(1, descending=True).values, want)
+        assert torch.equal(kth, want[:, -1])
+        assert (columns.diff(dim=1) > 0).all()
+        first = (x[1] == kth[1]).nonzero().flatten()[: int((x[1][columns[1]] == kth[1]).sum())]
+        assert set(first.tolist()) <= set(columns[1].tolist()), "of equal values the first are taken"
+    x = torch.tensor([[torch.nan, -torch.inf, 2.0, torch.nan, -0.0]])
+    assert kernels.top_k(x.to(device), 3)[0].tolist() == [[1, 2, 4]]
+
+
+def every(device: torch.device) -> dict[str, Any]:
+    """All small cases but those of `attend`, by name, as functions without arguments."""
+    layouts = [(layout, *pair) for layout in kernels.LAYOUTS for pair in ((torch.float32, None), (torch.bfloat16, torch.float32))]
+    return {
+        **{
+            f"nan-{where}-{slot}": lambda w=where, s=slot: nan_is_seen(w, s, device)
+            for where in ("key", "value", "every key")
+            for slot in range(3)
+        },
+        "merge": lambda: merge(device),
+        **{f"append-{d}": lambda d=d: append(d, device) for d in (torch.float32, torch.bfloat16)},
+        **{f"move-{d}": lambda d=d: move(d, device) for d in (torch.float32, torch.float16)},
+        "gather": lambda: gather(device),
+        **{f"rotate-{a[0]}-{a[1]}": lambda a=a: rotate(*a, device) for a in layouts},
+        **{f"surprisal-{d}": lambda d=d: surprisal(d, device) for d in (torch.float32, torch.bfloat16)},
+        "top_k": lambda: top_k(device),
+    }
