@@ -19,7 +19,7 @@ import torch
 from kvsieve import _core
 from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
-from kvsieve.backends.reference import merge, visibility
+from kvsieve.backends.reference import join, merge, visibility
 from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, scal
         pieces = [_flash(q, k[:, :num_old], v[:, :num_old], scale)] if num_old else []
         if total > num_old:
             pieces.append(_flash(q, k[:, num_old:], v[:, num_old:], scale, causal=True))
-        return _merged(pieces)
+        return join(pieces)
     rows = []
     for lo in range(0, count, QUERIES):
         hi = min(lo + QUERIES, count)
@@ -88,16 +88,9 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, scal
             if total > num_old:
                 own = slice(end, num_old + hi)
                 pieces.append(_flash(mine, keys[:, own], values[:, own], scale, causal=True))
-            columns.append(_merged(pieces))
+            columns.append(join(pieces))
         rows.append((torch.cat([out for out, _ in columns]), torch.cat([lse for _, lse in columns])))
     return torch.cat([out for out, _ in rows], 1), torch.cat([lse for _, lse in rows], 1)
-
-
-def _merged(pieces: list[Partial]) -> Partial:
-    """Partial results over disjoint keys as one."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return merge(pieces), torch.logsumexp(torch.stack([lse for _, lse in pieces]), 0)
 
 
 class CpuStore:

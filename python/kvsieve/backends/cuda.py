@@ -26,7 +26,7 @@ import torch
 from kvsieve.backends import kernels, nvrtc
 from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
-from kvsieve.backends.reference import merge
+from kvsieve.backends.reference import join, merge
 from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, ShapeError
 
@@ -618,7 +618,7 @@ def _attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: CudaPart,
         pieces = [_fused(q, k[:, :old], v[:, :old], call.scale)] if old else []
         if k.shape[1] > old:
             pieces.append(_fused(q, k[:, old:], v[:, old:], call.scale, causal=True))
-        return _join(pieces)
+        return join(pieces)
     return _stack([_attend_band(q, k, v, p, call, band) for band in bands])
 
 
@@ -633,14 +633,7 @@ def _attend_band(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: CudaPart,
         return _plain(q, k, v, p, call, band, slice(begin, end))
     pieces = [_fused(q[:, band], k[:, middle:after], v[:, middle:after], call.scale)]
     pieces += [_plain(q, k, v, p, call, band, keys) for keys in (slice(begin, middle), slice(after, end)) if keys.stop > keys.start]
-    return _join(pieces)
-
-
-def _join(pieces: list[Partial]) -> Partial:
-    """Attention over the union of the pieces' keys."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return merge(pieces), torch.logsumexp(torch.stack([lse for _, lse in pieces]), 0)
+    return join(pieces)
 
 
 def _stack(bands: list[Partial]) -> Partial:

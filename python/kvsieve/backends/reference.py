@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvsieve.backends import AttendCall
     from kvsieve.rope import LayerRope
 
-__all__ = ["ReferenceBackend", "ReferenceStore", "attend", "merge"]
+__all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge"]
 
 
 def attend(
@@ -72,6 +72,13 @@ def merge(parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor | 
     total = torch.logsumexp(every, 0)
     weights = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))
     return sum((w[..., None] * part[0] for w, part in zip(weights, parts)), torch.zeros_like(parts[0][0]))
+
+
+def join(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Out ``[H, m, Dv]`` and lse ``[H, m]`` over the union of the pieces' keys, which are disjoint."""
+    if len(pieces) == 1:
+        return pieces[0]
+    return merge(pieces), torch.logsumexp(torch.stack([lse for _, lse in pieces]), 0)
 
 
 def _long(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
