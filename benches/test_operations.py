@@ -88,6 +88,63 @@ def test_surprisal(benchmark: Any, dtype: str) -> None:
     record(benchmark, lambda: backend.surprisal(logits, ids), medians, dtype=dtype, bytes_read=logits.nbytes)
 
 
+@pytest.mark.parametrize("shape", list(SHAPES))
+def test_append(benchmark: Any, shape: str) -> None:
+    """4,096 tokens stored one by one, as decoding does; time is for all of them, planning included."""
+    _, heads, dim = SHAPES[shape]
+    tokens = torch.randn(1, heads, 4096, dim)
+    rows = [np.ascontiguousarray(tokens[:, :, i : i + 1].numpy()) for i in range(4096)]
+
+    def fill() -> tuple[Any, Any]:
+        planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+        store = get("cpu").make_store(tokens, tokens)
+        for row in rows:
+            store._core.append(row, row, planner.begin([1], 1, True, False))
+            planner.commit()
+        return planner, store
+
+    planner, store = fill()
+    assert all(torch.equal(got, tokens[0]) for got in store.read(planner.runs(0, 0)))
+    record(benchmark, fill, interleaved({"kvsieve": fill}), shape=shape, tokens=4096)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_gather(benchmark: Any, dtype: str) -> None:
+    """32,768 tokens of 8 heads of 128 read back, beside a copy of as many bytes."""
+    planner, store, k, v = filled("32/8/128", DTYPES[dtype], 32768, "rotated")
+    runs = planner.runs(0, 0)
+    assert all(torch.equal(got, want) for got, want in zip(store.read(runs), (k, v)))
+    medians = interleaved({"kvsieve": lambda: store.read(runs), "copy": lambda: (k.clone(), v.clone())})
+    record(benchmark, lambda: store.read(runs), medians, dtype=dtype, ratio=round(medians["kvsieve"] / medians["copy"], 3))
+
+
+@pytest.mark.parametrize("length", [512, 2048])
+@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+def test_prefill(benchmark: Any, dtype: str, length: int) -> None:
+    """A prompt in one chunk: stored and attended to, beside torch's fused attention alone."""
+    heads, kv_heads, dim = SHAPES["9/3/64"]
+    kind = DTYPES[dtype]
+    q = torch.randn(1, heads, length, dim).to(kind)
+    k, v = (torch.randn(1, kv_heads, length, dim).to(kind) for _ in "kv")
+    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    step = planner.begin([length], length, False, True)
+    backend = get("cpu")
+    call = AttendCall(scale=dim**-0.5, rope=rope(dim))
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def ours() -> torch.Tensor:
+        return backend.make_store(k, v).run(q, k, v, step, call)
+
+    def theirs(dtype: torch.dtype = kind) -> torch.Tensor:
+        return sdpa(q.to(dtype), k.to(dtype), v.to(dtype), is_causal=True, enable_gqa=True)
+
+    want = theirs(torch.float64).transpose(1, 2)
+    error = float((ours().double() - want).norm() / want.norm())
+    assert error < (1e-5 if dtype == "f32" else 1e-2)
+    medians = interleaved({"kvsieve": ours, "torch": theirs})
+    record(benchmark, ours, medians, dtype=dtype, length=length, error=error)
+
+
 def test_compaction(benchmark: Any) -> None:
     """A score-based rule lets 64 of 1,088 tokens go: every kept key and value bit-identical, in one pass."""
     planner = _core.Planner([{"retain": "surprisal", "budget": 1024, "sinks": 4, "recent": 64, "place": "slots"}], "raw")
