@@ -106,8 +106,8 @@ def test_a_torch_chunk_is_cut_where_one_call_would_be_long(monkeypatch: pytest.M
         q, k, v = torch.randn(6, count, 32), torch.randn(2, old + count * own, 32), torch.randn(2, old + count * own, 32)
         monkeypatch.setattr(cpu, "WORK", 1 << 60)
         whole = cpu._dense(q, k, v, old, 0.2)
-        monkeypatch.setattr(cpu, "WORK", 4 * 3 * 64 * 32 * 64)
-        monkeypatch.setattr(cpu, "QUERIES", 64)
+        monkeypatch.setattr(cpu, "WORK", 4 * 3 * 32 * 32 * 64)
+        monkeypatch.setattr(cpu, "QUERIES", 16)
         with unittest.mock.patch.object(cpu, "_flash", wraps=cpu._flash) as flash:
             pieces = cpu._dense(q, k, v, old, 0.2)
         assert flash.call_count > 4

@@ -349,15 +349,25 @@ impl Arena {
     /// Head by head, keys before values: each is then one walk through memory, where all of them at once would be dozens.
     fn move_tokens(&mut self, moves: &[Move]) {
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
+        // Where the first head's rows lie, and how many rows further on the next head's.
+        let hops = moves.iter().filter(|m| m.len > 0).map(|m| {
+            let stride = |block: BlockId| locate(block.0).2 * BLOCK as usize;
+            let (from, to) = (self.rows(m.from, 0, m.from_slot), self.rows_mut(m.to, 0, m.to_slot));
+            (from, to, stride(m.from), stride(m.to), m.len as usize)
+        });
+        let hops: Vec<_> = hops.collect();
         for head in 0..self.heads {
-            for keys in [true, false] {
-                for m in moves.iter().filter(|m| m.len > 0) {
-                    let (from_k, from_v) = self.rows(m.from, head, m.from_slot);
-                    let (to_k, to_v) = self.rows_mut(m.to, head, m.to_slot);
-                    let (from, to, row) = if keys { (from_k, to_k, kb) } else { (from_v, to_v, vb) };
-                    // SAFETY: both ranges were checked to lie inside their blocks, which have memory; `copy` allows them to overlap.
-                    unsafe { std::ptr::copy(from, to, m.len as usize * row) };
-                }
+            for &(from, to, from_stride, to_stride, len) in &hops {
+                // SAFETY: both ranges were checked to lie inside their blocks, which have memory; `copy` allows them to overlap.
+                unsafe {
+                    std::ptr::copy(from.0.add(head * from_stride * kb), to.0.add(head * to_stride * kb), len * kb)
+                };
+            }
+            for &(from, to, from_stride, to_stride, len) in &hops {
+                // SAFETY: as above.
+                unsafe {
+                    std::ptr::copy(from.1.add(head * from_stride * vb), to.1.add(head * to_stride * vb), len * vb)
+                };
             }
         }
     }
