@@ -106,13 +106,19 @@ impl Planner {
         self.check_closed("pack")?;
         let len = self.table(0, row)?.len();
         if upto > len {
-            return Err(Error::OutOfRange { what: "tokens to pack", expected: "residents", got: format!("{upto} of {len}") });
+            return Err(Error::OutOfRange {
+                what: "tokens to pack",
+                expected: "residents",
+                got: format!("{upto} of {len}"),
+            });
         }
         if align == 0 || !BLOCK.is_multiple_of(align) {
             return Err(Error::OutOfRange { what: "align", expected: "a divisor of a block", got: align.to_string() });
         }
         if self.memories.len() > 1 {
-            return Err(Error::Unsupported("packing in a chain of memories: tokens that flow on would have to be unpacked"));
+            return Err(Error::Unsupported(
+                "packing in a chain of memories: tokens that flow on would have to be unpacked",
+            ));
         }
         let Self { rows, pool, .. } = self;
         edit(pool, |edit| {

@@ -614,7 +614,7 @@ fn memory_is_what_was_asked_for() {
     assert_eq!((arena.bytes(), arena.num_blocks()), (36 * block, 36));
     let mut in_use = vec![false; 36];
     in_use[5] = true;
-    arena.free_unused(&in_use);
+    arena.free_unused(&in_use, &[]);
     assert_eq!((arena.bytes(), arena.num_blocks()), (block, 1));
     assert!(arena.holds(BlockId(5)) && !arena.holds(BlockId(0)) && !arena.holds(BlockId(34)));
     assert!(matches!(arena.apply(&[moved(0, 0, 4, 0, 1)]), Err(Error::BadBlock { block: 0, .. })));
