@@ -5,6 +5,7 @@ use std::ptr::NonNull;
 
 use super::packed::{Chosen, Packed, PackedBytes, Packing};
 use crate::ids::{BLOCK, BlockId, PACKED, Run};
+use crate::kernels::rotate::widen;
 use crate::kernels::view::{Dtype, Elems, ElemsMut, View, check_dtype, check_len};
 use crate::plan::{Move, Step};
 use crate::{Error, Result};
@@ -387,6 +388,31 @@ impl Arena {
         let (_, values) = self.rows(block, head, slot);
         // SAFETY: as in `key`, for `value_dim` elements.
         Ok(unsafe { elems(self.dtype, values, self.value_dim) })
+    }
+
+    /// Key and value of one token as numbers, whatever the block stores; dropped channels are zero. For the reference.
+    pub fn token(&self, block: BlockId, head: usize, slot: u32) -> Result<(Vec<f64>, Vec<f64>)> {
+        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect();
+        match &self.packed {
+            Some(packed) if block.is_packed() => {
+                self.check_span(block, slot, slot + 1)?;
+                let channels = packed.channels_of(block)?;
+                let (mut thin, mut value) = (vec![0f32; channels.kept()], vec![0f32; self.value_dim]);
+                // SAFETY: the block was found to have memory and channels, and the slot to lie in it.
+                unsafe {
+                    packed.keys_f32(block, head, slot, &mut thin);
+                    packed.values_f32(block, head, slot, &mut value);
+                }
+                let mut key = vec![0f32; self.key_dim];
+                thin.iter().zip(channels.of(head)).for_each(|(&x, &c)| key[usize::from(c)] = x);
+                Ok((wide(&key), wide(&value)))
+            }
+            _ => {
+                let (key, value) = (self.key(block, head, slot)?, self.value(block, head, slot)?);
+                let wide = |x: Elems<'_>| (0..x.len()).map(|i| widen(x, self.dtype, i)).collect();
+                Ok((wide(key), wide(value)))
+            }
+        }
     }
 
     /// Makes the step's copies, then stores its new tokens from `k` and `v` (`[rows, heads, columns, dim]`).

@@ -603,26 +603,32 @@ impl Packed {
             }
             return;
         }
-        // All is read before anything is written: writing one token of a group changes what the others' codes mean.
         let whole = |m: &Move| m.from_slot.is_multiple_of(group) && m.to_slot.is_multiple_of(group);
-        let read = |m: &Move| {
-            let mut tokens = vec![0f32; m.len as usize * kept];
+        let goes_on = |a: &Move, b: &Move| a.to == b.to && a.to_slot + a.len == b.to_slot && !whole(a) && !whole(b);
+        // All is read before anything is written: writing one token of a group changes what the others' codes mean.
+        let mut tokens = Vec::new();
+        for m in moves.iter().filter(|m| !whole(m)) {
+            let at = tokens.len();
+            tokens.resize(at + m.len as usize * kept, 0f32);
             // SAFETY: checked moves.
-            unsafe { self.keys_f32(m.from, head, m.from_slot, &mut tokens) };
-            tokens
-        };
-        let tokens: Vec<Vec<f32>> = moves.iter().map(|m| if whole(m) { Vec::new() } else { read(m) }).collect();
-        for (m, tokens) in moves.iter().zip(&tokens) {
+            unsafe { self.keys_f32(m.from, head, m.from_slot, &mut tokens[at..]) };
+        }
+        let mut rest = &tokens[..];
+        for run in moves.chunk_by(goes_on) {
+            let m = &run[0];
             // SAFETY: checked moves.
             unsafe {
                 if whole(m) {
                     let (from, to) = (self.rows(m.from, head, m.from_slot), self.rows(m.to, head, m.to_slot));
                     std::ptr::copy(from.keys, to.keys.cast_mut(), m.len as usize * bytes);
-                    let scales = |x: u32| (x / group) as usize * 2 * kept;
+                    let scales = |slot: u32| (slot / group) as usize * 2 * kept;
                     let (from, to) = (from.key_scales.add(scales(m.from_slot)), to.key_scales.add(scales(m.to_slot)));
                     std::ptr::copy(from, to.cast_mut(), m.len.div_ceil(group) as usize * 2 * kept);
                 } else {
-                    self.put_keys(m.to, head, m.to_slot, tokens);
+                    let n: usize = run.iter().map(|m| m.len as usize).sum();
+                    let (mine, others) = rest.split_at(n * kept);
+                    rest = others;
+                    self.put_keys(m.to, head, m.to_slot, mine);
                 }
             }
         }
