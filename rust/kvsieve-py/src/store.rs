@@ -10,7 +10,9 @@ use kvsieve_core::plan::Spans;
 use kvsieve_core::store::arena::Arena;
 use kvsieve_core::store::packed::{Channels, Chosen, Packing};
 use kvsieve_core::{Error, Result};
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray3, PyUntypedArrayMethods};
+use numpy::{
+    PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray3, PyUntypedArrayMethods,
+};
 use pyo3::prelude::*;
 
 use crate::error::{Signals, to_py};
