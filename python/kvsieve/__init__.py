@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvsieve import errors, policies, roles
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
-from kvsieve.policies import Full, LMInfinite, SirLLM, StreamingLLM
+from kvsieve.policies import Full, LMInfinite, Quantized, SirLLM, StreamingLLM, ThinK
 from kvsieve.roles import Memory
 
 if TYPE_CHECKING:
@@ -27,10 +27,12 @@ __all__ = [
     "KvsieveError",
     "LMInfinite",
     "Memory",
+    "Quantized",
     "SirLLM",
     "Stats",
     "Stream",
     "StreamingLLM",
+    "ThinK",
     "__version__",
     "errors",
     "load",

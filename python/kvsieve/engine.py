@@ -20,6 +20,7 @@ from kvsieve import _core
 from kvsieve.backends import AttendCall, Backend, Choosy, Store
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
+from kvsieve.packer import Packer
 from kvsieve.roles import Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
@@ -34,7 +35,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
-_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[tuple[Any, dict[str, Any]]]]"
+_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[tuple[Any, dict[str, Any]]], Any]"
+
+
+MAX_CANDIDATES = 16
+"""Where candidates are verified, a forward over more tokens than this reads a prompt as well."""
 
 
 class Engine:
@@ -45,6 +50,7 @@ class Engine:
         self.planner = planner or _core.Planner(policy.specs(facts.bytes_per_token), frame)
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
+        self.packer = None if policy.packs is None else Packer(policy.packs, facts.layers, frame == "raw")
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
@@ -113,6 +119,8 @@ class Engine:
         """
         if not self.recording or self.stepping or not isinstance(kept_logits, int) or not 1 <= kept_logits <= width:
             return False
+        if self.packer is not None and self.packer.may_act(self.planner, width, width > kept_logits):
+            return True
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
@@ -124,13 +132,16 @@ class Engine:
     def state(self) -> _State:
         """What it takes to return to this moment. Blocks are shared with the present until the present writes to them."""
         tail = None if self.scorer is None else self.scorer.tail
-        return self.planner.fork(), tail, [(layer, dict(vars(layer))) for layer in self.own_layers]
+        packed = None if self.packer is None else self.packer.state()
+        return self.planner.fork(), tail, [(layer, dict(vars(layer))) for layer in self.own_layers], packed
 
     def return_to(self, state: _State, own_layers: bool = True) -> None:
         """Make ``state`` the present."""
-        self.planner, tail, layers = state
+        self.planner, tail, layers, packed = state
         if self.scorer is not None:
             self.scorer.tail = tail
+        if self.packer is not None:
+            self.packer.return_to(packed)
         if own_layers:
             _put_back(layers)
 
@@ -161,6 +172,8 @@ class Engine:
     def rollback(self) -> None:
         """Undo an unfinished forward, in every layer; without one, do nothing."""
         self.hidden, self._whole_model = None, False
+        if self.packer is not None:
+            self.packer.rollback()
         if self._step is not None:
             self._step = None
             self.planner.rollback()
@@ -195,7 +208,12 @@ class Engine:
         store = self.stores.get(layer.index)
         if store is None:
             _check_like(facts, k, v)
-            store = self.stores[layer.index] = self.backend.make_store(k, v)
+            store = self.backend.make_store(k, v)
+            if self.packer is not None:
+                store.set_packing(self.packer.packing[layer.index])
+            self.stores[layer.index] = store
+        if self.packer is not None:
+            self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
         return store.run(q, k, v, step, AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k))
 
@@ -234,6 +252,8 @@ class Engine:
 
     def open(self, lens: list[int], width: int) -> Step:
         """Plan a forward over ``width`` columns, of which the last ``lens[row]`` of each row are real tokens."""
+        if self.packer is not None and (width == 1 or self.recording):
+            self.pack(prompt_ended=self.packer.reading)
         parts = getattr(self.backend, "wants_parts", False) or self._selects
         store_all = self.scorer is not None or width <= 16 or len(self.policy.memories) > 1 or self.recording
         self._step = self.planner.begin(lens, width, store_all, parts)
@@ -286,6 +306,8 @@ class Engine:
                 self.planner.set_scores(row, values)
         step, self._step = self._step, None
         self._undo = []
+        if self.packer is not None and step is not None:
+            self.packer.commit(reading=step.num_queries > (MAX_CANDIDATES if self.recording else 1))
         if self.stepping or not self.recording:
             self.settle(force=step is not None and step.num_queries > 1)
 
@@ -321,6 +343,26 @@ class Engine:
                 )
             self._apply(self.planner.keep(index, row, kept))
 
+    def pack(self, prompt_ended: bool) -> None:
+        """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed."""
+        packer, planner = self.packer, self.planner
+        if packer is None:
+            return
+        due = [(row, packer.due(planner, row, prompt_ended)) for row in range(self.num_rows)]
+        due = [(row, upto) for row, upto in due if upto > planner.num_packed(row)]
+        packer.reading = packer.reading and not prompt_ended
+        if not due:
+            return
+        chosen = [packer.choose(planner, self.stores, row, upto) for row, upto in due]
+        done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
+        moves = planner.tidy() if prompt_ended else None
+        in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
+        for index, store in self.stores.items():
+            packer.run(index, store, done)
+            if moves is not None:
+                store.apply(moves)
+                store.free_unused(in_use, packed_in_use)
+
     def _apply(self, moves: Moves) -> None:
         if len(moves):
             for store in self.stores.values():
@@ -329,14 +371,16 @@ class Engine:
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
         self._apply(self.planner.tidy())
-        in_use = self.planner.blocks_in_use()
+        in_use, packed = self.planner.blocks_in_use(), self.planner.packed_in_use()
         for store in self.stores.values():
-            store.free_unused(in_use)
+            store.free_unused(in_use, packed)
 
     def end_turn(self) -> None:
         """Scores decay, the budget holds exactly, memory is given back."""
         self.planner.decay([getattr(m.retain_or_default, "decay", 1.0) for m in self.policy.memories])
         self.settle(force=True, turn_ended=True)
+        if self.packer is not None:
+            self.pack(prompt_ended=self.packer.reading)
 
     # ------------------------------------------------------------------------------------------------------------- what callers do
 
@@ -349,6 +393,8 @@ class Engine:
             self.planner.crop(count)
             if self.scorer is not None:
                 self.scorer.crop(count)
+            if self.packer is not None:
+                self.packer.crop([count] * self.num_rows)
         self._marks = []
         if self.recording and self.num_rows:
             self.settle(force=False)
@@ -359,6 +405,8 @@ class Engine:
         self.planner.crop_rows(counts)
         if self._offsets is not None:
             self._offsets = [None if offset is None else offset + count for offset, count in zip(self._offsets, counts)]
+        if self.packer is not None:
+            self.packer.crop(counts)
         if self.scorer is not None:
             self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
 
@@ -368,6 +416,8 @@ class Engine:
             return
         self._idle()
         self.planner.select_rows(rows)
+        if self.packer is not None:
+            self.packer.select_rows(rows)
         if self.scorer is not None:
             self.scorer.select_rows(rows)
         if self._offsets is not None:
@@ -383,6 +433,8 @@ class Engine:
         self._offsets = None
         self.recording = False
         self.stop_stepping()
+        if self.packer is not None:
+            self.packer.reset()
         if self.scorer is not None:
             self.scorer.reset()
 
@@ -394,6 +446,8 @@ class Engine:
         child._offsets = None if self._offsets is None else list(self._offsets)
         if self.scorer is not None and child.scorer is not None:
             child.scorer.tail = self.scorer.tail
+        if self.packer is not None and child.packer is not None:
+            child.packer.return_to(self.packer.state())
         return child
 
     def _idle(self) -> None:

@@ -8,17 +8,21 @@ from collections.abc import Callable
 from kvsieve.errors import PolicyError
 from kvsieve.policies.full import Full
 from kvsieve.policies.lm_infinite import LMInfinite
+from kvsieve.policies.quantized import Quantized
 from kvsieve.policies.sirllm import SirLLM
 from kvsieve.policies.streaming_llm import StreamingLLM
+from kvsieve.policies.think import ThinK
 from kvsieve.roles import Policy
 
-__all__ = ["POLICIES", "Full", "LMInfinite", "SirLLM", "StreamingLLM", "parse"]
+__all__ = ["POLICIES", "Full", "LMInfinite", "Quantized", "SirLLM", "StreamingLLM", "ThinK", "parse"]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,
     "streamingllm": StreamingLLM,
     "lminfinite": LMInfinite,
     "sirllm": SirLLM,
+    "think": ThinK,
+    "quantized": Quantized,
 }
 """Every published system by its name in lower case."""
 
