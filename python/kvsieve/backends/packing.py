@@ -5,8 +5,8 @@ arXiv 2402.02750):
 
     least = min(x) rounded down,  step = (max(x) - least) / (2**b - 1),  code = round((x - least) / step)
 
-so that ``least + step * code`` is within half a step of ``x``. A group that holds a number that is not finite, or that float16 cannot
-hold, is NaN throughout. Keys are grouped by channel over tokens, values by token over channels.
+so that ``least + step * code`` is within half a step of ``x``. A group with a number that is not finite, or too large for float16, is
+NaN throughout. Keys are grouped by channel over tokens, values by token over channels.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ class PackedBlock:
         )
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the block, with codes counted at their width."""
+    def nbytes(self) -> tuple[int, int, int]:
+        """Bytes of keys, of values, and of scales; codes are counted at their width, though each has a byte of its own here."""
         scales = [x for pair in (self.key_scales, self.value_scales) if pair is not None for x in pair]
-        rows = sum(
+        keys, values = (
             x.shape[0] * x.shape[1] * -(-x.shape[2] * bits // 8) if bits else x.nbytes
             for x, bits in ((self.keys, self.packing.key_bits), (self.values, self.packing.value_bits))
         )
-        return rows + sum(x.nbytes for x in scales)
+        return keys, values, sum(x.nbytes for x in scales)
 
     def thin_keys(self) -> torch.Tensor:
         """Keys of the kept channels, float32 ``[Hkv, 64, kept]`` where they are codes."""
