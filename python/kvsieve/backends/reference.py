@@ -131,9 +131,9 @@ class ReferenceStore:
 
     def held(self) -> HeldBytes:
         blocks = list(self._packed.values())
-        parts = [sum(part) for part in zip(*(block.nbytes for block in blocks))] or [0, 0, 0]
+        keys, values, scales = (sum(block.nbytes[part] for block in blocks) for part in range(3))
         channels = {id(block.channels): block.channels.nbytes for block in blocks}
-        return HeldBytes(self._k.nbytes, self._v.nbytes, *parts, sum(channels.values()))
+        return HeldBytes(self._k.nbytes, self._v.nbytes, keys, values, scales, sum(channels.values()))
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._check(k, v)
