@@ -321,16 +321,15 @@ impl Store {
         self.write_with(py, bytes, |arena| arena.pack(moves, &chosen)).map_err(to_py)
     }
 
-    /// The channels that a packed block keeps, `[heads, kept]`.
-    fn channels<'py>(&self, py: Python<'py>, block: u32) -> PyResult<Bound<'py, PyArray2<i64>>> {
+    /// The channels that a packed block keeps, as `pack` takes them.
+    fn channels<'py>(&self, py: Python<'py>, block: u32) -> PyResult<(Bound<'py, PyArray2<i64>>, Vec<usize>)> {
         let found = self.read(py, 0, |arena| match arena.packed() {
             Some(packed) if BlockId(block).is_packed() => packed.channels_of(BlockId(block)).map(Arc::clone),
             _ => Err(Error::BadBlock { block, have: 0 }),
         });
         let channels = found.map_err(to_py)?;
-        let index: Vec<i64> =
-            (0..channels.heads()).flat_map(|head| channels.of(head).iter().map(|&c| i64::from(c))).collect();
-        PyArray1::from_vec(py, index).reshape([channels.heads(), channels.kept()])
+        let index = PyArray1::from_vec(py, channels.signed()).reshape([channels.heads(), channels.kept()])?;
+        Ok((index, (0..channels.heads()).map(|head| channels.pairs(head)).collect()))
     }
 
     /// Bytes held of plain keys, plain values, packed keys, packed values, scales, and channel numbers.

@@ -123,6 +123,12 @@ impl Channels {
         &self.zeroed[head * self.kept..][..self.kept]
     }
 
+    /// What [`Channels::new`] was given.
+    pub fn signed(&self) -> Vec<i64> {
+        let signed = |(&c, &zeroed): (&u16, &bool)| if zeroed { -1 - i64::from(c) } else { i64::from(c) };
+        self.index.iter().zip(&self.zeroed).map(signed).collect()
+    }
+
     /// Rotary pairs of a head.
     pub fn pairs(&self, head: usize) -> usize {
         self.pairs[head]
