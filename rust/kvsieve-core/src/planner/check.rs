@@ -2,6 +2,7 @@
 
 use super::{MemorySpec, RowState};
 use crate::error::{Error, Result};
+use crate::place::Place;
 use crate::retain::Retain;
 
 /// Whether `keep` can be what is left of `len` residents.
@@ -46,6 +47,29 @@ pub(super) fn state(row: &RowState, columns: u64, num_memories: usize) -> Result
         if !ascending || positions.last().is_some_and(|&p| p >= row.seen) {
             return bad("positions", "strictly ascending and below seen", format!("{} positions", positions.len()));
         }
+    }
+    Ok(())
+}
+
+/// Whether each head may choose `count` of `len` residents beside the last `recent`.
+pub(super) fn sieve(memories: &[MemorySpec], len: usize, count: usize, recent: usize) -> Result<()> {
+    let [memory] = memories else {
+        return Err(Error::Unsupported(
+            "residents chosen per head cannot flow down a chain: their positions differ per head",
+        ));
+    };
+    let Retain::Manual { budget } = memory.retain else {
+        return Err(Error::Unsupported("only a memory whose residents the caller chooses can choose them per head"));
+    };
+    if memory.place != Place::True || memory.visible.is_some() {
+        return Err(Error::Unsupported(
+            "residents chosen per head are seen at their true distance only: positions differ per head",
+        ));
+    }
+    let total = count.saturating_add(recent);
+    if total > len.min(budget.total) {
+        let got = format!("{count} and {recent} of {len} for {}", budget.total);
+        return Err(Error::OutOfRange { what: "sieve", expected: "at most the residents and the budget", got });
     }
     Ok(())
 }
