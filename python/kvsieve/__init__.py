@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvsieve import errors, policies, roles
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
-from kvsieve.policies import Full, LMInfinite, SirLLM, StreamingLLM
+from kvsieve.policies import H2O, Full, LMInfinite, SirLLM, SnapKV, StreamingLLM
 from kvsieve.roles import Memory
 
 if TYPE_CHECKING:
@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from kvsieve.streams import Kept, Stats, Stream, stream
 
 __all__ = [
+    "H2O",
     "Full",
     "Kept",
     "KvsieveError",
     "LMInfinite",
     "Memory",
     "SirLLM",
+    "SnapKV",
     "Stats",
     "Stream",
     "StreamingLLM",

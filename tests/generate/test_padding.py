@@ -69,7 +69,7 @@ def test_chunks_of_pads_only_are_fine_before_a_rows_first_token(policy: str, bac
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)
-@pytest.mark.parametrize("policy", tiny.BOUNDED)
+@pytest.mark.parametrize("policy", [name for name in tiny.BOUNDED if name != "snapkv"])  # which has none
 def test_sinks_are_each_rows_first_real_tokens(policy: str, backend: str) -> None:
     model, (ids, mask) = tiny.model(), pad_left(ROWS)
     with kvsieve.stream(model, tiny.POLICIES[policy](20), backend) as stream:

@@ -7,18 +7,22 @@ from collections.abc import Callable
 
 from kvsieve.errors import PolicyError
 from kvsieve.policies.full import Full
+from kvsieve.policies.h2o import H2O
 from kvsieve.policies.lm_infinite import LMInfinite
 from kvsieve.policies.sirllm import SirLLM
+from kvsieve.policies.snapkv import SnapKV
 from kvsieve.policies.streaming_llm import StreamingLLM
 from kvsieve.roles import Policy
 
-__all__ = ["POLICIES", "Full", "LMInfinite", "SirLLM", "StreamingLLM", "parse"]
+__all__ = ["H2O", "POLICIES", "Full", "LMInfinite", "SirLLM", "SnapKV", "StreamingLLM", "parse"]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,
     "streamingllm": StreamingLLM,
     "lminfinite": LMInfinite,
     "sirllm": SirLLM,
+    "snapkv": SnapKV,
+    "h2o": H2O,
 }
 """Every published system by its name in lower case."""
 
