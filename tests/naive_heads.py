@@ -1,7 +1,7 @@
-"""Retention per head, the slow way: nothing is ever forgotten, a mask hides what each head let go, and rules are loops over Python lists.
+"""Retention per head, the slow way: nothing is ever forgotten, a mask hides what each head let go, rules are loops over lists.
 
-A copy of the model runs on transformers' own cache, with an attention function that softmaxes over exactly the tokens that each head
-holds. It shares no line with the package.
+A copy of the model runs on transformers' own cache, with an attention function that softmaxes over exactly the tokens that each
+head holds. It shares no line with the package.
 """
 
 from __future__ import annotations
