@@ -69,6 +69,16 @@ def snapshot(stream: kvsieve.Stream) -> dict[str, torch.Tensor]:
             for index, store in stream._engine.stores.items():
                 k, v = store.read(planner.runs(memory, row))
                 found[f"keys.{index}.{at}"], found[f"values.{index}.{at}"] = k.clone(), v.clone()
+    observer = stream._engine.observer
+    for row, state in enumerate(observer.rows if observer is not None else []):
+        found[f"since.{row}"] = torch.tensor(state.since)
+        for index, layer in state.layers.items():
+            assert observer is not None
+            found[f"chosen.{index}.{row}"] = layer.chosen.clone()
+            if layer.mass is not None:
+                found[f"mass.{index}.{row}"] = layer.mass.clone()
+            if layer.queries:
+                found[f"queries.{index}.{row}"] = torch.cat(layer.queries, 1)[:, -observer.rule.observe :].clone()
     return found
 
 
