@@ -380,8 +380,6 @@ class Engine:
             self.observer.crop_rows(self.planner, self.stores, counts)
         else:
             self.planner.crop_rows(counts)
-        if self._offsets is not None:
-            self._offsets = [None if offset is None else offset + count for offset, count in zip(self._offsets, counts)]
         if self.scorer is not None:
             self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
 
