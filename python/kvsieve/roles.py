@@ -177,8 +177,8 @@ class PerHead(Retain):
     accumulates: bool = False
     """Whether the probability that each token was ever given is added up, at every forward."""
 
-    def scores(self, seen: Observation) -> torch.Tensor:
-        """A score for every resident of every head: float ``[Hkv, n]``, on the device of ``seen.keys``.
+    def scores(self, observation: Observation) -> torch.Tensor:
+        """A score for every resident of every head: float ``[Hkv, n]``, on any device.
 
         Equal scores prefer the earlier token; nan comes last. What is given to sinks and recent tokens is not looked at.
         """
@@ -218,10 +218,10 @@ class ObservationWindow(PerHead):
         self._check(budget)
         return {"retain": "manual", "budget": budget, "sinks": 0, "recent": self.observe}
 
-    def scores(self, seen: Observation) -> torch.Tensor:
+    def scores(self, observation: Observation) -> torch.Tensor:
         from torch.nn.functional import max_pool1d, pad
 
-        others = seen.votes()[:, : -self.observe]
+        others = observation.votes()[:, : -self.observe]
         return pad(max_pool1d(others, self.kernel, stride=1, padding=self.kernel // 2), (0, self.observe))
 
 
@@ -248,9 +248,9 @@ class HeavyHitters(PerHead):
         check_budget(budget, sinks=self.sinks, recent=recent, name="HeavyHitters")
         return {"retain": "manual", "budget": budget, "sinks": self.sinks, "recent": recent}
 
-    def scores(self, seen: Observation) -> torch.Tensor:
-        assert seen.mass is not None
-        return seen.mass
+    def scores(self, observation: Observation) -> torch.Tensor:
+        assert observation.mass is not None
+        return observation.mass
 
 
 # ---------------------------------------------------------------------------------------------------------------------- place

@@ -190,8 +190,8 @@ class NewestOnly(PerHead):
 
     budget, observe, recent = 20, 1, 1
 
-    def scores(self, seen: Observation) -> torch.Tensor:
-        return seen.votes()
+    def scores(self, observation: Observation) -> torch.Tensor:
+        return observation.votes()
 
 
 class TestRefused:
@@ -271,8 +271,8 @@ class TestRefused:
     )
     def test_scores_of_the_wrong_kind_are_refused_and_lose_nothing(self, bad: Any) -> None:
         class Wrong(NewestOnly):
-            def scores(self, seen: Observation) -> torch.Tensor:
-                return bad(seen)  # type: ignore[no-any-return]
+            def scores(self, observation: Observation) -> torch.Tensor:
+                return bad(observation)  # type: ignore[no-any-return]
 
         model = tiny.model()
         with kvsieve.stream(model, Memory(retain=Wrong()), "reference") as stream:
@@ -376,9 +376,9 @@ class LargestKeys(PerHead):
     budget, sinks, recent = 24, 2, 3
     found: ClassVar[list[Observation]] = []
 
-    def scores(self, seen: Observation) -> torch.Tensor:
-        self.found.append(seen)
-        return seen.keys.float().norm(dim=-1)
+    def scores(self, observation: Observation) -> torch.Tensor:
+        self.found.append(observation)
+        return observation.keys.float().norm(dim=-1)
 
 
 @BACKEND
@@ -407,10 +407,10 @@ def test_what_a_rule_sees_after_its_first_choice(backend: str) -> None:
     class Both(NewestOnly):
         observe, accumulates, recent = 6, True, 6
 
-        def scores(self, seen: Observation) -> torch.Tensor:
-            found.append(seen)
-            assert seen.mass is not None
-            return seen.mass + seen.votes()
+        def scores(self, observation: Observation) -> torch.Tensor:
+            found.append(observation)
+            assert observation.mass is not None
+            return observation.mass + observation.votes()
 
     model = tiny.model()
     with kvsieve.stream(model, Memory(retain=Both()), backend) as stream:
