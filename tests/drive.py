@@ -157,7 +157,7 @@ class Layer:
         if len(moves):
             self.store.apply(moves)
         if force:
-            self.store.free_unused(self.planner.blocks_in_use())
+            self.store.free_unused(self.planner.blocks_in_use(), self.planner.packed_in_use())
 
     def positions(self, row: int = 0, memory: int = 0) -> list[int]:
         """Positions of the residents."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvsieve import errors, policies, roles
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
-from kvsieve.policies import H2O, Full, LMInfinite, SirLLM, SnapKV, StreamingLLM
+from kvsieve.policies import H2O, Full, LMInfinite, Quantized, SirLLM, SnapKV, StreamingLLM, ThinK
 from kvsieve.roles import Memory
 
 if TYPE_CHECKING:
@@ -28,11 +28,13 @@ __all__ = [
     "KvsieveError",
     "LMInfinite",
     "Memory",
+    "Quantized",
     "SirLLM",
     "SnapKV",
     "Stats",
     "Stream",
     "StreamingLLM",
+    "ThinK",
     "__version__",
     "errors",
     "load",

@@ -21,6 +21,7 @@ from kvsieve.backends import AttendCall, Backend, Choosy, Store
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
+from kvsieve.packer import Packer
 from kvsieve.roles import Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
@@ -35,7 +36,11 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
-_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]]]"
+_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]], Any]"
+
+
+MAX_CANDIDATES = 16
+"""Where candidates are verified, a forward over more tokens than this reads a prompt as well."""
 
 
 class Engine:
@@ -47,6 +52,7 @@ class Engine:
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.observer = Observer.of(policy, facts.bytes_per_token)
+        self.packer = None if policy.packs is None else Packer(policy.packs, facts.layers, frame == "raw")
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
@@ -117,6 +123,8 @@ class Engine:
             return False
         if self.observer is not None:
             return True
+        if self.packer is not None and self.packer.may_act(self.planner, width, width > kept_logits):
+            return True
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
@@ -128,16 +136,19 @@ class Engine:
     def state(self) -> _State:
         """What it takes to return to this moment. Blocks are shared with the present until the present writes to them."""
         tail = None if self.scorer is None else self.scorer.tail
+        packed = None if self.packer is None else self.packer.state()
         observed = [] if self.observer is None else list(self.observer.rows)
-        return self.planner.fork(), tail, observed, [(layer, dict(vars(layer))) for layer in self.own_layers]
+        return self.planner.fork(), tail, observed, [(layer, dict(vars(layer))) for layer in self.own_layers], packed
 
     def return_to(self, state: _State, own_layers: bool = True) -> None:
         """Make ``state`` the present."""
-        self.planner, tail, observed, layers = state
+        self.planner, tail, observed, layers, packed = state
         if self.scorer is not None:
             self.scorer.tail = tail
         if self.observer is not None:
             self.observer.rows = list(observed)
+        if self.packer is not None:
+            self.packer.return_to(packed)
         if own_layers:
             _put_back(layers)
 
@@ -170,6 +181,8 @@ class Engine:
         self.hidden, self._whole_model = None, False
         if self.observer is not None:
             self.observer.rollback()
+        if self.packer is not None:
+            self.packer.rollback()
         if self._step is not None:
             self._step = None
             self.planner.rollback()
@@ -204,7 +217,12 @@ class Engine:
         store = self.stores.get(layer.index)
         if store is None:
             _check_like(facts, k, v)
-            store = self.stores[layer.index] = self.backend.make_store(k, v)
+            store = self.backend.make_store(k, v)
+            if self.packer is not None:
+                store.set_packing(self.packer.packing[layer.index])
+            self.stores[layer.index] = store
+        if self.packer is not None:
+            self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
         call = AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k)
         if self.observer is not None:
@@ -246,6 +264,8 @@ class Engine:
 
     def open(self, lens: list[int], width: int) -> Step:
         """Plan a forward over ``width`` columns, of which the last ``lens[row]`` of each row are real tokens."""
+        if self.packer is not None and (width == 1 or self.recording):
+            self.pack(prompt_ended=self.packer.reading)
         parts = getattr(self.backend, "wants_parts", False) or self._selects
         store_all = self.scorer is not None or width <= 16 or len(self.policy.memories) > 1 or self.recording
         self._step = self.planner.begin(lens, width, store_all, parts)
@@ -300,6 +320,8 @@ class Engine:
                 self.planner.set_scores(row, values)
         step, self._step = self._step, None
         self._undo = []
+        if self.packer is not None and step is not None:
+            self.packer.commit(reading=step.num_queries > (MAX_CANDIDATES if self.recording else 1))
         if self.stepping or not self.recording:
             self.settle(force=step is not None and step.num_queries > 1)
 
@@ -337,6 +359,26 @@ class Engine:
                 )
             self._apply(self.planner.keep(index, row, kept))
 
+    def pack(self, prompt_ended: bool) -> None:
+        """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed."""
+        packer, planner = self.packer, self.planner
+        if packer is None:
+            return
+        due = [(row, packer.due(planner, row, prompt_ended)) for row in range(self.num_rows)]
+        due = [(row, upto) for row, upto in due if upto > planner.num_packed(row)]
+        packer.reading = packer.reading and not prompt_ended
+        if not due:
+            return
+        chosen = [packer.choose(planner, self.stores, row, upto) for row, upto in due]
+        done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
+        moves = planner.tidy() if prompt_ended else None
+        in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
+        for index, store in self.stores.items():
+            packer.run(index, store, done)
+            if moves is not None:
+                store.apply(moves)
+                store.free_unused(in_use, packed_in_use)
+
     def _apply(self, moves: Moves) -> None:
         if len(moves):
             for store in self.stores.values():
@@ -345,14 +387,16 @@ class Engine:
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
         self._apply(self.planner.tidy())
-        in_use = self.planner.blocks_in_use()
+        in_use, packed = self.planner.blocks_in_use(), self.planner.packed_in_use()
         for store in self.stores.values():
-            store.free_unused(in_use)
+            store.free_unused(in_use, packed)
 
     def end_turn(self) -> None:
         """Scores decay, the budget holds exactly, memory is given back."""
         self.planner.decay([getattr(m.retain_or_default, "decay", 1.0) for m in self.policy.memories])
         self.settle(force=True, turn_ended=True)
+        if self.packer is not None:
+            self.pack(prompt_ended=self.packer.reading)
 
     # ------------------------------------------------------------------------------------------------------------- what callers do
 
@@ -369,6 +413,8 @@ class Engine:
                 self.observer.crop(self.planner, [count] * self.num_rows)
             if self.scorer is not None:
                 self.scorer.crop(count)
+            if self.packer is not None:
+                self.packer.crop([count] * self.num_rows)
         self._marks = []
         if self.recording and self.num_rows:
             self.settle(force=False)
@@ -380,6 +426,8 @@ class Engine:
             self.observer.crop_rows(self.planner, self.stores, counts)
         else:
             self.planner.crop_rows(counts)
+        if self.packer is not None:
+            self.packer.crop(counts)
         if self.scorer is not None:
             self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
 
@@ -391,6 +439,8 @@ class Engine:
         self.planner.select_rows(rows)
         if self.observer is not None:
             self.observer.select_rows(rows)
+        if self.packer is not None:
+            self.packer.select_rows(rows)
         if self.scorer is not None:
             self.scorer.select_rows(rows)
         if self._offsets is not None:
@@ -408,6 +458,8 @@ class Engine:
         if self.observer is not None:
             self.observer.reset()
         self.stop_stepping()
+        if self.packer is not None:
+            self.packer.reset()
         if self.scorer is not None:
             self.scorer.reset()
 
@@ -421,6 +473,8 @@ class Engine:
             child.scorer.tail = self.scorer.tail
         if self.observer is not None and child.observer is not None:
             child.observer.copy_from(self.observer)
+        if self.packer is not None and child.packer is not None:
+            child.packer.return_to(self.packer.state())
         return child
 
     def _idle(self) -> None:

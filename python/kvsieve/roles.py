@@ -29,12 +29,14 @@ if TYPE_CHECKING:
     import torch
 
     from kvsieve.observe import Observation
+    from kvsieve.thin import Channels, LayerShape, Observed, Packing
 
 __all__ = [
     "All",
     "AsRotated",
     "Ceiling",
     "Chain",
+    "Codes",
     "Everything",
     "Fixed",
     "HeavyHitters",
@@ -50,6 +52,8 @@ __all__ = [
     "Select",
     "Slots",
     "Surprisal",
+    "Thin",
+    "ThinCodes",
     "TopKTokens",
     "Window",
 ]
@@ -361,12 +365,183 @@ class TopKTokens(Select):
 
 
 class Pack:
-    """How a block is stored once it has settled."""
+    """How tokens are stored once they have settled: when the prompt has been read, and then every ``flush_every`` tokens.
+
+    Subclass and write :meth:`packing` and :meth:`choose` for a rule of one's own.
+    """
+
+    recent: int = 0
+    """Newest tokens, stored as they came."""
+    observe: int = 0
+    """How many of a prompt's last queries :meth:`choose` looks at."""
+    flush_every: int | None = None
+    """Tokens that gather behind the recent ones, while answers are generated, before they are packed; None to leave them as they are
+    until the next prompt."""
+    align: int = 1
+    """Tokens are packed in multiples of this, a divisor of 64."""
+    keeps_pairs: bool = True
+    """Whether what is kept of a key can still be rotated."""
+
+    def packing(self, layer: LayerShape) -> Packing:
+        """The format of a layer's packed tokens.
+
+        Raises:
+            PolicyError: if such a layer cannot be packed so.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define packing()")
+
+    def choose(self, seen: Observed) -> Channels:
+        """The channels of one sequence's keys that are kept; asked once per sequence and layer."""
+        from kvsieve.thin import Channels
+
+        return Channels.all(seen.keys, seen.rope)
+
+    def joined(self, other: Pack) -> Pack | None:
+        """This and ``other`` as one; None if they cannot both be."""
+        return None
 
 
 @dataclass(frozen=True)
 class Plain(Pack):
     """As it came, in the model's dtype."""
+
+
+@dataclass(frozen=True)
+class Thin(Pack):
+    """Keys keep their heaviest channels (ThinK); see :func:`kvsieve.ThinK`."""
+
+    ratio: float = 0.4
+    recent: int = 32
+    observe: int = 32
+    norm_over: Literal["pruned", "all"] = "pruned"
+    channels: Literal["pairs", "single"] = "pairs"
+    round_to: int | None = None
+    flush_every: int | None = None
+    skip_layers: tuple[int, ...] = ()
+    mode: Literal["slice", "zero"] = "slice"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0.0 <= self.ratio < 1.0:
+            raise PolicyError(f"ratio must lie in [0, 1), got {self.ratio!r}")
+        _check_count("recent", self.recent)
+        _check_count("observe", self.observe, least=1)
+        for name, value, allowed in (
+            ("norm_over", self.norm_over, ("pruned", "all")),
+            ("channels", self.channels, ("pairs", "single")),
+            ("mode", self.mode, ("slice", "zero")),
+        ):
+            if value not in allowed:
+                raise PolicyError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}")
+        for name, count in (("round_to", self.round_to), ("flush_every", self.flush_every)):
+            if count is not None:
+                _check_count(name, count, least=1)
+        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        for layer in self.skip_layers:
+            _check_count("skip_layers", layer)
+
+    @property
+    def keeps_pairs(self) -> bool:  # type: ignore[override]
+        return self.channels == "pairs"
+
+    def packing(self, layer: LayerShape) -> Packing:
+        from kvsieve import thin
+
+        whole = self.mode == "zero" or layer.index in self.skip_layers
+        kept = layer.key_dim if whole else thin.kept(layer.key_dim, self.ratio, self.channels, self.round_to)
+        return thin.Packing(kept)
+
+    def choose(self, seen: Observed) -> Channels:
+        from kvsieve import thin
+
+        if seen.layer.index in self.skip_layers:
+            return thin.Channels.all(seen.keys, seen.rope)
+        kept = thin.kept(seen.layer.key_dim, self.ratio, self.channels, self.round_to)
+        keys = seen.keys if self.norm_over == "all" else seen.keys[:, : seen.settled]
+        chosen = thin.choose(seen.queries, keys, kept, self.channels, seen.rope, raw=seen.raw)
+        return chosen.with_zeros(seen.keys, seen.rope) if self.mode == "zero" else chosen
+
+    def joined(self, other: Pack) -> Pack | None:
+        return ThinCodes(self, other) if isinstance(other, Codes) else None
+
+
+@dataclass(frozen=True)
+class Codes(Pack):
+    """Keys and values as codes of a few bits (KIVI); see :func:`kvsieve.Quantized`."""
+
+    key_bits: int = 4
+    value_bits: int = 4
+    group: int = 32
+    residual: int = 32
+
+    def __post_init__(self) -> None:
+        for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
+            if isinstance(bits, bool) or bits not in (0, 2, 4, 8):
+                raise PolicyError(f"{name} must be 2, 4 or 8 (or 0 to leave them as they are), got {bits!r}")
+        if isinstance(self.group, bool) or self.group not in (8, 16, 32, 64):
+            raise PolicyError(f"group must be 8, 16, 32 or 64, got {self.group!r}")
+        _check_count("residual", self.residual)
+
+    @property
+    def recent(self) -> int:  # type: ignore[override]
+        return self.residual
+
+    @property
+    def align(self) -> int:  # type: ignore[override]
+        return self.group if self.key_bits else 1
+
+    @property
+    def flush_every(self) -> int:  # type: ignore[override]
+        return self.group
+
+    def packing(self, layer: LayerShape) -> Packing:
+        from kvsieve.thin import Packing
+
+        if self.value_bits and layer.value_dim % self.group:
+            raise PolicyError(
+                f"layer {layer.index} has values of {layer.value_dim} channels, which groups of {self.group} do not divide; "
+                "choose another group"
+            )
+        return Packing(layer.key_dim, self.key_bits, self.value_bits, self.group)
+
+    def joined(self, other: Pack) -> Pack | None:
+        return ThinCodes(other, self) if isinstance(other, Thin) else None
+
+
+@dataclass(frozen=True)
+class ThinCodes(Pack):
+    """The heaviest channels of the keys, and codes of a few bits for what is kept."""
+
+    thin: Thin
+    codes: Codes
+
+    @property
+    def recent(self) -> int:  # type: ignore[override]
+        return max(self.thin.recent, self.codes.recent)
+
+    @property
+    def observe(self) -> int:  # type: ignore[override]
+        return self.thin.observe
+
+    @property
+    def align(self) -> int:  # type: ignore[override]
+        return self.codes.align
+
+    @property
+    def flush_every(self) -> int:  # type: ignore[override]
+        return max(self.thin.flush_every or 0, self.codes.flush_every)
+
+    @property
+    def keeps_pairs(self) -> bool:  # type: ignore[override]
+        return self.thin.keeps_pairs
+
+    def packing(self, layer: LayerShape) -> Packing:
+        from kvsieve.thin import Packing
+
+        codes = self.codes.packing(layer)
+        return Packing(self.thin.packing(layer).key_kept, codes.key_bits, codes.value_bits, codes.group)
+
+    def choose(self, seen: Observed) -> Channels:
+        return self.thin.choose(seen)
 
 
 # --------------------------------------------------------------------------------------------------------------------- policy
@@ -390,6 +565,12 @@ class Policy:
     def moves(self) -> bool:
         """Whether a token may be seen at another distance than its true one."""
         return any(memory.place_or_default.moves for memory in self.memories)
+
+    @property
+    def packs(self) -> Pack | None:
+        """How the policy packs tokens; None if it leaves them as they come."""
+        roles = [memory.pack_or_default for memory in self.memories]
+        return None if len(roles) > 1 or isinstance(roles[0], Plain) else roles[0]
 
     @property
     def needs_surprisal(self) -> bool:
@@ -437,6 +618,11 @@ class Memory(Policy):
             if part is not None and not isinstance(part, kind):
                 raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
         _check_per_head(self)
+        if self.place_or_default.moves and not self.pack_or_default.keeps_pairs:
+            raise PolicyError(
+                f"{self.place!r} shows tokens at other distances, which rotates their keys again, and keys whose channels were dropped "
+                "one by one cannot be rotated; drop whole rotary pairs: channels='pairs'"
+            )
 
     @property
     def memories(self) -> tuple[Memory, ...]:
@@ -451,6 +637,11 @@ class Memory(Policy):
     def place_or_default(self) -> Place:
         """The place role, or :class:`AsRotated`."""
         return self.place or AsRotated()
+
+    @property
+    def pack_or_default(self) -> Pack:
+        """The pack role, or :class:`Plain`."""
+        return self.pack or Plain()
 
     @property
     def frame(self) -> Frame:
@@ -496,6 +687,11 @@ def _chain(memories: tuple[Memory, ...]) -> Policy:
     for memory in memories[:-1]:
         if isinstance(memory.retain_or_default, All):
             raise PolicyError(f"{memory!r} lets nothing go, so nothing can flow into what follows it; put it last")
+    for memory in memories:
+        if not isinstance(memory.pack_or_default, Plain):
+            raise PolicyError(
+                f"{memory!r} packs its tokens; in a chain they would have to be unpacked to flow on, so it stands alone"
+            )
     for memory in memories[1:]:
         if isinstance(memory.place_or_default, Ceiling):
             raise PolicyError(f"{memory!r}: a ceiling is relative to a window's edge and belongs to the first memory; use Fixed")
@@ -506,11 +702,12 @@ def _join(left: Memory, right: Memory) -> Memory:
     roles: dict[str, Any] = {}
     for name in ("retain", "place", "select", "pack"):
         mine, theirs = getattr(left, name), getattr(right, name)
-        if mine is not None and theirs is not None:
+        both = mine.joined(theirs) if isinstance(mine, Pack) and isinstance(theirs, Pack) else None
+        if mine is not None and theirs is not None and both is None:
             raise PolicyError(
                 f"both {left!r} and {right!r} decide {name}; a memory has one {name} role: chain them with >> instead"
             )
-        roles[name] = mine if mine is not None else theirs
+        roles[name] = both or (mine if mine is not None else theirs)
     return Memory(**roles, text=f"{left!r} | {right!r}")
 
 
@@ -518,11 +715,14 @@ def _check_per_head(memory: Memory) -> None:
     """Refuse what one table of positions for all heads would be needed for."""
     if not isinstance(memory.retain, PerHead):
         return
-    for part, allowed in ((memory.place, AsRotated), (memory.select, Everything), (memory.pack, Plain)):
+    for part, allowed, why in (
+        (memory.place, AsRotated, "so their positions differ per head"),
+        (memory.select, Everything, "so there is no one token to read for all of them"),
+        (memory.pack, Plain, "which packed blocks cannot be rearranged by"),
+    ):
         if part is not None and not isinstance(part, allowed):
             raise PolicyError(
-                f"{memory.retain!r} keeps other tokens for each head, so their positions differ per head; "
-                f"it goes with {allowed.__name__}, not with {part!r}"
+                f"{memory.retain!r} keeps other tokens for each head, {why}; it goes with {allowed.__name__}, not with {part!r}"
             )
 
 

@@ -127,7 +127,7 @@ def test_bytes_reported_are_bytes_held_and_given_back(launcher: emulator.Emulato
     block = 64 * 2 * (16 + 16) * 4
     assert layer.store.bytes_held <= 4 * block
     layer.planner.reset()
-    layer.store.free_unused(layer.planner.blocks_in_use())
+    layer.store.free_unused(layer.planner.blocks_in_use(), layer.planner.packed_in_use())
     assert layer.store.bytes_held == 0
     assert not layer.store._host.any()
 

@@ -244,6 +244,8 @@ class TestRefused:
             Memory(retain=policy.retain, place=kvsieve.roles.Fixed(3))
         with pytest.raises(PolicyError, match="goes with Everything"):
             retain | Memory(select=TopKTokens(3))
+        with pytest.raises(PolicyError, match=r"packed blocks cannot be rearranged.*goes with Plain"):
+            policy | kvsieve.Quantized()
         for chain in (lambda: policy >> kvsieve.SirLLM(64), lambda: kvsieve.StreamingLLM(64) >> policy):
             with pytest.raises(PolicyError, match="cannot be part of a chain"):
                 chain()

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
     from kvsieve._core import Moves, Step
     from kvsieve.rope import LayerRope
+    from kvsieve.thin import Channels, Packing
 
 __all__ = ["BACKENDS", "AttendCall", "Backend", "Choosy", "Store", "choose", "get"]
 
@@ -77,14 +78,23 @@ class Store(Protocol):
     def apply(self, moves: Moves) -> None:
         """Move tokens between blocks."""
 
-    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
-        """Give back the memory of blocks nobody holds."""
+    def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
+        """Give back the memory of blocks nobody holds; packed blocks are counted from ``_core.PACKED``."""
+
+    def set_packing(self, packing: Packing) -> None:
+        """Say how this layer packs its tokens, before any is packed."""
+
+    def pack(self, moves: Moves, channels: Channels | int) -> None:
+        """Move tokens from plain to packed blocks. ``channels`` may be a packed block whose channels these tokens keep as well."""
+
+    def channels(self, block: int) -> torch.Tensor:
+        """The channels of keys that a packed block keeps: int64 ``[Hkv, kept]``."""
 
     def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of (block, lo, hi) runs, copied."""
+        """Keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of (block, lo, hi) runs, copied; channels that were dropped are zero."""
 
     def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
-        """The inverse of :meth:`read`."""
+        """The inverse of :meth:`read`. Packed blocks keep the channels that they have."""
 
 
 class Backend(Protocol):

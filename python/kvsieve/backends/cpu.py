@@ -26,6 +26,7 @@ from kvsieve.errors import BackendError
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
+    from kvsieve.thin import Channels, Packing
 
 __all__ = ["CpuBackend", "CpuStore"]
 
@@ -235,8 +236,20 @@ class CpuStore:
     def apply(self, moves: Moves) -> None:
         self._core.apply(moves)
 
-    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
-        self._core.free_unused(in_use)
+    def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
+        self._core.free_unused(in_use, packed_in_use)
+
+    def set_packing(self, packing: Packing) -> None:
+        self._core.set_packing(packing.key_kept, packing.key_bits, packing.value_bits, packing.group)
+
+    def pack(self, moves: Moves, channels: Channels | int) -> None:
+        if isinstance(channels, int):
+            self._core.pack(moves, like=channels)
+        else:
+            self._core.pack(moves, channels.index.numpy(), list(channels.pairs))
+
+    def channels(self, block: int) -> torch.Tensor:
+        return torch.from_numpy(self._core.channels(block))
 
     def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         heads, key_dim, value_dim = self._shape

@@ -18,14 +18,17 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from kvsieve._core import PACKED
 from kvsieve.backends.masses import of_chunk
+from kvsieve.backends.packing import PackedBlock
 from kvsieve.budget import BLOCK
-from kvsieve.errors import ShapeError
+from kvsieve.errors import ShapeError, StateError
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Step
     from kvsieve.backends import AttendCall
     from kvsieve.rope import LayerRope
+    from kvsieve.thin import Channels, Packing
 
 __all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge", "pick"]
 
@@ -123,10 +126,12 @@ class ReferenceStore:
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
         self._k = k.new_zeros(0, k.shape[1], BLOCK, k.shape[3])
         self._v = v.new_zeros(0, v.shape[1], BLOCK, v.shape[3])
+        self._packing: Packing | None = None
+        self._packed: dict[int, PackedBlock] = {}
 
     @property
     def bytes_held(self) -> int:
-        return self._k.nbytes + self._v.nbytes
+        return self._k.nbytes + self._v.nbytes + sum(block.nbytes for block in self._packed.values())
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._check(k, v)
@@ -196,30 +201,76 @@ class ReferenceStore:
             blocks[to, :, to_slot : to_slot + count] = blocks[source, :, source_slot : source_slot + count].clone()
 
     def apply(self, moves: Moves) -> None:
+        packed = [move for move in moves.tuples() if move[0] >= PACKED]
         for move in moves.tuples():
-            self._move(*move)
+            if move[0] < PACKED:
+                self._move(*move)
+        # All is read before anything is written: numbers that share a scale change together.
+        held = [self._packed[block].read(slot, slot + count, self._k.shape[3]) for block, slot, _, _, count in packed]
+        for source, _, to, _, _ in packed:
+            self._make(to, self._packed[source].channels)
+        at = 0
+        while at < len(packed):
+            _, _, to, slot, count = packed[at]
+            pieces = [held[at]]
+            while at + 1 < len(packed) and packed[at + 1][2:4] == (to, slot + count):
+                at += 1
+                count += packed[at][4]
+                pieces.append(held[at])
+            k, v = (torch.cat(x, 1) for x in zip(*pieces))
+            self._packed[to].write(slot, k, v)
+            at += 1
 
-    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
+    def _make(self, block: int, channels: Channels) -> None:
+        if self._packing is None:
+            raise StateError("this layer was not told how to pack")
+        if block not in self._packed or self._packed[block].channels is not channels:
+            self._packed[block] = PackedBlock.empty(self._packing, channels, self._k, self._v)
+
+    def set_packing(self, packing: Packing) -> None:
+        self._packing = packing
+
+    def pack(self, moves: Moves, channels: Channels | int) -> None:
+        chosen = self._packed[channels].channels if isinstance(channels, int) else channels
+        for source, source_slot, to, slot, count in moves.tuples():
+            k, v = (x[source, :, source_slot : source_slot + count] for x in (self._k, self._v))
+            self._make(to, chosen)
+            self._packed[to].write(slot, k, v)
+
+    def channels(self, block: int) -> torch.Tensor:
+        return self._packed[block]._index()
+
+    def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
         used = np.flatnonzero(in_use)
         keep = int(used[-1]) + 1 if used.size else 0
         if keep < self._k.shape[0]:
             self._k, self._v = self._k[:keep].clone(), self._v[:keep].clone()
+        packed = {PACKED + int(i) for i in np.flatnonzero(packed_in_use)}
+        self._packed = {block: held for block, held in self._packed.items() if block in packed}
 
     def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        if not runs:
-            return self._k.new_zeros(self._k.shape[1], 0, self._k.shape[3]), self._v.new_zeros(
-                self._v.shape[1], 0, self._v.shape[3]
-            )
-        k = torch.cat([self._k[block, :, lo:hi] for block, lo, hi in runs], 1)
-        v = torch.cat([self._v[block, :, lo:hi] for block, lo, hi in runs], 1)
-        return k, v
+        heads, key_dim, value_dim = self._k.shape[1], self._k.shape[3], self._v.shape[3]
+        keys, values = [self._k.new_zeros(heads, 0, key_dim)], [self._v.new_zeros(heads, 0, value_dim)]
+        for block, lo, hi in runs:
+            if block >= PACKED:
+                k, v = self._packed[block].read(lo, hi, key_dim)
+            else:
+                k, v = self._k[block, :, lo:hi], self._v[block, :, lo:hi]
+            keys.append(k)
+            values.append(v)
+        # Codes read as float32, and stay that precise beside tokens of fewer bits.
+        return torch.cat(keys, 1), torch.cat(values, 1)
 
     def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
         at = 0
         for block, lo, hi in runs:
-            self._ensure(block + 1)
-            self._k[block, :, lo:hi] = k[:, at : at + hi - lo]
-            self._v[block, :, lo:hi] = v[:, at : at + hi - lo]
+            new = slice(at, at + hi - lo)
+            if block >= PACKED:
+                self._packed[block].write(lo, k[:, new], v[:, new])
+            else:
+                self._ensure(block + 1)
+                self._k[block, :, lo:hi] = k[:, new]
+                self._v[block, :, lo:hi] = v[:, new]
             at += hi - lo
 
 

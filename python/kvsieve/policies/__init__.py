@@ -9,12 +9,14 @@ from kvsieve.errors import PolicyError
 from kvsieve.policies.full import Full
 from kvsieve.policies.h2o import H2O
 from kvsieve.policies.lm_infinite import LMInfinite
+from kvsieve.policies.quantized import Quantized
 from kvsieve.policies.sirllm import SirLLM
 from kvsieve.policies.snapkv import SnapKV
 from kvsieve.policies.streaming_llm import StreamingLLM
+from kvsieve.policies.think import ThinK
 from kvsieve.roles import Policy
 
-__all__ = ["H2O", "POLICIES", "Full", "LMInfinite", "SirLLM", "SnapKV", "StreamingLLM", "parse"]
+__all__ = ["H2O", "POLICIES", "Full", "LMInfinite", "Quantized", "SirLLM", "SnapKV", "StreamingLLM", "ThinK", "parse"]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,
@@ -23,6 +25,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "sirllm": SirLLM,
     "snapkv": SnapKV,
     "h2o": H2O,
+    "think": ThinK,
+    "quantized": Quantized,
 }
 """Every published system by its name in lower case."""
 

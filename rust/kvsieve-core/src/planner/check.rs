@@ -4,6 +4,7 @@ use super::{MemorySpec, RowState};
 use crate::error::{Error, Result};
 use crate::place::Place;
 use crate::retain::Retain;
+use crate::store::table::Table;
 
 /// Whether `keep` can be what is left of `len` residents.
 pub(super) fn keep(memories: &[MemorySpec], memory: usize, len: usize, keep: &[usize]) -> Result<()> {
@@ -51,8 +52,8 @@ pub(super) fn state(row: &RowState, columns: u64, num_memories: usize) -> Result
     Ok(())
 }
 
-/// Whether each head may choose `count` of `len` residents beside the last `recent`.
-pub(super) fn sieve(memories: &[MemorySpec], len: usize, count: usize, recent: usize) -> Result<()> {
+/// Whether each head may choose `count` of the residents of `table` beside the last `recent`.
+pub(super) fn sieve(memories: &[MemorySpec], table: &Table, count: usize, recent: usize) -> Result<()> {
     let [memory] = memories else {
         return Err(Error::Unsupported(
             "residents chosen per head cannot flow down a chain: their positions differ per head",
@@ -66,7 +67,12 @@ pub(super) fn sieve(memories: &[MemorySpec], len: usize, count: usize, recent: u
             "residents chosen per head are seen at their true distance only: positions differ per head",
         ));
     }
-    let total = count.saturating_add(recent);
+    if table.num_packed() > 0 {
+        return Err(Error::Unsupported(
+            "residents chosen per head cannot be packed: blocks are packed for all heads at once",
+        ));
+    }
+    let (len, total) = (table.len(), count.saturating_add(recent));
     if total > len.min(budget.total) {
         let got = format!("{count} and {recent} of {len} for {}", budget.total);
         return Err(Error::OutOfRange { what: "sieve", expected: "at most the residents and the budget", got });

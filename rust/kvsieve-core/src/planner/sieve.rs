@@ -18,7 +18,7 @@ impl Planner {
     /// else is planned: what `from` names may be handed out again.
     pub fn sieve(&mut self, memory: usize, row: usize, count: usize, recent: usize) -> Result<Sieve> {
         self.check_closed("sieve")?;
-        check::sieve(&self.memories, self.table(memory, row)?.len(), count, recent)?;
+        check::sieve(&self.memories, self.table(memory, row)?, count, recent)?;
         let Self { rows, pool, .. } = self;
         let mut out = Sieve { from: Vec::new(), to: Vec::new() };
         edit(pool, |edit| {

@@ -1,0 +1,139 @@
+"""When a stream's tokens are packed, and what is remembered until then.
+
+A prompt is packed when the first single token follows it, or its turn ends, so that its own attention, and with it the first
+generated token, is exact. A sequence chooses its channels once; what is packed later keeps the same ones, because a block's row has one
+width and a query is cut to the channels once.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvsieve._core import PACKED
+from kvsieve.thin import Channels, LayerShape, Observed
+
+if TYPE_CHECKING:
+    from kvsieve._core import Moves, Planner
+    from kvsieve.backends import Store
+    from kvsieve.hf import AttentionLayer
+    from kvsieve.roles import Pack
+
+__all__ = ["Packer", "shape_of"]
+
+Rings = dict[int, list[torch.Tensor]]
+
+
+def shape_of(layer: AttentionLayer) -> LayerShape:
+    """What a pack role needs to know of a layer."""
+    return LayerShape(layer.index, layer.num_kv_heads, layer.key_dim, layer.value_dim)
+
+
+class Packer:
+    """What a pack role of one stream has seen, and the order in which it acts."""
+
+    def __init__(self, role: Pack, layers: tuple[AttentionLayer, ...], raw: bool) -> None:
+        self.role, self.raw = role, raw
+        self._layers = {layer.index: layer for layer in layers}
+        self.packing = {layer.index: role.packing(shape_of(layer)) for layer in layers}
+        self.reading = False
+        """Whether the latest forward read part of a prompt."""
+        self._rings: Rings = {}
+        self._pending: Rings = {}
+
+    # --------------------------------------------------------------------------------------------------------------- the queries
+
+    def observe(self, index: int, q: torch.Tensor, lens: list[int], planner: Planner) -> None:
+        """Remember the newest queries ``q`` ``[B, H, q, D]`` of a forward, of which the last ``lens[row]`` are real tokens.
+
+        They count once :meth:`commit` is called. Rows that have chosen their channels are passed over.
+        """
+        if not self.role.observe:
+            return
+        rings = self._rings.get(index) or [q.new_zeros(q.shape[1], 0, q.shape[3])] * q.shape[0]
+        new = []
+        for row, (ring, count) in enumerate(zip(rings, lens)):
+            if planner.num_packed(row):
+                new.append(ring[:, :0])
+                continue
+            fresh = q[row, :, q.shape[2] - min(count, self.role.observe) :]
+            new.append(torch.cat([ring, fresh.detach()], 1)[:, -self.role.observe :])
+        self._pending[index] = new
+
+    def commit(self, reading: bool) -> None:
+        """The forward counts."""
+        self._rings.update(self._pending)
+        self._pending, self.reading = {}, reading
+
+    def rollback(self) -> None:
+        """The forward never was."""
+        self._pending = {}
+
+    def crop(self, counts: list[int]) -> None:
+        """Forget the newest ``counts[row]`` queries."""
+        self._rings = {
+            index: [ring[:, : max(ring.shape[1] - count, 0)] for ring, count in zip(rings, counts)]
+            for index, rings in self._rings.items()
+        }
+
+    def select_rows(self, rows: list[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was."""
+        self._rings = {index: [rings[row] for row in rows] for index, rings in self._rings.items()}
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self._rings, self._pending, self.reading = {}, {}, False
+
+    def state(self) -> tuple[Rings, bool]:
+        """What it takes to return here."""
+        return dict(self._rings), self.reading
+
+    def return_to(self, state: tuple[Rings, bool]) -> None:
+        """Make ``state`` the present."""
+        self._rings, self.reading = dict(state[0]), state[1]
+
+    # ----------------------------------------------------------------------------------------------------------------- the packing
+
+    def due(self, planner: Planner, row: int, prompt_ended: bool) -> int:
+        """Up to which resident the row is to be packed now; what is packed already if nothing is due."""
+        role, packed = self.role, planner.num_packed(row)
+        count = planner.resident(0, row) - role.recent - packed
+        if not prompt_ended:
+            if role.flush_every is None or count < role.flush_every:
+                return packed
+            count -= count % role.flush_every
+        if count <= 0 or not self._has_seen_enough(planner, row):
+            return packed
+        return packed + count - count % role.align
+
+    def may_act(self, planner: Planner, width: int, has_prompt: bool) -> bool:
+        """Whether something would be packed between the tokens of a forward over ``width`` of them."""
+        role, rows = self.role, range(planner.num_rows)
+        waiting = max((planner.resident(0, row) - planner.num_packed(row) for row in rows), default=0) + width - role.recent
+        if has_prompt or self.reading:
+            return waiting > 0
+        return role.flush_every is not None and waiting >= role.flush_every
+
+    def _has_seen_enough(self, planner: Planner, row: int) -> bool:
+        if planner.num_packed(row) or not self.role.observe:
+            return True
+        return all(rings[row].shape[1] >= self.role.observe for rings in self._rings.values())
+
+    def choose(self, planner: Planner, stores: dict[int, Store], row: int, upto: int) -> dict[int, Channels] | int:
+        """The channels of each layer, or the packed block of the row that has them already."""
+        runs = planner.runs(0, row)
+        if runs[0][0] >= PACKED:
+            return runs[0][0]
+        return {index: self._choose(index, store, runs, row, upto) for index, store in stores.items()}
+
+    def _choose(self, index: int, store: Store, runs: list[tuple[int, int, int]], row: int, upto: int) -> Channels:
+        layer, rings = self._layers[index], self._rings.get(index)
+        keys, _ = store.read(runs)
+        queries = keys.new_zeros(0, 0, keys.shape[2]) if rings is None else rings[row]
+        return self.role.choose(Observed(shape_of(layer), queries.float(), keys, upto, layer.rope, self.raw))
+
+    def run(self, index: int, store: Store, done: list[tuple[Moves, dict[int, Channels] | int]]) -> None:
+        """Pack in one layer what was planned for each row."""
+        for moves, channels in done:
+            store.pack(moves, channels if isinstance(channels, int) else channels[index])
