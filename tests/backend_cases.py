@@ -70,7 +70,8 @@ def model(family: str, policy: str, device: torch.device) -> None:
         made = on(tiny.model(family), where)
         with kvsieve.stream(made, tiny.POLICIES[policy](30), backend) as stream:
             logits[backend] = forwards(made, stream.cache, ids.to(where), [50, 17, 5, 1], mask.to(where)).cpu()
-            kept[backend] = [k.positions.tolist() for k in stream.kept()]
+            heads = [(layer.index, head) for layer in stream._engine.facts.layers for head in range(layer.num_kv_heads)]
+            kept[backend] = [k.positions.tolist() for where in heads for k in stream.kept(*where)]
             assert stream.stats().backend == backend
     assert kept["cuda"] == kept["reference"]
     for row in range(2):

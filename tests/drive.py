@@ -47,8 +47,9 @@ def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def positions(stream: kvsieve.Stream) -> list[list[int]]:
-    """Kept positions of every row."""
-    return [kept.positions.tolist() for kept in stream.kept()]
+    """Kept positions of every row; where they differ by head, those of the first one."""
+    first = stream._engine.facts.layers[0].index
+    return [kept.positions.tolist() for kept in stream.kept(first, 0)]
 
 
 def same_memory(a: kvsieve.Stream, b: kvsieve.Stream) -> bool:
@@ -68,6 +69,16 @@ def snapshot(stream: kvsieve.Stream) -> dict[str, torch.Tensor]:
             for index, store in stream._engine.stores.items():
                 k, v = store.read(planner.runs(memory, row))
                 found[f"keys.{index}.{at}"], found[f"values.{index}.{at}"] = k.clone(), v.clone()
+    observer = stream._engine.observer
+    for row, state in enumerate(observer.rows if observer is not None else []):
+        found[f"since.{row}"] = torch.tensor(state.since)
+        for index, layer in state.layers.items():
+            assert observer is not None
+            found[f"chosen.{index}.{row}"] = layer.chosen.clone()
+            if layer.mass is not None:
+                found[f"mass.{index}.{row}"] = layer.mass.clone()
+            if layer.queries:
+                found[f"queries.{index}.{row}"] = torch.cat(layer.queries, 1)[:, -observer.rule.observe :].clone()
     return found
 
 

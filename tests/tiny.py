@@ -87,11 +87,16 @@ POLICIES: dict[str, Any] = {
     "lm_infinite": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2),
     "lm_infinite_middle": lambda budget: kvsieve.LMInfinite(window=budget - 2, sinks=2, middle_top_k=3, middle_from_layer=1),
     "sirllm": lambda budget: kvsieve.SirLLM(budget=budget, sinks=2, recent=4),
+    "snapkv": lambda budget: kvsieve.SnapKV(budget, observe=4, kernel=3),
+    "h2o": lambda budget: kvsieve.H2O(budget, recent=4, sinks=2),
     "chain": lambda budget: kvsieve.StreamingLLM(budget // 2, sinks=2) >> kvsieve.SirLLM(budget // 2, sinks=0, recent=0),
 }
 """Every policy by name, as a function of the tokens it may hold."""
 
 BOUNDED = [name for name in POLICIES if name not in ("full", "lm_infinite_middle")]
 """The policies whose memory is bounded."""
+
+PER_HEAD = ["snapkv", "h2o"]
+"""The policies under which the heads of a row hold different tokens."""
 
 BACKENDS = ["reference", "cpu"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvsieve import errors, policies, roles
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
-from kvsieve.policies import Full, LMInfinite, Quantized, SirLLM, StreamingLLM, ThinK
+from kvsieve.policies import H2O, Full, LMInfinite, Quantized, SirLLM, SnapKV, StreamingLLM, ThinK
 from kvsieve.roles import Memory
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from kvsieve.streams import Kept, Stats, Stream, stream
 
 __all__ = [
+    "H2O",
     "Full",
     "Kept",
     "KvsieveError",
@@ -29,6 +30,7 @@ __all__ = [
     "Memory",
     "Quantized",
     "SirLLM",
+    "SnapKV",
     "Stats",
     "Stream",
     "StreamingLLM",

@@ -20,6 +20,7 @@ from kvsieve import _core
 from kvsieve.backends import AttendCall, Backend, Choosy, Store
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
+from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
 from kvsieve.roles import Residents, TopKTokens
 from kvsieve.scoring import Scorer
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
-_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[tuple[Any, dict[str, Any]]], Any]"
+_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]], Any]"
 
 
 MAX_CANDIDATES = 16
@@ -52,6 +53,7 @@ class Engine:
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.packer = make_packer(policy.packs, facts.layers, raw=frame == "raw")
+        self.observer = Observer.of(policy, facts.bytes_per_token)
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
@@ -116,10 +118,12 @@ class Engine:
         """Whether a forward over ``width`` tokens, of which the last ``kept_logits - 1`` are candidates, must go one by one.
 
         Only while candidates are verified, and only where what they see may depend on how many came before: a score-based rule that
-        could act among them, or a chain, whose later memories receive between forwards.
+        could act among them, or a chain, whose later memories receive between forwards. What heads observe depends on it always.
         """
         if not self.recording or self.stepping or not isinstance(kept_logits, int) or not 1 <= kept_logits <= width:
             return False
+        if self.observer is not None:
+            return True
         if self.packer is not None and self.packer.may_act(self.planner, width, width > kept_logits):
             return True
         resident = self.resident + width
@@ -134,13 +138,16 @@ class Engine:
         """What it takes to return to this moment. Blocks are shared with the present until the present writes to them."""
         tail = None if self.scorer is None else self.scorer.tail
         packed = None if self.packer is None else self.packer.state()
-        return self.planner.fork(), tail, [(layer, dict(vars(layer))) for layer in self.own_layers], packed
+        observed = [] if self.observer is None else list(self.observer.rows)
+        return self.planner.fork(), tail, observed, [(layer, dict(vars(layer))) for layer in self.own_layers], packed
 
     def return_to(self, state: _State, own_layers: bool = True) -> None:
         """Make ``state`` the present."""
-        self.planner, tail, layers, packed = state
+        self.planner, tail, observed, layers, packed = state
         if self.scorer is not None:
             self.scorer.tail = tail
+        if self.observer is not None:
+            self.observer.rows = list(observed)
         if self.packer is not None:
             self.packer.return_to(packed)
         if own_layers:
@@ -173,6 +180,8 @@ class Engine:
     def rollback(self) -> None:
         """Undo an unfinished forward, in every layer; without one, do nothing."""
         self.hidden, self._whole_model = None, False
+        if self.observer is not None:
+            self.observer.rollback()
         if self.packer is not None:
             self.packer.rollback()
         if self._step is not None:
@@ -213,7 +222,10 @@ class Engine:
         if self.packer is not None:
             self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
-        return store.run(q, k, v, step, AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k))
+        call = AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k)
+        if self.observer is not None:
+            return self.observer.run(layer.index, store, q, k, v, step, call)
+        return store.run(q, k, v, step, call)
 
     def make_store(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Store:
         """An empty store for layer ``index``, for keys and values like these (``[B, Hkv, q, D]``)."""
@@ -307,6 +319,8 @@ class Engine:
     def _commit(self, scores: list[npt.NDArray[np.float32]] | None = None) -> None:
         """The forward is over: its tokens are seen, and the policy may let go."""
         self.planner.commit()
+        if self.observer is not None:
+            self.observer.commit()
         for row, values in enumerate(scores or []):
             if len(values):
                 self.planner.set_scores(row, values)
@@ -322,9 +336,11 @@ class Engine:
     def settle(self, force: bool, turn_ended: bool = False) -> None:
         """Let the policy let go. Without ``force`` a score-based rule waits until it is a whole block over budget."""
         self._apply(self.planner.settle(force))
+        if self.observer is not None:
+            self.observer.settle(self.planner, self.stores, force)
         for index, memory in enumerate(self.policy.memories):
             spec = memory.retain_or_default.spec(self.facts.bytes_per_token)
-            if spec["retain"] == "manual":
+            if spec["retain"] == "manual" and self.observer is None:
                 self._settle_own(index, spec, force, turn_ended)
         if force:
             self.free_unused()
@@ -408,7 +424,11 @@ class Engine:
         if 0 < count <= len(self._marks):
             self.return_to(self._marks[-count], own_layers=False)
         elif count:
+            if self.observer is not None:
+                self.observer.check_crop(self.planner, count)
             self.planner.crop(count)
+            if self.observer is not None:
+                self.observer.crop(self.planner, [count] * self.num_rows)
             if self.scorer is not None:
                 self.scorer.crop(count)
             if self.packer is not None:
@@ -420,9 +440,10 @@ class Engine:
     def crop_rows(self, counts: list[int]) -> None:
         """Forget the newest ``counts[row]`` tokens of each row; their columns stay, as pads."""
         self._idle()
-        self.planner.crop_rows(counts)
-        if self._offsets is not None:
-            self._offsets = [None if offset is None else offset + count for offset, count in zip(self._offsets, counts)]
+        if self.observer is not None:
+            self.observer.crop_rows(self.planner, self.stores, counts)
+        else:
+            self.planner.crop_rows(counts)
         if self.packer is not None:
             self.packer.crop(counts)
         if self.scorer is not None:
@@ -434,6 +455,8 @@ class Engine:
             return
         self._idle()
         self.planner.select_rows(rows)
+        if self.observer is not None:
+            self.observer.select_rows(rows)
         if self.packer is not None:
             self.packer.select_rows(rows)
         if self.scorer is not None:
@@ -450,6 +473,8 @@ class Engine:
             self.stores.clear()
         self._offsets = None
         self.recording = False
+        if self.observer is not None:
+            self.observer.reset()
         self.stop_stepping()
         if self.packer is not None:
             self.packer.reset()
@@ -464,6 +489,8 @@ class Engine:
         child._offsets = None if self._offsets is None else list(self._offsets)
         if self.scorer is not None and child.scorer is not None:
             child.scorer.tail = self.scorer.tail
+        if self.observer is not None and child.observer is not None:
+            child.observer.copy_from(self.observer)
         if self.packer is not None and child.packer is not None:
             child.packer.return_to(self.packer.state())
         return child

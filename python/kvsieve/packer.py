@@ -115,7 +115,7 @@ class Packer:
                 found[f"channels.{index}.{row}"] = channels.index.clone()
                 found[f"pairs.{index}.{row}"] = torch.tensor(channels.pairs)
         for index, rings in self._rings.items():
-            found.update({f"queries.{index}.{row}": ring.contiguous() for row, ring in enumerate(rings) if ring.numel()})
+            found.update({f"watched.{index}.{row}": ring.contiguous() for row, ring in enumerate(rings) if ring.numel()})
         return found
 
     def restored(self, row: int, saved: dict[str, torch.Tensor]) -> dict[int, Channels]:
@@ -129,7 +129,7 @@ class Packer:
         """The queries out of :meth:`tensors`."""
         self.reading = reading
         for index, layer in self._layers.items():
-            known = {row: saved[name].to(layer.device) for row in range(num_rows) if (name := f"queries.{index}.{row}") in saved}
+            known = {row: saved[name].to(layer.device) for row in range(num_rows) if (name := f"watched.{index}.{row}") in saved}
             if known:
                 empty = next(iter(known.values()))[:, :0]
                 self._rings[index] = [known.get(row, empty) for row in range(num_rows)]

@@ -9,7 +9,8 @@ memories: what one lets go flows into the next, and their answers merge exactly,
 
 Python binds ``>>`` tighter than ``|``, so ``a | b >> c`` joins ``a`` to ``b`` and ``a >> b | c`` joins ``c`` to ``b``.
 
-A role of one's own is a small class: subclass :class:`Retain` and write :meth:`Retain.keep`.
+A role of one's own is a small class: subclass :class:`Retain` and write :meth:`Retain.keep`, or :class:`PerHead` and write
+:meth:`PerHead.scores`.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsieve.budget import check_budget, tokens_for
-from kvsieve.errors import PolicyError
+from kvsieve.errors import BudgetError, PolicyError
 
 if TYPE_CHECKING:
+    import torch
+
+    from kvsieve.observe import Observation
     from kvsieve.thin import Channels, LayerShape, Observed, Packing
 
 __all__ = [
@@ -35,8 +39,11 @@ __all__ = [
     "Codes",
     "Everything",
     "Fixed",
+    "HeavyHitters",
     "Memory",
+    "ObservationWindow",
     "Pack",
+    "PerHead",
     "Place",
     "Plain",
     "Policy",
@@ -159,6 +166,95 @@ class Surprisal(Retain):
         check_budget(budget, sinks=self.sinks, recent=recent, name="Surprisal")
         published = self.score == "published"
         return {"retain": "surprisal", "budget": budget, "sinks": self.sinks, "recent": recent, "published": published}
+
+
+class PerHead(Retain):
+    """Which tokens each key-value head of each layer keeps. Subclass and write :meth:`scores` for a rule of one's own.
+
+    Every head keeps equally many: the first ``sinks`` and the newest ``recent`` residents, and of the others those that it scores
+    highest. The rule acts when it is a whole block over budget, after every longer forward that left it over budget, and at the end
+    of a turn. Tokens are seen at their true distance (:class:`AsRotated`).
+    """
+
+    observe: int = 0
+    """Newest queries that are kept for the rule to look at."""
+    accumulates: bool = False
+    """Whether the probability that each token was ever given is added up, at every forward."""
+
+    def scores(self, observation: Observation) -> torch.Tensor:
+        """A score for every resident of every head: float ``[Hkv, n]``, on any device.
+
+        Equal scores prefer the earlier token; nan comes last. What is given to sinks and recent tokens is not looked at.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define scores()")
+
+    def keep(self, residents: Residents) -> Sequence[int]:
+        raise PolicyError(f"{type(self).__name__} keeps other tokens for each head; it has no one answer for all")
+
+
+@dataclass(frozen=True)
+class ObservationWindow(PerHead):
+    """The newest ``observe`` tokens stay; their queries vote for the others, by softmax probability, with neighbours of up to
+    ``kernel // 2`` tokens sharing the highest vote. Li et al., NeurIPS 2024, arXiv 2404.14469.
+    """
+
+    budget: int | str
+    observe: int = 32
+    kernel: int = 7
+
+    def __post_init__(self) -> None:
+        _check_count("observe", self.observe, least=1)
+        _check_count("kernel", self.kernel, least=1)
+        if self.kernel % 2 == 0:
+            raise PolicyError(f"kernel must be odd, so that it has a middle, got {self.kernel}")
+        self._check(self.budget)
+
+    def _check(self, budget: int | str) -> None:
+        check_budget(budget, sinks=0, recent=0, name="ObservationWindow")
+        if isinstance(budget, int) and budget <= self.observe:
+            raise BudgetError(
+                f"ObservationWindow: a budget of {budget} tokens cannot hold the {self.observe} observed ones and one more; "
+                f"give it at least {self.observe + 1}, or observe fewer"
+            )
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        budget = tokens_for(self.budget, bytes_per_token)
+        self._check(budget)
+        return {"retain": "manual", "budget": budget, "sinks": 0, "recent": self.observe}
+
+    def scores(self, observation: Observation) -> torch.Tensor:
+        from torch.nn.functional import max_pool1d, pad
+
+        others = observation.votes()[:, : -self.observe]
+        return pad(max_pool1d(others, self.kernel, stride=1, padding=self.kernel // 2), (0, self.observe))
+
+
+@dataclass(frozen=True)
+class HeavyHitters(PerHead):
+    """The first ``sinks``, the newest ``recent`` and the tokens that were given the most attention by all queries so far stay.
+    Zhang et al., NeurIPS 2023, arXiv 2306.14048.
+    """
+
+    budget: int | str
+    recent: int | None = None  # type: ignore[assignment]
+    sinks: int = 0
+    accumulates: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        _check_count("sinks", self.sinks)
+        if self.recent is not None:
+            _check_count("recent", self.recent)
+        check_budget(self.budget, sinks=self.sinks, recent=self.recent or 0, name="HeavyHitters")
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        budget = tokens_for(self.budget, bytes_per_token)
+        recent = budget // 2 if self.recent is None else self.recent
+        check_budget(budget, sinks=self.sinks, recent=recent, name="HeavyHitters")
+        return {"retain": "manual", "budget": budget, "sinks": self.sinks, "recent": recent}
+
+    def scores(self, observation: Observation) -> torch.Tensor:
+        assert observation.mass is not None
+        return observation.mass
 
 
 # ---------------------------------------------------------------------------------------------------------------------- place
@@ -532,6 +628,7 @@ class Memory(Policy):
             part = getattr(self, name)
             if part is not None and not isinstance(part, kind):
                 raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
+        _check_per_head(self)
         if self.place_or_default.moves and not self.pack_or_default.keeps_pairs:
             raise PolicyError(
                 f"{self.place!r} shows tokens at other distances, which rotates their keys again, and keys whose channels were "
@@ -593,6 +690,11 @@ class Chain(Policy):
 def _chain(memories: tuple[Memory, ...]) -> Policy:
     if len(memories) == 1:
         return memories[0]
+    for memory in memories:
+        if isinstance(memory.retain, PerHead):
+            raise PolicyError(
+                f"{memory!r} keeps other tokens for each head, so what it lets go has no one position; it cannot be part of a chain"
+            )
     for memory in memories[:-1]:
         if isinstance(memory.retain_or_default, All):
             raise PolicyError(f"{memory!r} lets nothing go, so nothing can flow into what follows it; put it last")
@@ -618,6 +720,20 @@ def _join(left: Memory, right: Memory) -> Memory:
             )
         roles[name] = both or (mine if mine is not None else theirs)
     return Memory(**roles, text=f"{left!r} | {right!r}")
+
+
+def _check_per_head(memory: Memory) -> None:
+    """Refuse what one table of positions for all heads would be needed for."""
+    if not isinstance(memory.retain, PerHead):
+        return
+    for part, allowed, why in (
+        (memory.place, AsRotated, "so their positions differ per head"),
+        (memory.select, Everything, "so there is no one token to read for all of them"),
+    ):
+        if part is not None and not isinstance(part, allowed):
+            raise PolicyError(
+                f"{memory.retain!r} keeps other tokens for each head, {why}; it goes with {allowed.__name__}, not with {part!r}"
+            )
 
 
 def _check_count(name: str, value: object, least: int = 0) -> None:

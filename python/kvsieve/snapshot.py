@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvsieve.backends import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
+from kvsieve.observe import LayerState, RowState
 from kvsieve.policies import parse
 
 if TYPE_CHECKING:
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
+    from kvsieve.engine import Engine
+    from kvsieve.observe import Observer
     from kvsieve.roles import Policy
     from kvsieve.streams import Stream
 
@@ -70,6 +74,8 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
             tensors[name] = tensor.contiguous()
     if engine.packer is not None:
         tensors.update(engine.packer.tensors(planner, engine.stores))
+    if engine.observer is not None:
+        tensors.update(_observed(engine.observer))
     header = {
         "version": VERSION,
         "policy": repr(stream.policy),
@@ -83,6 +89,9 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
     if engine.packer is not None:
         header["packed"] = [planner.num_packed(row) for row in range(planner.num_rows)]
         header["reading"] = engine.packer.reading
+    if engine.observer is not None:
+        header["since"] = [row.since for row in engine.observer.rows]
+        header["calls"] = {str(layer): [call.scale, call.softcap] for layer, call in engine.observer.calls.items()}
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     try:
@@ -159,10 +168,49 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
                     engine.make_store(index, k[None], v[None])
                 engine.stores[index].write(engine.planner.runs(memory, row), k, v)
     if engine.packer is not None and "packed" in header:
-        saved = {name: file.get_tensor(name) for name in names if name.startswith(("channels.", "pairs.", "queries."))}
+        saved = {name: file.get_tensor(name) for name in names if name.startswith(("channels.", "pairs.", "watched."))}
         engine.restore_packed(header["packed"], header["reading"], saved)
+    if engine.observer is not None:
+        _restore_observed(engine, header, file)
     engine._offsets = header["offsets"]
     stream._pads = file.get_tensor("pads") if "pads" in names else None
     stream._pending = (file.get_tensor("pending"), file.get_tensor("unread")) if "pending" in names else None
     if engine.scorer is not None and "tail" in names:
         engine.scorer.tail = file.get_tensor("tail")
+
+
+def _observed(observer: Observer) -> dict[str, torch.Tensor]:
+    """What heads chose and looked at, as tensors of their own."""
+    tensors: dict[str, torch.Tensor] = {}
+    for row, state in enumerate(observer.rows):
+        for layer, held in state.layers.items():
+            tensors[f"chosen.{layer}.{row}"] = held.chosen.clone()
+            if held.queries:
+                tensors[f"queries.{layer}.{row}"] = torch.cat(held.queries, 1)
+            if held.mass is not None:
+                tensors[f"mass.{layer}.{row}"] = held.mass.clone(memory_format=torch.contiguous_format)
+    for layer, call in observer.calls.items():
+        if call.sinks is not None:
+            tensors[f"sinks.{layer}"] = call.sinks.detach().clone()
+    return tensors
+
+
+def _restore_observed(engine: Engine, header: dict[str, Any], file: Any) -> None:
+    names, observer = set(file.keys()), engine.observer
+    assert observer is not None
+
+    def get(name: str, layer: int) -> torch.Tensor | None:
+        return file.get_tensor(name).to(engine._layers[layer].device) if name in names else None
+
+    for name, (scale, softcap) in header["calls"].items():
+        observer.calls[int(name)] = AttendCall(scale, softcap, get(f"sinks.{name}", int(name)))
+    observer.rows = []
+    for row, since in enumerate(header["since"]):
+        layers = {}
+        for layer in observer.calls:
+            if f"chosen.{layer}.{row}" in names:
+                queries = get(f"queries.{layer}.{row}", layer)
+                chosen = file.get_tensor(f"chosen.{layer}.{row}")
+                pieces = () if queries is None else (queries,)
+                layers[layer] = LayerState(chosen, pieces, get(f"mass.{layer}.{row}", layer))
+        observer.rows.append(RowState(since, layers))

@@ -222,9 +222,24 @@ class Stream:
             layers=layers,
         )
 
-    def kept(self) -> list[Kept]:
-        """The resident tokens of each row and their scores, in text order."""
-        planner = self._engine.planner
+    def kept(self, layer: int | None = None, head: int | None = None) -> list[Kept]:
+        """The resident tokens of each row and their scores, in text order.
+
+        Under a rule per head (SnapKV, H2O) the heads of a layer hold different tokens: name one by its ``layer`` and key-value
+        ``head``. Without ``head`` the result is what any head of the layer holds, without both what any head of any layer
+        holds, and no scores. Under every other policy all heads of all layers hold the same.
+
+        Args:
+            layer: index of a full-attention layer of the model.
+            head: number of one of its key-value heads; needs ``layer``.
+
+        Raises:
+            StateError: for a layer or head that the stream does not have, or a head without its layer.
+        """
+        planner, observer = self._engine.planner, self._engine.observer
+        _check_head(self._engine, layer, head)
+        if observer is not None:
+            return [Kept(*observer.kept(planner, row, layer, head)) for row in range(planner.num_rows)]
         rows = []
         for row in range(planner.num_rows):
             memories = range(len(self.policy.memories))
@@ -446,6 +461,16 @@ def _parts(engine: Engine) -> Parts:
         return Parts(keys, values, 0, 0, 0)
     keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
     return Parts(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)
+
+
+def _check_head(engine: Engine, layer: int | None, head: int | None) -> None:
+    known = {facts.index: facts.num_kv_heads for facts in engine.facts.layers}
+    if layer is None and head is not None:
+        raise StateError(f"head {head} of which layer? pass layer= too, one of {sorted(known)}")
+    if layer is not None and layer not in known:
+        raise StateError(f"the stream holds no layer {layer!r}; its full-attention layers are {sorted(known)}")
+    if layer is not None and head is not None and not 0 <= head < known[layer]:
+        raise StateError(f"layer {layer} has key-value heads 0 to {known[layer] - 1}, not {head!r}")
 
 
 def _real(answer: torch.Tensor, ends: list[int]) -> torch.Tensor:

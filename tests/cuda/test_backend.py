@@ -43,9 +43,10 @@ def test_a_model_equals_the_reference(launcher: emulator.Emulator, family: str, 
     backend_cases.model(family, policy, CPU)
 
 
-def test_streams_fork_crop_reorder_and_save(launcher: emulator.Emulator, tmp_path: Any) -> None:
+@pytest.mark.parametrize("policy", ["sirllm", *tiny.PER_HEAD])
+def test_streams_fork_crop_reorder_and_save(launcher: emulator.Emulator, policy: str, tmp_path: Any) -> None:
     """What moves blocks about: a fork that writes, beams, a crop, a file."""
-    model, made = tiny.model(), tiny.POLICIES["sirllm"](40)
+    model, made = tiny.model(), tiny.POLICIES[policy](40)
     ids, tokens = tiny.ids(1, 70), {}
     for backend in ("cuda", "reference"):
         with kvsieve.stream(model, made, backend) as stream:

@@ -42,7 +42,7 @@ def refuse(*args: Any, **kwargs: Any) -> Any:
     raise AssertionError("the host did inside a graph what a replay will not do")
 
 
-POLICIES = [name for name in tiny.POLICIES if name != "lm_infinite_middle"]
+POLICIES = [name for name in tiny.POLICIES if name not in ("lm_infinite_middle", *tiny.PER_HEAD)]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
@@ -57,6 +57,8 @@ def test_what_a_graph_cannot_hold_is_refused() -> None:
     for backend, policy, family in (
         ("reference", kvsieve.Full(), "llama"),
         ("cuda", tiny.POLICIES["lm_infinite_middle"](30), "llama"),
+        ("cuda", tiny.POLICIES["snapkv"](30), "llama"),
+        ("cuda", tiny.POLICIES["h2o"](30), "llama"),
         ("cuda", kvsieve.Full(), "gemma2"),
     ):
         with kvsieve.stream(tiny.model(family), policy, backend) as stream:

@@ -72,7 +72,7 @@ def test_beam_search_over_the_budget_keeps_sane_beams(policy: str, backend: str)
         assert len(kept) == 6
         for row in kept:
             assert row == sorted(set(row))
-            assert row[:2] == [0, 1]
+            assert row[:2] == [0, 1] or policy == "snapkv"
             assert row[-1] == 50
             assert len(row) <= limit(policy, 16) + 64
         stream.end_turn()

@@ -180,10 +180,12 @@ def test_stored_keys_and_values_never_change(policy: str, backend: str) -> None:
             forward(model, stream.cache, tiny.ids(1, width, lo))
             planner = stream._engine.planner
             for memory in range(planner.num_memories):
-                at = planner.positions(memory, 0).tolist()
                 keys, values = stream._engine.stores[1].read(planner.runs(memory, 0))
-                for i, position in enumerate(at):
-                    now = (keys[:, i].clone(), values[:, i].clone())
-                    was = first.setdefault(position, now)
-                    assert torch.equal(now[0], was[0])
-                    assert torch.equal(now[1], was[1])
+                for head in range(len(keys)):
+                    at = stream.kept(1, head)[0] if policy in tiny.PER_HEAD else None
+                    positions = planner.positions(memory, 0) if at is None else at.positions
+                    for i, position in enumerate(positions.tolist()):
+                        now = (keys[head, i].clone(), values[head, i].clone())
+                        was = first.setdefault((head, position), now)
+                        assert torch.equal(now[0], was[0])
+                        assert torch.equal(now[1], was[1])

@@ -15,7 +15,7 @@ from kvsieve.backends import cuda
 pytestmark = pytest.mark.gpu
 
 CARD = torch.device("cuda", 0)
-POLICIES = [name for name in tiny.POLICIES if name != "lm_infinite_middle"]
+POLICIES = [name for name in tiny.POLICIES if name not in ("lm_infinite_middle", *tiny.PER_HEAD)]
 
 HALVES = (torch.bfloat16, torch.float16)
 # Sizes that take too long to compile for the CPU.

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-MODULES = [f"kvsieve.policies.{name}" for name in ("full", "streaming_llm", "lm_infinite", "sirllm")] + ["kvsieve.bench"]
+MODULES = [f"kvsieve.policies.{name}" for name in ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o")] + [
+    "kvsieve.bench"
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -43,3 +45,17 @@ def test_the_policy_of_ones_own_in_the_readme() -> None:
         kept = stream.kept()[0].positions
         assert len(kept) <= 512 + 63
         assert kept[:4].tolist() == [0, 1, 2, 3]
+
+
+def test_the_rule_per_head_in_the_readme() -> None:
+    import kvsieve
+    import tiny
+
+    code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[2]
+    scope = {"kvsieve": kvsieve}
+    exec(compile(code, "README.md", "exec"), scope)
+    with kvsieve.stream(tiny.model(), scope["policy"]) as stream:  # type: ignore[arg-type]
+        stream.feed(tiny.ids(1, 900))
+        kept = [stream.kept(layer=1, head=head)[0].positions.tolist() for head in range(2)]
+        assert kept[0] != kept[1]
+        assert all(len(k) == 512 and k[-64:] == list(range(836, 900)) for k in kept)

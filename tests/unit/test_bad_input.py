@@ -371,8 +371,8 @@ def test_frequencies_that_depend_on_the_length_cannot_be_re_placed(policy: str) 
     rope = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     model = transformers.LlamaForCausalLM(tiny.config("llama", rope_parameters=rope)).eval()
     before = model.config._attn_implementation
-    if policy == "full":
-        with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+    if not tiny.POLICIES[policy](64).moves:
+        with kvsieve.stream(model, tiny.POLICIES[policy](64), "reference") as stream:
             assert torch.equal(greedy(model, tiny.ids(1, 20), 5, past_key_values=stream.cache), greedy(model, tiny.ids(1, 20), 5))
     else:
         with pytest.raises(UnsupportedModelError, match=r"LlamaForCausalLM .*dynamic NTK"):

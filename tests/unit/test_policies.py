@@ -66,7 +66,7 @@ def test_parse_is_lenient_about_case_and_underscores(text: str, want: str) -> No
         ("", "cannot read"),
         ("sirllm(", "cannot read"),
         ("sirllm(budget=1024", "cannot read"),
-        ("h2o(budget=4)", "unknown policy 'h2o'; known: full"),
+        ("quest(budget=4)", "unknown policy 'quest'; known: full"),
         ("1024", "cannot read"),
         ("sirllm(budget=1024).x", "cannot read"),
         ("__import__('os')", "unknown policy"),

@@ -80,6 +80,23 @@ class Store(Protocol):
             ``[B, q, H, Dv]`` in the model's dtype; rows of pad queries are zero.
         """
 
+    def run_mass(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """As :meth:`run`, for a lone memory whose tokens are seen as they were rotated, and how much attention each key got.
+
+        Returns:
+            The output, and for each row float32 ``[Hkv, n]`` over its residents, the new ones included, in text order:
+            probabilities summed over the row's new queries and over the query heads of a group. None for a row without new tokens.
+        """
+
+    def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
+        """Give each head residents of its own: resident ``keep[h, j]`` of the runs ``source`` goes to slot ``j`` of ``to``.
+
+        Args:
+            keep: int64 ``[Hkv, tokens of to]``. All is read before anything is written.
+        """
+
     def apply(self, moves: Moves) -> None:
         """Move tokens between blocks."""
 

@@ -18,6 +18,7 @@ import torch
 
 from kvsieve import _core
 from kvsieve.backends import HeldBytes
+from kvsieve.backends.masses import of_chunk, of_items
 from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, visibility
@@ -137,6 +138,19 @@ class CpuStore:
             self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
         return out
 
+    def run_mass(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        if not step.has_spans:
+            masses = of_chunk(self, q, k, step, call)
+            return self.run(q, k, v, step, call), masses
+        self._core.append(_view(k), _view(v), step)
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        sinks = None if call.sinks is None else call.sinks.detach().float().numpy()
+        threads = torch.get_num_threads()
+        items = self._core.attend_mass(_view(q), step, None, call.scale, call.softcap, sinks, _view(out), None, threads)
+        return out, of_items([torch.from_numpy(item) for item in items], step)
+
     def _merge_selected(
         self,
         q: torch.Tensor,
@@ -219,6 +233,10 @@ class CpuStore:
             return _dense(q, k, v, plan.num_old, call.scale)
         outs = [_flash(q[:, queries], k[:, keys], v[:, keys], call.scale, bias=bias) for queries, keys, bias in plan.band_list()]
         return torch.cat([o for o, _ in outs], 1), torch.cat([lse for _, lse in outs], 1)
+
+    def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
+        runs = (np.asarray(r, np.int64).reshape(-1, 3) for r in (source, to))
+        self._core.permute(next(runs), keep.contiguous().numpy(), next(runs))
 
     def apply(self, moves: Moves) -> None:
         self._core.apply(moves)

@@ -24,9 +24,10 @@ import numpy.typing as npt
 import torch
 
 from kvsieve.backends import kernels, nvrtc
+from kvsieve.backends.masses import of_chunk, of_items
 from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
-from kvsieve.backends.reference import join, merge
+from kvsieve.backends.reference import join, merge, pick
 from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, ShapeError
 
@@ -482,6 +483,17 @@ class CudaStore:
         assert mass is not None
         return out, lse, list(torch.split(mass, np.diff(plan.key_starts).tolist(), 1))
 
+    def run_mass(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        self._check(q, k, v)
+        if not step.has_spans:
+            masses = of_chunk(self, q, k, step, call)
+            return self.run(q, k, v, step, call), masses
+        self._append(k, v, self._backend.plan(step, self.device))
+        out, _, items = self.attend_mass(q, step, call)
+        return out, of_items(items, step)
+
     # -------------------------------------------------------------------------------------------------------------------- a chunk
 
     def _chunk(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
@@ -553,6 +565,10 @@ class CudaStore:
         table = moves.table()
         self.reserve(sorted(set(table[:, 1].tolist())))
         kernels.move(self.table, self._backend.moves(moves, table, self.device), *self._shape, self.dtype)
+
+    def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
+        if to:
+            self.write(to, *(pick(x, keep) for x in self.read(source)))
 
     def read(self, runs: list[tuple[int, int, int]]) -> Partial:
         table, count = _run_table(runs)

@@ -20,6 +20,7 @@ import torch
 
 from kvsieve._core import PACKED
 from kvsieve.backends import HeldBytes
+from kvsieve.backends.masses import of_chunk
 from kvsieve.backends.packing import PackedBlock
 from kvsieve.budget import BLOCK
 from kvsieve.errors import ShapeError, StateError
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
-__all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge"]
+__all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge", "pick"]
 
 
 def attend(
@@ -83,6 +84,11 @@ def join(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor,
     if len(pieces) == 1:
         return pieces[0]
     return merge(pieces), torch.logsumexp(torch.stack([lse for _, lse in pieces]), 0)
+
+
+def pick(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
+    """Tokens ``keep`` (int64 ``[Hkv, m]``) of each head of ``x`` ``[Hkv, n, D]``: ``[Hkv, m, D]``."""
+    return x.gather(1, keep.to(x.device)[..., None].expand(-1, -1, x.shape[2]))
 
 
 def _long(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
@@ -158,6 +164,21 @@ class ReferenceStore:
                 out[row, q.shape[2] - m :] = merge(parts, call.sinks).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out
+
+    def run_mass(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        self._check(k, v)
+        masses = of_chunk(self, q, k, step, call)
+        return self.run(q, k, v, step, call), masses
+
+    def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
+        chosen = [pick(x, keep) for x in self.read(source)]
+        packed = [block for block, _, _ in source if block >= PACKED]
+        for block, _, _ in to:
+            if block >= PACKED:
+                self._make(block, self._packed[packed[0]].channels)
+        self.write(to, *chosen)
 
     def _check(self, k: torch.Tensor, v: torch.Tensor) -> None:
         for name, new, old in (("keys", k, self._k), ("values", v, self._v)):

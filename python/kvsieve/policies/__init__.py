@@ -7,20 +7,24 @@ from collections.abc import Callable
 
 from kvsieve.errors import PolicyError
 from kvsieve.policies.full import Full
+from kvsieve.policies.h2o import H2O
 from kvsieve.policies.lm_infinite import LMInfinite
 from kvsieve.policies.quantized import Quantized
 from kvsieve.policies.sirllm import SirLLM
+from kvsieve.policies.snapkv import SnapKV
 from kvsieve.policies.streaming_llm import StreamingLLM
 from kvsieve.policies.think import ThinK
 from kvsieve.roles import Policy
 
-__all__ = ["POLICIES", "Full", "LMInfinite", "Quantized", "SirLLM", "StreamingLLM", "ThinK", "parse"]
+__all__ = ["H2O", "POLICIES", "Full", "LMInfinite", "Quantized", "SirLLM", "SnapKV", "StreamingLLM", "ThinK", "parse"]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,
     "streamingllm": StreamingLLM,
     "lminfinite": LMInfinite,
     "sirllm": SirLLM,
+    "snapkv": SnapKV,
+    "h2o": H2O,
     "think": ThinK,
     "quantized": Quantized,
 }

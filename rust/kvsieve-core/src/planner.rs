@@ -7,6 +7,7 @@ mod check;
 mod queries;
 mod render;
 mod row;
+mod sieve;
 pub mod spec;
 mod step;
 
@@ -18,6 +19,7 @@ use crate::retain::Decision;
 use crate::store::pool::Pool;
 use crate::store::table::{Edit, Table};
 use row::Row;
+pub use sieve::Sieve;
 pub use spec::MemorySpec;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use step::Open;

@@ -3,6 +3,7 @@
 use crate::error::to_py;
 use crate::plan::{Moves, Step};
 use kvsieve_core::budget::Budget;
+use kvsieve_core::ids::Run;
 use kvsieve_core::place::Place;
 use kvsieve_core::plan::Frame;
 use kvsieve_core::planner::{self, MemorySpec, RowState};
@@ -122,6 +123,22 @@ impl Planner {
     /// Keeps only these residents; the rest goes down the chain.
     fn keep(&self, py: Python<'_>, memory: usize, row: usize, keep: Vec<usize>) -> PyResult<Moves> {
         self.moves(py, |p| p.keep(memory, row, &keep))
+    }
+
+    /// Leaves `count` slots, whose tokens each head chooses among all residents but the last `recent`, and those. Returns runs
+    /// (block, lo, hi): where the residents to choose from lie, and where the chosen ones go; see `Store.permute`.
+    #[allow(clippy::type_complexity)]
+    fn sieve(
+        &self,
+        py: Python<'_>,
+        memory: usize,
+        row: usize,
+        count: usize,
+        recent: usize,
+    ) -> PyResult<(Vec<(u32, u32, u32)>, Vec<(u32, u32, u32)>)> {
+        let done = self.run(py, |p| p.sieve(memory, row, count, recent))?;
+        let tuples = |runs: &[Run]| runs.iter().map(|r| (r.block.0, r.lo, r.hi)).collect();
+        Ok((tuples(&done.from), tuples(&done.to)))
     }
 
     fn crop(&self, n: u64) -> PyResult<()> {

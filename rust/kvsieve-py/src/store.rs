@@ -136,6 +136,18 @@ fn runs(
         .collect()
 }
 
+/// Rows of (block, lo, hi) as runs.
+fn run_rows(what: &'static str, table: &PyReadonlyArray2<'_, i64>) -> Result<Vec<Run>> {
+    if table.shape()[1] != 3 {
+        return Err(Error::Shape { what, expected: "[n, 3]".to_string(), got: format!("{:?}", table.shape()) });
+    }
+    let int = |x: i64| {
+        u32::try_from(x).map_err(|_| Error::OutOfRange { what, expected: "32-bit counts", got: x.to_string() })
+    };
+    let rows = table.as_array();
+    rows.rows().into_iter().map(|r| Ok(Run { block: BlockId(int(r[0])?), lo: int(r[1])?, hi: int(r[2])? })).collect()
+}
+
 #[pymethods]
 impl Store {
     #[new]
@@ -260,6 +272,24 @@ impl Store {
         let (k, v) = (k.elems("k_in")?, v.elems("v_in")?);
         let bytes = self.runs_bytes(&runs);
         self.write_with(py, bytes, |arena| arena.write(&runs, k, v)).map_err(to_py)
+    }
+
+    /// Each head keeps residents of its own: resident `keep[head, j]` of the first runs goes to slot `j` of the second ones. Runs are
+    /// int64 `[n, 3]` of (block, lo, hi); `keep` is int64 `[heads, tokens of the second runs]`.
+    fn permute(
+        &self,
+        py: Python<'_>,
+        source: PyReadonlyArray2<'_, i64>,
+        keep: PyReadonlyArray2<'_, i64>,
+        to: PyReadonlyArray2<'_, i64>,
+    ) -> PyResult<()> {
+        let (from, to) = (run_rows("source", &source).map_err(to_py)?, run_rows("to", &to).map_err(to_py)?);
+        if keep.shape()[0] != self.num_kv_heads {
+            let (expected, got) = (format!("[{}, tokens]", self.num_kv_heads), format!("{:?}", keep.shape()));
+            return Err(to_py(Error::Shape { what: "keep", expected, got }));
+        }
+        let keep = keep.as_slice().map_err(|_| strided("keep"))?;
+        self.write_with(py, self.runs_bytes(&to), |arena| arena.permute(&from, keep, &to)).map_err(to_py)
     }
 
     /// Frees memory that holds no block in use; `in_use` is indexed by block, `packed_in_use` by packed block from 0.

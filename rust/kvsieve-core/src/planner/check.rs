@@ -2,7 +2,9 @@
 
 use super::{MemorySpec, RowState};
 use crate::error::{Error, Result};
+use crate::place::Place;
 use crate::retain::Retain;
+use crate::store::table::Table;
 
 /// Whether `keep` can be what is left of `len` residents.
 pub(super) fn keep(memories: &[MemorySpec], memory: usize, len: usize, keep: &[usize]) -> Result<()> {
@@ -46,6 +48,34 @@ pub(super) fn state(row: &RowState, columns: u64, num_memories: usize) -> Result
         if !ascending || positions.last().is_some_and(|&p| p >= row.seen) {
             return bad("positions", "strictly ascending and below seen", format!("{} positions", positions.len()));
         }
+    }
+    Ok(())
+}
+
+/// Whether each head may choose `count` of the residents of `table` beside the last `recent`.
+pub(super) fn sieve(memories: &[MemorySpec], table: &Table, count: usize, recent: usize) -> Result<()> {
+    let [memory] = memories else {
+        return Err(Error::Unsupported(
+            "residents chosen per head cannot flow down a chain: their positions differ per head",
+        ));
+    };
+    let Retain::Manual { budget } = memory.retain else {
+        return Err(Error::Unsupported("only a memory whose residents the caller chooses can choose them per head"));
+    };
+    if memory.place != Place::True || memory.visible.is_some() {
+        return Err(Error::Unsupported(
+            "residents chosen per head are seen at their true distance only: positions differ per head",
+        ));
+    }
+    if table.num_packed() > 0 {
+        return Err(Error::Unsupported(
+            "residents chosen per head cannot be packed: blocks are packed for all heads at once",
+        ));
+    }
+    let (len, total) = (table.len(), count.saturating_add(recent));
+    if total > len.min(budget.total) {
+        let got = format!("{count} and {recent} of {len} for {}", budget.total);
+        return Err(Error::OutOfRange { what: "sieve", expected: "at most the residents and the budget", got });
     }
     Ok(())
 }

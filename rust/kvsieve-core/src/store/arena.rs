@@ -103,6 +103,22 @@ impl Arena {
         self.packed.as_ref()
     }
 
+    /// Gives the packed blocks of `to` memory and the channels of those of `from`.
+    pub(super) fn share_channels(&mut self, from: &[Run], to: &[Run]) -> Result<()> {
+        let packed_of = |runs: &[Run]| runs.iter().map(|run| run.block).filter(|b| b.is_packed()).collect::<Vec<_>>();
+        let (from, to) = (packed_of(from), packed_of(to));
+        let (Some(packed), Some(&first)) = (&mut self.packed, from.first()) else {
+            return match to.first() {
+                Some(block) => Err(self.bad_block(block.0)),
+                None => Ok(()),
+            };
+        };
+        let channels = std::sync::Arc::clone(packed.channels_of(first)?);
+        packed.reserve(to.iter().copied())?;
+        packed.choose(to.into_iter(), &channels);
+        Ok(())
+    }
+
     /// Makes moves from plain blocks to packed ones: what lands there keeps these channels.
     pub fn pack(&mut self, moves: &[Move], chosen: &Chosen) -> Result<()> {
         let (heads, key_dim, kb) = (self.heads, self.key_dim, self.key_dim * self.dtype.size());

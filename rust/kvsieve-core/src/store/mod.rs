@@ -3,6 +3,7 @@
 pub mod arena;
 mod buf;
 pub mod packed;
+mod permute;
 pub mod pool;
 mod reservation;
 mod slabs;

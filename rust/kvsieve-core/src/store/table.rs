@@ -6,6 +6,7 @@ use std::ops::Range;
 
 mod edit;
 mod pack;
+mod sieve;
 pub use edit::Edit;
 
 /// One resident and where it sits.

@@ -1,0 +1,89 @@
+"""How much attention each key gets: probabilities summed over queries, and over the query heads of a key-value head's group.
+
+    logits[h, i, j] = cap(scale * <q[h, i], k[h / group, j]>)       where key j is visible to query i
+    p[h, i, :]      = softmax over the visible keys (and the learned sink of head h, which keeps its share)
+    mass[g, j]      = sum of p[h, i, j] over the heads h of group g and all queries i
+
+Queries and keys are read as the model rotated them. A chunk's matrix is made for one key-value head and a block of queries at a
+time.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from kvsieve._core import Step
+    from kvsieve.backends import AttendCall, Store
+
+__all__ = ["mass", "of_chunk", "of_items"]
+
+CELLS = 1 << 22
+"""Most logits that exist at a time."""
+
+
+def mass(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, call: AttendCall) -> torch.Tensor:
+    """The probability that the queries give to each key, summed over queries and over a group's heads.
+
+    Args:
+        q: ``[H, m, D]``; k: ``[Hkv, n, D]``, both rotated. ``H`` is a multiple of ``Hkv``.
+        q_at: int64 ``[m]``; k_at: int64 ``[Hkv, n]``: positions, on any device. A query sees the keys up to its own position.
+
+    Returns:
+        float32 ``[Hkv, n]`` (float64 for queries in float64). A query that sees nothing gives nothing.
+    """
+    q_at, k_at = q_at.to(k.device), k_at.to(k.device)
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    kv_heads, n = k.shape[:2]
+    group = q.shape[0] // kv_heads
+    block = max(1, CELLS // max(group * n, 1))
+    out = torch.zeros(kv_heads, n, dtype=wide, device=k.device)
+    for head in range(kv_heads):
+        mine, keys, at = slice(head * group, (head + 1) * group), k[head].to(wide), k_at[head]
+        sinks = None if call.sinks is None else call.sinks[mine].detach().to(device=k.device, dtype=wide)
+        for lo in range(0, q.shape[1], block):
+            logits = (q[mine, lo : lo + block].to(wide) @ keys.T) * call.scale
+            if call.softcap is not None:
+                logits = call.softcap * torch.tanh(logits / call.softcap)
+            logits = logits.masked_fill(at[None, None, :] > q_at[None, lo : lo + block, None], -torch.inf)
+            lse = torch.logsumexp(logits, -1)
+            if sinks is not None:
+                lse = torch.logaddexp(lse, sinks[:, None])
+            out[head] += torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None]).sum((0, 1))
+    return out
+
+
+def of_chunk(store: Store, q: torch.Tensor, k: torch.Tensor, step: Step, call: AttendCall) -> list[torch.Tensor | None]:
+    """For each row :func:`mass` of its new queries over its residents and new tokens; None without new tokens.
+
+    To be called before the step's tokens are stored; the step must have parts and one memory.
+    """
+    rows: list[torch.Tensor | None] = [None] * q.shape[0]
+    for part in step.parts():
+        new = slice(q.shape[2] - step.new_lens[part.row], None)
+        if step.new_lens[part.row] == 0:
+            continue
+        runs, keys = list(zip(*(a.tolist() for a in part.runs()))), k[part.row, :, new]
+        if runs:
+            keys = torch.cat([store.read(runs)[0], keys], 1)
+        q_at, k_at = torch.from_numpy(part.query_true()), torch.from_numpy(part.key_true()).expand(k.shape[1], -1)
+        rows[part.row] = mass(q[part.row, :, new], keys, q_at, k_at, call)
+    return rows
+
+
+def of_items(items: Sequence[torch.Tensor], step: Step) -> list[torch.Tensor | None]:
+    """The same from the masses of each item (``row * queries + query``), ``[Hkv, keys that the query sees]``, in text order."""
+    rows: list[torch.Tensor | None] = []
+    for row, count in enumerate(step.new_lens):
+        end = (row + 1) * step.num_queries
+        mine = items[end - count : end]
+        total = mine[-1].clone() if mine else None
+        for item in mine[:-1]:
+            assert total is not None
+            total[:, : item.shape[1]] += item
+        rows.append(total)
+    return rows

@@ -1,0 +1,45 @@
+//! Slots that hold another token for each head.
+
+use super::{Edit, Table, push_piece};
+use crate::ids::{BlockId, Position, Run};
+
+impl Table {
+    /// Drops all but the slots of the first `count` residents and the last `recent` residents, and returns where the residents
+    /// before the recent ones lay and where the first `count` of them, chosen anew for each head, are to be written.
+    ///
+    /// What lies there afterwards differs from head to head, so the positions become placeholders, the numbers of the slots: they
+    /// increase, and stay below those of the recent tokens. Blocks that others read too are replaced by new ones.
+    pub fn sieve(&mut self, count: usize, recent: usize, edit: &mut Edit<'_>) -> (Vec<Run>, Vec<Run>) {
+        let end = self.len() - recent;
+        let from = self.runs_of(0..end);
+        self.cut(count..end, edit);
+        self.own_first(count, edit);
+        (0..).zip(&mut self.positions[..count]).for_each(|(slot, p): (Position, _)| *p = slot);
+        self.scores[..count].fill(f32::NAN);
+        (from, self.runs_of(0..count))
+    }
+
+    /// Gives the first `count` residents blocks of their own, without a copy: all of them are about to be written.
+    fn own_first(&mut self, count: usize, edit: &mut Edit<'_>) {
+        let n = self.len();
+        let mut runs = Vec::with_capacity(self.runs.len() + 1);
+        let mut replaced: Vec<(BlockId, BlockId)> = Vec::new();
+        let mut base = 0;
+        for run in &self.runs {
+            let before = runs.len();
+            push_piece(&mut runs, run, base, &(0..count));
+            if runs.len() > before && edit.pool.is_shared(run.block) {
+                if replaced.last().is_none_or(|&(old, _)| old != run.block) {
+                    replaced.push((run.block, edit.pool.alloc_like(run.block)));
+                }
+                runs[before].block = replaced[replaced.len() - 1].1;
+            }
+            push_piece(&mut runs, run, base, &(count..n));
+            base += run.len() as usize;
+        }
+        // The block with the last of them may hold recent tokens too, which are read where they are.
+        let left = replaced.iter().map(|&(old, _)| old).filter(|old| runs.iter().all(|run| run.block != *old));
+        edit.retired.extend(left);
+        self.runs = runs;
+    }
+}
