@@ -105,6 +105,8 @@ struct Common<'a> {
 struct Unit<'a> {
     item: usize,
     kv_head: usize,
+    /// Which of the item's stretches.
+    stretch: usize,
     spans: std::ops::Range<usize>,
     /// `[group][value_dim]` unnormalised sums, then `[group]` maxima, then `[group]` sums of weights.
     partial: &'a mut [f32],
@@ -171,15 +173,19 @@ pub fn attend_unless(
     {
         let mut chunks = partials.chunks_exact_mut(stride);
         let mut rest = &mut logits[..];
-        for (item, range, keys) in &stretches {
+        let mut stretch = 0;
+        for (i, (item, range, keys)) in stretches.iter().enumerate() {
+            stretch = if i > 0 && stretches[i - 1].0 == *item { stretch + 1 } else { 0 };
             for kv_head in 0..kv_heads {
                 let (mine, others) = rest.split_at_mut(if wants_mass { keys * group } else { 0 });
                 rest = others;
                 let partial = chunks.next().unwrap_or_default();
-                units.push(Unit { item: *item, kv_head, spans: range.clone(), partial, logits: mine });
+                units.push(Unit { item: *item, kv_head, stretch, spans: range.clone(), partial, logits: mine });
             }
         }
     }
+    // All queries of a row over one stretch after each other: the first finds the keys in memory, the others in a cache.
+    units.sort_by_key(|unit| (unit.item / queries, unit.stretch, unit.kv_head));
     let kernel = kernel(args.level, arena);
     let bytes = total_keys * arena.token_bytes();
     let alone = args.threads == 1 || units.len() <= 1 || bytes < INLINE;
