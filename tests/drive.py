@@ -148,6 +148,12 @@ class Layer:
         if force:
             self.store.free_unused(self.planner.blocks_in_use(), self.planner.packed_in_use())
 
+    def pack(self, upto: int, channels: Any, packing: Any, row: int = 0) -> None:
+        """Pack the first ``upto`` residents of a row, as the engine does it."""
+        self.store.set_packing(packing)
+        self.store.pack(self.planner.pack(row, upto, packing.group if packing.key_bits else 1), channels)
+        self.store.free_unused(self.planner.blocks_in_use(), self.planner.packed_in_use())
+
     def positions(self, row: int = 0, memory: int = 0) -> list[int]:
         """Positions of the residents."""
         return self.planner.positions(memory, row).tolist()

@@ -20,7 +20,7 @@ from kvsieve import _core
 from kvsieve.backends import AttendCall, Backend, Choosy, Store
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
-from kvsieve.packer import Packer
+from kvsieve.packer import make_packer
 from kvsieve.roles import Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
@@ -50,7 +50,7 @@ class Engine:
         self.planner = planner or _core.Planner(policy.specs(facts.bytes_per_token), frame)
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
-        self.packer = None if policy.packs is None else Packer(policy.packs, facts.layers, frame == "raw")
+        self.packer = make_packer(policy.packs, facts.layers, raw=frame == "raw")
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""

@@ -1,8 +1,7 @@
 """When a stream's tokens are packed, and what is remembered until then.
 
 A prompt is packed when the first single token follows it, or its turn ends, so that its own attention, and with it the first
-generated token, is exact. A sequence chooses its channels once; what is packed later keeps the same ones, because a block's row has one
-width and a query is cut to the channels once.
+generated token, is exact. A sequence chooses its channels once; what is packed later keeps the same ones.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
     from kvsieve.hf import AttentionLayer
     from kvsieve.roles import Pack
 
-__all__ = ["Packer", "shape_of"]
+__all__ = ["Packer", "make_packer", "shape_of"]
 
 Rings = dict[int, list[torch.Tensor]]
 
@@ -28,6 +27,18 @@ Rings = dict[int, list[torch.Tensor]]
 def shape_of(layer: AttentionLayer) -> LayerShape:
     """What a pack role needs to know of a layer."""
     return LayerShape(layer.index, layer.num_kv_heads, layer.key_dim, layer.value_dim)
+
+
+def make_packer(role: Pack | None, layers: tuple[AttentionLayer, ...], *, raw: bool) -> Packer | None:
+    """The packer of a stream; None if there is nothing to pack, so that what would be left as it is costs nothing.
+
+    Raises:
+        PolicyError: if a layer cannot be packed so.
+    """
+    if role is None:
+        return None
+    packer = Packer(role, layers, raw)
+    return None if all(role.idle(shape_of(layer)) for layer in layers) else packer
 
 
 class Packer:

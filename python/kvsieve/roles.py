@@ -279,8 +279,7 @@ class Pack:
     observe: int = 0
     """How many of a prompt's last queries :meth:`choose` looks at."""
     flush_every: int | None = None
-    """Tokens that gather behind the recent ones, while answers are generated, before they are packed; None to leave them as they are
-    until the next prompt."""
+    """Generated tokens that gather behind the recent ones before they are packed; None to leave them until the next prompt."""
     align: int = 1
     """Tokens are packed in multiples of this, a divisor of 64."""
     keeps_pairs: bool = True
@@ -293,6 +292,11 @@ class Pack:
             PolicyError: if such a layer cannot be packed so.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define packing()")
+
+    def idle(self, layer: LayerShape) -> bool:
+        """Whether packing would leave such a layer's tokens as they are."""
+        packing = self.packing(layer)
+        return packing.key_kept == layer.key_dim and not packing.key_bits and not packing.value_bits
 
     def choose(self, seen: Observed) -> Channels:
         """The channels of one sequence's keys that are kept; asked once per sequence and layer."""
@@ -353,6 +357,13 @@ class Thin(Pack):
         whole = self.mode == "zero" or layer.index in self.skip_layers
         kept = layer.key_dim if whole else thin.kept(layer.key_dim, self.ratio, self.channels, self.round_to)
         return thin.Packing(kept)
+
+    def idle(self, layer: LayerShape) -> bool:
+        from kvsieve import thin
+
+        return (
+            layer.index in self.skip_layers or thin.kept(layer.key_dim, self.ratio, self.channels, self.round_to) == layer.key_dim
+        )
 
     def choose(self, seen: Observed) -> Channels:
         from kvsieve import thin
@@ -523,8 +534,8 @@ class Memory(Policy):
                 raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
         if self.place_or_default.moves and not self.pack_or_default.keeps_pairs:
             raise PolicyError(
-                f"{self.place!r} shows tokens at other distances, which rotates their keys again, and keys whose channels were dropped "
-                "one by one cannot be rotated; drop whole rotary pairs: channels='pairs'"
+                f"{self.place!r} shows tokens at other distances, which rotates their keys again, and keys whose channels were "
+                "dropped one by one cannot be rotated; drop whole rotary pairs: channels='pairs'"
             )
 
     @property

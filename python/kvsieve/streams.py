@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvsieve.engine import Engine
     from kvsieve.hf import Attachment, ModelFacts
 
-__all__ = ["Kept", "LayerStats", "Stats", "Stream", "stream"]
+__all__ = ["Kept", "LayerStats", "Parts", "Stats", "Stream", "stream"]
 
 MAX_CHUNK = 512
 """Most prompt tokens fed at a time."""
@@ -48,6 +48,24 @@ class LayerStats:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' own caches, is ``bytes_held``.
+
+    Attributes:
+        keys, values: packed tokens; of a policy that packs nothing, all tokens.
+        scales: steps and least values of codes.
+        channels: which channels of keys were kept.
+        tail: keys and values that are not packed yet.
+    """
+
+    keys: int
+    values: int
+    scales: int
+    channels: int
+    tail: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """What a stream has seen and holds.
 
@@ -56,6 +74,9 @@ class Stats:
         resident: tokens of the row that holds most.
         bytes_held: bytes of keys and values the allocator holds, for all rows and layers; forks share blocks with their parent.
         bytes_full: bytes a full cache of the same rows would hold.
+        ratio: ``bytes_held / bytes_full``; 0 before the first token.
+        packed: packed tokens of the row that has most.
+        parts: the bytes by what they hold.
         backend: name of the backend.
         policy: the policy, as text.
         frame: how keys are stored, ``"rotated"`` or ``"raw"``.
@@ -66,6 +87,9 @@ class Stats:
     resident: int
     bytes_held: int
     bytes_full: int
+    ratio: float
+    packed: int
+    parts: Parts
     backend: str
     policy: str
     frame: str
@@ -183,11 +207,15 @@ class Stream:
             LayerStats(layer.index, resident, engine.stores[layer.index].bytes_held if layer.index in engine.stores else 0)
             for layer in facts.layers
         )
+        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.own_bytes
         return Stats(
             seen=max(seen, default=0),
             resident=resident,
-            bytes_held=engine.bytes_held,
-            bytes_full=sum(seen) * facts.bytes_per_token + engine.own_bytes,
+            bytes_held=held,
+            bytes_full=full,
+            ratio=held / full if full else 0.0,
+            packed=max((planner.num_packed(row) for row in range(planner.num_rows)), default=0),
+            parts=_parts(engine),
             backend=engine.backend.name,
             policy=repr(self.policy),
             frame=engine.frame,
@@ -409,6 +437,15 @@ class Stream:
             fill = torch.ones(new.shape[0], columns - known, dtype=new.dtype, device=new.device)
             self._pads = fill if self._pads is None else torch.cat([self._pads, fill], 1)
         return torch.cat([self._pads[:, :columns], new], 1)
+
+
+def _parts(engine: Engine) -> Parts:
+    held = [store.held() for store in engine.stores.values()]
+    keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
+    if engine.packer is None:
+        return Parts(keys, values, 0, 0, 0)
+    keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
+    return Parts(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)
 
 
 def _real(answer: torch.Tensor, ends: list[int]) -> torch.Tensor:

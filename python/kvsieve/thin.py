@@ -1,7 +1,7 @@
-"""Which channels of its keys a sequence keeps, and in which format packed tokens are stored: what :class:`kvsieve.roles.Pack` decides.
+"""Which channels of its keys a sequence keeps, and the format of packed tokens: what :class:`kvsieve.roles.Pack` decides.
 
-ThinK (Xu et al., ICLR 2025, arXiv 2407.21018) scores channel ``j`` of a head by ``||Q[:, j]|| * ||K[:, j]||``, the Frobenius norm of
-the rank-one matrix that the channel adds to the logits, with the queries of the end of the prompt, and drops the lightest.
+ThinK (Xu et al., ICLR 2025, arXiv 2407.21018) weighs channel ``j`` of a head by ``||Q[:, j]|| * ||K[:, j]||``, the Frobenius norm
+of the matrix of rank one that it adds to the logits, with the queries of the end of the prompt, and drops the lightest.
 """
 
 from __future__ import annotations
@@ -69,6 +69,11 @@ class Channels:
         """Every channel of ``keys`` ``[Hkv, n, D]``."""
         heads, dim = keys.shape[0], keys.shape[2]
         return _in_order(torch.ones(heads, dim, dtype=torch.bool), rope, whole_pairs=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers of the channels, 16 bits each."""
+        return 2 * self.index.numel()
 
     def with_zeros(self, keys: torch.Tensor, rope: LayerRope | None) -> Channels:
         """Every channel of ``keys`` ``[Hkv, n, D]``, those not kept here stored as zero."""

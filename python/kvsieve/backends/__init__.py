@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
-__all__ = ["BACKENDS", "AttendCall", "Backend", "Choosy", "Store", "choose", "get"]
+__all__ = ["BACKENDS", "AttendCall", "Backend", "Choosy", "HeldBytes", "Store", "choose", "get"]
 
 BACKENDS = ("reference", "cpu", "cuda")
 """Every backend by name."""
@@ -41,12 +41,34 @@ class AttendCall:
     top_k: bool = True
 
 
+@dataclass(frozen=True)
+class HeldBytes:
+    """Bytes that a layer's allocator holds, by what they hold.
+
+    Attributes:
+        plain_keys, plain_values: tokens as they came.
+        keys, values: packed tokens, as numbers or codes.
+        scales: steps and least values of codes.
+        channels: which channels of keys were kept.
+    """
+
+    plain_keys: int
+    plain_values: int
+    keys: int = 0
+    values: int = 0
+    scales: int = 0
+    channels: int = 0
+
+
 class Store(Protocol):
     """One layer's keys and values."""
 
     @property
     def bytes_held(self) -> int:
         """Bytes the allocator holds for this layer."""
+
+    def held(self) -> HeldBytes:
+        """:attr:`bytes_held` by part."""
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         """Store the step's new keys and values and attend.

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve import _core
+from kvsieve.backends import HeldBytes
 from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, visibility
@@ -111,6 +112,9 @@ class CpuStore:
     @property
     def bytes_held(self) -> int:
         return int(self._core.bytes)
+
+    def held(self) -> HeldBytes:
+        return HeldBytes(*self._core.bytes_by_part())
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         if step.has_spans:

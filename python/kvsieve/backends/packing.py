@@ -5,8 +5,8 @@ arXiv 2402.02750):
 
     least = min(x) rounded down,  step = (max(x) - least) / (2**b - 1),  code = round((x - least) / step)
 
-so that ``least + step * code`` is within half a step of ``x``. A group that holds a number that is not finite, or that float16 cannot
-hold, is NaN throughout. Keys are grouped by channel over tokens, values by token over channels.
+so that ``least + step * code`` is within half a step of ``x``. A group with a number that is not finite, or too large for float16,
+is NaN throughout. Keys are grouped by channel over tokens, values by token over channels.
 """
 
 from __future__ import annotations
@@ -86,20 +86,20 @@ class PackedBlock:
         )
 
     @property
-    def nbytes(self) -> int:
-        """Bytes of the block, with codes counted at their width."""
+    def nbytes(self) -> tuple[int, int, int]:
+        """Bytes of keys, of values, and of scales; codes are counted at their width, though each has a byte of its own here."""
         scales = [x for pair in (self.key_scales, self.value_scales) if pair is not None for x in pair]
-        rows = sum(
+        keys, values = (
             x.shape[0] * x.shape[1] * -(-x.shape[2] * bits // 8) if bits else x.nbytes
             for x, bits in ((self.keys, self.packing.key_bits), (self.values, self.packing.value_bits))
         )
-        return rows + sum(x.nbytes for x in scales)
+        return keys, values, sum(x.nbytes for x in scales)
 
     def thin_keys(self) -> torch.Tensor:
         """Keys of the kept channels, float32 ``[Hkv, 64, kept]`` where they are codes."""
         if self.key_scales is None:
             return self.keys
-        codes = self.keys.unflatten(1, (-1, self.packing.group))
+        codes = self.keys.view(len(self.keys), -1, self.packing.group, self.keys.shape[2])
         return dequantize(codes, *self.key_scales).flatten(1, 2)
 
     def read(self, lo: int, hi: int, dim: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -109,7 +109,7 @@ class PackedBlock:
         keys = thin.new_zeros(thin.shape[0], hi - lo, dim).scatter_(2, index[:, None].expand_as(thin), thin)
         if self.value_scales is None:
             return keys, self.values[:, lo:hi]
-        codes = self.values.unflatten(2, (-1, self.packing.group))
+        codes = self.values.view(*self.values.shape[:2], -1, self.packing.group)
         return keys, dequantize(codes, *self.value_scales).flatten(2)[:, lo:hi]
 
     def write(self, slot: int, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -134,7 +134,7 @@ class PackedBlock:
         if self.value_scales is None:
             self.values[:, slot:end] = v
         else:
-            codes, step, least = quantize(v.unflatten(2, (-1, self.packing.group)), self.packing.value_bits)
+            codes, step, least = quantize(v.reshape(*v.shape[:2], -1, self.packing.group), self.packing.value_bits)
             self.values[:, slot:end] = codes.flatten(2)
             for scale, new in zip(self.value_scales, (step, least)):
                 scale[:, slot:end] = new

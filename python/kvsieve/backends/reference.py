@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve._core import PACKED
+from kvsieve.backends import HeldBytes
 from kvsieve.backends.packing import PackedBlock
 from kvsieve.budget import BLOCK
 from kvsieve.errors import ShapeError, StateError
@@ -125,7 +126,14 @@ class ReferenceStore:
 
     @property
     def bytes_held(self) -> int:
-        return self._k.nbytes + self._v.nbytes + sum(block.nbytes for block in self._packed.values())
+        held = self.held()
+        return held.plain_keys + held.plain_values + held.keys + held.values + held.scales + held.channels
+
+    def held(self) -> HeldBytes:
+        blocks = list(self._packed.values())
+        keys, values, scales = (sum(block.nbytes[part] for block in blocks) for part in range(3))
+        channels = {id(block.channels): block.channels.nbytes for block in blocks}
+        return HeldBytes(self._k.nbytes, self._v.nbytes, keys, values, scales, sum(channels.values()))
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._check(k, v)

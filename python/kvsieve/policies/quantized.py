@@ -6,8 +6,8 @@ Departures from the published code, and why:
 
 * Least values are rounded down and steps to the nearest float16, so that every number is within half a step of what is stored.
 * A group with a number that is not finite becomes NaN, so that it is seen.
-* Where a score-based policy moves tokens together, keys that come to share a scale with others are coded again: up to half a step more
-  for each time.
+* Where a score-based policy moves tokens together, keys that come to share a scale with others are coded again: up to half a step
+  more each time.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def Quantized(
 ) -> Memory:
     """Store settled tokens as codes of ``bits`` bits; combine it with other policies by ``|``.
 
-    Codes are read where they lie; there is never a full copy. The prompt is packed in multiples of ``group`` tokens when it has been
+    Codes are read where they lie; there is never a full copy. A prompt is packed in multiples of ``group`` tokens when it has been
     read, and generated tokens as each group fills.
 
     Args:

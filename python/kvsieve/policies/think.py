@@ -2,14 +2,15 @@
 
 Departures from the published code, and why:
 
-* Pruned keys are stored as thin rows and read as such; the query is cut to the kept channels instead. The published fast path pads the
-  rows back to their full width at every step, which frees nothing at the peak.
-* Whole rotary pairs are dropped by default, which costs next to nothing and keeps every rule of placing legal; ``channels="single"``
-  is the paper's choice.
+* Pruned keys are stored as thin rows and read as such; the query is cut to the kept channels instead. The published fast path pads
+  the rows back to their full width at every step, which frees nothing at the peak.
+* Whole rotary pairs are dropped by default, which costs next to nothing and keeps every rule of placing legal;
+  ``channels="single"`` is the paper's choice.
 * One set of channels per KV head, by the summed energy of its group's queries. Keys are never repeated for query heads.
-* The weights use the keys that will be pruned (``norm_over="all"`` also the recent ones, as published); of equal channels the lower one
-  goes; pads are no keys.
-* A further prompt is packed as well, with the channels that the first one chose; answers stay whole unless ``flush_every`` says otherwise.
+* The weights use the keys that will be pruned (``norm_over="all"`` also the recent ones, as published); of equal channels the lower
+  one goes; pads are no keys.
+* A further prompt is packed as well, with the channels that the first one chose; answers stay whole unless ``flush_every`` says
+  otherwise.
 """
 
 from __future__ import annotations

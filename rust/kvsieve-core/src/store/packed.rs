@@ -144,9 +144,9 @@ impl Channels {
         })
     }
 
-    /// Bytes that these take, as a mask of one bit a channel and head would.
+    /// Bytes of the numbers of the channels.
     fn bytes(&self) -> usize {
-        self.index.len() * size_of::<u16>() + self.zeroed.len()
+        self.index.len() * size_of::<u16>()
     }
 }
 
