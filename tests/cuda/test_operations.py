@@ -9,7 +9,7 @@ import emulator
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import CASES, Blocks, rope_of, table_of
+from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, rope_of, table_of
 from kvsieve.backends import kernels
 from kvsieve.errors import BackendError, ShapeError
 
@@ -29,6 +29,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))
 def test_attend(case: kernel_cases.Case) -> None:
     kernel_cases.attend(case, CPU)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))
+def test_attend_over_packed_blocks(case: kernel_cases.PackedCase) -> None:
+    kernel_cases.packed_attend(case, CPU)
 
 
 @pytest.mark.parametrize("name", list(kernel_cases.every(CPU)))

@@ -24,7 +24,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve._core import PACKED
-from kvsieve.backends import kernels, nvrtc
+from kvsieve.backends import HeldBytes, kernels, nvrtc
 from kvsieve.backends.parts import Columns, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge
@@ -351,10 +351,11 @@ class PackedStore:
         self._slabs: dict[int, tuple[torch.Tensor, ...]] = {}
         self._channels: dict[int, PackedChannels] = {}
 
-    @property
-    def bytes_held(self) -> int:
+    def held(self) -> tuple[int, int, int, int]:
+        """Bytes of keys, values, scales and channels. Rows of keys are counted with what fills them up to whole vectors."""
+        keys, key_scales, values, value_scales = (sum(slab[i].nbytes for slab in self._slabs.values()) for i in range(4))
         sets = {id(c): c.tensor.nbytes for c in self._channels.values()}
-        return sum(x.nbytes for slab in self._slabs.values() for x in slab) + sum(sets.values())
+        return keys, values, key_scales + value_scales, sum(sets.values())
 
     def reserve(self, block: int, channels: PackedChannels) -> None:
         """Give a block memory and channels."""
@@ -489,8 +490,13 @@ class CudaStore:
 
     @property
     def bytes_held(self) -> int:
-        packed = 0 if self._packed is None else self._packed.bytes_held
-        return sum(k.nbytes + v.nbytes for k, v in self._slabs.values()) + packed
+        held = self.held()
+        return held.plain_keys + held.plain_values + held.keys + held.values + held.scales + held.channels
+
+    def held(self) -> HeldBytes:
+        packed = (0, 0, 0, 0) if self._packed is None else self._packed.held()
+        slabs = self._slabs.values()
+        return HeldBytes(sum(k.nbytes for k, _ in slabs), sum(v.nbytes for _, v in slabs), *packed)
 
     @property
     def table(self) -> torch.Tensor:
