@@ -135,6 +135,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
        const i64* __restrict__ key_starts, i64 total_keys, const PackedBlock* __restrict__ packed, i64 kept_, i64 wide_, i64 log_group_,
        i64 packed_tile_) {
     constexpr bool PACKED = KB >= 0;
+    constexpr bool KEEPS = KB > 0 && !RAW;  // scales in registers: those that turn keys need them for other things
     using K = Rows<T, DK>;
     using V = Rows<T, DV>;
     constexpr int TILE = Tiles<T, DK, DV>::tile;
@@ -353,7 +354,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             const f16* key_scales = (const f16*)(staged + at_key_scales);
             const unsigned char* value_rows = staged + at_values + ((w.value + u64(now) * value_row) & 15);
             const unsigned char* value_scales = staged + at_value_scales + ((more.values + u64(now) * value_scale_row) & 15);
-            float steps[KB > 0 ? K::channels : 1], leasts[KB > 0 ? K::channels : 1];
+            float steps[KEEPS ? K::channels : 1], leasts[KEEPS ? K::channels : 1];
             int met = -1;
 
 #pragma unroll 1
@@ -376,10 +377,10 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                         if constexpr (KB > 0) {
                             const int group = ((now + j) >> log_group) - (now >> log_group);
                             scales += group * 2 * wide;
-                            if (group != met) {
+                            if (KEEPS && group != met) {
                                 met = group;
 #pragma unroll
-                                for (int i = 0; i < K::channels; i++) {
+                                for (int i = 0; i < (KEEPS ? K::channels : 0); i++) {
                                     const int c = K::at(lane, i / K::vec) + i % K::vec;
                                     steps[i] = c < wide ? widen(scales[c]) * float(1 << KB) : 0.f;
                                     leasts[i] = (c < wide ? widen(scales[wide + c]) : 0.f) - steps[i];
@@ -393,8 +394,15 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                                 if constexpr (KB > 0) {
                                     fractions<K::vec, KB>(row + K::at(lane, p) * KB / 8, x);
 #pragma unroll
-                                    for (int e = 0; e < K::vec; e++)
-                                        x[e] = fmaf(steps[p * K::vec + e], x[e], leasts[p * K::vec + e]);
+                                    for (int e = 0; e < K::vec; e++) {
+                                        if constexpr (KEEPS) {
+                                            x[e] = fmaf(steps[p * K::vec + e], x[e], leasts[p * K::vec + e]);
+                                        } else {
+                                            const int c = K::at(lane, p) + e;
+                                            const float step = widen(scales[c]) * float(1 << KB);
+                                            x[e] = fmaf(step, x[e], widen(scales[wide + c]) - step);
+                                        }
+                                    }
                                 } else {
                                     load<K::vec>((const T*)row + K::at(lane, p), x);
                                 }
