@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from kvsieve.cache import StreamLayer
     from kvsieve.hf import ModelFacts
     from kvsieve.roles import Policy
+    from kvsieve.thin import Channels
 
 __all__ = ["Engine"]
 
@@ -208,14 +209,19 @@ class Engine:
         store = self.stores.get(layer.index)
         if store is None:
             _check_like(facts, k, v)
-            store = self.backend.make_store(k, v)
-            if self.packer is not None:
-                store.set_packing(self.packer.packing[layer.index])
-            self.stores[layer.index] = store
+            store = self.make_store(layer.index, k, v)
         if self.packer is not None:
             self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
         return store.run(q, k, v, step, AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k))
+
+    def make_store(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Store:
+        """An empty store for layer ``index``, for keys and values like these (``[B, Hkv, q, D]``)."""
+        store = self.backend.make_store(k, v)
+        if self.packer is not None:
+            store.set_packing(self.packer.packing[index])
+        self.stores[index] = store
+        return store
 
     def decoded(self, hidden: torch.Tensor) -> None:
         """The decoder returned ``hidden`` ``[B, q, hidden]``. Without a causal LM around it, the forward ends here."""
@@ -353,11 +359,23 @@ class Engine:
         due = [(row, packer.due(planner, row, prompt_ended)) for row in range(self.num_rows)]
         due = [(row, upto) for row, upto in due if upto > planner.num_packed(row)]
         packer.reading = packer.reading and not prompt_ended
-        if not due:
+        if due:
+            self._pack(due, [packer.choose(planner, self.stores, row, upto) for row, upto in due], tidy=prompt_ended)
+
+    def restore_packed(self, packed: list[int], reading: bool, saved: dict[str, torch.Tensor]) -> None:
+        """Pack again what was packed when the stream was saved: the first ``packed[row]`` tokens of each row."""
+        if self.packer is None:
             return
-        chosen = [packer.choose(planner, self.stores, row, upto) for row, upto in due]
+        due = [(row, count) for row, count in enumerate(packed) if count]
+        self._pack(due, [self.packer.restored(row, saved) for row, _ in due], tidy=True)
+        self.packer.restore(len(packed), reading, saved)
+
+    def _pack(self, due: list[tuple[int, int]], chosen: list[dict[int, Channels] | int], *, tidy: bool) -> None:
+        packer, planner = self.packer, self.planner
+        if packer is None:
+            return
         done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
-        moves = planner.tidy() if prompt_ended else None
+        moves = planner.tidy() if tidy else None
         in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
         for index, store in self.stores.items():
             packer.run(index, store, done)

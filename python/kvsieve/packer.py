@@ -104,6 +104,36 @@ class Packer:
         """Make ``state`` the present."""
         self._rings, self.reading = dict(state[0]), state[1]
 
+    # ------------------------------------------------------------------------------------------------------------------- on disk
+
+    def tensors(self, planner: Planner, stores: dict[int, Store]) -> dict[str, torch.Tensor]:
+        """The channels of each row and layer, and the queries remembered, by name."""
+        found = {}
+        for row in range(planner.num_rows):
+            for index, store in stores.items() if planner.num_packed(row) else ():
+                channels = store.channels(planner.runs(0, row)[0][0])
+                found[f"channels.{index}.{row}"] = channels.index.clone()
+                found[f"pairs.{index}.{row}"] = torch.tensor(channels.pairs)
+        for index, rings in self._rings.items():
+            found.update({f"queries.{index}.{row}": ring.contiguous() for row, ring in enumerate(rings) if ring.numel()})
+        return found
+
+    def restored(self, row: int, saved: dict[str, torch.Tensor]) -> dict[int, Channels]:
+        """A row's channels out of :meth:`tensors`."""
+        return {
+            index: Channels(saved[f"channels.{index}.{row}"], tuple(saved[f"pairs.{index}.{row}"].tolist()))
+            for index in self._layers
+        }
+
+    def restore(self, num_rows: int, reading: bool, saved: dict[str, torch.Tensor]) -> None:
+        """The queries out of :meth:`tensors`."""
+        self.reading = reading
+        for index, layer in self._layers.items():
+            known = {row: saved[name].to(layer.device) for row in range(num_rows) if (name := f"queries.{index}.{row}") in saved}
+            if known:
+                empty = next(iter(known.values()))[:, :0]
+                self._rings[index] = [known.get(row, empty) for row in range(num_rows)]
+
     # ----------------------------------------------------------------------------------------------------------------- the packing
 
     def due(self, planner: Planner, row: int, prompt_ended: bool) -> int:

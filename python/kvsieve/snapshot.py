@@ -68,6 +68,8 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
     for name, tensor in (("pads", stream._pads), ("pending", pending), ("unread", unread), ("tail", tail)):
         if tensor is not None:
             tensors[name] = tensor.contiguous()
+    if engine.packer is not None:
+        tensors.update(engine.packer.tensors(planner, engine.stores))
     header = {
         "version": VERSION,
         "policy": repr(stream.policy),
@@ -78,6 +80,9 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
         "layers": sorted(engine.stores),
         "offsets": engine._offsets,
     }
+    if engine.packer is not None:
+        header["packed"] = [planner.num_packed(row) for row in range(planner.num_rows)]
+        header["reading"] = engine.packer.reading
     target = Path(path)
     partial = target.with_name(target.name + ".partial")
     try:
@@ -150,8 +155,12 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
                     file.get_tensor(f"{name}.{index}.{memory}.{row}").to(engine._layers[index].device)
                     for name in ("keys", "values")
                 )
-                store = engine.stores.setdefault(index, engine.backend.make_store(k[None], v[None]))
-                store.write(engine.planner.runs(memory, row), k, v)
+                if index not in engine.stores:
+                    engine.make_store(index, k[None], v[None])
+                engine.stores[index].write(engine.planner.runs(memory, row), k, v)
+    if engine.packer is not None and "packed" in header:
+        saved = {name: file.get_tensor(name) for name in names if name.startswith(("channels.", "pairs.", "queries."))}
+        engine.restore_packed(header["packed"], header["reading"], saved)
     engine._offsets = header["offsets"]
     stream._pads = file.get_tensor("pads") if "pads" in names else None
     stream._pending = (file.get_tensor("pending"), file.get_tensor("unread")) if "pending" in names else None

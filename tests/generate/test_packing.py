@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import kvsieve
@@ -112,7 +113,7 @@ def test_recent_and_generated_keys_are_whole(backend: str) -> None:
             # Later layers' keys differ, because what they were computed from does.
             assert torch.equal(mine[:, 82:], k[:, 82:])
             assert torch.equal(values, v)
-            index = store.channels(runs[0][0])
+            index = store.channels(runs[0][0]).index
             assert torch.equal(
                 mine[:, :82].gather(2, index[:, None].expand(-1, 82, -1)), k[:, :82].gather(2, index[:, None].expand(-1, 82, -1))
             )
@@ -172,10 +173,10 @@ def test_turns_pack_every_prompt_with_the_first_ones_channels(make: Make) -> Non
             stream.generate(tiny.ids(1, 60, seed=turn), max_new_tokens=9, do_sample=False)
             assert packed(stream)[0] > 0
             runs = engine.planner.runs(0, 0)
-            found.append([store.channels(runs[0][0]) for store in engine.stores.values()])
+            found.append([store.channels(runs[0][0]).index for store in engine.stores.values()])
             blocks = {block for block, _, _ in runs if block >= PACKED}
             for store in engine.stores.values():
-                assert all(torch.equal(store.channels(block), store.channels(runs[0][0])) for block in blocks)
+                assert all(torch.equal(store.channels(block).index, store.channels(runs[0][0]).index) for block in blocks)
         if "StreamingLLM" not in repr(make()):
             assert all(torch.equal(a, b) for later in found[1:] for a, b in zip(found[0], later))
 
@@ -279,6 +280,35 @@ def test_a_forward_that_died_leaves_nothing_behind(make: Make, monkeypatch: pyte
         assert torch.equal(got, want)
 
 
+def test_a_saved_stream_goes_on_where_it_was(make: Make, tmp_path: Path) -> None:
+    model, more = tiny.model(), tiny.ids(1, 50, seed=6)
+    with kvsieve.stream(model, make()) as stream:
+        stream.generate(tiny.ids(1, 80), max_new_tokens=12, do_sample=False)
+        stream.save(tmp_path / "turn")
+        held, before = stream.stats().bytes_held, packed(stream)
+        want = stream.generate(more, max_new_tokens=10, do_sample=False)
+        full = stream.stats().bytes_full
+    for backend in BACKENDS:
+        with kvsieve.load(tmp_path / "turn", model, backend=backend) as again:
+            assert packed(again) == before
+            assert again.stats().bytes_held <= held + full // 8
+            got = again.generate(more, max_new_tokens=10, do_sample=False)
+            if "Quantized" not in repr(make()):
+                assert got.tolist() == want.tolist()
+
+
+def test_a_stream_saved_inside_a_prompt_packs_it_when_it_has_been_read(tmp_path: Path) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 90)
+    with kvsieve.stream(model, kvsieve.ThinK(0.5, recent=8)) as stream:
+        stream.feed(ids[:, :80])
+        stream.save(tmp_path / "prompt")
+        want = forwards(model, stream.cache, ids[:, 80:], [1])
+    with kvsieve.load(tmp_path / "prompt", model) as again:
+        got = forwards(model, again.cache, ids[:, 80:], [1])
+        assert packed(again) == [72]
+    assert torch.equal(got, want)
+
+
 def test_reset_gives_everything_back(make: Make) -> None:
     model = tiny.model()
     with kvsieve.stream(model, make()) as stream:
@@ -321,7 +351,7 @@ def test_skipped_layers_stay_whole() -> None:
     with kvsieve.stream(model, kvsieve.ThinK(0.5, recent=8, skip_layers=[1])) as stream:
         stream.generate(tiny.ids(1, 80), max_new_tokens=5, do_sample=False)
         block = stream._engine.planner.runs(0, 0)[0][0]
-        kept = {index: store.channels(block).shape[1] for index, store in stream._engine.stores.items()}
+        kept = {index: store.channels(block).index.shape[1] for index, store in stream._engine.stores.items()}
         assert kept == {0: 8, 1: 16, 2: 8}
 
 

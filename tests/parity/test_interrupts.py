@@ -155,3 +155,40 @@ def test_running_out_of_memory_changes_nothing() -> None:
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "could not reserve" in done.stdout
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="address space is limited on Linux only")
+def test_without_addresses_to_spare_a_cache_takes_no_more_than_it_needs() -> None:
+    code = """
+    import resource
+    import numpy as np
+    from kvsieve import _core
+
+    heads, dim = 8, 128
+    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    store = _core.Store(heads, dim, dim, "float32")
+    x = np.random.default_rng(0).random((1, heads, 100, dim), np.float32)
+    step = planner.begin([100], 100, True, False)
+
+    # Room for these tokens, but not for the 64 MB of addresses of the first 8,192.
+    used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + (16 << 20), unlimited[1]))
+    store.append(x, -x, step)
+    assert store.bytes == 2 * 2 * heads * 64 * dim * 4
+    resource.setrlimit(resource.RLIMIT_AS, unlimited)
+    planner.commit()
+
+    # With addresses again, later slabs are neighbours; those before stay where they are.
+    more = planner.begin([100], 100, True, False)
+    store.append(-x, x, more)
+    planner.commit()
+    k, v = np.zeros((2, heads, 200, dim), np.float32)
+    store.gather(*(np.array(column) for column in zip(*planner.runs(0, 0))), k, v, 0)
+    both = np.concatenate([x[0], -x[0]], 1)
+    assert (k == both).all() and (v == -both).all()
+    store.free_unused(np.zeros(4, bool))
+    assert store.bytes == 0
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr

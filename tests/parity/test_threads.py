@@ -165,6 +165,78 @@ def test_multiprocessing_by_fork() -> None:
     )
 
 
+def test_a_fork_while_another_thread_stores_leaves_the_child_a_whole_store() -> None:
+    in_fresh_python(
+        """
+        import threading, time
+        stop = threading.Event()
+
+        def write():
+            sign = 1
+            while not stop.is_set():
+                sign = -sign
+                store.write(*runs, sign * x, sign * x)
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        k, v = np.empty_like(x), np.empty_like(x)
+        good = []
+        for pause in np.random.default_rng(2).random(40) * 0.02:
+            time.sleep(pause)
+            child = os.fork()
+            if child == 0:
+                # Whoever waits for a thread that is not there is ended by the alarm.
+                signal.alarm(20)
+                store.gather(*runs, k, v, 0)
+                whole = (k == v).all() and ((k == x).all() or (k == -x).all())
+                store.write(*runs, 3 * x, 3 * x)
+                store.gather(*runs, k, v, 0)
+                attend(2)
+                os._exit(0 if whole and (k == 3 * x).all() else 1)
+            good.append(os.waitpid(child, 0)[1])
+            if good[-1]:
+                break
+        stop.set()
+        writer.join()
+        assert not good[-1], good
+        """
+    )
+
+
+def test_a_fork_while_other_threads_read_leaves_the_child_a_store_to_write_to() -> None:
+    in_fresh_python(
+        """
+        import threading, time
+        stop = threading.Event()
+
+        def read():
+            while not stop.is_set():
+                attend(1)
+
+        readers = [threading.Thread(target=read) for _ in range(2)]
+        [reader.start() for reader in readers]
+        good = []
+        for pause in np.random.default_rng(2).random(40) * 0.02:
+            time.sleep(pause)
+            child = os.fork()
+            if child == 0:
+                signal.alarm(20)
+                same = attend(1) == want
+                store.append(-10 * new, new, step)
+                store.write(*runs, 3 * x, 3 * x)
+                store.free_unused(np.zeros(400, bool))
+                os._exit(0 if same and store.bytes == 0 else 1)
+            good.append(os.waitpid(child, 0)[1])
+            if good[-1]:
+                break
+        stop.set()
+        [reader.join() for reader in readers]
+        assert not good[-1], good
+        assert attend(1) == want
+        """
+    )
+
+
 # --------------------------------------------------------------------------------------------------------------------------- GIL
 
 

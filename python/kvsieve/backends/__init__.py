@@ -92,8 +92,8 @@ class Store(Protocol):
     def pack(self, moves: Moves, channels: Channels | int) -> None:
         """Move tokens from plain to packed blocks. ``channels`` may be a packed block whose channels these tokens keep as well."""
 
-    def channels(self, block: int) -> torch.Tensor:
-        """The channels of keys that a packed block keeps: int64 ``[Hkv, kept]``."""
+    def channels(self, block: int) -> Channels:
+        """The channels of keys that a packed block keeps."""
 
     def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of (block, lo, hi) runs, copied; channels that were dropped are zero."""

@@ -22,11 +22,12 @@ from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, visibility
 from kvsieve.errors import BackendError
+from kvsieve.thin import Channels
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
-    from kvsieve.thin import Channels, Packing
+    from kvsieve.thin import Packing
 
 __all__ = ["CpuBackend", "CpuStore"]
 
@@ -234,8 +235,9 @@ class CpuStore:
         else:
             self._core.pack(moves, channels.index.numpy(), list(channels.pairs))
 
-    def channels(self, block: int) -> torch.Tensor:
-        return torch.from_numpy(self._core.channels(block))
+    def channels(self, block: int) -> Channels:
+        index, pairs = self._core.channels(block)
+        return Channels(torch.from_numpy(index), tuple(pairs))
 
     def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
         heads, key_dim, value_dim = self._shape

@@ -233,8 +233,8 @@ class ReferenceStore:
             self._make(to, chosen)
         self._put(table, [(self._k[block, :, slot : slot + n], self._v[block, :, slot : slot + n]) for block, slot, _, _, n in table])
 
-    def channels(self, block: int) -> torch.Tensor:
-        return self._packed[block]._index()
+    def channels(self, block: int) -> Channels:
+        return self._packed[block].channels
 
     def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
         used = np.flatnonzero(in_use)

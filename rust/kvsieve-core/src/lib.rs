@@ -2,6 +2,7 @@
 //!
 //! # Map
 //! * [`ids`], [`error`], [`budget`]: newtypes, the one error enum, counts (never ratios).
+//! * [`fork`]: locks that a forked process finds open, and what they guard whole.
 //! * [`store`]: block pool and tables: which token sits where.
 //! * [`retain`], [`place`]: which residents stay; at which distance a query sees them.
 //! * [`planner`]: the control plane of one stream; makes a [`plan::Step`] once per forward.
@@ -22,6 +23,7 @@
 
 pub mod budget;
 pub mod error;
+pub mod fork;
 pub mod ids;
 pub mod kernels;
 pub mod place;

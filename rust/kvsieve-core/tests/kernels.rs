@@ -6,10 +6,8 @@ mod data;
 use std::sync::Arc;
 
 use data::*;
-use half::{bf16, f16};
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
-use kvsieve_core::kernels::attend::mass_len;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::merge::{Partial, merge};
 use kvsieve_core::kernels::read::read;
@@ -296,7 +294,7 @@ fn surprisal_equals_the_reference() {
     let mut noise = Noise(12);
     for round in 0..60 {
         let dtype = DTYPES[round % 3];
-        let (rows, vocabulary) = (1 + noise.below(3), 1 + noise.below(3000));
+        let (rows, vocabulary) = (1 + noise.below(3), 1 + noise.below(9000));
         let values: Vec<f32> = (0..rows * vocabulary).map(|_| noise.unit() * 30.0).collect();
         let logits = Data::of(&values, dtype);
         let ids: Vec<i64> = (0..rows).map(|_| noise.below(vocabulary) as i64).collect();
@@ -310,6 +308,53 @@ fn surprisal_equals_the_reference() {
             for (i, got) in out.iter().enumerate() {
                 let exact = reference::surprisal(&wide[i * vocabulary..(i + 1) * vocabulary], ids[i] as usize);
                 assert!((f64::from(*got) - exact).abs() <= 2e-6 * exact.max(1.0), "{got} {exact}");
+            }
+        }
+    }
+}
+
+/// Sums are taken relative to the greatest logit of an early chunk, which later ones may exceed by any amount.
+#[test]
+fn surprisal_of_rows_that_rise_fall_and_break() {
+    let (inf, nan, n) = (f32::INFINITY, f32::NAN, 11_000usize);
+    let ramp = |slope: f32| (0..n).map(|i| slope * i as f32).collect::<Vec<_>>();
+    let with = |at: usize, x: f32| {
+        let mut row = vec![1.0; n];
+        row[at] = x;
+        row
+    };
+    let late = |first: f32, rest: f32| (0..n).map(|i| if i < 5000 { first } else { rest }).collect::<Vec<_>>();
+    let mut rows = vec![ramp(1e-3), ramp(-1e-3), ramp(0.02), ramp(0.5), ramp(-0.5), with(3, 60.0), with(7000, 9.0)];
+    rows.extend([with(7000, 12.0), with(7000, 60.0), with(7000, 1e30), with(3, 1e30), with(10_999, 60.0)]);
+    rows.extend([late(-inf, 2.0), late(2.0, -inf), late(-30_000.0, 0.0), late(0.0, -30_000.0), vec![3.0; n]]);
+    let ids = [0usize, 3, 6999, 7000, 10_999];
+    for (i, row) in rows.iter().enumerate() {
+        for dtype in DTYPES.into_iter().filter(|&dtype| dtype != Dtype::F16 || !row.contains(&1e30)) {
+            let logits = Data::of(row, dtype);
+            let wide = logits.f64s();
+            for (level, &id) in levels().into_iter().flat_map(|level| ids.iter().map(move |id| (level, id))) {
+                let mut out = [0f32];
+                let view = logits.view([1, 1, 1, n]);
+                surprisal(&view, dtype, &[id as i64], &mut out, (level, 1), &|| false).unwrap();
+                let exact = reference::surprisal(&wide, id).min(f64::from(f32::MAX));
+                let got = f64::from(out[0]);
+                assert!((got - exact).abs() <= 2e-6 * exact.max(1.0), "row {i}, {dtype:?}, {level:?}: {got} {exact}");
+            }
+        }
+    }
+    for (row, want) in [
+        (with(7000, nan), f32::NAN),
+        (with(3, nan), f32::NAN),
+        (with(7000, inf), f32::MAX),
+        ([with(3, nan), vec![inf]].concat(), f32::MAX),
+    ] {
+        for dtype in DTYPES {
+            let logits = Data::of(&row, dtype);
+            for level in levels() {
+                let mut out = [0f32];
+                let view = logits.view([1, 1, 1, row.len()]);
+                surprisal(&view, dtype, &[5], &mut out, (level, 1), &|| false).unwrap();
+                assert!(out[0] == want || out[0].is_nan() && want.is_nan(), "{dtype:?}, {level:?}: {} {want}", out[0]);
             }
         }
     }

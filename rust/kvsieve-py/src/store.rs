@@ -1,7 +1,8 @@
 //! One layer's keys and values, behind a lock.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, PoisonError};
 
+use kvsieve_core::fork::Lock;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
 use kvsieve_core::kernels::isa::isa;
@@ -25,7 +26,7 @@ const SMALL: usize = 256 << 10;
 /// One layer's keys and values. See `kvsieve_core::store::arena::Arena`.
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Store {
-    arena: RwLock<Arena>,
+    arena: Lock<Arena>,
     token_bytes: usize,
     num_kv_heads: usize,
     key_dim: usize,
@@ -36,21 +37,21 @@ impl Store {
     /// A guard never outlives the release of the GIL around it, so waiting for one cannot be waiting for ourselves.
     fn read<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&Arena) -> R + Send) -> R {
         if bytes < SMALL
-            && let Ok(arena) = self.arena.try_read()
+            && let Some(arena) = self.arena.try_read()
         {
             return f(&arena);
         }
         // A panic while writing leaves tokens half written but the memory sound.
-        py.detach(|| f(&self.arena.read().unwrap_or_else(PoisonError::into_inner)))
+        py.detach(|| f(&self.arena.read()))
     }
 
     fn write_with<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&mut Arena) -> R + Send) -> R {
         if bytes < SMALL
-            && let Ok(mut arena) = self.arena.try_write()
+            && let Some(mut arena) = self.arena.try_write()
         {
             return f(&mut arena);
         }
-        py.detach(|| f(&mut self.arena.write().unwrap_or_else(PoisonError::into_inner)))
+        py.detach(|| f(&mut self.arena.write()))
     }
 
     fn runs_bytes(&self, runs: &[Run]) -> usize {
@@ -142,7 +143,7 @@ impl Store {
         let dtype = Dtype::parse(dtype).map_err(to_py)?;
         let arena = Arena::new(num_kv_heads, key_dim, value_dim, dtype).map_err(to_py)?;
         let token_bytes = arena.token_bytes();
-        Ok(Store { arena: RwLock::new(arena), token_bytes, num_kv_heads, key_dim, value_dim })
+        Ok(Store { arena: Lock::new(arena), token_bytes, num_kv_heads, key_dim, value_dim })
     }
 
     /// Makes the step's copies, then stores its new tokens from `k` and `v` (`[rows, heads, columns, channels]`).
@@ -321,16 +322,15 @@ impl Store {
         self.write_with(py, bytes, |arena| arena.pack(moves, &chosen)).map_err(to_py)
     }
 
-    /// The channels that a packed block keeps, `[heads, kept]`.
-    fn channels<'py>(&self, py: Python<'py>, block: u32) -> PyResult<Bound<'py, PyArray2<i64>>> {
+    /// The channels that a packed block keeps, as `pack` takes them.
+    fn channels<'py>(&self, py: Python<'py>, block: u32) -> PyResult<(Bound<'py, PyArray2<i64>>, Vec<usize>)> {
         let found = self.read(py, 0, |arena| match arena.packed() {
             Some(packed) if BlockId(block).is_packed() => packed.channels_of(BlockId(block)).map(Arc::clone),
             _ => Err(Error::BadBlock { block, have: 0 }),
         });
         let channels = found.map_err(to_py)?;
-        let index: Vec<i64> =
-            (0..channels.heads()).flat_map(|head| channels.of(head).iter().map(|&c| i64::from(c))).collect();
-        PyArray1::from_vec(py, index).reshape([channels.heads(), channels.kept()])
+        let index = PyArray1::from_vec(py, channels.signed()).reshape([channels.heads(), channels.kept()])?;
+        Ok((index, (0..channels.heads()).map(|head| channels.pairs(head)).collect()))
     }
 
     /// Bytes held of plain keys, plain values, packed keys, packed values, scales, and channel numbers.

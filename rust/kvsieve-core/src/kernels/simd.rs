@@ -21,6 +21,12 @@ pub(crate) trait Simd: Copy {
     unsafe fn load(p: *const f32) -> Self::V;
     unsafe fn load_bf16(p: *const bf16) -> Self::V;
     unsafe fn load_f16(p: *const f16) -> Self::V;
+    /// `2 * LANES` elements, in whatever order is the least work.
+    #[inline(always)]
+    unsafe fn load_bf16_pair(p: *const bf16) -> [Self::V; 2] {
+        // SAFETY: the caller's promise is the callees'.
+        unsafe { [Self::load_bf16(p), Self::load_bf16(p.add(Self::LANES))] }
+    }
     unsafe fn store(p: *mut f32, v: Self::V);
     unsafe fn store_f16(p: *mut f16, v: Self::V);
     unsafe fn add(a: Self::V, b: Self::V) -> Self::V;
@@ -37,6 +43,16 @@ pub(crate) trait Simd: Copy {
     unsafe fn scale2(a: Self::V, n: Self::V) -> Self::V;
     /// Where `x < y`, `a`, else `b`.
     unsafe fn pick_less(x: Self::V, y: Self::V, a: Self::V, b: Self::V) -> Self::V;
+    /// `e^x` as [`exp`] for `x` up to 88; beyond, at least `e^88`.
+    #[inline(always)]
+    unsafe fn exp_any(x: Self::V) -> Self::V {
+        // SAFETY: the caller's promise is the callees'.
+        unsafe {
+            let most = Self::splat(88.0);
+            // In this order NaN passes.
+            exp::<Self>(Self::pick_less(most, x, most, x))
+        }
+    }
     unsafe fn sum(a: Self::V) -> f32;
     /// The greatest lane. Unspecified when a lane is NaN.
     unsafe fn top(a: Self::V) -> f32;
@@ -63,6 +79,15 @@ pub(crate) trait Elem: Copy + Send + Sync + 'static {
     /// # Safety
     /// As for [`Simd::store`].
     unsafe fn store<S: Simd>(p: *mut Self, v: S::V);
+    /// `2 * LANES` elements, in any order.
+    ///
+    /// # Safety
+    /// As for [`Simd::load`].
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(p: *const Self) -> [S::V; 2] {
+        // SAFETY: the caller's promise is the callees'.
+        unsafe { [Self::load::<S>(p), Self::load::<S>(p.add(S::LANES))] }
+    }
     fn to_f32(self) -> f32;
     fn of_f32(x: f32) -> Self;
 
@@ -118,6 +143,11 @@ impl Elem for bf16 {
     unsafe fn load<S: Simd>(p: *const bf16) -> S::V {
         // SAFETY: the caller's promise is the callee's.
         unsafe { S::load_bf16(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_pair<S: Simd>(p: *const bf16) -> [S::V; 2] {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::load_bf16_pair(p) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(p: *mut bf16, v: S::V) {
@@ -365,6 +395,14 @@ mod x86 {
             unsafe { _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())), 16)) }
         }
         #[inline(always)]
+        unsafe fn load_bf16_pair(p: *const bf16) -> [__m256; 2] {
+            unsafe {
+                let pairs = _mm256_loadu_si256(p.cast());
+                let odd = _mm256_and_si256(pairs, _mm256_set1_epi32(-0x1_0000));
+                [_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)), _mm256_castsi256_ps(odd)]
+            }
+        }
+        #[inline(always)]
         unsafe fn load_f16(p: *const f16) -> __m256 {
             unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
         }
@@ -479,6 +517,14 @@ mod x86 {
             unsafe { _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())), 16)) }
         }
         #[inline(always)]
+        unsafe fn load_bf16_pair(p: *const bf16) -> [__m512; 2] {
+            unsafe {
+                let pairs = _mm512_loadu_si512(p.cast());
+                let odd = _mm512_and_si512(pairs, _mm512_set1_epi32(-0x1_0000));
+                [_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)), _mm512_castsi512_ps(odd)]
+            }
+        }
+        #[inline(always)]
         unsafe fn load_f16(p: *const f16) -> __m512 {
             unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(p.cast())) }
         }
@@ -525,6 +571,23 @@ mod x86 {
         #[inline(always)]
         unsafe fn pick_less(x: __m512, y: __m512, a: __m512, b: __m512) -> __m512 {
             unsafe { _mm512_mask_blend_ps(_mm512_cmp_ps_mask(x, y, _CMP_LT_OQ), b, a) }
+        }
+        #[inline(always)]
+        unsafe fn exp_any(x: __m512) -> __m512 {
+            // No bounds, and no rounding by itself: one instruction takes the fraction (0 of an infinity), another scales by a power
+            // of two with the integer part.
+            unsafe {
+                let x = _mm512_mul_ps(x, Self::splat(std::f32::consts::LOG2_E));
+                let r = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+                // 2^r on [0, 1] with the least relative error, 8e-8, among polynomials of degree 5 that are 1 at 0.
+                let p = Self::splat(1.867_130_3e-3);
+                let p = Self::fma(p, r, Self::splat(9.017_029e-3));
+                let p = Self::fma(p, r, Self::splat(5.579_991_3e-2));
+                let p = Self::fma(p, r, Self::splat(0.240_164_44));
+                let p = Self::fma(p, r, Self::splat(0.693_151_3));
+                let p = Self::fma(p, r, Self::splat(1.0));
+                _mm512_scalef_ps(p, x)
+            }
         }
         #[inline(always)]
         unsafe fn sum(a: __m512) -> f32 {

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
-use crate::{Error, Result};
+use crate::{Error, Result, fork};
 
 /// Bytes that a thread reads between two questions whether to stop: a few milliseconds, on the slowest level a tenth of a second.
 pub(crate) const BREATH: usize = 32 << 20;
@@ -26,6 +26,8 @@ static POOLS: Mutex<Vec<(u32, usize, Arc<ThreadPool>)>> = Mutex::new(Vec::new())
 /// The pool of `threads` threads, started when first asked for. Idle threads park; they do not spin beside the caller's own.
 pub fn pool(threads: usize) -> Result<Arc<ThreadPool>> {
     let pid = std::process::id();
+    // Or a fork might leave the child a list that is locked for ever.
+    let _hold = fork::hold();
     let mut pools = POOLS.lock().unwrap_or_else(PoisonError::into_inner);
     if let Some((_, _, pool)) = pools.iter().find(|(p, n, _)| (*p, *n) == (pid, threads)) {
         return Ok(Arc::clone(pool));

@@ -1,6 +1,6 @@
 //! The keys and values of one layer, block by block, in memory that grows without ever moving.
 
-use std::alloc::{Layout, alloc, dealloc};
+use std::ops::Range;
 use std::ptr::NonNull;
 
 use super::packed::{Chosen, Packed, PackedBytes, Packing};
@@ -10,124 +10,42 @@ use crate::kernels::view::{Dtype, Elems, ElemsMut, View, check_dtype, check_len}
 use crate::plan::{Move, Step};
 use crate::{Error, Result};
 
-/// No stream is this long (2 billion tokens); a block number beyond it is a mistake, not a reason to allocate.
-const MAX_BLOCKS: u32 = PACKED;
-
-/// Slabs of at least this size are aligned to it and offered to the kernel for huge pages: reading is a fifth faster from them.
-const HUGE: usize = 2 << 20;
-
-/// Small slabs first, so that a short conversation or a small budget costs what it holds; large ones later, so that long ones need few.
-const TIERS: [(u32, u32); 4] = [(32, 1), (128, 4), (1024, 16), (MAX_BLOCKS, 64)];
-
-/// The slab of a block, the block's place in it, and the number of blocks of that slab.
-pub(super) fn locate(block: u32) -> (usize, usize, usize) {
-    let (mut first_block, mut first_slab) = (0, 0);
-    for (end, size) in TIERS {
-        if block < end {
-            let at = block - first_block;
-            return ((first_slab + at / size) as usize, (at % size) as usize, size as usize);
-        }
-        first_slab += (end - first_block) / size;
-        first_block = end;
-    }
-    let (_, size) = TIERS[TIERS.len() - 1];
-    (((block - first_block) / size + first_slab) as usize, ((block - first_block) % size) as usize, size as usize)
-}
-
-/// The first block of a slab.
-pub(super) fn first_block(slab: usize) -> usize {
-    let (mut first_block, mut first_slab) = (0usize, 0usize);
-    for (end, size) in TIERS {
-        let slabs = (end as usize - first_block) / size as usize;
-        if slab < first_slab + slabs {
-            return first_block + (slab - first_slab) * size as usize;
-        }
-        first_slab += slabs;
-        first_block = end as usize;
-    }
-    first_block
-}
-
-/// Zeroed memory that is never moved.
-pub(super) struct Buf {
-    ptr: NonNull<u8>,
-    layout: Layout,
-}
-
-// SAFETY: a `Buf` owns its memory alone, and hands out access only through `&self` and `&mut self` of the arena.
-unsafe impl Send for Buf {}
-// SAFETY: as above; nothing is written through a shared reference.
-unsafe impl Sync for Buf {}
-
-impl Buf {
-    pub(super) fn zeroed(bytes: usize) -> Result<Self> {
-        let oom = Error::OutOfMemory { bytes };
-        let align = if bytes >= HUGE { HUGE } else { 64 };
-        let layout = Layout::from_size_align(bytes, align).map_err(|_| oom.clone())?;
-        // SAFETY: the arena refuses dimensions of zero, so the layout is not empty.
-        let ptr = NonNull::new(unsafe { alloc(layout) }).ok_or(oom)?;
-        #[cfg(target_os = "linux")]
-        if bytes >= HUGE {
-            // SAFETY: the range was just allocated and starts at a page. The call is a hint: its failure changes nothing.
-            unsafe { libc::madvise(ptr.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
-        }
-        // Only after the hint, so that the first touch already gets huge pages.
-        // SAFETY: `bytes` were just allocated.
-        unsafe { ptr.as_ptr().write_bytes(0, bytes) };
-        Ok(Buf { ptr, layout })
-    }
-
-    pub(super) fn ptr(&self) -> *mut u8 {
-        self.ptr.as_ptr()
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.layout.size()
-    }
-}
-
-impl Drop for Buf {
-    fn drop(&mut self) {
-        // SAFETY: allocated in `zeroed` with this layout, and freed only here.
-        unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
-    }
-}
-
-/// Some blocks, head-major: `[heads][blocks * BLOCK][dim]`, so that neighbouring blocks of a head are one stretch of memory.
-struct Slab {
-    keys: Buf,
-    values: Buf,
-}
+use super::slabs::{LARGEST, MAX_BLOCKS, Slabs, blocks, locate};
 
 /// Keys and values of one layer.
 ///
-/// Which slot holds which token is not known here. A slab comes into being when one of its blocks is first written.
+/// Which slot holds which token is not known here. A slab comes into being when one of its blocks is first written; it is head-major
+/// inside, `[heads][blocks * BLOCK][dim]`, so that neighbouring blocks of a head are one stretch of memory.
 pub struct Arena {
     heads: usize,
     key_dim: usize,
     value_dim: usize,
     dtype: Dtype,
-    slabs: Vec<Option<Slab>>,
+    keys: Slabs,
+    values: Slabs,
     packed: Option<Packed>,
 }
 
 /// Where the tokens of one block lie: `(block, head, slot)` to byte offsets.
-struct Place<'a> {
-    slab: &'a Slab,
+struct Place {
+    keys: NonNull<u8>,
+    values: NonNull<u8>,
     index: usize,
     tokens: usize,
 }
 
 impl Arena {
     pub fn new(heads: usize, key_dim: usize, value_dim: usize, dtype: Dtype) -> Result<Self> {
-        let largest = TIERS[TIERS.len() - 1].1 as usize * BLOCK as usize;
+        let largest = LARGEST * BLOCK as usize;
         for (what, n) in [("num_kv_heads", heads), ("key_dim", key_dim), ("value_dim", value_dim)] {
             // Each below 2^20 keeps every product of a slab far inside 64 bits.
             if n == 0 || n >= 1 << 20 || largest.checked_mul(n * dtype.size()).is_none() {
                 return Err(Error::OutOfRange { what, expected: "between 1 and 2^20 - 1", got: n.to_string() });
             }
         }
-        Ok(Arena { heads, key_dim, value_dim, dtype, slabs: Vec::new(), packed: None })
+        let per_channel = heads * BLOCK as usize * dtype.size();
+        let (keys, values) = (Slabs::new(per_channel * key_dim), Slabs::new(per_channel * value_dim));
+        Ok(Arena { heads, key_dim, value_dim, dtype, keys, values, packed: None })
     }
 
     pub fn num_kv_heads(&self) -> usize {
@@ -151,7 +69,7 @@ impl Arena {
         self.heads * (self.key_dim + self.value_dim) * self.dtype.size()
     }
 
-    /// Exactly what the allocator was asked for.
+    /// Exactly what was asked for: addresses without memory do not count.
     pub fn bytes(&self) -> usize {
         let PackedBytes { keys, values, scales, channels } = self.packed_bytes();
         self.plain_bytes().0 + self.plain_bytes().1 + keys + values + scales + channels
@@ -159,8 +77,7 @@ impl Arena {
 
     /// Bytes of plain keys and of plain values.
     pub fn plain_bytes(&self) -> (usize, usize) {
-        let slabs = || self.slabs.iter().flatten();
-        (slabs().map(|s| s.keys.bytes()).sum(), slabs().map(|s| s.values.bytes()).sum())
+        (self.keys.bytes(), self.values.bytes())
     }
 
     /// Bytes of packed tokens.
@@ -246,8 +163,7 @@ impl Arena {
 
     /// Blocks that have memory.
     pub fn num_blocks(&self) -> u32 {
-        let blocks = self.slabs.iter().enumerate().filter(|(_, s)| s.is_some());
-        blocks.map(|(i, _)| locate(first_block(i) as u32).2 as u32).sum()
+        (0..self.keys.len()).filter(|&slab| self.has(slab)).map(|slab| blocks(slab).len() as u32).sum()
     }
 
     /// Gives every block below `num_blocks` memory. Writing does so by itself, for the blocks it writes.
@@ -257,40 +173,38 @@ impl Arena {
         }
         self.check_id(num_blocks - 1)?;
         let (last, _, _) = locate(num_blocks - 1);
-        self.reserve((0..=last).map(|slab| BlockId(first_block(slab) as u32)))
+        self.reserve((0..=last).map(|slab| BlockId(blocks(slab).start as u32)))
+    }
+
+    fn has(&self, slab: usize) -> bool {
+        self.keys.start(slab).is_some()
     }
 
     /// Gives these blocks memory; on failure nothing has changed.
     fn reserve(&mut self, blocks: impl Iterator<Item = BlockId>) -> Result<()> {
+        let mut missing: Vec<usize> = blocks.map(|block| locate(block.0).0).filter(|&slab| !self.has(slab)).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        // Neighbours together: memory that fills a huge page at once needs no small ones before.
         let mut made: Vec<usize> = Vec::new();
-        for block in blocks {
-            let (slab, _, _) = locate(block.0);
-            if self.slabs.get(slab).is_some_and(Option::is_some) {
-                continue;
+        for slabs in missing.chunk_by(|a, b| a + 1 == *b) {
+            if let Err(err) = self.make(slabs[0]..slabs[slabs.len() - 1] + 1) {
+                made.into_iter().for_each(|slab| self.free(slab));
+                return Err(err);
             }
-            match self.make(slab) {
-                Ok(()) => made.push(slab),
-                Err(err) => {
-                    made.into_iter().for_each(|slab| self.slabs[slab] = None);
-                    return Err(err);
-                }
-            }
+            made.extend(slabs);
         }
         Ok(())
     }
 
-    fn make(&mut self, slab: usize) -> Result<()> {
-        if self.slabs.len() <= slab {
-            let more = slab + 1 - self.slabs.len();
-            self.slabs.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size_of::<Option<Slab>>() })?;
-            self.slabs.resize_with(slab + 1, || None);
-        }
-        let (_, _, blocks) = locate(first_block(slab) as u32);
-        let per_channel = self.heads * blocks * BLOCK as usize * self.dtype.size();
-        let keys = Buf::zeroed(per_channel * self.key_dim)?;
-        let values = Buf::zeroed(per_channel * self.value_dim)?;
-        self.slabs[slab] = Some(Slab { keys, values });
-        Ok(())
+    fn make(&mut self, slabs: Range<usize>) -> Result<()> {
+        self.keys.make(slabs.clone())?;
+        self.values.make(slabs.clone()).inspect_err(|_| slabs.for_each(|slab| self.keys.free(slab)))
+    }
+
+    fn free(&mut self, slab: usize) {
+        self.keys.free(slab);
+        self.values.free(slab);
     }
 
     /// Frees the slabs none of whose blocks is in use. `in_use` is indexed by block; blocks beyond its end are not in use.
@@ -299,12 +213,11 @@ impl Arena {
         if let Some(packed) = &mut self.packed {
             packed.free_unused(packed_in_use);
         }
-        for slab in 0..self.slabs.len() {
-            let first = first_block(slab);
-            let (_, _, blocks) = locate(first as u32);
-            let used = in_use.iter().skip(first).take(blocks).any(|&used| used);
-            if !used {
-                self.slabs[slab] = None;
+        for slab in 0..self.keys.len() {
+            let blocks = blocks(slab);
+            let used = in_use.iter().skip(blocks.start).take(blocks.len()).any(|&used| used);
+            if !used && self.has(slab) {
+                self.free(slab);
             }
         }
     }
@@ -318,13 +231,13 @@ impl Arena {
         if block < most { Ok(()) } else { Err(self.bad_block(block)) }
     }
 
-    fn place(&self, block: BlockId) -> Result<Place<'_>> {
+    fn place(&self, block: BlockId) -> Result<Place> {
         if block.is_packed() {
             return Err(self.bad_block(block.0));
         }
         let (slab, index, blocks) = locate(block.0);
-        match self.slabs.get(slab) {
-            Some(Some(slab)) => Ok(Place { slab, index, tokens: blocks * BLOCK as usize }),
+        match (self.keys.start(slab), self.values.start(slab)) {
+            (Some(keys), Some(values)) => Ok(Place { keys, values, index, tokens: blocks * BLOCK as usize }),
             _ => Err(self.bad_block(block.0)),
         }
     }
@@ -360,8 +273,8 @@ impl Arena {
         let es = self.dtype.size();
         // SAFETY: `row` is below `heads * tokens`, the rows that both buffers of the slab were allocated for.
         unsafe {
-            let keys = place.slab.keys.ptr.as_ptr().add(row * self.key_dim * es);
-            let values = place.slab.values.ptr.as_ptr().add(row * self.value_dim * es);
+            let keys = place.keys.as_ptr().add(row * self.key_dim * es);
+            let values = place.values.as_ptr().add(row * self.value_dim * es);
             (keys.cast_const(), values.cast_const())
         }
     }
@@ -648,27 +561,5 @@ unsafe fn elems<'a>(dtype: Dtype, p: *const u8, n: usize) -> Elems<'a> {
             Dtype::F32 => Elems::F32(std::slice::from_raw_parts(p.cast(), n)),
             Dtype::BF16 | Dtype::F16 => Elems::Bits(std::slice::from_raw_parts(p.cast(), n)),
         }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn slabs_tile_the_blocks() {
-        let mut block = 0u32;
-        for slab in 0..200 {
-            assert_eq!(first_block(slab), block as usize);
-            let (_, _, size) = locate(block);
-            for i in 0..size {
-                assert_eq!(locate(block + i as u32), (slab, i, size));
-            }
-            block += size as u32;
-        }
-        assert_eq!(locate(31).2, 1);
-        assert_eq!(locate(32).2, 4);
-        assert_eq!(locate(128).2, 16);
-        assert_eq!(locate(1024).2, 64);
     }
 }

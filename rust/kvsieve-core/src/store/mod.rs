@@ -1,6 +1,9 @@
 //! Which token sits where: blocks and who owns them, the tables of residents, and the memory behind them.
 
 pub mod arena;
+mod buf;
 pub mod packed;
 pub mod pool;
+mod reservation;
+mod slabs;
 pub mod table;

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::arena::{Buf, first_block, locate};
+use super::slabs::{Slabs, blocks, locate};
 use crate::ids::{BLOCK, BlockId, PACKED};
 use crate::kernels::rotate::{Layout, Rope};
 use crate::kernels::view::Dtype;
@@ -123,6 +123,12 @@ impl Channels {
         &self.zeroed[head * self.kept..][..self.kept]
     }
 
+    /// What [`Channels::new`] was given.
+    pub fn signed(&self) -> Vec<i64> {
+        let signed = |(&c, &zeroed): (&u16, &bool)| if zeroed { -1 - i64::from(c) } else { i64::from(c) };
+        self.index.iter().zip(&self.zeroed).map(signed).collect()
+    }
+
     /// Rotary pairs of a head.
     pub fn pairs(&self, head: usize) -> usize {
         self.pairs[head]
@@ -168,13 +174,6 @@ pub struct PackedBytes {
     pub channels: usize,
 }
 
-struct Slab {
-    keys: Buf,
-    key_scales: Option<Buf>,
-    values: Buf,
-    value_scales: Option<Buf>,
-}
-
 /// The packed blocks of a layer.
 pub struct Packed {
     heads: usize,
@@ -182,7 +181,10 @@ pub struct Packed {
     value_dim: usize,
     dtype: Dtype,
     packing: Packing,
-    slabs: Vec<Option<Slab>>,
+    keys: Slabs,
+    key_scales: Option<Slabs>,
+    values: Slabs,
+    value_scales: Option<Slabs>,
     /// The channels of each block.
     channels: Vec<Option<Arc<Channels>>>,
 }
@@ -207,7 +209,21 @@ fn row_bytes(n: usize, bits: u32, dtype: Dtype) -> usize {
 impl Packed {
     pub(super) fn new(heads: usize, key_dim: usize, value_dim: usize, dtype: Dtype, packing: Packing) -> Result<Self> {
         packing.check(key_dim, value_dim)?;
-        Ok(Packed { heads, key_dim, value_dim, dtype, packing, slabs: Vec::new(), channels: Vec::new() })
+        let rows = heads * BLOCK as usize;
+        let key_scales = heads * BLOCK as usize / packing.group * 2 * packing.key_kept * 2;
+        let value_scales = rows * 2 * (value_dim / packing.group) * 2;
+        Ok(Packed {
+            heads,
+            key_dim,
+            value_dim,
+            dtype,
+            packing,
+            keys: Slabs::new(rows * row_bytes(packing.key_kept, packing.key_bits, dtype)),
+            key_scales: (packing.key_bits > 0).then(|| Slabs::new(key_scales)),
+            values: Slabs::new(rows * row_bytes(value_dim, packing.value_bits, dtype)),
+            value_scales: (packing.value_bits > 0).then(|| Slabs::new(value_scales)),
+            channels: Vec::new(),
+        })
     }
 
     pub fn packing(&self) -> Packing {
@@ -238,15 +254,11 @@ impl Packed {
         self.heads * (self.key_bytes() + self.value_bytes() + 2 * halves)
     }
 
-    /// What the allocator was asked for.
+    /// What was asked for.
     pub fn bytes(&self) -> PackedBytes {
-        let size = |buf: &Option<Buf>| buf.as_ref().map_or(0, Buf::bytes);
-        let mut out = PackedBytes::default();
-        for slab in self.slabs.iter().flatten() {
-            out.keys += slab.keys.bytes();
-            out.values += slab.values.bytes();
-            out.scales += size(&slab.key_scales) + size(&slab.value_scales);
-        }
+        let size = |slabs: &Option<Slabs>| slabs.as_ref().map_or(0, Slabs::bytes);
+        let scales = size(&self.key_scales) + size(&self.value_scales);
+        let mut out = PackedBytes { keys: self.keys.bytes(), values: self.values.bytes(), scales, channels: 0 };
         let mut seen: Vec<*const Channels> = self.channels.iter().flatten().map(Arc::as_ptr).collect();
         seen.sort_unstable();
         seen.dedup();
@@ -258,7 +270,7 @@ impl Packed {
     pub(super) fn holds(&self, block: BlockId) -> bool {
         let index = (block.0 - PACKED) as usize;
         let (slab, _, _) = locate(block.0 - PACKED);
-        self.slabs.get(slab).is_some_and(Option::is_some) && self.channels.get(index).is_some_and(Option::is_some)
+        self.has(slab) && self.channels.get(index).is_some_and(Option::is_some)
     }
 
     fn bad_block(&self, block: BlockId) -> Error {
@@ -271,48 +283,48 @@ impl Packed {
         self.channels.get(index).and_then(Option::as_ref).ok_or_else(|| self.bad_block(block))
     }
 
+    fn has(&self, slab: usize) -> bool {
+        self.keys.start(slab).is_some()
+    }
+
+    fn sections(&mut self) -> impl Iterator<Item = &mut Slabs> {
+        [Some(&mut self.keys), self.key_scales.as_mut(), Some(&mut self.values), self.value_scales.as_mut()]
+            .into_iter()
+            .flatten()
+    }
+
     /// Gives these blocks memory; on failure nothing has changed.
-    pub(super) fn reserve(&mut self, blocks: impl Iterator<Item = BlockId>) -> Result<()> {
+    pub(super) fn reserve(&mut self, wanted: impl Iterator<Item = BlockId>) -> Result<()> {
+        let mut missing: Vec<usize> =
+            wanted.map(|block| locate(block.0 - PACKED).0).filter(|&slab| !self.has(slab)).collect();
+        missing.sort_unstable();
+        missing.dedup();
+        let Some(&last) = missing.last() else { return Ok(()) };
+        let more = blocks(last).end.saturating_sub(self.channels.len());
+        let oom = |_| Error::OutOfMemory { bytes: more * size_of::<Option<Arc<Channels>>>() };
+        self.channels.try_reserve(more).map_err(oom)?;
+        self.channels.resize_with(self.channels.len() + more, || None);
         let mut made: Vec<usize> = Vec::new();
-        for block in blocks {
-            let (slab, _, _) = locate(block.0 - PACKED);
-            if self.slabs.get(slab).is_some_and(Option::is_some) {
-                continue;
+        for slabs in missing.chunk_by(|a, b| a + 1 == *b) {
+            let range = slabs[0]..slabs[slabs.len() - 1] + 1;
+            let mut done = 0;
+            let failed = self.sections().find_map(|section| {
+                let made = section.make(range.clone());
+                done += usize::from(made.is_ok());
+                made.err()
+            });
+            if let Some(err) = failed {
+                self.sections().take(done).for_each(|section| range.clone().for_each(|slab| section.free(slab)));
+                made.into_iter().for_each(|slab| self.free(slab));
+                return Err(err);
             }
-            match self.make(slab) {
-                Ok(()) => made.push(slab),
-                Err(err) => {
-                    made.into_iter().for_each(|slab| self.slabs[slab] = None);
-                    return Err(err);
-                }
-            }
+            made.extend(slabs);
         }
         Ok(())
     }
 
-    fn make(&mut self, slab: usize) -> Result<()> {
-        let (first, (_, _, blocks)) = (first_block(slab), locate(first_block(slab) as u32));
-        let grow = |have: usize, want: usize, size: usize| (want.saturating_sub(have), size);
-        let (more, size) = grow(self.slabs.len(), slab + 1, size_of::<Option<Slab>>());
-        self.slabs.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size })?;
-        let (more, size) = grow(self.channels.len(), first + blocks, size_of::<Option<Arc<Channels>>>());
-        self.channels.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size })?;
-        let tokens = self.heads * blocks * BLOCK as usize;
-        let scales = |halves: usize| if halves == 0 { Ok(None) } else { Buf::zeroed(halves * 2).map(Some) };
-        let made = Slab {
-            keys: Buf::zeroed(tokens * self.key_bytes())?,
-            key_scales: scales(self.heads * blocks * self.key_halves())?,
-            values: Buf::zeroed(tokens * self.value_bytes())?,
-            value_scales: scales(tokens * self.value_halves())?,
-        };
-        if self.slabs.len() <= slab {
-            self.slabs.resize_with(slab + 1, || None);
-        }
-        if self.channels.len() < first + blocks {
-            self.channels.resize_with(first + blocks, || None);
-        }
-        self.slabs[slab] = Some(made);
-        Ok(())
+    fn free(&mut self, slab: usize) {
+        self.sections().for_each(|section| section.free(slab));
     }
 
     /// Frees the slabs none of whose blocks is in use, and forgets the channels of blocks that are not.
@@ -323,11 +335,9 @@ impl Packed {
                 *channels = None;
             }
         }
-        for slab in 0..self.slabs.len() {
-            let first = first_block(slab);
-            let (_, _, blocks) = locate(first as u32);
-            if !(first..first + blocks).any(used) {
-                self.slabs[slab] = None;
+        for slab in 0..self.keys.len() {
+            if self.has(slab) && !blocks(slab).any(used) {
+                self.free(slab);
             }
         }
     }
@@ -336,23 +346,25 @@ impl Packed {
     pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> Rows<'_> {
         let number = block.0 - PACKED;
         let (slab, index, blocks) = locate(number);
-        let Some(Some(slab)) = self.slabs.get(slab) else { panic!("{block:?} has no memory") };
+        let Some((keys, values)) = self.keys.start(slab).zip(self.values.start(slab)) else {
+            panic!("{block:?} has no memory")
+        };
         let Some(Some(channels)) = self.channels.get(number as usize) else { panic!("{block:?} was never packed") };
         assert!(head < self.heads && slot < BLOCK, "head {head} or slot {slot} outside the block");
         let in_slab = head * blocks + index;
         let row = in_slab * BLOCK as usize + slot as usize;
-        let scales = |buf: &Option<Buf>, at: usize| match buf {
-            // SAFETY: `at` is below the number of halves that the buffer was made for.
-            Some(buf) => unsafe { buf.ptr().cast::<u16>().add(at).cast_const() },
+        let scales = |slabs: &Option<Slabs>, at: usize| match slabs.as_ref().and_then(|slabs| slabs.start(slab)) {
+            // SAFETY: `at` is below the number of halves that the slab was made for.
+            Some(start) => unsafe { start.as_ptr().cast::<u16>().add(at).cast_const() },
             None => std::ptr::null(),
         };
-        // SAFETY: `row` is below the rows that the buffers of the slab were made for.
+        // SAFETY: `row` is below the rows that the slabs were made for.
         unsafe {
             Rows {
-                keys: slab.keys.ptr().add(row * self.key_bytes()).cast_const(),
-                key_scales: scales(&slab.key_scales, in_slab * self.key_halves()),
-                values: slab.values.ptr().add(row * self.value_bytes()).cast_const(),
-                value_scales: scales(&slab.value_scales, row * self.value_halves()),
+                keys: keys.as_ptr().add(row * self.key_bytes()).cast_const(),
+                key_scales: scales(&self.key_scales, in_slab * self.key_halves()),
+                values: values.as_ptr().add(row * self.value_bytes()).cast_const(),
+                value_scales: scales(&self.value_scales, row * self.value_halves()),
                 channels,
             }
         }

@@ -1,0 +1,53 @@
+//! Memory of one's own that is never moved.
+
+use std::alloc::{Layout, alloc, dealloc};
+use std::ptr::NonNull;
+
+use crate::{Error, Result};
+
+/// What the processor translates in one step where the kernel allows it: buffers of this size and more are aligned to it and offered
+/// for huge pages.
+pub(super) const HUGE: usize = 2 << 20;
+
+/// Zeroed memory that is never moved.
+pub(super) struct Buf {
+    ptr: NonNull<u8>,
+    layout: Layout,
+}
+
+// SAFETY: a `Buf` owns its memory alone, and whoever holds it shared or exclusively decides who reads and writes.
+unsafe impl Send for Buf {}
+// SAFETY: as above; nothing is written through a shared reference.
+unsafe impl Sync for Buf {}
+
+impl Buf {
+    /// `bytes` of zeros, from huge pages where they are large; `bytes` is not zero.
+    pub(super) fn zeroed(bytes: usize) -> Result<Self> {
+        let oom = Error::OutOfMemory { bytes };
+        let align = if bytes >= HUGE { HUGE } else { 64 };
+        let layout = Layout::from_size_align(bytes, align).map_err(|_| oom.clone())?;
+        assert!(bytes > 0, "a buffer of nothing");
+        // SAFETY: the layout is not empty.
+        let ptr = NonNull::new(unsafe { alloc(layout) }).ok_or(oom)?;
+        #[cfg(target_os = "linux")]
+        if bytes >= HUGE {
+            // SAFETY: the range was just allocated and starts at a page. The call is a hint: its failure changes nothing.
+            unsafe { libc::madvise(ptr.as_ptr().cast(), bytes, libc::MADV_HUGEPAGE) };
+        }
+        // Only after the hint, so that the first touch already gets huge pages.
+        // SAFETY: `bytes` were just allocated.
+        unsafe { ptr.as_ptr().write_bytes(0, bytes) };
+        Ok(Buf { ptr, layout })
+    }
+
+    pub(super) fn ptr(&self) -> NonNull<u8> {
+        self.ptr
+    }
+}
+
+impl Drop for Buf {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `zeroed` with this layout, and freed only here.
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) }
+    }
+}
