@@ -428,27 +428,22 @@ class PackedChannels:
     """Kept channels of each head, on the device as packed.cuh has them: int16 ``[heads, 1 + wide]``."""
 
     def __init__(self, channels: Channels, wide: int, device: torch.device) -> None:
-        index = channels.index.cpu()
-        self.index, self.pairs = index, channels.pairs
+        self.channels, index = channels, channels.index.cpu()
         held = torch.zeros(index.shape[0], 1 + wide, dtype=torch.int16)
         held[:, 0] = torch.tensor(channels.pairs, dtype=torch.int16)
         held[:, 1 : 1 + index.shape[1]] = index.to(torch.int16)
         self.tensor = _upload(held.numpy(), device)
         self._legal: dict[LayerRope, bool] = {}
 
-    @property
-    def channels(self) -> torch.Tensor:
-        """int64 ``[heads, kept]``."""
-        return torch.where(self.index < 0, -1 - self.index, self.index)
-
     def keeps_pairs_of(self, rope: LayerRope) -> bool:
         """Whether the first channels are whole pairs of ``rope``, and the others do not turn."""
         if rope not in self._legal:
-            half, index = rope.rotary_dim // 2, self.channels
+            half, index = rope.rotary_dim // 2, self.channels.index.cpu()
+            index = torch.where(index < 0, -1 - index, index)
             self._legal[rope] = all(
                 bool((mine[2 * pairs :] >= rope.rotary_dim).all() and (mine[: 2 * pairs] < rope.rotary_dim).all())
                 and torch.equal(mine[pairs : 2 * pairs], mine[:pairs] + (half if rope.layout == "half" else 1))
-                for mine, pairs in zip(index, self.pairs)
+                for mine, pairs in zip(index, self.channels.pairs)
             )
         return self._legal[rope]
 
@@ -755,7 +750,7 @@ class CudaStore:
             packed.reserve(block, mine)
         packed.pack(self.table, table)
 
-    def channels(self, block: int) -> torch.Tensor:
+    def channels(self, block: int) -> Channels:
         return self._packs().channels_of(block - PACKED).channels
 
     def _packs(self) -> PackedStore:
