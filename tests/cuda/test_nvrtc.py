@@ -63,9 +63,9 @@ def packed_modules() -> list[tuple[Module, int]]:
         out.append((kernels.attend_module(bf16, 128, 128, 4, False, bits), 90))
     for bits in ((0, 0), (4, 4)):
         for raw in (False, True):
-            out += [(kernels.attend_module(bf16, dim, dim, group, raw, bits), 90) for dim in (64, 128) for group in (1, 8, 16)]
+            out += [(kernels.attend_module(bf16, 128, 128, group, raw, bits), 90) for group in (1, 8, 16)]
             out += [(kernels.attend_module(dtype, 128, 128, 4, raw, bits), 80) for dtype in kernels.DTYPES]
-            out += [(kernels.attend_module(bf16, dim, dim, 4, raw, bits), 90) for dim in (64, 96, 256)]
+            out += [(kernels.attend_module(bf16, dim, dim, 4, raw, bits), 90) for dim in (64, 256)]
     return out
 
 

@@ -55,12 +55,12 @@ pack(const Block* __restrict__ from, const PackedBlock* __restrict__ to, const M
         const int begin = int(list[first].slots >> 16), end = int(list[next - 1].slots >> 16) + list[next - 1].len;
 
         if constexpr (KB == 0) {
-            const i64 work = i64(end - begin) * wide;
+            const u32 width = u32(wide), work = u32(end - begin) * width;
             i64 m = first;
             int block;
-            for (i64 i = tid; i < work; i += kThreads) {
-                const int slot = begin + int(i / wide);
-                const i64 row = source.row(slot, m, block), j = i % wide;
+            for (u32 i = tid; i < work; i += kThreads) {
+                const int slot = begin + int(i / width), j = int(i % width);
+                const i64 row = source.row(slot, m, block);
                 ((T*)at.keys)[slot * wide + j] = narrow<T>(key(block, row, j));
             }
         } else {

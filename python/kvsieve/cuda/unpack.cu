@@ -19,35 +19,38 @@ unpack(const PackedBlock* __restrict__ from, const Run* __restrict__ runs, void*
     const i64 head = blockIdx.y;
     const Run run = runs[blockIdx.x];
     const PackedHead at = packed_head<T, KB, VB>(from[run.block], head, wide, value_dim, log_group);
-    const i64 token = head * tokens + run.at, n = run.hi - run.lo;
+    const i64 token = head * tokens + run.at;
+    // At most a block of rows: what is counted here fits 32 bits, which divide without a call.
+    const u32 n = u32(run.hi - run.lo), keys = u32(key_dim), values = u32(value_dim), width = u32(wide);
     if constexpr (THIN) {
-        for (i64 i = tid; i < n * wide; i += kThreads)
-            ((float*)k)[token * wide + i] = thin_key<T, KB>(at, run.lo + i / wide, i % wide, wide, log_group);
+        float* to = (float*)k + token * wide;
+        for (u32 i = tid; i < n * width; i += kThreads) to[i] = thin_key<T, KB>(at, run.lo + i / width, i % width, wide, log_group);
         return;
     }
-    for (int c = tid; c < int(key_dim); c += kThreads) column[c] = -1;
+    for (u32 c = tid; c < keys; c += kThreads) column[c] = -1;
     __syncthreads();
     for (int j = tid; j < int(kept); j += kThreads) {
         const int c = at.channels[1 + j];
         column[c < 0 ? -1 - c : c] = short(j);
     }
     __syncthreads();
-    for (i64 i = tid; i < n * key_dim; i += kThreads) {
-        const int j = column[i % key_dim];
-        const float x = j < 0 ? 0.f : thin_key<T, KB>(at, run.lo + i / key_dim, j, wide, log_group);
-        ((T*)k)[token * key_dim + i] = narrow<T>(x);
+    T* to = (T*)k + token * key_dim;
+    for (u32 i = tid; i < n * keys; i += kThreads) {
+        const int j = column[i % keys];
+        to[i] = narrow<T>(j < 0 ? 0.f : thin_key<T, KB>(at, run.lo + i / keys, j, wide, log_group));
     }
+    to = v + token * value_dim;
     if constexpr (VB == 0) {
-        const i64 pieces = value_dim / kVec<T>;
-        for (i64 i = tid; i < n * pieces; i += kThreads)
-            ((Pack16*)v)[token * pieces + i] = ((const Pack16*)at.values)[run.lo * pieces + i];
+        const Pack16* rows = (const Pack16*)((const T*)at.values + run.lo * value_dim);
+        for (u32 i = tid; i < n * values / kVec<T>; i += kThreads) ((Pack16*)to)[i] = rows[i];
     } else {
-        const i64 shares = value_dim >> log_group;
-        for (i64 i = tid; i < n * value_dim; i += kThreads) {
-            const i64 slot = run.lo + i / value_dim, c = i % value_dim;
+        const int shares = int(value_dim >> log_group);
+        for (u32 i = tid; i < n * values; i += kThreads) {
+            const i64 slot = run.lo + i / values;
+            const u32 c = i % values;
             const f16* scales = at.value_scales + slot * 2 * shares + (c >> log_group);
             const u32 code = code_at<VB>(at.values + slot * row_bytes<T, VB>(value_dim), c);
-            v[token * value_dim + i] = narrow<T>(fmaf(widen(scales[0]), float(code), widen(scales[shares])));
+            to[i] = narrow<T>(fmaf(widen(scales[0]), float(code), widen(scales[shares])));
         }
     }
 }
