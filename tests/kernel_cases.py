@@ -58,7 +58,9 @@ def channels_of(rng: random.Random, heads: int, dim: int, kept: int, rope: Layer
         half, rest = rope.rotary_dim // 2, dim - rope.rotary_dim
         pairs = rng.randint(-(-max(kept - rest, 0) // 2), min(kept // 2, half))
         mine = sorted(rng.sample(range(half), pairs))
-        first, second = (mine, [c + half for c in mine]) if rope.layout == "half" else ([2 * c for c in mine], [2 * c + 1 for c in mine])
+        first, second = (
+            (mine, [c + half for c in mine]) if rope.layout == "half" else ([2 * c for c in mine], [2 * c + 1 for c in mine])
+        )
         rows.append(first + second + sorted(rng.sample(range(rope.rotary_dim, dim), kept - 2 * pairs)))
         counts.append(pairs)
     return Channels(torch.tensor(rows), tuple(counts))
@@ -133,7 +135,9 @@ class PackedBlocks:
     def check(self) -> None:
         """Every byte is what the specification's blocks hold."""
         for number, (slab, i) in enumerate(self.places):
-            for name, x, want in zip(("keys", "their scales", "values", "their scales"), self.slabs[slab], self.laid_out(self.blocks[number])):
+            for name, x, want in zip(
+                ("keys", "their scales", "values", "their scales"), self.slabs[slab], self.laid_out(self.blocks[number])
+            ):
                 assert torch.equal(x[:, i].cpu(), want), f"block {number}: {name} differ"
 
 
@@ -336,21 +340,24 @@ def packed_attend(case: PackedCase, device: torch.device) -> None:
     for seed in range(3):
         heads = rng.choice([1, 2])
         rope = None if seed == 2 else rope_of(key_dim, layout, rotary)
-        # Keys that turn after they were packed must have kept pairs; a number of them that is odd needs a channel that does not turn.
+        # Keys that turn after they were packed must have kept pairs; an odd number needs a channel that does not turn.
         whole = raw and rope is not None
         sets = [channels_of(rng, heads, key_dim, kept, rope if whole else None) for _ in range(2)]
         plain = Blocks(heads, key_dim, value_dim, dtype, seed, device)
         packed = PackedBlocks(packing, sets, key_dim, value_dim, dtype, seed, device)
         held = Mixed(plain, packed)
         rows, queries = rng.choice([(1, 1), (2, 1), (1, 3)])
-        q = torch.randn(rows, queries, heads * group, key_dim, generator=torch.Generator().manual_seed(seed)).to(dtype).transpose(1, 2)
+        q = (
+            torch.randn(rows, queries, heads * group, key_dim, generator=torch.Generator().manual_seed(seed))
+            .to(dtype)
+            .transpose(1, 2)
+        )
         shifts = [rng.randint(-100, 100_000) for _ in range(3)]
         spans = random_spans(rng, rows * queries, len(plain.places) + len(packed.places), len(shifts), raw)
         spans = [
             [(b if b < len(plain.places) else PACKED + b - len(plain.places), *rest) for b, *rest in mine] for mine in spans
         ]  # fmt: skip
         softcap, factor, scale = rng.choice([None, 3.0]), rng.choice([1.0, 1.44]) if raw else 1.0, key_dim**-0.5
-        # The definition multiplies what rotates of the query, so dropped or not, channels are told by their number.
         out, lse, masses = defined(q, held, spans, rope, shifts, factor, scale, softcap, None)
         key_starts = torch.tensor([0, *(m.shape[1] for m in masses)]).cumsum(0)
         starts, table = flat(spans)

@@ -51,8 +51,8 @@ class GraphDecoder:
 
     Raises:
         StateError: if the stream has seen nothing yet, or verifies candidates.
-        UnsupportedError: for another backend, a memory read by top-k, SirLLM's published score, or layers with caches of their own; at
-            the first token, for a policy that packs by queries, of which the prompt had too few.
+        UnsupportedError: for another backend, a memory read by top-k, SirLLM's published score, or layers with caches of their own;
+            at the first token, for a policy that packs by queries, of which the prompt had too few.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -143,8 +143,8 @@ class GraphDecoder:
         for row in range(planner.num_rows):
             if not planner.num_packed(row):
                 raise UnsupportedError(
-                    f"row {row} has not chosen its channels yet, and a graph does not show the queries that choose them; read a prompt "
-                    f"of at least {packer.role.observe} tokens and more than {packer.role.recent}, or decode it without a graph"
+                    f"row {row} has not chosen its channels yet, and a graph does not show the queries that choose them; read a "
+                    f"prompt of at least {packer.role.observe} tokens and more than {packer.role.recent}, or decode it without one"
                 )
 
     def _run(self, step: Step) -> None:

@@ -70,7 +70,9 @@ def packed_modules() -> list[tuple[Module, int]]:
 
 
 @pytest.mark.parametrize(
-    ("module", "arch"), [*attend_modules(), *packed_modules()], ids=lambda x: x.expressions[0] if isinstance(x, Module) else f"sm_{x}"
+    ("module", "arch"),
+    [*attend_modules(), *packed_modules()],
+    ids=lambda x: x.expressions[0] if isinstance(x, Module) else f"sm_{x}",
 )
 def test_attend_compiles_without_spills(module: Module, arch: int) -> None:
     (found,) = build(module, arch).values()
@@ -87,7 +89,9 @@ def other_modules() -> list[Module]:
         Module("append.cu", tuple(f"append<{s}>" for s in sized)),
         Module("carry.cu", ("carry",)),
         *(
-            Module(f"{stem}.cu", tuple(f"{stem}<{a}, {key}, {value}, {thin}>" for key in (0, 4) for value in (0, 2) for thin in flags))
+            Module(
+                f"{stem}.cu", tuple(f"{stem}<{a}, {key}, {value}, {thin}>" for key in (0, 4) for value in (0, 2) for thin in flags)
+            )
             for stem in ("pack", "unpack")
             for a in names
         ),

@@ -79,7 +79,11 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
     with pytest.raises(ShapeError, match="capacity"):
         kernels.append(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), held.table, spans, starts, 1)
     packed = PackedBlocks(Packing(8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 16, torch.float32, 0)
-    for k, v in ((torch.zeros(2, 3, 16), torch.zeros(2, 4, 16)), (torch.zeros(2, 3, 8), None), (torch.zeros(2, 3, 16).half(), None)):
+    for k, v in (
+        (torch.zeros(2, 3, 16), torch.zeros(2, 4, 16)),
+        (torch.zeros(2, 3, 8), None),
+        (torch.zeros(2, 3, 16).half(), None),
+    ):
         if v is None:
             k = k[:, :, :7]
         with pytest.raises(ShapeError):

@@ -10,7 +10,6 @@ import emulator
 import kvsieve
 import numpy as np
 import pytest
-import tiny
 import torch
 from backend_cases import PACKINGS, close
 from drive import Layer
@@ -113,9 +112,7 @@ def test_single_channels_cannot_turn() -> None:
         layer.feed(q[:, :, 100:], k[:, :, 100:], k[:, :, 100:], scores=[np.zeros(1, np.float32)])
 
 
-def test_recorded_launches_read_what_was_packed_meanwhile(
-    launcher: emulator.Emulator, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_recorded_launches_read_what_was_packed_meanwhile(launcher: emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
     """The same launches and addresses, while plain blocks empty into packed ones between them."""
     layers = [Layer(name, kvsieve.Full(), scale=0.25) for name in ("cuda", "reference")]
     tested, exact = layers

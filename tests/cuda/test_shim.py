@@ -74,7 +74,11 @@ packed_tokens_once = case_of(lambda: kernel_cases.packed_tokens(*kernel_cases.PA
 CASES = [
     *(("attend.cu", r"__syncthreads\(\);", which, attend_once) for which in (0, 1, 2, 4, 5)),
     ("attend.cu", r"__syncthreads\(\);", 3, packed_attend_once),
-    *((f"{file}.cu", r"__syncthreads\(\);", which, packed_tokens_once) for file, n in (("pack", 1), ("unpack", 2), ("carry", 2)) for which in range(n)),
+    *(
+        (f"{file}.cu", r"__syncthreads\(\);", which, packed_tokens_once)
+        for file, n in (("pack", 1), ("unpack", 2), ("carry", 2))
+        for which in range(n)
+    ),
     ("attend.cu", r"__syncwarp\(\);", 0, attend_once),
     ("attend.cu", r"kv_wait<0>\(\);", 0, attend_once),
     *(("move.cu", r"__syncthreads\(\);", which, move_once) for which in range(2)),

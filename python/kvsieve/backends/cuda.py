@@ -396,7 +396,7 @@ class PackedStore:
         return all(channels.keeps_pairs_of(rope) for channels in set(self._channels.values()))
 
     def pack(self, source: torch.Tensor, moves: npt.NDArray[np.int32], thin: bool = False) -> None:
-        """Store tokens of ``source``, a table of plain blocks, in blocks that have memory; ``moves`` into one block keep their order."""
+        """Store tokens of ``source``, a table of plain blocks, in blocks with memory. Moves into one block keep their order."""
         order = np.argsort(moves[:, 1], kind="stable")
         moves = moves[order]
         starts = np.flatnonzero(np.diff(moves[:, 1], prepend=-1, append=-1)).astype(np.int32)
@@ -448,10 +448,8 @@ class PackedChannels:
         return self._legal[rope]
 
 
-def _dense_blocks(
-    k: torch.Tensor, v: torch.Tensor | None, at: npt.NDArray[np.int64], device: torch.device
-) -> torch.Tensor:
-    """A table in which tokens from ``at[i]`` on of contiguous ``k`` and ``v`` ``[heads, tokens, channels]`` are plain block ``i``."""
+def _dense_blocks(k: torch.Tensor, v: torch.Tensor | None, at: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A table whose plain block ``i`` are the tokens from ``at[i]`` on of contiguous ``k``, ``v`` ``[heads, tokens, channels]``."""
     rows = np.zeros((len(at), 4), np.int64)
     rows[:, 0] = k.data_ptr() + at * k.shape[2] * k.element_size()
     rows[:, 1] = 0 if v is None else v.data_ptr() + at * v.shape[2] * v.element_size()
@@ -609,7 +607,9 @@ class CudaStore:
             turns = buffer.turns(self._backend.same(rope), frequencies)
         packed = self._packed
         if packed is not None and raw and rope is not None and not packed.keeps_pairs_of(rope):
-            raise UnsupportedError("keys that lost single channels of a rotary pair cannot be rotated; keep pairs, or the rotated frame")
+            raise UnsupportedError(
+                "keys that lost single channels of a rotary pair cannot be rotated; keep pairs, or the rotated frame"
+            )
         bits = None if packed is None else (packed.format.key_bits, packed.format.value_bits)
         return kernels.run_attend(
             q if q.stride(-1) == 1 else q.contiguous(),

@@ -172,7 +172,7 @@ def heads_of(group: int, key_dim: int) -> tuple[int, int]:
 def attend_module(
     dtype: torch.dtype, key_dim: int, value_dim: int, group: int, raw: bool, bits: tuple[int, int] | None = None
 ) -> Module:
-    """The instantiation of `attend` for these sizes, and for packed blocks of ``bits`` (of key and value codes), if there are any."""
+    """The instantiation of `attend` for these sizes, and for packed blocks of ``bits`` (of key and value codes), if any."""
     heads, subsets = heads_of(group, key_dim)
     return _module("attend", "attend", dtype, key_dim, value_dim, heads, subsets, raw, *(bits or ()))
 
@@ -246,8 +246,8 @@ class Format(NamedTuple):
 
 
 PACKED_COLUMNS = 8
-"""Integers of a packed block in its table: addresses of keys, their scales, values, their scales, channels; tokens between heads; two
-to fill up."""
+"""Integers of a packed block in its table: addresses of keys, their scales, values, their scales, channels; tokens between heads;
+two to fill up."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------- operations
@@ -323,8 +323,8 @@ def _(k: Any, v: Any, blocks: Any, appends: Any, counts: Any, tokens: int) -> No
 
 @_operation(
     "attend(Tensor q, Tensor blocks, Tensor starts, Tensor spans, Tensor? turns, Tensor? in_block, int kv_heads, int value_dim, "
-    "int splits, float scale, float softcap, int layout, float factor, bool raw, Tensor? sinks, Tensor? key_starts, int total_keys, "
-    "Tensor? packed=None, int[]? format=None) -> (Tensor, Tensor, Tensor)"
+    "int splits, float scale, float softcap, int layout, float factor, bool raw, Tensor? sinks, Tensor? key_starts, int total_keys,"
+    " Tensor? packed=None, int[]? format=None) -> (Tensor, Tensor, Tensor)"
 )
 def attend(
     q: torch.Tensor,
@@ -631,8 +631,8 @@ def _(blocks: Any, moves: Any, kv_heads: int, key_dim: int, value_dim: int, dtyp
 
 
 @_operation(
-    "pack(Tensor blocks, Tensor(a!) packed, Tensor moves, Tensor starts, int kv_heads, int key_dim, int value_dim, ScalarType dtype, "
-    "int[] format, bool thin) -> ()"
+    "pack(Tensor blocks, Tensor(a!) packed, Tensor moves, Tensor starts, int kv_heads, int key_dim, int value_dim, "
+    "ScalarType dtype, int[] format, bool thin) -> ()"
 )
 def pack(
     blocks: torch.Tensor,
@@ -650,8 +650,8 @@ def pack(
 
     Args:
         blocks: int64 ``[n, 4]``, as for :func:`append`; packed: int64 ``[m, 8]``, where packed blocks lie.
-        moves: int32 ``[k, 4]`` (from, to, from_slot | to_slot << 16, length), ``to`` counted from the first packed block, those into
-            one block together and in their order; starts: int32 ``[blocks + 1]``, where each block's begin.
+        moves: int32 ``[k, 4]`` (from, to, from_slot | to_slot << 16, length), ``to`` counted from the first packed block, those
+            into one block together and in their order; starts: int32 ``[blocks + 1]``, where each block's begin.
         dtype: of the layer; format: the four integers of a :class:`Format`.
         thin: whether ``blocks`` are float32 rows of kept channels alone, without values.
     """
@@ -685,7 +685,8 @@ def _(
 
 
 @_operation(
-    "unpack(Tensor packed, Tensor runs, Tensor(a!) k, Tensor(b!)? v, int key_dim, int value_dim, ScalarType dtype, int[] format) -> ()"
+    "unpack(Tensor packed, Tensor runs, Tensor(a!) k, Tensor(b!)? v, int key_dim, int value_dim, ScalarType dtype, int[] format)"
+    " -> ()"
 )
 def unpack(
     packed: torch.Tensor,

@@ -231,7 +231,9 @@ class ReferenceStore:
         table = moves.tuples()
         for _, _, to, _, _ in table:
             self._make(to, chosen)
-        self._put(table, [(self._k[block, :, slot : slot + n], self._v[block, :, slot : slot + n]) for block, slot, _, _, n in table])
+        self._put(
+            table, [(self._k[block, :, slot : slot + n], self._v[block, :, slot : slot + n]) for block, slot, _, _, n in table]
+        )
 
     def channels(self, block: int) -> Channels:
         return self._packed[block].channels
