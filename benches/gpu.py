@@ -316,10 +316,89 @@ def raw_error(b: Bench, held: Dense) -> float:
     return float((held.out.float() - want).norm() / want.norm())
 
 
+def packed(b: Bench) -> dict[str, Any]:
+    """Decode attention of one layer over packed tokens, against the same tokens as they came."""
+    import torch
+    from kvsieve.thin import Packing, kept
+
+    length = 300 if b.dry else 64 << 10
+    group = 16 if b.dry else 32
+    whole = b.dim
+    formats: dict[str, tuple[Packing, bool]] = {
+        "plain": (Packing(whole), False),
+        "thin 0.5": (Packing(kept(whole, 0.5, "pairs")), False),
+        "thin 0.4": (Packing(kept(whole, 0.4, "pairs")), False),
+        "8 bits": (Packing(whole, 8, 8, group), False),
+        "4 bits": (Packing(whole, 4, 4, group), False),
+        "2 bits": (Packing(whole, 2, 2, group), False),
+        "thin 0.5, 4 bits": (Packing(kept(whole, 0.5, "pairs"), 4, 4, group), False),
+        "plain, raw": (Packing(whole), True),
+        "thin 0.5, raw": (Packing(kept(whole, 0.5, "pairs")), True),
+        "4 bits, raw": (Packing(whole, 4, 4, group), True),
+    }
+    rows: dict[str, Any] = {"length": length, "of": b.dim}
+    for name, (packing, raw) in formats.items():
+        with caught(rows, name):
+            held = Dense(b, length, raw)
+            if not name.startswith("plain"):
+                pack_all(b, held, packing)
+            rows[name] = packed_row(b, held, raw)
+            base = rows.get("plain, raw" if raw else "plain", {}).get("us")
+            if base:
+                rows[name]["times_as_fast_as_plain"] = round(base / rows[name]["us"], 3)
+        if not b.dry:
+            torch.cuda.empty_cache()
+    return rows
+
+
+def pack_all(b: Bench, held: Dense, packing: Any) -> None:
+    """Pack all but the newest 64 tokens, and plan the next one."""
+    import torch
+    from kvsieve import thin
+
+    queries = torch.randn(b.heads, 32, b.dim)
+    keys = held.stores[0].read(held.runs[:2])[0].cpu()
+    channels = thin.choose(queries, keys, packing.key_kept, "pairs", rope(b.dim))
+    moves = held.planner.pack(0, (held.length - 64) // 64 * 64, 64)
+    in_use, packed_in_use = held.planner.blocks_in_use(), held.planner.packed_in_use()
+    for store in held.stores:
+        store.set_packing(packing)
+        store.pack(moves, channels)
+        store.free_unused(in_use, packed_in_use)
+    held.step = held.planner.begin([1], 1, True, False)
+    for store in held.stores:
+        held.out = store.run(held.q, held.k, held.v, held.step, held.call)
+    held.planner.commit()
+    held.runs = held.planner.runs(0, 0)
+
+
+def packed_row(b: Bench, held: Dense, raw: bool) -> dict[str, Any]:
+    """Error against attention over what is stored, read back at full width; then the time."""
+    store = held.stores[-1]
+    k, v = (x.float() for x in store.read(held.runs))
+    q = held.q[0].float()
+    if raw:
+        import torch
+
+        turn, at = rope(b.dim), torch.arange(k.shape[1], device=b.device)
+        k, q = turn.rotate(k, at), turn.rotate(q, at[-1:])
+    from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+    want = sdpa(q[None], k[None], v[None], enable_gqa=True).transpose(1, 2)
+    error = float((held.out.float() - want).norm() / want.norm())
+    assert error < 2e-2, f"{error:.3f} off"
+    taken = b.microseconds(held.attend)
+    size = store.bytes_held
+    return {**taken, "bytes": size, "gb_per_s": round(size / taken["us"] / 1e3, 1), "relative_error": error}
+
+
 def operations(b: Bench) -> dict[str, Any]:
     """The other kernels, once each in a size that decoding with a budget of 4,096 meets."""
     import torch
     from kvsieve.backends import kernels
+    from kvsieve.backends.cuda import Runs
+    from kvsieve.backends.parts import columns
+    from kvsieve.thin import Packing
 
     held = Dense(b, b.budget, raw=True)
     store, frequencies = held.stores[0], rope(b.dim).inv_freq.to(b.device)
@@ -329,6 +408,12 @@ def operations(b: Bench) -> dict[str, Any]:
     k, _ = kernels.gather(table, runs, b.budget, b.kv_heads, b.dim, b.dim, b.dtype)
     at, turned = torch.arange(b.budget, device=b.device), torch.empty(b.budget, b.dim, device=b.device)
     logits = torch.randn(1, 500 if b.dry else 128256, device=b.device).to(b.dtype)
+    mine = Dense(b, b.budget, raw=False)
+    pack_all(b, mine, Packing(b.dim, 4, 4, 16 if b.dry else 32))
+    codes, half = mine.stores[0], b.budget // 128
+    again = torch.tensor([[i, i, 0, 64] for i in range(half)], dtype=torch.int32, device=b.device)
+    each, read_runs = torch.arange(half + 1, dtype=torch.int32, device=b.device), Runs(columns(mine.runs), b.device)
+    packing = codes._packed.format
     scores = torch.randn(b.heads, 1000 if b.dry else 131072, device=b.device)
     token = torch.tensor([7], device=b.device)
     part = torch.randn(1, b.heads, 49, b.dim, device=b.device)
@@ -338,6 +423,10 @@ def operations(b: Bench) -> dict[str, Any]:
         f"attend, {b.budget} raw keys": held.attend,
         "merge, 49 parts": lambda i: kernels.merge(part, part[..., 0].contiguous(), None, b.dtype),
         f"move, {len(moves)} of 63 tokens": lambda i: kernels.move(table, moves, *sizes),
+        f"pack to 4 bits, {64 * half} tokens": lambda i: kernels.pack(
+            table, codes._packed.table.tensor, again, each, *sizes, packing, False
+        ),
+        f"read back from 4 bits, {b.budget} tokens": lambda i: codes._read(read_runs),
         f"gather, {b.budget} tokens": lambda i: kernels.gather(table, runs, b.budget, *sizes),
         f"rotate, {b.budget} tokens": lambda i: kernels.rotate(k, at, frequencies, 1),
         f"turns, {b.budget} positions": lambda i: kernels.turns(at, None, frequencies, turned),
@@ -397,9 +486,11 @@ def whole_token(b: Bench) -> dict[str, Any]:
         "StreamingLLM": kvsieve.StreamingLLM(budget),
         "LMInfinite": kvsieve.LMInfinite(budget - 4, sinks=4),
         "SirLLM": kvsieve.SirLLM(budget),
+        "ThinK": kvsieve.ThinK(0.5),
+        "Quantized": kvsieve.Quantized(4, group=16 if b.dry else 32),
     }
     for name, policy in made.items():
-        bounded = name != "Full"
+        bounded = name in ("StreamingLLM", "LMInfinite", "SirLLM")
         for seen in b.lengths if bounded else b.lengths[:1] if b.dry else [8 << 10, 128 << 10]:
             if b.left < 30:
                 rows[f"{name} {seen}"] = {"error": "no time left"}
@@ -408,6 +499,8 @@ def whole_token(b: Bench) -> dict[str, Any]:
                 before = 0 if b.dry else torch.cuda.memory_allocated()
                 count = min(seen, budget) if bounded else seen
                 fill(b, stream, [*range(4), *range(seen - count + 4, seen)], seen)
+                if stream._engine.packer is not None:
+                    pack_filled(b, stream)
                 row = rows[f"{name} {seen}"] = {"resident": stream.stats().resident, "bytes_reported": stream.stats().bytes_held}
                 if not b.dry:
                     row["bytes_allocated"] = torch.cuda.memory_allocated() - before
@@ -426,7 +519,7 @@ def summary(rows: dict[str, Any], b: Bench) -> dict[str, Any]:
     found: dict[str, Any] = {}
     first, last, long = b.lengths[0], b.lengths[-1], b.lengths[0] if b.dry else 128 << 10
     stock = rows.get(f"transformers {long}", {}).get("us")
-    for name in ("Full", "StreamingLLM", "LMInfinite", "SirLLM"):
+    for name in ("Full", "StreamingLLM", "LMInfinite", "SirLLM", "ThinK", "Quantized"):
         times = {seen: rows.get(f"{name} {seen}", {}).get("graph_us") for seen in (first, last, long)}
         if times[first] and times[last]:
             found[f"{name}: time at {last} seen over {first}, graph"] = round(times[last] / times[first], 3)
@@ -476,6 +569,20 @@ def fill(b: Bench, stream: Any, positions: list[int], seen: int) -> None:
         store.write(engine.planner.runs(0, 0), k[0], v[0])
 
 
+def pack_filled(b: Bench, stream: Any) -> None:
+    """Pack what a filled stream holds, by random queries."""
+    import torch
+
+    engine = stream._engine
+    for layer in engine.facts.layers:
+        shape = (1, b.heads, engine.packer.role.observe or 1, b.dim)
+        engine.stores[layer.index].set_packing(engine.packer.packing[layer.index])
+        engine.packer.observe(layer.index, torch.randn(shape, device=b.device).to(b.dtype), [shape[2]], engine.planner)
+    engine.packer.commit(reading=True)
+    engine.pack(prompt_ended=True)
+    engine.free_unused()
+
+
 # -------------------------------------------------------------------------------------------------------------- running and telling
 
 
@@ -493,6 +600,7 @@ SECTIONS: list[tuple[str, Section]] = [
     ("copy", copy_bandwidth),
     ("parity", parity),
     ("attention", attention),
+    ("packed", packed),
     ("launches", launches),
     ("operations", operations),
     ("whole_token", whole_token),
@@ -544,6 +652,12 @@ def table(record: dict[str, Any]) -> str:
             cells = (row.get(name, {}) for name in ("kvsieve rotated", "kvsieve raw", "sdpa", "flex", "copy"))
             texts = (f"{c['us']:.1f} us, {c['gb_per_s']} GB/s" if "us" in c else "failed" for c in cells)
             lines.append(f"| {length} | {' | '.join(texts)} |")
+    lines += ["", "| packed | us | bytes | times as fast as plain |", "|---|---|---|---|"]
+    for name, row in record.get("packed", {}).items():
+        if isinstance(row, dict):
+            lines.append(
+                f"| {name} | {' | '.join(str(row.get(key, 'failed')) for key in ('us', 'bytes', 'times_as_fast_as_plain'))} |"
+            )
     lines += ["", "| operation | us |", "|---|---|"]
     lines += [
         f"| {name} | {row['us']:.1f} |"

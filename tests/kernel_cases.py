@@ -6,8 +6,11 @@ import random
 from typing import Any
 
 import torch
+from kvsieve._core import PACKED
 from kvsieve.backends import kernels, reference
+from kvsieve.backends.packing import PackedBlock
 from kvsieve.rope import LayerRope
+from kvsieve.thin import Channels, Packing
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
@@ -42,6 +45,110 @@ class Blocks:
         slab, i = self.places[block]
         k, v = self.slabs[slab]
         return k[:, 64 * i + lo : 64 * i + hi].cpu(), v[:, 64 * i + lo : 64 * i + hi].cpu()
+
+
+def channels_of(rng: random.Random, heads: int, dim: int, kept: int, rope: LayerRope | None) -> Channels:
+    """Random channels: whole pairs of ``rope``, then others; single ones without. A few of those are stored as zero."""
+    rows, counts = [], []
+    for _ in range(heads):
+        if rope is None:
+            rows.append([c if rng.random() < 0.9 else -1 - c for c in rng.sample(range(dim), kept)])
+            counts.append(0)
+            continue
+        half, rest = rope.rotary_dim // 2, dim - rope.rotary_dim
+        pairs = rng.randint(-(-max(kept - rest, 0) // 2), min(kept // 2, half))
+        mine = sorted(rng.sample(range(half), pairs))
+        first, second = (
+            (mine, [c + half for c in mine]) if rope.layout == "half" else ([2 * c for c in mine], [2 * c + 1 for c in mine])
+        )
+        rows.append(first + second + sorted(rng.sample(range(rope.rotary_dim, dim), kept - 2 * pairs)))
+        counts.append(pairs)
+    return Channels(torch.tensor(rows), tuple(counts))
+
+
+class PackedBlocks:
+    """Packed blocks of random tokens in two slabs, their table, and the same blocks as the specification has them."""
+
+    def __init__(
+        self,
+        packing: Packing,
+        sets: list[Channels],
+        key_dim: int,
+        value_dim: int,
+        dtype: torch.dtype,
+        seed: int,
+        device: torch.device | str = "cpu",
+        sizes: tuple[int, ...] = (3, 2),
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        heads = sets[0].index.shape[0]
+        self.heads, self.dims, self.dtype, self.packing = heads, (key_dim, value_dim), dtype, packing
+        self.format = kernels.Format(packing.key_kept, packing.key_bits, packing.value_bits, packing.group)
+        self.places = [(slab, i) for slab, n in enumerate(sizes) for i in range(n)]
+        self.blocks, self.sets = [], []
+        for number in range(len(self.places)):
+            k, v = ((torch.randn(heads, 64, d, generator=generator) * 3).to(dtype) for d in self.dims)
+            chosen = sets[number % len(sets)]
+            block = PackedBlock.empty(packing, chosen, k[None], v[None])
+            block.write(0, k, v)
+            self.blocks.append(block)
+            held = torch.zeros(heads, 1 + self.format.wide(dtype), dtype=torch.int16)
+            held[:, 0], held[:, 1 : 1 + packing.key_kept] = torch.tensor(chosen.pairs), chosen.index
+            self.sets.append(held.to(device))
+        self.slabs = []
+        for slab, n in enumerate(sizes):
+            mine = [self.laid_out(block) for block, (s, _) in zip(self.blocks, self.places) if s == slab]
+            self.slabs.append([torch.stack(x, 1).contiguous().to(device) for x in zip(*mine)])  # [heads, blocks, bytes]
+            assert len(mine) == n
+        rows = []
+        for number, (slab, i) in enumerate(self.places):
+            addresses = [x.data_ptr() + i * x.shape[2] for x in self.slabs[slab]]
+            rows.append([*addresses, self.sets[number].data_ptr(), 64 * sizes[slab], 0, 0])
+        self.table = torch.tensor(rows, dtype=torch.int64, device=device)
+
+    def laid_out(self, block: PackedBlock) -> list[torch.Tensor]:
+        """A block's bytes as packed.cuh has them: keys, their scales, values, their scales; uint8 ``[heads, n]`` each."""
+        wide = self.format.wide(self.dtype)
+
+        def rows(x: torch.Tensor, bits: int, width: int) -> torch.Tensor:
+            padded = torch.cat([x, x.new_zeros(*x.shape[:-1], width - x.shape[-1])], -1)
+            if not bits:
+                return padded.contiguous().view(torch.uint8).flatten(1)
+            codes = padded.unflatten(-1, (-1, 8 // bits)).int() << (torch.arange(8 // bits) * bits)
+            return codes.sum(-1).to(torch.uint8).flatten(1)
+
+        def scales(pair: Any, width: int, of_keys: bool) -> torch.Tensor:
+            if pair is None:
+                return torch.zeros(self.heads, 0, dtype=torch.uint8)
+            both = torch.stack([x.squeeze(2 if of_keys else 3) for x in pair], 2)
+            both = torch.cat([both, both.new_zeros(*both.shape[:-1], width - both.shape[-1])], -1)
+            return both.contiguous().view(torch.uint8).flatten(1)
+
+        keys = rows(block.keys, self.packing.key_bits, wide), scales(block.key_scales, wide, True)
+        shares = self.dims[1] // self.packing.group if self.packing.value_bits else 0
+        values = rows(block.values, self.packing.value_bits, self.dims[1]), scales(block.value_scales, shares, False)
+        return [*keys, *values]
+
+    def read(self, block: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.blocks[block].read(lo, hi, self.dims[0])
+
+    def check(self) -> None:
+        """Every byte is what the specification's blocks hold."""
+        for number, (slab, i) in enumerate(self.places):
+            for name, x, want in zip(
+                ("keys", "their scales", "values", "their scales"), self.slabs[slab], self.laid_out(self.blocks[number])
+            ):
+                assert torch.equal(x[:, i].cpu(), want), f"block {number}: {name} differ"
+
+
+class Mixed:
+    """Plain blocks, and packed ones from PACKED on."""
+
+    def __init__(self, plain: Blocks, packed: PackedBlocks) -> None:
+        self.plain, self.packed, self.heads, self.dims = plain, packed, plain.heads, plain.dims
+
+    def read(self, block: int, lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.packed.read(block - PACKED, lo, hi) if block >= PACKED else self.plain.read(block, lo, hi)
 
 
 def rope_of(dim: int, layout: Any, rotary: int | None = None, factor: float = 1.0) -> LayerRope:
@@ -206,6 +313,152 @@ def attend(case: Case, device: torch.device) -> None:
             close(got[2], torch.cat(masses, 1), 1e-5)
 
 
+PackedCase = tuple[torch.dtype, int, int, int, str, int, bool, int, int, int, int]
+"""As :data:`Case`, then kept channels, bits of keys, of values, and the group."""
+
+PACKED_CASES: list[PackedCase] = [
+    (torch.float32, 16, 16, 2, "half", 16, False, 8, 0, 0, 16),
+    (torch.float32, 16, 16, 3, "half", 16, True, 10, 0, 0, 16),
+    (torch.float32, 16, 16, 2, "interleaved", 8, True, 11, 4, 4, 8),
+    (torch.float32, 16, 32, 5, "half", 16, False, 16, 8, 2, 32),
+    (torch.float32, 16, 16, 9, "half", 16, False, 5, 2, 8, 8),
+    (torch.float32, 16, 16, 1, "half", 16, False, 7, 0, 4, 16),
+    (torch.bfloat16, 128, 128, 4, "half", 128, False, 64, 0, 0, 32),
+    (torch.bfloat16, 128, 128, 4, "half", 128, True, 78, 0, 0, 32),
+    (torch.bfloat16, 128, 128, 4, "half", 128, False, 128, 4, 4, 32),
+    (torch.float16, 64, 64, 1, "half", 32, True, 39, 2, 2, 64),
+    (torch.float16, 96, 64, 2, "half", 64, False, 96, 0, 0, 32),
+    (torch.bfloat16, 256, 256, 2, "half", 256, False, 200, 8, 8, 8),
+]
+
+
+def packed_attend(case: PackedCase, device: torch.device) -> None:
+    """As :func:`attend`, over plain and packed blocks of several sets of channels, mixed."""
+    dtype, key_dim, value_dim, group, layout, rotary, raw, kept, key_bits, value_bits, share = case
+    rng = random.Random(key_dim * 1000 + group + kept)
+    packing = Packing(kept, key_bits, value_bits, share)
+    for seed in range(3):
+        heads = rng.choice([1, 2])
+        rope = None if seed == 2 else rope_of(key_dim, layout, rotary)
+        # Keys that turn after they were packed must have kept pairs; an odd number needs a channel that does not turn.
+        whole = raw and rope is not None
+        sets = [channels_of(rng, heads, key_dim, kept, rope if whole else None) for _ in range(2)]
+        plain = Blocks(heads, key_dim, value_dim, dtype, seed, device)
+        packed = PackedBlocks(packing, sets, key_dim, value_dim, dtype, seed, device)
+        held = Mixed(plain, packed)
+        rows, queries = rng.choice([(1, 1), (2, 1), (1, 3)])
+        q = (
+            torch.randn(rows, queries, heads * group, key_dim, generator=torch.Generator().manual_seed(seed))
+            .to(dtype)
+            .transpose(1, 2)
+        )
+        shifts = [rng.randint(-100, 100_000) for _ in range(3)]
+        spans = random_spans(rng, rows * queries, len(plain.places) + len(packed.places), len(shifts), raw)
+        spans = [
+            [(b if b < len(plain.places) else PACKED + b - len(plain.places), *rest) for b, *rest in mine] for mine in spans
+        ]  # fmt: skip
+        softcap, factor, scale = rng.choice([None, 3.0]), rng.choice([1.0, 1.44]) if raw else 1.0, key_dim**-0.5
+        out, lse, masses = defined(q, held, spans, rope, shifts, factor, scale, softcap, None)
+        key_starts = torch.tensor([0, *(m.shape[1] for m in masses)]).cumsum(0)
+        starts, table = flat(spans)
+        got = kernels.attend(
+            q.to(device),
+            plain.table,
+            starts.to(device),
+            table.to(device),
+            None if rope is None else table_of(rope, shifts).to(device),
+            None if rope is None else table_of(rope, list(range(64))).to(device),
+            heads,
+            value_dim,
+            rng.choice([1, 2, 5]),
+            scale,
+            softcap or 0.0,
+            0 if rope is None else kernels.LAYOUTS[layout],
+            factor if rope is not None else 1.0,
+            raw,
+            None,
+            key_starts.to(device),
+            int(key_starts[-1]),
+            packed.table,
+            packed.format,
+        )
+        close(got[0], out, max(TOLERANCE[dtype], 5e-6))
+        found = got[1].cpu().double()
+        assert torch.equal(found == -torch.inf, lse == -torch.inf)
+        seen = lse > -torch.inf
+        torch.testing.assert_close(found[seen], lse[seen], atol=1e-4, rtol=1e-5)
+        close(got[2], torch.cat(masses, 1), 5e-5)
+
+
+def packed_tokens(dtype: torch.dtype, key_bits: int, value_bits: int, group: int, kept: int, device: torch.device) -> None:
+    """Packing, reading back and carrying give the specification's bytes, all of them."""
+    rng = random.Random(kept)
+    key_dim, value_dim, heads = 24, 32, 2
+    packing = Packing(kept, key_bits, value_bits, group)
+    sets = [channels_of(rng, heads, key_dim, kept, None)]
+    plain = Blocks(heads, key_dim, value_dim, dtype, 1, device)
+    packed = PackedBlocks(packing, sets, key_dim, value_dim, dtype, 2, device)
+    spoilt = {0: torch.nan, 1: torch.inf, 2: 0.0, 3: 7e4, 4: 1e-9}
+    for block, value in spoilt.items():
+        slab, i = plain.places[block]
+        for x in plain.slabs[slab]:
+            x[0, 64 * i + 9, 3] = value if dtype != torch.float16 or abs(value) < 6e4 else 6.5e4
+    packed.check()
+    moves: list[list[int]] = []
+    for to in range(len(packed.blocks)):
+        slot = rng.choice([0, 0, 5, 16])
+        while slot < 64:
+            run, pieces = rng.choice([1, 2, 3]), []
+            for _ in range(run):
+                length = min(rng.randint(1, 40), 64 - slot)
+                if length:
+                    block, start = rng.randrange(7), rng.randint(0, 64 - length)
+                    moves.append([block, to, start | slot << 16, length])
+                    pieces.append(plain.read(block, start, start + length))
+                    slot += length
+            k, v = (torch.cat(x, 1) for x in zip(*pieces))
+            packed.blocks[to].write(slot - k.shape[1], k, v)
+            slot += rng.choice([3, 20])
+    starts = [i for i, m in enumerate(moves) if i == 0 or moves[i - 1][1] != m[1]] + [len(moves)]
+    up = (torch.tensor(x, dtype=torch.int32).to(device) for x in (moves, starts))
+    kernels.pack(plain.table, packed.table, *up, heads, key_dim, value_dim, dtype, packed.format, False)
+    packed.check()
+
+    runs = [[4, 3, 64, 0], [0, 0, 1, 61], [2, 10, 10, 62], [1, 0, 30, 62]]
+    k, v = (torch.full((heads, 92, d), 9.0, dtype=dtype, device=device) for d in (key_dim, value_dim))
+    kernels.unpack(packed.table, torch.tensor(runs, dtype=torch.int32).to(device), k, v, key_dim, value_dim, dtype, packed.format)
+    want = [torch.cat([packed.read(b, lo, hi)[i] for b, lo, hi, _ in runs], 1).to(dtype) for i in range(2)]
+    for got, exact in zip((k.cpu(), v.cpu()), want):
+        torch.testing.assert_close(got, exact, rtol=0, atol=0, equal_nan=True)
+
+    moves = []
+    for _ in range(20):
+        length = rng.randint(1, 64)
+        a, b = rng.randint(0, 64 - length), rng.randint(0, 64 - length)
+        block, to = rng.choice([(1, 1), (rng.randrange(5), rng.randrange(5))])
+        moves.append([block, to, a | b << 16, length])
+        parts = [(x.values, y.values) for x, y in [(packed.blocks[block], packed.blocks[to])]]
+        if not key_bits:
+            parts.append((packed.blocks[block].keys, packed.blocks[to].keys))
+        if value_bits:
+            parts += list(zip(packed.blocks[block].value_scales or (), packed.blocks[to].value_scales or ()))
+        for source, target in parts:
+            target[:, b : b + length] = source[:, a : a + length].clone()
+    kernels.carry(packed.table, torch.tensor(moves, dtype=torch.int32).to(device), heads, value_dim, dtype, packed.format)
+    packed.check()
+
+
+PACKED_TOKENS = [
+    (torch.float32, 0, 0, 32, 11),
+    (torch.bfloat16, 0, 0, 32, 24),
+    (torch.bfloat16, 4, 4, 16, 13),
+    (torch.float32, 2, 8, 8, 9),
+    (torch.float16, 8, 2, 32, 20),
+    (torch.float32, 0, 4, 32, 24),
+    (torch.bfloat16, 2, 0, 64, 16),
+]
+
+
 def nan_is_seen(where: str, slot: int, device: torch.device) -> None:
     """A nan in a slot that is read shows; in another it does not."""
     held = Blocks(1, 16, 16, torch.float32, 0, device)
@@ -353,4 +606,5 @@ def every(device: torch.device) -> dict[str, Any]:
         **{f"rotate-{a[0]}-{a[1]}": lambda a=a: rotate(*a, device) for a in layouts},
         **{f"surprisal-{d}": lambda d=d: surprisal(d, device) for d in (torch.float32, torch.bfloat16)},
         "top_k": lambda: top_k(device),
+        **{f"packed-{'-'.join(map(str, a))}": lambda a=a: packed_tokens(*a, device) for a in PACKED_TOKENS},
     }

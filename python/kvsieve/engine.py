@@ -282,6 +282,8 @@ class Engine:
         self.planner.commit()
         self._step, self._undo = None, []
         self._whole_model, self._ids = False, None
+        if self.packer is not None:
+            self.packer.commit(reading=False)
 
     def _valid(self, mask: torch.Tensor | None, batch: int, width: int) -> list[int]:
         """Real tokens among the new columns of each row; they must be the last ones."""

@@ -1,8 +1,8 @@
 """Decoding under a CUDA graph: one token of every row at a time, the whole forward one launch.
 
 What the policy decides still changes from step to step; what the forward launches does not. So the graph is captured once, and
-before each replay the host plans the step and uploads it to where the kernels look. After the replay it commits and lets go,
-outside the graph. The graph is captured anew when a buffer that it has built in had to grow.
+before each replay the host plans the step, packs what has settled, and uploads both to where the kernels look. After the replay it
+commits and lets go, outside the graph. The graph is captured anew when a buffer that it has built in had to grow.
 
 The host never waits for the step that runs: a score-based policy's one float per token is read a step later, from pinned memory.
 """
@@ -52,7 +52,7 @@ class GraphDecoder:
     Raises:
         StateError: if the stream has seen nothing yet, or verifies candidates.
         UnsupportedError: for another backend, a memory read by top-k, a rule per head, SirLLM's published score, or layers with
-            caches of their own.
+            caches of their own; at the first token, for a policy that packs by queries, of which the prompt had too few.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -95,6 +95,7 @@ class GraphDecoder:
         self._score()
         plan = engine.open([1] * engine.num_rows, 1)
         try:
+            self._check_packed()
             self._run(plan)
         except BaseException:
             engine.rollback()
@@ -135,6 +136,18 @@ class GraphDecoder:
         self._engine.settle(force=False)
 
     # ------------------------------------------------------------------------------------------------------------------ internals
+
+    def _check_packed(self) -> None:
+        """A replay hands no queries to the host, so what they choose must have been chosen."""
+        packer, planner = self._engine.packer, self._engine.planner
+        if packer is None or not packer.role.observe:
+            return
+        for row in range(planner.num_rows):
+            if not planner.num_packed(row):
+                raise UnsupportedError(
+                    f"row {row} has not chosen its channels yet, and a graph does not show the queries that choose them; read a "
+                    f"prompt of at least {packer.role.observe} tokens and more than {packer.role.recent}, or decode it without one"
+                )
 
     def _run(self, step: Step) -> None:
         for store in self._stores:

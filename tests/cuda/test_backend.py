@@ -129,7 +129,7 @@ def test_bytes_reported_are_bytes_held_and_given_back(launcher: emulator.Emulato
     layer.planner.reset()
     layer.store.free_unused(layer.planner.blocks_in_use(), layer.planner.packed_in_use())
     assert layer.store.bytes_held == 0
-    assert not layer.store._host.any()
+    assert not layer.store._table.host.any()
 
 
 def test_probabilities_of_keys(launcher: emulator.Emulator) -> None:

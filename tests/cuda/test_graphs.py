@@ -29,6 +29,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
             with pytest.MonkeyPatch.context() as patched:
                 patched.setattr(cuda.StepBuffer, "fill", refuse)
                 patched.setattr(cuda.CudaStore, "reserve", refuse)
+                patched.setattr(cuda.PackedStore, "reserve", refuse)
                 patched.setattr(cuda, "_upload", refuse)
                 run()
 
@@ -48,6 +49,23 @@ POLICIES = [name for name in tiny.POLICIES if name not in ("lm_infinite_middle",
 @pytest.mark.parametrize("policy", POLICIES)
 def test_the_same_tokens_as_without_a_graph(policy: str) -> None:
     backend_cases.graph(policy, torch.device("cpu"), 80)
+
+
+@pytest.mark.parametrize("policy", list(backend_cases.PACKINGS))
+def test_packed_streams_under_a_graph(policy: str) -> None:
+    backend_cases.graph(policy, torch.device("cpu"), 60)
+
+
+def test_a_graph_needs_channels_that_were_chosen() -> None:
+    """The queries of a replay never reach the host, so it must not be they that choose."""
+    with kvsieve.stream(tiny.model(), kvsieve.ThinK(0.5, recent=8, observe=30, flush_every=4), "cuda") as stream:
+        stream.feed(tiny.ids(1, 20))
+        decoder = GraphDecoder(stream)
+        with pytest.raises(UnsupportedError, match="at least 30 tokens"):
+            decoder.step(tiny.ids(1, 1))
+        assert stream.seen == 20
+        stream.feed(tiny.ids(1, 20))
+        assert decoder.step(tiny.ids(1, 1)).shape == (1, tiny.VOCAB)
 
 
 def test_what_a_graph_cannot_hold_is_refused() -> None:

@@ -56,8 +56,23 @@ def attend_modules() -> list[tuple[Module, int]]:
     return out
 
 
+def packed_modules() -> list[tuple[Module, int]]:
+    """`attend` over packed blocks: every pair of bits once, and the common ones for every size, frame and kind of group."""
+    bf16, out = torch.bfloat16, []
+    for bits in ((a, b) for a in (0, 2, 4, 8) for b in (0, 2, 4, 8)):
+        out.append((kernels.attend_module(bf16, 128, 128, 4, False, bits), 90))
+    for bits in ((0, 0), (4, 4)):
+        for raw in (False, True):
+            out += [(kernels.attend_module(bf16, 128, 128, group, raw, bits), 90) for group in (1, 8, 16)]
+            out += [(kernels.attend_module(dtype, 128, 128, 4, raw, bits), 80) for dtype in kernels.DTYPES]
+            out += [(kernels.attend_module(bf16, dim, dim, 4, raw, bits), 90) for dim in (64, 256)]
+    return out
+
+
 @pytest.mark.parametrize(
-    ("module", "arch"), attend_modules(), ids=lambda x: x.expressions[0] if isinstance(x, Module) else f"sm_{x}"
+    ("module", "arch"),
+    [*attend_modules(), *packed_modules()],
+    ids=lambda x: x.expressions[0] if isinstance(x, Module) else f"sm_{x}",
 )
 def test_attend_compiles_without_spills(module: Module, arch: int) -> None:
     (found,) = build(module, arch).values()
@@ -68,12 +83,20 @@ def test_attend_compiles_without_spills(module: Module, arch: int) -> None:
 
 
 def other_modules() -> list[Module]:
-    names = list(kernels.DTYPES.values())
+    names, flags = list(kernels.DTYPES.values()), ("false", "true")
     sized = [f"{name}, {dim}, {dim}" for name in names for dim in DIMS]
     return [
         Module("append.cu", tuple(f"append<{s}>" for s in sized)),
+        Module("carry.cu", ("carry",)),
+        *(
+            Module(
+                f"{stem}.cu", tuple(f"{stem}<{a}, {key}, {value}, {thin}>" for key in (0, 4) for value in (0, 2) for thin in flags)
+            )
+            for stem in ("pack", "unpack")
+            for a in names
+        ),
         Module("move.cu", tuple(f"move<{s}>" for s in sized)),
-        Module("gather.cu", tuple(f"gather<{s}, {back}>" for s in sized for back in ("false", "true"))),
+        Module("gather.cu", tuple(f"gather<{s}, {back}>" for s in sized for back in flags)),
         Module("merge.cu", ("mass", *(f"merge<{name}, {dim}>" for name in names for dim in DIMS))),
         Module("rotate.cu", ("turns", *(f"rotate<{a}, {b}>" for a in names for b in {a, "float"}))),
         Module("surprisal.cu", tuple(f"surprisal<{name}>" for name in names)),

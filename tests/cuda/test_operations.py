@@ -9,9 +9,10 @@ import emulator
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import CASES, Blocks, rope_of, table_of
+from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, rope_of, table_of
 from kvsieve.backends import kernels
 from kvsieve.errors import BackendError, ShapeError
+from kvsieve.thin import Channels, Packing
 
 CPU = torch.device("cpu")
 
@@ -29,6 +30,11 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))
 def test_attend(case: kernel_cases.Case) -> None:
     kernel_cases.attend(case, CPU)
+
+
+@pytest.mark.parametrize("case", PACKED_CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))
+def test_attend_over_packed_blocks(case: kernel_cases.PackedCase) -> None:
+    kernel_cases.packed_attend(case, CPU)
 
 
 @pytest.mark.parametrize("name", list(kernel_cases.every(CPU)))
@@ -57,6 +63,10 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
         {"sinks": torch.zeros(3)},
         {"layout": 1},
         {"q": q[0]},
+        {"format": [8, 0, 0, 32]},
+        {"packed": held.table, "format": [8, 0, 0, 32]},
+        {"packed": torch.zeros(1, 8, dtype=torch.int64), "format": [8, 4, 4, 12]},
+        {"packed": torch.zeros(1, 8, dtype=torch.int64), "format": [17, 0, 0, 32]},
     ):
         with pytest.raises(ShapeError):
             attend(**changes)
@@ -68,6 +78,20 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
         kernels.scatter(*(torch.randn(2 * 16 + 1)[1:].view(2, 1, 16) for _ in "kv"), held.table, spans)
     with pytest.raises(ShapeError, match="capacity"):
         kernels.append(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), held.table, spans, starts, 1)
+    packed = PackedBlocks(Packing(8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 16, torch.float32, 0)
+    for k, v in (
+        (torch.zeros(2, 3, 16), torch.zeros(2, 4, 16)),
+        (torch.zeros(2, 3, 8), None),
+        (torch.zeros(2, 3, 16).half(), None),
+    ):
+        if v is None:
+            k = k[:, :, :7]
+        with pytest.raises(ShapeError):
+            kernels.unpack(packed.table, spans, k, v, 16, 16, torch.float32, packed.format)
+    with pytest.raises(ShapeError, match="moves"):
+        kernels.carry(packed.table, spans.long(), 2, 16, torch.float32, packed.format)
+    with pytest.raises(ShapeError, match="packed"):
+        kernels.pack(held.table, held.table, spans, starts, 2, 16, 16, torch.float32, packed.format, False)
     with pytest.raises(ShapeError):
         kernels.top_k(torch.zeros(2, 3), 4)
     assert len(launched.launches) == count
@@ -85,9 +109,15 @@ def operations() -> dict[str, tuple[Any, ...]]:
     rest = (2, 8, 1, 0.25, 0.0, 1, 1.0, True, None, torch.tensor([0, 61]), 61)
     k, v = torch.randn(2, 61, 16), torch.randn(2, 61, 8)
     tokens = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8)
+    packed = PackedBlocks(Packing(8, 4, 4, 8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 8, torch.float32, 0)
+    form, moves = list(packed.format), torch.tensor([[1, 2, 0, 5]], dtype=ints)
+    packed_runs = torch.tensor([[4, 3, 64, 0]], dtype=ints)
     return {
         "append": (*tokens, held.table, torch.tensor([[0, 0, 1, 1]], dtype=ints), torch.tensor([1], dtype=ints), 1),
-        "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest),
+        "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest, packed.table, form),
+        "pack": (held.table, packed.table, moves, torch.tensor([0, 1], dtype=ints), 2, 16, 8, torch.float32, form, False),
+        "unpack": (packed.table, packed_runs, torch.zeros(2, 61, 16), torch.zeros(2, 61, 8), 16, 8, torch.float32, form),
+        "carry": (packed.table, moves, 2, 8, torch.float32, form),
         "merge": (torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3), None, torch.float32),
         "gather": (held.table, runs, 61, 2, 16, 8, torch.float32),
         "scatter": (k, v, held.table, runs),
@@ -96,7 +126,7 @@ def operations() -> dict[str, tuple[Any, ...]]:
         "rotate": (k, torch.arange(61), rope.inv_freq, 1, 1.0, None),
         "surprisal": (torch.randn(3, 50), torch.tensor([1, 2, 3])),
         "top_k": (torch.randn(3, 50), 7),
-        "_keep": (held,),
+        "_keep": (held, packed),
     }
 
 

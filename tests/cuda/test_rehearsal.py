@@ -18,6 +18,8 @@ def test_every_section_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert set(record["attention"]) - {"seconds"} == {"200", "500"}
     for row in (record["attention"]["200"], record["attention"]["500"]):
         assert {"kvsieve rotated", "kvsieve raw", "sdpa", "flex", "copy"} <= set(row)
+    assert {"thin 0.5", "thin 0.4", "4 bits", "thin 0.5, raw"} <= set(record["packed"])
+    assert record["packed"]["4 bits"]["bytes"] < record["packed"]["thin 0.5"]["bytes"] < record["packed"]["plain"]["bytes"]
     assert record["whole_token"]["SirLLM 500"]["captures"] == 1
     assert "SirLLM" in capsys.readouterr().out
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import emulator
+import kernel_cases
 import pytest
 import torch
+from kvsieve.backends import kernels
 from kvsieve.backends.nvrtc import SOURCES, Module
 
 CPU = torch.device("cpu")
@@ -28,6 +31,7 @@ def attend_once(launcher: emulator.Emulator) -> None:
     part, lse = torch.full((6, 1, 16), torch.nan), torch.full((6, 1), torch.nan)
     args = [q.data_ptr(), 96, 16, 96, blocks.data_ptr(), starts.data_ptr(), spans.data_ptr(), None, None, 0, 0, 1.0, 0.25, 0.0]
     args += [1, 6, part.data_ptr(), lse.data_ptr(), None, None, 0]
+    args += [None, 0, 0, 0, 0]  # no packed blocks
     launcher.launch(Module("attend.cu", ("attend<float, 16, 16, 3, 2, false>",)), (1, 1, 1), 128, args, CPU)
     read = torch.tensor([64 * b + slot for b, lo, hi in ranges for slot in range(lo, hi)])
     x = q.double() @ k[read].double().T * 0.25
@@ -53,8 +57,28 @@ def surprisal_once(launcher: emulator.Emulator) -> None:
     torch.testing.assert_close(out, x.logsumexp(1) - x[:, 3], atol=1e-5, rtol=0)
 
 
+def case_of(run: Callable[[], None]) -> Callable[[emulator.Emulator], None]:
+    """A case of `kernel_cases` on a launcher."""
+
+    def once(launcher: emulator.Emulator) -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setitem(kernels._launchers, "cpu", launcher)
+            run()
+
+    return once
+
+
+packed_attend_once = case_of(lambda: kernel_cases.packed_attend(kernel_cases.PACKED_CASES[0], CPU))
+packed_tokens_once = case_of(lambda: kernel_cases.packed_tokens(*kernel_cases.PACKED_TOKENS[2], CPU))
+
 CASES = [
-    *(("attend.cu", r"__syncthreads\(\);", which, attend_once) for which in range(5)),
+    *(("attend.cu", r"__syncthreads\(\);", which, attend_once) for which in (0, 1, 2, 4, 5)),
+    ("attend.cu", r"__syncthreads\(\);", 3, packed_attend_once),
+    *(
+        (f"{file}.cu", r"__syncthreads\(\);", which, packed_tokens_once)
+        for file, n in (("pack", 1), ("unpack", 2), ("carry", 2))
+        for which in range(n)
+    ),
     ("attend.cu", r"__syncwarp\(\);", 0, attend_once),
     ("attend.cu", r"kv_wait<0>\(\);", 0, attend_once),
     *(("move.cu", r"__syncthreads\(\);", which, move_once) for which in range(2)),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import backend_cases
 import kernel_cases
 import kvsieve
@@ -36,6 +38,23 @@ def test_attend(case: kernel_cases.Case) -> None:
     kernel_cases.attend(case, CARD)
 
 
+MORE_PACKED: list[kernel_cases.PackedCase] = [
+    (d, s, s, g, "half", s, raw, kept, *bits, 32)
+    for d in (*HALVES, torch.float32)
+    for s, kept in ((64, 32), (128, 64), (128, 78), (128, 128))
+    for g in (1, 4, 8)
+    for bits in ((0, 0), (4, 4))
+    for raw in (False, True)
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*kernel_cases.PACKED_CASES, *MORE_PACKED], ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c)
+)
+def test_attend_over_packed_blocks(case: kernel_cases.PackedCase) -> None:
+    kernel_cases.packed_attend(case, CARD)
+
+
 @pytest.mark.parametrize("name", list(kernel_cases.every(CARD)))
 def test_small_cases(name: str) -> None:
     kernel_cases.every(CARD)[name]()
@@ -54,7 +73,25 @@ def test_a_model_equals_the_reference(family: str, policy: str) -> None:
     backend_cases.model(family, policy, CARD)
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("bits", [(0, 0), (4, 4), (2, 8), (8, 0)], ids=str)
+@pytest.mark.parametrize("dtype", list(backend_cases.TOLERANCE), ids=str)
+@pytest.mark.parametrize("frame", ["rotated", "raw"])
+def test_a_packed_layer_equals_the_reference(bits: tuple[int, int], dtype: torch.dtype, frame: str) -> None:
+    backend_cases.packed_layer(dtype, bits, frame, CARD)
+
+
+@pytest.mark.parametrize("policy", list(backend_cases.PACKINGS))
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_a_packed_model_equals_the_reference(family: str, policy: str) -> None:
+    backend_cases.packed_model(family, policy, CARD)
+
+
+@pytest.mark.parametrize("policy", [name for name in backend_cases.PACKINGS if "codes" not in name])
+def test_packed_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
+    backend_cases.packed_loops(policy, CARD, tmp_path)
+
+
+@pytest.mark.parametrize("policy", [*POLICIES, *backend_cases.PACKINGS])
 def test_a_graph_gives_the_same_tokens(policy: str) -> None:
     backend_cases.graph(policy, CARD, 200)
 

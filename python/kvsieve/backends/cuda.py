@@ -23,19 +23,21 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.backends import kernels, nvrtc
+from kvsieve._core import PACKED
+from kvsieve.backends import HeldBytes, kernels, nvrtc
 from kvsieve.backends.masses import of_chunk, of_items
-from kvsieve.backends.parts import PartPlan, columns
+from kvsieve.backends.parts import Columns, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, pick
 from kvsieve.budget import BLOCK
-from kvsieve.errors import BackendError, ShapeError
+from kvsieve.errors import BackendError, ShapeError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.nvrtc import Module
     from kvsieve.rope import LayerRope
+    from kvsieve.thin import Channels, Packing
 
 __all__ = ["CudaBackend", "CudaStore", "CupyLauncher", "require"]
 
@@ -214,7 +216,7 @@ class Plan:
         )
         self.most_spans = int(np.diff(starts).max()) if len(starts) > 1 else 0
         """Spans of the longest item."""
-        self.splits: dict[tuple[int, int, int], int] = {}
+        self.splits: dict[tuple[Any, ...], int] = {}
         """See :meth:`CudaBackend.splits`."""
         self.key_starts: npt.NDArray[np.int64] | None = None
         """Where each item's keys begin among the keys of all items, and their number; None without a fast path."""
@@ -249,15 +251,26 @@ def _round_up(count: int) -> int:
     return max(256, 1 << max(count - 1, 0).bit_length())
 
 
+class Runs:
+    """Runs of slots on the device, plain and packed ones apart: int32 ``[n, 4]`` (block, lo, hi, tokens before), or None."""
+
+    def __init__(self, runs: Columns, device: torch.device) -> None:
+        blocks, lo, hi = runs
+        ends = np.cumsum(hi - lo)
+        self.tokens = int(ends[-1]) if len(ends) else 0
+        at, packed = ends - (hi - lo), blocks >= PACKED
+        table = np.stack([np.where(packed, blocks - PACKED, blocks), lo, hi, at], 1).astype(np.int32)
+        self.plain = _upload(table[~packed], device) if not packed.all() else None
+        self.packed = _upload(table[packed], device) if packed.any() else None
+
+
 class CudaPart:
     """A part of a step, its integers on the device."""
 
     def __init__(self, device: torch.device, plan: PartPlan) -> None:
         self.plan, self.part = plan, plan.part
         self.num_old, self.num_queries = plan.num_old, plan.num_queries
-        blocks, lo, hi = plan.runs
-        at = np.cumsum(hi - lo) - (hi - lo)
-        self.runs = _upload(np.stack([blocks, lo, hi, at], 1).astype(np.int32), device)
+        self.runs = Runs(plan.runs, device)
         self.query_true, self.key_true = self.part.query_true(), self.part.key_true()
         self._device = device
         self._true: Partial | None = None
@@ -299,6 +312,164 @@ def locate(block: int) -> tuple[int, int, int]:
     raise BackendError(f"block {block} is beyond {TIERS[-1][0]}, the most that a store can have")
 
 
+class Table:
+    """Integers about each block, on the host and, as far as they are known there, on the device."""
+
+    def __init__(self, width: int, device: torch.device) -> None:
+        self.device, self.host = device, np.zeros((64, width), np.int64)
+        self._tensor: torch.Tensor | None = None
+        self._stale = True
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """On the device. Its address changes only when it must grow."""
+        if self._stale or self._tensor is None:
+            if self._tensor is None or self._tensor.shape[0] < len(self.host):
+                self._tensor = torch.zeros(self.host.shape, dtype=torch.int64, device=self.device)
+            self._tensor.copy_(_upload(self.host, self.device), non_blocking=True)
+            self._stale = False
+        return self._tensor
+
+    def rows(self, first: int, count: int) -> npt.NDArray[np.int64]:
+        """Rows to be changed."""
+        while len(self.host) < first + count:
+            self.host = np.concatenate([self.host, np.zeros_like(self.host)])
+        self._stale = True
+        return self.host[first : first + count]
+
+
+class PackedStore:
+    """One layer's packed blocks: slabs of rows and scales that come and go, which channels each block keeps, and the table of both.
+
+    Blocks are counted from 0 here.
+    """
+
+    def __init__(self, packing: Packing, shape: tuple[int, int, int], dtype: torch.dtype, device: torch.device) -> None:
+        self.packing, self.shape, self.dtype, self.device = packing, shape, dtype, device
+        self.format = kernels.Format(packing.key_kept, packing.key_bits, packing.value_bits, packing.group)
+        self.format.check(shape[1], shape[2])
+        self.table = Table(kernels.PACKED_COLUMNS, device)
+        self._slabs: dict[int, tuple[torch.Tensor, ...]] = {}
+        self._channels: dict[int, PackedChannels] = {}
+
+    def held(self) -> tuple[int, int, int, int]:
+        """Bytes of keys, values, scales and channels. Rows of keys are counted with what fills them up to whole vectors."""
+        keys, key_scales, values, value_scales = (sum(slab[i].nbytes for slab in self._slabs.values()) for i in range(4))
+        sets = {id(c): c.tensor.nbytes for c in self._channels.values()}
+        return keys, values, key_scales + value_scales, sum(sets.values())
+
+    def reserve(self, block: int, channels: PackedChannels) -> None:
+        """Give a block memory and channels."""
+        slab, first, size = locate(block)
+        if slab not in self._slabs:
+            heads, group = self.shape[0], self.format.group
+            key, key_scale, value, value_scale = self.format.rows(self.dtype, self.shape[2])
+            of_block = (key * BLOCK, key_scale * BLOCK // group, value * BLOCK, value_scale * BLOCK)
+            made = tuple(torch.empty(heads * size * n, dtype=torch.uint8, device=self.device) for n in of_block)
+            rows = self.table.rows(first, size)
+            for column, (x, n) in enumerate(zip(made, of_block)):
+                rows[:, column] = x.data_ptr() + np.arange(size) * n if n else 0
+            rows[:, 4:] = 0
+            rows[:, 5] = size * BLOCK
+            self._slabs[slab] = made
+        if self._channels.get(block) is not channels:
+            self._channels[block] = channels
+            self.table.rows(block, 1)[0, 4] = channels.tensor.data_ptr()
+
+    def channels_of(self, block: int) -> PackedChannels:
+        """The channels of a block that was packed."""
+        found = self._channels.get(block)
+        if found is None:
+            raise StateError(f"block {block + PACKED} was never packed")
+        return found
+
+    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
+        used = set(np.flatnonzero(in_use).tolist())
+        self._channels = {block: channels for block, channels in self._channels.items() if block in used}
+        for slab in list(self._slabs):
+            first, size = _extent(slab)
+            if not in_use[first : first + size].any():
+                del self._slabs[slab]
+                self.table.rows(first, size)[:] = 0
+
+    def keeps_pairs_of(self, rope: LayerRope) -> bool:
+        """Whether keys can be rotated after they were packed."""
+        return all(channels.keeps_pairs_of(rope) for channels in set(self._channels.values()))
+
+    def pack(self, source: torch.Tensor, moves: npt.NDArray[np.int32], thin: bool = False) -> None:
+        """Store tokens of ``source``, a table of plain blocks, in blocks with memory. Moves into one block keep their order."""
+        order = np.argsort(moves[:, 1], kind="stable")
+        moves = moves[order]
+        starts = np.flatnonzero(np.diff(moves[:, 1], prepend=-1, append=-1)).astype(np.int32)
+        if len(moves):
+            up = _upload(moves, self.device), _upload(starts, self.device)
+            kernels.pack(source, self.table.tensor, *up, *self.shape, self.dtype, self.format, thin)
+
+    def apply(self, moves: npt.NDArray[np.int32]) -> None:
+        """Move tokens between blocks. Bits are carried over; keys that are codes are read, all of them, and packed again."""
+        for source, to in dict.fromkeys(map(tuple, moves[:, :2].tolist())):
+            self.reserve(to, self.channels_of(source))
+        table = self.table.tensor
+        up = _upload(moves, self.device)
+        if not self.format.key_bits:
+            kernels.carry(table, up, self.shape[0], self.shape[2], self.dtype, self.format)
+            return
+        lens = moves[:, 3].astype(np.int64)
+        at, slots = np.cumsum(lens) - lens, moves[:, 2] & 0xFFFF
+        runs = np.stack([moves[:, 0], slots, slots + lens, at], 1).astype(np.int32)
+        wide, tokens = self.format.wide(self.dtype), int(lens.sum())
+        held = torch.empty(self.shape[0], tokens, wide, dtype=torch.float32, device=self.device)
+        kernels.unpack(table, _upload(runs, self.device), held, None, *self.shape[1:], self.dtype, self.format)
+        kernels.carry(table, up, self.shape[0], self.shape[2], self.dtype, self.format)
+        again = np.stack([np.arange(len(moves)), moves[:, 1], moves[:, 2] >> 16 << 16, lens], 1).astype(np.int32)
+        self.pack(_dense_blocks(held, None, at, self.device), again, thin=True)
+
+
+class PackedChannels:
+    """Kept channels of each head, on the device as packed.cuh has them: int16 ``[heads, 1 + wide]``."""
+
+    def __init__(self, channels: Channels, wide: int, device: torch.device) -> None:
+        self.channels, index = channels, channels.index.cpu()
+        held = torch.zeros(index.shape[0], 1 + wide, dtype=torch.int16)
+        held[:, 0] = torch.tensor(channels.pairs, dtype=torch.int16)
+        held[:, 1 : 1 + index.shape[1]] = index.to(torch.int16)
+        self.tensor = _upload(held.numpy(), device)
+        self._legal: dict[LayerRope, bool] = {}
+
+    def keeps_pairs_of(self, rope: LayerRope) -> bool:
+        """Whether the first channels are whole pairs of ``rope``, and the others do not turn."""
+        if rope not in self._legal:
+            half, index = rope.rotary_dim // 2, self.channels.index.cpu()
+            index = torch.where(index < 0, -1 - index, index)
+            self._legal[rope] = all(
+                bool((mine[2 * pairs :] >= rope.rotary_dim).all() and (mine[: 2 * pairs] < rope.rotary_dim).all())
+                and torch.equal(mine[pairs : 2 * pairs], mine[:pairs] + (half if rope.layout == "half" else 1))
+                for mine, pairs in zip(index, self.channels.pairs)
+            )
+        return self._legal[rope]
+
+
+def _dense_blocks(k: torch.Tensor, v: torch.Tensor | None, at: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
+    """A table whose plain block ``i`` are the tokens from ``at[i]`` on of contiguous ``k``, ``v`` ``[heads, tokens, channels]``."""
+    rows = np.zeros((len(at), 4), np.int64)
+    rows[:, 0] = k.data_ptr() + at * k.shape[2] * k.element_size()
+    rows[:, 1] = 0 if v is None else v.data_ptr() + at * v.shape[2] * v.element_size()
+    rows[:, 2] = k.shape[1]
+    return _upload(rows, device)
+
+
+def _extent(slab: int) -> tuple[int, int]:
+    """The first block of a slab, and how many it has."""
+    first_block = first_slab = 0
+    for end, size in TIERS:
+        slabs = (end - first_block) // size
+        if slab < first_slab + slabs:
+            return first_block + (slab - first_slab) * size, size
+        first_slab += slabs
+        first_block = end
+    raise BackendError(f"slab {slab} does not exist")
+
+
 class CudaStore:
     """One layer's blocks: slabs ``[heads][tokens][dim]`` that come and go, and the table of where each block lies."""
 
@@ -307,62 +478,49 @@ class CudaStore:
         self.dtype, self.device = k.dtype, k.device
         self._shape = (k.shape[1], k.shape[3], v.shape[3])
         self._slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._host = np.zeros((64, 4), np.int64)
-        self._table: torch.Tensor | None = None
-        self._stale = True
+        self._table = Table(4, k.device)
+        self._packed: PackedStore | None = None
         self._prepared: Plan | None = None
 
     @property
     def bytes_held(self) -> int:
-        return sum(k.nbytes + v.nbytes for k, v in self._slabs.values())
+        held = self.held()
+        return held.plain_keys + held.plain_values + held.keys + held.values + held.scales + held.channels
+
+    def held(self) -> HeldBytes:
+        packed = (0, 0, 0, 0) if self._packed is None else self._packed.held()
+        slabs = self._slabs.values()
+        return HeldBytes(sum(k.nbytes for k, _ in slabs), sum(v.nbytes for _, v in slabs), *packed)
 
     @property
     def table(self) -> torch.Tensor:
-        """Where each block lies, on the device. Its address changes only when it must grow."""
-        if self._stale or self._table is None:
-            if self._table is None or self._table.shape[0] < len(self._host):
-                self._table = torch.zeros(self._host.shape, dtype=torch.int64, device=self.device)
-            self._table.copy_(_upload(self._host, self.device), non_blocking=True)
-            self._stale = False
-        return self._table
+        """Where each plain block lies, on the device."""
+        return self._table.tensor
 
     def reserve(self, blocks: Iterable[int]) -> None:
-        """Give these blocks memory."""
+        """Give these plain blocks memory."""
         heads, key_dim, value_dim = self._shape
         for block in blocks:
-            if block < len(self._host) and self._host[block, 0]:
-                continue
             slab, first, size = locate(block)
+            if slab in self._slabs:
+                continue
             tokens = size * BLOCK
             k = torch.empty(heads, tokens, key_dim, dtype=self.dtype, device=self.device)
             v = torch.empty(heads, tokens, value_dim, dtype=self.dtype, device=self.device)
-            while len(self._host) < first + size:
-                self._host = np.concatenate([self._host, np.zeros_like(self._host)])
             at = np.arange(size) * BLOCK * self.dtype.itemsize
-            rows = self._host[first : first + size]
+            rows = self._table.rows(first, size)
             rows[:, 0], rows[:, 1] = k.data_ptr() + at * key_dim, v.data_ptr() + at * value_dim
             rows[:, 2], rows[:, 3] = tokens, 0
             self._slabs[slab] = (k, v)
-            self._stale = True
 
-    def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
+    def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
         for slab in list(self._slabs):
-            first, size = self._extent(slab)
+            first, size = _extent(slab)
             if not in_use[first : first + size].any():
                 del self._slabs[slab]
-                self._host[first : first + size] = 0
-                self._stale = True
-
-    @staticmethod
-    def _extent(slab: int) -> tuple[int, int]:
-        first_block = first_slab = 0
-        for end, size in TIERS:
-            slabs = (end - first_block) // size
-            if slab < first_slab + slabs:
-                return first_block + (slab - first_slab) * size, size
-            first_slab += slabs
-            first_block = end
-        raise BackendError(f"slab {slab} does not exist")
+                self._table.rows(first, size)[:] = 0
+        if self._packed is not None:
+            self._packed.free_unused(packed_in_use)
 
     # ------------------------------------------------------------------------------------------------------------------- one step
 
@@ -377,6 +535,8 @@ class CudaStore:
             return
         self.reserve(plan.written)
         table = self.table
+        if self._packed is not None:
+            _ = self._packed.table.tensor
         if plan.copies is not None:
             kernels.move(table, plan.copies, *self._shape, self.dtype)
         self._prepared = plan
@@ -384,7 +544,8 @@ class CudaStore:
     def addresses(self, step: Step) -> tuple[int, ...]:
         """What a captured graph of this step has built in: it may be replayed while these stay the same."""
         buffer = self._backend.plan(step, self.device).buffer
-        return self.table.data_ptr(), buffer.counts.data_ptr(), buffer.capacity
+        packed = 0 if self._packed is None else self._packed.table.tensor.data_ptr()
+        return self.table.data_ptr(), packed, buffer.counts.data_ptr(), buffer.capacity
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._check(q, k, v)
@@ -445,6 +606,12 @@ class CudaStore:
         if rope is not None:
             frequencies, in_block = self._backend.rope(rope, self.device)
             turns = buffer.turns(self._backend.same(rope), frequencies)
+        packed = self._packed
+        if packed is not None and raw and rope is not None and not packed.keeps_pairs_of(rope):
+            raise UnsupportedError(
+                "keys that lost single channels of a rotary pair cannot be rotated; keep pairs, or the rotated frame"
+            )
+        bits = None if packed is None else (packed.format.key_bits, packed.format.value_bits)
         return kernels.run_attend(
             q if q.stride(-1) == 1 else q.contiguous(),
             self.table,
@@ -454,7 +621,7 @@ class CudaStore:
             in_block,
             heads,
             value_dim,
-            self._backend.splits(plan, heads, q.shape[1] // heads, q.shape[3]),
+            self._backend.splits(plan, heads, q.shape[1] // heads, q.shape[3], raw and rope is not None, bits),
             call.scale,
             call.softcap or 0.0,
             0 if rope is None else kernels.LAYOUTS[rope.layout],
@@ -464,6 +631,8 @@ class CudaStore:
             key_starts,
             total_keys,
             with_lse,
+            None if packed is None else packed.table.tensor,
+            None if packed is None else packed.format,
         )
 
     def attend_mass(self, q: torch.Tensor, step: Step, call: AttendCall) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
@@ -521,7 +690,7 @@ class CudaStore:
         lo, hi = p.part.new_range
         if p.num_old == 0:
             return new_k[:, lo:hi], new_v[:, lo:hi]
-        k, v = kernels.gather(self.table, p.runs, p.num_old, *self._shape, self.dtype)
+        k, v = self._read(p.runs)
         return torch.cat([k, new_k[:, lo:hi]], 1), torch.cat([v, new_v[:, lo:hi]], 1)
 
     def _turn(
@@ -563,27 +732,93 @@ class CudaStore:
 
     def apply(self, moves: Moves) -> None:
         table = moves.table()
-        self.reserve(sorted(set(table[:, 1].tolist())))
-        kernels.move(self.table, self._backend.moves(moves, table, self.device), *self._shape, self.dtype)
+        packed = table[:, 0] >= PACKED
+        if not packed.any():
+            self.reserve(sorted(set(table[:, 1].tolist())))
+            kernels.move(self.table, self._backend.moves(moves, table, self.device), *self._shape, self.dtype)
+            return
+        plain = table[~packed]
+        self.reserve(sorted(set(plain[:, 1].tolist())))
+        kernels.move(self.table, _upload(plain, self.device), *self._shape, self.dtype)
+        self._packs().apply(_from_zero(table[packed], [0, 1]))
+
+    def set_packing(self, packing: Packing) -> None:
+        if self._packed is None:
+            self._packed = PackedStore(packing, self._shape, self.dtype, self.device)
+        elif self._packed.packing != packing:
+            raise StateError("a layer's packing cannot change; open a new stream")
+
+    def pack(self, moves: Moves, channels: Channels | int) -> None:
+        packed = self._packs()
+        if isinstance(channels, int):
+            mine = packed.channels_of(channels - PACKED)
+        else:
+            heads, kept = self._shape[0], packed.format.kept
+            if channels.index.shape != (heads, kept) or len(channels.pairs) != heads:
+                raise ShapeError(f"channels must be [{heads}, {kept}], got {tuple(channels.index.shape)}, pairs {channels.pairs}")
+            mine = PackedChannels(channels, packed.format.wide(self.dtype), self.device)
+        table = _from_zero(moves.table(), [1])
+        for block in sorted(set(table[:, 1].tolist())):
+            packed.reserve(block, mine)
+        packed.pack(self.table, table)
+
+    def channels(self, block: int) -> Channels:
+        return self._packs().channels_of(block - PACKED).channels
+
+    def _packs(self) -> PackedStore:
+        if self._packed is None:
+            raise StateError("this layer was not told how to pack")
+        return self._packed
 
     def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
-        if to:
-            self.write(to, *(pick(x, keep) for x in self.read(source)))
+        if not to:
+            return
+        chosen = [pick(x, keep) for x in self.read(source)]
+        blocks, mine = (
+            [block - PACKED for block, _, _ in to if block >= PACKED],
+            [block for block, _, _ in source if block >= PACKED],
+        )
+        for block in blocks:
+            self._packs().reserve(block, self._packs().channels_of(mine[0] - PACKED))
+        self.write(to, *chosen)
 
     def read(self, runs: list[tuple[int, int, int]]) -> Partial:
-        table, count = _run_table(runs)
-        return kernels.gather(self.table, _upload(table, self.device), count, *self._shape, self.dtype)
+        return self._read(Runs(columns(runs), self.device))
+
+    def _read(self, runs: Runs) -> Partial:
+        """Keys and values of ``runs`` at full width, in the layer's dtype."""
+        heads, key_dim, value_dim = self._shape
+        k = torch.empty(heads, runs.tokens, key_dim, dtype=self.dtype, device=self.device)
+        v = torch.empty(heads, runs.tokens, value_dim, dtype=self.dtype, device=self.device)
+        if runs.plain is not None:
+            kernels.gather_into(k, v, self.table, runs.plain)
+        if runs.packed is not None:
+            packed = self._packs()
+            kernels.unpack(packed.table.tensor, runs.packed, k, v, key_dim, value_dim, self.dtype, packed.format)
+        return k, v
 
     def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
-        table, _ = _run_table(runs)
-        self.reserve(sorted(set(table[:, 0].tolist())))
-        kernels.scatter(kernels.aligned(k.contiguous()), kernels.aligned(v.contiguous()), self.table, _upload(table, self.device))
+        k, v = kernels.aligned(k.contiguous()), kernels.aligned(v.contiguous())
+        blocks, lo, hi = columns(runs)
+        at = np.cumsum(hi - lo) - (hi - lo)
+        is_packed = blocks >= PACKED
+        if not is_packed.all():
+            self.reserve(sorted(set(blocks[~is_packed].tolist())))
+            table = np.stack([blocks, lo, hi, at], 1)[~is_packed].astype(np.int32)
+            kernels.scatter(k, v, self.table, _upload(table, self.device))
+        if is_packed.any():
+            numbers = np.arange(int(is_packed.sum()))
+            moves = np.stack([numbers, blocks[is_packed] - PACKED, lo[is_packed] << 16, (hi - lo)[is_packed]], 1)
+            for block in set(moves[:, 1].tolist()):
+                self._packs().channels_of(block)
+            self._packs().pack(_dense_blocks(k, v, at[is_packed], self.device), moves.astype(np.int32))
 
 
-def _run_table(runs: list[tuple[int, int, int]]) -> tuple[npt.NDArray[np.int32], int]:
-    blocks, lo, hi = columns(runs)
-    ends = np.cumsum(hi - lo)
-    return np.stack([blocks, lo, hi, ends - (hi - lo)], 1).astype(np.int32), int(ends[-1]) if len(ends) else 0
+def _from_zero(moves: npt.NDArray[np.int32], fields: list[int]) -> npt.NDArray[np.int32]:
+    """A copy of ``moves`` with packed blocks in ``fields`` counted from 0."""
+    moves = moves.copy()
+    moves[:, fields] -= PACKED
+    return moves
 
 
 def _dense(x: torch.Tensor) -> torch.Tensor:
@@ -723,18 +958,20 @@ class CudaBackend:
             found = self._same[rope] = next(by_value, rope)
         return found
 
-    def splits(self, plan: Plan, kv_heads: int, group: int, key_dim: int) -> int:
+    def splits(
+        self, plan: Plan, kv_heads: int, group: int, key_dim: int, raw: bool = False, bits: tuple[int, int] | None = None
+    ) -> int:
         """Thread blocks per query and head: as many as fill the card once, at most one per span."""
-        found = plan.splits.get((kv_heads, group, key_dim))
+        found = plan.splits.get((kv_heads, group, key_dim, raw, bits))
         if found is not None:
             return found
         heads, subsets = kernels.heads_of(group, key_dim)
-        resident = 3 if subsets == 1 else 2  # thread blocks that a multiprocessor holds; its registers allow no more
+        resident = kernels.resident(group, key_dim, raw, bits)
         others = kv_heads * -(-group // (heads * subsets)) * max(plan.buffer.items, 1)
         fill = kernels.launcher_of(plan.device).processors(plan.device) * resident // others
         # Beyond the smallest capacity by powers of two, so that a growing memory changes the shape of a launch seldom.
         most = plan.most_spans if plan.most_spans <= 256 else _round_up(plan.most_spans)
-        found = plan.splits[kv_heads, group, key_dim] = max(1, min(fill, most))
+        found = plan.splits[kv_heads, group, key_dim, raw, bits] = max(1, min(fill, most))
         return found
 
     def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, wraps
-from typing import Any, Protocol, TypeVar, cast
+from typing import Any, NamedTuple, Protocol, TypeVar, cast
 
 import torch
 
@@ -24,22 +24,26 @@ from kvsieve.errors import BackendError, ShapeError
 
 __all__ = [
     "DTYPES",
+    "Format",
     "Launcher",
     "append",
     "attend",
     "attend_module",
+    "carry",
     "check_dims",
     "dims_supported",
     "gather",
     "launcher_of",
     "merge",
     "move",
+    "pack",
     "register",
     "rotate",
     "scatter",
     "surprisal",
     "top_k",
     "turns",
+    "unpack",
 ]
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -165,10 +169,85 @@ def heads_of(group: int, key_dim: int) -> tuple[int, int]:
 
 
 @cache
-def attend_module(dtype: torch.dtype, key_dim: int, value_dim: int, group: int, raw: bool) -> Module:
-    """The instantiation of `attend` for these sizes."""
+def attend_module(
+    dtype: torch.dtype, key_dim: int, value_dim: int, group: int, raw: bool, bits: tuple[int, int] | None = None
+) -> Module:
+    """The instantiation of `attend` for these sizes, and for packed blocks of ``bits`` (of key and value codes), if any."""
     heads, subsets = heads_of(group, key_dim)
-    return _module("attend", "attend", dtype, key_dim, value_dim, heads, subsets, raw)
+    return _module("attend", "attend", dtype, key_dim, value_dim, heads, subsets, raw, *(bits or ()))
+
+
+def resident(group: int, key_dim: int, raw: bool, bits: tuple[int, int] | None) -> int:
+    """Thread blocks of `attend` that a multiprocessor holds; its registers allow no more. As ``resident`` in attend.cu."""
+    _, subsets = heads_of(group, key_dim)
+    if bits is not None and (any(bits) or raw or subsets > 1):
+        return 2
+    return 3 if subsets == 1 or (subsets == 2 and not raw) else 2
+
+
+# ------------------------------------------------------------------------------------------------------------------ packed blocks
+
+
+class Format(NamedTuple):
+    """How a layer's packed blocks are laid out; see packed.cuh.
+
+    Attributes:
+        kept: channels of a key that are kept; key_bits, value_bits: of a code, 2, 4 or 8, or 0 for numbers as they came.
+        group: numbers that share a scale: 8, 16, 32 or 64.
+    """
+
+    kept: int
+    key_bits: int
+    value_bits: int
+    group: int
+
+    def check(self, key_dim: int, value_dim: int) -> None:
+        """Raise ShapeError if a layer of these head sizes cannot be packed so."""
+        _check(0 < self.kept <= key_dim, f"a key of {key_dim} channels cannot keep {self.kept}")
+        for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
+            _check(bits in (0, 2, 4, 8), f"{name} must be 0, 2, 4 or 8, got {bits}")
+        if self.key_bits or self.value_bits:
+            fits = self.group in (8, 16, 32, 64) and (not self.value_bits or value_dim % self.group == 0)
+            _check(fits, f"group must be 8, 16, 32 or 64 and divide the {value_dim} channels of a value, got {self.group}")
+
+    @property
+    def log_group(self) -> int:
+        """The group as a power of two."""
+        return max(self.group, 1).bit_length() - 1
+
+    def wide(self, dtype: torch.dtype) -> int:
+        """Numbers of a row of keys: those kept, rounded up to whole vectors of 16 bytes."""
+        vector = 16 // dtype.itemsize
+        return -(-self.kept // vector) * vector
+
+    def rows(self, dtype: torch.dtype, value_dim: int) -> tuple[int, int, int, int]:
+        """Bytes of a row of keys, of the scales of a group of keys, of a row of values, and of its scales."""
+        wide = self.wide(dtype)
+        key = wide * self.key_bits // 8 if self.key_bits else wide * dtype.itemsize
+        value = value_dim * self.value_bits // 8 if self.value_bits else value_dim * dtype.itemsize
+        return key, 4 * wide if self.key_bits else 0, value, 4 * value_dim // self.group if self.value_bits else 0
+
+    def tile(self, dtype: torch.dtype, key_dim: int, value_dim: int) -> int:
+        """Slots of a packed block that pass through a stage of `attend` at once: as many as fit where plain ones would."""
+        plain = 1
+        while plain < 64 and 2 * plain * (key_dim + value_dim) * dtype.itemsize <= 16384:
+            plain *= 2
+        room, tile = plain * (key_dim + value_dim) * dtype.itemsize, 64
+        while tile > 1 and self._stage(tile, dtype, value_dim) > room:
+            tile //= 2
+        return tile
+
+    def _stage(self, tile: int, dtype: torch.dtype, value_dim: int) -> int:
+        """Bytes of a tile in shared memory, as attend.cu lays it out."""
+        key, key_scale, value, value_scale = self.rows(dtype, value_dim)
+        parts = ((tile * key, self.key_bits), (tile * value, self.value_bits), (tile * value_scale, self.value_bits))
+        rows = sum(-(-size // 16) * 16 + (16 if bits else 0) for size, bits in parts)
+        return rows + (((tile - 1) // self.group + 2) * key_scale if self.key_bits else 0)
+
+
+PACKED_COLUMNS = 8
+"""Integers of a packed block in its table: addresses of keys, their scales, values, their scales, channels; tokens between heads;
+two to fill up."""
 
 
 # ---------------------------------------------------------------------------------------------------------------------- operations
@@ -244,8 +323,8 @@ def _(k: Any, v: Any, blocks: Any, appends: Any, counts: Any, tokens: int) -> No
 
 @_operation(
     "attend(Tensor q, Tensor blocks, Tensor starts, Tensor spans, Tensor? turns, Tensor? in_block, int kv_heads, int value_dim, "
-    "int splits, float scale, float softcap, int layout, float factor, bool raw, Tensor? sinks, Tensor? key_starts, int total_keys)"
-    " -> (Tensor, Tensor, Tensor)"
+    "int splits, float scale, float softcap, int layout, float factor, bool raw, Tensor? sinks, Tensor? key_starts, int total_keys,"
+    " Tensor? packed=None, int[]? format=None) -> (Tensor, Tensor, Tensor)"
 )
 def attend(
     q: torch.Tensor,
@@ -265,6 +344,8 @@ def attend(
     sinks: torch.Tensor | None = None,
     key_starts: torch.Tensor | None = None,
     total_keys: int = 0,
+    packed: torch.Tensor | None = None,
+    format: Sequence[int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Attend every query to its spans. Item ``i = row * q + query`` reads ``spans[starts[i] : starts[i + 1]]``.
 
@@ -280,6 +361,8 @@ def attend(
         raw: whether spans may ask for keys to be rotated.
         sinks: float32 ``[H]``: learned logits without a value.
         key_starts: int64 ``[B * q + 1]``, where each item's keys begin among ``total_keys``; None unless the mass is wanted.
+        packed: int64 ``[n, 8]``, where packed blocks lie, which spans number from ``_core.PACKED`` on; format: theirs, as the four
+            integers of a :class:`Format`. Both None where there are none.
 
     Returns:
         out ``[B, q, H, Dv]`` in q's dtype (zero where nothing is read); lse float32 ``[B, q, H]`` without the learned sinks (-inf
@@ -310,6 +393,10 @@ def attend(
         _check_vector("sinks", sinks, torch.float32, heads, device)
     if key_starts is not None:
         _check_vector("key_starts", key_starts, torch.int64, items + 1, device)
+    _check((packed is None) == (format is None), "packed blocks need a format, and a format packed blocks")
+    if packed is not None and format is not None:
+        Format(*format).check(key_dim, value_dim)
+        _check_table("packed", packed, torch.int64, PACKED_COLUMNS, device)
     out, lse, mass = run_attend(
         q,
         blocks,
@@ -328,6 +415,8 @@ def attend(
         sinks,
         key_starts,
         total_keys,
+        packed=packed,
+        format=None if format is None else Format(*format),
     )
     assert lse is not None
     return out, lse, lse.new_empty((kv_heads, 0)) if mass is None else mass
@@ -352,6 +441,8 @@ def run_attend(
     key_starts: torch.Tensor | None,
     total_keys: int,
     with_lse: bool = True,
+    packed: torch.Tensor | None = None,
+    format: Format | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
     """:func:`attend` of arguments that are known to fit, as a store's own are. Gives None for what was not asked for."""
     rows, heads, queries, key_dim = q.shape
@@ -371,7 +462,13 @@ def run_attend(
     args: list[Argument] = [q.data_ptr(), *q.stride()[:3], blocks.data_ptr(), starts.data_ptr(), spans.data_ptr()]
     args += [_address(turns), _address(in_block), pairs, layout, float(factor), float(scale), float(softcap), queries, group]
     args += [part, part_lse, _address(logits), _address(key_starts), total_keys]
-    _launch(attend_module(q.dtype, key_dim, value_dim, group, raw), (splits, kv_heads * chunks, items), args, device)
+    bits = None
+    if packed is not None and format is not None:
+        bits = format.key_bits, format.value_bits
+        args += [packed.data_ptr(), format.kept, format.wide(q.dtype), format.log_group, format.tile(q.dtype, key_dim, value_dim)]
+    else:
+        args += [None, 0, 0, 0, 0]
+    _launch(attend_module(q.dtype, key_dim, value_dim, group, raw, bits), (splits, kv_heads * chunks, items), args, device)
     out = torch.empty(rows, queries, heads, value_dim, dtype=q.dtype, device=device)
     lse = torch.empty(rows, queries, heads, dtype=torch.float32, device=device) if with_lse else None
     _merge(part, part_lse, splits, heads, sinks, out, lse, norms)
@@ -401,6 +498,8 @@ def _(
     sinks: Any,
     key_starts: Any,
     total_keys: int,
+    packed: Any = None,
+    format: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows, heads, queries, _ = q.shape
     lse = q.new_empty((rows, queries, heads), dtype=torch.float32)
@@ -474,8 +573,13 @@ def gather(
     check_dims(dtype, key_dim, value_dim)
     k = torch.empty(kv_heads, tokens, key_dim, dtype=dtype, device=blocks.device)
     v = torch.empty(kv_heads, tokens, value_dim, dtype=dtype, device=blocks.device)
-    _copy_runs(blocks, runs, k, v, back=False)
+    gather_into(k, v, blocks, runs)
     return k, v
+
+
+def gather_into(k: torch.Tensor, v: torch.Tensor, blocks: torch.Tensor, runs: torch.Tensor) -> None:
+    """:func:`gather` into tensors that are there."""
+    _copy_runs(blocks, runs, k, v, back=False)
 
 
 @_fake("gather")
@@ -523,6 +627,124 @@ def move(blocks: torch.Tensor, moves: torch.Tensor, kv_heads: int, key_dim: int,
 
 @_fake("move")
 def _(blocks: Any, moves: Any, kv_heads: int, key_dim: int, value_dim: int, dtype: torch.dtype) -> None:
+    return None
+
+
+@_operation(
+    "pack(Tensor blocks, Tensor(a!) packed, Tensor moves, Tensor starts, int kv_heads, int key_dim, int value_dim, "
+    "ScalarType dtype, int[] format, bool thin) -> ()"
+)
+def pack(
+    blocks: torch.Tensor,
+    packed: torch.Tensor,
+    moves: torch.Tensor,
+    starts: torch.Tensor,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    format: Sequence[int],
+    thin: bool,
+) -> None:
+    """Pack tokens of plain blocks: kept channels and codes.
+
+    Args:
+        blocks: int64 ``[n, 4]``, as for :func:`append`; packed: int64 ``[m, 8]``, where packed blocks lie.
+        moves: int32 ``[k, 4]`` (from, to, from_slot | to_slot << 16, length), ``to`` counted from the first packed block, those
+            into one block together and in their order; starts: int32 ``[blocks + 1]``, where each block's begin.
+        dtype: of the layer; format: the four integers of a :class:`Format`.
+        thin: whether ``blocks`` are float32 rows of kept channels alone, without values.
+    """
+    made = Format(*format)
+    made.check(key_dim, value_dim)
+    check_dims(dtype, key_dim, value_dim)
+    _check_table("blocks", blocks, torch.int64, 4, packed.device)
+    _check_table("packed", packed, torch.int64, PACKED_COLUMNS, packed.device)
+    _check_table("moves", moves, torch.int32, 4, packed.device)
+    _check_vector("starts", starts, torch.int32, 1, packed.device)
+    module = _module("pack", "pack", dtype, made.key_bits, made.value_bits, thin)
+    args = (blocks.data_ptr(), packed.data_ptr(), moves.data_ptr(), starts.data_ptr())
+    sizes = (key_dim, made.kept, made.wide(dtype), value_dim, made.log_group)
+    _launch(module, (starts.shape[0] - 1, kv_heads, 1), (*args, *sizes), packed.device)
+
+
+@_fake("pack")
+def _(
+    blocks: Any,
+    packed: Any,
+    moves: Any,
+    starts: Any,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    format: Any,
+    thin: bool,
+) -> None:
+    return None
+
+
+@_operation(
+    "unpack(Tensor packed, Tensor runs, Tensor(a!) k, Tensor(b!)? v, int key_dim, int value_dim, ScalarType dtype, int[] format)"
+    " -> ()"
+)
+def unpack(
+    packed: torch.Tensor,
+    runs: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor | None,
+    key_dim: int,
+    value_dim: int,
+    dtype: torch.dtype,
+    format: Sequence[int],
+) -> None:
+    """Write the tokens of packed ``runs`` to ``k`` ``[Hkv, tokens, D]``, zero where a channel was dropped, and ``v``.
+
+    ``runs`` is int32 ``[n, 4]`` (block counted from the first packed one, lo, hi, tokens before). Without ``v``, ``k`` is float32
+    ``[Hkv, tokens, wide]`` and takes the kept channels alone.
+    """
+    made = Format(*format)
+    made.check(key_dim, value_dim)
+    check_dims(dtype, key_dim, value_dim)
+    _check_table("packed", packed, torch.int64, PACKED_COLUMNS, k.device)
+    _check_table("runs", runs, torch.int32, 4, k.device)
+    width, kind = (made.wide(dtype), torch.float32) if v is None else (key_dim, dtype)
+    good = k.dim() == 3 and k.shape[2] == width and k.dtype is kind and k.is_contiguous()
+    _check(good, f"k must be contiguous {kind} [heads, tokens, {width}], got {k.dtype} {tuple(k.shape)}")
+    if v is not None:
+        good = v.shape == (*k.shape[:2], value_dim) and v.dtype is dtype and v.is_contiguous() and v.device == k.device
+        _check(good, f"v must be contiguous {dtype} [heads, tokens, {value_dim}], got {v.dtype} {tuple(v.shape)}")
+    module = _module("unpack", "unpack", dtype, made.key_bits, made.value_bits, v is None)
+    args = (packed.data_ptr(), runs.data_ptr(), k.data_ptr(), _address(v), k.shape[1])
+    sizes = (key_dim, made.kept, made.wide(dtype), value_dim, made.log_group)
+    _launch(module, (runs.shape[0], k.shape[0], 1), (*args, *sizes), k.device)
+
+
+@_fake("unpack")
+def _(packed: Any, runs: Any, k: Any, v: Any, key_dim: int, value_dim: int, dtype: torch.dtype, format: Any) -> None:
+    return None
+
+
+@_operation("carry(Tensor(a!) packed, Tensor moves, int kv_heads, int value_dim, ScalarType dtype, int[] format) -> ()")
+def carry(
+    packed: torch.Tensor, moves: torch.Tensor, kv_heads: int, value_dim: int, dtype: torch.dtype, format: Sequence[int]
+) -> None:
+    """Move packed tokens between slots bit for bit, in the order of ``moves``: all of a token but keys that are codes.
+
+    ``moves`` is as for :func:`move`, blocks counted from the first packed one.
+    """
+    _check_table("packed", packed, torch.int64, PACKED_COLUMNS, packed.device)
+    _check_table("moves", moves, torch.int32, 4, packed.device)
+    made = Format(*format)
+    key, _, value, scale = made.rows(dtype, value_dim)
+    rows = (0 if made.key_bits else key, value, scale)
+    pieces = sum(row // min(row & -row, 16) for row in rows if row)
+    args = (packed.data_ptr(), moves.data_ptr(), moves.shape[0], *rows)
+    _launch(_module("carry", "carry"), (pieces if moves.shape[0] else 0, kv_heads, 1), args, packed.device, block=64)
+
+
+@_fake("carry")
+def _(packed: Any, moves: Any, kv_heads: int, value_dim: int, dtype: torch.dtype, format: Any) -> None:
     return None
 
 

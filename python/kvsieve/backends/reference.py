@@ -222,13 +222,17 @@ class ReferenceStore:
         held = [self._packed[block].read(slot, slot + count, self._k.shape[3]) for block, slot, _, _, count in packed]
         for source, _, to, _, _ in packed:
             self._make(to, self._packed[source].channels)
+        self._put(packed, held)
+
+    def _put(self, moves: list[tuple[int, int, int, int, int]], held: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        """Store what moves. Neighbours in one packed block come together, so that numbers that share a scale are seen together."""
         at = 0
-        while at < len(packed):
-            _, _, to, slot, count = packed[at]
+        while at < len(moves):
+            _, _, to, slot, count = moves[at]
             pieces = [held[at]]
-            while at + 1 < len(packed) and packed[at + 1][2:4] == (to, slot + count):
+            while at + 1 < len(moves) and moves[at + 1][2:4] == (to, slot + count):
                 at += 1
-                count += packed[at][4]
+                count += moves[at][4]
                 pieces.append(held[at])
             k, v = (torch.cat(x, 1) for x in zip(*pieces))
             self._packed[to].write(slot, k, v)
@@ -245,10 +249,12 @@ class ReferenceStore:
 
     def pack(self, moves: Moves, channels: Channels | int) -> None:
         chosen = self._packed[channels].channels if isinstance(channels, int) else channels
-        for source, source_slot, to, slot, count in moves.tuples():
-            k, v = (x[source, :, source_slot : source_slot + count] for x in (self._k, self._v))
+        table = moves.tuples()
+        for _, _, to, _, _ in table:
             self._make(to, chosen)
-            self._packed[to].write(slot, k, v)
+        self._put(
+            table, [(self._k[block, :, slot : slot + n], self._v[block, :, slot : slot + n]) for block, slot, _, _, n in table]
+        )
 
     def channels(self, block: int) -> Channels:
         return self._packed[block].channels

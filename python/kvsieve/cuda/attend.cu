@@ -13,6 +13,7 @@
 //     part_out   [items, heads, splits, DV]  float, normalised; not written where part_lse is -inf
 //     part_lse   [items, heads, splits]      float, natural logarithm
 //     logits     [heads, total_keys]         float, natural; null unless the mass is wanted. Keys of item i begin at key_starts[i]
+//     packed     [packed blocks]             where each packed block lies, see packed.cuh; spans name them from kPackedFrom on
 //
 // Launch: grid (splits, kv_heads * chunks of HEADS * SUBSETS query heads, items), block 128.
 //
@@ -29,10 +30,17 @@
 // With RAW, keys of spans so marked are rotated by their slot's angle as they leave shared memory. The angles of all blocks are the
 // same 64 rows, which stay in the first-level cache; the query is rotated once per span, by the block's base distance.
 //
+// With KB >= 0 spans may lie in packed blocks, among plain ones: keys of fewer channels (KB = 0) or codes of KB bits, values of T (VB = 0)
+// or codes of VB bits. A tile of up to `packed_tile` slots passes through the same stages, cut into rows and scales; rows are copied in
+// whole 16-byte pieces from wherever in a block they begin. The query is gathered to the kept channels once for a set of them and a
+// turn; lanes beyond the kept channels have nothing to do. A code c becomes 1 + c / 2^bits by putting its bits under an exponent, so
+// that a number is one multiply-add away, by steps and least values that a lane keeps in registers for a group of keys, and loads
+// for each value. Nothing of full width is ever written. With RAW the angles of the kept pairs are gathered as they are needed.
+//
 // Tried, by the assembler's report only (nothing here was timed on a card yet): at least 4 thread blocks a multiprocessor spills at
 // D = 128 in 16 bits (48 bytes stored, raw keys 176); 3 (at most 168 registers) does not, and keeps 48 KB on their way. Multiply-add
 // only; from 8 query heads a group on, tensor cores should pay.
-#include "common.cuh"
+#include "packed.cuh"
 
 template <int N>
 __device__ __forceinline__ constexpr int ceil_pow2() {
@@ -91,13 +99,43 @@ struct Tiles {
     static constexpr int stage = tile * (DK + DV);  // elements
 };
 
-template <typename T, int DK, int DV, int HEADS, int SUBSETS, bool RAW>
-__global__ void __launch_bounds__(kThreads, SUBSETS == 1 || (SUBSETS == 2 && !RAW) ? 3 : 2)
+// Rotates the numbers of a thin row from `at` on; `number` gives one of the row's, whose first `kept_pairs` and the next as many turn
+// together.
+template <int N, typename F>
+__device__ __forceinline__ void turn_thin(float (&x)[N], F number, int at, const short* channels, int kept_pairs, const float* trig,
+                                          int pairs, int layout) {
+    if (at >= 2 * kept_pairs) return;
+#pragma unroll
+    for (int e = 0; e < N; e++) {
+        const int j = at + e;
+        if (j < 2 * kept_pairs) {
+            const bool first = j < kept_pairs;
+            const int stored = channels[j], c = stored < 0 ? -1 - stored : stored;
+            const int pair = layout == kHalf ? (c < pairs ? c : c - pairs) : c >> 1;
+            const float part = number(first ? j + kept_pairs : j - kept_pairs) * trig[pairs + pair];
+            x[e] = fmaf(x[e], trig[pair], first ? -part : part);
+        }
+    }
+}
+
+// Thread blocks that a multiprocessor should hold: as many as its registers allow without spills.
+constexpr int resident(int subsets, bool raw, int kb, int vb) {
+    if (kb > 0 || vb > 0 || (kb == 0 && (raw || subsets > 1))) return 2;
+    return subsets == 1 || (subsets == 2 && !raw) ? 3 : 2;
+}
+
+__device__ __forceinline__ int up16(int bytes) { return (bytes + 15) & ~15; }
+
+template <typename T, int DK, int DV, int HEADS, int SUBSETS, bool RAW, int KB = -1, int VB = -1>
+__global__ void __launch_bounds__(kThreads, resident(SUBSETS, RAW, KB, VB))
 attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks,
        const int* __restrict__ starts, const Span* __restrict__ spans, const float* __restrict__ turns,
        const float* __restrict__ in_block, i64 pairs_, i64 layout_, double factor, double scale, double softcap, i64 num_queries,
        i64 group_, float* __restrict__ part_out, float* __restrict__ part_lse, float* __restrict__ logits,
-       const i64* __restrict__ key_starts, i64 total_keys) {
+       const i64* __restrict__ key_starts, i64 total_keys, const PackedBlock* __restrict__ packed, i64 kept_, i64 wide_, i64 log_group_,
+       i64 packed_tile_) {
+    constexpr bool PACKED = KB >= 0;
+    constexpr bool KEEPS = KB > 0 && !RAW;  // scales in registers: those that turn keys need them for other things
     using K = Rows<T, DK>;
     using V = Rows<T, DV>;
     constexpr int TILE = Tiles<T, DK, DV>::tile;
@@ -109,16 +147,22 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     constexpr int HELD = HEADS * SUBSETS;
     constexpr int STRIDE_P = HEADS == 3 ? 4 : HEADS;
     constexpr int BATCH = 32;  // spans looked up at once
+    constexpr int ROUNDS = PACKED ? larger(PER_WARP, kBlock / (KEY_WARPS * K::together)) : PER_WARP;
 
     struct alignas(16) Where {
         u64 key, value;
         int lo, hi, before, turn_rotate;
+    };
+    struct Scales {
+        u64 keys, values, channels;  // channels is 0 for a plain block
     };
 
     KV_SHARED(T, tiles, 2 * STAGE);
     KV_SHARED(float, base, HELD * DK);
     KV_SHARED(float, weights, kWarps * KEYS * STRIDE_P);
     KV_SHARED(Where, where, BATCH);
+    KV_SHARED(Scales, scales_of, PACKED ? BATCH : 1);
+    KV_SHARED(short, channels, PACKED ? DK + 1 : 1);
     static_assert(2 * STAGE * sizeof(T) >= kWarps * HEADS * (DV + 2) * sizeof(float), "the last merge reuses the tiles");
 
     const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
@@ -153,7 +197,17 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
 #pragma unroll
         for (int c = 0; c < V::channels; c++) acc[h][c] = 0.f;
     }
-    int facing = -1;  // the turn that `turned` has
+    int facing = -1;  // the turn that `turned` has, twice; plus 1 where it has been gathered to kept channels
+
+    // A packed tile in a stage: rows of keys, their scales, rows of values, their scales.
+    const int kept = int(kept_), wide = int(wide_), log_group = int(log_group_), packed_tile = int(packed_tile_);
+    const int key_row = int(row_bytes<T, larger(KB, 0)>(wide)), key_scale_row = 4 * wide;
+    constexpr int value_row = int(VB > 0 ? DV * VB / 8 : DV * sizeof(T));
+    const int value_scale_row = 4 * (DV >> log_group);
+    const int at_key_scales = up16(packed_tile * key_row) + (KB > 0 ? 16 : 0);
+    const int at_values = at_key_scales + (KB > 0 ? (((packed_tile - 1) >> log_group) + 2) * key_scale_row : 0);
+    const int at_value_scales = at_values + up16(packed_tile * value_row) + (VB > 0 ? 16 : 0);
+    u64 known = 0;  // whose channels `channels` has
 
     const i64 from = starts[item], count = starts[item + 1] - from;
     const i64 begin = from + count * split / splits, end = from + count * (split + 1) / splits;
@@ -163,10 +217,23 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         __syncthreads();  // the last batch's table and tiles are done with; the queries are there
         if (tid < num) {
             const Span span = spans[batch + tid];
-            const Block block = blocks[span.block];
             Where w;
-            w.key = block.key + u64(i64(kv_head) * block.stride) * (DK * sizeof(T));
-            w.value = block.value + u64(i64(kv_head) * block.stride) * (DV * sizeof(T));
+            if (PACKED && span.block >= kPackedFrom) {
+                const PackedBlock block = packed[span.block - kPackedFrom];
+                const i64 rows = i64(kv_head) * block.stride;
+                w.key = block.key + u64(rows * key_row);
+                w.value = block.value + u64(rows * value_row);
+                Scales s;
+                s.keys = block.key_scales + u64((rows >> log_group) * key_scale_row);
+                s.values = block.value_scales + u64(rows * value_scale_row);
+                s.channels = block.channels + u64(kv_head) * (1 + wide) * sizeof(short);
+                scales_of[tid] = s;
+            } else {
+                const Block block = blocks[span.block];
+                w.key = block.key + u64(i64(kv_head) * block.stride) * (DK * sizeof(T));
+                w.value = block.value + u64(i64(kv_head) * block.stride) * (DV * sizeof(T));
+                if (PACKED) scales_of[tid].channels = 0;
+            }
             w.lo = span.lo();
             w.hi = span.hi();
             w.before = span.before;
@@ -178,6 +245,26 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         // Asks for slots at .. at + TILE of a span. Only slots inside the span are read.
         auto fetch = [&](int s, int at, int stage) {
             const Where w = where[s];
+            if constexpr (PACKED) {
+                const Scales more = scales_of[s];
+                if (more.channels != 0) {
+                    const int n = w.hi - at < packed_tile ? w.hi - at : packed_tile;
+                    char* to = (char*)(tiles + stage * STAGE);
+                    auto copy = [&](char* to, u64 from, int bytes) {
+                        const u64 begin = from & ~u64(15);
+                        const int pieces = int((from + bytes - begin + 15) / 16);
+                        for (int i = tid; i < pieces; i += kThreads) kv_copy16(to + i * 16, (const char*)begin + i * 16);
+                    };
+                    copy(to, w.key + u64(at) * key_row, n * key_row);
+                    copy(to + at_values, w.value + u64(at) * value_row, n * value_row);
+                    if (KB > 0) {
+                        const int group = at >> log_group, groups = ((at + n - 1) >> log_group) - group + 1;
+                        copy(to + at_key_scales, more.keys + u64(group) * key_scale_row, groups * key_scale_row);
+                    }
+                    if (VB > 0) copy(to + at_value_scales, more.values + u64(at) * value_scale_row, n * value_scale_row);
+                    return;
+                }
+            }
             const int n = w.hi - at < TILE ? w.hi - at : TILE;
             const T* keys = (const T*)w.key + i64(at) * DK;
             const T* values = (const T*)w.value + i64(at) * DV;
@@ -196,8 +283,11 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             kv_wait<0>();
             __syncthreads();  // this tile has arrived for everyone, and everyone has left the other stage
             const Where w = where[s];
-            const int now = at, n = w.hi - at < TILE ? w.hi - at : TILE;
-            at += TILE;
+            const Scales more = PACKED ? scales_of[s] : Scales{0, 0, 0};
+            const bool is_packed = PACKED && more.channels != 0;
+            const int tile = is_packed ? packed_tile : TILE;
+            const int now = at, n = w.hi - at < tile ? w.hi - at : tile;
+            at += tile;
             if (at >= w.hi) {
                 do s++;
                 while (s < num && where[s].lo >= where[s].hi);
@@ -208,11 +298,38 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
 
             const T* keys = tiles + stage * STAGE;
             const T* values = keys + TILE * DK;
+            const unsigned char* staged = (const unsigned char*)keys;
             stage ^= 1;
 
-            const int face = layout == 0 ? 0 : w.turn_rotate >> 1;
-            if (face != facing) {
-                facing = face;
+            if (is_packed && more.channels != known) {
+                known = more.channels;
+                facing = -1;
+                for (int i = tid; i <= wide; i += kThreads) channels[i] = ((const short*)known)[i];
+                __syncthreads();
+            }
+            const int face = layout == 0 ? 0 : w.turn_rotate >> 1, way = 2 * face + int(is_packed);
+            if (way != facing && is_packed) {
+                facing = way;
+                const float* trig = turns + i64(face - 1) * 2 * pairs;
+#pragma unroll
+                for (int i = 0; i < K::channels; i++) {
+                    const int j = K::at(lane, i / K::vec) + i % K::vec, c = j < kept ? channels[1 + j] : -1;
+                    const bool turning = face && c >= 0 && c < 2 * pairs;
+                    const bool first = layout == kHalf ? c < pairs : (c & 1) == 0;
+                    const int pair = layout == kHalf ? (first ? c : c - pairs) : c >> 1;
+                    const int mate = layout == kHalf ? (first ? c + pairs : pair) : c ^ 1;
+                    const float cosine = turning ? trig[pair] : 1.f, sine = turning ? trig[pairs + pair] : 0.f;
+#pragma unroll
+                    for (int h = 0; h < HEADS; h++) {
+                        const float* row = base + (subset * HEADS + h) * DK;
+                        float x = c < 0 ? 0.f : row[c];
+                        if (turning) x = fmaf(x, cosine, first ? -row[mate] * sine : row[mate] * sine);
+                        turned[h][i] = x;
+                    }
+                }
+            }
+            if (way != facing) {
+                facing = way;
 #pragma unroll
                 for (int h = 0; h < HEADS; h++) {
                     const float* row = base + (subset * HEADS + h) * DK;
@@ -232,8 +349,16 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             }
             const bool rotate = RAW && layout != 0 && (w.turn_rotate & 1) != 0;
 
+            // Of a packed tile: its rows, and the steps (times 2^KB) and least values (less that) of the group that this lane last met.
+            const unsigned char* key_rows = staged + ((w.key + u64(now) * key_row) & 15);
+            const f16* key_scales = (const f16*)(staged + at_key_scales);
+            const unsigned char* value_rows = staged + at_values + ((w.value + u64(now) * value_row) & 15);
+            const unsigned char* value_scales = staged + at_value_scales + ((more.values + u64(now) * value_scale_row) & 15);
+            float steps[KEEPS ? K::channels : 1], leasts[KEEPS ? K::channels : 1];
+            int met = -1;
+
 #pragma unroll 1
-            for (int round = 0; round < PER_WARP; round += UNROLL) {
+            for (int round = 0; round < ROUNDS; round += UNROLL) {
                 // Key `i` (of KEYS) of this warp and round; the same for every lane that asks.
                 auto key_of = [&](int i) {
                     return ((round + i / K::together) * KEY_WARPS + key_warp) * K::together + i % K::together;
@@ -246,7 +371,61 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
 #pragma unroll
                     for (int h = 0; h < HEADS; h++) scores[h][u] = 0.f;
                     const int j = key_of(u * K::together + lane / K::lanes);
-                    if (j < n) {
+                    if (PACKED && is_packed && j < n) {
+                        const unsigned char* row = key_rows + j * key_row;
+                        const f16* scales = key_scales;
+                        if constexpr (KB > 0) {
+                            const int group = ((now + j) >> log_group) - (now >> log_group);
+                            scales += group * 2 * wide;
+                            if (KEEPS && group != met) {
+                                met = group;
+#pragma unroll
+                                for (int i = 0; i < (KEEPS ? K::channels : 0); i++) {
+                                    const int c = K::at(lane, i / K::vec) + i % K::vec;
+                                    steps[i] = c < wide ? widen(scales[c]) * float(1 << KB) : 0.f;
+                                    leasts[i] = (c < wide ? widen(scales[wide + c]) : 0.f) - steps[i];
+                                }
+                            }
+                        }
+#pragma unroll
+                        for (int p = 0; p < K::pieces; p++) {
+                            if (K::at(lane, p) < wide) {
+                                float x[K::vec];
+                                if constexpr (KB > 0) {
+                                    fractions<K::vec, KB>(row + K::at(lane, p) * KB / 8, x);
+#pragma unroll
+                                    for (int e = 0; e < K::vec; e++) {
+                                        if constexpr (KEEPS) {
+                                            x[e] = fmaf(steps[p * K::vec + e], x[e], leasts[p * K::vec + e]);
+                                        } else {
+                                            const int c = K::at(lane, p) + e;
+                                            const float step = widen(scales[c]) * float(1 << KB);
+                                            x[e] = fmaf(step, x[e], widen(scales[wide + c]) - step);
+                                        }
+                                    }
+                                } else {
+                                    load<K::vec>((const T*)row + K::at(lane, p), x);
+                                }
+                                if constexpr (RAW) {
+                                    auto number = [&](int i) {
+                                        if constexpr (KB > 0) {
+                                            return fmaf(widen(scales[i]), float(code_at<larger(KB, 1)>(row, i)), widen(scales[wide + i]));
+                                        } else {
+                                            return widen(((const T*)row)[i]);
+                                        }
+                                    };
+                                    if (rotate)
+                                        turn_thin<K::vec>(x, number, K::at(lane, p), channels + 1, channels[0],
+                                                          in_block + i64(now + j) * 2 * pairs, pairs, layout);
+                                }
+#pragma unroll
+                                for (int h = 0; h < HEADS; h++)
+#pragma unroll
+                                    for (int e = 0; e < K::vec; e++)
+                                        scores[h][u] = fmaf(x[e], turned[h][p * K::vec + e], scores[h][u]);
+                            }
+                        }
+                    } else if (j < n) {
                         const T* row = keys + j * DK;
 #pragma unroll
                         for (int p = 0; p < K::pieces; p++) {
@@ -311,7 +490,21 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                         for (int p = 0; p < V::pieces; p++) {
                             if (V::inside(lane, p)) {
                                 float x[V::vec];
-                                load<V::vec>(row + V::at(lane, p), x);
+                                if (PACKED && is_packed) {
+                                    const int c = V::at(lane, p);
+                                    if constexpr (VB > 0) {
+                                        const f16* scales = (const f16*)(value_scales + j * value_scale_row) + (c >> log_group);
+                                        const float step = widen(scales[0]) * float(1 << VB);
+                                        const float least = widen(scales[DV >> log_group]) - step;
+                                        fractions<V::vec, VB>(value_rows + j * value_row + c * VB / 8, x);
+#pragma unroll
+                                        for (int e = 0; e < V::vec; e++) x[e] = fmaf(step, x[e], least);
+                                    } else {
+                                        load<V::vec>((const T*)(value_rows + j * value_row) + c, x);
+                                    }
+                                } else {
+                                    load<V::vec>(row + V::at(lane, p), x);
+                                }
 #pragma unroll
                                 for (int h = 0; h < HEADS; h++)
 #pragma unroll

@@ -23,7 +23,7 @@ constexpr int kThreads = 128;  // threads of a thread block, for every kernel
 constexpr int kWarps = kThreads / 32;
 
 // Where a block of keys and values lies. Keys of head h, slot s start at key + (h * stride + s) * key_bytes, values likewise.
-// `kind` is 0 for plain keys and values; thinned and quantised blocks will get numbers of their own.
+// `kind` is 0: packed blocks have a table of their own, see packed.cuh.
 struct alignas(16) Block {
     u64 key;
     u64 value;

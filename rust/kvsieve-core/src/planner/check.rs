@@ -67,11 +67,6 @@ pub(super) fn sieve(memories: &[MemorySpec], table: &Table, count: usize, recent
             "residents chosen per head are seen at their true distance only: positions differ per head",
         ));
     }
-    if table.num_packed() > 0 {
-        return Err(Error::Unsupported(
-            "residents chosen per head cannot be packed: blocks are packed for all heads at once",
-        ));
-    }
     let (len, total) = (table.len(), count.saturating_add(recent));
     if total > len.min(budget.total) {
         let got = format!("{count} and {recent} of {len} for {}", budget.total);
