@@ -26,6 +26,7 @@ CELLS = 1 << 22
 """Most logits that exist at a time."""
 
 
+@torch.no_grad()
 def mass(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, call: AttendCall) -> torch.Tensor:
     """The probability that the queries give to each key, summed over queries and over a group's heads.
 
