@@ -298,7 +298,8 @@ def test_a_forward_that_died_leaves_nothing_behind(make: Make, monkeypatch: pyte
             forwards(model, one.cache, ids[:, :80], [80])
         store = next(iter(stream._engine.stores.values()))
         with monkeypatch.context() as patch:
-            patch.setattr(type(store), "run", lambda *a: (_ for _ in ()).throw(RuntimeError("the device is on fire")))
+            for name in ("run", "run_mass"):
+                patch.setattr(type(store), name, lambda *a: (_ for _ in ()).throw(RuntimeError("the device is on fire")))
             with pytest.raises(RuntimeError, match="on fire"):
                 forward(model, stream.cache, ids[:, 80:81])
         got, want = (forwards(model, one.cache, ids[:, 80:], [1]) for one in (stream, twin))

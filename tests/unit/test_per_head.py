@@ -430,6 +430,20 @@ def test_what_a_rule_sees_after_its_first_choice(backend: str) -> None:
             assert float(x.votes().sum()) == pytest.approx(24.0, rel=1e-4)  # four heads, six queries
 
 
+@BACKEND
+def test_what_is_kept_holds_no_graph(backend: str) -> None:
+    """A forward with gradients on leaves nothing that would keep its activations alive."""
+    model, rule = tiny.model(), NewestOnly()
+    rule.accumulates = True
+    with kvsieve.stream(model, Memory(retain=rule), backend) as stream, torch.enable_grad():
+        for width in (30, 1, 5):
+            model(tiny.ids(1, width), past_key_values=stream.cache)
+            assert stream._engine.observer is not None
+            for state in stream._engine.observer.rows[0].layers.values():
+                assert state.mass is not None
+                assert not any(x.requires_grad for x in (state.mass, *state.queries))
+
+
 def test_states_are_never_changed() -> None:
     """What a fork or a mark remembers stays as it was."""
     model = tiny.model()

@@ -25,35 +25,41 @@ __all__ = ["mass", "of_chunk", "of_items"]
 CELLS = 1 << 22
 """Most logits that exist at a time."""
 
+QUERIES = 128
+"""Most queries of a block: few beside the keys of a long chunk, so that little is computed that is not seen."""
 
+
+@torch.no_grad()
 def mass(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, call: AttendCall) -> torch.Tensor:
     """The probability that the queries give to each key, summed over queries and over a group's heads.
 
     Args:
         q: ``[H, m, D]``; k: ``[Hkv, n, D]``, both rotated. ``H`` is a multiple of ``Hkv``.
-        q_at: int64 ``[m]``; k_at: int64 ``[Hkv, n]``: positions, on any device. A query sees the keys up to its own position.
+        q_at: int64 ``[m]``; k_at: int64 ``[Hkv, n]``: positions, ascending. A query sees the keys up to its own position.
 
     Returns:
         float32 ``[Hkv, n]`` (float64 for queries in float64). A query that sees nothing gives nothing.
     """
-    q_at, k_at = q_at.to(k.device), k_at.to(k.device)
     wide = torch.float64 if q.dtype == torch.float64 else torch.float32
     kv_heads, n = k.shape[:2]
-    group = q.shape[0] // kv_heads
-    block = max(1, CELLS // max(group * n, 1))
+    group, count = q.shape[0] // kv_heads, q.shape[1]
+    size = max(1, min(QUERIES, CELLS // max(group * n, 1)))
     out = torch.zeros(kv_heads, n, dtype=wide, device=k.device)
     for head in range(kv_heads):
-        mine, keys, at = slice(head * group, (head + 1) * group), k[head].to(wide), k_at[head]
+        mine, keys = slice(head * group, (head + 1) * group), k[head].to(wide)
         sinks = None if call.sinks is None else call.sinks[mine].detach().to(device=k.device, dtype=wide)
-        for lo in range(0, q.shape[1], block):
-            logits = (q[mine, lo : lo + block].to(wide) @ keys.T) * call.scale
+        for lo in range(0, count, size):
+            at = q_at[lo : lo + size]
+            # All queries of the block see the keys before `some`, none sees those from `none` on.
+            some, none = torch.searchsorted(k_at[head].contiguous(), at[[0, -1]], right=True).tolist()
+            logits = (q[mine, lo : lo + size].to(wide) @ keys[:none].T) * call.scale
             if call.softcap is not None:
                 logits = call.softcap * torch.tanh(logits / call.softcap)
-            logits = logits.masked_fill(at[None, None, :] > q_at[None, lo : lo + block, None], -torch.inf)
-            lse = torch.logsumexp(logits, -1)
+            logits[..., some:].masked_fill_((k_at[head, some:none] > at[:, None]).to(k.device), -torch.inf)
             if sinks is not None:
-                lse = torch.logaddexp(lse, sinks[:, None])
-            out[head] += torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None]).sum((0, 1))
+                logits = torch.cat([sinks[:, None, None].expand(-1, len(at), 1), logits], 2)
+            given = logits.softmax(-1).sum((0, 1)) if some or sinks is not None else logits.softmax(-1).nan_to_num(0.0).sum((0, 1))
+            out[head, :none] += given if sinks is None else given[1:]
     return out
 
 
