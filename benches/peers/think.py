@@ -25,13 +25,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 RATIO, BITS = 0.5, 4
+TAIL = 64  # tokens that are read even where all before are made up
 
 SYSTEMS = (
     *(f"kvsieve:{name}" for name in ("Full", "ThinK", "Quantized", "ThinK|Quantized")),
@@ -54,6 +55,9 @@ def main() -> None:
     work = commands.add_parser("work", help="one system: a line on its input is a round, a line of JSON the answer")
     work.add_argument("system", choices=SYSTEMS, metavar="system")
     for one in (run, work):
+        one.add_argument(
+            "--fill", action="store_true", help="random weights, keys and values: times and bytes, no peak, no ThinKPress"
+        )
         one.add_argument("--prompt", type=int, default=8000, help="tokens")
         one.add_argument("--tokens", type=int, default=16, help="tokens of a round")
     arguments = parser.parse_args()
@@ -72,7 +76,13 @@ def drive(arguments: argparse.Namespace) -> None:
     try:
         for system in arguments.systems:
             python = pythons.get(system.split(":")[0], sys.executable)
-            options = ["--prompt", str(arguments.prompt), "--tokens", str(arguments.tokens)]
+            options = [
+                "--prompt",
+                str(arguments.prompt),
+                "--tokens",
+                str(arguments.tokens),
+                *(["--fill"] if arguments.fill else []),
+            ]
             workers[system] = subprocess.Popen(
                 [python, __file__, "work", system, *options], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
             )
@@ -88,9 +98,10 @@ def drive(arguments: argparse.Namespace) -> None:
             worker.kill()
     for system in workers:
         took = {clock: statistics.median(r[system][clock] for r in rounds) for clock in ("wall", "thread")}
+        sizes = {what: found[system][f"{what}_bytes"] for what in ("cache", "rss", "peak_rss")}
         print(
-            f"{system}: {1 / took['thread']:.2f} tokens a second of CPU, {1 / took['wall']:.2f} by the clock, "
-            f"{found[system]['cache_bytes'] / 1e6:.0f} MB held, {found[system]['peak_rss_bytes'] / 1e6:.0f} MB at the peak"
+            f"{system}: {1 / took['thread']:.2f} tokens a second of CPU, {1 / took['wall']:.2f} by the clock; MB: "
+            + ", ".join(f"{what} {size / 1e6:.0f}" for what, size in sizes.items() if size is not None)
         )
 
 
@@ -126,18 +137,19 @@ def serve(arguments: argparse.Namespace) -> None:
     import torch
 
     torch.set_num_threads(1)
-    model, ids = load(arguments.prompt)
+    model, ids = (random_model if arguments.fill else load)(arguments.prompt)
     kind, name = arguments.system.split(":")
     began = time.thread_time()
-    with torch.no_grad(), torch.inference_mode():
-        token, held = {"kvsieve": kvsieve, "transformers": transformers, "kvpress": kvpress}[kind](name, model, ids)
+    with torch.inference_mode():
+        make = {"kvsieve": kvsieve, "transformers": transformers, "kvpress": kvpress}[kind]
+        token, held = make(name, model, ids, arguments.fill)
         prefill = time.thread_time() - began
         gc.collect()
         last = token(int(ids[0, -1]))  # what is packed when the first single token comes is packed now
         say(
             cache_bytes=held(),
-            prefill_thread_seconds=round(prefill, 2),
-            peak_rss_bytes=rss("VmHWM"),
+            prefill_thread_seconds=None if arguments.fill else round(prefill, 2),
+            peak_rss_bytes=None if arguments.fill else rss("VmHWM"),
             rss_bytes=rss("VmRSS"),
             first_token=last,
             versions={each: metadata.version(each) for each in ("torch", "transformers", kind)},
@@ -191,6 +203,28 @@ def load(prompt: int) -> tuple[Any, Any]:
     return model, ids[:, :prompt]
 
 
+def random_model(prompt: int) -> tuple[Any, Any]:
+    """A model of SmolLM2-135M's shape with random weights, and random tokens."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "num_hidden_layers": 30}
+    sizes = {"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "max_position_embeddings": 1 << 16}
+    config = LlamaConfig(**heads, **sizes, tie_word_embeddings=True)
+    return LlamaForCausalLM._from_config(config, dtype=torch.float32).eval(), torch.randint(0, 49152, (1, prompt))
+
+
+def random_layers(model: Any, tokens: int) -> Iterator[tuple[int, Any, Any]]:
+    """Each layer's index, keys and values ``[1, Hkv, tokens, D]``."""
+    import torch
+
+    config = model.config
+    shape = (1, config.num_key_value_heads, tokens, config.hidden_size // config.num_attention_heads)
+    for index in range(config.num_hidden_layers):
+        yield index, torch.randn(shape), torch.randn(shape)
+
+
 def greedy(model: Any, cache: Any) -> Token:
     """One token after another through ``cache``."""
     import torch
@@ -198,36 +232,52 @@ def greedy(model: Any, cache: Any) -> Token:
     return lambda last: int(model(torch.tensor([[last]]), past_key_values=cache).logits[0, -1].argmax())
 
 
-def kvsieve(name: str, model: Any, ids: Any) -> tuple[Token, Callable[[], int]]:
+def kvsieve(name: str, model: Any, ids: Any, filled: bool) -> tuple[Token, Callable[[], int]]:
     """A stream; the prompt in chunks, as `stream.generate` reads it."""
     import kvsieve
 
     thin, codes = kvsieve.ThinK(RATIO), kvsieve.Quantized(BITS)
     policy = {"Full": kvsieve.Full(), "ThinK": thin, "Quantized": codes, "ThinK|Quantized": thin | codes}[name]
     stream = kvsieve.stream(model, policy)
-    stream.feed(ids[:, :-1])
+    head = ids.shape[1] - TAIL - 1 if filled else 0
+    if filled:
+        engine = stream._engine
+        engine.planner.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
+        for index, k, v in random_layers(model, head):
+            store = engine.stores[index] = engine.backend.make_store(k, v)
+            if engine.packer is not None:
+                store.set_packing(engine.packer.packing[index])
+            store.write(engine.planner.runs(0, 0), k[0], v[0])
+    stream.feed(ids[:, head:-1])
     return greedy(model, stream.cache), lambda: stream.stats().bytes_held
 
 
-def transformers(name: str, model: Any, ids: Any) -> tuple[Token, Callable[[], int]]:
+def transformers(name: str, model: Any, ids: Any, filled: bool) -> tuple[Token, Callable[[], int]]:
     """transformers' full cache; the prompt in one forward, as `generate` reads it."""
-    return peer(model, ids, nullcontext())
+    return peer(model, ids, nullcontext(), filled)
 
 
-def kvpress(name: str, model: Any, ids: Any) -> tuple[Token, Callable[[], int]]:
+def kvpress(name: str, model: Any, ids: Any, filled: bool) -> tuple[Token, Callable[[], int]]:
     """kvpress on transformers' full cache; the prompt in one forward under the press, as its pipeline reads it."""
     from kvpress import ThinKPress
 
-    return peer(model, ids, ThinKPress(key_channel_compression_ratio=RATIO)(model) if name == "ThinK" else nullcontext())
+    if filled and name == "ThinK":
+        raise SystemExit("kvpress:ThinK acts on a prompt that is read; leave --fill out")
+    press = ThinKPress(key_channel_compression_ratio=RATIO)(model) if name == "ThinK" else nullcontext()
+    return peer(model, ids, press, filled)
 
 
-def peer(model: Any, ids: Any, press: Any) -> tuple[Token, Callable[[], int]]:
+def peer(model: Any, ids: Any, press: Any, filled: bool) -> tuple[Token, Callable[[], int]]:
     """A `DynamicCache` filled under ``press``."""
     from transformers import DynamicCache
 
     cache = DynamicCache(config=model.config)
+    head = ids.shape[1] - TAIL - 1 if filled else 0
+    if filled:
+        for index, k, v in random_layers(model, head):
+            cache.update(k, v, index)
     with press:
-        model.model(ids[:, :-1], past_key_values=cache)
+        model.model(ids[:, head:-1], past_key_values=cache)
     return greedy(model, cache), lambda: sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
 
 
