@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import kvsieve
 import pytest
@@ -16,6 +17,7 @@ from kvsieve.errors import KvsieveError
 from kvsieve.evals import packing_nll
 from kvsieve.evals.models import load_smollm2
 from kvsieve.evals.packing_nll import AtRandom, ByKeyNorm
+from kvsieve.evals.shopping_text import FILLERS
 
 # ----------------------------------------------------------------------------------------------------------------- the measure
 
@@ -140,15 +142,32 @@ def total_variation(seen: thin.Observed, channels: torch.Tensor) -> float:
     return float((whole - packed).abs().sum(-1).mean()) / 2
 
 
-@pytest.mark.model
-def test_think_errs_least_on_a_real_model_then_key_norm_then_lots() -> None:
-    """By the weights of the queries that come after the prompt, all layers and heads, at ratio 0.4 and above."""
-    from pydoc_data.topics import topics
-
+@pytest.fixture(scope="module")
+def real() -> tuple[Any, torch.Tensor]:
+    """The small model, and a text that no release of Python changes."""
     torch.set_num_threads(1)
     model, tokenizer = load_smollm2()
-    text = "\n\n".join(topics.values())[: 12 * PROMPT]
+    text = "\n\n".join(f"{question}\n{answer}" for question, answer in FILLERS)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, : PROMPT + AFTER]
+    assert ids.shape[1] == PROMPT + AFTER
+    return model, ids
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("policy", ["ThinK(0.4)", "ThinK(0.2) | Quantized(4)"])
+def test_a_real_continuation_in_chunks_is_the_one_token_by_token(real: tuple[Any, torch.Tensor], policy: str) -> None:
+    model, ids = real
+    made = kvsieve.policies.parse(policy)
+    prompt, continuation = ids[:, :330], ids[:, 330:370]
+    chunks, _ = packing_nll.losses(model, made, None, prompt, continuation)
+    tokens, _ = packing_nll.losses(model, made, None, prompt, continuation, by_token=True)
+    torch.testing.assert_close(chunks, tokens, rtol=0, atol=2e-3)
+
+
+@pytest.mark.model
+def test_think_errs_least_on_a_real_model_then_key_norm_then_lots(real: tuple[Any, torch.Tensor]) -> None:
+    """By the weights of the queries that come after the prompt, all layers and heads, at ratio 0.4 and above."""
+    model, ids = real
     spy = Spy(AFTER + OBSERVE)
     with kvsieve.stream(model, roles.Memory(pack=spy)) as stream:
         stream.feed(ids)
@@ -168,7 +187,7 @@ def test_think_errs_least_on_a_real_model_then_key_norm_then_lots() -> None:
     assert mean(roles.Thin(0.0)) == 0.0
     for ratio in (0.4, 0.5, 0.6):
         think, norm, lots = mean(roles.Thin(ratio)), mean(ByKeyNorm(ratio)), mean(AtRandom(ratio))
-        print(f"ratio {ratio}: ThinK {think:.3f}, key norm {norm:.3f}, at random {lots:.3f}")
+        print(f"ratio {ratio}: ThinK {think:.4f}, key norm {norm:.4f}, at random {lots:.4f}")
         assert 0.0 < think < norm < lots < 1.0
     assert mean(roles.Thin(0.4)) < mean(roles.Thin(0.6))
 
