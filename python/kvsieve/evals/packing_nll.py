@@ -156,7 +156,7 @@ def losses(
     with kvsieve.stream(model, policy, backend=backend) as stream, torch.no_grad():
         if prefix is not None:
             prefix.into(stream)
-        for part in prompt.split(CHUNK, 1):
+        for part in torch.split(prompt, CHUNK, 1):
             last = model(part, past_key_values=stream.cache, logits_to_keep=1).logits[0]
         stream.end_turn()
         stats = stream.stats()
@@ -173,16 +173,16 @@ def _parts(pack: Pack | None, prompt: int, ids: torch.Tensor, by_token: bool) ->
     """The continuation in pieces, and whether what has settled is packed after each, as it would be token by token."""
     every = None if pack is None else pack.flush_every
     if by_token or not every or pack is None:
-        yield from ((part, False) for part in ids.split(1 if by_token else CHUNK, 1))
+        yield from ((part, False) for part in torch.split(ids, 1 if by_token else CHUNK, 1))
         return
     # The prompt was packed in whole groups: so many tokens wait already for theirs to be full.
     first = every - max(prompt - pack.recent, 0) % pack.align
     yield ids[:, :first], True
-    yield from ((part, True) for part in ids[:, first:].split(every, 1) if part.shape[1])
+    yield from ((part, True) for part in torch.split(ids[:, first:], every, 1) if part.shape[1])
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    parts = zip(logits.split(_ROWS), targets.split(_ROWS))
+    parts = zip(torch.split(logits, _ROWS), torch.split(targets, _ROWS))
     return torch.cat([F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in parts]).cpu()
 
 
