@@ -11,7 +11,8 @@ import pytest
 import torch
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-MODULES = [f"kvsieve.policies.{name}" for name in ("full", "streaming_llm", "lm_infinite", "sirllm")] + ["kvsieve.bench"]
+MODULES = [f"kvsieve.policies.{name}" for name in ("full", "streaming_llm", "lm_infinite", "sirllm")]
+MODULES += ["kvsieve.bench", "kvsieve.evals.packing_nll"]
 
 
 @pytest.mark.parametrize("name", MODULES)
