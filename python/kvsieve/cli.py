@@ -47,6 +47,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_generate(commands)
+    _add_eval(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="versions, instruction set, and the backends that can run here")
     info.add_argument("--json", action="store_true", help="print JSON instead of lines")
@@ -82,6 +83,21 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--json", type=Path, help="also write prompt, text and stats to this file")
     _add_machine(generate, dtype_help="default: float32")
     generate.set_defaults(run=_generate)
+
+
+def _add_eval(commands: Any) -> None:
+    evals = commands.add_parser("eval", help="what a policy costs in quality, on the small real model")
+    tasks = evals.add_subparsers(required=True, metavar="task")
+    packing = tasks.add_parser("packing", help="perplexity after a prompt whose keys and values were packed")
+    packing.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
+    packing.add_argument("--windows", type=_positive, default=4, help="stretches of the text")
+    packing.add_argument("--prompt", type=_positive, default=4000, help="tokens before packing")
+    packing.add_argument("--continuation", type=_positive, default=1000, help="tokens to predict")
+    packing.add_argument("--only", help="only policies with this in their name, and the full cache")
+    packing.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
+    packing.add_argument("--quick", action="store_true", help="one ratio of each kind")
+    _add_machine(packing, dtype_help="default: float32")
+    packing.set_defaults(run=_eval_packing)
 
 
 def _add_bench(commands: Any) -> None:
@@ -165,6 +181,25 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         report = {"prompt": prompt, "text": text, "stats": stats.as_dict()}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0
+
+
+def _eval_packing(arguments: argparse.Namespace) -> int:
+    _need_torch(arguments.threads)
+    from kvsieve.evals.packing_nll import Settings, run
+
+    settings = Settings(
+        text=arguments.text,
+        windows=arguments.windows,
+        prompt=arguments.prompt,
+        continuation=arguments.continuation,
+        only=arguments.only,
+        dtype=arguments.dtype or "float32",
+        json=arguments.json,
+        backend=arguments.backend,
+        quick=arguments.quick,
+    )
+    run(settings)
     return 0
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from kvsieve import _core
-from kvsieve.backends import AttendCall, Backend, Choosy, Store
+from kvsieve.backends import AttendCall, Backend, Choosy, Store, give_back
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
@@ -368,7 +368,8 @@ class Engine:
             self._apply(self.planner.keep(index, row, kept))
 
     def pack(self, prompt_ended: bool) -> None:
-        """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed."""
+        """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed; after a prompt the
+        system gets back what is free."""
         packer, planner = self.packer, self.planner
         if packer is None:
             return
@@ -398,6 +399,8 @@ class Engine:
             if moves is not None:
                 store.apply(moves)
                 store.free_unused(in_use, packed_in_use)
+        if prompt_ended:
+            give_back()
 
     def _apply(self, moves: Moves) -> None:
         if len(moves):

@@ -11,9 +11,8 @@ import pytest
 import torch
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-MODULES = [f"kvsieve.policies.{name}" for name in ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o")] + [
-    "kvsieve.bench"
-]
+POLICIES = ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o", "think", "quantized")
+MODULES = [*(f"kvsieve.policies.{name}" for name in POLICIES), "kvsieve.bench", "kvsieve.evals.packing_nll", "kvsieve.thin"]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,313 @@
+"""What packing a prompt costs: the perplexity of the text that follows it.
+
+A prompt is read exactly, then packed; its continuation is given, so that every policy predicts the same words. A window of the text
+is compared with itself under the full cache: windows differ among themselves far more than policies do.
+
+A continuation is read in chunks where that is the same as token by token: in any where generated tokens stay whole, and from one
+packing to the next where they are packed as they come.
+
+:class:`ByKeyNorm` and :class:`AtRandom` choose channels without looking at queries, or at anything: what ThinK has to beat.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+
+import kvsieve
+from kvsieve import thin
+from kvsieve.errors import KvsieveError
+from kvsieve.roles import Memory, Pack, Policy
+from kvsieve.thin import Channels, LayerShape, Observed, Packing
+from kvsieve.view.live import plain_table
+
+__all__ = ["AtRandom", "ByKeyNorm", "Prefix", "Price", "Settings", "losses", "policies", "price", "read_prefix", "run", "windows"]
+
+TAIL = 64
+"""Last tokens of a prompt, which every policy reads itself, to see the queries. Those before are read once for all."""
+
+CHUNK = 512
+"""Most tokens of a forward."""
+
+RATIOS = (0.2, 0.4, 0.5, 0.6)
+
+_ROWS = 128  # rows of logits that are cast to float32 at a time
+
+
+# ---------------------------------------------------------------------------------------------------------- channels by other rules
+
+
+@dataclass(frozen=True)
+class ByKeyNorm(Pack):
+    """Keys keep the rotary pairs in which they are longest, whatever the queries are."""
+
+    ratio: float
+    recent: int = 32
+
+    def packing(self, layer: LayerShape) -> Packing:
+        return Packing(thin.kept(layer.key_dim, self.ratio, "pairs"))
+
+    def choose(self, seen: Observed) -> Channels:
+        keys = seen.keys[:, : seen.settled]
+        alike = torch.ones(keys.shape[0], 1, keys.shape[2])  # queries that weigh all channels alike
+        return thin.choose(alike, keys, self.packing(seen.layer).key_kept, "pairs", seen.rope, raw=seen.raw)
+
+
+@dataclass(frozen=True)
+class AtRandom(Pack):
+    """Keys keep rotary pairs drawn by lot, for each layer and head anew, the same ones for the same ``seed``."""
+
+    ratio: float
+    recent: int = 32
+    seed: int = 0
+
+    def packing(self, layer: LayerShape) -> Packing:
+        return Packing(thin.kept(layer.key_dim, self.ratio, "pairs"))
+
+    def choose(self, seen: Observed) -> Channels:
+        generator = torch.Generator().manual_seed(self.seed * 1009 + seen.layer.index)
+        lots = torch.rand(seen.keys.shape[0], 1, seen.keys.shape[2], generator=generator)
+        return thin.choose(lots, torch.ones_like(lots), self.packing(seen.layer).key_kept, "pairs", seen.rope)
+
+
+def policies(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
+    """What is compared, by name; the full cache first. ``"few"`` leaves most ratios out."""
+    ratios = RATIOS if which == "all" else (0.4,)
+    found: dict[str, Policy] = {"Full()": kvsieve.Full()}
+    found.update({f"ThinK({r})": kvsieve.ThinK(r) for r in ratios})
+    found.update({f"Quantized({bits})": kvsieve.Quantized(bits) for bits in ((8, 4, 2) if which == "all" else (4,))})
+    found["ThinK(0.2) | Quantized(4)"] = kvsieve.ThinK(0.2) | kvsieve.Quantized(4)
+    found.update({f"by key norm, {r}": Memory(pack=ByKeyNorm(r)) for r in ratios})
+    found.update({f"at random, {r}": Memory(pack=AtRandom(r)) for r in ratios})
+    found.update({f"ThinK({r}, channels='single')": kvsieve.ThinK(r, channels="single") for r in ratios})
+    return found
+
+
+# --------------------------------------------------------------------------------------------------------------- one window of text
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """Tokens that were read once for all policies.
+
+    Attributes:
+        count: how many.
+        layers: keys ``[Hkv, n, D]`` and values ``[Hkv, n, Dv]`` of each layer, by its index.
+    """
+
+    count: int
+    layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    def into(self, stream: kvsieve.Stream) -> None:
+        """Make these the first tokens of a stream that has seen none and does not move tokens."""
+        engine = stream._engine
+        engine.planner.restore(self.count, [(self.count, [(list(range(self.count)), [math.nan] * self.count)])])
+        for index, (k, v) in self.layers.items():
+            store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
+            if engine.packer is not None:
+                store.set_packing(engine.packer.packing[index])
+            store.write(engine.planner.runs(0, 0), k, v)
+
+
+def read_prefix(model: Any, ids: torch.Tensor, backend: str | None = None) -> Prefix:
+    """Reads ``ids`` ``[1, n]`` with a full cache."""
+    with kvsieve.stream(model, kvsieve.Full(), backend=backend) as stream:
+        stream.feed(ids, chunk=CHUNK)
+        engine = stream._engine
+        runs = engine.planner.runs(0, 0)
+        return Prefix(ids.shape[1], {index: store.read(runs) for index, store in engine.stores.items()})
+
+
+def losses(
+    model: Any,
+    policy: Policy,
+    prefix: Prefix | None,
+    prompt: torch.Tensor,
+    continuation: torch.Tensor,
+    *,
+    backend: str | None = None,
+    by_token: bool = False,
+) -> tuple[torch.Tensor, float]:
+    """The continuation after the packed prompt.
+
+    Args:
+        prefix: what comes before ``prompt``; None for nothing.
+        prompt: int64 ``[1, n]``; continuation: int64 ``[1, m]``.
+        by_token: read the continuation one token at a time, as ``generate`` does, which is slow and gives the same.
+
+    Returns:
+        nll float32 ``[m]`` in nats, the first of them predicted before anything was packed; and the bytes held once the prompt was
+        packed, as a share of the full cache's.
+
+    Raises:
+        KvsieveError: for an empty prompt or continuation.
+    """
+    if not prompt.shape[1] or not continuation.shape[1]:
+        raise KvsieveError("a prompt and a continuation need at least one token each")
+    found: list[torch.Tensor] = []
+    with kvsieve.stream(model, policy, backend=backend) as stream, torch.no_grad():
+        if prefix is not None:
+            prefix.into(stream)
+        for part in torch.split(prompt, CHUNK, 1):
+            last = model(part, past_key_values=stream.cache, logits_to_keep=1).logits[0]
+        stream.end_turn()
+        stats = stream.stats()
+        for part, packs in _parts(policy.packs, stats.seen, continuation, by_token):
+            logits = model(part, past_key_values=stream.cache).logits[0]
+            found.append(_nll(torch.cat([last, logits[:-1]]), part[0]))
+            last = logits[-1:]
+            if packs:
+                stream.end_turn()
+    return torch.cat(found), stats.bytes_held / stats.bytes_full
+
+
+def _parts(pack: Pack | None, prompt: int, ids: torch.Tensor, by_token: bool) -> Iterator[tuple[torch.Tensor, bool]]:
+    """The continuation in pieces, and whether what has settled is packed after each, as it would be token by token."""
+    every = None if pack is None else pack.flush_every
+    if by_token or not every or pack is None:
+        yield from ((part, False) for part in torch.split(ids, 1 if by_token else CHUNK, 1))
+        return
+    # The prompt was packed in whole groups: so many tokens wait already for theirs to be full.
+    first = every - max(prompt - pack.recent, 0) % pack.align
+    yield ids[:, :first], True
+    yield from ((part, True) for part in torch.split(ids[:, first:], every, 1) if part.shape[1])
+
+
+def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    parts = zip(torch.split(logits, _ROWS), torch.split(targets, _ROWS))
+    return torch.cat([F.cross_entropy(rows.float(), wanted, reduction="none") for rows, wanted in parts]).cpu()
+
+
+# --------------------------------------------------------------------------------------------------------------------- many windows
+
+
+@dataclass(frozen=True)
+class Price:
+    """What a policy costs against the full cache.
+
+    Attributes:
+        name: the policy.
+        held: bytes after the prompt, as a share of the full cache's.
+        nll: mean nats a token of each window.
+        perplexity: over all windows.
+        change: its relative change, 0.02 for 2 % more; error: the standard error of that, from the differences of the windows, nan
+            for one window.
+    """
+
+    name: str
+    held: float
+    nll: tuple[float, ...]
+    perplexity: float
+    change: float
+    error: float
+
+
+def price(name: str, held: float, nll: Sequence[float], full: Sequence[float]) -> Price:
+    """Compares the windows of a policy, in nats a token, with the same ones under the full cache.
+
+    >>> cost = price("x", 0.8, [2.1, 2.3], [2.0, 2.2])
+    >>> f"{cost.change:.3f} {cost.error:.3f}"
+    '0.105 0.000'
+    """
+    if len(nll) != len(full) or not nll:
+        raise KvsieveError(f"{name}: {len(nll)} windows cannot be compared with {len(full)}")
+    differences = [mine - theirs for mine, theirs in zip(nll, full)]
+    ratio = math.exp(statistics.fmean(differences))
+    error = statistics.stdev(differences) / math.sqrt(len(nll)) if len(nll) > 1 else math.nan
+    return Price(name, held, tuple(nll), math.exp(statistics.fmean(nll)), ratio - 1, ratio * error)
+
+
+def windows(ids: torch.Tensor, count: int, size: int) -> list[torch.Tensor]:
+    """``count`` windows of ``size`` tokens of ``ids`` ``[1, n]``, at even distances, without overlap.
+
+    Raises:
+        KvsieveError: if the text is too short.
+    """
+    if ids.shape[1] < count * size:
+        raise KvsieveError(
+            f"{count} windows of {size:,} tokens need {count * size:,}, the text has {ids.shape[1]:,}; "
+            "give a longer text or fewer windows"
+        )
+    step = ids.shape[1] // count
+    return [ids[:, start : start + size] for start in range(0, step * count, step)]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is run; counts are tokens, unless they say otherwise."""
+
+    text: Path | None = None
+    windows: int = 4
+    prompt: int = 4000
+    continuation: int = 1000
+    only: str | None = None
+    dtype: str = "float32"
+    json: Path | None = None
+    backend: str | None = None
+    quick: bool = False
+
+
+def run(settings: Settings) -> list[Price]:
+    """Runs the comparison on SmolLM2-135M-Instruct; prints a table, and writes JSON after every policy if asked to.
+
+    Holds the keys and values of all windows.
+    """
+    from kvsieve.evals.models import load_smollm2
+
+    chosen = {
+        name: policy
+        for name, policy in policies("few" if settings.quick else "all").items()
+        if settings.only is None or settings.only.lower() in name.lower() or name == "Full()"
+    }
+    model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
+    ids = tokenizer(_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    head = max(settings.prompt - TAIL, 0)
+    texts = windows(ids, settings.windows, settings.prompt + settings.continuation)
+    prefixes = [read_prefix(model, text[:, :head], settings.backend) if head else None for text in texts]
+    prices: list[Price] = []
+    for name, policy in chosen.items():
+        nll, held = [], []
+        for prefix, text in zip(prefixes, texts):
+            prompt, continuation = text[:, head : settings.prompt], text[:, settings.prompt :]
+            one, share = losses(model, policy, prefix, prompt, continuation, backend=settings.backend)
+            nll.append(float(one.mean()))
+            held.append(share)
+        prices.append(price(name, statistics.fmean(held), nll, prices[0].nll if prices else nll))
+        print(f"{name}: {prices[-1].perplexity:.3f} ({100 * prices[-1].change:+.1f} %)", flush=True)
+        if settings.json is not None:
+            _write(settings, prices)
+    print("\n" + table(prices))
+    return prices
+
+
+def _text(path: Path | None) -> str:
+    if path is not None:
+        return path.read_text(encoding="utf-8", errors="replace")
+    from pydoc_data.topics import topics
+
+    return "\n\n".join(topics.values())
+
+
+def table(prices: Sequence[Price]) -> str:
+    """A line for each policy."""
+    rows = [(p.name, f"{p.held:.3f}", f"{p.perplexity:.3f}", f"{100 * p.change:+.1f} %", f"{100 * p.error:.1f}") for p in prices]
+    return plain_table(("policy", "of the full cache", "perplexity", "change", "standard error"), rows)
+
+
+def _write(settings: Settings, prices: Sequence[Price]) -> None:
+    assert settings.json is not None
+    told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items() if key != "json"}
+    report = {
+        "settings": told,
+        "model": "SmolLM2-135M-Instruct (Q4_1, dequantised)",
+        "prices": [{key: None if value != value else value for key, value in asdict(p).items()} for p in prices],
+    }
+    settings.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
