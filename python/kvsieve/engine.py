@@ -399,7 +399,7 @@ class Engine:
             if moves is not None:
                 store.apply(moves)
                 store.free_unused(in_use, packed_in_use)
-        if prompt_ended:
+        if tidy:
             give_back()
 
     def _apply(self, moves: Moves) -> None:

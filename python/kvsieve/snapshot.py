@@ -46,16 +46,13 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
     """Write ``stream`` to ``path``. An existing file is replaced only once the new one is complete.
 
     Raises:
-        UnsupportedError: if the model has sliding layers of its own, or the policy packs tokens or has parts that text cannot
-            describe.
+        UnsupportedError: if the model has sliding layers of its own, or the policy has parts that text cannot describe.
     """
     from safetensors.torch import save_file
 
     engine = stream._engine
     if engine.own_layers:
         raise UnsupportedError("saving a stream whose model has sliding layers of its own is not supported")
-    if stream.policy.packs is not None:
-        raise UnsupportedError(f"saving a stream that packs its tokens, as {stream.policy!r} does, is not supported")
     if not _is_text(stream.policy):
         raise UnsupportedError(f"the policy {stream.policy!r} cannot be written as text; save works for kvsieve's own policies")
     planner = engine.planner
