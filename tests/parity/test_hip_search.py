@@ -290,7 +290,7 @@ class TestHowWellItFinds:
     @pytest.mark.parametrize("length", NEIGHBOURS)
     def test_neighbours(self, length: int) -> None:
         """Mass is compared by what is lost against the best 256, because that of the best itself varies from draw to draw."""
-        draws, dim = 60, 64
+        draws, dim = 150, 64
         rng = np.random.default_rng(7 + length)
         rho = np.exp(-1 / length) if length else 0.0
         keys = np.empty((4096, draws, dim), np.float32)
