@@ -5,6 +5,9 @@ use std::fmt;
 /// Tokens in one block. A block is the unit of allocation, of sharing and of freeing.
 pub const BLOCK: u32 = 64;
 
+/// Blocks from this number on hold packed tokens: fewer key channels, fewer bits. Those below hold tokens as they came.
+pub const PACKED: u32 = 1 << 25;
+
 /// The number of a token in its sequence, counted over real (never padded) tokens, from 0.
 pub type Position = u64;
 
@@ -12,9 +15,16 @@ pub type Position = u64;
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct BlockId(pub u32);
 
+impl BlockId {
+    /// Whether its tokens are packed. The number alone tells, so that whatever passes blocks around need not know.
+    pub fn is_packed(self) -> bool {
+        self.0 >= PACKED
+    }
+}
+
 impl fmt::Debug for BlockId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "b{}", self.0)
+        if self.is_packed() { write!(f, "p{}", self.0 - PACKED) } else { write!(f, "b{}", self.0) }
     }
 }
 

@@ -11,6 +11,7 @@ pub mod spec;
 mod step;
 
 use crate::error::{Error, Result};
+use crate::ids::BLOCK;
 use crate::place::Rule;
 use crate::plan::{Frame, Move};
 use crate::retain::Decision;
@@ -78,10 +79,10 @@ impl Planner {
             held.sort_unstable();
             let width = rows.first().map_or(1, |row| row.tables.len());
             for (block, table) in held.into_iter().rev() {
-                if edit.pool.lowest_free().is_none_or(|free| free > block) {
-                    break;
+                if edit.pool.lowest_free(block).is_none_or(|free| free > block) {
+                    continue;
                 }
-                let to = edit.pool.alloc();
+                let to = edit.pool.alloc_like(block);
                 rows[table / width].tables[table % width].relocate(block, to, edit);
             }
             Ok(())
@@ -96,6 +97,33 @@ impl Planner {
         edit(pool, |edit| {
             rows[row].apply(memory, Decision::Keep(keep.to_vec()), edit);
             rows[row].settle(memories, memory + 1, false, edit)
+        })
+    }
+
+    /// Moves the residents of the first memory up to number `upto` that are not packed yet into packed blocks, and returns the moves
+    /// that pack them. A packed block is entered only at slots that are multiples of `align`.
+    pub fn pack(&mut self, row: usize, upto: usize, align: u32) -> Result<Vec<Move>> {
+        self.check_closed("pack")?;
+        let len = self.table(0, row)?.len();
+        if upto > len {
+            return Err(Error::OutOfRange {
+                what: "tokens to pack",
+                expected: "residents",
+                got: format!("{upto} of {len}"),
+            });
+        }
+        if align == 0 || !BLOCK.is_multiple_of(align) {
+            return Err(Error::OutOfRange { what: "align", expected: "a divisor of a block", got: align.to_string() });
+        }
+        if self.memories.len() > 1 {
+            return Err(Error::Unsupported(
+                "packing in a chain of memories: tokens that flow on would have to be unpacked",
+            ));
+        }
+        let Self { rows, pool, .. } = self;
+        edit(pool, |edit| {
+            rows[row].tables[0].pack(upto, align, edit);
+            Ok(())
         })
     }
 

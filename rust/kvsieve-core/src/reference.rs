@@ -71,8 +71,7 @@ pub fn attend(arena: &Arena, p: &Params<'_>) -> Result<Attended> {
                 let (mut logits, mut values) = (Vec::new(), Vec::new());
                 for span in spans {
                     for slot in span.lo..span.hi {
-                        let key = arena.key(span.block, kv_head, slot)?;
-                        let key: Vec<f64> = (0..dim).map(|i| widen(key, arena.dtype(), i)).collect();
+                        let (key, value) = arena.token(span.block, kv_head, slot)?;
                         let (q, key) = match p.rope {
                             None => (q.clone(), key),
                             Some(rope) => {
@@ -83,8 +82,7 @@ pub fn attend(arena: &Arena, p: &Params<'_>) -> Result<Attended> {
                         };
                         let logit = p.scale * q.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>();
                         logits.push(p.softcap.map_or(logit, |cap| cap * (logit / cap).tanh()));
-                        let value = arena.value(span.block, kv_head, slot)?;
-                        values.push((0..value_dim).map(|i| widen(value, arena.dtype(), i)).collect::<Vec<f64>>());
+                        values.push(value);
                     }
                 }
                 if keys == 0 {

@@ -1,7 +1,11 @@
 //! The kernels against their naive twin, on every instruction set of the machine.
 
+#[path = "common/data.rs"]
+mod data;
+
 use std::sync::Arc;
 
+use data::*;
 use half::{bf16, f16};
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
@@ -18,124 +22,6 @@ use kvsieve_core::kernels::{
 use kvsieve_core::plan::{Append, Frame, Move, Span, Spans, Step};
 use kvsieve_core::reference;
 use kvsieve_core::store::arena::Arena;
-
-const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
-
-struct Noise(u64);
-
-impl Noise {
-    fn bits(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0.wrapping_mul(0x2545_f491_4f6c_dd1d) >> 16
-    }
-
-    fn below(&mut self, n: usize) -> usize {
-        (self.bits() % n as u64) as usize
-    }
-
-    fn unit(&mut self) -> f32 {
-        (self.bits() >> 24 & 0xff_ffff) as f32 / (1 << 23) as f32 - 1.0
-    }
-
-    fn data(&mut self, n: usize, dtype: Dtype) -> Data {
-        Data::of(&(0..n).map(|_| self.unit()).collect::<Vec<_>>(), dtype)
-    }
-}
-
-/// Owned elements of any dtype.
-#[derive(Clone, Debug, PartialEq)]
-struct Data {
-    wide: Vec<f32>,
-    narrow: Vec<u16>,
-    dtype: Dtype,
-}
-
-impl Data {
-    fn of(x: &[f32], dtype: Dtype) -> Self {
-        let (wide, narrow) = match dtype {
-            Dtype::F32 => (x.to_vec(), Vec::new()),
-            Dtype::BF16 => (Vec::new(), x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect()),
-            Dtype::F16 => (Vec::new(), x.iter().map(|&x| f16::from_f32(x).to_bits()).collect()),
-        };
-        Data { wide, narrow, dtype }
-    }
-
-    fn elems(&self) -> Elems<'_> {
-        if self.dtype == Dtype::F32 { Elems::F32(&self.wide) } else { Elems::Bits(&self.narrow) }
-    }
-
-    fn elems_mut(&mut self) -> ElemsMut<'_> {
-        if self.dtype == Dtype::F32 { ElemsMut::F32(&mut self.wide) } else { ElemsMut::Bits(&mut self.narrow) }
-    }
-
-    fn view(&self, shape: [usize; 4]) -> View<'_> {
-        View::contiguous("data", self.elems(), shape).unwrap()
-    }
-
-    fn f64s(&self) -> Vec<f64> {
-        let n = self.elems().len();
-        reference::widened(&self.view([1, 1, 1, n]), self.dtype)
-    }
-}
-
-fn tolerance(dtype: Dtype) -> f64 {
-    if dtype == Dtype::F32 { 1e-5 } else { 1e-2 }
-}
-
-fn off(got: &[f64], exact: &[f64]) -> f64 {
-    assert_eq!(got.len(), exact.len());
-    let finite: Vec<(f64, f64)> = got
-        .iter()
-        .zip(exact)
-        .filter(|(g, e)| {
-            assert_eq!(g.is_finite(), e.is_finite(), "{g} {e}");
-            e.is_finite()
-        })
-        .map(|(g, e)| (*g, *e))
-        .collect();
-    let norm = finite.iter().map(|(_, e)| e * e).sum::<f64>().sqrt();
-    finite.iter().map(|(g, e)| (g - e).powi(2)).sum::<f64>().sqrt() / norm.max(1e-12)
-}
-
-fn span(block: u32, lo: u32, hi: u32, shift: i64, rotate_keys: bool) -> Span {
-    Span { block: BlockId(block), lo, hi, shift, rotate_keys }
-}
-
-struct Result3 {
-    out: Data,
-    lse: Vec<f32>,
-    mass: Vec<f32>,
-}
-
-fn call(arena: &Arena, args: &Attend<'_>) -> Result3 {
-    let [b, h, q, _] = args.q.shape();
-    let mut out = Data::of(&vec![7.0; b * h * q * arena.value_dim()], arena.dtype());
-    let mut lse = vec![7.0; b * h * q];
-    let mut mass = vec![7.0; mass_len(args.spans, arena.num_kv_heads())];
-    attend(arena, args, out.elems_mut(), Some(&mut lse), Some(&mut mass)).unwrap();
-    let mut alone = Data::of(&vec![7.0; b * h * q * arena.value_dim()], arena.dtype());
-    attend(arena, args, alone.elems_mut(), None, None).unwrap();
-    assert_eq!(out, alone, "asking for more must not change the output");
-    Result3 { out, lse, mass }
-}
-
-fn widen(x: &[f32]) -> Vec<f64> {
-    x.iter().map(|&x| f64::from(x)).collect()
-}
-
-/// An arena of random blocks.
-fn filled(noise: &mut Noise, heads: usize, dims: (usize, usize), dtype: Dtype, blocks: u32) -> Arena {
-    let mut arena = Arena::new(heads, dims.0, dims.1, dtype).unwrap();
-    for block in 0..blocks {
-        let run = [Run { block: BlockId(block), lo: 0, hi: 64 }];
-        let k = noise.data(heads * 64 * dims.0, dtype);
-        let v = noise.data(heads * 64 * dims.1, dtype);
-        arena.write(&run, k.elems(), v.elems()).unwrap();
-    }
-    arena
-}
 
 #[test]
 fn attend_equals_the_reference() {
@@ -614,7 +500,7 @@ fn memory_is_what_was_asked_for() {
     assert_eq!((arena.bytes(), arena.num_blocks()), (36 * block, 36));
     let mut in_use = vec![false; 36];
     in_use[5] = true;
-    arena.free_unused(&in_use);
+    arena.free_unused(&in_use, &[]);
     assert_eq!((arena.bytes(), arena.num_blocks()), (block, 1));
     assert!(arena.holds(BlockId(5)) && !arena.holds(BlockId(0)) && !arena.holds(BlockId(34)));
     assert!(matches!(arena.apply(&[moved(0, 0, 4, 0, 1)]), Err(Error::BadBlock { block: 0, .. })));

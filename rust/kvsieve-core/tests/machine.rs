@@ -3,7 +3,7 @@
 mod common;
 
 use common::{Store, Token, chains, planner, slots};
-use kvsieve_core::ids::{BLOCK, BlockId};
+use kvsieve_core::ids::{BLOCK, BlockId, PACKED};
 use kvsieve_core::planner::{MemorySpec, Planner};
 use kvsieve_core::retain::{Retain, naive};
 use proptest::prelude::*;
@@ -51,6 +51,7 @@ enum Op {
     Die { lens: [usize; 3], explicit: bool },
     Settle { force: bool },
     Tidy,
+    Pack { row: usize, share: u64, align: u32 },
     Keep { memory: usize, row: usize, mask: u64 },
     Crop { n: u64 },
     CropRows { n: [u64; 3] },
@@ -69,6 +70,8 @@ fn op() -> impl Strategy<Value = (usize, Op)> {
         2 => (lens(), any::<bool>()).prop_map(|(lens, explicit)| Op::Die { lens, explicit }),
         6 => any::<bool>().prop_map(|force| Op::Settle { force }),
         3 => Just(Op::Tidy),
+        4 => (0usize..3, 0u64..5, prop_oneof![Just(1u32), Just(32)])
+            .prop_map(|(row, share, align)| Op::Pack { row, share, align }),
         3 => (0usize..3, 0usize..3, any::<u64>()).prop_map(|(memory, row, mask)| Op::Keep { memory, row, mask }),
         2 => (0u64..70).prop_map(|n| Op::Crop { n }),
         1 => prop::array::uniform3(0u64..70).prop_map(|n| Op::CropRows { n }),
@@ -262,7 +265,7 @@ impl World {
         match op {
             Op::Settle { force } => {
                 let moves = planner.settle(*force).unwrap();
-                assert!(moves.iter().all(|m| m.to.0 < planner.num_blocks()));
+                assert!(moves.iter().all(|m| exists(planner, m.to)));
                 self.store.run(&moves);
                 for row in &mut lists.rows {
                     row.settle(&self.specs, 0, lists.step, *force);
@@ -271,9 +274,22 @@ impl World {
             }
             Op::Tidy => {
                 let moves = planner.tidy().unwrap();
-                assert!(moves.iter().all(|m| m.to.0 < m.from.0 && m.from.0 < planner.num_blocks()));
+                assert!(moves.iter().all(|m| m.to.0 < m.from.0 && exists(planner, m.from)));
+                assert!(moves.iter().all(|m| m.to.is_packed() == m.from.is_packed()));
                 self.store.run(&moves);
                 assert!(planner.tidy().unwrap().is_empty(), "tidying twice moves nothing");
+            }
+            Op::Pack { row, share, align } if *row < rows => {
+                let n = lists.rows[*row].memories[0].len();
+                let (before, upto) = (planner.num_packed(*row).unwrap(), n * *share as usize / 4);
+                let done = planner.pack(*row, upto, *align);
+                assert_eq!(done.is_ok(), self.specs.len() == 1 && upto <= n);
+                let Ok(moves) = done else { return };
+                assert!(moves.iter().all(|m| m.to.is_packed() && !m.from.is_packed() && exists(planner, m.to)));
+                let moved: u32 = moves.iter().map(|m| m.len).sum();
+                assert_eq!(moved as usize, upto.saturating_sub(before));
+                self.store.run(&moves);
+                assert_eq!(planner.num_packed(*row).unwrap(), before.max(upto));
             }
             Op::Keep { memory, row, mask } if *memory < self.specs.len() && *row < rows => {
                 let n = lists.rows[*row].memories[*memory].len();
@@ -285,7 +301,7 @@ impl World {
                     keep = (0..n).filter(|i| edge(i) || middle.contains(i)).collect();
                 }
                 let moves = planner.keep(*memory, *row, &keep).unwrap();
-                assert!(moves.iter().all(|m| m.to.0 < planner.num_blocks()));
+                assert!(moves.iter().all(|m| exists(planner, m.to) && m.to.is_packed() == m.from.is_packed()));
                 self.store.run(&moves);
                 lists.rows[*row].apply(*memory, &keep);
                 lists.rows[*row].settle(&self.specs, memory + 1, lists.step, false);
@@ -352,10 +368,22 @@ impl World {
         let distinct: HashSet<_> = free.iter().copied().collect();
         assert_eq!(distinct.len(), free.len());
         assert_eq!(planner.used_blocks(), owners.len());
-        for (id, used) in (0..).zip(planner.blocks_in_use()) {
+        let packed = (PACKED..).zip(planner.packed_in_use());
+        for (id, used) in (0..).zip(planner.blocks_in_use()).chain(packed) {
             let refs = owners.get(&BlockId(id)).copied().unwrap_or(0);
             assert_eq!(planner.block_refs(BlockId(id)), refs);
             assert_eq!((used, distinct.contains(&BlockId(id))), (refs > 0, refs == 0));
+        }
+    }
+
+    /// Packed residents come first, so that what is appended never has to be packed on its way in.
+    fn check_packed(&self) {
+        for Stream { planner, .. } in &self.streams {
+            for (m, r) in tables(planner) {
+                let runs = planner.runs(m, r).unwrap();
+                let packed = runs.iter().take_while(|run| run.block.is_packed()).count();
+                assert!(runs[packed..].iter().all(|run| !run.block.is_packed()));
+            }
         }
     }
 
@@ -391,11 +419,18 @@ impl World {
                 Retain::Surprisal { budget, .. } => {
                     assert!(n <= budget.total);
                     let runs = planner.runs(m, r).unwrap().len();
-                    assert!(runs <= n.div_ceil(BLOCK as usize) + 8, "{runs} runs for {n} tokens");
+                    assert!(runs <= n.div_ceil(BLOCK as usize) + 12, "{runs} runs for {n} tokens");
                 }
                 Retain::All | Retain::Manual { .. } => {}
             }
         }
+    }
+}
+
+fn exists(planner: &Planner, block: BlockId) -> bool {
+    match block.is_packed() {
+        true => block.0 - PACKED < planner.num_packed_blocks(),
+        false => block.0 < planner.num_blocks(),
     }
 }
 
@@ -432,6 +467,11 @@ proptest! {
     #[test]
     fn block_is_free_or_owned((chain, ops) in history()) {
         play(chain, &ops, |world, _| world.check_blocks());
+    }
+
+    #[test]
+    fn packed_residents_come_first((chain, ops) in history()) {
+        play(chain, &ops, |world, _| world.check_packed());
     }
 
     #[test]

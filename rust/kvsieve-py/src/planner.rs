@@ -93,12 +93,33 @@ impl Planner {
         self.moves(py, |p| p.settle(force))
     }
 
-    /// Keeps only these residents; the rest goes down the chain.
     /// Moves the highest blocks into free lower ones.
     fn tidy(&self, py: Python<'_>) -> PyResult<Moves> {
         self.moves(py, planner::Planner::tidy)
     }
 
+    /// Residents up to number `upto` that are not packed yet go to packed blocks; the moves are for `Store.pack`.
+    fn pack(&self, py: Python<'_>, row: usize, upto: usize, align: u32) -> PyResult<Moves> {
+        self.moves(py, |p| p.pack(row, upto, align))
+    }
+
+    /// How many of a row's residents are packed: the first ones.
+    fn num_packed(&self, row: usize) -> PyResult<usize> {
+        self.get().num_packed(row).map_err(to_py)
+    }
+
+    /// By packed block, counted from 0.
+    fn packed_in_use(&self, py: Python<'_>) -> Py<PyArray1<bool>> {
+        self.get().packed_in_use().into_pyarray(py).unbind()
+    }
+
+    /// Packed blocks that the stores must hold before the latest step or moves are run.
+    #[getter]
+    fn num_packed_blocks(&self) -> u32 {
+        self.get().num_packed_blocks()
+    }
+
+    /// Keeps only these residents; the rest goes down the chain.
     fn keep(&self, py: Python<'_>, memory: usize, row: usize, keep: Vec<usize>) -> PyResult<Moves> {
         self.moves(py, |p| p.keep(memory, row, &keep))
     }

@@ -8,8 +8,9 @@ use kvsieve_core::kernels::isa::isa;
 use kvsieve_core::kernels::{Attend, Dtype, SpanTrig, attend_unless};
 use kvsieve_core::plan::Spans;
 use kvsieve_core::store::arena::Arena;
+use kvsieve_core::store::packed::{Channels, Chosen, Packing};
 use kvsieve_core::{Error, Result};
-use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray3, PyUntypedArrayMethods};
+use numpy::{PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray3, PyUntypedArrayMethods};
 use pyo3::prelude::*;
 
 use crate::error::{Signals, to_py};
@@ -25,6 +26,7 @@ pub struct Store {
     arena: RwLock<Arena>,
     token_bytes: usize,
     num_kv_heads: usize,
+    key_dim: usize,
     value_dim: usize,
 }
 
@@ -138,7 +140,7 @@ impl Store {
         let dtype = Dtype::parse(dtype).map_err(to_py)?;
         let arena = Arena::new(num_kv_heads, key_dim, value_dim, dtype).map_err(to_py)?;
         let token_bytes = arena.token_bytes();
-        Ok(Store { arena: RwLock::new(arena), token_bytes, num_kv_heads, value_dim })
+        Ok(Store { arena: RwLock::new(arena), token_bytes, num_kv_heads, key_dim, value_dim })
     }
 
     /// Makes the step's copies, then stores its new tokens from `k` and `v` (`[rows, heads, columns, channels]`).
@@ -257,11 +259,84 @@ impl Store {
         self.write_with(py, bytes, |arena| arena.write(&runs, k, v)).map_err(to_py)
     }
 
-    /// Frees memory that holds no block in use; `in_use` is indexed by block.
-    fn free_unused(&self, py: Python<'_>, in_use: PyReadonlyArray1<'_, bool>) -> PyResult<()> {
+    /// Frees memory that holds no block in use; `in_use` is indexed by block, `packed_in_use` by packed block from 0.
+    #[pyo3(signature = (in_use, packed_in_use=None))]
+    fn free_unused(
+        &self,
+        py: Python<'_>,
+        in_use: PyReadonlyArray1<'_, bool>,
+        packed_in_use: Option<PyReadonlyArray1<'_, bool>>,
+    ) -> PyResult<()> {
         let in_use = in_use.as_slice().map_err(|_| strided("in_use"))?;
-        self.write_with(py, SMALL, |arena| arena.free_unused(in_use));
+        let packed = match &packed_in_use {
+            Some(packed) => packed.as_slice().map_err(|_| strided("packed_in_use"))?,
+            None => &[],
+        };
+        self.write_with(py, SMALL, |arena| arena.free_unused(in_use, packed));
         Ok(())
+    }
+
+    /// How this layer packs: kept channels a key, bits of a key's and a value's code (0 for none), numbers that share a scale.
+    fn set_packing(
+        &self,
+        py: Python<'_>,
+        key_kept: usize,
+        key_bits: u32,
+        value_bits: u32,
+        group: usize,
+    ) -> PyResult<()> {
+        let packing = Packing { key_kept, key_bits, value_bits, group };
+        self.write_with(py, 0, |arena| arena.set_packing(packing)).map_err(to_py)
+    }
+
+    /// Makes moves from plain to packed blocks. `channels` is `[heads, kept]`, `-1 - c` to store zeros for channel `c`, and `pairs`
+    /// `[heads]`, how many rotary pairs come first; or the packed block `like` names the channels.
+    #[pyo3(signature = (moves, channels=None, pairs=None, like=None))]
+    fn pack(
+        &self,
+        py: Python<'_>,
+        moves: &Moves,
+        channels: Option<PyReadonlyArray2<'_, i64>>,
+        pairs: Option<Vec<usize>>,
+        like: Option<u32>,
+    ) -> PyResult<()> {
+        let chosen = match (channels, like) {
+            (Some(channels), None) => {
+                let heads = channels.shape()[0];
+                let index: Vec<i64> = channels.as_array().iter().copied().collect();
+                let pairs = pairs.unwrap_or_else(|| vec![0; heads]);
+                if pairs.len() != heads {
+                    let (expected, got) = (format!("{heads} heads"), format!("{}", pairs.len()));
+                    return Err(to_py(Error::Shape { what: "pairs", expected, got }));
+                }
+                Chosen::New(Arc::new(Channels::new(&index, &pairs, self.key_dim).map_err(to_py)?))
+            }
+            (None, Some(block)) => Chosen::Like(BlockId(block)),
+            _ => return Err(to_py(Error::Unsupported("pass either channels, or a block whose channels to take"))),
+        };
+        let moves = &moves.inner;
+        let bytes = moves.iter().map(|m| m.len as usize).sum::<usize>() * self.token_bytes;
+        self.write_with(py, bytes, |arena| arena.pack(moves, &chosen)).map_err(to_py)
+    }
+
+    /// The channels that a packed block keeps, `[heads, kept]`.
+    fn channels<'py>(&self, py: Python<'py>, block: u32) -> PyResult<Bound<'py, PyArray2<i64>>> {
+        let found = self.read(py, 0, |arena| match arena.packed() {
+            Some(packed) if BlockId(block).is_packed() => packed.channels_of(BlockId(block)).map(Arc::clone),
+            _ => Err(Error::BadBlock { block, have: 0 }),
+        });
+        let channels = found.map_err(to_py)?;
+        let index: Vec<i64> =
+            (0..channels.heads()).flat_map(|head| channels.of(head).iter().map(|&c| i64::from(c))).collect();
+        PyArray1::from_vec(py, index).reshape([channels.heads(), channels.kept()])
+    }
+
+    /// Bytes held of plain keys, plain values, packed keys, packed values, scales, and channel numbers.
+    fn bytes_by_part(&self, py: Python<'_>) -> [usize; 6] {
+        self.read(py, 0, |arena| {
+            let ((keys, values), packed) = (arena.plain_bytes(), arena.packed_bytes());
+            [keys, values, packed.keys, packed.values, packed.scales, packed.channels]
+        })
     }
 
     /// Exactly what the allocator was asked for.
@@ -302,5 +377,6 @@ impl Step {
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Store>()?;
+    m.add("PACKED", kvsieve_core::ids::PACKED)?;
     Ok(())
 }

@@ -51,17 +51,32 @@ impl Planner {
         Ok(self.table(memory, row)?.runs())
     }
 
+    /// How many of the residents are packed: the first ones.
+    pub fn num_packed(&self, row: usize) -> Result<usize> {
+        Ok(self.table(0, row)?.num_packed())
+    }
+
     /// Blocks in use by this stream and its forks together.
     pub fn used_blocks(&self) -> usize {
         lock(&self.pool).used()
     }
 
-    /// For every block ever handed out, whether it is in use.
+    /// For every plain block ever handed out, whether it is in use.
     pub fn blocks_in_use(&self) -> Vec<bool> {
         lock(&self.pool).in_use()
     }
 
-    /// Blocks that the stores must hold before the latest step or moves are run.
+    /// For every packed block ever handed out, counted from [`crate::ids::PACKED`], whether it is in use.
+    pub fn packed_in_use(&self) -> Vec<bool> {
+        lock(&self.pool).packed_in_use()
+    }
+
+    /// Packed blocks that the stores must hold before the latest step or moves are run.
+    pub fn num_packed_blocks(&self) -> u32 {
+        lock(&self.pool).packed_reach()
+    }
+
+    /// Plain blocks that the stores must hold before the latest step or moves are run.
     pub fn num_blocks(&self) -> u32 {
         lock(&self.pool).reach()
     }

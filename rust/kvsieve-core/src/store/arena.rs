@@ -3,13 +3,15 @@
 use std::alloc::{Layout, alloc, dealloc};
 use std::ptr::NonNull;
 
-use crate::ids::{BLOCK, BlockId, Run};
+use super::packed::{Chosen, Packed, PackedBytes, Packing};
+use crate::ids::{BLOCK, BlockId, PACKED, Run};
+use crate::kernels::rotate::widen;
 use crate::kernels::view::{Dtype, Elems, ElemsMut, View, check_dtype, check_len};
 use crate::plan::{Move, Step};
 use crate::{Error, Result};
 
-/// No stream is this long (4 billion tokens); a block number beyond it is a mistake, not a reason to allocate.
-const MAX_BLOCKS: u32 = 1 << 26;
+/// No stream is this long (2 billion tokens); a block number beyond it is a mistake, not a reason to allocate.
+const MAX_BLOCKS: u32 = PACKED;
 
 /// Slabs of at least this size are aligned to it and offered to the kernel for huge pages: reading is a fifth faster from them.
 const HUGE: usize = 2 << 20;
@@ -18,7 +20,7 @@ const HUGE: usize = 2 << 20;
 const TIERS: [(u32, u32); 4] = [(32, 1), (128, 4), (1024, 16), (MAX_BLOCKS, 64)];
 
 /// The slab of a block, the block's place in it, and the number of blocks of that slab.
-fn locate(block: u32) -> (usize, usize, usize) {
+pub(super) fn locate(block: u32) -> (usize, usize, usize) {
     let (mut first_block, mut first_slab) = (0, 0);
     for (end, size) in TIERS {
         if block < end {
@@ -33,7 +35,7 @@ fn locate(block: u32) -> (usize, usize, usize) {
 }
 
 /// The first block of a slab.
-fn first_block(slab: usize) -> usize {
+pub(super) fn first_block(slab: usize) -> usize {
     let (mut first_block, mut first_slab) = (0usize, 0usize);
     for (end, size) in TIERS {
         let slabs = (end as usize - first_block) / size as usize;
@@ -47,7 +49,7 @@ fn first_block(slab: usize) -> usize {
 }
 
 /// Zeroed memory that is never moved.
-struct Buf {
+pub(super) struct Buf {
     ptr: NonNull<u8>,
     layout: Layout,
 }
@@ -58,7 +60,7 @@ unsafe impl Send for Buf {}
 unsafe impl Sync for Buf {}
 
 impl Buf {
-    fn zeroed(bytes: usize) -> Result<Self> {
+    pub(super) fn zeroed(bytes: usize) -> Result<Self> {
         let oom = Error::OutOfMemory { bytes };
         let align = if bytes >= HUGE { HUGE } else { 64 };
         let layout = Layout::from_size_align(bytes, align).map_err(|_| oom.clone())?;
@@ -73,6 +75,14 @@ impl Buf {
         // SAFETY: `bytes` were just allocated.
         unsafe { ptr.as_ptr().write_bytes(0, bytes) };
         Ok(Buf { ptr, layout })
+    }
+
+    pub(super) fn ptr(&self) -> *mut u8 {
+        self.ptr.as_ptr()
+    }
+
+    pub(super) fn bytes(&self) -> usize {
+        self.layout.size()
     }
 }
 
@@ -98,6 +108,7 @@ pub struct Arena {
     value_dim: usize,
     dtype: Dtype,
     slabs: Vec<Option<Slab>>,
+    packed: Option<Packed>,
 }
 
 /// Where the tokens of one block lie: `(block, head, slot)` to byte offsets.
@@ -116,7 +127,7 @@ impl Arena {
                 return Err(Error::OutOfRange { what, expected: "between 1 and 2^20 - 1", got: n.to_string() });
             }
         }
-        Ok(Arena { heads, key_dim, value_dim, dtype, slabs: Vec::new() })
+        Ok(Arena { heads, key_dim, value_dim, dtype, slabs: Vec::new(), packed: None })
     }
 
     pub fn num_kv_heads(&self) -> usize {
@@ -142,7 +153,95 @@ impl Arena {
 
     /// Exactly what the allocator was asked for.
     pub fn bytes(&self) -> usize {
-        self.slabs.iter().flatten().map(|s| s.keys.layout.size() + s.values.layout.size()).sum()
+        let PackedBytes { keys, values, scales, channels } = self.packed_bytes();
+        self.plain_bytes().0 + self.plain_bytes().1 + keys + values + scales + channels
+    }
+
+    /// Bytes of plain keys and of plain values.
+    pub fn plain_bytes(&self) -> (usize, usize) {
+        let slabs = || self.slabs.iter().flatten();
+        (slabs().map(|s| s.keys.bytes()).sum(), slabs().map(|s| s.values.bytes()).sum())
+    }
+
+    /// Bytes of packed tokens.
+    pub fn packed_bytes(&self) -> PackedBytes {
+        self.packed.as_ref().map(Packed::bytes).unwrap_or_default()
+    }
+
+    /// Says how this layer packs its tokens. Once, before any is packed.
+    pub fn set_packing(&mut self, packing: Packing) -> Result<()> {
+        match &self.packed {
+            Some(packed) if packed.packing() != packing => {
+                Err(Error::Unsupported("a layer's packing cannot change; open a new stream"))
+            }
+            Some(_) => Ok(()),
+            None => {
+                self.packed = Some(Packed::new(self.heads, self.key_dim, self.value_dim, self.dtype, packing)?);
+                Ok(())
+            }
+        }
+    }
+
+    pub fn packed(&self) -> Option<&Packed> {
+        self.packed.as_ref()
+    }
+
+    /// Makes moves from plain blocks to packed ones: what lands there keeps these channels.
+    pub fn pack(&mut self, moves: &[Move], chosen: &Chosen) -> Result<()> {
+        let (heads, key_dim, kb) = (self.heads, self.key_dim, self.key_dim * self.dtype.size());
+        let vb = self.value_dim * self.dtype.size();
+        for m in moves {
+            Self::check_slots("move", m.from_slot, m.from_slot.saturating_add(m.len))?;
+            Self::check_slots("move", m.to_slot, m.to_slot.saturating_add(m.len))?;
+            if m.from.is_packed() || !self.holds(m.from) {
+                return Err(self.bad_block(m.from.0));
+            }
+            self.check_id(m.to.0)?;
+            if !m.to.is_packed() {
+                return Err(self.bad_block(m.to.0));
+            }
+        }
+        let Some(packed) = &mut self.packed else {
+            return Err(Error::Unsupported("this layer was not told how to pack"));
+        };
+        let channels = match chosen {
+            Chosen::New(channels) => std::sync::Arc::clone(channels),
+            Chosen::Like(block) if block.is_packed() => std::sync::Arc::clone(packed.channels_of(*block)?),
+            Chosen::Like(block) => return Err(Error::BadBlock { block: block.0, have: 0 }),
+        };
+        let fits = channels.kept() == packed.packing().key_kept && channels.heads() == heads;
+        if !fits || channels.highest() >= key_dim {
+            let expected = format!("[{heads}, {}]", packed.packing().key_kept);
+            let got = format!("[{}, {}]", channels.heads(), channels.kept());
+            return Err(Error::Shape { what: "channels", expected, got });
+        }
+        packed.reserve(moves.iter().map(|m| m.to))?;
+        packed.choose(moves.iter().map(|m| m.to), &channels);
+        let mut packed = self.packed.take();
+        for packed in packed.iter_mut() {
+            for head in 0..heads {
+                for run in joined(moves) {
+                    // Neighbouring moves into one block become one, so that numbers that share a scale are seen together.
+                    let n: usize = run.iter().map(|m| m.len as usize).sum();
+                    let (mut keys, mut values) = (vec![0u8; n * kb], vec![0u8; n * vb]);
+                    let mut at = 0;
+                    for m in run {
+                        let (k, v) = self.rows(m.from, head, m.from_slot);
+                        let len = m.len as usize;
+                        // SAFETY: the source was checked to lie in its block; the buffers have room for all moves of the run.
+                        unsafe {
+                            std::ptr::copy_nonoverlapping(k, keys.as_mut_ptr().add(at * kb), len * kb);
+                            std::ptr::copy_nonoverlapping(v, values.as_mut_ptr().add(at * vb), len * vb);
+                        }
+                        at += len;
+                    }
+                    // SAFETY: `n` rows at both pointers; the slots were checked, and the block was given memory and channels.
+                    unsafe { packed.put(run[0].to, head, run[0].to_slot, keys.as_ptr(), values.as_ptr(), n) };
+                }
+            }
+        }
+        self.packed = packed;
+        Ok(())
     }
 
     /// Blocks that have memory.
@@ -195,7 +294,11 @@ impl Arena {
     }
 
     /// Frees the slabs none of whose blocks is in use. `in_use` is indexed by block; blocks beyond its end are not in use.
-    pub fn free_unused(&mut self, in_use: &[bool]) {
+    /// `packed_in_use` is the same for packed blocks, counted from [`PACKED`].
+    pub fn free_unused(&mut self, in_use: &[bool], packed_in_use: &[bool]) {
+        if let Some(packed) = &mut self.packed {
+            packed.free_unused(packed_in_use);
+        }
         for slab in 0..self.slabs.len() {
             let first = first_block(slab);
             let (_, _, blocks) = locate(first as u32);
@@ -211,10 +314,14 @@ impl Arena {
     }
 
     fn check_id(&self, block: u32) -> Result<()> {
-        if block < MAX_BLOCKS { Ok(()) } else { Err(self.bad_block(block)) }
+        let most = if BlockId(block).is_packed() { PACKED + MAX_BLOCKS } else { MAX_BLOCKS };
+        if block < most { Ok(()) } else { Err(self.bad_block(block)) }
     }
 
     fn place(&self, block: BlockId) -> Result<Place<'_>> {
+        if block.is_packed() {
+            return Err(self.bad_block(block.0));
+        }
         let (slab, index, blocks) = locate(block.0);
         match self.slabs.get(slab) {
             Some(Some(slab)) => Ok(Place { slab, index, tokens: blocks * BLOCK as usize }),
@@ -224,6 +331,9 @@ impl Arena {
 
     /// Whether the block has memory.
     pub fn holds(&self, block: BlockId) -> bool {
+        if block.is_packed() {
+            return self.packed.as_ref().is_some_and(|packed| packed.holds(block));
+        }
         self.place(block).is_ok()
     }
 
@@ -237,7 +347,7 @@ impl Arena {
     /// Refuses a span that lies outside its block or whose block has no memory.
     pub(crate) fn check_span(&self, block: BlockId, lo: u32, hi: u32) -> Result<()> {
         Self::check_slots("span", lo, hi)?;
-        self.place(block).map(drop)
+        if self.holds(block) { Ok(()) } else { Err(self.bad_block(block.0)) }
     }
 
     /// Keys and values of `head` from `slot` of `block` on; the rest of the block follows at distances of the dims.
@@ -280,6 +390,31 @@ impl Arena {
         Ok(unsafe { elems(self.dtype, values, self.value_dim) })
     }
 
+    /// Key and value of one token as numbers, whatever the block stores; dropped channels are zero. For the reference.
+    pub fn token(&self, block: BlockId, head: usize, slot: u32) -> Result<(Vec<f64>, Vec<f64>)> {
+        let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect();
+        match &self.packed {
+            Some(packed) if block.is_packed() => {
+                self.check_span(block, slot, slot + 1)?;
+                let channels = packed.channels_of(block)?;
+                let (mut thin, mut value) = (vec![0f32; channels.kept()], vec![0f32; self.value_dim]);
+                // SAFETY: the block was found to have memory and channels, and the slot to lie in it.
+                unsafe {
+                    packed.keys_f32(block, head, slot, &mut thin);
+                    packed.values_f32(block, head, slot, &mut value);
+                }
+                let mut key = vec![0f32; self.key_dim];
+                thin.iter().zip(channels.of(head)).for_each(|(&x, &c)| key[usize::from(c)] = x);
+                Ok((wide(&key), wide(&value)))
+            }
+            _ => {
+                let (key, value) = (self.key(block, head, slot)?, self.value(block, head, slot)?);
+                let wide = |x: Elems<'_>| (0..x.len()).map(|i| widen(x, self.dtype, i)).collect();
+                Ok((wide(key), wide(value)))
+            }
+        }
+    }
+
     /// Makes the step's copies, then stores its new tokens from `k` and `v` (`[rows, heads, columns, dim]`).
     pub fn append(&mut self, k: &View<'_>, v: &View<'_>, step: &Step) -> Result<()> {
         for (what, view, dim) in [("k", k, self.key_dim), ("v", v, self.value_dim)] {
@@ -310,6 +445,9 @@ impl Arena {
             }
         }
         self.check_moves(&step.copies)?;
+        if let Some(m) = step.copies.iter().find(|m| m.to.is_packed()) {
+            return Err(self.bad_block(m.to.0));
+        }
         self.reserve(step.copies.iter().map(|m| m.to).chain(step.appends.iter().map(|a| a.block)))?;
 
         self.move_tokens(&step.copies);
@@ -336,6 +474,9 @@ impl Arena {
             Self::check_slots("move", m.from_slot, m.from_slot.saturating_add(m.len))?;
             Self::check_slots("move", m.to_slot, m.to_slot.saturating_add(m.len))?;
             self.check_id(m.to.0)?;
+            if m.from.is_packed() != m.to.is_packed() {
+                return Err(Error::Unsupported("tokens cannot be moved between plain and packed blocks; pack them"));
+            }
             // What an earlier move fills may be moved on, though it has no memory yet.
             if !self.holds(m.from) && !moves[..i].iter().any(|earlier| earlier.to == m.from) {
                 return Err(self.bad_block(m.from.0));
@@ -375,8 +516,15 @@ impl Arena {
     /// Applies the moves in order.
     pub fn apply(&mut self, moves: &[Move]) -> Result<()> {
         self.check_moves(moves)?;
-        self.reserve(moves.iter().map(|m| m.to))?;
-        self.move_tokens(moves);
+        let (packed, plain): (Vec<Move>, Vec<Move>) = moves.iter().partition(|m| m.to.is_packed());
+        self.reserve(plain.iter().map(|m| m.to))?;
+        if let Some(mine) = &mut self.packed
+            && !packed.is_empty()
+        {
+            mine.reserve(packed.iter().map(|m| m.to))?;
+            mine.move_tokens(&packed)?;
+        }
+        self.move_tokens(&plain);
         Ok(())
     }
 
@@ -399,19 +547,30 @@ impl Arena {
         Ok(())
     }
 
-    /// For each run and head: its first key and value here, its first row there, its length.
-    fn each_run(&self, runs: &[Run], at: usize, total: usize, mut f: impl FnMut(*const u8, *const u8, usize, usize)) {
+    /// For each run of plain blocks and head: its first key and value here, its first row there, its length. For the others `packed`.
+    fn each_run(
+        &self,
+        runs: &[Run],
+        at: usize,
+        total: usize,
+        mut plain: impl FnMut(*const u8, *const u8, usize, usize),
+        mut packed: impl FnMut(&Run, usize, usize),
+    ) {
         for head in 0..self.heads {
             let mut row = head * total + at;
             for run in runs.iter().filter(|r| !r.is_empty()) {
-                let (keys, values) = self.rows(run.block, head, run.lo);
-                f(keys, values, row, run.len() as usize);
+                if run.block.is_packed() {
+                    packed(run, head, row);
+                } else {
+                    let (keys, values) = self.rows(run.block, head, run.lo);
+                    plain(keys, values, row, run.len() as usize);
+                }
                 row += run.len() as usize;
             }
         }
     }
 
-    /// Copies the tokens of the runs to rows `at..` of `k` and `v`, each `[heads, total, dim]`.
+    /// Copies the tokens of the runs to rows `at..` of `k` and `v`, each `[heads, total, dim]`; dropped channels are zero.
     pub fn gather(
         &self,
         runs: &[Run],
@@ -421,31 +580,63 @@ impl Arena {
         total: usize,
     ) -> Result<()> {
         self.check_runs(runs, k.as_ref(), v.as_ref(), at, total)?;
-        runs.iter().try_for_each(|run| self.place(run.block).map(drop))?;
+        if let Some(bad) = runs.iter().find(|run| !self.holds(run.block)) {
+            return Err(self.bad_block(bad.block.0));
+        }
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         let (k, v) = (k.as_bytes_mut_ptr(), v.as_bytes_mut_ptr());
-        // SAFETY: `check_runs` found room for all rows; the source is inside a block; a caller's buffer cannot overlap the arena.
-        self.each_run(runs, at, total, |keys, values, row, n| unsafe {
-            std::ptr::copy_nonoverlapping(keys, k.add(row * kb), n * kb);
-            std::ptr::copy_nonoverlapping(values, v.add(row * vb), n * vb);
-        });
+        let plain = |keys: *const u8, values: *const u8, row: usize, n: usize| {
+            // SAFETY: `check_runs` found room for all rows; the source is inside a block; a caller's buffer cannot overlap the arena.
+            unsafe {
+                std::ptr::copy_nonoverlapping(keys, k.add(row * kb), n * kb);
+                std::ptr::copy_nonoverlapping(values, v.add(row * vb), n * vb);
+            }
+        };
+        let packed = |run: &Run, head: usize, row: usize| {
+            if let Some(packed) = &self.packed {
+                // SAFETY: as above; the block was found to have memory.
+                unsafe {
+                    packed.unpack(run.block, head, run.lo, run.len() as usize, k.add(row * kb), v.add(row * vb));
+                }
+            }
+        };
+        self.each_run(runs, at, total, plain, packed);
         Ok(())
     }
 
-    /// The inverse of [`Arena::gather`] from row 0 on: stores saved tokens at the slots of the runs.
+    /// The inverse of [`Arena::gather`] from row 0 on: stores saved tokens at the slots of the runs. Packed blocks must have channels.
     pub fn write(&mut self, runs: &[Run], k: Elems<'_>, v: Elems<'_>) -> Result<()> {
         let total = runs.iter().map(|r| r.hi.saturating_sub(r.lo) as usize).sum();
         self.check_runs(runs, k, v, 0, total)?;
-        self.reserve(runs.iter().map(|r| r.block))?;
+        if let Some(bad) = runs.iter().find(|run| run.block.is_packed() && !self.holds(run.block)) {
+            return Err(self.bad_block(bad.block.0));
+        }
+        self.reserve(runs.iter().map(|r| r.block).filter(|block| !block.is_packed()))?;
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         let (k, v) = (k.as_bytes_ptr(), v.as_bytes_ptr());
+        let mut mine = self.packed.take();
         // SAFETY: as in `gather`, the other way round; `&mut self` gives the right to write to the arena's memory.
-        self.each_run(runs, 0, total, |keys, values, row, n| unsafe {
+        let plain = |keys: *const u8, values: *const u8, row: usize, n: usize| unsafe {
             std::ptr::copy_nonoverlapping(k.add(row * kb), keys.cast_mut(), n * kb);
             std::ptr::copy_nonoverlapping(v.add(row * vb), values.cast_mut(), n * vb);
-        });
+        };
+        let packed = |run: &Run, head: usize, row: usize| {
+            if let Some(packed) = &mut mine {
+                // SAFETY: as above; the block was found to have memory and channels.
+                unsafe {
+                    packed.put(run.block, head, run.lo, k.add(row * kb), v.add(row * vb), run.len() as usize);
+                }
+            }
+        };
+        self.each_run(runs, 0, total, plain, packed);
+        self.packed = mine;
         Ok(())
     }
+}
+
+/// The moves, cut where one does not go on where the last one ended.
+fn joined(moves: &[Move]) -> impl Iterator<Item = &[Move]> {
+    moves.chunk_by(|a, b| a.to == b.to && a.to_slot + a.len == b.to_slot).filter(|run| run.iter().any(|m| m.len > 0))
 }
 
 /// # Safety

@@ -64,6 +64,11 @@ impl Table {
         self.scores.iter().rev().take(self.fresh).take_while(|s| s.is_nan()).count()
     }
 
+    /// How many residents lie in packed blocks: always the first ones.
+    pub fn num_packed(&self) -> usize {
+        self.runs.iter().take_while(|run| run.block.is_packed()).map(|run| run.len() as usize).sum()
+    }
+
     /// The blocks that this table holds a reference to. Runs of one block are neighbours, so each block comes once.
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         blocks_of(&self.runs)
@@ -170,7 +175,7 @@ impl Table {
     /// Makes room for `n` more tokens at the end: first in the tail block, then in new ones.
     fn grow(&mut self, n: usize, edit: &mut Edit<'_>) -> Vec<Run> {
         let mut out = Vec::new();
-        if n == 0 || self.runs.last().is_none_or(|tail| tail.hi == BLOCK) {
+        if n == 0 || self.runs.last().is_none_or(|tail| tail.hi == BLOCK || tail.block.is_packed()) {
             out.extend(self.grow_blocks(n, edit));
             return out;
         }

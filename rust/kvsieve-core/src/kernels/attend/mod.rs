@@ -22,6 +22,7 @@ use super::view::{Dtype, ElemsMut, View, check_dtype, check_len};
 use crate::ids::BLOCK;
 use crate::plan::Spans;
 use crate::store::arena::Arena;
+use crate::store::packed::Channels;
 use crate::{Error, Result};
 use unit::{Scratch, run_unit};
 
@@ -308,11 +309,33 @@ fn check(
             let expected = format!("at most {dim} rotated channels");
             return Err(Error::Shape { what: "rope", expected, got: trig.rope.rotary_dim().to_string() });
         }
+        check_pairs(arena, trig, spans)?;
     }
     if let Some(mass) = mass {
         check_len("mass", mass.len(), mass_len(spans, arena.num_kv_heads()))?;
     }
     Ok(heads / arena.num_kv_heads())
+}
+
+/// Refuses to rotate packed keys that have lost one channel of a pair.
+fn check_pairs(arena: &Arena, trig: &SpanTrig, spans: &Spans) -> Result<()> {
+    let Some(packed) = arena.packed() else { return Ok(()) };
+    let mut sound: Option<&Channels> = None;
+    for (span, &variant) in spans.spans.iter().zip(&trig.variant) {
+        if !span.block.is_packed() || (variant == 0 && !span.rotate_keys) {
+            continue;
+        }
+        let channels = packed.channels_of(span.block)?;
+        if !sound.is_some_and(|sound| std::ptr::eq(sound, &**channels)) {
+            if !channels.keeps_pairs_of(&trig.rope) {
+                return Err(Error::Unsupported(
+                    "keys whose channels were dropped one by one cannot be rotated; drop whole rotary pairs",
+                ));
+            }
+            sound = Some(&**channels);
+        }
+    }
+    Ok(())
 }
 
 type Kernel = unsafe fn(&Common<'_>, &mut Unit<'_>, &mut Scratch);
@@ -356,6 +379,7 @@ fn kernel(level: Level, arena: &Arena) -> Kernel {
     macro_rules! sized {
         ($run:ident, $elem:ty) => {
             match (arena.key_dim(), arena.value_dim()) {
+                _ if arena.packed().is_some() => $run::<$elem, 0>,
                 (64, 64) => $run::<$elem, 64>,
                 (96, 96) => $run::<$elem, 96>,
                 (128, 128) => $run::<$elem, 128>,

@@ -4,9 +4,11 @@ use half::bf16;
 
 use super::inner::{Ahead, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
 use super::{Common, TILE, Unit};
+use crate::ids::{BLOCK, BlockId};
 use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
 use crate::kernels::simd::{Elem, Simd, tanh};
 use crate::plan::Span;
+use crate::store::packed::{Channels, Packed};
 
 /// A cache line, to align the scratch memory.
 #[derive(Clone, Copy)]
@@ -34,6 +36,13 @@ struct Parts<'a> {
     sums: &'a mut [f32],
     max: &'a mut [f32],
     total: &'a mut [f32],
+    /// Queries of the kept channels, as `base` and as `dots`.
+    thin: &'a mut [f32],
+    thin_dots: &'a mut [f32],
+    /// The rotations of the slots of a block, for the kept pairs of a head.
+    thin_trig: &'a mut [f32],
+    /// Values of one tile, from their codes: `[TILE][value_width]`.
+    values: &'a mut [f32],
 }
 
 fn padded(n: usize) -> usize {
@@ -45,9 +54,24 @@ impl Scratch {
         Scratch { lines: Vec::new() }
     }
 
-    fn cut(&mut self, group: usize, width: usize, value_width: usize) -> Parts<'_> {
-        let sizes = [group * width, group * width, TILE * width, group * TILE, group * value_width, padded(group)];
-        let need = sizes.iter().sum::<usize>() + sizes[5] + sizes[0];
+    fn cut(&mut self, group: usize, width: usize, value_width: usize, packed: bool) -> Parts<'_> {
+        let (queries, tile) = (group * width, TILE * width);
+        let thin = |n: usize| if packed { n } else { 0 };
+        let sizes = [
+            queries,
+            queries,
+            queries,
+            tile,
+            group * TILE,
+            group * value_width,
+            padded(group),
+            padded(group),
+            thin(queries),
+            thin(queries),
+            thin(tile),
+            thin(TILE * value_width),
+        ];
+        let need = sizes.iter().sum::<usize>();
         if self.lines.len() * 16 < need {
             self.lines.resize(need.div_ceil(16), Line([0.0; 16]));
         }
@@ -55,48 +79,58 @@ impl Scratch {
             // SAFETY: a `Line` is 16 floats in 64 bytes, without padding; the borrow is passed on whole.
             unsafe { std::slice::from_raw_parts_mut(self.lines.as_mut_ptr().cast(), self.lines.len()) }
         };
-        let rest = lines.as_flattened_mut();
-        let (base, rest) = rest.split_at_mut(sizes[0]);
-        let (turned, rest) = rest.split_at_mut(sizes[1]);
-        let (keys, rest) = rest.split_at_mut(sizes[2]);
-        let (scores, rest) = rest.split_at_mut(sizes[3]);
-        let (sums, rest) = rest.split_at_mut(sizes[4]);
-        let (max, rest) = rest.split_at_mut(sizes[5]);
-        let (total, rest) = rest.split_at_mut(sizes[5]);
-        let dots = &mut rest[..sizes[0]];
-        Parts { base, dots, turned, keys, scores, sums, max, total }
+        let mut rest = lines.as_flattened_mut();
+        let [base, dots, turned, keys, scores, sums, max, total, thin, thin_dots, thin_trig, values] = sizes.map(|n| {
+            let (mine, others) = std::mem::take(&mut rest).split_at_mut(n);
+            rest = others;
+            mine
+        });
+        Parts { base, dots, turned, keys, scores, sums, max, total, thin, thin_dots, thin_trig, values }
     }
 }
 
 /// A span with its addresses.
 #[derive(Clone, Copy)]
 pub(super) struct Piece<E> {
+    /// Codes, where keys are packed as codes.
     keys: *const E,
+    /// Codes, where values are packed as codes.
     pub values: *const E,
     pub len: usize,
+    block: BlockId,
     slot: u32,
     variant: u32,
     rotate: bool,
 }
 
-/// Consecutive spans of at most [`TILE`] keys in all.
-struct Tile<E> {
+impl<E> Piece<E> {
+    /// Rows of values that lie together.
+    fn of_values(values: *const E, len: usize) -> Self {
+        Piece { keys: std::ptr::null(), values, len, block: BlockId(0), slot: 0, variant: 0, rotate: false }
+    }
+}
+
+/// Consecutive spans of at most [`TILE`] keys in all, all plain or all packed with the same channels.
+struct Tile<'a, E> {
     pieces: [Piece<E>; TILE],
     num_pieces: usize,
     len: usize,
+    channels: Option<&'a Channels>,
+    /// Bytes of a key and of a value.
+    bytes: (usize, usize),
 }
 
-impl<E: Elem> Tile<E> {
+impl<'a, E: Elem> Tile<'a, E> {
     fn new() -> Self {
-        let none =
-            Piece { keys: std::ptr::null(), values: std::ptr::null(), len: 0, slot: 0, variant: 0, rotate: false };
-        Tile { pieces: [none; TILE], num_pieces: 0, len: 0 }
+        let none = Piece::of_values(std::ptr::null(), 0);
+        Tile { pieces: [none; TILE], num_pieces: 0, len: 0, channels: None, bytes: (0, 0) }
     }
 
     /// Takes as many of the spans from `*next` on as fit; spans are never cut.
     #[inline(always)]
-    fn fill(&mut self, common: &Common<'_>, kv_head: usize, next: &mut usize, end: usize) {
+    fn fill<const D: usize>(&mut self, common: &Common<'a>, kv_head: usize, next: &mut usize, end: usize) {
         (self.num_pieces, self.len) = (0, 0);
+        let arena = common.arena;
         while *next < end {
             let span: Span = common.args.spans.spans[*next];
             let len = (span.hi - span.lo) as usize;
@@ -104,11 +138,25 @@ impl<E: Elem> Tile<E> {
                 break;
             }
             if len > 0 {
-                let (keys, values) = common.arena.rows(span.block, kv_head, span.lo);
+                let (keys, values, channels, bytes) = match arena.packed() {
+                    Some(packed) if D == 0 && span.block.is_packed() => {
+                        let rows = packed.rows(span.block, kv_head, span.lo);
+                        (rows.keys, rows.values, Some(rows.channels), (packed.key_bytes(), packed.value_bytes()))
+                    }
+                    _ => {
+                        let (keys, values) = arena.rows(span.block, kv_head, span.lo);
+                        (keys, values, None, (arena.key_dim() * size_of::<E>(), arena.value_dim() * size_of::<E>()))
+                    }
+                };
+                if self.num_pieces == 0 {
+                    (self.channels, self.bytes) = (channels, bytes);
+                } else if D == 0 && self.channels.map(std::ptr::from_ref) != channels.map(std::ptr::from_ref) {
+                    break;
+                }
                 let variant = common.args.trig.map_or(0, |trig| trig.variant[*next]);
                 let rotate = span.rotate_keys && common.args.trig.is_some();
-                let (keys, values) = (keys.cast(), values.cast());
-                self.pieces[self.num_pieces] = Piece { keys, values, len, slot: span.lo, variant, rotate };
+                let (keys, values, block) = (keys.cast(), values.cast(), span.block);
+                self.pieces[self.num_pieces] = Piece { keys, values, len, block, slot: span.lo, variant, rotate };
                 self.num_pieces += 1;
                 self.len += len;
             }
@@ -181,7 +229,8 @@ macro_rules! by_heads {
 }
 
 /// # Safety
-/// As for [`Simd`]; all spans lie in blocks with memory; `E` is the dtype of arena and queries; `D` is 0 or both dims.
+/// As for [`Simd`]; all spans lie in blocks with memory; `E` is the dtype of arena and queries; `D` is 0 or both dims, and 0 where
+/// there are packed blocks.
 #[inline(always)]
 pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
     common: &Common<'_>,
@@ -191,7 +240,9 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
     let (dim, value_dim) = if D > 0 { (D, D) } else { (common.arena.key_dim(), common.arena.value_dim()) };
     let (width, value_width) = (padded(dim), padded(value_dim));
     let group = common.group;
-    let Parts { base, dots, turned, keys, scores, sums, max, total } = scratch.cut(group, width, value_width);
+    let packed = common.arena.packed().filter(|_| D == 0);
+    let Parts { base, dots, turned, keys, scores, sums, max, total, thin, thin_dots, thin_trig, values } =
+        scratch.cut(group, width, value_width, packed.is_some());
     // SAFETY: the caller's promise.
     unsafe { load_queries::<S, E>(common, unit, width, base) };
     // Queries as they came and keys as they lie need no conversion where the machine multiplies `bf16`.
@@ -213,9 +264,10 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
     let unit_keys = unit.logits.len() / group;
     let mut done = 0;
     let mut variant = 0;
-    tiles[0].fill(common, unit.kv_head, &mut next, end);
+    let mut known = Thin::default();
+    tiles[0].fill::<D>(common, unit.kv_head, &mut next, end);
     while tiles[turn].len > 0 {
-        tiles[1 - turn].fill(common, unit.kv_head, &mut next, end);
+        tiles[1 - turn].fill::<D>(common, unit.kv_head, &mut next, end);
         let (tile, following) = (&tiles[turn], &tiles[1 - turn]);
 
         // Of the next tile, its keys while this one is scored, and its values while this one is weighed: memory is read at one pace.
@@ -225,10 +277,31 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
         let calls = tile.len * heads * dim / (4 * step) + group * tile.len / S::LANES;
         let upcoming = &following.pieces[0];
         let num_next = if following.num_pieces > 0 { upcoming.len } else { 0 };
-        let mut ahead = Ahead::new(upcoming.keys.cast(), num_next * dim * size_of::<E>(), calls);
+        let mut ahead = Ahead::new(upcoming.keys.cast(), num_next * following.bytes.0, calls);
 
         let mut at = 0;
         for piece in &tile.pieces[..tile.num_pieces] {
+            if let (Some(packed), Some(channels)) = (packed, tile.channels) {
+                let to = scores[at..].as_mut_ptr();
+                let parts = (&*base, &mut *thin, &mut *thin_dots, &mut *thin_trig, &mut *keys);
+                // SAFETY: the caller's promise; scores for all heads, from where the piece begins.
+                unsafe {
+                    score_packed::<S, E>(
+                        common,
+                        packed,
+                        channels,
+                        unit.kv_head,
+                        piece,
+                        width,
+                        parts,
+                        to,
+                        &mut known,
+                        &mut ahead,
+                    )
+                };
+                at += piece.len;
+                continue;
+            }
             if let Some(trig) = common.args.trig
                 && piece.variant != 0
                 && piece.variant != variant
@@ -301,7 +374,28 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
         }
 
         let calls = tile.len * heads * passes::<S>(value_dim);
-        let mut ahead = Ahead::new(upcoming.values.cast(), num_next * value_dim * size_of::<E>(), calls);
+        let mut ahead = Ahead::new(upcoming.values.cast(), num_next * following.bytes.1, calls);
+        if let Some(packed) = packed
+            && tile.channels.is_some()
+            && packed.packing().value_bits > 0
+        {
+            let mut at = 0;
+            for piece in &tile.pieces[..tile.num_pieces] {
+                let to = &mut values[at * value_dim..(at + piece.len) * value_dim];
+                // SAFETY: the piece lies in its block; the tile has room for all its pieces.
+                unsafe { packed.values_f32(piece.block, unit.kv_head, piece.slot, to) };
+                at += piece.len;
+            }
+            let pieces = [Piece::of_values(values.as_ptr(), tile.len)];
+            by_heads!(group, |h, HB| {
+                let (weights, to) = (scores[h * TILE..].as_ptr(), (sums[h * value_width..].as_mut_ptr(), value_width));
+                // SAFETY: weights and sums for the heads from `h` on, of which there are at least `HB`.
+                unsafe { weigh_all::<S, f32, HB>(&pieces, value_dim, weights, to, &mut ahead) };
+            });
+            done += tile.len;
+            turn = 1 - turn;
+            continue;
+        }
         by_heads!(group, |h, HB| {
             let (weights, to) = (scores[h * TILE..].as_ptr(), (sums[h * value_width..].as_mut_ptr(), value_width));
             // SAFETY: weights and sums for the heads from `h` on, of which there are at least `HB`.
@@ -317,6 +411,131 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
     }
     unit.partial[group * value_dim..group * (value_dim + 1)].copy_from_slice(&max[..group]);
     unit.partial[group * (value_dim + 1)..].copy_from_slice(&total[..group]);
+}
+
+/// For which channels and rotation the thin queries were made, and for which channels the rotations of slots.
+#[derive(Default)]
+struct Thin<'a> {
+    queries: Option<(&'a Channels, u32)>,
+    trig: Option<&'a Channels>,
+}
+
+/// Which pair of `rope` the first of two kept channels belongs to.
+#[inline(always)]
+fn pair_of(channel: u16, layout: Layout) -> usize {
+    match layout {
+        Layout::Half => channel.into(),
+        Layout::Interleaved => channel as usize / 2,
+    }
+}
+
+/// Scores a piece of packed keys: queries meet the kept channels only.
+///
+/// # Safety
+/// As for [`run_unit`]; `parts` are the queries, and scratch for those of the kept channels, their `bf16`, the rotations of the slots
+/// and keys; room for the scores of the piece for each head, `TILE` apart.
+#[inline(always)]
+#[allow(clippy::too_many_arguments)]
+unsafe fn score_packed<'a, S: Simd, E: Elem>(
+    common: &Common<'_>,
+    packed: &Packed,
+    channels: &'a Channels,
+    kv_head: usize,
+    piece: &Piece<E>,
+    width: usize,
+    (base, thin, dots, slots, scratch): (&[f32], &mut [f32], &mut [f32], &mut [f32], &mut [f32]),
+    to: *mut f32,
+    known: &mut Thin<'a>,
+    ahead: &mut Ahead,
+) {
+    let (group, kept) = (common.group, channels.kept());
+    let (index, pairs) = (channels.of(kv_head), channels.pairs(kv_head));
+    let same = |of: Option<&Channels>| of.is_some_and(|of| std::ptr::eq(of, channels));
+    let is_plain = packed.packing().key_bits == 0;
+    let use_dots = S::DOTS && E::IS_BF16 && is_plain && kept.is_multiple_of(2 * S::LANES) && common.factor == 1.0;
+    if !same(known.queries.map(|q| q.0)) || known.queries.is_none_or(|q| q.1 != piece.variant) {
+        for (from, to) in base.chunks_exact(width).zip(thin.chunks_exact_mut(width)) {
+            for (x, &c) in to.iter_mut().zip(index) {
+                *x = from[c as usize];
+            }
+            to[kept..].fill(0.0);
+        }
+        if let Some(trig) = common.args.trig
+            && piece.variant != 0
+        {
+            let all = trig.rope.inv_freq().len();
+            let (cos, sin) = trig.table[(piece.variant as usize - 1) * 2 * all..][..2 * all].split_at(all);
+            for row in thin.chunks_exact_mut(width) {
+                let (a, b) = row[..2 * pairs].split_at_mut(pairs);
+                for ((a, b), &c) in a.iter_mut().zip(b).zip(index) {
+                    let (cos, sin) = (cos[pair_of(c, trig.rope.layout())], sin[pair_of(c, trig.rope.layout())]);
+                    (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
+                }
+            }
+        }
+        if use_dots {
+            // SAFETY: as many halves as floats fit into the `dots`, twice.
+            let to = unsafe { std::slice::from_raw_parts_mut(dots.as_mut_ptr().cast::<bf16>(), thin.len()) };
+            to.iter_mut().zip(thin.iter()).for_each(|(to, &x)| *to = bf16::of_f32(x));
+        }
+        known.queries = Some((channels, piece.variant));
+    }
+    let rope = common.args.trig.filter(|_| piece.rotate).map(|trig| &trig.rope);
+    if let Some(rope) = rope
+        && !same(known.trig)
+    {
+        let all = rope.inv_freq().len();
+        let rows = slots[..BLOCK as usize * 2 * pairs].chunks_exact_mut((2 * pairs).max(1));
+        for (to, from) in rows.zip(rope.in_block().chunks_exact(2 * all)) {
+            for (i, &c) in index[..pairs].iter().enumerate() {
+                let pair = pair_of(c, rope.layout());
+                (to[i], to[pairs + i]) = (from[pair], from[all + pair]);
+            }
+        }
+        known.trig = Some(channels);
+    }
+    let queries = |h: usize| thin[h * width..].as_ptr();
+    // SAFETY: rows of `kept` elements, in the block or, as numbers or rotated, in the scratch memory, which has room for a tile;
+    // queries and scores for the heads from `h` on, of which there are at least `HB`; `pairs` rotations for each slot.
+    unsafe {
+        if is_plain && rope.is_none() {
+            let rows = |h: usize| Rows { keys: piece.keys, n: piece.len, dim: kept, queries: queries(h), width };
+            if use_dots && piece.variant == 0 {
+                by_heads!(group, |h, HB| {
+                    let queries = dots.as_ptr().cast::<bf16>().add(h * width).cast();
+                    let rows = Rows { queries, ..rows(h).of_bf16() };
+                    score_dots::<S, HB>(&rows, to.add(h * TILE), ahead);
+                });
+            } else {
+                by_heads!(group, |h, HB| score::<S, E, HB>(&rows(h), to.add(h * TILE), ahead));
+            }
+            return;
+        }
+        let by_vectors = pairs.is_multiple_of(S::LANES) && kept.is_multiple_of(S::LANES);
+        if is_plain && by_vectors {
+            let trig = (slots[piece.slot as usize * 2 * pairs..].as_ptr(), pairs);
+            by_heads!(group, |h, HB| {
+                let rows = Rows { keys: piece.keys, n: piece.len, dim: kept, queries: queries(h), width };
+                score_turned::<S, E, HB>(&rows, trig, to.add(h * TILE), ahead);
+            });
+            return;
+        }
+        packed.keys_f32(piece.block, kv_head, piece.slot, &mut scratch[..piece.len * kept]);
+        if rope.is_some() {
+            for (row, trig) in scratch
+                .chunks_exact_mut(kept)
+                .zip(slots[piece.slot as usize * 2 * pairs..].chunks((2 * pairs).max(1)))
+                .take(piece.len)
+            {
+                rotate_row(row, &trig[..pairs], &trig[pairs..], Layout::Half);
+            }
+        }
+        let keys: *const f32 = scratch.as_ptr();
+        by_heads!(group, |h, HB| {
+            let rows = Rows { keys, n: piece.len, dim: kept, queries: queries(h), width };
+            score::<S, f32, HB>(&rows, to.add(h * TILE), ahead);
+        });
+    }
 }
 
 /// Whether [`score_turned`] can do it.

@@ -1,7 +1,7 @@
 //! Moving tokens: into a table, and together within one.
 
 use super::{Edit, Held, Table};
-use crate::ids::{BLOCK, BlockId, Run};
+use crate::ids::{BLOCK, Run};
 
 /// How many runs beyond the densest packing a table may keep before it is worth moving tokens.
 const LOOSE_RUNS: usize = 2;
@@ -23,13 +23,21 @@ impl Table {
         self.write(&merged, &fresh_runs, edit);
     }
 
-    /// Keeps the residents `keep` (ascending). Moves tokens only if leaving them in place would leave many short runs.
+    /// Keeps the residents `keep` (ascending). Moves tokens only if leaving them in place would leave many short runs, and packed ones
+    /// only into packed blocks.
     pub fn keep(&mut self, keep: &[usize], edit: &mut Edit<'_>) {
-        let trimmed = self.trimmed(keep);
-        if trimmed.len() <= keep.len().div_ceil(BLOCK as usize) + LOOSE_RUNS {
-            self.shrink_to(trimmed, edit);
+        let (packed, plain) = keep.split_at(keep.partition_point(|&i| i < self.num_packed()));
+        let mut kept = Vec::new();
+        let mut loose = false;
+        for keep in [packed, plain] {
+            let trimmed = self.trimmed(keep);
+            loose |= trimmed.len() > keep.len().div_ceil(BLOCK as usize) + LOOSE_RUNS;
+            kept.extend(trimmed);
+        }
+        if loose {
+            self.repack(packed, plain, edit);
         } else {
-            self.repack(keep, edit);
+            self.shrink_to(kept, edit);
         }
         let fresh_from = self.len() - self.fresh;
         self.fresh = keep.len() - keep.partition_point(|&i| i < fresh_from);
@@ -75,25 +83,69 @@ impl Table {
         out
     }
 
-    /// Moves residents `keep` together, into whole blocks. Blocks of their own are filled from the front: a token's new place never
-    /// lies behind its old one, so moves in text order never overwrite what is still to be read. Shared blocks are left as they are.
-    fn repack(&mut self, keep: &[usize], edit: &mut Edit<'_>) {
-        let old: Vec<BlockId> = self.blocks().collect();
-        let held = self.held(keep.iter().copied());
-        let mut runs = Vec::with_capacity(held.len().div_ceil(BLOCK as usize));
-        for (chunk, &home) in held.chunks(BLOCK as usize).zip(&old) {
-            let in_place = chunk.iter().enumerate().all(|(j, t)| t.block == home && t.slot == j as u32);
-            let mut to = home;
-            if !in_place && edit.pool.is_shared(home) {
-                to = edit.pool.alloc();
-                edit.retired.push(home);
+    /// Moves residents together, into whole blocks of their kind. Blocks of their own are filled from the front: a token's new place
+    /// never lies behind its old one, so moves in text order never overwrite what is still to be read. Shared blocks are left as
+    /// they are.
+    fn repack(&mut self, packed: &[usize], plain: &[usize], edit: &mut Edit<'_>) {
+        let (packed_blocks, plain_blocks): (Vec<_>, Vec<_>) = self.blocks().partition(|block| block.is_packed());
+        let mut runs = Vec::new();
+        for (keep, old) in [(packed, packed_blocks), (plain, plain_blocks)] {
+            let held = self.held(keep.iter().copied());
+            let before = runs.len();
+            for (chunk, &home) in held.chunks(BLOCK as usize).zip(&old) {
+                let in_place = chunk.iter().enumerate().all(|(j, t)| t.block == home && t.slot == j as u32);
+                let mut to = home;
+                if !in_place && edit.pool.is_shared(home) {
+                    to = edit.pool.alloc_like(home);
+                    edit.retired.push(home);
+                }
+                for (slot, token) in (0..).zip(chunk) {
+                    edit.push_move(token.block, token.slot, to, slot);
+                }
+                runs.push(Run { block: to, lo: 0, hi: chunk.len() as u32 });
             }
-            for (slot, token) in (0..).zip(chunk) {
-                edit.push_move(token.block, token.slot, to, slot);
-            }
-            runs.push(Run { block: to, lo: 0, hi: chunk.len() as u32 });
+            edit.retired.extend_from_slice(&old[runs.len() - before..]);
         }
-        edit.retired.extend_from_slice(&old[runs.len()..]);
+        self.runs = runs;
+    }
+
+    /// Moves the first residents up to number `upto` that are not packed yet into packed blocks. Those are filled in steps of `align`
+    /// slots: tokens that share a scale come together.
+    pub fn pack(&mut self, upto: usize, align: u32, edit: &mut Edit<'_>) {
+        let from = self.num_packed();
+        if upto <= from {
+            return;
+        }
+        let held = self.held(from..upto);
+        let (mut runs, rest) = (self.runs_of(0..from), self.runs_of(upto..self.len()));
+        let mut slots = held.len() as u32;
+        let mut places = Vec::new();
+        if let Some(tail) = runs.last_mut()
+            && tail.hi.is_multiple_of(align)
+            && !edit.pool.is_shared(tail.block)
+        {
+            let taken = slots.min(BLOCK - tail.hi);
+            places.extend((tail.hi..tail.hi + taken).map(|slot| (tail.block, slot)));
+            tail.hi += taken;
+            slots -= taken;
+        }
+        while slots > 0 {
+            let (block, hi) = (edit.pool.alloc_packed(), slots.min(BLOCK));
+            places.extend((0..hi).map(|slot| (block, slot)));
+            runs.push(Run { block, lo: 0, hi });
+            slots -= hi;
+        }
+        for (token, (block, slot)) in held.iter().zip(places) {
+            edit.push_move(token.block, token.slot, block, slot);
+        }
+        let mut left = super::blocks_of(&rest).peekable();
+        for block in self.blocks().filter(|block| !block.is_packed()) {
+            if left.next_if_eq(&block).is_none() {
+                edit.retired.push(block);
+            }
+        }
+        drop(left);
+        runs.extend(rest);
         self.runs = runs;
     }
 }

@@ -1,0 +1,728 @@
+//! Packed tokens of one layer: fewer key channels, fewer bits a number, in blocks of their own.
+//!
+//! A block of 64 tokens of one head holds
+//!
+//! * keys: `[64][key_kept]` numbers of the kept channels, as they came or as codes of `key_bits`;
+//! * scales of keys, with codes: for each `group` of tokens `[2][key_kept]` halves: the steps, then the least values (KIVI: per channel);
+//! * values: `[64][value_dim]`, as they came or as codes of `value_bits`;
+//! * scales of values, with codes: for each token `[2][value_dim / group]` halves (KIVI: per token).
+//!
+//! A number is `least + step * code`. Codes lie in channel order, the first one in the low bits; a row of them is whole bytes.
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+
+use super::arena::{Buf, first_block, locate};
+use crate::ids::{BLOCK, BlockId, PACKED};
+use crate::kernels::rotate::{Layout, Rope};
+use crate::kernels::view::Dtype;
+use crate::plan::Move;
+use crate::{Error, Result};
+
+/// How a layer packs its tokens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Packing {
+    /// Kept channels of a key, the same number for each head.
+    pub key_kept: usize,
+    /// Bits of a key's code: 2, 4 or 8; 0 to keep numbers as they came.
+    pub key_bits: u32,
+    /// Bits of a value's code: 2, 4 or 8; 0 to keep numbers as they came.
+    pub value_bits: u32,
+    /// How many numbers share a step and a least value: tokens of a key channel, channels of a value.
+    pub group: usize,
+}
+
+impl Packing {
+    pub(super) fn check(&self, key_dim: usize, value_dim: usize) -> Result<()> {
+        if self.key_kept == 0 || self.key_kept > key_dim {
+            let got = self.key_kept.to_string();
+            return Err(Error::OutOfRange { what: "key_kept", expected: "between 1 and the key's channels", got });
+        }
+        for (what, bits) in [("key_bits", self.key_bits), ("value_bits", self.value_bits)] {
+            if ![0, 2, 4, 8].contains(&bits) {
+                return Err(Error::OutOfRange { what, expected: "0, 2, 4 or 8", got: bits.to_string() });
+            }
+        }
+        let fits = self.group > 0 && (BLOCK as usize).is_multiple_of(self.group);
+        if !fits || (self.value_bits > 0 && !value_dim.is_multiple_of(self.group)) {
+            let got = self.group.to_string();
+            return Err(Error::OutOfRange {
+                what: "group",
+                expected: "a divisor of 64 and of the value's channels",
+                got,
+            });
+        }
+        Ok(())
+    }
+}
+
+/// Channels whose bit is set are stored as zero: for comparison with libraries that write zeros.
+const ZEROED: u16 = 1 << 15;
+
+/// Which channels of its keys a packed block keeps.
+///
+/// A row holds the first channels of the kept rotary pairs, then their second ones, then the others.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Channels {
+    kept: usize,
+    /// `[heads][kept]`.
+    index: Vec<u16>,
+    zeroed: Vec<bool>,
+    /// For each head how many rotary pairs; 0 when channels were chosen one by one.
+    pairs: Vec<usize>,
+}
+
+impl Channels {
+    /// `index` is `[heads][kept]`, negative numbers `-1 - c` for channel `c` stored as zero; `pairs` is `[heads]`.
+    pub fn new(index: &[i64], pairs: &[usize], key_dim: usize) -> Result<Self> {
+        let heads = pairs.len();
+        let kept = index.len().checked_div(heads).unwrap_or(0);
+        let bad =
+            |got: String| Err(Error::OutOfRange { what: "channels", expected: "distinct channels of a key", got });
+        if heads == 0 || kept == 0 || kept * heads != index.len() {
+            return bad(format!("{} channels for {heads} heads", index.len()));
+        }
+        let mut out = Vec::with_capacity(index.len());
+        for (mine, &pairs) in index.chunks_exact(kept).zip(pairs) {
+            let mut seen = vec![false; key_dim];
+            for &i in mine {
+                let channel = if i < 0 { -1 - i } else { i };
+                match usize::try_from(channel).ok().and_then(|c| seen.get_mut(c)) {
+                    Some(seen) if !*seen => *seen = true,
+                    _ => return bad(i.to_string()),
+                }
+                out.push(channel as u16 | if i < 0 { ZEROED } else { 0 });
+            }
+            if 2 * pairs > kept {
+                return bad(format!("{pairs} pairs in {kept} channels"));
+            }
+        }
+        let zeroed = out.iter().map(|c| c & ZEROED != 0).collect();
+        Ok(Channels { kept, index: out.iter().map(|c| c & !ZEROED).collect(), zeroed, pairs: pairs.to_vec() })
+    }
+
+    pub fn kept(&self) -> usize {
+        self.kept
+    }
+
+    pub fn heads(&self) -> usize {
+        self.pairs.len()
+    }
+
+    pub(super) fn highest(&self) -> usize {
+        self.index.iter().copied().max().unwrap_or(0).into()
+    }
+
+    /// The channels of a head.
+    pub fn of(&self, head: usize) -> &[u16] {
+        &self.index[head * self.kept..][..self.kept]
+    }
+
+    fn zeroed(&self, head: usize) -> &[bool] {
+        &self.zeroed[head * self.kept..][..self.kept]
+    }
+
+    /// Rotary pairs of a head.
+    pub fn pairs(&self, head: usize) -> usize {
+        self.pairs[head]
+    }
+
+    /// Whether the first channels are whole pairs of `rope`, and the others are none of its channels.
+    pub(crate) fn keeps_pairs_of(&self, rope: &Rope) -> bool {
+        (0..self.heads()).all(|head| {
+            let (mine, pairs) = (self.of(head), self.pairs[head]);
+            let is_pair = |(&a, &b): (&u16, &u16)| match rope.layout() {
+                Layout::Half => {
+                    usize::from(a) < rope.rotary_dim() / 2 && usize::from(b) == usize::from(a) + rope.rotary_dim() / 2
+                }
+                Layout::Interleaved => usize::from(b) < rope.rotary_dim() && a % 2 == 0 && b == a + 1,
+            };
+            let (first, rest) = mine.split_at(pairs);
+            let (second, others) = rest.split_at(pairs);
+            first.iter().zip(second).all(is_pair) && others.iter().all(|&c| usize::from(c) >= rope.rotary_dim())
+        })
+    }
+
+    /// Bytes that these take, as a mask of one bit a channel and head would.
+    fn bytes(&self) -> usize {
+        self.index.len() * size_of::<u16>() + self.zeroed.len()
+    }
+}
+
+/// The channels of the tokens that are packed next.
+#[derive(Clone, Debug)]
+pub enum Chosen {
+    /// These.
+    New(Arc<Channels>),
+    /// Those of this packed block.
+    Like(BlockId),
+}
+
+/// Bytes by what they hold.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct PackedBytes {
+    pub keys: usize,
+    pub values: usize,
+    pub scales: usize,
+    pub channels: usize,
+}
+
+struct Slab {
+    keys: Buf,
+    key_scales: Option<Buf>,
+    values: Buf,
+    value_scales: Option<Buf>,
+}
+
+/// The packed blocks of a layer.
+pub struct Packed {
+    heads: usize,
+    key_dim: usize,
+    value_dim: usize,
+    dtype: Dtype,
+    packing: Packing,
+    slabs: Vec<Option<Slab>>,
+    /// The channels of each block.
+    channels: Vec<Option<Arc<Channels>>>,
+}
+
+/// One head of a block, from one slot on.
+#[derive(Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    pub keys: *const u8,
+    /// Of the whole block.
+    pub key_scales: *const u16,
+    pub values: *const u8,
+    /// From the slot on.
+    pub value_scales: *const u16,
+    pub channels: &'a Channels,
+}
+
+/// Bytes of a row of `n` numbers.
+fn row_bytes(n: usize, bits: u32, dtype: Dtype) -> usize {
+    if bits == 0 { n * dtype.size() } else { (n * bits as usize).div_ceil(8) }
+}
+
+impl Packed {
+    pub(super) fn new(heads: usize, key_dim: usize, value_dim: usize, dtype: Dtype, packing: Packing) -> Result<Self> {
+        packing.check(key_dim, value_dim)?;
+        Ok(Packed { heads, key_dim, value_dim, dtype, packing, slabs: Vec::new(), channels: Vec::new() })
+    }
+
+    pub fn packing(&self) -> Packing {
+        self.packing
+    }
+
+    pub(crate) fn key_bytes(&self) -> usize {
+        row_bytes(self.packing.key_kept, self.packing.key_bits, self.dtype)
+    }
+
+    pub(crate) fn value_bytes(&self) -> usize {
+        row_bytes(self.value_dim, self.packing.value_bits, self.dtype)
+    }
+
+    /// Halves of the scales of one head of one block of keys; 0 without codes.
+    fn key_halves(&self) -> usize {
+        if self.packing.key_bits == 0 { 0 } else { BLOCK as usize / self.packing.group * 2 * self.packing.key_kept }
+    }
+
+    /// Halves of the scales of one value; 0 without codes.
+    fn value_halves(&self) -> usize {
+        if self.packing.value_bits == 0 { 0 } else { 2 * self.value_dim / self.packing.group }
+    }
+
+    /// Bytes of one token of all heads, scales included.
+    pub fn token_bytes(&self) -> usize {
+        let halves = self.key_halves() / BLOCK as usize + self.value_halves();
+        self.heads * (self.key_bytes() + self.value_bytes() + 2 * halves)
+    }
+
+    /// What the allocator was asked for.
+    pub fn bytes(&self) -> PackedBytes {
+        let size = |buf: &Option<Buf>| buf.as_ref().map_or(0, Buf::bytes);
+        let mut out = PackedBytes::default();
+        for slab in self.slabs.iter().flatten() {
+            out.keys += slab.keys.bytes();
+            out.values += slab.values.bytes();
+            out.scales += size(&slab.key_scales) + size(&slab.value_scales);
+        }
+        let mut seen: Vec<*const Channels> = self.channels.iter().flatten().map(Arc::as_ptr).collect();
+        seen.sort_unstable();
+        seen.dedup();
+        // SAFETY: each is owned by an `Arc` of this list.
+        out.channels = seen.iter().map(|&c| unsafe { (*c).bytes() }).sum();
+        out
+    }
+
+    pub(super) fn holds(&self, block: BlockId) -> bool {
+        let index = (block.0 - PACKED) as usize;
+        let (slab, _, _) = locate(block.0 - PACKED);
+        self.slabs.get(slab).is_some_and(Option::is_some) && self.channels.get(index).is_some_and(Option::is_some)
+    }
+
+    fn bad_block(&self, block: BlockId) -> Error {
+        Error::BadBlock { block: block.0, have: self.channels.iter().flatten().count() as u32 }
+    }
+
+    /// The channels of a block that has any.
+    pub fn channels_of(&self, block: BlockId) -> Result<&Arc<Channels>> {
+        let index = (block.0 - PACKED) as usize;
+        self.channels.get(index).and_then(Option::as_ref).ok_or_else(|| self.bad_block(block))
+    }
+
+    /// Gives these blocks memory; on failure nothing has changed.
+    pub(super) fn reserve(&mut self, blocks: impl Iterator<Item = BlockId>) -> Result<()> {
+        let mut made: Vec<usize> = Vec::new();
+        for block in blocks {
+            let (slab, _, _) = locate(block.0 - PACKED);
+            if self.slabs.get(slab).is_some_and(Option::is_some) {
+                continue;
+            }
+            match self.make(slab) {
+                Ok(()) => made.push(slab),
+                Err(err) => {
+                    made.into_iter().for_each(|slab| self.slabs[slab] = None);
+                    return Err(err);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn make(&mut self, slab: usize) -> Result<()> {
+        let (first, (_, _, blocks)) = (first_block(slab), locate(first_block(slab) as u32));
+        let grow = |have: usize, want: usize, size: usize| (want.saturating_sub(have), size);
+        let (more, size) = grow(self.slabs.len(), slab + 1, size_of::<Option<Slab>>());
+        self.slabs.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size })?;
+        let (more, size) = grow(self.channels.len(), first + blocks, size_of::<Option<Arc<Channels>>>());
+        self.channels.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size })?;
+        let tokens = self.heads * blocks * BLOCK as usize;
+        let scales = |halves: usize| if halves == 0 { Ok(None) } else { Buf::zeroed(halves * 2).map(Some) };
+        let made = Slab {
+            keys: Buf::zeroed(tokens * self.key_bytes())?,
+            key_scales: scales(self.heads * blocks * self.key_halves())?,
+            values: Buf::zeroed(tokens * self.value_bytes())?,
+            value_scales: scales(tokens * self.value_halves())?,
+        };
+        if self.slabs.len() <= slab {
+            self.slabs.resize_with(slab + 1, || None);
+        }
+        if self.channels.len() < first + blocks {
+            self.channels.resize_with(first + blocks, || None);
+        }
+        self.slabs[slab] = Some(made);
+        Ok(())
+    }
+
+    /// Frees the slabs none of whose blocks is in use, and forgets the channels of blocks that are not.
+    pub(super) fn free_unused(&mut self, in_use: &[bool]) {
+        let used = |block: usize| in_use.get(block).copied().unwrap_or(false);
+        for (block, channels) in self.channels.iter_mut().enumerate() {
+            if !used(block) {
+                *channels = None;
+            }
+        }
+        for slab in 0..self.slabs.len() {
+            let first = first_block(slab);
+            let (_, _, blocks) = locate(first as u32);
+            if !(first..first + blocks).any(used) {
+                self.slabs[slab] = None;
+            }
+        }
+    }
+
+    /// One head of a block, from `slot` on. Panics when the block has no memory.
+    pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> Rows<'_> {
+        let number = block.0 - PACKED;
+        let (slab, index, blocks) = locate(number);
+        let Some(Some(slab)) = self.slabs.get(slab) else { panic!("{block:?} has no memory") };
+        let Some(Some(channels)) = self.channels.get(number as usize) else { panic!("{block:?} was never packed") };
+        assert!(head < self.heads && slot < BLOCK, "head {head} or slot {slot} outside the block");
+        let in_slab = head * blocks + index;
+        let row = in_slab * BLOCK as usize + slot as usize;
+        let scales = |buf: &Option<Buf>, at: usize| match buf {
+            // SAFETY: `at` is below the number of halves that the buffer was made for.
+            Some(buf) => unsafe { buf.ptr().cast::<u16>().add(at).cast_const() },
+            None => std::ptr::null(),
+        };
+        // SAFETY: `row` is below the rows that the buffers of the slab were made for.
+        unsafe {
+            Rows {
+                keys: slab.keys.ptr().add(row * self.key_bytes()).cast_const(),
+                key_scales: scales(&slab.key_scales, in_slab * self.key_halves()),
+                values: slab.values.ptr().add(row * self.value_bytes()).cast_const(),
+                value_scales: scales(&slab.value_scales, row * self.value_halves()),
+                channels,
+            }
+        }
+    }
+
+    /// Stores tokens in slots `slot..` of `block`. `keys` and `values` are rows of the layer's dtype, one token after another.
+    ///
+    /// Where a group of keys shares a scale, what lies before `slot` in its group is kept and what lies behind is forgotten.
+    ///
+    /// # Safety
+    /// `n` rows of `key_dim` and `value_dim` elements; the slots lie in the block, which has memory and channels.
+    pub(super) unsafe fn put(
+        &mut self,
+        block: BlockId,
+        head: usize,
+        slot: u32,
+        keys: *const u8,
+        values: *const u8,
+        n: usize,
+    ) {
+        let Packing { key_kept, key_bits, value_bits, group } = self.packing;
+        let (key_dim, value_dim, dtype) = (self.key_dim, self.value_dim, self.dtype);
+        let (key_bytes, value_bytes, value_halves) = (self.key_bytes(), self.value_bytes(), self.value_halves());
+        let to = self.rows(block, head, slot);
+        let (index, zeroed) = (to.channels.of(head), to.channels.zeroed(head));
+        let es = dtype.size();
+        // SAFETY: rows `i < n` at all places, by the caller's promise; `&mut self` gives the right to write to the slabs.
+        unsafe {
+            if key_bits == 0 {
+                for i in 0..n {
+                    let (from, to) = (keys.add(i * key_dim * es), to.keys.cast_mut().add(i * key_bytes));
+                    for (j, (&c, &zero)) in index.iter().zip(zeroed).enumerate() {
+                        if zero {
+                            to.add(j * es).write_bytes(0, es);
+                        } else {
+                            std::ptr::copy_nonoverlapping(from.add(c as usize * es), to.add(j * es), es);
+                        }
+                    }
+                }
+            } else {
+                let mut tokens = vec![0f32; n * key_kept];
+                for (i, row) in tokens.chunks_exact_mut(key_kept).enumerate() {
+                    for (x, (&c, &zero)) in row.iter_mut().zip(index.iter().zip(zeroed)) {
+                        *x = if zero { 0.0 } else { element(dtype, keys.add((i * key_dim + c as usize) * es)) };
+                    }
+                }
+                self.put_keys(block, head, slot, &tokens);
+            }
+            let to = self.rows(block, head, slot);
+            if value_bits == 0 {
+                std::ptr::copy_nonoverlapping(values, to.values.cast_mut(), n * value_bytes);
+            } else {
+                let mut row = vec![0f32; value_dim];
+                for i in 0..n {
+                    for (c, x) in row.iter_mut().enumerate() {
+                        *x = element(dtype, values.add((i * value_dim + c) * es));
+                    }
+                    let codes = std::slice::from_raw_parts_mut(to.values.cast_mut().add(i * value_bytes), value_bytes);
+                    let scales = to.value_scales.cast_mut().add(i * value_halves);
+                    let (steps, leasts) =
+                        std::slice::from_raw_parts_mut(scales, value_halves).split_at_mut(value_halves / 2);
+                    codes.fill(0);
+                    for (g, x) in row.chunks_exact(group).enumerate() {
+                        let scale = Scale::of(x.iter().copied(), value_bits);
+                        (steps[g], leasts[g]) = scale.halves();
+                        x.iter()
+                            .enumerate()
+                            .for_each(|(i, &x)| put_code(codes, g * group + i, value_bits, scale.code(x)));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Stores keys, rows of `key_kept` numbers, as codes in slots `slot..`; see [`Packed::put`].
+    ///
+    /// # Safety
+    /// As for [`Packed::put`].
+    unsafe fn put_keys(&mut self, block: BlockId, head: usize, slot: u32, tokens: &[f32]) {
+        let Packing { key_kept: kept, key_bits: bits, group, .. } = self.packing;
+        let (bytes, n) = (self.key_bytes(), tokens.len() / kept);
+        let (first, end) = (slot as usize, slot as usize + n);
+        let base = self.rows(block, head, 0);
+        let mut rows = vec![0f32; group * kept];
+        for g in first / group..end.div_ceil(group) {
+            let start = g * group;
+            let (lo, hi) = (first.max(start) - start, end.min(start + group) - start);
+            if lo > 0 {
+                // SAFETY: slots `start..start + lo` lie in the block.
+                unsafe { self.keys_f32(block, head, start as u32, &mut rows[..lo * kept]) };
+            }
+            rows[lo * kept..hi * kept].copy_from_slice(&tokens[(start + lo - first) * kept..][..(hi - lo) * kept]);
+            // SAFETY: the group's scales and rows lie in the block; `&mut self` gives the right to write to them.
+            unsafe {
+                let scales = std::slice::from_raw_parts_mut(base.key_scales.cast_mut().add(g * 2 * kept), 2 * kept);
+                let (steps, leasts) = scales.split_at_mut(kept);
+                let codes = std::slice::from_raw_parts_mut(base.keys.cast_mut().add(start * bytes), hi * bytes);
+                codes.fill(0);
+                for c in 0..kept {
+                    let column = || rows[..hi * kept].iter().skip(c).step_by(kept).copied();
+                    let scale = Scale::of(column(), bits);
+                    (steps[c], leasts[c]) = scale.halves();
+                    for (codes, x) in codes.chunks_exact_mut(bytes).zip(column()) {
+                        put_code(codes, c, bits, scale.code(x));
+                    }
+                }
+            }
+        }
+    }
+
+    /// Keys of the kept channels from `slot` on, as many as `out` has rows for.
+    ///
+    /// # Safety
+    /// The slots lie in the block, which has memory and channels.
+    pub(crate) unsafe fn keys_f32(&self, block: BlockId, head: usize, slot: u32, out: &mut [f32]) {
+        let Packing { key_kept: kept, key_bits: bits, group, .. } = self.packing;
+        let (rows, bytes) = (self.rows(block, head, slot), self.key_bytes());
+        for (i, out) in out.chunks_exact_mut(kept).enumerate() {
+            // SAFETY: the row and the scales of its group lie in the block.
+            unsafe {
+                let row = rows.keys.add(i * bytes);
+                if bits == 0 {
+                    out.iter_mut()
+                        .enumerate()
+                        .for_each(|(c, x)| *x = element(self.dtype, row.add(c * self.dtype.size())));
+                    continue;
+                }
+                let scales = rows.key_scales.add((slot as usize + i) / group * 2 * kept);
+                let codes = std::slice::from_raw_parts(row, bytes);
+                for (c, x) in out.iter_mut().enumerate() {
+                    *x = number(*scales.add(c), *scales.add(kept + c), code(codes, c, bits));
+                }
+            }
+        }
+    }
+
+    /// Values from `slot` on, as many as `out` has rows for.
+    ///
+    /// # Safety
+    /// As for [`Packed::keys_f32`].
+    pub(crate) unsafe fn values_f32(&self, block: BlockId, head: usize, slot: u32, out: &mut [f32]) {
+        let Packing { value_bits: bits, group, .. } = self.packing;
+        let (rows, bytes, halves) = (self.rows(block, head, slot), self.value_bytes(), self.value_halves());
+        for (i, out) in out.chunks_exact_mut(self.value_dim).enumerate() {
+            // SAFETY: the row and its scales lie in the block.
+            unsafe {
+                let row = rows.values.add(i * bytes);
+                if bits == 0 {
+                    out.iter_mut()
+                        .enumerate()
+                        .for_each(|(c, x)| *x = element(self.dtype, row.add(c * self.dtype.size())));
+                    continue;
+                }
+                let scales = rows.value_scales.add(i * halves);
+                let codes = std::slice::from_raw_parts(row, bytes);
+                for (c, x) in out.iter_mut().enumerate() {
+                    *x = number(*scales.add(c / group), *scales.add(halves / 2 + c / group), code(codes, c, bits));
+                }
+            }
+        }
+    }
+
+    /// Writes tokens from `slot` on at full width, in the layer's dtype: zero where a channel was dropped.
+    ///
+    /// # Safety
+    /// `n` slots in the block, which has memory and channels; room for `n` rows of `key_dim` and `value_dim` elements.
+    pub(super) unsafe fn unpack(
+        &self,
+        block: BlockId,
+        head: usize,
+        slot: u32,
+        n: usize,
+        keys: *mut u8,
+        values: *mut u8,
+    ) {
+        let (kept, es) = (self.packing.key_kept, self.dtype.size());
+        let rows = self.rows(block, head, slot);
+        let index = rows.channels.of(head);
+        // SAFETY: the caller's promise, row by row.
+        unsafe {
+            keys.write_bytes(0, n * self.key_dim * es);
+            if self.packing.key_bits == 0 {
+                for i in 0..n {
+                    let (from, to) = (rows.keys.add(i * self.key_bytes()), keys.add(i * self.key_dim * es));
+                    for (j, &c) in index.iter().enumerate() {
+                        std::ptr::copy_nonoverlapping(from.add(j * es), to.add(c as usize * es), es);
+                    }
+                }
+            } else {
+                let mut tokens = vec![0f32; n * kept];
+                self.keys_f32(block, head, slot, &mut tokens);
+                for (i, row) in tokens.chunks_exact(kept).enumerate() {
+                    for (&x, &c) in row.iter().zip(index) {
+                        put_element(self.dtype, keys.add((i * self.key_dim + c as usize) * es), x);
+                    }
+                }
+            }
+            if self.packing.value_bits == 0 {
+                std::ptr::copy_nonoverlapping(rows.values, values, n * self.value_bytes());
+            } else {
+                let mut tokens = vec![0f32; n * self.value_dim];
+                self.values_f32(block, head, slot, &mut tokens);
+                tokens.iter().enumerate().for_each(|(i, &x)| put_element(self.dtype, values.add(i * es), x));
+            }
+        }
+    }
+
+    /// Gives blocks their channels. The blocks have memory.
+    pub(super) fn choose(&mut self, blocks: impl Iterator<Item = BlockId>, channels: &Arc<Channels>) {
+        for block in blocks {
+            self.channels[(block.0 - PACKED) as usize] = Some(Arc::clone(channels));
+        }
+    }
+
+    /// Makes checked moves between packed blocks. Bits are carried over, but for keys whose group shares a scale: they are packed
+    /// again with those they come to stand among, unless they move as a group.
+    ///
+    /// No token of a list is moved twice.
+    pub(super) fn move_tokens(&mut self, moves: &[Move]) -> Result<()> {
+        for m in moves {
+            let channels = Arc::clone(self.channels_of(m.from)?);
+            self.choose(std::iter::once(m.to), &channels);
+        }
+        for head in 0..self.heads {
+            self.move_keys(moves, head);
+            let (bytes, halves) = (self.value_bytes(), self.value_halves());
+            for m in moves {
+                let (from, to) = (self.rows(m.from, head, m.from_slot), self.rows(m.to, head, m.to_slot));
+                // SAFETY: both ranges lie in their blocks; `copy` allows them to overlap.
+                unsafe {
+                    std::ptr::copy(from.values, to.values.cast_mut(), m.len as usize * bytes);
+                    if halves > 0 {
+                        std::ptr::copy(from.value_scales, to.value_scales.cast_mut(), m.len as usize * halves);
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn move_keys(&mut self, moves: &[Move], head: usize) {
+        let (kept, bytes, group) = (self.packing.key_kept, self.key_bytes(), self.packing.group as u32);
+        if self.packing.key_bits == 0 {
+            for m in moves {
+                let (from, to) = (self.rows(m.from, head, m.from_slot), self.rows(m.to, head, m.to_slot));
+                // SAFETY: both ranges lie in their blocks; `copy` allows them to overlap.
+                unsafe { std::ptr::copy(from.keys, to.keys.cast_mut(), m.len as usize * bytes) };
+            }
+            return;
+        }
+        let whole = |m: &Move| m.from_slot.is_multiple_of(group) && m.to_slot.is_multiple_of(group);
+        let goes_on = |a: &Move, b: &Move| a.to == b.to && a.to_slot + a.len == b.to_slot && !whole(a) && !whole(b);
+        // All is read before anything is written: writing one token of a group changes what the others' codes mean.
+        let mut tokens = Vec::new();
+        for m in moves.iter().filter(|m| !whole(m)) {
+            let at = tokens.len();
+            tokens.resize(at + m.len as usize * kept, 0f32);
+            // SAFETY: checked moves.
+            unsafe { self.keys_f32(m.from, head, m.from_slot, &mut tokens[at..]) };
+        }
+        let mut rest = &tokens[..];
+        for run in moves.chunk_by(goes_on) {
+            let m = &run[0];
+            // SAFETY: checked moves.
+            unsafe {
+                if whole(m) {
+                    let (from, to) = (self.rows(m.from, head, m.from_slot), self.rows(m.to, head, m.to_slot));
+                    std::ptr::copy(from.keys, to.keys.cast_mut(), m.len as usize * bytes);
+                    let scales = |slot: u32| (slot / group) as usize * 2 * kept;
+                    let (from, to) = (from.key_scales.add(scales(m.from_slot)), to.key_scales.add(scales(m.to_slot)));
+                    std::ptr::copy(from, to.cast_mut(), m.len.div_ceil(group) as usize * 2 * kept);
+                } else {
+                    let n: usize = run.iter().map(|m| m.len as usize).sum();
+                    let (mine, others) = rest.split_at(n * kept);
+                    rest = others;
+                    self.put_keys(m.to, head, m.to_slot, mine);
+                }
+            }
+        }
+    }
+}
+
+/// The step and least value of a group, as they are stored.
+#[derive(Clone, Copy)]
+struct Scale {
+    step: f16,
+    least: f16,
+    top: f32,
+}
+
+impl Scale {
+    /// The scale of a group of numbers. A group with a number that is not finite, or that a half cannot hold, becomes NaN.
+    fn of(numbers: impl Iterator<Item = f32>, bits: u32) -> Self {
+        let top = ((1u32 << bits) - 1) as f32;
+        let (mut min, mut max, mut sound) = (f32::INFINITY, f32::NEG_INFINITY, true);
+        for x in numbers {
+            (min, max) = (min.min(x), max.max(x));
+            sound &= x.is_finite();
+        }
+        // Downwards, so that no number lies below it.
+        let mut least = f16::from_f32(min);
+        if least.to_f32() > min {
+            least = if least == f16::ZERO { f16::from_bits(0x8001) } else { step_down(least) };
+        }
+        let step = f16::from_f32((max - least.to_f32()) / top);
+        if !sound || !least.is_finite() || !step.is_finite() {
+            return Scale { step: f16::NAN, least: f16::NAN, top };
+        }
+        Scale { step, least, top }
+    }
+
+    fn halves(self) -> (u16, u16) {
+        (self.step.to_bits(), self.least.to_bits())
+    }
+
+    /// The code of the nearest number.
+    fn code(self, x: f32) -> u32 {
+        let step = self.step.to_f32();
+        // Also NaN becomes 0 here; its group is NaN by its scale.
+        if step > 0.0 { ((x - self.least.to_f32()) / step).round().clamp(0.0, self.top) as u32 } else { 0 }
+    }
+}
+
+/// The next half below one that is not zero.
+fn step_down(x: f16) -> f16 {
+    f16::from_bits(if x.is_sign_negative() { x.to_bits() + 1 } else { x.to_bits() - 1 })
+}
+
+#[inline(always)]
+fn number(step: u16, least: u16, code: u32) -> f32 {
+    f16::from_bits(step).to_f32().mul_add(code as f32, f16::from_bits(least).to_f32())
+}
+
+#[inline(always)]
+fn code(codes: &[u8], i: usize, bits: u32) -> u32 {
+    let bit = i * bits as usize;
+    u32::from(codes[bit / 8]) >> (bit % 8) & ((1 << bits) - 1)
+}
+
+/// Sets a code that is 0.
+#[inline(always)]
+fn put_code(codes: &mut [u8], i: usize, bits: u32, code: u32) {
+    let bit = i * bits as usize;
+    codes[bit / 8] |= (code << (bit % 8)) as u8;
+}
+
+/// # Safety
+/// An aligned element of `dtype` at `p`.
+#[inline(always)]
+unsafe fn element(dtype: Dtype, p: *const u8) -> f32 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            Dtype::F32 => *p.cast::<f32>(),
+            Dtype::BF16 => bf16::from_bits(*p.cast()).to_f32(),
+            Dtype::F16 => f16::from_bits(*p.cast()).to_f32(),
+        }
+    }
+}
+
+/// # Safety
+/// Room for an aligned element of `dtype` at `p`.
+#[inline(always)]
+unsafe fn put_element(dtype: Dtype, p: *mut u8, x: f32) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match dtype {
+            Dtype::F32 => *p.cast::<f32>() = x,
+            Dtype::BF16 => *p.cast::<u16>() = bf16::from_f32(x).to_bits(),
+            Dtype::F16 => *p.cast::<u16>() = f16::from_f32(x).to_bits(),
+        }
+    }
+}
