@@ -82,6 +82,9 @@ impl Places {
         let (mut starts, mut keys) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
         let (mut len, mut even) = (0u32, true);
         for (i, run) in runs.iter().filter(|run| run.lo < run.hi).enumerate() {
+            if run.block.is_packed() {
+                return Err(Error::Unsupported("packed keys are not searched; keep what is searched as it came"));
+            }
             arena.check_span(run.block, run.lo, run.hi)?;
             even &= len as usize == i * BLOCK as usize;
             starts.push(len);
