@@ -10,6 +10,7 @@ pub mod read;
 pub mod rotate;
 pub mod search;
 mod simd;
+pub mod sparse;
 pub mod surprisal;
 pub mod threads;
 pub mod topk;

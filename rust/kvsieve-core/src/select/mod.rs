@@ -6,6 +6,7 @@
 
 pub mod hip;
 pub mod infinite;
+pub mod kept;
 
 use std::ops::Range;
 
