@@ -122,35 +122,54 @@ struct Batch<'a> {
 
 type Kernel = unsafe fn(&mut Batch<'_>);
 
-/// Four keys against `HB` queries from `h` on, a row of four scores for each.
+/// Rows of queries, `width` apart.
+#[derive(Clone, Copy)]
+pub(super) struct Queries {
+    /// Zero beyond the channels.
+    pub wide: *const f32,
+    /// The same as `bf16`, where products of those are asked for.
+    pub dots: *const bf16,
+    pub width: usize,
+}
+
+impl Queries {
+    /// Those from the `h`-th on.
+    #[inline(always)]
+    pub fn from(self, h: usize) -> Self {
+        let Queries { wide, dots, width } = self;
+        Queries { wide: wide.wrapping_add(h * width), dots: dots.wrapping_add(h * width), width }
+    }
+}
+
+/// Four keys, wherever they lie, against `HB` queries: four scores for each, `stride` apart.
 ///
 /// # Safety
-/// As for [`Simd`]; four keys of `dim` elements; `dots` are filled if `DOTS`, and then `dim` is a multiple of `2 * LANES`.
+/// As for [`Simd`]; four keys of `dim` elements, `HB` queries, and room for their scores; `dots` are filled if `DOTS`, and then `dim`
+/// is a multiple of `2 * LANES`.
 #[inline(always)]
-unsafe fn four<S: Simd, E: Elem, const HB: usize, const DOTS: bool>(
+pub(super) unsafe fn four<S: Simd, E: Elem, const HB: usize, const DOTS: bool>(
     keys: [*const E; 4],
-    batch: &Batch<'_>,
+    queries: &Queries,
     dim: usize,
-    h: usize,
-    scores: &mut [[f32; 4]; 4],
+    scores: *mut f32,
+    stride: usize,
 ) {
+    let Queries { wide, dots, width } = *queries;
     let whole = dim / S::LANES * S::LANES;
-    // SAFETY: channels below `dim`, the last few by a partial load; queries are padded with zeros to whole vectors; `h + HB` queries.
+    // SAFETY: channels below `dim`, the last few by a partial load; queries are padded with zeros to whole vectors.
     unsafe {
         let mut acc = [[S::splat(0.0); 4]; HB];
         if DOTS {
-            let queries = batch.dots.as_ptr().add(h * batch.width);
             let mut c = 0;
             while c < dim {
                 for (i, acc) in acc.iter_mut().enumerate() {
                     for j in 0..4 {
-                        acc[j] = S::dot_bf16(acc[j], keys[j].cast::<bf16>().add(c), queries.add(i * batch.width + c));
+                        acc[j] = S::dot_bf16(acc[j], keys[j].cast::<bf16>().add(c), dots.add(i * width + c));
                     }
                 }
                 c += 2 * S::LANES;
             }
         } else {
-            let queries = batch.queries.as_ptr().add(h * batch.width);
             let mut c = 0;
             while c < whole {
                 let mut x = [S::splat(0.0); 4];
@@ -158,7 +177,7 @@ unsafe fn four<S: Simd, E: Elem, const HB: usize, const DOTS: bool>(
                     x[j] = E::load::<S>(keys[j].add(c));
                 }
                 for (i, acc) in acc.iter_mut().enumerate() {
-                    let q = S::load(queries.add(i * batch.width + c));
+                    let q = S::load(wide.add(i * width + c));
                     for j in 0..4 {
                         acc[j] = S::fma(x[j], q, acc[j]);
                     }
@@ -169,13 +188,13 @@ unsafe fn four<S: Simd, E: Elem, const HB: usize, const DOTS: bool>(
                 for j in 0..4 {
                     let x = E::load_part::<S>(keys[j].add(whole), dim - whole);
                     for (i, acc) in acc.iter_mut().enumerate() {
-                        acc[j] = S::fma(x, S::load(queries.add(i * batch.width + whole)), acc[j]);
+                        acc[j] = S::fma(x, S::load(wide.add(i * width + whole)), acc[j]);
                     }
                 }
             }
         }
-        for (scores, acc) in scores.iter_mut().zip(acc) {
-            S::sum4(scores.as_mut_ptr(), acc);
+        for (i, acc) in acc.into_iter().enumerate() {
+            S::sum4(scores.add(i * stride), acc);
         }
     }
 }
@@ -190,6 +209,7 @@ unsafe fn run_batch<S: Simd, E: Elem, const D: usize>(batch: &mut Batch<'_>) {
     let dots = S::DOTS && E::IS_BF16 && dim.is_multiple_of(2 * S::LANES);
     let lines = (dim * size_of::<E>()).div_ceil(64);
     let num_keys = batch.keys.len();
+    let queries = Queries { wide: batch.queries.as_ptr(), dots: batch.dots.as_ptr(), width: batch.width };
     for i in 0..num_keys.min(AHEAD) {
         for line in 0..lines {
             // SAFETY: any address may be asked for.
@@ -215,17 +235,18 @@ unsafe fn run_batch<S: Simd, E: Elem, const D: usize>(batch: &mut Batch<'_>) {
         while h < batch.num_queries {
             let count = (batch.num_queries - h).min(S::HEADS);
             let mut scores = [[f32::NEG_INFINITY; 4]; 4];
-            // SAFETY: the caller's promise; `count` queries from `h` on.
+            let (to, queries) = (scores.as_flattened_mut().as_mut_ptr(), queries.from(h));
+            // SAFETY: the caller's promise; `count` queries from `h` on, and room for four scores of each.
             unsafe {
                 match (count, dots) {
-                    (4, true) => four::<S, E, 4, true>(keys, batch, dim, h, &mut scores),
-                    (4, false) => four::<S, E, 4, false>(keys, batch, dim, h, &mut scores),
-                    (3, true) => four::<S, E, 3, true>(keys, batch, dim, h, &mut scores),
-                    (3, false) => four::<S, E, 3, false>(keys, batch, dim, h, &mut scores),
-                    (2, true) => four::<S, E, 2, true>(keys, batch, dim, h, &mut scores),
-                    (2, false) => four::<S, E, 2, false>(keys, batch, dim, h, &mut scores),
-                    (_, true) => four::<S, E, 1, true>(keys, batch, dim, h, &mut scores),
-                    (_, false) => four::<S, E, 1, false>(keys, batch, dim, h, &mut scores),
+                    (4, true) => four::<S, E, 4, true>(keys, &queries, dim, to, 4),
+                    (4, false) => four::<S, E, 4, false>(keys, &queries, dim, to, 4),
+                    (3, true) => four::<S, E, 3, true>(keys, &queries, dim, to, 4),
+                    (3, false) => four::<S, E, 3, false>(keys, &queries, dim, to, 4),
+                    (2, true) => four::<S, E, 2, true>(keys, &queries, dim, to, 4),
+                    (2, false) => four::<S, E, 2, false>(keys, &queries, dim, to, 4),
+                    (_, true) => four::<S, E, 1, true>(keys, &queries, dim, to, 4),
+                    (_, false) => four::<S, E, 1, false>(keys, &queries, dim, to, 4),
                 }
             }
             for (g, scores) in scores.iter().enumerate().take(count) {
