@@ -96,12 +96,13 @@ impl Places {
         Ok(Places { starts, keys, len, even })
     }
 
-    /// The key of resident `i` for `head`.
+    /// The key of resident `i` for `head`, and how many residents from it on lie in a row.
     #[inline]
-    fn key(&self, i: u32, head: usize, row_bytes: usize) -> *const u8 {
+    fn key(&self, i: u32, head: usize, row_bytes: usize) -> (*const u8, u32) {
         let run = if self.even { (i / BLOCK) as usize } else { self.starts.partition_point(|&s| s <= i) - 1 };
         let (base, stride) = self.keys[run];
-        base.wrapping_add(head * stride + (i - self.starts[run]) as usize * row_bytes)
+        let end = self.starts.get(run + 1).copied().unwrap_or(self.len);
+        (base.wrapping_add(head * stride + (i - self.starts[run]) as usize * row_bytes), end - i)
     }
 }
 
@@ -230,8 +231,9 @@ unsafe fn run_batch<S: Simd, E: Elem, const D: usize>(batch: &mut Batch<'_>) {
             from.copy_from_slice(&batch.seen_from[i..i + 4]);
         }
         let mut best = [f32::NEG_INFINITY; 4];
-        // Queries that see none of the four come first.
-        let mut h = *from.iter().min().unwrap_or(&0) as usize;
+        // Queries that see none of the four come first, then those that see some.
+        let mut h = from[0].min(from[1]).min(from[2]).min(from[3]) as usize;
+        let latest = from[0].max(from[1]).max(from[2]).max(from[3]) as usize;
         while h < batch.num_queries {
             let count = (batch.num_queries - h).min(S::HEADS);
             let mut scores = [[f32::NEG_INFINITY; 4]; 4];
@@ -249,12 +251,15 @@ unsafe fn run_batch<S: Simd, E: Elem, const D: usize>(batch: &mut Batch<'_>) {
                     (_, false) => four::<S, E, 1, false>(keys, &queries, dim, to, 4),
                 }
             }
-            for (g, scores) in scores.iter().enumerate().take(count) {
-                for j in 0..4 {
-                    // NaN is less than everything.
-                    if scores[j] > best[j] && h + g >= from[j] as usize {
-                        best[j] = scores[j];
+            for (g, scores) in scores.iter_mut().enumerate().take(count) {
+                if h + g < latest {
+                    for j in 0..4 {
+                        scores[j] = if h + g < from[j] as usize { f32::NEG_INFINITY } else { scores[j] };
                     }
+                }
+                // Without a branch: which is greater cannot be foreseen. NaN is less than everything.
+                for j in 0..4 {
+                    best[j] = if scores[j] > best[j] { scores[j] } else { best[j] };
                 }
             }
             h += count;
@@ -351,10 +356,21 @@ impl Score for Scorer<'_> {
         let Scratch { queries, dots, keys, seen_from, scores } = &mut *self.scratch;
         keys.clear();
         seen_from.clear();
+        keys.reserve(stretches.len() * 2);
+        for stretch in stretches {
+            let mut i = stretch.start;
+            while i < stretch.end {
+                let (key, n) = self.places.key(i, self.head, self.row_bytes);
+                let n = n.min(stretch.end - i);
+                for j in 0..n as usize {
+                    keys.push(key.wrapping_add(j * self.row_bytes));
+                }
+                i += n;
+            }
+        }
         let hides = stretches.iter().any(|s| i64::from(s.end) > self.edge);
-        for i in stretches.iter().flat_map(Clone::clone) {
-            keys.push(self.places.key(i, self.head, self.row_bytes));
-            if hides {
+        if hides {
+            for i in stretches.iter().flat_map(Clone::clone) {
                 seen_from.push((i64::from(i) + 1 - self.edge).max(0) as u32 * self.group as u32);
             }
         }
@@ -380,12 +396,16 @@ impl Score for Scorer<'_> {
         // SAFETY: `search` has checked the level, the runs and the region, so all keys are rows of the arena's dtype and width; the
         // kernel was chosen for those.
         unsafe { (self.kernel)(&mut batch) };
-        let mut rest = &scores[..count];
-        out.extend(stretches.iter().map(|s| {
-            let (mine, others) = rest.split_at(s.len());
-            rest = others;
-            mine.iter().copied().fold(f32::NEG_INFINITY, f32::max)
-        }));
+        out.reserve(stretches.len());
+        let mut at = 0;
+        for stretch in stretches {
+            let mut best = f32::NEG_INFINITY;
+            for &x in &scores[at..at + stretch.len()] {
+                best = if x > best { x } else { best };
+            }
+            at += stretch.len();
+            out.push(best);
+        }
     }
 }
 

@@ -20,6 +20,8 @@ pub struct Hip {
 struct Node {
     lo: u32,
     hi: u32,
+    /// The blocks that speak for it.
+    by: (u32, u32),
     score: f32,
 }
 
@@ -40,7 +42,7 @@ impl Hip {
         }
 
         let bound = |j: usize| (num as u64 * j as u64 / width as u64) as u32;
-        let node = |j: usize| Node { lo: bound(j), hi: bound(j + 1), score: f32::NAN };
+        let node = |j: usize| Node { lo: bound(j), hi: bound(j + 1), by: (0, 0), score: f32::NAN };
         let mut nodes: Vec<Node> = (0..width).map(node).collect();
         let mut children: Vec<Node> = Vec::with_capacity(2 * width);
         let (mut asked, mut answers, mut all) = (Vec::new(), Vec::new(), Vec::new());
@@ -52,15 +54,15 @@ impl Hip {
             for node in &nodes {
                 let middle = node.lo + (node.hi - node.lo) / 2;
                 for (lo, hi) in [(node.lo, middle), (middle, node.hi)].into_iter().filter(|(lo, hi)| lo < hi) {
-                    let (a, b) = self.speaks(lo, hi);
-                    let keys = stretch(a, b);
+                    let by = self.speaks(lo, hi);
+                    let keys = stretch(by.0, by.1);
                     chosen.reads += keys.len() as u64;
                     // A block that has spoken for the parent need not be read again.
-                    let known = !node.score.is_nan() && self.speaks(node.lo, node.hi) == (a, b);
+                    let known = node.by == by && !node.score.is_nan();
                     if !known {
                         asked.push(keys);
                     }
-                    children.push(Node { lo, hi, score: if known { node.score } else { f32::NAN } });
+                    children.push(Node { lo, hi, by, score: if known { node.score } else { f32::NAN } });
                 }
             }
             score.best(&asked, &mut answers);
