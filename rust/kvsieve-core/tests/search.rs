@@ -9,9 +9,11 @@ use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::search::{Method, QueryBlock, Search, search, search_unless};
-use kvsieve_core::kernels::{Dtype, Elems, Level, View};
+use kvsieve_core::kernels::sparse::{Sparse, SparseRow, attend_sparse};
+use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Level, View};
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
+use kvsieve_core::select::kept::{Choice, Rule, Search as Chooses};
 use kvsieve_core::select::{Chosen, Representative, Score};
 use kvsieve_core::store::arena::Arena;
 
@@ -237,4 +239,25 @@ fn a_signal_stops_it() {
     let blocks: Vec<QueryBlock<'_>> = (0..40).map(block).collect();
     let args = Search { q, blocks: &blocks, window: 4, method: Method::Hip(&hip), threads: 1, level: Level::Portable };
     assert_eq!(search_unless(&row.arena, &args, &mut [], &|| true), Err(Error::Interrupted));
+
+    let rule = Rule::new(Chooses::Hip(hip), 2, 4, vec![8]).unwrap();
+    let args = Sparse {
+        q,
+        rows: &[SparseRow { runs: &row.runs, new_len: 40 }],
+        query_block: 16,
+        scale: 1.0,
+        softcap: None,
+        sinks: None,
+        threads: 1,
+        level: Level::Portable,
+    };
+    let mut out = vec![0f32; 40 * 8];
+    let mut run = |stops: bool, choices: &mut [Choice]| {
+        attend_sparse(&row.arena, &rule, choices, &args, ElemsMut::F32(&mut out), None, &|| stops)
+    };
+    let mut choices = [Choice::default()];
+    assert_eq!(run(true, &mut choices), Err(Error::Interrupted));
+    assert_eq!(choices, [Choice::default()], "what was chosen before the signal does not stand");
+    assert!(run(false, &mut choices).is_ok());
+    assert_eq!(choices[0].next, 100);
 }

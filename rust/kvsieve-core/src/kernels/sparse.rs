@@ -103,7 +103,8 @@ impl<'a> Layout<'a> {
 /// * `out`: `[rows, columns, heads, value_dim]`, of the dtype of `q`; zero for pads.
 /// * `lse`: `[rows, heads, columns]`; `-inf` for pads.
 ///
-/// `stop` is asked every few milliseconds; after [`Error::Interrupted`], and after any other error, `choices` are as before.
+/// `stop` is asked between query blocks and inside long ones; after [`Error::Interrupted`], and after any other error, `choices` are as
+/// before.
 pub fn attend_sparse(
     arena: &Arena,
     rule: &Rule,
@@ -156,6 +157,9 @@ pub fn attend_sparse(
         }
         if blocks.is_empty() {
             break;
+        }
+        if work.read > 0 && stop() {
+            return Err(Error::Interrupted);
         }
         round(arena, rule, &mut next, args, &layouts, &blocks, &mut work, (&mut out, &mut lse), stop)?;
     }
