@@ -13,6 +13,7 @@ __all__ = [
     "Part",
     "Planner",
     "Rope",
+    "Sparse",
     "Step",
     "Store",
     "__version__",
@@ -217,6 +218,31 @@ class Store:
     ) -> None: ...
     def channels(self, block: int) -> tuple[npt.NDArray[np.int64], list[int]]: ...
     def bytes_by_part(self) -> list[int]: ...
+
+@final
+class Sparse:
+    """One layer's searching attention: the rule, and what each row has chosen."""
+
+    @staticmethod
+    def hip(budget: int, block: int, representative: str, sinks: int, window: int, refresh: int, query_block: int) -> Sparse: ...
+    @staticmethod
+    def infinite(
+        stages: list[tuple[int, int]], representative: str, sinks: int, window: int, refresh: list[int], query_block: int
+    ) -> Sparse: ...
+    def attend(
+        self,
+        store: Store,
+        q: npt.NDArray[Any],
+        step: Step,
+        scale: float,
+        softcap: float | None,
+        sinks: npt.NDArray[np.float32] | None,
+        out: npt.NDArray[Any],
+        lse: npt.NDArray[np.float32] | None = None,
+        threads: int = 1,
+    ) -> tuple[int, int]: ...
+    def reset(self) -> None: ...
+    def choice(self, row: int) -> list[tuple[npt.NDArray[np.int64], int, int]]: ...
 
 def keep_surprisal(scores: npt.NDArray[np.float32], sinks: int, recent: int, budget: int, protected_tail: int = 0) -> list[int]: ...
 def keep_surprisal_published(

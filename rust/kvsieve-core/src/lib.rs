@@ -4,7 +4,7 @@
 //! * [`ids`], [`error`], [`budget`]: newtypes, the one error enum, counts (never ratios).
 //! * [`fork`]: locks that a forked process finds open, and what they guard whole.
 //! * [`store`]: block pool and tables: which token sits where.
-//! * [`retain`], [`place`]: which residents stay; at which distance a query sees them.
+//! * [`retain`], [`place`], [`select`]: which residents stay; at which distance a query sees them; which of them it reads.
 //! * [`planner`]: the control plane of one stream; makes a [`plan::Step`] once per forward.
 //! * [`plan`]: the plain structs that cross from the control plane to the kernels.
 //! * [`kernels`]: one operation a file; everything that touches keys, values and queries.
@@ -31,6 +31,7 @@ pub mod plan;
 pub mod planner;
 pub mod reference;
 pub mod retain;
+pub mod select;
 pub mod store;
 
 pub use error::{Error, Result};

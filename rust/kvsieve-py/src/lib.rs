@@ -6,6 +6,7 @@ mod error;
 mod kernels;
 mod plan;
 mod planner;
+mod select;
 mod store;
 
 #[pymodule]
@@ -14,6 +15,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     plan::register(m)?;
     planner::register(m)?;
     store::register(m)?;
+    select::register(m)?;
     kernels::register(m)?;
     Ok(())
 }

@@ -34,8 +34,12 @@ pub struct Store {
 }
 
 impl Store {
+    pub fn value_dim(&self) -> usize {
+        self.value_dim
+    }
+
     /// A guard never outlives the release of the GIL around it, so waiting for one cannot be waiting for ourselves.
-    fn read<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&Arena) -> R + Send) -> R {
+    pub fn read<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&Arena) -> R + Send) -> R {
         if bytes < SMALL
             && let Some(arena) = self.arena.try_read()
         {

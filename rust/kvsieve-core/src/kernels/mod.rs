@@ -8,13 +8,15 @@ pub mod isa;
 pub mod merge;
 pub mod read;
 pub mod rotate;
+pub mod search;
 mod simd;
+pub mod sparse;
 pub mod surprisal;
 pub mod threads;
 pub mod topk;
 pub mod view;
 
-pub use attend::{Attend, SpanTrig, attend, attend_unless};
+pub use attend::{Attend, SpanTrig, attend, attend_apart, attend_unless};
 pub use isa::Level;
 pub use rotate::{Layout, Rope};
 pub use view::{Dtype, Elems, ElemsMut, View};

@@ -3,7 +3,7 @@
 use crate::{Error, Result};
 
 /// Maps floats to integers of the same order; NaN is below everything, and both zeros are equal.
-fn rank(x: f32) -> u32 {
+pub(crate) fn rank(x: f32) -> u32 {
     if x.is_nan() {
         return 0;
     }

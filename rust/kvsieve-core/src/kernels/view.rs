@@ -179,6 +179,21 @@ impl<'a> View<'a> {
         self.data
     }
 
+    /// Tokens `tokens` of batch `b`, as a batch of one.
+    pub fn block(&self, what: &'static str, b: usize, tokens: std::ops::Range<usize>) -> Result<View<'a>> {
+        let [batch, heads, n, dim] = self.shape;
+        if b >= batch || tokens.start > tokens.end || tokens.end > n {
+            let expected = format!("tokens of {:?}", self.shape);
+            return Err(Error::Shape { what, expected, got: format!("tokens {tokens:?} of batch {b}") });
+        }
+        let from = self.offset(b, 0, tokens.start).min(self.data.len());
+        let data = match self.data {
+            Elems::F32(s) => Elems::F32(&s[from..]),
+            Elems::Bits(s) => Elems::Bits(&s[from..]),
+        };
+        View::new(what, data, [1, heads, tokens.len(), dim], self.strides)
+    }
+
     fn offset(&self, b: usize, h: usize, i: usize) -> usize {
         b * self.strides[0] + h * self.strides[1] + i * self.strides[2]
     }

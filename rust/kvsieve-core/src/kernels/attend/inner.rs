@@ -7,38 +7,48 @@ use super::unit::Piece;
 use crate::kernels::simd::{Elem, Simd, exp};
 
 /// Bytes of a cache line.
-const LINE: usize = 64;
+pub(super) const LINE: usize = 64;
 
-/// A stretch of memory that the next tile will need, asked for bit by bit while this one is computed with: a burst would fill the
-/// queue of misses and stall, a pause would leave the memory idle.
+/// What the next tile will need, asked for bit by bit while this one is computed with: a burst would fill the queue of misses and
+/// stall, a pause would leave the memory idle.
 #[derive(Clone, Copy)]
-pub(super) struct Ahead {
+pub(super) struct Ahead<'a> {
     at: *const u8,
-    /// Cache lines still to be asked for.
+    /// Cache lines still to be asked for, of this stretch of memory and of all.
+    here: usize,
     left: usize,
+    /// The stretches after this one, each with its lines.
+    rest: &'a [(*const u8, usize)],
     /// Lines and calls over which to spread them, and what the calls so far have saved up.
     lines: usize,
     calls: usize,
     saved: usize,
 }
 
-impl Ahead {
-    /// `bytes` from `at` on, spread over so many calls of [`Ahead::ask`].
+impl<'a> Ahead<'a> {
+    /// Stretches of memory, each with its number of lines (not 0), spread over so many calls of [`Ahead::ask`].
     #[inline(always)]
-    pub fn new(at: *const u8, bytes: usize, calls: usize) -> Self {
-        let lines = bytes.div_ceil(LINE);
-        Ahead { at, left: lines, lines, calls: calls.max(1), saved: 0 }
+    pub fn new(stretches: &'a [(*const u8, usize)], calls: usize) -> Self {
+        let lines = stretches.iter().map(|s| s.1).sum();
+        let (&(at, here), rest) = stretches.split_first().unwrap_or((&(std::ptr::null(), 0), &[]));
+        Ahead { at, here, left: lines, rest, lines, calls: calls.max(1), saved: 0 }
     }
 
     #[inline(always)]
-    unsafe fn ask<S: Simd>(&mut self) {
+    pub(super) unsafe fn ask<S: Simd>(&mut self) {
         self.saved += self.lines;
         while self.saved >= self.calls && self.left > 0 {
             // SAFETY: prefetching reads nothing; any address will do.
             unsafe { S::prefetch(self.at) };
             self.at = self.at.wrapping_add(LINE);
             self.left -= 1;
+            self.here -= 1;
             self.saved -= self.calls;
+            if self.here == 0
+                && let Some((next, others)) = self.rest.split_first()
+            {
+                ((self.at, self.here), self.rest) = (*next, others);
+            }
         }
     }
 }
@@ -81,7 +91,7 @@ unsafe fn put4<S: Simd, const HB: usize>(scores: *mut f32, i: usize, acc: [[S::V
 /// # Safety
 /// As for [`Simd`]; the rows and `HB` queries are readable; `n` scores for each query.
 #[inline(always)]
-pub(super) unsafe fn score<S: Simd, E: Elem, const HB: usize>(rows: &Rows<E>, scores: *mut f32, ahead: &mut Ahead) {
+pub(super) unsafe fn score<S: Simd, E: Elem, const HB: usize>(rows: &Rows<E>, scores: *mut f32, ahead: &mut Ahead<'_>) {
     let Rows { keys, n, dim, queries, width } = *rows;
     let whole = dim / S::LANES * S::LANES;
     let mut i = 0;
@@ -153,7 +163,7 @@ pub(super) unsafe fn score_turned<S: Simd, E: Elem, const HB: usize>(
     rows: &Rows<E>,
     (trig, pairs): (*const f32, usize),
     scores: *mut f32,
-    ahead: &mut Ahead,
+    ahead: &mut Ahead<'_>,
 ) {
     let Rows { keys, n, dim, queries, width } = *rows;
     let mut i = 0;
@@ -234,7 +244,7 @@ pub(super) unsafe fn score_turned<S: Simd, E: Elem, const HB: usize>(
 /// # Safety
 /// As for [`score`]; `S` has such products; `dim` is a multiple of `2 * LANES`; the queries are rows of `width` elements of `bf16`.
 #[inline(always)]
-pub(super) unsafe fn score_dots<S: Simd, const HB: usize>(rows: &Rows<bf16>, scores: *mut f32, ahead: &mut Ahead) {
+pub(super) unsafe fn score_dots<S: Simd, const HB: usize>(rows: &Rows<bf16>, scores: *mut f32, ahead: &mut Ahead<'_>) {
     let Rows { keys, n, dim, queries, width } = *rows;
     let queries = queries.cast::<bf16>();
     let step = 2 * S::LANES;
@@ -282,7 +292,7 @@ unsafe fn weigh<S: Simd, E: Elem, const HB: usize, const C: usize, const PART: b
     (dim, c0): (usize, usize),
     weights: *const f32,
     (sums, width): (*mut f32, usize),
-    ahead: &mut Ahead,
+    ahead: &mut Ahead<'_>,
 ) {
     // SAFETY: channels `c0..c0 + C * LANES` are below `dim` (below it by a partial load when `PART`), and below `width`, which is
     // whole vectors; key `t` of the tile has a weight.
@@ -339,7 +349,7 @@ pub(super) unsafe fn weigh_all<S: Simd, E: Elem, const HB: usize>(
     dim: usize,
     weights: *const f32,
     (sums, width): (*mut f32, usize),
-    ahead: &mut Ahead,
+    ahead: &mut Ahead<'_>,
 ) {
     let mut c = 0;
     // SAFETY: each call covers channels that are still below `dim`.
@@ -372,7 +382,7 @@ pub(super) unsafe fn softmax<S: Simd>(
     n: usize,
     (max, total): (&mut f32, &mut f32),
     sums: &mut [f32],
-    ahead: &mut Ahead,
+    ahead: &mut Ahead<'_>,
 ) {
     let end = n.next_multiple_of(S::LANES);
     scores[n..end].fill(f32::NEG_INFINITY);

@@ -134,60 +134,90 @@ pub fn attend(
 pub fn attend_unless(
     arena: &Arena,
     args: &Attend<'_>,
-    mut out: ElemsMut<'_>,
-    mut lse: Option<&mut [f32]>,
+    out: ElemsMut<'_>,
+    lse: Option<&mut [f32]>,
     mass: Option<&mut [f32]>,
     stop: &dyn Fn() -> bool,
 ) -> Result<()> {
-    let group = check(arena, args, &out, lse.as_deref(), mass.as_deref())?;
+    run_all(arena, args, false, (out, lse, mass), stop)
+}
+
+/// [`attend_unless`] where every key-value head reads spans of its own: head `h` of item `i` those from
+/// `spans.starts[i * kv_heads + h]` on, so there are `items * kv_heads + 1` starts.
+pub fn attend_apart(
+    arena: &Arena,
+    args: &Attend<'_>,
+    out: ElemsMut<'_>,
+    lse: Option<&mut [f32]>,
+    stop: &dyn Fn() -> bool,
+) -> Result<()> {
+    run_all(arena, args, true, (out, lse, None), stop)
+}
+
+/// `apart`: whether each key-value head has a list of spans of its own.
+fn run_all(
+    arena: &Arena,
+    args: &Attend<'_>,
+    apart: bool,
+    (mut out, mut lse, mass): (ElemsMut<'_>, Option<&mut [f32]>, Option<&mut [f32]>),
+    stop: &dyn Fn() -> bool,
+) -> Result<()> {
+    let group = check(arena, args, apart, &out, lse.as_deref(), mass.as_deref())?;
     let [_, heads, queries, _] = args.q.shape();
     let spans = args.spans;
     let (kv_heads, value_dim) = (arena.num_kv_heads(), arena.value_dim());
+    // Lists of spans of an item, and heads that read each.
+    let (lists, sharing) = if apart { (kv_heads, 1) } else { (1, kv_heads) };
     let factor = match args.trig {
         Some(trig) if args.apply_factor => (trig.rope.factor() * trig.rope.factor()) as f32,
         _ => 1.0,
     };
     let common = Common { arena, args, group, factor };
 
-    // Where the units begin and how many keys each has.
+    // Where the units begin and how many keys each has; and which of these stretches belong to each list.
     let mut stretches: Vec<(usize, std::ops::Range<usize>, usize)> = Vec::new();
+    let mut firsts = Vec::with_capacity(spans.starts.len());
     let mut total_keys = 0;
-    for (item, w) in spans.starts.windows(2).enumerate() {
+    for (list, w) in spans.starts.windows(2).enumerate() {
+        firsts.push(stretches.len());
         let end = w[1] as usize;
         let (mut first, mut keys) = (w[0] as usize, 0);
         for (at, span) in spans.spans.iter().enumerate().take(end).skip(first) {
             keys += (span.hi - span.lo) as usize;
             if keys >= SPLIT || at + 1 == end {
-                stretches.push((item, first..at + 1, keys));
+                stretches.push((list, first..at + 1, keys));
                 total_keys += keys;
                 (first, keys) = (at + 1, 0);
             }
         }
     }
 
+    firsts.push(stretches.len());
+
     let stride = group * (value_dim + 2);
     let wants_mass = mass.is_some();
-    let mut partials = vec![0f32; stretches.len() * kv_heads * stride];
+    let mut partials = vec![0f32; stretches.len() * sharing * stride];
     let mut logits = vec![0f32; if wants_mass { total_keys * heads } else { 0 }];
-    let mut units: Vec<Unit<'_>> = Vec::with_capacity(stretches.len() * kv_heads);
+    let mut units: Vec<Unit<'_>> = Vec::with_capacity(stretches.len() * sharing);
     {
         let mut chunks = partials.chunks_exact_mut(stride);
         let mut rest = &mut logits[..];
         let mut stretch = 0;
-        for (i, (item, range, keys)) in stretches.iter().enumerate() {
-            stretch = if i > 0 && stretches[i - 1].0 == *item { stretch + 1 } else { 0 };
-            for kv_head in 0..kv_heads {
+        for (i, (list, range, keys)) in stretches.iter().enumerate() {
+            stretch = if i > 0 && stretches[i - 1].0 == *list { stretch + 1 } else { 0 };
+            for head in 0..sharing {
+                let (item, kv_head) = (list / lists, list % lists + head);
                 let (mine, others) = rest.split_at_mut(if wants_mass { keys * group } else { 0 });
                 rest = others;
                 let partial = chunks.next().unwrap_or_default();
-                units.push(Unit { item: *item, kv_head, stretch, spans: range.clone(), partial, logits: mine });
+                units.push(Unit { item, kv_head, stretch, spans: range.clone(), partial, logits: mine });
             }
         }
     }
     // All queries of a row over one stretch after each other: the first finds the keys in memory, the others in a cache.
     units.sort_by_key(|unit| (unit.item / queries, unit.stretch, unit.kv_head));
     let kernel = kernel(args.level, arena);
-    let bytes = total_keys * arena.token_bytes();
+    let bytes = total_keys * arena.token_bytes() / lists;
     let alone = args.threads == 1 || units.len() <= 1 || bytes < INLINE;
     let pool = if alone { None } else { Some(threads::pool(args.threads)?) };
     let breath = (BREATH / (bytes / units.len().max(1)).max(1)).max(1) * args.threads;
@@ -205,20 +235,21 @@ pub fn attend_unless(
     drop(units);
 
     // Merge the units of each item and head.
-    let mut first = 0;
     let mut sums = vec![0f32; value_dim];
     let mut mass_rest = mass.unwrap_or_default();
     let mut logits_at = 0;
-    for item in 0..spans.starts.len() - 1 {
+    for item in 0..(spans.starts.len() - 1) / lists {
         let (row, query) = (item / queries, item % queries);
-        let mine = &stretches[first..first + stretches[first..].iter().take_while(|s| s.0 == item).count()];
-        let item_keys: usize = mine.iter().map(|s| s.2).sum();
+        let item_keys: usize = stretches[firsts[item * lists]..firsts[(item + 1) * lists]].iter().map(|s| s.2).sum();
         let (item_mass, others) = mass_rest.split_at_mut(if wants_mass { item_keys * kv_heads } else { 0 });
         mass_rest = others;
         item_mass.fill(0.0);
         for head in 0..heads {
             let (kv_head, g) = (head / group, head % group);
-            let partial = |i: usize| &partials[((first + i) * kv_heads + kv_head) * stride..][..stride];
+            let list = item * lists + kv_head % lists;
+            let first = firsts[list];
+            let mine = &stretches[first..firsts[list + 1]];
+            let partial = |i: usize| &partials[((first + i) * sharing + kv_head % sharing) * stride..][..stride];
             let max_of = |i: usize| partial(i)[group * value_dim + g];
             let max = (0..mine.len()).map(max_of).fold(f32::NEG_INFINITY, f32::max);
             sums.fill(0.0);
@@ -250,7 +281,6 @@ pub fn attend_unless(
             }
         }
         logits_at += item_keys * heads;
-        first += mine.len();
     }
     Ok(())
 }
@@ -272,6 +302,7 @@ fn write_out(out: &mut ElemsMut<'_>, dtype: Dtype, at: usize, sums: &[f32], norm
 fn check(
     arena: &Arena,
     args: &Attend<'_>,
+    apart: bool,
     out: &ElemsMut<'_>,
     lse: Option<&[f32]>,
     mass: Option<&[f32]>,
@@ -300,8 +331,9 @@ fn check(
     if args.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
         return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{:?}", args.softcap) });
     }
-    check_len("spans.starts", spans.starts.len(), items + 1)?;
-    let ends = (spans.starts[0], spans.starts[items] as usize);
+    let lists = if apart { items * arena.num_kv_heads() } else { items };
+    check_len("spans.starts", spans.starts.len(), lists + 1)?;
+    let ends = (spans.starts[0], spans.starts[lists] as usize);
     if ends != (0, spans.spans.len()) || !spans.starts.is_sorted() {
         let expected = format!("ascending from 0 to {}", spans.spans.len());
         return Err(Error::Shape { what: "spans.starts", expected, got: format!("{:?}", spans.starts) });

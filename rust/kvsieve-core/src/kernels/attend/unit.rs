@@ -2,10 +2,11 @@
 
 use half::bf16;
 
-use super::inner::{Ahead, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
+use super::inner::{Ahead, LINE, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
 use super::{Common, TILE, Unit};
 use crate::ids::{BLOCK, BlockId};
 use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
+use crate::kernels::search::{Queries, four};
 use crate::kernels::simd::{Elem, Simd, tanh};
 use crate::plan::Span;
 use crate::store::packed::{Channels, Packed};
@@ -163,7 +164,27 @@ impl<'a, E: Elem> Tile<'a, E> {
             *next += 1;
         }
     }
+
+    /// Whether its keys lie here and there, so that going through them piece by piece would not pay.
+    fn is_scattered(&self) -> bool {
+        self.num_pieces * SHORT > self.len
+            && self.channels.is_none()
+            && self.pieces[..self.num_pieces].iter().all(|piece| piece.variant == 0 && !piece.rotate)
+    }
+
+    /// Where its keys or its values lie, for [`Ahead`].
+    #[inline(always)]
+    fn stretches<'b>(&self, values: bool, to: &'b mut [(*const u8, usize); TILE]) -> &'b [(*const u8, usize)] {
+        for (to, piece) in to.iter_mut().zip(&self.pieces[..self.num_pieces]) {
+            let (at, bytes) = if values { (piece.values, self.bytes.1) } else { (piece.keys, self.bytes.0) };
+            *to = (at.cast(), (piece.len * bytes).div_ceil(LINE));
+        }
+        &to[..self.num_pieces]
+    }
 }
+
+/// Spans of fewer slots than this, on average, are scored four keys at a time wherever they lie.
+const SHORT: usize = 16;
 
 /// Copies the group's queries, with the rope's factor where it is still missing.
 ///
@@ -275,12 +296,17 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
         let step =
             if use_dots && tile.pieces[0].variant == 0 && !tile.pieces[0].rotate { 2 * S::LANES } else { S::LANES };
         let calls = tile.len * heads * dim / (4 * step) + group * tile.len / S::LANES;
-        let upcoming = &following.pieces[0];
-        let num_next = if following.num_pieces > 0 { upcoming.len } else { 0 };
-        let mut ahead = Ahead::new(upcoming.keys.cast(), num_next * following.bytes.0, calls);
+        let mut stretches = [(std::ptr::null(), 0); TILE];
+        let mut ahead = Ahead::new(following.stretches(false, &mut stretches), calls);
 
         let mut at = 0;
-        for piece in &tile.pieces[..tile.num_pieces] {
+        let scattered = tile.is_scattered();
+        if scattered {
+            let queries = Queries { wide: base.as_ptr(), dots: dots.as_ptr().cast(), width };
+            // SAFETY: the caller's promise: every piece has `len` rows of `dim` elements.
+            unsafe { score_scattered::<S, E>(tile, dim, (queries, use_dots), group, scores, &mut ahead) };
+        }
+        for piece in &tile.pieces[..if scattered { 0 } else { tile.num_pieces }] {
             if let (Some(packed), Some(channels)) = (packed, tile.channels) {
                 let to = scores[at..].as_mut_ptr();
                 let parts = (&*base, &mut *thin, &mut *thin_dots, &mut *thin_trig, &mut *keys);
@@ -374,7 +400,8 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
         }
 
         let calls = tile.len * heads * passes::<S>(value_dim);
-        let mut ahead = Ahead::new(upcoming.values.cast(), num_next * following.bytes.1, calls);
+        let mut stretches = [(std::ptr::null(), 0); TILE];
+        let mut ahead = Ahead::new(following.stretches(true, &mut stretches), calls);
         if let Some(packed) = packed
             && tile.channels.is_some()
             && packed.packing().value_bits > 0
@@ -413,6 +440,53 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
     unit.partial[group * (value_dim + 1)..].copy_from_slice(&total[..group]);
 }
 
+/// Scores of a tile of short pieces, four keys at a time.
+///
+/// # Safety
+/// As for [`run_unit`]; queries of the group, as `bf16` too if `use_dots`; a tile of scores for each.
+#[inline(always)]
+unsafe fn score_scattered<S: Simd, E: Elem>(
+    tile: &Tile<'_, E>,
+    dim: usize,
+    (queries, use_dots): (Queries, bool),
+    group: usize,
+    scores: &mut [f32],
+    ahead: &mut Ahead<'_>,
+) {
+    let mut rows = [std::ptr::null(); TILE];
+    let mut n = 0;
+    for piece in &tile.pieces[..tile.num_pieces] {
+        for i in 0..piece.len {
+            rows[n] = piece.keys.wrapping_add(i * dim);
+            n += 1;
+        }
+    }
+    // A tile is whole fours; the last key stands in for those that are missing.
+    let end = n.next_multiple_of(4);
+    for i in n..end {
+        rows[i] = rows[n - 1];
+    }
+    let calls = dim.div_ceil(if use_dots { 2 * S::LANES } else { S::LANES });
+    for i in (0..end).step_by(4) {
+        let keys = [rows[i], rows[i + 1], rows[i + 2], rows[i + 3]];
+        let to = scores.as_mut_ptr();
+        by_heads!(group, |h, HB| {
+            // SAFETY: four rows of `dim` elements; `HB` queries and rows of scores from `h` on.
+            unsafe {
+                let to = to.add(h * TILE + i);
+                if use_dots {
+                    four::<S, E, HB, true>(keys, &queries.from(h), dim, to, TILE);
+                } else {
+                    four::<S, E, HB, false>(keys, &queries.from(h), dim, to, TILE);
+                }
+                for _ in 0..calls {
+                    ahead.ask::<S>();
+                }
+            }
+        });
+    }
+}
+
 /// For which channels and rotation the thin queries were made, and for which channels the rotations of slots.
 #[derive(Default)]
 struct Thin<'a> {
@@ -446,7 +520,7 @@ unsafe fn score_packed<'a, S: Simd, E: Elem>(
     (base, thin, dots, slots, scratch): (&[f32], &mut [f32], &mut [f32], &mut [f32], &mut [f32]),
     to: *mut f32,
     known: &mut Thin<'a>,
-    ahead: &mut Ahead,
+    ahead: &mut Ahead<'_>,
 ) {
     let (group, kept) = (common.group, channels.kept());
     let (index, pairs) = (channels.of(kv_head), channels.pairs(kv_head));

@@ -1,0 +1,332 @@
+"""Which keys a query block reads when everything is kept: the specification of HiP and InfiniteHiP, slow and obvious.
+
+Keys ``0..n`` of one row in text order, a key's index being its true position; queries at true positions ``p_i``, ``i = 0..m-1``,
+that share one choice. ``S`` sinks and a window of ``W`` tokens are always read, so the search is over the *region* between them:
+
+    region   = [S, max p_i + 1 - W)
+    score(t) = max over the query heads of a KV head's group, and the queries with t <= p_i - W, of q . k_t          else -inf
+    kept(t)  = 0 <= p_i - t, and (t < S, or p_i - t < W, or t in a chosen block)
+
+One choice for each KV head. A region within the budget is chosen whole, without reading a key: attention is then exact.
+
+*HiP* (Lee et al., ICLR 2025) is a beam search of ``m`` nodes over an implicit binary tree of blocks:
+
+    nodes = m equal stretches of the region's blocks
+    while a node has more than one block:
+        children = halves of the nodes (the right one is never the shorter)
+        score(child) = best key of its representative block
+        nodes = the m best children
+
+*InfiniteHiP* (Lee et al., 2025) narrows the region in stages, each judging chunks on their own:
+
+    chunks = [region]
+    for each stage (length l, keep k):
+        chunks = stretches of at most l tokens of the chunks
+        score(chunk) = best of the keys met on the way down, by halves, always to the half of the better representative
+        chunks = the k / l best chunks
+
+Where this departs from the papers, or decides what they leave open:
+
+* One choice for a KV head, by the maximum over its group; HiP's is for a query head. Keys are then read once for the group.
+* Boundaries are integer floors and half-open. HiP's rounding rule is not given.
+* The last block or chunk of a region may be shorter than the others. Blocks are counted from the region's start.
+* Equal scores: the earlier block wins. A key of NaN, or one that no query of the block may see, scores -inf; a block that scores
+  -inf is never chosen, so a choice may be smaller than the budget.
+* Scores are raw products: neither the scale nor a soft cap changes an order. No sigmoid (it ties great logits); a product of 0 is a
+  score like any other.
+* A chunk's score is the best key met, not only the last; with ``first`` these are equal.
+* A window is frozen between refreshes: a query at ``p`` that uses the choice of a query at ``p0`` has a window of ``W + p - p0``,
+  so that no key falls between the choice and the window.
+* Keys are scored and read at their true positions. The papers' other distances beyond the trained length are not here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsieve.backends.reference import attend
+from kvsieve.errors import PolicyError, ShapeError
+
+__all__ = [
+    "REPRESENTATIVES",
+    "Selection",
+    "best_on_the_way",
+    "first_stage",
+    "group_scores",
+    "hip_search",
+    "infinite_hip_search",
+    "kept",
+    "region",
+    "sparse_attend",
+]
+
+REPRESENTATIVES = ("centre", "first", "last", "oracle")
+"""Which block speaks for a node: the middle one, the first, the last, or whichever is best (reads everything; for tests)."""
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What a query block reads between sinks and window, for each KV head."""
+
+    lo: int
+    hi: int
+    """The region that was searched."""
+    starts: tuple[Ints, ...]
+    """First tokens of the chosen blocks, ascending."""
+    ends: tuple[Ints, ...]
+    """One past their last tokens."""
+    reads: tuple[int, ...]
+    """Representative keys scored; one that is met twice counts twice."""
+    rounds: tuple[int, ...]
+    """Levels of the tree, or stages, that were scored."""
+    inputs: tuple[tuple[Ints, ...], ...] = field(default=(), repr=False)
+    """InfiniteHiP: for each stage and KV head the stretches ``[c, 2]`` that went into it. A later search can begin there."""
+
+    def tokens(self, head: int) -> Ints:
+        """The chosen tokens of a KV head, ascending."""
+        pieces = [np.arange(lo, hi) for lo, hi in zip(self.starts[head], self.ends[head])]
+        return np.concatenate([np.empty(0, np.int64), *pieces])
+
+
+def region(positions: Sequence[int], sinks: int, window: int) -> tuple[int, int]:
+    """``[lo, hi)`` that queries at ``positions`` search; empty (``lo == hi``) where sinks and window meet."""
+    _counts(sinks=sinks, window=window)
+    if len(positions) == 0:
+        raise ShapeError("a query block needs at least one query, got none")
+    hi = max(0, max(positions) + 1 - window)
+    return min(sinks, hi), hi
+
+
+def group_scores(q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], window: int) -> npt.NDArray[np.float64]:
+    """Score of each key for each KV head: float64 ``[Hkv, n]``.
+
+    Args:
+        q: ``[H, m, D]``, unscaled, in the frame of ``k``. ``H`` is a multiple of ``Hkv``.
+        k: ``[Hkv, n, D]``; key ``t`` has true position ``t``.
+        positions: true positions of the ``m`` queries.
+        window: a query does not score keys that its window shows anyway.
+
+    Raises:
+        ShapeError: tensors that do not fit together.
+    """
+    if q.ndim != 3 or k.ndim != 3 or q.shape[0] % k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] != len(positions):
+        raise ShapeError(
+            f"expected queries [heads, {len(positions)}, D] and keys [kv heads, n, D], got {list(q.shape)} and {list(k.shape)}"
+        )
+    group = q.shape[0] // k.shape[0]
+    logits = q.double() @ k.double().repeat_interleave(group, 0).transpose(-1, -2)
+    at = torch.tensor(list(positions))[:, None]
+    hidden = torch.arange(k.shape[1])[None, :] > at - window
+    logits = logits.masked_fill(hidden | logits.isnan(), -torch.inf)
+    return logits.view(k.shape[0], group * q.shape[1], k.shape[1]).amax(1).numpy()
+
+
+def _counts(**counts: int) -> None:
+    for name, value in counts.items():
+        if value < 0:
+            raise PolicyError(f"{name} must be at least 0, got {value}")
+
+
+def _check(scores: Floats, lo: int, hi: int) -> None:
+    if scores.ndim != 2:
+        raise ShapeError(f"expected scores [kv heads, n], got {list(scores.shape)}")
+    if not 0 <= lo <= hi <= scores.shape[1]:
+        raise ShapeError(f"the region {lo}..{hi} is not within the {scores.shape[1]} keys")
+
+
+def _best(scores: Floats, count: int) -> Ints:
+    """Ascending indices of the ``count`` best; of equal ones the earlier."""
+    order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")
+    return np.sort(order[:count])
+
+
+def _blocks(lo: int, hi: int, block: int, chosen: Ints) -> tuple[Ints, Ints]:
+    starts = lo + chosen * block
+    return starts, np.minimum(starts + block, hi)
+
+
+def hip_search(scores: Floats, lo: int, hi: int, budget: int, block: int = 2, representative: str = "centre") -> Selection:
+    """HiP's choice of about ``budget`` tokens of the region, in blocks (Lee et al., ICLR 2025, algorithm 1).
+
+    Args:
+        scores: ``[Hkv, n]``, see :func:`group_scores`.
+        lo, hi: the region, see :func:`region`.
+        budget: tokens to choose, sinks and window not counted; rounded up to whole blocks.
+        block: tokens of a block, which is chosen or left as a whole.
+        representative: one of :data:`REPRESENTATIVES`.
+
+    Raises:
+        PolicyError: a budget or block below 1, or an unknown representative.
+        ShapeError: a region outside the keys.
+    """
+    _check(scores, lo, hi)
+    if budget < 1 or block < 1:
+        raise PolicyError(f"budget and block must be at least 1, got {budget} and {block}")
+    if representative not in REPRESENTATIVES:
+        raise PolicyError(f"representative must be one of {', '.join(REPRESENTATIVES)}, got {representative!r}")
+    found = [_hip_head(row, lo, hi, budget, block, representative) for row in scores]
+    starts, ends, reads, rounds = zip(*found) if found else ((), (), (), ())
+    return Selection(lo, hi, starts, ends, reads, rounds)
+
+
+def _hip_head(scores: Floats, lo: int, hi: int, budget: int, block: int, representative: str) -> tuple[Ints, Ints, int, int]:
+    num, width = -(-(hi - lo) // block), -(-budget // block)
+    if hi - lo <= budget or num <= width:
+        return (*_blocks(lo, hi, block, np.arange(num)), 0, 0)
+    padded = np.full(num * block, -np.inf)
+    padded[: hi - lo] = np.where(np.isnan(scores[lo:hi]), -np.inf, scores[lo:hi])
+    best_key = padded.reshape(num, block).max(1)
+
+    bounds = np.arange(width + 1) * num // width
+    left, right, rank = bounds[:-1], bounds[1:], np.full(width, -np.inf)
+    reads = rounds = 0
+    while np.any(right - left > 1):
+        middle = left + (right - left) // 2
+        left, right = np.stack([left, middle], 1).ravel(), np.stack([middle, right], 1).ravel()
+        left, right = left[left < right], right[left < right]
+        if representative == "oracle":
+            found = np.array([best_key[lo:hi].max() for lo, hi in zip(left, right)])
+            first, end = left, right
+        else:
+            first = {"centre": left + (right - left) // 2, "first": left, "last": right - 1}[representative]
+            found, end = best_key[first], first + 1
+        reads += int(np.sum(np.minimum(end * block, hi - lo) - first * block))
+        rounds += 1
+        best = _best(found, width)
+        left, right, rank = left[best], right[best], found[best]
+    return (*_blocks(lo, hi, block, left[rank > -np.inf]), reads, rounds)
+
+
+def best_on_the_way(scores: Floats, chunks: Ints, representative: str) -> tuple[Floats, Ints, int]:
+    """Walks down each chunk, always to the half whose representative key is better (ties: the left).
+
+    Args:
+        scores: ``[n]``; chunks: ``[c, 2]``, none empty; representative: ``"first"`` or ``"centre"`` key of a half.
+
+    Returns:
+        For each chunk the best score met and the token it ended at; and the number of keys scored: two a level, one for a chunk of
+        one token.
+    """
+    if representative not in ("first", "centre"):
+        raise PolicyError(f"representative must be first or centre, got {representative!r}")
+    scores = np.where(np.isnan(scores), -np.inf, scores)
+    lo, hi = chunks[:, 0].copy(), chunks[:, 1].copy()
+    best = np.where(hi - lo == 1, scores[lo], -np.inf)
+    reads = int(np.sum(hi - lo == 1))
+    while np.any(hi - lo > 1):
+        live = hi - lo > 1
+        mid = (lo + hi) // 2
+        left, right = (lo, mid) if representative == "first" else ((lo + mid) // 2, (mid + hi) // 2)
+        a, b = scores[left], scores[right]
+        go = live & (b > a)
+        best = np.where(live, np.maximum(best, np.maximum(a, b)), best)
+        lo, hi = np.where(go, mid, lo), np.where(live & ~go, mid, hi)
+        reads += 2 * int(np.sum(live))
+    return best, lo, reads
+
+
+def _cut(stretches: Ints, length: int) -> Ints:
+    """Stretches ``[c, 2]`` cut into pieces of at most ``length`` tokens."""
+    pieces = [(at, min(at + length, hi)) for lo, hi in stretches.tolist() for at in range(lo, hi, length)]
+    return np.array(pieces, np.int64).reshape(-1, 2)
+
+
+def infinite_hip_search(
+    scores: Floats,
+    lo: int,
+    hi: int,
+    chunks: Sequence[int] = (256, 32, 8),
+    keep: Sequence[int] = (32768, 8192, 2048),
+    representative: str = "first",
+    *,
+    start: int = 0,
+    inputs: tuple[tuple[Ints, ...], ...] = (),
+    every_stage: bool = False,
+) -> Selection:
+    """InfiniteHiP's choice of at most ``keep[-1]`` tokens of the region (Lee et al., 2025, section 4.1).
+
+    Args:
+        scores: ``[Hkv, n]``, see :func:`group_scores`; lo, hi: the region, see :func:`region`.
+        chunks: tokens of a chunk in each stage, each a multiple of the next.
+        keep: tokens that leave each stage, each a multiple of its chunk.
+        representative: ``"first"`` key of a half (the paper), or its ``"centre"``.
+        start: the first stage to compute; earlier ones are taken from ``inputs``, of an earlier selection over the same region.
+        every_stage: score also where all chunks stay anyway, as the paper counts.
+
+    Raises:
+        PolicyError: stages that do not divide each other, or ``inputs`` that do not go with ``start``.
+        ShapeError: a region outside the keys.
+    """
+    _check(scores, lo, hi)
+    _check_stages(chunks, keep)
+    if not 0 <= start < len(chunks) or (start > 0 and len(inputs) != len(chunks)):
+        raise PolicyError(f"a search of {len(chunks)} stages from stage {start} on needs the inputs of all, got {len(inputs)}")
+    stages: list[tuple[Ints, ...]] = list(inputs[:start])
+    reads, rounds = [0] * len(scores), [0] * len(scores)
+    whole = np.array([[lo, hi]] if hi > lo else [], np.int64).reshape(-1, 2)
+    last = inputs[start] if start else tuple(whole for _ in scores)
+    dense = hi - lo <= keep[-1] and not every_stage
+    for length, most in list(zip(chunks, keep))[start:]:
+        stages.append(last)
+        out = []
+        for head, row in enumerate(scores):
+            pieces = _cut(last[head], length)
+            if len(pieces) and not dense and (every_stage or len(pieces) > most // length):
+                found, _, count = best_on_the_way(row, pieces, representative)
+                reads[head], rounds[head] = reads[head] + count, rounds[head] + 1
+                best = _best(found, most // length)
+                pieces = pieces[best[found[best] > -np.inf]]
+            out.append(pieces)
+        last = tuple(out)
+    starts, ends = tuple(x[:, 0] for x in last), tuple(x[:, 1] for x in last)
+    return Selection(lo, hi, starts, ends, tuple(reads), tuple(rounds), tuple(stages))
+
+
+def _check_stages(chunks: Sequence[int], keep: Sequence[int]) -> None:
+    if not chunks or len(chunks) != len(keep) or min(chunks) < 1 or min(keep) < 1:
+        raise PolicyError(
+            f"stages need as many chunk lengths as counts to keep, all at least 1, got {list(chunks)} and {list(keep)}"
+        )
+    if any(a % b for a, b in pairwise(chunks)) or any(k % c for c, k in zip(chunks, keep)):
+        raise PolicyError(
+            f"a chunk must be a multiple of the next one, and what is kept of its chunk, got {list(chunks)} and {list(keep)}"
+        )
+
+
+def first_stage(step: int, refresh: Sequence[int]) -> int | None:
+    """The first stage that decoding step ``step`` (from 0) computes again, and all later ones; None when the choice stands."""
+    if any(every < 1 for every in refresh):
+        raise PolicyError(f"a stage is refreshed every so many steps, at least 1, got {list(refresh)}")
+    return next((stage for stage, every in enumerate(refresh) if step % every == 0), None)
+
+
+def kept(selection: Selection, positions: Sequence[int], num_keys: int, sinks: int, window: int) -> torch.Tensor:
+    """Which keys each query reads: bool ``[Hkv, m, n]``. Sinks, window and choice are a union, so no key counts twice.
+
+    ``window`` is that of these queries: for a query later than the one that searched, wider by the difference of their positions.
+    """
+    _counts(sinks=sinks, window=window)
+    at, key = torch.tensor(list(positions))[:, None], torch.arange(num_keys)[None, :]
+    near = (key < sinks) | (at - key < window)
+    out = torch.zeros(len(selection.starts), len(positions), num_keys, dtype=torch.bool)
+    for head in range(len(selection.starts)):
+        chosen = torch.zeros(num_keys, dtype=torch.bool)
+        chosen[torch.from_numpy(selection.tokens(head))] = True
+        out[head] = (key <= at) & (near | chosen)
+    return out
+
+
+def sparse_attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`kvsieve.backends.reference.attend`, where each KV head has keys of its own: ``visible`` bool ``[Hkv, m, n]``."""
+    return attend(q, k, v, visible.repeat_interleave(q.shape[0] // k.shape[0], 0), scale, softcap)

@@ -1,0 +1,567 @@
+//! Scores of scattered keys, in place: what the searches of [`crate::select`] ask for.
+//!
+//! A search reads a key here and a key there, and which ones it reads next depends on what it found: no stream that the hardware could
+//! foresee. But one level of a tree asks for hundreds of keys at once, so those ahead are asked for in the second-level cache while
+//! the ones at hand are scored. All queries that share a choice meet a key while it is in registers.
+
+use std::cell::RefCell;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::isa::Level;
+use super::rotate::load_row;
+use super::simd::{Elem, Simd};
+use super::threads;
+use super::view::{Dtype, Elems, View, check_dtype};
+use crate::ids::{BLOCK, Run};
+use crate::select::hip::Hip;
+use crate::select::infinite::Infinite;
+use crate::select::{Chosen, Score};
+use crate::store::arena::Arena;
+use crate::{Error, Result};
+
+/// Keys that are asked for ahead of the one at hand.
+const AHEAD: usize = 24;
+
+/// Queries of one row that share a choice: `columns` of `q`, one after another in the text.
+#[derive(Clone, Debug)]
+pub struct QueryBlock<'a> {
+    pub row: usize,
+    pub columns: Range<usize>,
+    /// The row's residents, in text order. All of them: a resident's number is its position.
+    pub runs: &'a [Run],
+    /// The position of the first query.
+    pub first: usize,
+    /// The residents to choose from.
+    pub region: Range<u32>,
+}
+
+/// Which search, and for InfiniteHiP where it starts.
+#[derive(Clone, Copy, Debug)]
+pub enum Method<'a> {
+    Hip(&'a Hip),
+    /// From this stage on, with what went into each stage the last time, by query block and key-value head.
+    Infinite(&'a Infinite, usize),
+}
+
+/// For each query block and key-value head, what went into each stage of InfiniteHiP.
+pub type Inputs = Vec<Vec<Range<u32>>>;
+
+/// Everything about a search but the keys.
+#[derive(Clone, Copy, Debug)]
+pub struct Search<'a> {
+    /// `[rows, heads, columns, key_dim]`, of the arena's dtype and in the frame of its keys.
+    pub q: View<'a>,
+    pub blocks: &'a [QueryBlock<'a>],
+    /// A query does not score the keys that its window shows anyway.
+    pub window: usize,
+    pub method: Method<'a>,
+    pub threads: usize,
+    pub level: Level,
+}
+
+/// Runs of residents, for looking up where one lies.
+struct Places {
+    /// The first resident of each run.
+    starts: Vec<u32>,
+    /// Its key for head 0, and the bytes from head to head.
+    keys: Vec<(*const u8, usize)>,
+    len: u32,
+    /// Whether all runs but the last are whole blocks.
+    even: bool,
+}
+
+// SAFETY: the pointers are into an arena that is borrowed, shared, for as long as a `Places` lives, and are only read through.
+unsafe impl Sync for Places {}
+
+impl Places {
+    fn new(arena: &Arena, runs: &[Run]) -> Result<Self> {
+        let (mut starts, mut keys) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
+        let (mut len, mut even) = (0u32, true);
+        for (i, run) in runs.iter().filter(|run| run.lo < run.hi).enumerate() {
+            if run.block.is_packed() {
+                return Err(Error::Unsupported("packed keys are not searched; keep what is searched as it came"));
+            }
+            arena.check_span(run.block, run.lo, run.hi)?;
+            even &= len as usize == i * BLOCK as usize;
+            starts.push(len);
+            let (key, _) = arena.rows(run.block, 0, run.lo);
+            let next = if arena.num_kv_heads() > 1 { arena.rows(run.block, 1, run.lo).0 } else { key };
+            keys.push((key, next as usize - key as usize));
+            len += run.len();
+        }
+        Ok(Places { starts, keys, len, even })
+    }
+
+    /// The key of resident `i` for `head`, and how many residents from it on lie in a row.
+    #[inline]
+    fn key(&self, i: u32, head: usize, row_bytes: usize) -> (*const u8, u32) {
+        let run = if self.even { (i / BLOCK) as usize } else { self.starts.partition_point(|&s| s <= i) - 1 };
+        let (base, stride) = self.keys[run];
+        let end = self.starts.get(run + 1).copied().unwrap_or(self.len);
+        (base.wrapping_add(head * stride + (i - self.starts[run]) as usize * row_bytes), end - i)
+    }
+}
+
+/// A batch of keys and the queries that score them.
+struct Batch<'a> {
+    /// Addresses, a multiple of four of them: the last is repeated.
+    keys: &'a [*const u8],
+    /// For each key the first query that may see it; empty when all may.
+    seen_from: &'a [u32],
+    dim: usize,
+    /// `[queries][width]`, zero beyond `dim`; as `bf16` where the kernel has products of those.
+    queries: &'a [f32],
+    dots: &'a [bf16],
+    width: usize,
+    num_queries: usize,
+    out: &'a mut [f32],
+}
+
+type Kernel = unsafe fn(&mut Batch<'_>);
+
+/// Rows of queries, `width` apart.
+#[derive(Clone, Copy)]
+pub(super) struct Queries {
+    /// Zero beyond the channels.
+    pub wide: *const f32,
+    /// The same as `bf16`, where products of those are asked for.
+    pub dots: *const bf16,
+    pub width: usize,
+}
+
+impl Queries {
+    /// Those from the `h`-th on.
+    #[inline(always)]
+    pub fn from(self, h: usize) -> Self {
+        let Queries { wide, dots, width } = self;
+        Queries { wide: wide.wrapping_add(h * width), dots: dots.wrapping_add(h * width), width }
+    }
+}
+
+/// Four keys, wherever they lie, against `HB` queries: four scores for each, `stride` apart.
+///
+/// # Safety
+/// As for [`Simd`]; four keys of `dim` elements, `HB` queries, and room for their scores; `dots` are filled if `DOTS`, and then `dim`
+/// is a multiple of `2 * LANES`.
+#[inline(always)]
+pub(super) unsafe fn four<S: Simd, E: Elem, const HB: usize, const DOTS: bool>(
+    keys: [*const E; 4],
+    queries: &Queries,
+    dim: usize,
+    scores: *mut f32,
+    stride: usize,
+) {
+    let Queries { wide, dots, width } = *queries;
+    let whole = dim / S::LANES * S::LANES;
+    // SAFETY: channels below `dim`, the last few by a partial load; queries are padded with zeros to whole vectors.
+    unsafe {
+        let mut acc = [[S::splat(0.0); 4]; HB];
+        if DOTS {
+            let mut c = 0;
+            while c < dim {
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    for j in 0..4 {
+                        acc[j] = S::dot_bf16(acc[j], keys[j].cast::<bf16>().add(c), dots.add(i * width + c));
+                    }
+                }
+                c += 2 * S::LANES;
+            }
+        } else {
+            let mut c = 0;
+            while c < whole {
+                let mut x = [S::splat(0.0); 4];
+                for j in 0..4 {
+                    x[j] = E::load::<S>(keys[j].add(c));
+                }
+                for (i, acc) in acc.iter_mut().enumerate() {
+                    let q = S::load(wide.add(i * width + c));
+                    for j in 0..4 {
+                        acc[j] = S::fma(x[j], q, acc[j]);
+                    }
+                }
+                c += S::LANES;
+            }
+            if whole < dim {
+                for j in 0..4 {
+                    let x = E::load_part::<S>(keys[j].add(whole), dim - whole);
+                    for (i, acc) in acc.iter_mut().enumerate() {
+                        acc[j] = S::fma(x, S::load(wide.add(i * width + whole)), acc[j]);
+                    }
+                }
+            }
+        }
+        for (i, acc) in acc.into_iter().enumerate() {
+            S::sum4(scores.add(i * stride), acc);
+        }
+    }
+}
+
+/// Scores a batch: the greatest product of each key with a query that may see it.
+///
+/// # Safety
+/// As for [`Simd`]; all keys are rows of `dim` elements of `E`; `D` is 0 or `dim`.
+#[inline(always)]
+unsafe fn run_batch<S: Simd, E: Elem, const D: usize>(batch: &mut Batch<'_>) {
+    let dim = if D > 0 { D } else { batch.dim };
+    let dots = S::DOTS && E::IS_BF16 && dim.is_multiple_of(2 * S::LANES);
+    let lines = (dim * size_of::<E>()).div_ceil(64);
+    let num_keys = batch.keys.len();
+    let queries = Queries { wide: batch.queries.as_ptr(), dots: batch.dots.as_ptr(), width: batch.width };
+    for i in 0..num_keys.min(AHEAD) {
+        for line in 0..lines {
+            // SAFETY: any address may be asked for.
+            unsafe { S::prefetch(batch.keys[i].wrapping_add(line * 64)) };
+        }
+    }
+    for i in (0..num_keys).step_by(4) {
+        for next in i + AHEAD..(i + AHEAD + 4).min(num_keys) {
+            for line in 0..lines {
+                // SAFETY: as above.
+                unsafe { S::prefetch(batch.keys[next].wrapping_add(line * 64)) };
+            }
+        }
+        let keys: [*const E; 4] =
+            [batch.keys[i].cast(), batch.keys[i + 1].cast(), batch.keys[i + 2].cast(), batch.keys[i + 3].cast()];
+        let mut from = [0; 4];
+        if !batch.seen_from.is_empty() {
+            from.copy_from_slice(&batch.seen_from[i..i + 4]);
+        }
+        let mut best = [f32::NEG_INFINITY; 4];
+        // Queries that see none of the four come first, then those that see some.
+        let mut h = from[0].min(from[1]).min(from[2]).min(from[3]) as usize;
+        let latest = from[0].max(from[1]).max(from[2]).max(from[3]) as usize;
+        while h < batch.num_queries {
+            let count = (batch.num_queries - h).min(S::HEADS);
+            let mut scores = [[f32::NEG_INFINITY; 4]; 4];
+            let (to, queries) = (scores.as_flattened_mut().as_mut_ptr(), queries.from(h));
+            // SAFETY: the caller's promise; `count` queries from `h` on, and room for four scores of each.
+            unsafe {
+                match (count, dots) {
+                    (4, true) => four::<S, E, 4, true>(keys, &queries, dim, to, 4),
+                    (4, false) => four::<S, E, 4, false>(keys, &queries, dim, to, 4),
+                    (3, true) => four::<S, E, 3, true>(keys, &queries, dim, to, 4),
+                    (3, false) => four::<S, E, 3, false>(keys, &queries, dim, to, 4),
+                    (2, true) => four::<S, E, 2, true>(keys, &queries, dim, to, 4),
+                    (2, false) => four::<S, E, 2, false>(keys, &queries, dim, to, 4),
+                    (_, true) => four::<S, E, 1, true>(keys, &queries, dim, to, 4),
+                    (_, false) => four::<S, E, 1, false>(keys, &queries, dim, to, 4),
+                }
+            }
+            for (g, scores) in scores.iter_mut().enumerate().take(count) {
+                if h + g < latest {
+                    for j in 0..4 {
+                        scores[j] = if h + g < from[j] as usize { f32::NEG_INFINITY } else { scores[j] };
+                    }
+                }
+                // Without a branch: which is greater cannot be foreseen. NaN is less than everything.
+                for j in 0..4 {
+                    best[j] = if scores[j] > best[j] { scores[j] } else { best[j] };
+                }
+            }
+            h += count;
+        }
+        batch.out[i..i + 4].copy_from_slice(&best);
+    }
+}
+
+macro_rules! compiled {
+    ($name:ident, $simd:ty, $arch:literal, $features:literal) => {
+        #[cfg(target_arch = $arch)]
+        #[target_feature(enable = $features)]
+        unsafe fn $name<E: Elem, const D: usize>(batch: &mut Batch<'_>) {
+            // SAFETY: passed on to the caller.
+            unsafe { run_batch::<$simd, E, D>(batch) }
+        }
+    };
+}
+compiled!(run_avx2, super::simd::Avx2, "x86_64", "avx2,fma,f16c");
+compiled!(run_avx512, super::simd::Avx512<false>, "x86_64", "avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
+compiled!(
+    run_avx512_bf16,
+    super::simd::Avx512<true>,
+    "x86_64",
+    "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c"
+);
+compiled!(run_neon, super::simd::Neon, "aarch64", "neon");
+
+unsafe fn run_portable<E: Elem, const D: usize>(batch: &mut Batch<'_>) {
+    // SAFETY: passed on to the caller.
+    unsafe { run_batch::<super::simd::Portable, E, D>(batch) }
+}
+
+fn kernel(level: Level, dtype: Dtype, dim: usize) -> Kernel {
+    macro_rules! sized {
+        ($run:ident, $elem:ty) => {
+            match dim {
+                64 => $run::<$elem, 64>,
+                128 => $run::<$elem, 128>,
+                _ => $run::<$elem, 0>,
+            }
+        };
+    }
+    macro_rules! typed {
+        ($run:ident) => {
+            match dtype {
+                Dtype::F32 => sized!($run, f32),
+                Dtype::BF16 => sized!($run, bf16),
+                Dtype::F16 => sized!($run, f16),
+            }
+        };
+    }
+    match level {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512Bf16 if dtype == Dtype::BF16 => sized!(run_avx512_bf16, bf16),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx512Bf16 => typed!(run_avx512),
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => typed!(run_avx2),
+        #[cfg(target_arch = "aarch64")]
+        Level::Neon => typed!(run_neon),
+        _ => typed!(run_portable),
+    }
+}
+
+/// Memory that a thread keeps from search to search.
+#[derive(Default)]
+struct Scratch {
+    queries: Vec<f32>,
+    dots: Vec<bf16>,
+    keys: Vec<*const u8>,
+    seen_from: Vec<u32>,
+    scores: Vec<f32>,
+}
+
+/// Scores for one query block and key-value head.
+struct Scorer<'a> {
+    places: &'a Places,
+    head: usize,
+    row_bytes: usize,
+    dim: usize,
+    width: usize,
+    num_queries: usize,
+    group: usize,
+    /// Keys from here on are not seen by the first query, the next by neither the second, and so on.
+    edge: i64,
+    kernel: Kernel,
+    scratch: &'a mut Scratch,
+}
+
+impl Score for Scorer<'_> {
+    fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>) {
+        out.clear();
+        let Scratch { queries, dots, keys, seen_from, scores } = &mut *self.scratch;
+        keys.clear();
+        seen_from.clear();
+        keys.reserve(stretches.len() * 2);
+        for stretch in stretches {
+            let mut i = stretch.start;
+            while i < stretch.end {
+                let (key, n) = self.places.key(i, self.head, self.row_bytes);
+                let n = n.min(stretch.end - i);
+                for j in 0..n as usize {
+                    keys.push(key.wrapping_add(j * self.row_bytes));
+                }
+                i += n;
+            }
+        }
+        let hides = stretches.iter().any(|s| i64::from(s.end) > self.edge);
+        if hides {
+            for i in stretches.iter().flat_map(Clone::clone) {
+                seen_from.push((i64::from(i) + 1 - self.edge).max(0) as u32 * self.group as u32);
+            }
+        }
+        let count = keys.len();
+        let Some(&last) = keys.last() else { return };
+        let whole = count.next_multiple_of(4);
+        keys.resize(whole, last);
+        if hides {
+            let last = seen_from[count - 1];
+            seen_from.resize(whole, last);
+        }
+        scores.resize(whole, 0.0);
+        let mut batch = Batch {
+            keys,
+            seen_from,
+            dim: self.dim,
+            queries,
+            dots,
+            width: self.width,
+            num_queries: self.num_queries,
+            out: scores,
+        };
+        // SAFETY: `search` has checked the level, the runs and the region, so all keys are rows of the arena's dtype and width; the
+        // kernel was chosen for those.
+        unsafe { (self.kernel)(&mut batch) };
+        out.reserve(stretches.len());
+        let mut at = 0;
+        for stretch in stretches {
+            let mut best = f32::NEG_INFINITY;
+            for &x in &scores[at..at + stretch.len()] {
+                best = if x > best { x } else { best };
+            }
+            at += stretch.len();
+            out.push(best);
+        }
+    }
+}
+
+/// Widens a row of queries.
+fn widen(from: Elems<'_>, dtype: Dtype, to: &mut [f32]) {
+    match dtype {
+        // SAFETY (all): the portable level needs nothing; the view's row has as many elements as `to`, of this dtype.
+        Dtype::F32 => unsafe { load_row::<super::simd::Portable, f32>(from.as_bytes_ptr().cast(), to) },
+        Dtype::BF16 => unsafe { load_row::<super::simd::Portable, bf16>(from.as_bytes_ptr().cast(), to) },
+        Dtype::F16 => unsafe { load_row::<super::simd::Portable, f16>(from.as_bytes_ptr().cast(), to) },
+    }
+}
+
+/// Chooses for each query block and key-value head (`block * kv_heads + head`).
+///
+/// `inputs` is for InfiniteHiP, as many as results: read where a search starts in the middle, and written.
+pub fn search(arena: &Arena, args: &Search<'_>, inputs: &mut [Inputs]) -> Result<Vec<Chosen>> {
+    search_unless(arena, args, inputs, &|| false)
+}
+
+/// [`search`], unless `stop` says so: asked between query blocks, and then [`Error::Interrupted`]; `inputs` are then of no use.
+pub fn search_unless(
+    arena: &Arena,
+    args: &Search<'_>,
+    inputs: &mut [Inputs],
+    stop: &(dyn Fn() -> bool + Sync),
+) -> Result<Vec<Chosen>> {
+    let group = check(arena, args, inputs.len())?;
+    let kv_heads = arena.num_kv_heads();
+    let mut places: Vec<Places> = Vec::new();
+    let mut place_of = Vec::with_capacity(args.blocks.len());
+    for (i, block) in args.blocks.iter().enumerate() {
+        let known = args.blocks[..i].iter().position(|other| std::ptr::eq(other.runs, block.runs));
+        match known {
+            Some(j) => place_of.push(place_of[j]),
+            None => {
+                place_of.push(places.len());
+                places.push(Places::new(arena, block.runs)?);
+            }
+        }
+        let have = places[place_of[i]].len;
+        if block.region.start > block.region.end || block.region.end > have {
+            let expected = format!("a region of the {have} residents");
+            return Err(Error::Shape { what: "region", expected, got: format!("{:?}", block.region) });
+        }
+    }
+    let kernel = kernel(args.level, arena.dtype(), arena.key_dim());
+    let one = |unit: usize, inputs: &mut Inputs| -> Result<Chosen> {
+        let block = &args.blocks[unit / kv_heads];
+        run_unit(arena, args, (block, &places[place_of[unit / kv_heads]]), (unit % kv_heads, group), kernel, inputs)
+    };
+    let units = args.blocks.len() * kv_heads;
+    let mut none = vec![Inputs::new(); if inputs.is_empty() { units } else { 0 }];
+    let inputs = if inputs.is_empty() { &mut none[..] } else { inputs };
+    let stopped = AtomicBool::new(false);
+    let alone = args.threads == 1 || units <= 1;
+    let each = |(unit, inputs): (usize, &mut Inputs)| {
+        if stopped.load(Ordering::Relaxed) {
+            return Err(Error::Interrupted);
+        }
+        one(unit, inputs)
+    };
+    let pool = if alone { None } else { Some(threads::pool(args.threads)?) };
+    // A breath is a round of query blocks: the longest takes some milliseconds.
+    let breath = 4 * kv_heads * args.threads;
+    let mut done = Vec::with_capacity(units);
+    for (i, inputs) in inputs.chunks_mut(breath).enumerate() {
+        if i > 0 && stop() {
+            stopped.store(true, Ordering::Relaxed);
+        }
+        let first = i * breath;
+        match &pool {
+            None => {
+                for (j, inputs) in inputs.iter_mut().enumerate() {
+                    done.push(each((first + j, inputs))?);
+                }
+            }
+            Some(pool) => {
+                let found: Result<Vec<Chosen>> = pool.install(|| {
+                    inputs.par_iter_mut().enumerate().with_max_len(1).map(|(j, x)| each((first + j, x))).collect()
+                });
+                done.extend(found?);
+            }
+        }
+    }
+    Ok(done)
+}
+
+fn run_unit(
+    arena: &Arena,
+    args: &Search<'_>,
+    (block, places): (&QueryBlock<'_>, &Places),
+    (head, group): (usize, usize),
+    kernel: Kernel,
+    inputs: &mut Inputs,
+) -> Result<Chosen> {
+    thread_local! {
+        static SCRATCH: RefCell<Scratch> = RefCell::default();
+    }
+    let dim = arena.key_dim();
+    let width = dim.next_multiple_of(32);
+    SCRATCH.with_borrow_mut(|scratch| {
+        let num_queries = block.columns.len() * group;
+        scratch.queries.clear();
+        scratch.queries.resize(num_queries * width, 0.0);
+        for (i, to) in scratch.queries.chunks_exact_mut(width).enumerate() {
+            let from = args.q.row(block.row, head * group + i % group, block.columns.start + i / group);
+            widen(from, arena.dtype(), &mut to[..dim]);
+        }
+        scratch.dots.clear();
+        if arena.dtype() == Dtype::BF16 {
+            // They were `bf16`, so nothing is rounded.
+            scratch.dots.extend(scratch.queries.iter().map(|&x| bf16::of_f32(x)));
+        }
+        let mut scorer = Scorer {
+            places,
+            head,
+            row_bytes: dim * arena.dtype().size(),
+            dim,
+            width,
+            num_queries,
+            group,
+            edge: block.first as i64 + 1 - args.window as i64,
+            kernel,
+            scratch,
+        };
+        match args.method {
+            Method::Hip(hip) => hip.search(block.region.clone(), &mut scorer),
+            Method::Infinite(infinite, start) => infinite.search(block.region.clone(), start, inputs, &mut scorer),
+        }
+    })
+}
+
+/// Refuses whatever does not fit together; returns the number of query heads of a group.
+fn check(arena: &Arena, args: &Search<'_>, num_inputs: usize) -> Result<usize> {
+    args.level.check()?;
+    threads::check(args.threads)?;
+    check_dtype("q", args.q.elems(), arena.dtype())?;
+    let shape = args.q.shape();
+    let [rows, heads, columns, dim] = shape;
+    let kv_heads = arena.num_kv_heads();
+    if dim != arena.key_dim() || heads == 0 || !heads.is_multiple_of(kv_heads) {
+        let expected = format!("[rows, multiple of {kv_heads}, columns, {}]", arena.key_dim());
+        return Err(Error::Shape { what: "q", expected, got: format!("{shape:?}") });
+    }
+    for block in args.blocks {
+        if block.row >= rows || block.columns.is_empty() || block.columns.end > columns {
+            let expected = format!("queries of {rows} rows and {columns} columns");
+            let got = format!("row {}, columns {:?}", block.row, block.columns);
+            return Err(Error::Shape { what: "query block", expected, got });
+        }
+    }
+    let starts_late = matches!(args.method, Method::Infinite(_, start) if start > 0);
+    if num_inputs != args.blocks.len() * kv_heads && (num_inputs > 0 || starts_late) {
+        let expected = format!("{} x {kv_heads}", args.blocks.len());
+        return Err(Error::Shape { what: "inputs", expected, got: num_inputs.to_string() });
+    }
+    Ok(heads / kv_heads)
+}

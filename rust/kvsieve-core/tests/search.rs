@@ -1,0 +1,263 @@
+//! The search kernel against the searches over scores that are known, on every instruction set: the very same blocks.
+//!
+//! Keys and queries are multiples of 1/8, so that every product sum is exact in whatever order: a choice cannot hang on rounding.
+
+use std::ops::Range;
+
+use half::{bf16, f16};
+use kvsieve_core::Error;
+use kvsieve_core::ids::{BlockId, Run};
+use kvsieve_core::kernels::isa::levels;
+use kvsieve_core::kernels::search::{Method, QueryBlock, Search, search, search_unless};
+use kvsieve_core::kernels::sparse::{Sparse, SparseRow, attend_sparse};
+use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Level, View};
+use kvsieve_core::select::hip::Hip;
+use kvsieve_core::select::infinite::{Infinite, Stage};
+use kvsieve_core::select::kept::{Choice, Rule, Search as Chooses};
+use kvsieve_core::select::{Chosen, Representative, Score};
+use kvsieve_core::store::arena::Arena;
+
+struct Noise(u64);
+
+impl Noise {
+    fn below(&mut self, n: usize) -> usize {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        ((self.0 >> 33) % n as u64) as usize
+    }
+
+    fn eighths(&mut self, n: usize) -> Vec<f32> {
+        (0..n).map(|_| (self.below(65) as f32 - 32.0) / 8.0).collect()
+    }
+}
+
+/// The same numbers in any dtype.
+struct Data(Vec<f32>, Vec<u16>);
+
+impl Data {
+    fn of(x: &[f32], dtype: Dtype) -> Self {
+        match dtype {
+            Dtype::F32 => Data(x.to_vec(), vec![]),
+            Dtype::BF16 => Data(vec![], x.iter().map(|&x| bf16::from_f32(x).to_bits()).collect()),
+            Dtype::F16 => Data(vec![], x.iter().map(|&x| f16::from_f32(x).to_bits()).collect()),
+        }
+    }
+
+    fn elems(&self) -> Elems<'_> {
+        if self.1.is_empty() { Elems::F32(&self.0) } else { Elems::Bits(&self.1) }
+    }
+}
+
+struct Known(Vec<f32>);
+
+impl Score for Known {
+    fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>) {
+        let best =
+            |s: &Range<u32>| self.0[s.start as usize..s.end as usize].iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        out.clear();
+        out.extend(stretches.iter().map(best));
+    }
+}
+
+/// A row of residents in an arena, and the numbers behind it.
+struct Row {
+    arena: Arena,
+    runs: Vec<Run>,
+    /// `[heads][n][dim]`
+    keys: Vec<f32>,
+    n: usize,
+}
+
+impl Row {
+    /// In whole blocks, or in runs of any length.
+    fn new(noise: &mut Noise, (heads, n, dim): (usize, usize, usize), dtype: Dtype, even: bool) -> Self {
+        let mut arena = Arena::new(heads, dim, dim, dtype).unwrap();
+        let keys = noise.eighths(heads * n * dim);
+        let (mut runs, mut at, mut block) = (Vec::new(), 0, 0);
+        while at < n {
+            let lo = if even { 0 } else { noise.below(60) };
+            let len = if even { 64 } else { 1 + noise.below(64 - lo) }.min(n - at);
+            runs.push(Run { block: BlockId(block), lo: lo as u32, hi: (lo + len) as u32 });
+            (at, block) = (at + len, block + 1 + noise.below(3) as u32);
+        }
+        let data = Data::of(&keys, dtype);
+        arena.write(&runs, data.elems(), data.elems()).unwrap();
+        Row { arena, runs, keys, n }
+    }
+
+    /// The best score of each key for a group's queries at positions `first..`, each seeing keys outside its window.
+    fn known(&self, head: usize, queries: &[Vec<&[f32]>], first: usize, window: usize) -> Known {
+        let dim = queries[0][0].len();
+        let dot = |t: usize, q: &[f32]| -> f32 {
+            self.keys[(head * self.n + t) * dim..][..dim].iter().zip(q).map(|(a, b)| a * b).sum()
+        };
+        let score = |t: usize| {
+            let seen = queries.iter().enumerate().filter(|(i, _)| t + window <= first + i);
+            seen.flat_map(|(_, heads)| heads.iter().map(|q| dot(t, q))).fold(f32::NEG_INFINITY, f32::max)
+        };
+        Known((0..self.n).map(score).collect())
+    }
+}
+
+fn methods(noise: &mut Noise) -> (Hip, Infinite) {
+    let all = [Representative::Centre, Representative::First, Representative::Last, Representative::Oracle];
+    let (budget, block) = (1 + noise.below(60), 1 + noise.below(5));
+    let hip = Hip { budget, block, representative: all[noise.below(4)] };
+    let mut chunk = 1 + noise.below(4);
+    let mut stages = Vec::new();
+    for _ in 0..1 + noise.below(3) {
+        stages.insert(0, Stage { chunk, keep: chunk * (1 + noise.below(9)) });
+        chunk *= 1 + noise.below(4);
+    }
+    (hip, Infinite::new(stages, all[noise.below(2)]).unwrap())
+}
+
+#[test]
+fn the_kernel_chooses_what_the_scores_say() {
+    let mut noise = Noise(7);
+    for round in 0..120 {
+        let dtype = [Dtype::F32, Dtype::BF16, Dtype::F16][round % 3];
+        let dim = [1, 5, 16, 33, 64, 96, 128][noise.below(7)];
+        let (kv_heads, group) = (1 + noise.below(3), 1 + noise.below(8));
+        let n = 1 + noise.below(500);
+        let row = Row::new(&mut noise, (kv_heads, n, dim), dtype, round % 2 == 0);
+        let columns = (1 + noise.below(20)).min(n);
+        let heads = kv_heads * group;
+        let q = noise.eighths(heads * columns * dim);
+        let data = Data::of(&q, dtype);
+        let view = View::contiguous("q", data.elems(), [1, heads, columns, dim]).unwrap();
+        let window = noise.below(n + 5);
+        // Query blocks of a few columns each, the last of which may be shorter.
+        let size = 1 + noise.below(columns);
+        let blocks: Vec<QueryBlock<'_>> = (0..columns)
+            .step_by(size)
+            .map(|at| {
+                let columns_here = at..(at + size).min(columns);
+                let first = n - columns + at;
+                let hi = (first + columns_here.len()).saturating_sub(window) as u32;
+                let region = hi.min(noise.below(6) as u32)..hi;
+                QueryBlock { row: 0, columns: columns_here, runs: &row.runs, first, region }
+            })
+            .collect();
+        let (hip, infinite) = methods(&mut noise);
+        let known = |block: &QueryBlock<'_>, head: usize| {
+            let queries: Vec<Vec<&[f32]>> = block
+                .columns
+                .clone()
+                .map(|c| (0..group).map(|g| &q[((head * group + g) * columns + c) * dim..][..dim]).collect())
+                .collect();
+            row.known(head, &queries, block.first, window)
+        };
+        let each = || blocks.iter().flat_map(|b| (0..kv_heads).map(move |h| (b, h)));
+        let want: Vec<Chosen> = each().map(|(b, h)| hip.search(b.region.clone(), &mut known(b, h)).unwrap()).collect();
+        let mut cache = vec![Vec::new(); blocks.len() * kv_heads];
+        let staged: Vec<Chosen> = each()
+            .zip(&mut cache)
+            .map(|((b, h), cache)| infinite.search(b.region.clone(), 0, cache, &mut known(b, h)).unwrap())
+            .collect();
+        for level in levels() {
+            for threads in [1, 2] {
+                let method = Method::Hip(&hip);
+                let args = Search { q: view, blocks: &blocks, window, method, threads, level };
+                assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{level:?} {dtype:?} {dim} {hip:?}");
+                let args = Search { method: Method::Infinite(&infinite, 0), ..args };
+                let mut inputs = vec![Vec::new(); cache.len()];
+                assert_eq!(search(&row.arena, &args, &mut inputs).unwrap(), staged, "{level:?} {dtype:?} {infinite:?}");
+                assert_eq!(inputs, cache);
+                for start in 1..infinite.stages().len() {
+                    let args = Search { method: Method::Infinite(&infinite, start), ..args };
+                    let again = search(&row.arena, &args, &mut inputs).unwrap();
+                    let blocks = |all: &[Chosen]| all.iter().map(|c| c.blocks.clone()).collect::<Vec<_>>();
+                    assert_eq!(blocks(&again), blocks(&staged));
+                    assert_eq!(inputs, cache);
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn a_key_of_nan_is_never_chosen() {
+    let mut noise = Noise(1);
+    let mut arena = Arena::new(1, 64, 64, Dtype::F32).unwrap();
+    let mut keys = noise.eighths(64 * 64);
+    keys[..40 * 64].fill(f32::NAN);
+    let run = [Run { block: BlockId(0), lo: 0, hi: 64 }];
+    arena.write(&run, Elems::F32(&keys), Elems::F32(&keys)).unwrap();
+    let q = noise.eighths(64);
+    let hip = Hip { budget: 16, block: 1, representative: Representative::Oracle };
+    for level in levels() {
+        let blocks = [QueryBlock { row: 0, columns: 0..1, runs: &run, first: 63, region: 0..64 }];
+        let q = View::contiguous("q", Elems::F32(&q), [1, 1, 1, 64]).unwrap();
+        let args = Search { q, blocks: &blocks, window: 0, method: Method::Hip(&hip), threads: 1, level };
+        let found = search(&arena, &args, &mut []).unwrap();
+        assert_eq!(found[0].blocks.len(), 16);
+        assert!(found[0].blocks.iter().all(|b| b.start >= 40));
+    }
+}
+
+#[test]
+fn what_does_not_fit_is_refused() {
+    let mut noise = Noise(1);
+    let row = Row::new(&mut noise, (2, 100, 8), Dtype::F32, true);
+    let q = noise.eighths(4 * 2 * 8);
+    let good = QueryBlock { row: 0, columns: 0..2, runs: &row.runs, first: 98, region: 0..90 };
+    let hip = Hip { budget: 4, block: 1, representative: Representative::First };
+    let infinite =
+        Infinite::new(vec![Stage { chunk: 2, keep: 4 }, Stage { chunk: 1, keep: 2 }], Representative::First).unwrap();
+    let run = |block: QueryBlock<'_>, shape: [usize; 4], method: Method<'_>, inputs: usize, threads: usize| {
+        let q = View::contiguous("q", Elems::F32(&q), shape).unwrap();
+        let args = Search { q, blocks: &[block], window: 4, method, threads, level: Level::Portable };
+        search(&row.arena, &args, &mut vec![Vec::new(); inputs])
+    };
+    let (by, shape) = (Method::Hip(&hip), [1, 4, 2, 8]);
+    assert!(run(good.clone(), shape, by, 0, 1).is_ok());
+    let shape_error =
+        |found: Result<Vec<Chosen>, Error>| assert!(matches!(found, Err(Error::Shape { .. })), "{found:?}");
+    shape_error(run(good.clone(), [1, 2, 2, 16], by, 0, 1));
+    shape_error(run(good.clone(), [1, 1, 8, 8], by, 0, 1));
+    shape_error(run(QueryBlock { row: 1, ..good.clone() }, shape, by, 0, 1));
+    shape_error(run(QueryBlock { columns: 1..3, ..good.clone() }, shape, by, 0, 1));
+    shape_error(run(QueryBlock { columns: 1..1, ..good.clone() }, shape, by, 0, 1));
+    shape_error(run(QueryBlock { region: 0..101, ..good.clone() }, shape, by, 0, 1));
+    shape_error(run(good.clone(), shape, by, 1, 1));
+    shape_error(run(good.clone(), shape, Method::Infinite(&infinite, 1), 0, 1));
+    assert!(matches!(run(good.clone(), shape, Method::Infinite(&infinite, 1), 2, 1), Err(Error::OutOfRange { .. })));
+    assert!(matches!(run(good.clone(), shape, by, 0, 0), Err(Error::OutOfRange { .. })));
+    let elsewhere = [Run { block: BlockId(900), lo: 0, hi: 9 }];
+    let missing = QueryBlock { runs: &elsewhere, region: 0..3, ..good.clone() };
+    assert!(matches!(run(missing, shape, by, 0, 1), Err(Error::BadBlock { .. })));
+}
+
+#[test]
+fn a_signal_stops_it() {
+    let mut noise = Noise(1);
+    let row = Row::new(&mut noise, (1, 100, 8), Dtype::F32, true);
+    let q = noise.eighths(40 * 8);
+    let q = View::contiguous("q", Elems::F32(&q), [1, 1, 40, 8]).unwrap();
+    let hip = Hip { budget: 4, block: 1, representative: Representative::First };
+    let block = |i: usize| QueryBlock { row: 0, columns: i..i + 1, runs: &row.runs, first: 60 + i, region: 0..40 };
+    let blocks: Vec<QueryBlock<'_>> = (0..40).map(block).collect();
+    let args = Search { q, blocks: &blocks, window: 4, method: Method::Hip(&hip), threads: 1, level: Level::Portable };
+    assert_eq!(search_unless(&row.arena, &args, &mut [], &|| true), Err(Error::Interrupted));
+
+    let rule = Rule::new(Chooses::Hip(hip), 2, 4, vec![8]).unwrap();
+    let args = Sparse {
+        q,
+        rows: &[SparseRow { runs: &row.runs, new_len: 40 }],
+        query_block: 16,
+        scale: 1.0,
+        softcap: None,
+        sinks: None,
+        threads: 1,
+        level: Level::Portable,
+    };
+    let mut out = vec![0f32; 40 * 8];
+    let mut run = |stops: bool, choices: &mut [Choice]| {
+        attend_sparse(&row.arena, &rule, choices, &args, ElemsMut::F32(&mut out), None, &|| stops)
+    };
+    let mut choices = [Choice::default()];
+    assert_eq!(run(true, &mut choices), Err(Error::Interrupted));
+    assert_eq!(choices, [Choice::default()], "what was chosen before the signal does not stand");
+    assert!(run(false, &mut choices).is_ok());
+    assert_eq!(choices[0].next, 100);
+}
