@@ -321,6 +321,7 @@ PACKED_CASES: list[PackedCase] = [
     (torch.float32, 16, 16, 3, "half", 16, True, 10, 0, 0, 16),
     (torch.float32, 16, 16, 2, "interleaved", 8, True, 11, 4, 4, 8),
     (torch.float32, 16, 32, 5, "half", 16, False, 16, 8, 2, 32),
+    (torch.float32, 64, 64, 2, "half", 64, True, 30, 4, 4, 16),
     (torch.float32, 16, 16, 9, "half", 16, False, 5, 2, 8, 8),
     (torch.float32, 16, 16, 1, "half", 16, False, 7, 0, 4, 16),
     (torch.bfloat16, 128, 128, 4, "half", 128, False, 64, 0, 0, 32),

@@ -33,7 +33,7 @@
 // With KB >= 0 spans may lie in packed blocks, among plain ones: keys of fewer channels (KB = 0) or codes of KB bits, values of T (VB = 0)
 // or codes of VB bits. A tile of up to `packed_tile` slots passes through the same stages, cut into rows and scales; rows are copied in
 // whole 16-byte pieces from wherever in a block they begin. The query is gathered to the kept channels once for a set of them and a
-// turn; lanes beyond the kept channels have nothing to do. A code c becomes 1 + c / 2^bits by putting its bits under an exponent, so
+// turn. Where no more than half of the channels are kept, the lanes that would have nothing to do take every other key. A code c becomes 1 + c / 2^bits by putting its bits under an exponent, so
 // that a number is one multiply-add away, by steps and least values that a lane keeps in registers for a group of keys, and loads
 // for each value. Nothing of full width is ever written. With RAW the angles of the kept pairs are gathered as they are needed.
 //
@@ -208,6 +208,10 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     const int at_values = at_key_scales + (KB > 0 ? (((packed_tile - 1) >> log_group) + 2) * key_scale_row : 0);
     const int at_value_scales = at_values + up16(packed_tile * value_row) + (VB > 0 ? 16 : 0);
     u64 known = 0;  // whose channels `channels` has
+    // Thin rows that half of the lanes can read: the upper half takes the odd ones of a round's keys.
+    constexpr bool FOLDS = PACKED && K::pieces == 1 && K::lanes >= 16 && UNROLL > 1;  // with 8 lanes it spills
+    const bool folded = FOLDS && 2 * wide <= K::lanes * K::vec, upper = folded && (lane & (K::lanes / 2)) != 0;
+    auto place = [&](int piece) { return folded ? (lane % larger(K::lanes / 2, 1)) * K::vec : K::at(lane, piece); };
 
     const i64 from = starts[item], count = starts[item + 1] - from;
     const i64 begin = from + count * split / splits, end = from + count * (split + 1) / splits;
@@ -251,17 +255,17 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                     const int n = w.hi - at < packed_tile ? w.hi - at : packed_tile;
                     char* to = (char*)(tiles + stage * STAGE);
                     auto copy = [&](char* to, u64 from, int bytes) {
-                        const u64 begin = from & ~u64(15);
-                        const int pieces = int((from + bytes - begin + 15) / 16);
-                        for (int i = tid; i < pieces; i += kThreads) kv_copy16(to + i * 16, (const char*)begin + i * 16);
+                        const char* begin = (const char*)(from & ~u64(15));
+                        const int end = bytes + int(u32(from) & 15u);
+                        for (int i = tid * 16; i < end; i += kThreads * 16) kv_copy16(to + i, begin + i);
                     };
-                    copy(to, w.key + u64(at) * key_row, n * key_row);
-                    copy(to + at_values, w.value + u64(at) * value_row, n * value_row);
+                    copy(to, w.key + u32(at * key_row), n * key_row);
+                    copy(to + at_values, w.value + u32(at * value_row), n * value_row);
                     if (KB > 0) {
                         const int group = at >> log_group, groups = ((at + n - 1) >> log_group) - group + 1;
-                        copy(to + at_key_scales, more.keys + u64(group) * key_scale_row, groups * key_scale_row);
+                        copy(to + at_key_scales, more.keys + u32(group * key_scale_row), groups * key_scale_row);
                     }
-                    if (VB > 0) copy(to + at_value_scales, more.values + u64(at) * value_scale_row, n * value_scale_row);
+                    if (VB > 0) copy(to + at_value_scales, more.values + u32(at * value_scale_row), n * value_scale_row);
                     return;
                 }
             }
@@ -313,7 +317,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                 const float* trig = turns + i64(face - 1) * 2 * pairs;
 #pragma unroll
                 for (int i = 0; i < K::channels; i++) {
-                    const int j = K::at(lane, i / K::vec) + i % K::vec, c = j < kept ? channels[1 + j] : -1;
+                    const int j = place(i / K::vec) + i % K::vec, c = j < kept ? channels[1 + j] : -1;
                     const bool turning = face && c >= 0 && c < 2 * pairs;
                     const bool first = layout == kHalf ? c < pairs : (c & 1) == 0;
                     const int pair = layout == kHalf ? (first ? c : c - pairs) : c >> 1;
@@ -350,10 +354,10 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             const bool rotate = RAW && layout != 0 && (w.turn_rotate & 1) != 0;
 
             // Of a packed tile: its rows, and the steps (times 2^KB) and least values (less that) of the group that this lane last met.
-            const unsigned char* key_rows = staged + ((w.key + u64(now) * key_row) & 15);
+            const unsigned char* key_rows = staged + (KB > 0 ? int(u32(w.key) + u32(now) * u32(key_row)) & 15 : 0);
             const f16* key_scales = (const f16*)(staged + at_key_scales);
-            const unsigned char* value_rows = staged + at_values + ((w.value + u64(now) * value_row) & 15);
-            const unsigned char* value_scales = staged + at_value_scales + ((more.values + u64(now) * value_scale_row) & 15);
+            const unsigned char* value_rows = staged + at_values + (VB > 0 ? int(u32(w.value) + u32(now) * u32(value_row)) & 15 : 0);
+            const unsigned char* value_scales = staged + at_value_scales + (int(u32(more.values) + u32(now) * u32(value_scale_row)) & 15);
             float steps[KEEPS ? K::channels : 1], leasts[KEEPS ? K::channels : 1];
             int met = -1;
 
@@ -368,9 +372,10 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                 float scores[HEADS][UNROLL];
 #pragma unroll
                 for (int u = 0; u < UNROLL; u++) {
+                    if (FOLDS && is_packed && folded && u % 2 == 1) continue;  // the round before gave it its score
 #pragma unroll
                     for (int h = 0; h < HEADS; h++) scores[h][u] = 0.f;
-                    const int j = key_of(u * K::together + lane / K::lanes);
+                    const int j = key_of((u + int(FOLDS && is_packed && upper)) * K::together + lane / K::lanes);
                     if (PACKED && is_packed && j < n) {
                         const unsigned char* row = key_rows + j * key_row;
                         const f16* scales = key_scales;
@@ -381,7 +386,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                                 met = group;
 #pragma unroll
                                 for (int i = 0; i < (KEEPS ? K::channels : 0); i++) {
-                                    const int c = K::at(lane, i / K::vec) + i % K::vec;
+                                    const int c = place(i / K::vec) + i % K::vec;
                                     steps[i] = c < wide ? widen(scales[c]) * float(1 << KB) : 0.f;
                                     leasts[i] = (c < wide ? widen(scales[wide + c]) : 0.f) - steps[i];
                                 }
@@ -389,22 +394,23 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                         }
 #pragma unroll
                         for (int p = 0; p < K::pieces; p++) {
-                            if (K::at(lane, p) < wide) {
+                            const int from = place(p);
+                            if (from < wide) {
                                 float x[K::vec];
                                 if constexpr (KB > 0) {
-                                    fractions<K::vec, KB>(row + K::at(lane, p) * KB / 8, x);
+                                    fractions<K::vec, KB>(row + from * KB / 8, x);
 #pragma unroll
                                     for (int e = 0; e < K::vec; e++) {
                                         if constexpr (KEEPS) {
                                             x[e] = fmaf(steps[p * K::vec + e], x[e], leasts[p * K::vec + e]);
                                         } else {
-                                            const int c = K::at(lane, p) + e;
+                                            const int c = from + e;
                                             const float step = widen(scales[c]) * float(1 << KB);
                                             x[e] = fmaf(step, x[e], widen(scales[wide + c]) - step);
                                         }
                                     }
                                 } else {
-                                    load<K::vec>((const T*)row + K::at(lane, p), x);
+                                    load<K::vec>((const T*)row + from, x);
                                 }
                                 if constexpr (RAW) {
                                     auto number = [&](int i) {
@@ -415,7 +421,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                                         }
                                     };
                                     if (rotate)
-                                        turn_thin<K::vec>(x, number, K::at(lane, p), channels + 1, channels[0],
+                                        turn_thin<K::vec>(x, number, from, channels + 1, channels[0],
                                                           in_block + i64(now + j) * 2 * pairs, pairs, layout);
                                 }
 #pragma unroll
@@ -442,6 +448,13 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                                     for (int e = 0; e < K::vec; e++)
                                         scores[h][u] = fmaf(x[e], turned[h][p * K::vec + e], scores[h][u]);
                             }
+                        }
+                    }
+                    if (FOLDS && is_packed && folded) {
+#pragma unroll
+                        for (int h = 0; h < HEADS; h++) {
+                            scores[h][(u + 1) % UNROLL] = upper ? scores[h][u] : 0.f;
+                            if (upper) scores[h][u] = 0.f;
                         }
                     }
                 }
