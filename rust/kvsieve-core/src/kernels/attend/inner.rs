@@ -31,7 +31,7 @@ impl Ahead {
     }
 
     #[inline(always)]
-    unsafe fn ask<S: Simd>(&mut self) {
+    pub unsafe fn ask<S: Simd>(&mut self) {
         self.saved += self.lines;
         while self.saved >= self.calls && self.left > 0 {
             // SAFETY: prefetching reads nothing; any address will do.
