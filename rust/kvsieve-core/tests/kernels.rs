@@ -6,10 +6,8 @@ mod data;
 use std::sync::Arc;
 
 use data::*;
-use half::{bf16, f16};
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
-use kvsieve_core::kernels::attend::mass_len;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::merge::{Partial, merge};
 use kvsieve_core::kernels::read::read;

@@ -273,7 +273,7 @@ fn bytes_are_those_of_the_format() {
     arena.set_packing(Packing { key_kept: 78, key_bits: 0, value_bits: 0, group: 32 }).unwrap();
     let channels = Arc::new(choose(&mut noise, heads, 128, 78, None));
     pack(&mut arena, 32 * 64, &channels);
-    arena.free_unused(&[], &vec![true; 32]);
+    arena.free_unused(&[], &[true; 32]);
     let bytes = arena.packed_bytes();
     assert_eq!(bytes.keys, 2 * 2048 * 78 * heads);
     assert_eq!(bytes.values, 2 * 2048 * 128 * heads);

@@ -33,7 +33,7 @@ impl<E: Elem> Columns<E> {
         unsafe {
             if E::IS_BF16 && c / 2 < self.kept / 2 {
                 let (low, high) = S::pair_bf16(S::words(self.keys.add(c / 2 * 2 * SLOTS + 2 * at).cast()));
-                if c % 2 == 0 { low } else { high }
+                if c.is_multiple_of(2) { low } else { high }
             } else {
                 E::load::<S>(self.keys.add(c * SLOTS + at))
             }

@@ -484,7 +484,7 @@ fn pair_of(channel: u16, layout: Layout) -> usize {
 /// As for [`run_unit`]; `parts` are the queries, and scratch for those of the kept channels, their `bf16`, the rotations of the slots
 /// and keys; room for the scores of the piece for each head, `TILE` apart.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
+#[allow(clippy::too_many_arguments, clippy::type_complexity)]
 unsafe fn score_packed<'a, S: Codes, E: Elem>(
     common: &Common<'_>,
     packed: &Packed,
