@@ -30,7 +30,7 @@ struct Parts<'a> {
     dots: &'a mut [f32],
     /// The same, rotated for the spans at hand.
     turned: &'a mut [f32],
-    /// Keys of one span, rotated: `[TILE][width]`.
+    /// Keys of one span, rotated: `[TILE][width]`. For keys that lie as codes, queries times their steps.
     keys: &'a mut [f32],
     /// Scores and then weights, `[group][TILE]`.
     scores: &'a mut [f32],
@@ -41,9 +41,9 @@ struct Parts<'a> {
     /// Queries of the kept channels, as `base` and as `dots`.
     thin: &'a mut [f32],
     thin_dots: &'a mut [f32],
-    /// The rotations of the slots of a block, for the kept pairs of a head.
+    /// The rotations of the slots of a block, for the kept pairs of a head: `[pairs][2][BLOCK]`.
     thin_trig: &'a mut [f32],
-    /// Values of one tile, from their codes: `[TILE][value_width]`.
+    /// Values of one tile, from their codes, or weights times their steps: `[TILE][value_width]`.
     values: &'a mut [f32],
 }
 
