@@ -67,11 +67,66 @@ pub(crate) trait Simd: Copy {
     unsafe fn dot_bf16(acc: Self::V, _k: *const bf16, _q: *const bf16) -> Self::V {
         acc
     }
+    /// Loads `n < LANES` elements; the other lanes are zero.
+    #[inline(always)]
+    unsafe fn load_part(p: *const f32, n: usize) -> Self::V {
+        let mut buf = [0f32; 16];
+        // SAFETY: the caller vouches for `n` elements; `n < LANES <= 16`; the buffer is a whole vector.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), n);
+            Self::load(buf.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_part_bf16(p: *const bf16, n: usize) -> Self::V {
+        let mut buf = [bf16::ZERO; 16];
+        // SAFETY: as for `load_part`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), n);
+            Self::load_bf16(buf.as_ptr())
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_part_f16(p: *const f16, n: usize) -> Self::V {
+        let mut buf = [f16::ZERO; 16];
+        // SAFETY: as for `load_part`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), n);
+            Self::load_f16(buf.as_ptr())
+        }
+    }
+
+    /// `LANES` words of 32 bits that hold codes.
+    type W: Copy;
+    unsafe fn words(p: *const u32) -> Self::W;
+    /// `n < LANES` words; the others are zero.
+    #[inline(always)]
+    unsafe fn words_part(p: *const u32, n: usize) -> Self::W {
+        let mut buf = [0u32; 16];
+        // SAFETY: as for `load_part`.
+        unsafe {
+            std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), n);
+            Self::words(buf.as_ptr())
+        }
+    }
+    /// The `bits` (2, 4 or 8) of each word from bit `shift` on, as a number.
+    unsafe fn code(w: Self::W, shift: u32, bits: u32) -> Self::V;
+    /// The `bf16` in the low halves and those in the high halves.
+    unsafe fn pair_bf16(w: Self::W) -> (Self::V, Self::V);
+    /// Where there is [`Simd::DOTS`]: the `bits` (2 or 4) of each half word from bit `shift` on, as a `bf16`, plus 128.
+    unsafe fn digits(w: Self::W, _shift: u32, _bits: u32) -> Self::W {
+        w
+    }
+    /// Where there is [`Simd::DOTS`]: adds the products of pairs of `bf16` with the pair at `q`.
+    unsafe fn dot_pair(acc: Self::V, _w: Self::W, _q: *const bf16) -> Self::V {
+        acc
+    }
+    /// Where there is [`Simd::DOTS`]: rounds to nearest; what `bf16` has only as a subnormal becomes zero.
+    unsafe fn narrow(_p: *mut bf16, _v: Self::V) {}
 }
 
 /// An element type that keys and values are stored in.
 pub(crate) trait Elem: Copy + Send + Sync + 'static {
-    const ZERO: Self;
     const IS_BF16: bool = false;
     /// # Safety
     /// As for [`Simd::load`].
@@ -95,23 +150,19 @@ pub(crate) trait Elem: Copy + Send + Sync + 'static {
     ///
     /// # Safety
     /// As for [`Simd::load`], with `n` elements readable.
-    #[inline(always)]
-    unsafe fn load_part<S: Simd>(p: *const Self, n: usize) -> S::V {
-        let mut buf = [Self::ZERO; 16];
-        // SAFETY: the caller vouches for `n` elements; `n < LANES <= 16`; the buffer is a whole vector.
-        unsafe {
-            std::ptr::copy_nonoverlapping(p, buf.as_mut_ptr(), n);
-            Self::load::<S>(buf.as_ptr())
-        }
-    }
+    unsafe fn load_part<S: Simd>(p: *const Self, n: usize) -> S::V;
 }
 
 impl Elem for f32 {
-    const ZERO: f32 = 0.0;
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const f32) -> S::V {
         // SAFETY: the caller's promise is the callee's.
         unsafe { S::load(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_part<S: Simd>(p: *const f32, n: usize) -> S::V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::load_part(p, n) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(p: *mut f32, v: S::V) {
@@ -137,7 +188,6 @@ fn round_bf16(x: f32) -> bf16 {
 }
 
 impl Elem for bf16 {
-    const ZERO: bf16 = bf16::ZERO;
     const IS_BF16: bool = true;
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const bf16) -> S::V {
@@ -148,6 +198,11 @@ impl Elem for bf16 {
     unsafe fn load_pair<S: Simd>(p: *const bf16) -> [S::V; 2] {
         // SAFETY: the caller's promise is the callee's.
         unsafe { S::load_bf16_pair(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_part<S: Simd>(p: *const bf16, n: usize) -> S::V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::load_part_bf16(p, n) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(p: *mut bf16, v: S::V) {
@@ -171,11 +226,15 @@ impl Elem for bf16 {
 }
 
 impl Elem for f16 {
-    const ZERO: f16 = f16::ZERO;
     #[inline(always)]
     unsafe fn load<S: Simd>(p: *const f16) -> S::V {
         // SAFETY: the caller's promise is the callee's.
         unsafe { S::load_f16(p) }
+    }
+    #[inline(always)]
+    unsafe fn load_part<S: Simd>(p: *const f16, n: usize) -> S::V {
+        // SAFETY: the caller's promise is the callee's.
+        unsafe { S::load_part_f16(p, n) }
     }
     #[inline(always)]
     unsafe fn store<S: Simd>(p: *mut f16, v: S::V) {
@@ -351,6 +410,21 @@ impl Simd for Portable {
     }
     #[inline(always)]
     unsafe fn prefetch(_p: *const u8) {}
+
+    type W = [u32; 4];
+    #[inline(always)]
+    unsafe fn words(p: *const u32) -> [u32; 4] {
+        // SAFETY: the caller vouches for four words; an array is read without alignment.
+        unsafe { p.cast::<[u32; 4]>().read_unaligned() }.map(u32::from_le)
+    }
+    #[inline(always)]
+    unsafe fn code(w: [u32; 4], shift: u32, bits: u32) -> Four {
+        Four(w.map(|w| (w >> shift & ((1 << bits) - 1)) as f32))
+    }
+    #[inline(always)]
+    unsafe fn pair_bf16(w: [u32; 4]) -> (Four, Four) {
+        (Four(w.map(|w| f32::from_bits(w << 16))), Four(w.map(|w| f32::from_bits(w & 0xffff_0000))))
+    }
 }
 
 #[cfg(target_arch = "aarch64")]
@@ -480,7 +554,53 @@ mod x86 {
         unsafe fn prefetch(p: *const u8) {
             unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
         }
+
+        #[inline(always)]
+        unsafe fn load_part(p: *const f32, n: usize) -> __m256 {
+            unsafe { _mm256_maskload_ps(p, first(n)) }
+        }
+
+        type W = __m256i;
+        #[inline(always)]
+        unsafe fn words(p: *const u32) -> __m256i {
+            unsafe { _mm256_loadu_si256(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn words_part(p: *const u32, n: usize) -> __m256i {
+            unsafe { _mm256_maskload_epi32(p.cast(), first(n)) }
+        }
+        #[inline(always)]
+        unsafe fn code(w: __m256i, shift: u32, bits: u32) -> __m256 {
+            unsafe {
+                let w = _mm256_srlv_epi32(w, _mm256_set1_epi32(shift as i32));
+                _mm256_cvtepi32_ps(_mm256_and_si256(w, _mm256_set1_epi32((1 << bits) - 1)))
+            }
+        }
+        #[inline(always)]
+        unsafe fn pair_bf16(w: __m256i) -> (__m256, __m256) {
+            unsafe {
+                let high = _mm256_and_si256(w, _mm256_set1_epi32(-65536));
+                (_mm256_castsi256_ps(_mm256_slli_epi32(w, 16)), _mm256_castsi256_ps(high))
+            }
+        }
     }
+
+    /// All bits of the first `n` lanes.
+    #[inline(always)]
+    unsafe fn first(n: usize) -> __m256i {
+        unsafe { _mm256_cmpgt_epi32(_mm256_set1_epi32(n as i32), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)) }
+    }
+
+    /// The numbers of two and of four bits, over and over: a look-up sees more bits than the code has.
+    const NUMBERS: [[f32; 16]; 2] = {
+        let mut table = [[0.0; 16]; 2];
+        let mut i = 0;
+        while i < 16 {
+            (table[0][i], table[1][i]) = ((i % 4) as f32, i as f32);
+            i += 1;
+        }
+        table
+    };
 
     /// `BF16`: with the products of pairs of `bf16` that newer machines have.
     #[derive(Clone, Copy)]
@@ -615,6 +735,83 @@ mod x86 {
         unsafe fn prefetch(p: *const u8) {
             unsafe { _mm_prefetch(p.cast(), _MM_HINT_T1) }
         }
+
+        #[inline(always)]
+        unsafe fn load_part(p: *const f32, n: usize) -> __m512 {
+            unsafe { _mm512_maskz_loadu_ps((1 << n) - 1, p) }
+        }
+        #[inline(always)]
+        unsafe fn load_part_bf16(p: *const bf16, n: usize) -> __m512 {
+            unsafe {
+                let half = _mm256_maskz_loadu_epi16((1 << n) - 1, p.cast());
+                _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))
+            }
+        }
+        #[inline(always)]
+        unsafe fn load_part_f16(p: *const f16, n: usize) -> __m512 {
+            unsafe { _mm512_cvtph_ps(_mm256_maskz_loadu_epi16((1 << n) - 1, p.cast())) }
+        }
+
+        type W = __m512i;
+        #[inline(always)]
+        unsafe fn words(p: *const u32) -> __m512i {
+            unsafe { _mm512_loadu_si512(p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn words_part(p: *const u32, n: usize) -> __m512i {
+            unsafe { _mm512_maskz_loadu_epi32((1 << n) - 1, p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn code(w: __m512i, shift: u32, bits: u32) -> __m512 {
+            unsafe {
+                let w = _mm512_srlv_epi32(w, _mm512_set1_epi32(shift as i32));
+                if bits == 8 {
+                    _mm512_cvtepi32_ps(_mm512_and_si512(w, _mm512_set1_epi32(255)))
+                } else {
+                    // The look-up takes no more than four bits.
+                    _mm512_permutexvar_ps(w, _mm512_loadu_ps(NUMBERS[usize::from(bits == 4)].as_ptr()))
+                }
+            }
+        }
+        #[inline(always)]
+        unsafe fn pair_bf16(w: __m512i) -> (__m512, __m512) {
+            unsafe {
+                let high = _mm512_and_si512(w, _mm512_set1_epi32(-65536));
+                (_mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), _mm512_castsi512_ps(high))
+            }
+        }
+        #[inline(always)]
+        unsafe fn digits(w: __m512i, shift: u32, bits: u32) -> __m512i {
+            unsafe {
+                let w = _mm512_srlv_epi32(w, _mm512_set1_epi32(shift as i32));
+                // At 128 the last bit of a `bf16` counts one: `w & mask | 128` in one operation.
+                let mask = _mm512_set1_epi32(0x0001_0001 * ((1 << bits) - 1));
+                _mm512_ternarylogic_epi32::<0xea>(w, mask, _mm512_set1_epi32(0x4300_4300))
+            }
+        }
+        #[inline(always)]
+        unsafe fn dot_pair(acc: __m512, w: __m512i, q: *const bf16) -> __m512 {
+            if BF16 {
+                unsafe { _mm512_dpbf16_ps(acc, bits(w), bits(_mm512_set1_epi32(q.cast::<i32>().read_unaligned()))) }
+            } else {
+                acc
+            }
+        }
+        #[inline(always)]
+        unsafe fn narrow(p: *mut bf16, v: __m512) {
+            if BF16 {
+                unsafe {
+                    let v = std::mem::transmute::<__m256bh, __m256i>(_mm512_cvtneps_pbh(v));
+                    _mm256_storeu_si256(p.cast(), v);
+                }
+            }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn bits(v: __m512i) -> __m512bh {
+        // SAFETY: vectors of bits; the same size.
+        unsafe { std::mem::transmute::<__m512i, __m512bh>(v) }
     }
 }
 

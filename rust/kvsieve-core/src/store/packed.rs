@@ -5,9 +5,12 @@
 //! * keys: `[64][key_kept]` numbers of the kept channels, as they came or as codes of `key_bits`;
 //! * scales of keys, with codes: for each `group` of tokens `[2][key_kept]` halves: the steps, then the least values (KIVI: per channel);
 //! * values: `[64][value_dim]`, as they came or as codes of `value_bits`;
-//! * scales of values, with codes: for each token `[2][value_dim / group]` halves (KIVI: per token).
+//! * scales of values, with codes: `[2][value_dim / group][64]` halves (KIVI: per token).
 //!
-//! A number is `least + step * code`. Codes lie in channel order, the first one in the low bits; a row of them is whole bytes.
+//! A number is `least + step * code`. A token's codes take whole bytes. All lies as decode attention reads it, see [`thin_place`],
+//! [`key_place`] and [`value_place`]: keys with the tokens side by side, so that a vector of scores needs no sum over its lanes and any
+//! number of channels will do; coded values with the channels side by side, two tokens to a word, so that a vector of channels needs no
+//! shuffle.
 
 use std::sync::Arc;
 
@@ -189,16 +192,104 @@ pub struct Packed {
     channels: Vec<Option<Arc<Channels>>>,
 }
 
-/// One head of a block, from one slot on.
+/// One head of a block.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows<'a> {
+    /// Of the whole block.
     pub keys: *const u8,
     /// Of the whole block.
     pub key_scales: *const u16,
+    /// From the slot on, but codes of the whole block.
     pub values: *const u8,
-    /// From the slot on.
+    /// Of the whole block.
     pub value_scales: *const u16,
     pub channels: &'a Channels,
+}
+
+/// Where channel `c` of a key of `kept` numbers lies in its head's block. The numbers of all tokens are neighbours; in `bf16` two
+/// channels are, in words of all tokens, but for the last channel of an odd number.
+fn thin_place(kept: usize, dtype: Dtype, slot: usize, c: usize) -> usize {
+    let block = BLOCK as usize;
+    match dtype {
+        Dtype::BF16 if c / 2 < kept / 2 => c / 2 * 4 * block + slot * 4 + c % 2 * 2,
+        _ => (c * block + slot) * dtype.size(),
+    }
+}
+
+/// Where the code of channel `c` of a key lies in its head's block of `bytes` a token: the byte, and the bit in it.
+///
+/// A word of 32 bits takes the codes of `32 / bits` channels, those of even channels in its low half and those of odd ones in its high
+/// half; the words of all tokens for these channels are neighbours. What is left of a row is bytes, in channel order, that are
+/// neighbours likewise.
+fn key_place(bytes: usize, bits: u32, slot: usize, c: usize) -> (usize, u32) {
+    let (block, bits) = (BLOCK as usize, bits as usize);
+    let (words, word, at) = (bytes / 4, c * bits / 32, c % (32 / bits));
+    if word < words {
+        let bit = at / 2 * bits + at % 2 * 16;
+        (word * block * 4 + slot * 4 + bit / 8, (bit % 8) as u32)
+    } else {
+        let bit = at * bits;
+        (words * block * 4 + bit / 8 * block + slot, (bit % 8) as u32)
+    }
+}
+
+/// The fewest numbers to a scale for which values lie in pairs of tokens: then all codes at one place of so many words share theirs.
+pub(crate) const PAIRED: usize = 16;
+
+/// A stretch of halves of words that hold the values of two tokens.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Chunk {
+    /// The first word, and how many there are: 16, or for the rest of a row 8, 4, 2 or 1.
+    pub word: usize,
+    pub words: usize,
+    /// The first channel.
+    pub channel: usize,
+}
+
+impl Chunk {
+    /// The stretch that begins at `word` of a row of `words`, its first channel being `channel`.
+    #[inline(always)]
+    fn at(word: usize, words: usize, channel: usize) -> Option<Self> {
+        let left = words - word;
+        (left > 0).then(|| Chunk { word, words: 1 << left.min(16).ilog2(), channel })
+    }
+
+    /// The first stretch of a row.
+    #[inline(always)]
+    pub fn first(value_dim: usize, bits: u32) -> Option<Self> {
+        Chunk::at(0, value_dim * bits as usize / 16, 0)
+    }
+
+    /// The stretch behind this one.
+    #[inline(always)]
+    pub fn next(self, value_dim: usize, bits: u32) -> Option<Self> {
+        let channel = self.channel + self.words * (16 / bits as usize);
+        Chunk::at(self.word + self.words, value_dim * bits as usize / 16, channel)
+    }
+}
+
+/// Where the code of channel `c` of a value lies in its head's block of `bytes` a token: the byte, and the bit in it.
+///
+/// Word `i` of two neighbouring tokens holds codes of the first one in its low half and of the second one in its high half. In a
+/// stretch of `n` words ([`Chunk`]) those at the lowest bits are of the first `n` channels, those above them of the next `n`, and so on.
+/// With scales for fewer than [`PAIRED`] numbers codes lie in rows, in channel order.
+fn value_place(packing: &Packing, value_dim: usize, bytes: usize, slot: usize, c: usize) -> (usize, u32) {
+    let bits = packing.value_bits;
+    if packing.group < PAIRED {
+        let bit = c * bits as usize;
+        return (slot * bytes + bit / 8, (bit % 8) as u32);
+    }
+    let mut chunk = Chunk::first(value_dim, bits);
+    while let Some(Chunk { word, words, channel }) = chunk {
+        let at = c - channel;
+        if at < words * (16 / bits as usize) {
+            let bit = at / words * bits as usize;
+            let half = 2 * (word + at % words) + slot % 2;
+            return (slot / 2 * 2 * bytes + 2 * half + bit / 8, (bit % 8) as u32);
+        }
+        chunk = chunk.and_then(|chunk| chunk.next(value_dim, bits));
+    }
+    panic!("channel {c} of {value_dim}");
 }
 
 /// Bytes of a row of `n` numbers.
@@ -246,6 +337,11 @@ impl Packed {
     /// Halves of the scales of one value; 0 without codes.
     fn value_halves(&self) -> usize {
         if self.packing.value_bits == 0 { 0 } else { 2 * self.value_dim / self.packing.group }
+    }
+
+    /// Bytes of the scales of one head of one block: of keys, of values.
+    pub(crate) fn scale_bytes(&self) -> [usize; 2] {
+        [2 * self.key_halves(), 2 * BLOCK as usize * self.value_halves()]
     }
 
     /// Bytes of one token of all heads, scales included.
@@ -352,19 +448,20 @@ impl Packed {
         let Some(Some(channels)) = self.channels.get(number as usize) else { panic!("{block:?} was never packed") };
         assert!(head < self.heads && slot < BLOCK, "head {head} or slot {slot} outside the block");
         let in_slab = head * blocks + index;
-        let row = in_slab * BLOCK as usize + slot as usize;
+        let block = in_slab * BLOCK as usize;
+        let row = if self.packing.value_bits == 0 { block + slot as usize } else { block };
         let scales = |slabs: &Option<Slabs>, at: usize| match slabs.as_ref().and_then(|slabs| slabs.start(slab)) {
             // SAFETY: `at` is below the number of halves that the slab was made for.
             Some(start) => unsafe { start.as_ptr().cast::<u16>().add(at).cast_const() },
             None => std::ptr::null(),
         };
-        // SAFETY: `row` is below the rows that the slabs were made for.
+        // SAFETY: the rows are below those that the slabs were made for.
         unsafe {
             Rows {
-                keys: keys.as_ptr().add(row * self.key_bytes()).cast_const(),
+                keys: keys.as_ptr().add(block * self.key_bytes()).cast_const(),
                 key_scales: scales(&self.key_scales, in_slab * self.key_halves()),
                 values: values.as_ptr().add(row * self.value_bytes()).cast_const(),
-                value_scales: scales(&self.value_scales, row * self.value_halves()),
+                value_scales: scales(&self.value_scales, block * self.value_halves()),
                 channels,
             }
         }
@@ -387,7 +484,7 @@ impl Packed {
     ) {
         let Packing { key_kept, key_bits, value_bits, group } = self.packing;
         let (key_dim, value_dim, dtype) = (self.key_dim, self.value_dim, self.dtype);
-        let (key_bytes, value_bytes, value_halves) = (self.key_bytes(), self.value_bytes(), self.value_halves());
+        let value_bytes = self.value_bytes();
         let to = self.rows(block, head, slot);
         let (index, zeroed) = (to.channels.of(head), to.channels.zeroed(head));
         let es = dtype.size();
@@ -395,12 +492,13 @@ impl Packed {
         unsafe {
             if key_bits == 0 {
                 for i in 0..n {
-                    let (from, to) = (keys.add(i * key_dim * es), to.keys.cast_mut().add(i * key_bytes));
+                    let from = keys.add(i * key_dim * es);
                     for (j, (&c, &zero)) in index.iter().zip(zeroed).enumerate() {
+                        let to = to.keys.cast_mut().add(thin_place(key_kept, dtype, slot as usize + i, j));
                         if zero {
-                            to.add(j * es).write_bytes(0, es);
+                            to.write_bytes(0, es);
                         } else {
-                            std::ptr::copy_nonoverlapping(from.add(c as usize * es), to.add(j * es), es);
+                            std::ptr::copy_nonoverlapping(from.add(c as usize * es), to, es);
                         }
                     }
                 }
@@ -422,17 +520,17 @@ impl Packed {
                     for (c, x) in row.iter_mut().enumerate() {
                         *x = element(dtype, values.add((i * value_dim + c) * es));
                     }
-                    let codes = std::slice::from_raw_parts_mut(to.values.cast_mut().add(i * value_bytes), value_bytes);
-                    let scales = to.value_scales.cast_mut().add(i * value_halves);
-                    let (steps, leasts) =
-                        std::slice::from_raw_parts_mut(scales, value_halves).split_at_mut(value_halves / 2);
-                    codes.fill(0);
+                    let slot = slot as usize + i;
                     for (g, x) in row.chunks_exact(group).enumerate() {
                         let scale = Scale::of(x.iter().copied(), value_bits);
-                        (steps[g], leasts[g]) = scale.halves();
-                        x.iter()
-                            .enumerate()
-                            .for_each(|(i, &x)| put_code(codes, g * group + i, value_bits, scale.code(x)));
+                        let (step, least) = scale.halves();
+                        let scales = to.value_scales.cast_mut().add(g * BLOCK as usize + slot);
+                        *scales = step;
+                        *scales.add(value_dim / group * BLOCK as usize) = least;
+                        for (i, &x) in x.iter().enumerate() {
+                            let place = value_place(&self.packing, value_dim, value_bytes, slot, g * group + i);
+                            put_code(to.values.cast_mut(), place, value_bits, scale.code(x));
+                        }
                     }
                 }
             }
@@ -461,14 +559,12 @@ impl Packed {
             unsafe {
                 let scales = std::slice::from_raw_parts_mut(base.key_scales.cast_mut().add(g * 2 * kept), 2 * kept);
                 let (steps, leasts) = scales.split_at_mut(kept);
-                let codes = std::slice::from_raw_parts_mut(base.keys.cast_mut().add(start * bytes), hi * bytes);
-                codes.fill(0);
                 for c in 0..kept {
                     let column = || rows[..hi * kept].iter().skip(c).step_by(kept).copied();
                     let scale = Scale::of(column(), bits);
                     (steps[c], leasts[c]) = scale.halves();
-                    for (codes, x) in codes.chunks_exact_mut(bytes).zip(column()) {
-                        put_code(codes, c, bits, scale.code(x));
+                    for (i, x) in column().enumerate() {
+                        put_code(base.keys.cast_mut(), key_place(bytes, bits, start + i, c), bits, scale.code(x));
                     }
                 }
             }
@@ -485,17 +581,17 @@ impl Packed {
         for (i, out) in out.chunks_exact_mut(kept).enumerate() {
             // SAFETY: the row and the scales of its group lie in the block.
             unsafe {
-                let row = rows.keys.add(i * bytes);
+                let slot = slot as usize + i;
                 if bits == 0 {
-                    out.iter_mut()
-                        .enumerate()
-                        .for_each(|(c, x)| *x = element(self.dtype, row.add(c * self.dtype.size())));
+                    for (c, x) in out.iter_mut().enumerate() {
+                        *x = element(self.dtype, rows.keys.add(thin_place(kept, self.dtype, slot, c)));
+                    }
                     continue;
                 }
-                let scales = rows.key_scales.add((slot as usize + i) / group * 2 * kept);
-                let codes = std::slice::from_raw_parts(row, bytes);
+                let scales = rows.key_scales.add(slot / group * 2 * kept);
                 for (c, x) in out.iter_mut().enumerate() {
-                    *x = number(*scales.add(c), *scales.add(kept + c), code(codes, c, bits));
+                    let code = code(rows.keys, key_place(bytes, bits, slot, c), bits);
+                    *x = number(*scales.add(c), *scales.add(kept + c), code);
                 }
             }
         }
@@ -507,21 +603,22 @@ impl Packed {
     /// As for [`Packed::keys_f32`].
     pub(crate) unsafe fn values_f32(&self, block: BlockId, head: usize, slot: u32, out: &mut [f32]) {
         let Packing { value_bits: bits, group, .. } = self.packing;
-        let (rows, bytes, halves) = (self.rows(block, head, slot), self.value_bytes(), self.value_halves());
-        for (i, out) in out.chunks_exact_mut(self.value_dim).enumerate() {
+        let (rows, bytes, dim) = (self.rows(block, head, slot), self.value_bytes(), self.value_dim);
+        for (i, out) in out.chunks_exact_mut(dim).enumerate() {
             // SAFETY: the row and its scales lie in the block.
             unsafe {
-                let row = rows.values.add(i * bytes);
                 if bits == 0 {
+                    let row = rows.values.add(i * bytes);
                     out.iter_mut()
                         .enumerate()
                         .for_each(|(c, x)| *x = element(self.dtype, row.add(c * self.dtype.size())));
                     continue;
                 }
-                let scales = rows.value_scales.add(i * halves);
-                let codes = std::slice::from_raw_parts(row, bytes);
+                let slot = slot as usize + i;
                 for (c, x) in out.iter_mut().enumerate() {
-                    *x = number(*scales.add(c / group), *scales.add(halves / 2 + c / group), code(codes, c, bits));
+                    let code = code(rows.values, value_place(&self.packing, dim, bytes, slot, c), bits);
+                    let scales = rows.value_scales.add(c / group * BLOCK as usize + slot);
+                    *x = number(*scales, *scales.add(dim / group * BLOCK as usize), code);
                 }
             }
         }
@@ -548,9 +645,10 @@ impl Packed {
             keys.write_bytes(0, n * self.key_dim * es);
             if self.packing.key_bits == 0 {
                 for i in 0..n {
-                    let (from, to) = (rows.keys.add(i * self.key_bytes()), keys.add(i * self.key_dim * es));
+                    let to = keys.add(i * self.key_dim * es);
                     for (j, &c) in index.iter().enumerate() {
-                        std::ptr::copy_nonoverlapping(from.add(j * es), to.add(c as usize * es), es);
+                        let from = rows.keys.add(thin_place(kept, self.dtype, slot as usize + i, j));
+                        std::ptr::copy_nonoverlapping(from, to.add(c as usize * es), es);
                     }
                 }
             } else {
@@ -590,28 +688,76 @@ impl Packed {
         }
         for head in 0..self.heads {
             self.move_keys(moves, head);
-            let (bytes, halves) = (self.value_bytes(), self.value_halves());
             for m in moves {
                 let (from, to) = (self.rows(m.from, head, m.from_slot), self.rows(m.to, head, m.to_slot));
-                // SAFETY: both ranges lie in their blocks; `copy` allows them to overlap.
-                unsafe {
-                    std::ptr::copy(from.values, to.values.cast_mut(), m.len as usize * bytes);
-                    if halves > 0 {
-                        std::ptr::copy(from.value_scales, to.value_scales.cast_mut(), m.len as usize * halves);
-                    }
-                }
+                // SAFETY: checked moves.
+                unsafe { self.move_values(m, from, to) };
             }
         }
         Ok(())
     }
 
+    /// # Safety
+    /// A checked move between these two.
+    unsafe fn move_values(&self, m: &Move, from: Rows<'_>, to: Rows<'_>) {
+        let Packing { value_bits: bits, group, .. } = self.packing;
+        let (bytes, len) = (self.value_bytes(), m.len as usize);
+        let (first, second) = (m.from_slot as usize, m.to_slot as usize);
+        // SAFETY: both ranges lie in their blocks; `copy` allows them to overlap, and so does the order in which words are taken.
+        unsafe {
+            if bits == 0 {
+                return std::ptr::copy(from.values, to.values.cast_mut(), len * bytes);
+            }
+            for row in 0..2 * self.value_dim / group {
+                let at = row * BLOCK as usize;
+                let (from, to) = (from.value_scales.add(at + first), to.value_scales.add(at + second));
+                std::ptr::copy(from, to.cast_mut(), len);
+            }
+            if group < PAIRED {
+                let (from, to) = (from.values.add(first * bytes), to.values.add(second * bytes));
+                return std::ptr::copy(from, to.cast_mut(), len * bytes);
+            }
+            let half = |slot: usize| slot / 2 * bytes + slot % 2;
+            for i in 0..len {
+                let i = if first < second { len - 1 - i } else { i };
+                let from = from.values.cast::<u16>().add(half(first + i));
+                let to = to.values.cast::<u16>().cast_mut().add(half(second + i));
+                (0..bytes / 2).for_each(|word| *to.add(2 * word) = *from.add(2 * word));
+            }
+        }
+    }
+
+    /// Copies keys from slots to slots as they lie, without their scales.
+    ///
+    /// # Safety
+    /// A checked move between these two.
+    unsafe fn copy_keys(&self, m: &Move, from: Rows<'_>, to: Rows<'_>) {
+        let (first, second, len) = (m.from_slot as usize, m.to_slot as usize, m.len as usize);
+        let bytes = self.key_bytes();
+        // How wide the columns are in which keys lie, and how wide those of what is left.
+        let (width, rest) = match (self.packing.key_bits, self.dtype) {
+            (0, Dtype::F16) => (2, 2),
+            (0, _) => (4, 2),
+            _ => (4, 1),
+        };
+        let mut at = 0;
+        for width in std::iter::repeat_n(width, bytes / width).chain(std::iter::repeat_n(rest, bytes % width / rest)) {
+            // SAFETY: the columns lie in their blocks; `copy` allows the ranges to overlap.
+            unsafe {
+                let (from, to) = (from.keys.add(at + first * width), to.keys.add(at + second * width));
+                std::ptr::copy(from, to.cast_mut(), len * width);
+            }
+            at += BLOCK as usize * width;
+        }
+    }
+
     fn move_keys(&mut self, moves: &[Move], head: usize) {
-        let (kept, bytes, group) = (self.packing.key_kept, self.key_bytes(), self.packing.group as u32);
+        let (kept, group) = (self.packing.key_kept, self.packing.group as u32);
         if self.packing.key_bits == 0 {
             for m in moves {
                 let (from, to) = (self.rows(m.from, head, m.from_slot), self.rows(m.to, head, m.to_slot));
-                // SAFETY: both ranges lie in their blocks; `copy` allows them to overlap.
-                unsafe { std::ptr::copy(from.keys, to.keys.cast_mut(), m.len as usize * bytes) };
+                // SAFETY: a checked move.
+                unsafe { self.copy_keys(m, from, to) };
             }
             return;
         }
@@ -632,7 +778,7 @@ impl Packed {
             unsafe {
                 if whole(m) {
                     let (from, to) = (self.rows(m.from, head, m.from_slot), self.rows(m.to, head, m.to_slot));
-                    std::ptr::copy(from.keys, to.keys.cast_mut(), m.len as usize * bytes);
+                    self.copy_keys(m, from, to);
                     let scales = |slot: u32| (slot / group) as usize * 2 * kept;
                     let (from, to) = (from.key_scales.add(scales(m.from_slot)), to.key_scales.add(scales(m.to_slot)));
                     std::ptr::copy(from, to.cast_mut(), m.len.div_ceil(group) as usize * 2 * kept);
@@ -698,17 +844,24 @@ fn number(step: u16, least: u16, code: u32) -> f32 {
     f16::from_bits(step).to_f32().mul_add(code as f32, f16::from_bits(least).to_f32())
 }
 
+/// # Safety
+/// The byte of the place is readable.
 #[inline(always)]
-fn code(codes: &[u8], i: usize, bits: u32) -> u32 {
-    let bit = i * bits as usize;
-    u32::from(codes[bit / 8]) >> (bit % 8) & ((1 << bits) - 1)
+unsafe fn code(codes: *const u8, (byte, bit): (usize, u32), bits: u32) -> u32 {
+    // SAFETY: the caller's promise.
+    u32::from(unsafe { *codes.add(byte) }) >> bit & ((1 << bits) - 1)
 }
 
-/// Sets a code that is 0.
+/// # Safety
+/// The byte of the place is readable and writable.
 #[inline(always)]
-fn put_code(codes: &mut [u8], i: usize, bits: u32, code: u32) {
-    let bit = i * bits as usize;
-    codes[bit / 8] |= (code << (bit % 8)) as u8;
+unsafe fn put_code(codes: *mut u8, (byte, bit): (usize, u32), bits: u32, code: u32) {
+    let mask = (((1u32 << bits) - 1) << bit) as u8;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let byte = codes.add(byte);
+        *byte = *byte & !mask | (code << bit) as u8;
+    }
 }
 
 /// # Safety

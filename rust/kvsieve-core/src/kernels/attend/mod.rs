@@ -4,7 +4,9 @@
 //! heads of the group are scored from the same load. Keys are taken in tiles of at most a block with an online softmax between
 //! tiles; units are merged by log-sum-exp. Where a unit ends depends on the spans alone, so the number of threads changes no bit.
 
+mod codes;
 mod inner;
+mod thin;
 mod unit;
 
 use std::cell::RefCell;

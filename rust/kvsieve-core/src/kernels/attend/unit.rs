@@ -2,14 +2,16 @@
 
 use half::bf16;
 
+use super::codes::{Codes, Keys, Values, code_passes, of_bits};
 use super::inner::{Ahead, LINE, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
+use super::thin::{Columns, asks, score_columns, score_columns_turned};
 use super::{Common, TILE, Unit};
 use crate::ids::{BLOCK, BlockId};
 use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
 use crate::kernels::search::{Queries, four};
 use crate::kernels::simd::{Elem, Simd, tanh};
 use crate::plan::Span;
-use crate::store::packed::{Channels, Packed};
+use crate::store::packed::{Channels, PAIRED, Packed, Packing};
 
 /// A cache line, to align the scratch memory.
 #[derive(Clone, Copy)]
@@ -29,7 +31,7 @@ struct Parts<'a> {
     dots: &'a mut [f32],
     /// The same, rotated for the spans at hand.
     turned: &'a mut [f32],
-    /// Keys of one span, rotated: `[TILE][width]`.
+    /// Keys of one span, rotated: `[TILE][width]`. For keys that lie as codes, queries times their steps.
     keys: &'a mut [f32],
     /// Scores and then weights, `[group][TILE]`.
     scores: &'a mut [f32],
@@ -40,9 +42,9 @@ struct Parts<'a> {
     /// Queries of the kept channels, as `base` and as `dots`.
     thin: &'a mut [f32],
     thin_dots: &'a mut [f32],
-    /// The rotations of the slots of a block, for the kept pairs of a head.
+    /// The rotations of the slots of a block, for the kept pairs of a head: `[pairs][2][BLOCK]`.
     thin_trig: &'a mut [f32],
-    /// Values of one tile, from their codes: `[TILE][value_width]`.
+    /// Values of one tile, from their codes, or weights times their steps: `[TILE][value_width]`.
     values: &'a mut [f32],
 }
 
@@ -253,7 +255,7 @@ macro_rules! by_heads {
 /// As for [`Simd`]; all spans lie in blocks with memory; `E` is the dtype of arena and queries; `D` is 0 or both dims, and 0 where
 /// there are packed blocks.
 #[inline(always)]
-pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
+pub(super) unsafe fn run_unit<S: Codes, E: Elem, const D: usize>(
     common: &Common<'_>,
     unit: &mut Unit<'_>,
     scratch: &mut Scratch,
@@ -295,9 +297,27 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
         let heads = group.div_ceil(S::HEADS);
         let step =
             if use_dots && tile.pieces[0].variant == 0 && !tile.pieces[0].rotate { 2 * S::LANES } else { S::LANES };
-        let calls = tile.len * heads * dim / (4 * step) + group * tile.len / S::LANES;
+        let calls = match packed {
+            Some(packed) if tile.channels.is_some() => packed_calls::<S, E>(packed, &tile.pieces[0], tile.len),
+            _ => tile.len * dim / (4 * step),
+        };
+        let calls = calls * heads + group * tile.len / S::LANES;
         let mut stretches = [(std::ptr::null(), 0); TILE];
         let mut ahead = Ahead::new(following.stretches(false, &mut stretches), calls);
+        let upcoming = &following.pieces[0];
+
+        if let Some(packed) = packed
+            && following.num_pieces > 0
+            && following.channels.is_some()
+        {
+            let rows = packed.rows(upcoming.block, unit.kv_head, 0);
+            for (scales, bytes) in [rows.key_scales, rows.value_scales].into_iter().zip(packed.scale_bytes()) {
+                for line in (0..bytes).step_by(64) {
+                    // SAFETY: prefetching reads nothing; any address will do.
+                    unsafe { S::prefetch(scales.cast::<u8>().wrapping_add(line)) };
+                }
+            }
+        }
 
         let mut at = 0;
         let scattered = tile.is_scattered();
@@ -399,12 +419,42 @@ pub(super) unsafe fn run_unit<S: Simd, E: Elem, const D: usize>(
             unsafe { softmax::<S>(scores, tile.len, (&mut max[g], &mut total[g]), sums, &mut ahead) };
         }
 
-        let calls = tile.len * heads * passes::<S>(value_dim);
+        let code_bits =
+            packed.map_or(0, |packed| if tile.channels.is_some() { packed.packing().value_bits } else { 0 });
+        let in_pairs = code_bits > 0 && packed.is_some_and(|packed| packed.packing().group >= PAIRED);
+        let calls = match in_pairs {
+            true => tile.len / 2 * heads * code_passes::<S>(value_dim, code_bits),
+            false => tile.len * heads * passes::<S>(value_dim),
+        };
         let mut stretches = [(std::ptr::null(), 0); TILE];
         let mut ahead = Ahead::new(following.stretches(true, &mut stretches), calls);
         if let Some(packed) = packed
-            && tile.channels.is_some()
-            && packed.packing().value_bits > 0
+            && in_pairs
+        {
+            let mut at = 0;
+            for piece in &tile.pieces[..tile.num_pieces] {
+                let scales = packed.rows(piece.block, unit.kv_head, 0).value_scales;
+                let (codes, slot, len) = (piece.values.cast(), piece.slot as usize, piece.len);
+                let mine = Values { codes, scales, dim: value_dim, group: packed.packing().group, slot, len };
+                let (scores, scratch) = (scores[at..].as_ptr(), values.as_mut_ptr());
+                let to = sums.as_mut_ptr();
+                // SAFETY: the piece lies in its block; weights and sums for the heads from `h` on, of which there are at least `HB`, at
+                // most four; the scratch memory has `value_dim` numbers for each slot.
+                unsafe {
+                    for h in (0..group).step_by(S::HEADS) {
+                        let to = (to.add(h * value_width), value_width);
+                        let weigh = S::WEIGH[of_bits(code_bits)][S::HEADS.min(group - h) - 1];
+                        weigh(&mine, scores.add(h * TILE), scratch, to, &mut ahead);
+                    }
+                }
+                at += len;
+            }
+            done += tile.len;
+            turn = 1 - turn;
+            continue;
+        }
+        if let Some(packed) = packed
+            && code_bits > 0
         {
             let mut at = 0;
             for piece in &tile.pieces[..tile.num_pieces] {
@@ -509,8 +559,8 @@ fn pair_of(channel: u16, layout: Layout) -> usize {
 /// As for [`run_unit`]; `parts` are the queries, and scratch for those of the kept channels, their `bf16`, the rotations of the slots
 /// and keys; room for the scores of the piece for each head, `TILE` apart.
 #[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn score_packed<'a, S: Simd, E: Elem>(
+#[allow(clippy::too_many_arguments, clippy::type_complexity)]
+unsafe fn score_packed<'a, S: Codes, E: Elem>(
     common: &Common<'_>,
     packed: &Packed,
     channels: &'a Channels,
@@ -525,8 +575,8 @@ unsafe fn score_packed<'a, S: Simd, E: Elem>(
     let (group, kept) = (common.group, channels.kept());
     let (index, pairs) = (channels.of(kv_head), channels.pairs(kv_head));
     let same = |of: Option<&Channels>| of.is_some_and(|of| std::ptr::eq(of, channels));
-    let is_plain = packed.packing().key_bits == 0;
-    let use_dots = S::DOTS && E::IS_BF16 && is_plain && kept.is_multiple_of(2 * S::LANES) && common.factor == 1.0;
+    let bits = packed.packing().key_bits;
+    let use_dots = takes_dots::<S, E>(common, bits);
     if !same(known.queries.map(|q| q.0)) || known.queries.is_none_or(|q| q.1 != piece.variant) {
         for (from, to) in base.chunks_exact(width).zip(thin.chunks_exact_mut(width)) {
             for (x, &c) in to.iter_mut().zip(index) {
@@ -559,56 +609,71 @@ unsafe fn score_packed<'a, S: Simd, E: Elem>(
         && !same(known.trig)
     {
         let all = rope.inv_freq().len();
-        let rows = slots[..BLOCK as usize * 2 * pairs].chunks_exact_mut((2 * pairs).max(1));
-        for (to, from) in rows.zip(rope.in_block().chunks_exact(2 * all)) {
+        // The slots lie side by side, and so do their rotations.
+        for (slot, from) in rope.in_block().chunks_exact(2 * all).enumerate() {
             for (i, &c) in index[..pairs].iter().enumerate() {
-                let pair = pair_of(c, rope.layout());
-                (to[i], to[pairs + i]) = (from[pair], from[all + pair]);
+                let (pair, to) = (pair_of(c, rope.layout()), i * 2 * BLOCK as usize + slot);
+                (slots[to], slots[to + BLOCK as usize]) = (from[pair], from[all + pair]);
             }
         }
         known.trig = Some(channels);
     }
     let queries = |h: usize| thin[h * width..].as_ptr();
-    // SAFETY: rows of `kept` elements, in the block or, as numbers or rotated, in the scratch memory, which has room for a tile;
-    // queries and scores for the heads from `h` on, of which there are at least `HB`; `pairs` rotations for each slot.
+    if bits > 0 {
+        let Packing { group: tokens, .. } = packed.packing();
+        let (scales, bytes) = (packed.rows(piece.block, kv_head, 0).key_scales, packed.key_bytes());
+        let (codes, slot, len) = (piece.keys.cast(), piece.slot as usize, piece.len);
+        let keys = Keys { codes, scales, bytes, kept, group: tokens, slot, len };
+        let scratch = scratch.as_mut_ptr();
+        // SAFETY: the piece lies in its block; queries and scores for the heads from `h` on, of which there are at least `HB`, at most
+        // four; the scratch memory has a whole query for each slot; `pairs` rotations for each slot.
+        unsafe {
+            for h in (0..group).step_by(S::HEADS) {
+                let (heads, queries, to) = (S::HEADS.min(group - h), (queries(h), width), to.add(h * TILE));
+                if rope.is_some() {
+                    let trig = (slots.as_ptr(), pairs);
+                    S::SCORE_TURNED[heads - 1](&keys, bits, trig, queries, scratch, to, ahead);
+                } else {
+                    S::SCORE[of_bits(bits)][heads - 1](&keys, queries, scratch, to, ahead);
+                }
+            }
+        }
+        return;
+    }
+    let columns = Columns { keys: piece.keys, kept, slot: piece.slot as usize, len: piece.len };
+    let dots = (use_dots && piece.variant == 0).then_some(dots.as_ptr().cast::<bf16>());
+    // SAFETY: the piece lies in its block; queries and scores for the heads from `h` on, of which there are at least `HB`; `pairs`
+    // rotations for each slot.
     unsafe {
-        if is_plain && rope.is_none() {
-            let rows = |h: usize| Rows { keys: piece.keys, n: piece.len, dim: kept, queries: queries(h), width };
-            if use_dots && piece.variant == 0 {
-                by_heads!(group, |h, HB| {
-                    let queries = dots.as_ptr().cast::<bf16>().add(h * width).cast();
-                    let rows = Rows { queries, ..rows(h).of_bf16() };
-                    score_dots::<S, HB>(&rows, to.add(h * TILE), ahead);
-                });
-            } else {
-                by_heads!(group, |h, HB| score::<S, E, HB>(&rows(h), to.add(h * TILE), ahead));
-            }
-            return;
-        }
-        let by_vectors = pairs.is_multiple_of(S::LANES) && kept.is_multiple_of(S::LANES);
-        if is_plain && by_vectors {
-            let trig = (slots[piece.slot as usize * 2 * pairs..].as_ptr(), pairs);
-            by_heads!(group, |h, HB| {
-                let rows = Rows { keys: piece.keys, n: piece.len, dim: kept, queries: queries(h), width };
-                score_turned::<S, E, HB>(&rows, trig, to.add(h * TILE), ahead);
-            });
-            return;
-        }
-        packed.keys_f32(piece.block, kv_head, piece.slot, &mut scratch[..piece.len * kept]);
         if rope.is_some() {
-            for (row, trig) in scratch
-                .chunks_exact_mut(kept)
-                .zip(slots[piece.slot as usize * 2 * pairs..].chunks((2 * pairs).max(1)))
-                .take(piece.len)
-            {
-                rotate_row(row, &trig[..pairs], &trig[pairs..], Layout::Half);
-            }
+            let trig = (slots.as_ptr(), pairs);
+            by_heads!(group, |h, HB| {
+                let queries = (queries(h), width);
+                score_columns_turned::<S, E, HB>(&columns, trig, queries, to.add(h * TILE), ahead);
+            });
+        } else {
+            by_heads!(group, |h, HB| {
+                let (queries, dots) = ((queries(h), width), dots.map(|dots| dots.wrapping_add(h * width)));
+                score_columns::<S, E, HB>(&columns, queries, dots, to.add(h * TILE), ahead);
+            });
         }
-        let keys: *const f32 = scratch.as_ptr();
-        by_heads!(group, |h, HB| {
-            let rows = Rows { keys, n: piece.len, dim: kept, queries: queries(h), width };
-            score::<S, f32, HB>(&rows, to.add(h * TILE), ahead);
-        });
+    }
+}
+
+/// Whether packed keys, as numbers, meet queries in `bf16`.
+#[inline(always)]
+fn takes_dots<S: Simd, E: Elem>(common: &Common<'_>, bits: u32) -> bool {
+    S::DOTS && E::IS_BF16 && bits == 0 && common.factor == 1.0
+}
+
+/// How often scoring packed keys asks for memory, for each number of heads that it takes at a time.
+#[inline(always)]
+fn packed_calls<S: Simd, E: Elem>(packed: &Packed, piece: &Piece<E>, len: usize) -> usize {
+    let Packing { key_kept: kept, key_bits: bits, .. } = packed.packing();
+    match bits {
+        _ if piece.rotate => len.div_ceil(2 * S::LANES) * kept / if bits > 0 { 1 } else { 2 },
+        0 => asks::<S, E>(kept, len),
+        _ => len.div_ceil(2 * S::LANES) * packed.key_bytes().div_ceil(4),
     }
 }
 

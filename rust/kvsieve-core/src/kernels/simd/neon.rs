@@ -113,4 +113,24 @@ impl Simd for Neon {
     unsafe fn prefetch(p: *const u8) {
         unsafe { asm!("prfm pldl1keep, [{p}]", p = in(reg) p, options(readonly, nostack, preserves_flags)) }
     }
+
+    type W = uint32x4_t;
+    #[inline(always)]
+    unsafe fn words(p: *const u32) -> uint32x4_t {
+        unsafe { vld1q_u32(p) }
+    }
+    #[inline(always)]
+    unsafe fn code(w: uint32x4_t, shift: u32, bits: u32) -> float32x4_t {
+        unsafe {
+            let w = vshlq_u32(w, vdupq_n_s32(-(shift as i32)));
+            vcvtq_f32_u32(vandq_u32(w, vdupq_n_u32((1 << bits) - 1)))
+        }
+    }
+    #[inline(always)]
+    unsafe fn pair_bf16(w: uint32x4_t) -> (float32x4_t, float32x4_t) {
+        unsafe {
+            let high = vandq_u32(w, vdupq_n_u32(0xffff_0000));
+            (vreinterpretq_f32_u32(vshlq_n_u32::<16>(w)), vreinterpretq_f32_u32(high))
+        }
+    }
 }
