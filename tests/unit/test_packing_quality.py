@@ -118,6 +118,9 @@ class Spy(roles.Pack):
     def packing(self, layer: thin.LayerShape) -> thin.Packing:
         return thin.Packing(layer.key_dim)
 
+    def idle(self, layer: thin.LayerShape) -> bool:
+        return False
+
     def choose(self, seen: thin.Observed) -> thin.Channels:
         self.seen[seen.layer.index] = seen
         return super().choose(seen)
