@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 
 from kvsieve import _core
-from kvsieve.backends import AttendCall, Backend, Choosy, Store, give_back
+from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
-_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]], Any]"
+_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]], Any, dict[int, Any]]"
 
 
 MAX_CANDIDATES = 16
@@ -54,6 +54,11 @@ class Engine:
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.packer = make_packer(policy.packs, facts.layers, raw=frame == "raw")
         self.observer = Observer.of(policy, facts.bytes_per_token)
+        self.search = policy.searches
+        self.searches: dict[int, Search] = {}
+        """Of each layer that has searched, what its rows have chosen."""
+        self._searching = False
+        self._searched: set[int] = set()
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
@@ -122,7 +127,7 @@ class Engine:
         """
         if not self.recording or self.stepping or not isinstance(kept_logits, int) or not 1 <= kept_logits <= width:
             return False
-        if self.observer is not None:
+        if self.observer is not None or (self.search is not None and self.resident + width > self.search.dense_until):
             return True
         if self.packer is not None and self.packer.may_act(self.planner, width, width > kept_logits):
             return True
@@ -139,19 +144,32 @@ class Engine:
         tail = None if self.scorer is None else self.scorer.tail
         packed = None if self.packer is None else self.packer.state()
         observed = [] if self.observer is None else list(self.observer.rows)
-        return self.planner.fork(), tail, observed, [(layer, dict(vars(layer))) for layer in self.own_layers], packed
+        own = [(layer, dict(vars(layer))) for layer in self.own_layers]
+        return self.planner.fork(), tail, observed, own, packed, self._chosen()
 
     def return_to(self, state: _State, own_layers: bool = True) -> None:
         """Make ``state`` the present."""
-        self.planner, tail, observed, layers, packed = state
+        self.planner, tail, observed, layers, packed, chosen = state
         if self.scorer is not None:
             self.scorer.tail = tail
         if self.observer is not None:
             self.observer.rows = list(observed)
         if self.packer is not None:
             self.packer.return_to(packed)
+        self._choose_again(chosen)
         if own_layers:
             _put_back(layers)
+
+    def _chosen(self) -> dict[int, Any]:
+        return {index: search.state() for index, search in self.searches.items()}
+
+    def _choose_again(self, chosen: dict[int, Any]) -> None:
+        """Return to what was chosen then; layers that had not chosen choose anew."""
+        for index, search in self.searches.items():
+            if index in chosen:
+                search.return_to(chosen[index])
+            else:
+                search.reset()
 
     def mark(self) -> None:
         """Remember this state, for a `crop` that goes back to it."""
@@ -187,6 +205,9 @@ class Engine:
         if self._step is not None:
             self._step = None
             self.planner.rollback()
+        for index in self._searched:
+            self.searches[index].undo()
+        self._searched.clear()
         _put_back(self._undo)
         self._undo = []
 
@@ -225,7 +246,19 @@ class Engine:
         call = AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k)
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
+        if self._searching and (search := self._search_of(layer.index)) is not None:
+            self._searched.add(layer.index)
+            return store.run_sparse(q, k, v, step, call, search)
         return store.run(q, k, v, step, call)
+
+    def _search_of(self, index: int) -> Search | None:
+        """The choices of layer ``index``; None if it reads everything."""
+        rule = None if self.search is None else self.search.for_layer(index)
+        if rule is None:
+            return None
+        if index not in self.searches:
+            self.searches[index] = self.backend.make_search(rule)
+        return self.searches[index]
 
     def make_store(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Store:
         """An empty store for layer ``index``, for keys and values like these (``[B, Hkv, q, D]``)."""
@@ -274,6 +307,10 @@ class Engine:
             self.pack(prompt_ended=self.packer.reading)
         parts = getattr(self.backend, "wants_parts", False) or self._selects
         store_all = self.scorer is not None or width <= 16 or len(self.policy.memories) > 1 or self.recording
+        if self.search is not None:
+            store_all = True
+            held = [self.planner.resident(0, row) if self.num_rows else 0 for row in range(len(lens))]
+            self._searching = max(old + new for old, new in zip(held, lens)) > self.search.dense_until
         self._step = self.planner.begin(lens, width, store_all, parts)
         return self._step
 
@@ -281,6 +318,7 @@ class Engine:
         """The planned forward is over and its tokens are seen; the caller scores them and lets go."""
         self.planner.commit()
         self._step, self._undo = None, []
+        self._searched.clear()
         self._whole_model, self._ids = False, None
         if self.packer is not None:
             self.packer.commit(reading=False)
@@ -328,6 +366,7 @@ class Engine:
                 self.planner.set_scores(row, values)
         step, self._step = self._step, None
         self._undo = []
+        self._searched.clear()
         if self.packer is not None and step is not None:
             self.packer.commit(reading=step.num_queries > (MAX_CANDIDATES if self.recording else 1))
         if self.stepping or not self.recording:
@@ -464,6 +503,8 @@ class Engine:
             self.observer.select_rows(rows)
         if self.packer is not None:
             self.packer.select_rows(rows)
+        for search in self.searches.values():
+            search.select_rows(rows)
         if self.scorer is not None:
             self.scorer.select_rows(rows)
         if self._offsets is not None:
@@ -481,6 +522,8 @@ class Engine:
         if self.observer is not None:
             self.observer.reset()
         self.stop_stepping()
+        self.searches.clear()
+        self._searched.clear()
         if self.packer is not None:
             self.packer.reset()
         if self.scorer is not None:
@@ -498,6 +541,10 @@ class Engine:
             child.observer.copy_from(self.observer)
         if self.packer is not None and child.packer is not None:
             child.packer.return_to(self.packer.state())
+        for index, state in self._chosen().items():
+            search = child._search_of(index)
+            if search is not None:
+                search.return_to(state)
         return child
 
     def _idle(self) -> None:
