@@ -22,7 +22,7 @@ from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
-from kvsieve.roles import Residents, TopKTokens
+from kvsieve.roles import All, Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -57,7 +57,9 @@ class Engine:
         self.search = policy.searches
         self.searches: dict[int, Search] = {}
         """Of each layer that has searched, what its rows have chosen."""
-        self._searching = False
+        self.searching = False
+        """Whether the last forward searched, in the layers that do."""
+        self._read: list[npt.NDArray[np.int64]] = []
         self._searched: set[int] = set()
         self.recording = False
         self.replaying = False
@@ -108,6 +110,10 @@ class Engine:
         """Bytes of the layers that keep their own cache."""
         tensors = (t for layer in self.own_layers for t in (layer.keys, layer.values) if t is not None)
         return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    def read_positions(self, row: int) -> npt.NDArray[np.int64]:
+        """Positions of the tokens that a row held when the last forward read them."""
+        return self._read[row] if row < len(self._read) else self.planner.positions(0, row)
 
     # -------------------------------------------------------------------------------------------------------------- one forward
 
@@ -246,7 +252,7 @@ class Engine:
         call = AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k)
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
-        if self._searching and (search := self._search_of(layer.index)) is not None:
+        if self.searching and (search := self._search_of(layer.index)) is not None:
             self._searched.add(layer.index)
             return store.run_sparse(q, k, v, step, call, search)
         return store.run(q, k, v, step, call)
@@ -310,7 +316,7 @@ class Engine:
         if self.search is not None:
             store_all = True
             held = [self.planner.resident(0, row) if self.num_rows else 0 for row in range(len(lens))]
-            self._searching = max(old + new for old, new in zip(held, lens)) > self.search.dense_until
+            self.searching = max(old + new for old, new in zip(held, lens)) > self.search.dense_until
         self._step = self.planner.begin(lens, width, store_all, parts)
         return self._step
 
@@ -359,6 +365,9 @@ class Engine:
     def _commit(self, scores: list[npt.NDArray[np.float32]] | None = None) -> None:
         """The forward is over: its tokens are seen, and the policy may let go."""
         self.planner.commit()
+        if self.search is not None and not isinstance(self.policy.memories[0].retain_or_default, All):
+            # What is let go below was read all the same.
+            self._read = [self.planner.positions(0, row).copy() for row in range(self.num_rows)]
         if self.observer is not None:
             self.observer.commit()
         for row, values in enumerate(scores or []):
@@ -524,6 +533,7 @@ class Engine:
         self.stop_stepping()
         self.searches.clear()
         self._searched.clear()
+        self._read = []
         if self.packer is not None:
             self.packer.reset()
         if self.scorer is not None:

@@ -316,9 +316,10 @@ class Ceiling(Place):
 
 @dataclass(frozen=True)
 class Consecutive(Place):
-    """At its true distance while all that was seen lies within ``after`` tokens, by default the model's trained length. Beyond, what
-    a query reads stands side by side, ending at the query, and a :class:`Search` compares by content alone: keys at one distance.
-    Lee et al., 2025, arXiv 2502.08910.
+    """At its true distance while all that was seen lies within ``after`` tokens, by default the model's trained length.
+
+    Beyond, what a query reads stands side by side, ending at the query, and a :class:`Search` compares by content alone, all keys
+    at one distance. Lee et al., 2025, arXiv 2502.08910.
     """
 
     after: int | None = None

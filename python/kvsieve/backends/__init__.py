@@ -20,7 +20,19 @@ if TYPE_CHECKING:
     from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
-__all__ = ["BACKENDS", "AttendCall", "Backend", "Choosy", "HeadChoice", "HeldBytes", "Search", "Store", "choose", "get", "give_back"]
+__all__ = [
+    "BACKENDS",
+    "AttendCall",
+    "Backend",
+    "Choosy",
+    "HeadChoice",
+    "HeldBytes",
+    "Search",
+    "Store",
+    "choose",
+    "get",
+    "give_back",
+]
 
 BACKENDS = ("reference", "cpu", "cuda")
 """Every backend by name."""
@@ -137,9 +149,9 @@ class Store(Protocol):
         """
 
     def run_sparse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, search: Search
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, search: Any
     ) -> torch.Tensor:
-        """As :meth:`run`, reading only sinks, window and what ``search`` finds between them."""
+        """As :meth:`run`, reading only sinks, window and what ``search``, which this store's backend made, finds between them."""
 
     def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
         """Give each head residents of its own: resident ``keep[h, j]`` of the runs ``source`` goes to slot ``j`` of ``to``.

@@ -1,7 +1,7 @@
 """What each row has chosen to read, and when it chooses anew: the specification, beside :mod:`kvsieve.backends.search`.
 
-A choice stands until a stage is due again, or a query comes that does not follow the last one. Several queries of one forward choose
-together, by blocks of equal ``position // query_block``, and always anew.
+A choice stands until a stage is due again, or a query comes that does not follow the last one. Several queries of one forward
+choose together, by blocks of equal ``position // query_block``, and always anew.
 """
 
 from __future__ import annotations

@@ -17,7 +17,20 @@ from kvsieve.policies.streaming_llm import StreamingLLM
 from kvsieve.policies.think import ThinK
 from kvsieve.roles import Policy
 
-__all__ = ["H2O", "POLICIES", "Full", "HiP", "InfiniteHiP", "LMInfinite", "Quantized", "SirLLM", "SnapKV", "StreamingLLM", "ThinK", "parse"]
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "Full",
+    "HiP",
+    "InfiniteHiP",
+    "LMInfinite",
+    "Quantized",
+    "SirLLM",
+    "SnapKV",
+    "StreamingLLM",
+    "ThinK",
+    "parse",
+]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,

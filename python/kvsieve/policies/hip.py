@@ -2,8 +2,8 @@
 
 Departures from the papers and the published code, and why:
 
-* One search for each key-value head, by the best score in its group: keys are read once for the group. HiP's is for each query head;
-  published code also shares one over all heads of a layer, which loses what single heads look for.
+* One search for each key-value head, by the best score in its group: keys are read once for the group. HiP's is for each query
+  head; published code also shares one over all heads of a layer, which loses what single heads look for.
 * The window's start is frozen until the next search, so that no token falls between what was found and the window.
 * Scores are plain products: no sigmoid, which ties great logits, and a product of exactly zero counts.
 * Within the trained length tokens are scored and read at their true positions; the papers' other distances are ``extend``.
@@ -43,7 +43,7 @@ def HiP(
     query_block: int = 64,
     extend: bool | int = False,
 ) -> Memory:
-    """Keep every token; each query reads the first ``sinks``, the newest ``window`` and about ``budget`` others that a tree search finds.
+    """Keep every token; each query reads the first ``sinks``, the newest ``window`` and ``budget`` others that a tree search finds.
 
     A text of ``sinks + window + budget`` tokens or fewer is read whole, exactly. Nothing is freed: combine it by ``|`` with
     :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens in less, or with :func:`kvsieve.SirLLM` to keep fewer.
@@ -88,8 +88,8 @@ def InfiniteHiP(
     Args:
         preset: published stages and paces: about 3,000 tokens read (``"3k"``), the same with rarer searches (``"fast"``,
             ``"flash"``), or about 5,000 (``"5k"``).
-        stages: (tokens of a chunk, tokens that stay) of each stage, instead of the preset's. A stage keeps a multiple of its chunk, and
-            its chunk is a multiple of the next one's.
+        stages: (tokens of a chunk, tokens that stay) of each stage, instead of the preset's. A stage keeps a multiple of its
+            chunk, and its chunk is a multiple of the next one's.
         refresh: compute each stage anew, and all later ones, every so many generated tokens; instead of the preset's.
         sinks, window, dense_layers, query_block, extend: as of :func:`HiP`.
         representative: whether the first or the middle key of each half of a chunk is compared.
