@@ -121,7 +121,10 @@ class ReferenceSearch:
     def _choose(self, row: RowChoice, compared: tuple[torch.Tensor, torch.Tensor], positions: list[int]) -> RowChoice:
         """The choice for queries at ``positions``: as it stands, or made anew from a stage on."""
         rule = self.rule
-        follows = len(positions) == 1 and row.found is not None and row.next == positions[0] > 0
+        most = rule.dense_until - rule.sinks - rule.window
+        # A region that was read whole was not searched, and that is no choice to stand by.
+        stands = row.found is not None and row.found.hi - row.found.lo > most
+        follows = stands and len(positions) == 1 and row.next == positions[0] > 0
         refresh = rule.refresh if rule.kind == "infinite" else (rule.refresh,)
         start = first_stage(row.step, refresh) if follows else 0
         if start is None:
