@@ -1,7 +1,8 @@
 """One layer, one query, a long text: HiP's search and what it reads, beside all keys and beside what ``generate`` calls.
 
-Several layers take turns, so that none finds its keys in a cache. ``refresh`` 1 searches at every step; with 8 the time is the mean
-of eight steps, of which the first searches. Keys are random: the worst case for what a search finds, and no matter for what it costs.
+Several layers take turns, so that none finds its keys in a cache. ``refresh`` 1 searches at every step; with 8 the time is the
+mean of eight steps, of which the first searches. Keys are random: the worst case for what a search finds, and no matter for what
+it costs.
 """
 
 from __future__ import annotations
