@@ -77,7 +77,8 @@ class Naive:
             positions = list(range(first + lo, first + lo + size))
             mine = q[:, lo : lo + size]
             refresh = self.rule["refresh"] if self.kind == "infinite" else [self.rule["refresh"]]
-            follows = size == 1 and self.found is not None
+            most = rule["stages"][-1][1] if self.kind == "infinite" else rule["budget"]
+            follows = size == 1 and self.found is not None and self.found.hi - self.found.lo > most
             start = first_stage(self.step, refresh) if follows else 0
             if start is not None:
                 self.choose(mine, positions, start)
@@ -153,7 +154,8 @@ def test_rust_is_the_specification(kind: str, dtype: torch.dtype) -> None:
                 assert out[row, : width - n].abs().sum() == 0
                 found = naive[row].found
                 assert found is not None
-                for head, (stretches, reads, rounds) in enumerate(fast.sparse.choice(row)):
+                for head, (stretches, end, reads, rounds) in enumerate(fast.sparse.choice(row)):
+                    assert end == naive[row].found.hi
                     assert stretches[:, 0].tolist() == found.starts[head].tolist(), (seed, head)
                     assert stretches[:, 1].tolist() == found.ends[head].tolist()
                     assert (reads, rounds) == (found.reads[head], found.rounds[head])

@@ -228,14 +228,17 @@ impl Sparse {
         Sparse { rule: Arc::clone(&self.rule), query_block: self.query_block, choices: Mutex::new(choices) }
     }
 
-    /// What a row last chose, for each key-value head: stretches `[n, 2]`, keys scored, and rounds. Empty before it chose.
+    /// What a row last chose, for each key-value head: stretches `[n, 2]`, the end of what was searched, keys scored, and rounds. Empty
+    /// before it chose.
     #[allow(clippy::type_complexity)]
-    fn choice<'py>(&self, py: Python<'py>, row: usize) -> PyResult<Vec<(Bound<'py, PyArray2<i64>>, u64, u32)>> {
-        let found = self.with(py, |choices| choices.rows().get(row).map(|choice| Arc::clone(&choice.chosen)));
-        let heads = found.iter().flat_map(|chosen| chosen.iter()).map(|chosen| {
+    fn choice<'py>(&self, py: Python<'py>, row: usize) -> PyResult<Vec<(Bound<'py, PyArray2<i64>>, u32, u64, u32)>> {
+        let found = self
+            .with(py, |choices| choices.rows().get(row).map(|choice| (Arc::clone(&choice.chosen), choice.region.end)));
+        let Some((chosen, end)) = found else { return Ok(Vec::new()) };
+        let heads = chosen.iter().map(|chosen| {
             let flat: Vec<i64> = chosen.blocks.iter().flat_map(|b| [i64::from(b.start), i64::from(b.end)]).collect();
             let stretches: Bound<'py, PyArray1<i64>> = flat.into_pyarray(py);
-            Ok((stretches.reshape([chosen.blocks.len(), 2])?, chosen.reads, chosen.rounds))
+            Ok((stretches.reshape([chosen.blocks.len(), 2])?, end, chosen.reads, chosen.rounds))
         });
         heads.collect()
     }

@@ -123,10 +123,19 @@ impl Rule {
     /// The stage from which on `count` queries from position `first` on must choose again, if any.
     pub fn due(&self, choice: &Choice, first: usize, count: usize) -> Option<usize> {
         let follows = count == 1 && first > 0 && choice.next == first && !choice.chosen.is_empty();
-        if !follows {
+        // A region that was read whole was not searched, and that is no choice to stand by.
+        if !follows || choice.region.len() <= self.most() {
             return Some(0);
         }
         self.refresh.iter().position(|&every| choice.step.is_multiple_of(every))
+    }
+
+    /// Tokens that a search finds at most; a region of no more is read whole.
+    fn most(&self) -> usize {
+        match &self.search {
+            Search::Hip(hip) => hip.budget,
+            Search::Infinite(infinite) => infinite.stages().last().map_or(0, |stage| stage.keep),
+        }
     }
 
     /// The residents that a query at `position` reads of one head, ascending and disjoint; neighbours are joined.
