@@ -25,7 +25,7 @@ from kvsieve.critical import uninterrupted
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
-from kvsieve.roles import All, Residents, TopKTokens
+from kvsieve.roles import All, Consecutive, Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -64,6 +64,8 @@ class Engine:
         """Of each layer that has searched, what its rows have chosen."""
         self.searching = False
         """Whether the last forward searched, in the layers that do."""
+        self.beyond = False
+        """Whether what it read stood side by side, because the text is longer than the model was trained for."""
         self._read: list[npt.NDArray[np.int64]] = []
         self._searched: set[int] = set()
         self.recording = False
@@ -257,7 +259,9 @@ class Engine:
         if self.packer is not None:
             self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
-        call = AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k)
+        rope = facts.rope if self.policy.moves else None
+        by_content = self.frame == "raw" and (self.beyond or not isinstance(self.policy.memories[0].place, Consecutive))
+        call = AttendCall(scale, softcap, sinks, rope, top_k, by_content, self.beyond)
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
         if self.searching and (search := self._search_of(layer.index)) is not None:
@@ -267,7 +271,7 @@ class Engine:
 
     def _search_of(self, index: int) -> Search | None:
         """The choices of layer ``index``; None if it reads everything."""
-        rule = None if self.search is None else self.search.for_layer(index)
+        rule = None if self.search is None else self.search.for_layer(index, self.beyond)
         if rule is None:
             return None
         if index not in self.searches:
@@ -327,7 +331,12 @@ class Engine:
         if self.search is not None:
             store_all = True
             held = [self.planner.resident(0, row) if self.num_rows else 0 for row in range(len(lens))]
-            self.searching = max(old + new for old, new in zip(held, lens)) > self.search.dense_until
+            longest = max(old + new for old, new in zip(held, lens))
+            self.searching = longest > self.search.dense_until
+            place = self.policy.memories[0].place
+            if isinstance(place, Consecutive):
+                after = self.facts.trained_length if place.after is None else place.after
+                self.beyond = after is not None and longest > after
         self._step = self.planner.begin(lens, width, store_all, parts)
         return self._step
 
