@@ -77,7 +77,7 @@ class Naive:
             positions = list(range(first + lo, first + lo + size))
             mine = q[:, lo : lo + size]
             refresh = self.rule["refresh"] if self.kind == "infinite" else [self.rule["refresh"]]
-            most = rule["stages"][-1][1] if self.kind == "infinite" else rule["budget"]
+            most = self.rule["stages"][-1][1] if self.kind == "infinite" else self.rule["budget"]
             follows = size == 1 and self.found is not None and self.found.hi - self.found.lo > most
             start = first_stage(self.step, refresh) if follows else 0
             if start is not None:

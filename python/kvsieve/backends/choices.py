@@ -145,7 +145,7 @@ class ReferenceSearch:
 def side_by_side(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, call: AttendCall
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sparse_attend` of keys and queries before rotation: what a query reads of a head is numbered ``0, 1, ..``, itself last."""
+    """:func:`sparse_attend` before rotation: what a query reads of a head is numbered ``0, 1, ..``, the query itself last."""
     rope, group = call.rope, q.shape[0] // k.shape[0]
     assert rope is not None
     out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[:2])
