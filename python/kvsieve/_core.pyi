@@ -241,6 +241,10 @@ class Sparse:
         out: npt.NDArray[Any],
         lse: npt.NDArray[np.float32] | None = None,
         threads: int = 1,
+        rope: Rope | None = None,
+        apply_factor: bool = False,
+        relative: bool = False,
+        consecutive: bool = False,
     ) -> tuple[int, int]: ...
     def reset(self) -> None: ...
     def undo(self) -> None: ...

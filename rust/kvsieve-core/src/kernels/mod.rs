@@ -8,6 +8,7 @@ pub mod isa;
 pub mod merge;
 pub mod read;
 pub mod rotate;
+mod rows;
 pub mod search;
 mod simd;
 pub mod sparse;
