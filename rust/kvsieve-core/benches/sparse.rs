@@ -147,7 +147,17 @@ impl Bench {
             let q = View::contiguous("q", Elems::Bits(&bits), [1, HEADS, 1, DIM]).expect("a view");
             let rows = [SparseRow { runs: &runs, new_len: 1 }];
             let (scale, level) = ((DIM as f32).powf(-0.5), isa().expect("a valid KVSIEVE_ISA"));
-            let args = Sparse { q, rows: &rows, query_block: 64, scale, softcap: None, sinks: None, threads: 1, level };
+            let args = Sparse {
+                q,
+                rows: &rows,
+                query_block: 64,
+                query_stride: 1,
+                scale,
+                softcap: None,
+                sinks: None,
+                threads: 1,
+                level,
+            };
             let mut out = vec![0u16; HEADS * DIM];
             cool(&self.junk);
             let (work, ms) = timed(|| {
@@ -177,7 +187,7 @@ impl Bench {
                 Chooses::Infinite(infinite) => Method::Infinite(infinite, 0),
             };
             let level = isa().expect("a valid KVSIEVE_ISA");
-            let args = Search { q, blocks: &blocks, window: rule.window, method, threads: 1, level };
+            let args = Search { q, blocks: &blocks, query_stride: 1, window: rule.window, method, threads: 1, level };
             cool(&self.junk);
             timed(|| search(&self.arena, &args, &mut []).expect("searched")).1
         });

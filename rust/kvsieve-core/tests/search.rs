@@ -157,7 +157,7 @@ fn the_kernel_chooses_what_the_scores_say() {
         for level in levels() {
             for threads in [1, 2] {
                 let method = Method::Hip(&hip);
-                let args = Search { q: view, blocks: &blocks, window, method, threads, level };
+                let args = Search { q: view, blocks: &blocks, query_stride: 1, window, method, threads, level };
                 assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{level:?} {dtype:?} {dim} {hip:?}");
                 let args = Search { method: Method::Infinite(&infinite, 0), ..args };
                 let mut inputs = vec![Vec::new(); cache.len()];
@@ -188,7 +188,8 @@ fn a_key_of_nan_is_never_chosen() {
     for level in levels() {
         let blocks = [QueryBlock { row: 0, columns: 0..1, runs: &run, first: 63, region: 0..64 }];
         let q = View::contiguous("q", Elems::F32(&q), [1, 1, 1, 64]).unwrap();
-        let args = Search { q, blocks: &blocks, window: 0, method: Method::Hip(&hip), threads: 1, level };
+        let args =
+            Search { q, blocks: &blocks, query_stride: 1, window: 0, method: Method::Hip(&hip), threads: 1, level };
         let found = search(&arena, &args, &mut []).unwrap();
         assert_eq!(found[0].blocks.len(), 16);
         assert!(found[0].blocks.iter().all(|b| b.start >= 40));
@@ -206,7 +207,7 @@ fn what_does_not_fit_is_refused() {
         Infinite::new(vec![Stage { chunk: 2, keep: 4 }, Stage { chunk: 1, keep: 2 }], Representative::First).unwrap();
     let run = |block: QueryBlock<'_>, shape: [usize; 4], method: Method<'_>, inputs: usize, threads: usize| {
         let q = View::contiguous("q", Elems::F32(&q), shape).unwrap();
-        let args = Search { q, blocks: &[block], window: 4, method, threads, level: Level::Portable };
+        let args = Search { q, blocks: &[block], query_stride: 1, window: 4, method, threads, level: Level::Portable };
         search(&row.arena, &args, &mut vec![Vec::new(); inputs])
     };
     let (by, shape) = (Method::Hip(&hip), [1, 4, 2, 8]);
@@ -237,7 +238,15 @@ fn a_signal_stops_it() {
     let hip = Hip { budget: 4, block: 1, representative: Representative::First };
     let block = |i: usize| QueryBlock { row: 0, columns: i..i + 1, runs: &row.runs, first: 60 + i, region: 0..40 };
     let blocks: Vec<QueryBlock<'_>> = (0..40).map(block).collect();
-    let args = Search { q, blocks: &blocks, window: 4, method: Method::Hip(&hip), threads: 1, level: Level::Portable };
+    let args = Search {
+        q,
+        blocks: &blocks,
+        query_stride: 1,
+        window: 4,
+        method: Method::Hip(&hip),
+        threads: 1,
+        level: Level::Portable,
+    };
     assert_eq!(search_unless(&row.arena, &args, &mut [], &|| true), Err(Error::Interrupted));
 
     let rule = Rule::new(Chooses::Hip(hip), 2, 4, vec![8]).unwrap();
@@ -245,6 +254,7 @@ fn a_signal_stops_it() {
         q,
         rows: &[SparseRow { runs: &row.runs, new_len: 40 }],
         query_block: 16,
+        query_stride: 1,
         scale: 1.0,
         softcap: None,
         sinks: None,

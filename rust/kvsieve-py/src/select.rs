@@ -3,6 +3,7 @@
 use std::sync::{Mutex, PoisonError};
 
 use kvsieve_core::ids::Run;
+use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::isa;
 use kvsieve_core::kernels::sparse::{Sparse as Args, SparseRow, attend_sparse};
 use kvsieve_core::plan;
@@ -26,16 +27,24 @@ use crate::store::Store;
 pub struct Sparse {
     rule: Rule,
     query_block: usize,
+    query_stride: usize,
     choices: Mutex<Vec<Choice>>,
 }
 
 impl Sparse {
-    fn made(search: Search, (sinks, window): (usize, usize), refresh: Vec<usize>, query_block: usize) -> Result<Self> {
+    fn made(
+        search: Search,
+        (sinks, window): (usize, usize),
+        refresh: Vec<usize>,
+        (query_block, query_stride): (usize, usize),
+    ) -> Result<Self> {
         let rule = Rule::new(search, sinks, window, refresh)?;
-        if query_block == 0 {
-            return Err(Error::OutOfRange { what: "query_block", expected: "at least 1", got: "0".to_string() });
+        for (what, n) in [("query_block", query_block), ("query_stride", query_stride)] {
+            if n == 0 {
+                return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
+            }
         }
-        Ok(Sparse { rule, query_block, choices: Mutex::default() })
+        Ok(Sparse { rule, query_block, query_stride, choices: Mutex::default() })
     }
 }
 
@@ -72,7 +81,8 @@ fn residents(step: &plan::Step, row: usize) -> Result<Vec<Run>> {
 impl Sparse {
     /// HiP: about `budget` tokens in blocks, chosen anew every `refresh` steps.
     #[staticmethod]
-    #[pyo3(signature = (budget, block, representative, sinks, window, refresh, query_block))]
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (budget, block, representative, sinks, window, refresh, query_block, query_stride=1))]
     fn hip(
         budget: usize,
         block: usize,
@@ -81,6 +91,7 @@ impl Sparse {
         window: usize,
         refresh: usize,
         query_block: usize,
+        query_stride: usize,
     ) -> PyResult<Self> {
         for (what, n) in [("budget", budget), ("block", block)] {
             if n == 0 {
@@ -89,12 +100,12 @@ impl Sparse {
         }
         let representative = Representative::parse(representative).map_err(to_py)?;
         let search = Search::Hip(Hip { budget, block, representative });
-        Sparse::made(search, (sinks, window), vec![refresh], query_block).map_err(to_py)
+        Sparse::made(search, (sinks, window), vec![refresh], (query_block, query_stride)).map_err(to_py)
     }
 
     /// InfiniteHiP: stages of (tokens of a chunk, tokens that stay), each with a pace of its own.
     #[staticmethod]
-    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block))]
+    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block, query_stride=1))]
     fn infinite(
         stages: Vec<(usize, usize)>,
         representative: &str,
@@ -102,17 +113,18 @@ impl Sparse {
         window: usize,
         refresh: Vec<usize>,
         query_block: usize,
+        query_stride: usize,
     ) -> PyResult<Self> {
         let stages = stages.into_iter().map(|(chunk, keep)| Stage { chunk, keep }).collect();
         let representative = Representative::parse(representative).map_err(to_py)?;
         let search = Search::Infinite(Infinite::new(stages, representative).map_err(to_py)?);
-        Sparse::made(search, (sinks, window), refresh, query_block).map_err(to_py)
+        Sparse::made(search, (sinks, window), refresh, (query_block, query_stride)).map_err(to_py)
     }
 
     /// Attends the queries of a step, whose tokens the store already holds: `q` `[rows, heads, queries, channels]`, `out` `[rows,
     /// queries, heads, channels]`, `lse` `[rows, heads, queries]`. Returns how many representative keys were scored and how many keys
-    /// were attended to, over all heads.
-    #[pyo3(signature = (store, q, step, scale, softcap, sinks, out, lse=None, threads=1))]
+    /// were attended to, over all heads. With `chunk` many queries at a time, which is for prompts: equal but for the order of sums.
+    #[pyo3(signature = (store, q, step, scale, softcap, sinks, out, lse=None, threads=1, chunk=false))]
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
@@ -126,6 +138,7 @@ impl Sparse {
         out: &Bound<'_, PyAny>,
         mut lse: Option<PyReadwriteArray3<'_, f32>>,
         threads: usize,
+        chunk: bool,
     ) -> PyResult<(u64, u64)> {
         let step = &step.inner;
         let q = Input::new("q", q)?;
@@ -160,14 +173,15 @@ impl Sparse {
             let runs: Vec<Vec<Run>> = (0..rows).map(|row| residents(step, row)).collect::<Result<_>>()?;
             let news = runs.iter().zip(&step.new_lens).map(|(runs, &new_len)| SparseRow { runs, new_len });
             let row_list: Vec<SparseRow<'_>> = news.collect();
-            let Sparse { rule, query_block, choices } = self;
+            let Sparse { rule, query_block, query_stride, choices } = self;
             let mut choices = choices.lock().unwrap_or_else(PoisonError::into_inner);
             if choices.len() != rows {
                 *choices = vec![Choice::default(); rows];
             }
-            let (q, query_block) = (view, *query_block);
-            let args = Args { q, rows: &row_list, query_block, scale, softcap, sinks, threads, level };
-            attend_sparse(arena, rule, &mut choices, &args, out, lse, &|| signals.arrived())
+            let (q, query_block, query_stride) = (view, *query_block, *query_stride);
+            let args = Args { q, rows: &row_list, query_block, query_stride, scale, softcap, sinks, threads, level };
+            let attend = if chunk { attend_chunk } else { attend_sparse };
+            attend(arena, rule, &mut choices, &args, out, lse, &|| signals.arrived())
         });
         done.map(|work| (work.searched, work.read)).map_err(|err| signals.error(err))
     }
