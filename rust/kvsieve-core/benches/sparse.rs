@@ -155,6 +155,7 @@ impl Bench {
                 consecutive: false,
                 rows: &rows,
                 query_block: 64,
+                query_stride: 1,
                 scale,
                 softcap: None,
                 sinks: None,
@@ -191,7 +192,16 @@ impl Bench {
                 Chooses::Infinite(infinite) => Method::Infinite(infinite, 0),
             };
             let level = isa().expect("a valid KVSIEVE_ISA");
-            let args = Search { q, turn: None, blocks: &blocks, window: rule.window, method, threads: 1, level };
+            let args = Search {
+                q,
+                turn: None,
+                blocks: &blocks,
+                query_stride: 1,
+                window: rule.window,
+                method,
+                threads: 1,
+                level,
+            };
             cool(&self.junk);
             timed(|| search(&self.arena, &args, &mut []).expect("searched")).1
         });

@@ -162,7 +162,8 @@ fn the_kernel_chooses_what_the_scores_say() {
         for level in levels() {
             for threads in [1, 2] {
                 let method = Method::Hip(&hip);
-                let args = Search { q: view, turn: None, blocks: &blocks, window, method, threads, level };
+                let args =
+                    Search { q: view, turn: None, blocks: &blocks, query_stride: 1, window, method, threads, level };
                 assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{level:?} {dtype:?} {dim} {hip:?}");
                 let args = Search { method: Method::Infinite(&infinite, 0), ..args };
                 let mut inputs = vec![Vec::new(); cache.len()];
@@ -329,7 +330,16 @@ fn a_key_of_nan_is_never_chosen() {
     for level in levels() {
         let blocks = [QueryBlock { row: 0, columns: 0..1, runs: &run, shown: &[], first: 63, region: 0..64 }];
         let q = View::contiguous("q", Elems::F32(&q), [1, 1, 1, 64]).unwrap();
-        let args = Search { q, turn: None, blocks: &blocks, window: 0, method: Method::Hip(&hip), threads: 1, level };
+        let args = Search {
+            q,
+            turn: None,
+            blocks: &blocks,
+            query_stride: 1,
+            window: 0,
+            method: Method::Hip(&hip),
+            threads: 1,
+            level,
+        };
         let found = search(&arena, &args, &mut []).unwrap();
         assert_eq!(found[0].blocks.len(), 16);
         assert!(found[0].blocks.iter().all(|b| b.start >= 40));
@@ -347,7 +357,16 @@ fn what_does_not_fit_is_refused() {
         Infinite::new(vec![Stage { chunk: 2, keep: 4 }, Stage { chunk: 1, keep: 2 }], Representative::First).unwrap();
     let run = |block: QueryBlock<'_>, shape: [usize; 4], method: Method<'_>, inputs: usize, threads: usize| {
         let q = View::contiguous("q", Elems::F32(&q), shape).unwrap();
-        let args = Search { q, turn: None, blocks: &[block], window: 4, method, threads, level: Level::Portable };
+        let args = Search {
+            q,
+            turn: None,
+            blocks: &[block],
+            query_stride: 1,
+            window: 4,
+            method,
+            threads,
+            level: Level::Portable,
+        };
         search(&row.arena, &args, &mut vec![Vec::new(); inputs])
     };
     let (by, shape) = (Method::Hip(&hip), [1, 4, 2, 8]);
@@ -383,6 +402,7 @@ fn a_signal_stops_it() {
         q,
         turn: None,
         blocks: &blocks,
+        query_stride: 1,
         window: 4,
         method: Method::Hip(&hip),
         threads: 1,
@@ -399,6 +419,7 @@ fn a_signal_stops_it() {
         consecutive: false,
         rows: &[SparseRow { runs: &row.runs, shown: &[], new_len: 40 }],
         query_block: 16,
+        query_stride: 1,
         scale: 1.0,
         softcap: None,
         sinks: None,

@@ -3,6 +3,7 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvsieve_core::ids::Run;
+use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::isa;
 use kvsieve_core::kernels::search::Shown;
 use kvsieve_core::kernels::sparse::{Scoring, Sparse as Args, SparseRow, attend_sparse};
@@ -27,6 +28,7 @@ use crate::store::Store;
 pub struct Sparse {
     rule: Arc<Rule>,
     query_block: usize,
+    query_stride: usize,
     choices: Mutex<Choices>,
 }
 
@@ -38,12 +40,19 @@ pub struct SparseState {
 }
 
 impl Sparse {
-    fn made(search: Search, (sinks, window): (usize, usize), refresh: Vec<usize>, query_block: usize) -> Result<Self> {
+    fn made(
+        search: Search,
+        (sinks, window): (usize, usize),
+        refresh: Vec<usize>,
+        (query_block, query_stride): (usize, usize),
+    ) -> Result<Self> {
         let rule = Rule::new(search, sinks, window, refresh)?;
-        if query_block == 0 {
-            return Err(Error::OutOfRange { what: "query_block", expected: "at least 1", got: "0".to_string() });
+        for (what, n) in [("query_block", query_block), ("query_stride", query_stride)] {
+            if n == 0 {
+                return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
+            }
         }
-        Ok(Sparse { rule: Arc::new(rule), query_block, choices: Mutex::default() })
+        Ok(Sparse { rule: Arc::new(rule), query_block, query_stride, choices: Mutex::default() })
     }
 
     fn choices(&self) -> MutexGuard<'_, Choices> {
@@ -198,7 +207,8 @@ impl Residents {
 impl Sparse {
     /// HiP: about `budget` tokens in blocks, chosen anew every `refresh` steps.
     #[staticmethod]
-    #[pyo3(signature = (budget, block, representative, sinks, window, refresh, query_block))]
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (budget, block, representative, sinks, window, refresh, query_block, query_stride=1))]
     fn hip(
         budget: usize,
         block: usize,
@@ -207,6 +217,7 @@ impl Sparse {
         window: usize,
         refresh: usize,
         query_block: usize,
+        query_stride: usize,
     ) -> PyResult<Self> {
         for (what, n) in [("budget", budget), ("block", block)] {
             if n == 0 {
@@ -215,12 +226,12 @@ impl Sparse {
         }
         let representative = Representative::parse(representative).map_err(to_py)?;
         let search = Search::Hip(Hip { budget, block, representative });
-        Sparse::made(search, (sinks, window), vec![refresh], query_block).map_err(to_py)
+        Sparse::made(search, (sinks, window), vec![refresh], (query_block, query_stride)).map_err(to_py)
     }
 
     /// InfiniteHiP: stages of (tokens of a chunk, tokens that stay), each with a pace of its own.
     #[staticmethod]
-    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block))]
+    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block, query_stride=1))]
     fn infinite(
         stages: Vec<(usize, usize)>,
         representative: &str,
@@ -228,22 +239,23 @@ impl Sparse {
         window: usize,
         refresh: Vec<usize>,
         query_block: usize,
+        query_stride: usize,
     ) -> PyResult<Self> {
         let stages = stages.into_iter().map(|(chunk, keep)| Stage { chunk, keep }).collect();
         let representative = Representative::parse(representative).map_err(to_py)?;
         let search = Search::Infinite(Infinite::new(stages, representative).map_err(to_py)?);
-        Sparse::made(search, (sinks, window), refresh, query_block).map_err(to_py)
+        Sparse::made(search, (sinks, window), refresh, (query_block, query_stride)).map_err(to_py)
     }
 
     /// Attends the queries of a step, whose tokens the store already holds: `q` `[rows, heads, queries, channels]`, `out` `[rows,
     /// queries, heads, channels]`, `lse` `[rows, heads, queries]`. Returns how many representative keys were scored and how many keys
-    /// were attended to, over all heads.
+    /// were attended to, over all heads. With `chunk` many queries at a time, which is for prompts: equal but for the order of sums.
     ///
     /// In the raw frame the search scores keys where the step shows them; if `relative`, all at the distance of the window, which costs
     /// no rotation of keys. With `consecutive` what a head keeps is shown without gaps, ending at the query; that needs `relative`.
     #[pyo3(signature = (
         store, q, step, scale, softcap, sinks, out, lse=None, threads=1, rope=None, apply_factor=false, relative=false,
-        consecutive=false
+        consecutive=false, chunk=false
     ))]
     #[allow(clippy::too_many_arguments)]
     fn attend(
@@ -262,6 +274,7 @@ impl Sparse {
         apply_factor: bool,
         relative: bool,
         consecutive: bool,
+        chunk: bool,
     ) -> PyResult<(u64, u64)> {
         let step = &step.inner;
         let scoring = scoring(step.frame, relative, consecutive).map_err(to_py)?;
@@ -309,15 +322,16 @@ impl Sparse {
                 consecutive,
                 rows: &row_list,
                 query_block,
+                query_stride: self.query_stride,
                 scale,
                 softcap,
                 sinks,
                 threads,
                 level,
             };
-            let run = |choices: &mut [Choice]| {
-                attend_sparse(arena, &self.rule, choices, &args, out, lse, &|| signals.arrived())
-            };
+            let attend = if chunk { attend_chunk } else { attend_sparse };
+            let run =
+                |choices: &mut [Choice]| attend(arena, &self.rule, choices, &args, out, lse, &|| signals.arrived());
             self.choices().forward(rows, run)
         });
         done.map(|work| (work.searched, work.read)).map_err(|err| signals.error(err))
@@ -362,7 +376,12 @@ impl Sparse {
     fn fork(&self, py: Python<'_>) -> Sparse {
         let mut choices = Choices::default();
         choices.return_to(self.with(py, |mine| mine.rows().to_vec()));
-        Sparse { rule: Arc::clone(&self.rule), query_block: self.query_block, choices: Mutex::new(choices) }
+        Sparse {
+            rule: Arc::clone(&self.rule),
+            query_block: self.query_block,
+            query_stride: self.query_stride,
+            choices: Mutex::new(choices),
+        }
     }
 
     /// What a row last chose, for each key-value head: stretches `[n, 2]`, the end of what was searched, keys scored, and rounds. Empty

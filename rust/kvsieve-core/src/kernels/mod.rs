@@ -4,6 +4,7 @@
 //! checked before anything is written, so a refused call leaves everything as it was.
 
 pub mod attend;
+pub mod chunk;
 pub mod isa;
 pub mod merge;
 pub mod read;

@@ -88,11 +88,18 @@ pub struct Search<'a> {
     /// `None` to score keys as they lie.
     pub turn: Option<Turn<'a>>,
     pub blocks: &'a [QueryBlock<'a>],
+    /// Of a query block, every so many queries are scored, counted back from its last one.
+    pub query_stride: usize,
     /// A query does not score the keys that its window shows anyway.
     pub window: usize,
     pub method: Method<'a>,
     pub threads: usize,
     pub level: Level,
+}
+
+/// Of `count` queries, the first that is scored, and the end; from there by `stride`.
+pub(super) fn sampled(count: usize, stride: usize) -> Range<usize> {
+    count.saturating_sub(1) % stride..count
 }
 
 /// Runs of residents, for looking up where one lies.
@@ -430,8 +437,9 @@ struct Scorer<'a> {
     width: usize,
     num_queries: usize,
     group: usize,
-    /// Keys from here on are not seen by the first query, the next by neither the second, and so on.
+    /// Keys from here on are not seen by the first query, after as many more as the stride not by the second, and so on.
     edge: i64,
+    stride: usize,
     kernel: Kernel,
     scratch: &'a mut Scratch,
 }
@@ -469,7 +477,8 @@ impl Scorer<'_> {
         }
         if stretches.iter().any(|s| i64::from(s.end) > self.edge) {
             for i in stretches.iter().flat_map(Clone::clone) {
-                seen_from.push((i64::from(i) + 1 - self.edge).max(0) as u32 * self.group as u32);
+                let hidden = (i64::from(i) + 1 - self.edge).max(0) as usize;
+                seen_from.push((hidden.div_ceil(self.stride) * self.group) as u32);
             }
             seen_from.resize(whole, seen_from[count - 1]);
         }
@@ -626,11 +635,14 @@ fn run_unit(
     let dim = arena.key_dim();
     let width = dim.next_multiple_of(32);
     SCRATCH.with_borrow_mut(|scratch| {
-        let num_queries = block.columns.len() * group;
+        let scored = sampled(block.columns.len(), args.query_stride);
+        let offset = scored.start;
+        let num_queries = scored.len().div_ceil(args.query_stride) * group;
+        let at = |i: usize| block.columns.start + offset + i * args.query_stride;
         scratch.queries.clear();
         scratch.queries.resize(num_queries * width, 0.0);
         for (i, to) in scratch.queries.chunks_exact_mut(width).enumerate() {
-            let from = args.q.row(block.row, head * group + i % group, block.columns.start + i / group);
+            let from = args.q.row(block.row, head * group + i % group, at(i / group));
             widen(from, arena.dtype(), &mut to[..dim]);
         }
         if let Some(turn) = &args.turn {
@@ -654,7 +666,8 @@ fn run_unit(
             width,
             num_queries,
             group,
-            edge: block.first as i64 + 1 - args.window as i64,
+            edge: (block.first + offset) as i64 + 1 - args.window as i64,
+            stride: args.query_stride,
             kernel,
             scratch,
         };
@@ -733,6 +746,9 @@ fn check(arena: &Arena, args: &Search<'_>, num_inputs: usize) -> Result<usize> {
             let got = format!("row {}, columns {:?}", block.row, block.columns);
             return Err(Error::Shape { what: "query block", expected, got });
         }
+    }
+    if args.query_stride == 0 {
+        return Err(Error::OutOfRange { what: "query_stride", expected: "at least 1", got: "0".to_string() });
     }
     let starts_late = matches!(args.method, Method::Infinite(_, start) if start > 0);
     if num_inputs != args.blocks.len() * kv_heads && (num_inputs > 0 || starts_late) {

@@ -54,6 +54,8 @@ pub struct Sparse<'a> {
     /// Queries that share a choice: those of equal `position / query_block`, so that it does not matter how a text is cut into steps
     /// at multiples of it.
     pub query_block: usize,
+    /// Of a query block, every so many queries are scored, counted back from its last one.
+    pub query_stride: usize,
     pub scale: f32,
     pub softcap: Option<f32>,
     pub sinks: Option<&'a [f32]>,
@@ -167,8 +169,10 @@ pub fn attend_sparse(
     if let Some(lse) = lse.as_deref() {
         check_len("lse", lse.len(), rows * heads * columns)?;
     }
-    if args.query_block == 0 {
-        return Err(Error::OutOfRange { what: "query_block", expected: "at least 1", got: "0".to_string() });
+    for (what, n) in [("query_block", args.query_block), ("query_stride", args.query_stride)] {
+        if n == 0 {
+            return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
+        }
     }
     let mut layouts = Vec::with_capacity(rows);
     for row in args.rows {
@@ -212,7 +216,7 @@ pub fn attend_sparse(
     Ok(work)
 }
 
-fn fill_zero(out: &mut ElemsMut<'_>) {
+pub(super) fn fill_zero(out: &mut ElemsMut<'_>) {
     match out {
         ElemsMut::F32(x) => x.fill(0.0),
         ElemsMut::Bits(x) => x.fill(0),
@@ -274,8 +278,9 @@ fn round(
             Chooses::Hip(hip) => Method::Hip(hip),
             Chooses::Infinite(infinite) => Method::Infinite(infinite, stage),
         };
-        let Sparse { q, threads, level, .. } = *args;
-        let search = Search { q, turn: turn(args), blocks: &asked, window: rule.window, method, threads, level };
+        let Sparse { q, query_stride, threads, level, .. } = *args;
+        let search =
+            Search { q, turn: turn(args), blocks: &asked, query_stride, window: rule.window, method, threads, level };
         let found = search_unless(arena, &search, &mut inputs, stop)?;
         work.searched += found.iter().map(|chosen| chosen.reads).sum::<u64>();
         let (mut found, mut inputs) = (found.into_iter(), inputs.into_iter());
