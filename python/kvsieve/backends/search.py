@@ -7,7 +7,8 @@ that share one choice. ``S`` sinks and a window of ``W`` tokens are always read,
     score(t) = max over the query heads of a KV head's group, and the sampled queries with t <= p_i - W, of q . k_t  else -inf
     kept(t)  = 0 <= p_i - t, and (t < S, or p_i - t < W, or t in a chosen block)
 
-Sampled are the last query and every ``stride``-th before it. One choice for each KV head. A region within the budget is chosen whole, without reading a key: attention is then exact.
+Sampled are the last query and every ``stride``-th before it. One choice for each KV head. A region within the budget is chosen
+whole, without reading a key: attention is then exact.
 
 *HiP* (Lee et al., ICLR 2025) is a beam search of ``m`` nodes over an implicit binary tree of blocks:
 
@@ -30,8 +31,8 @@ Where this departs from the papers, or decides what they leave open:
 * One choice for a KV head, by the maximum over its group; HiP's is for a query head. Keys are then read once for the group.
 * Boundaries are integer floors and half-open. HiP's rounding rule is not given.
 * The last block or chunk of a region may be shorter than the others. Blocks are counted from the region's start.
-* Sampled queries are counted back from a block's last one, which alone sees the whole region: HiP's sub-sampling of queries, where a
-  block that a chunk cuts short is sampled too.
+* Sampled queries are counted back from the last of a block, which alone sees the whole region: HiP's sub-sampling, where also a
+  block that a chunk cuts short has its last query sampled.
 * Equal scores: the earlier block wins. A key of NaN, or one that no query of the block may see, scores -inf; a block that scores
   -inf is never chosen, so a choice may be smaller than the budget.
 * Scores are raw products: neither the scale nor a soft cap changes an order. No sigmoid (it ties great logits); a product of 0 is a
