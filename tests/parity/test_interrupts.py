@@ -90,6 +90,33 @@ def test_attend_stops_at_a_signal(bell: None, threads: int) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals that a process may send itself")
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_searching_chunk_stops_at_a_signal(bell: None, threads: int) -> None:
+    heads, dim, tokens = 8, 128, 4096
+    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    store = _core.Store(heads, dim, dim, "float32")
+    ones = np.ones((1, heads, tokens, dim), np.float32)
+    step = planner.begin([tokens], tokens, True, False)
+    store.append(ones, ones, step)
+    rule = {"budget": 512, "block": 8, "representative": "centre", "sinks": 4, "window": 512, "refresh": 8, "query_block": 64}
+    sparse = _core.Sparse.hip(**rule)
+    out = np.empty((1, tokens, heads, dim), np.float32)
+
+    def call() -> None:
+        out.fill(7)
+        sparse.reset()
+        sparse.attend(store, ones, step, 0.01, None, None, out, None, threads, chunk=True)
+
+    call()
+    np.testing.assert_allclose(out, 1, rtol=1e-5)
+    assert len(sparse.choice(0)) == heads
+    assert rung_inside(call, lambda: sparse.choice(0) != [])
+    assert sparse.choice(0) == []
+    call()
+    np.testing.assert_allclose(out, 1, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals that a process may send itself")
 def test_surprisal_stops_at_a_signal(bell: None) -> None:
     logits, ids = np.zeros((512, 1 << 18), np.float32), np.zeros(512, np.int64)
     got: list[Any] = []

@@ -57,7 +57,7 @@ class Naive:
         else:
             assert self.found is not None
             lo, hi = self.found.lo, self.found.hi
-        scores = group_scores(q, self.k, positions, rule["window"])
+        scores = group_scores(q, self.k, positions, rule["window"], rule.get("query_stride", 1))
         if self.kind == "hip":
             self.found = hip_search(scores, lo, hi, rule["budget"], rule["block"], rule["representative"])
         else:
@@ -127,6 +127,7 @@ def test_rust_is_the_specification(kind: str, dtype: torch.dtype) -> None:
         rule = dict(HIP if kind == "hip" else INFINITE)
         rule["sinks"], rule["window"] = rng.choice([0, 3, 5]), rng.choice([0, 1, 9, 40])
         rule["query_block"] = rng.choice([1, 8, 16])
+        rule["query_stride"] = rng.choice([1, 1, 3, 4, 16])
         if kind == "hip":
             rule["representative"] = ("centre", "first", "last", "oracle")[seed % 4]
             rule["block"], rule["budget"], rule["refresh"] = (
@@ -335,7 +336,7 @@ class TestState:
 class TestErrors:
     @pytest.mark.parametrize(
         "change",
-        [{"budget": 0}, {"block": 0}, {"representative": "middle"}, {"refresh": 0}, {"query_block": 0}],
+        [{"budget": 0}, {"block": 0}, {"representative": "middle"}, {"refresh": 0}, {"query_block": 0}, {"query_stride": 0}],
     )
     def test_hip(self, change: dict[str, Any]) -> None:
         with pytest.raises(PolicyError):

@@ -4,10 +4,11 @@ Keys ``0..n`` of one row in text order, a key's index being its true position; q
 that share one choice. ``S`` sinks and a window of ``W`` tokens are always read, so the search is over the *region* between them:
 
     region   = [S, max p_i + 1 - W)
-    score(t) = max over the query heads of a KV head's group, and the queries with t <= p_i - W, of q . k_t          else -inf
+    score(t) = max over the query heads of a KV head's group, and the sampled queries with t <= p_i - W, of q . k_t  else -inf
     kept(t)  = 0 <= p_i - t, and (t < S, or p_i - t < W, or t in a chosen block)
 
-One choice for each KV head. A region within the budget is chosen whole, without reading a key: attention is then exact.
+Sampled are the last query and every ``stride``-th before it. One choice for each KV head. A region within the budget is chosen
+whole, without reading a key: attention is then exact.
 
 Keys that are stored before their rotation (the raw frame; a key's index is then its number among the residents, whatever its true
 position) can be scored in two ways, and read in two:
@@ -39,6 +40,8 @@ Where this departs from the papers, or decides what they leave open:
 * One choice for a KV head, by the maximum over its group; HiP's is for a query head. Keys are then read once for the group.
 * Boundaries are integer floors and half-open. HiP's rounding rule is not given.
 * The last block or chunk of a region may be shorter than the others. Blocks are counted from the region's start.
+* Sampled queries are counted back from the last of a block, which alone sees the whole region: HiP's sub-sampling, where also a
+  block that a chunk cuts short has its last query sampled.
 * Equal scores: the earlier block wins. A key of NaN, or one that no query of the block may see, scores -inf; a block that scores
   -inf is never chosen, so a choice may be smaller than the budget.
 * Scores are raw products: neither the scale nor a soft cap changes an order. No sigmoid (it ties great logits); a product of 0 is a
@@ -122,7 +125,9 @@ def region(positions: Sequence[int], sinks: int, window: int) -> tuple[int, int]
     return min(sinks, hi), hi
 
 
-def group_scores(q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], window: int) -> npt.NDArray[np.float64]:
+def group_scores(
+    q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], window: int, stride: int = 1
+) -> npt.NDArray[np.float64]:
     """Score of each key for each KV head: float64 ``[Hkv, n]``.
 
     Args:
@@ -130,15 +135,22 @@ def group_scores(q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], win
         k: ``[Hkv, n, D]``; key ``t`` has true position ``t``.
         positions: true positions of the ``m`` queries.
         window: a query does not score keys that its window shows anyway.
+        stride: only every so many queries score, counted back from the last.
 
     Raises:
+        PolicyError: a stride below 1.
         ShapeError: tensors that do not fit together.
     """
+    if stride < 1:
+        raise PolicyError(f"stride must be at least 1, got {stride}")
     if q.ndim != 3 or k.ndim != 3 or q.shape[0] % k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] != len(positions):
         raise ShapeError(
             f"expected queries [heads, {len(positions)}, D] and keys [kv heads, n, D], got {list(q.shape)} and {list(k.shape)}"
         )
     group = q.shape[0] // k.shape[0]
+    if positions:
+        first = (len(positions) - 1) % stride
+        q, positions = q[:, first::stride], positions[first::stride]
     logits = q.double() @ k.double().repeat_interleave(group, 0).transpose(-1, -2)
     at = torch.tensor(list(positions))[:, None]
     hidden = torch.arange(k.shape[1])[None, :] > at - window

@@ -18,8 +18,8 @@ def attend_chunk(
 ) -> torch.Tensor:
     """Attends the step's queries, many at a time, to what ``sparse`` chooses among the tokens that ``core`` already holds.
 
-    The same choices as :meth:`Sparse.attend` wherever scores are equal, and the same answer but for the order of sums; with bfloat16
-    on machines that multiply pairs of it, weights are rounded to it too. What a later single query finds chosen is the same as well.
+    The same choices as :meth:`Sparse.attend` wherever scores are equal, and the same answer but for the order of sums; with
+    bfloat16 on machines that multiply pairs of it, weights are rounded to it too. A later single query finds the same choice.
 
     Args:
         core: the layer's store, the step's tokens appended.
