@@ -238,16 +238,24 @@ def uneven(device: torch.device) -> None:
 
 
 def filled(rule: Any, tokens: int, device: torch.device, dtype: torch.dtype = torch.float32, size: int = 16) -> Searching:
-    """A row of one key-value head that holds ``tokens - 1`` random tokens, and whose next query is its last token."""
+    """A row of one key-value head that holds ``tokens - 1`` random tokens; its next one is the last."""
     tested = Searching(rule, 1, 1, 1, size, dtype, device)
     tested.planner.restore(tokens - 1, [(tokens - 1, [(list(range(tokens - 1)), [0.0] * (tokens - 1))])])
     tested.store = tested.backend.make_store(*(torch.zeros(1, 1, 1, size, dtype=dtype, device=device) for _ in "kv"))
     tested.store.reserve(sorted({block for block, _, _ in tested.planner.runs(0, 0)}))
     for slab in tested.store._slabs.values():
         for x in slab:
-            x.normal_()
-    tested.run(*tested.draw(1))
+            x.copy_(torch.randint(-16, 17, x.shape, device=device) / 8)
     return tested
+
+
+def one_query(rule: Any, tokens: int, device: torch.device) -> None:
+    """A row whose only query is its last token."""
+    torch.manual_seed(0)
+    tested = filled(rule, tokens, device)
+    row, (k, v) = tested.rows[0], tested.store.read(tested.planner.runs(0, 0))
+    row.k, row.v, row.seen = k.cpu().double(), v.cpu().double(), tokens - 1
+    tested.feed(1)
 
 
 READS = {
@@ -266,6 +274,7 @@ def reads(kind: str, tokens: int, device: torch.device) -> None:
         rule, read = infinite(sinks=256, window=1024, stages=((256, 32768), (32, 8192), (8, 2048)), refresh=(16, 8, 4)), 3328
         want = READS[kind][tokens]
     tested = filled(rule, tokens, device)
+    tested.run(*tested.draw(1))
     assert tested.search.work == (want[0], read)
     ((_, *counted),) = tested.search.choice(0)
     assert tuple(counted) == want

@@ -142,9 +142,8 @@ __device__ __forceinline__ Threshold kth_best(const volatile u32* ranks, int num
     u32 prefix = 0, mask = 0;
 #pragma unroll 1
     for (int shift = 24; shift >= 0; shift -= 8) {
-        __syncthreads();  // the pass before, and whatever wrote the ranks
         histogram[tid] = 0;
-        __syncthreads();
+        __syncthreads();  // and whatever wrote the ranks
         for (int i = tid; i < num; i += kSearchers) {
             const u32 rank = ranks[i];
             if ((rank & mask) == prefix) atomicAdd(&histogram[rank >> shift & 255u], 1u);
@@ -342,8 +341,7 @@ hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __
     const Node* last = nodes + now * kNodes;
     const u32 count = each_best(scores + now * kNodes, width, Threshold{kUnseen, 0}, counts,
                                 [&](int i, u32 n) { to[4 + n] = mine.lo + last[i].lo * block; });
-    __syncthreads();
-    if (tid == 0) {
+    if (tid == 0) {  // `each_best` has waited for everybody's reads
         *(Chosen*)to = Chosen{int(count), int(tally[2]), rounds, 0};
         *reads_to = int(tally[2]);
     }
@@ -447,13 +445,12 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     }
     reads = warp_sum(reads);
     if (lane == 0) atomicAdd(&tally[0], u32(reads));
+    // The ranks are out before this thread block counts itself; the last one looks at them only after it has counted.
+    if (splits > 1) __threadfence();
     __syncthreads();
     u32 total = tally[0];
     if (splits > 1) {
-        // The ranks are out before this thread block counts itself; the last one looks at them only after it has counted.
         volatile u32* arrived = arrivals + 2 * which;
-        __threadfence();
-        __syncthreads();
         if (tid == 0) {
             atomicAdd((u32*)arrived + 1, total);
             __threadfence();
@@ -462,9 +459,8 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         __syncthreads();
         if (tally[1] != u32(splits - 1)) return;
         __threadfence();
-        total = arrived[1];
-        __syncthreads();
         if (tid == 0) {
+            total = arrived[1];
             arrived[0] = 0;
             arrived[1] = 0;
         }
