@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import emulator
@@ -21,11 +22,13 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
-    """The emulated backend; it pretends four multiprocessors, so that keys and chunks are split."""
+def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
+    """The emulated backend. It pretends four multiprocessors, so that keys and chunks are split; memory is nan until it is written."""
     made = emulator.Emulator(processors=4)
     emulator.install(monkeypatch, made)
-    return made
+    torch.use_deterministic_algorithms(True)
+    yield made
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.mark.parametrize("case", search_cases.cases(CPU, 2), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[-1]}")
@@ -38,6 +41,31 @@ def test_other_dtypes_and_sizes(dtype: torch.dtype, size: int) -> None:
     tested = Searching(hip(budget=16, refresh=2, window=4), 1, 1, 4, size, dtype)
     for width in (70, 1, 1, 3):
         tested.feed(width)
+
+
+@pytest.mark.parametrize("rule", [hip(), infinite()], ids=["hip", "infinite"])
+def test_from_the_first_token_and_rows_that_begin_later(rule: Any) -> None:
+    tested = Searching(rule, 2, 1, 3, 16)
+    for width, lens in ((1, [1, 1]), (1, [1, 1]), (3, [3, 3]), (20, [20, 0]), (90, [0, 90]), (1, [1, 1])):
+        tested.feed(width, lens)
+    tested = Searching(rule, 2, 1, 3, 16)
+    for width, lens in ((20, [20, 0]), (70, [70, 3]), (1, [1, 1])):
+        tested.feed(width, lens)
+
+
+@pytest.mark.parametrize("rule", [hip(query_block=4), infinite(query_block=4)], ids=["hip", "infinite"])
+def test_more_blocks_of_queries_than_a_launch_takes(
+    rule: Any, monkeypatch: pytest.MonkeyPatch, launcher: emulator.Emulator
+) -> None:
+    tested = Searching(rule, 2, 1, 3, 16)
+    tested.feed(150)
+    monkeypatch.setattr(kernels, "BAND", 5)
+    monkeypatch.setattr(kernels, "SCRATCH", 4 * 3 * 40)
+    launcher.launches = []
+    tested.feed(41)
+    grids = [grid for module, grid, *_ in launcher.launches if module.file in ("search.cu", "sparse.cu")]
+    assert max(z for _, _, z in grids) == 5
+    assert len(grids) > 8
 
 
 def test_residents_in_pieces_of_blocks() -> None:

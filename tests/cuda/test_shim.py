@@ -121,6 +121,7 @@ def succeeds(run: Callable[[emulator.Emulator], None], launcher: emulator.Emulat
     child = os.fork()
     if child == 0:
         faulthandler.disable()
+        torch.set_num_threads(1)  # the parent's other threads are not here
         seconds = int(time.process_time()) + 30
         resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))  # or walk in circles
         try:
