@@ -440,7 +440,7 @@ def searches(b: Bench) -> dict[str, Any]:
 
 def sparse_row(b: Bench, held: Dense, rule: Any) -> dict[str, Any]:
     """Error against attention over what was chosen; then the time of each kind of step, and of the rule's mixture of them."""
-    from kvsieve.backends.sparse import Choice
+    from kvsieve.backends.cuda_search import Choice
 
     shape, found = (b.kv_heads, b.dim), [held.backend.make_search(rule) for _ in held.stores]
     asked = held.backend.plan(held.step, b.device).rows()

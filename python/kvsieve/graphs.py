@@ -51,8 +51,8 @@ class GraphDecoder:
 
     Raises:
         StateError: if the stream has seen nothing yet, or verifies candidates.
-        UnsupportedError: for another backend, a memory read by top-k or by a search, a rule per head, SirLLM's published score, or
-            layers with caches of their own; at the first token, for a policy that packs by queries and had too few in the prompt.
+        UnsupportedError: for another backend, a memory read by top-k, a rule per head, SirLLM's published score, or layers with
+            caches of their own; at the first token, for a policy that packs by queries, of which the prompt had too few.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -63,8 +63,6 @@ class GraphDecoder:
             raise UnsupportedError("a memory read by top-k is chosen on the host's side of each layer; decode it without a graph")
         if engine.observer is not None:
             raise UnsupportedError("a rule per head looks at each layer's queries on the host's side; decode it without a graph")
-        if engine.backend.searches:
-            raise UnsupportedError("when to search again is decided on the host at each step; decode it without a graph")
         if engine.own_layers:
             raise UnsupportedError("this model has sliding layers whose own caches grow and shrink; decode it without a graph")
         if engine.scorer is not None and engine.scorer._published:

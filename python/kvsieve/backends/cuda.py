@@ -29,7 +29,7 @@ from kvsieve.backends.masses import of_chunk, of_items
 from kvsieve.backends.parts import Columns, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, pick
-from kvsieve.backends.sparse import CudaSearch, StepRows
+from kvsieve.backends.cuda_search import CudaSearch, StepRows
 from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, ShapeError, StateError, UnsupportedError
 
@@ -1100,7 +1100,7 @@ class CudaBackend:
         return CudaStore(self, k, v)
 
     def make_search(self, rule: Any) -> CudaSearch:
-        """One layer's search for one stream, by a rule such as a role gives (see :class:`kvsieve.backends.sparse.Rule`).
+        """One layer's search for one stream, by a rule such as a role gives (see :class:`kvsieve.backends.schedule.Rule`).
 
         Raises:
             PolicyError: numbers that cannot be right.
