@@ -14,6 +14,7 @@ __all__ = [
     "Planner",
     "Rope",
     "Sparse",
+    "SparseState",
     "Step",
     "Store",
     "__version__",
@@ -156,6 +157,8 @@ class Store:
     def bytes(self) -> int: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
     def append(self, k: npt.NDArray[Any], v: npt.NDArray[Any], step: Step) -> None: ...
     def apply(self, moves: Moves) -> None: ...
     def attend(
@@ -224,10 +227,25 @@ class Sparse:
     """One layer's searching attention: the rule, and what each row has chosen."""
 
     @staticmethod
-    def hip(budget: int, block: int, representative: str, sinks: int, window: int, refresh: int, query_block: int) -> Sparse: ...
+    def hip(
+        budget: int,
+        block: int,
+        representative: str,
+        sinks: int,
+        window: int,
+        refresh: int,
+        query_block: int,
+        query_stride: int = 1,
+    ) -> Sparse: ...
     @staticmethod
     def infinite(
-        stages: list[tuple[int, int]], representative: str, sinks: int, window: int, refresh: list[int], query_block: int
+        stages: list[tuple[int, int]],
+        representative: str,
+        sinks: int,
+        window: int,
+        refresh: list[int],
+        query_block: int,
+        query_stride: int = 1,
     ) -> Sparse: ...
     def attend(
         self,
@@ -240,9 +258,24 @@ class Sparse:
         out: npt.NDArray[Any],
         lse: npt.NDArray[np.float32] | None = None,
         threads: int = 1,
+        rope: Rope | None = None,
+        apply_factor: bool = False,
+        relative: bool = False,
+        consecutive: bool = False,
+        chunk: bool = False,
     ) -> tuple[int, int]: ...
     def reset(self) -> None: ...
-    def choice(self, row: int) -> list[tuple[npt.NDArray[np.int64], int, int]]: ...
+    def undo(self) -> None: ...
+    def commit(self) -> None: ...
+    def select_rows(self, rows: list[int]) -> None: ...
+    def state(self) -> SparseState: ...
+    def return_to(self, state: SparseState) -> None: ...
+    def fork(self) -> Sparse: ...
+    def choice(self, row: int) -> list[tuple[npt.NDArray[np.int64], int, int, int]]: ...
+
+@final
+class SparseState:
+    """What the rows of a searching attention have chosen at some time."""
 
 def keep_surprisal(scores: npt.NDArray[np.float32], sinks: int, recent: int, budget: int, protected_tail: int = 0) -> list[int]: ...
 def keep_surprisal_published(

@@ -108,6 +108,7 @@ def _add_bench(commands: Any) -> None:
     for table, what in (
         ("attend", "one layer's decode attention: ours, generate's own, the best that torch can do"),
         ("decode", "whole tokens of a model of SmolLM2-135M's shape, full cache and budgets"),
+        ("search", "one layer's decode attention over a long text: HiP and InfiniteHiP beside all keys"),
         ("prefill", "one layer's attention of a chunk of queries; windows, whose time is linear"),
     ):
         one = tables.add_parser(table, help=what)

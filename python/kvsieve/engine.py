@@ -12,17 +12,20 @@ The control plane (`_core.Planner`) is two-phase: until `commit` nothing was dec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from kvsieve import _core
-from kvsieve.backends import AttendCall, Backend, Choosy, Store, give_back
+from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
 from kvsieve.budget import BLOCK
+from kvsieve.critical import uninterrupted
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
-from kvsieve.roles import Residents, TopKTokens
+from kvsieve.roles import All, Consecutive, Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -37,7 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
-_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]], Any]"
+_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]], Any, dict[int, Any]]"
 
 
 MAX_CANDIDATES = 16
@@ -54,6 +57,17 @@ class Engine:
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.packer = make_packer(policy.packs, facts.layers, raw=frame == "raw")
         self.observer = Observer.of(policy, facts.bytes_per_token)
+        if self.observer is not None:
+            self.observer.all_layers = self._all_layers
+        self.search = policy.searches
+        self.searches: dict[int, Search] = {}
+        """Of each layer that has searched, what its rows have chosen."""
+        self.searching = False
+        """Whether the last forward searched, in the layers that do."""
+        self.beyond = False
+        """Whether what it read stood side by side, because the text is longer than the model was trained for."""
+        self._read: list[npt.NDArray[np.int64]] = []
+        self._searched: set[int] = set()
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
@@ -61,6 +75,8 @@ class Engine:
         self.stepped: list[torch.Tensor] = []
         self._marks: list[_State] = []
         self.hidden: torch.Tensor | None = None
+        self.broken: str | None = None
+        """What went wrong half-way through a change that all layers must make together; the stream is then of no use."""
         self._layers = {layer.index: layer for layer in facts.layers}
         if isinstance(backend, Choosy) and planner is None:
             for layer in facts.layers:
@@ -104,6 +120,10 @@ class Engine:
         tensors = (t for layer in self.own_layers for t in (layer.keys, layer.values) if t is not None)
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
+    def read_positions(self, row: int) -> npt.NDArray[np.int64]:
+        """Positions of the tokens that a row held when the last forward read them."""
+        return self._read[row] if row < len(self._read) else self.planner.positions(0, row)
+
     # -------------------------------------------------------------------------------------------------------------- one forward
 
     def expect(self, ids: torch.Tensor | None) -> None:
@@ -122,7 +142,7 @@ class Engine:
         """
         if not self.recording or self.stepping or not isinstance(kept_logits, int) or not 1 <= kept_logits <= width:
             return False
-        if self.observer is not None:
+        if self.observer is not None or (self.search is not None and self.resident + width > self.search.dense_until):
             return True
         if self.packer is not None and self.packer.may_act(self.planner, width, width > kept_logits):
             return True
@@ -139,19 +159,32 @@ class Engine:
         tail = None if self.scorer is None else self.scorer.tail
         packed = None if self.packer is None else self.packer.state()
         observed = [] if self.observer is None else list(self.observer.rows)
-        return self.planner.fork(), tail, observed, [(layer, dict(vars(layer))) for layer in self.own_layers], packed
+        own = [(layer, dict(vars(layer))) for layer in self.own_layers]
+        return self.planner.fork(), tail, observed, own, packed, self._chosen()
 
     def return_to(self, state: _State, own_layers: bool = True) -> None:
         """Make ``state`` the present."""
-        self.planner, tail, observed, layers, packed = state
+        self.planner, tail, observed, layers, packed, chosen = state
         if self.scorer is not None:
             self.scorer.tail = tail
         if self.observer is not None:
             self.observer.rows = list(observed)
         if self.packer is not None:
             self.packer.return_to(packed)
+        self._choose_again(chosen)
         if own_layers:
             _put_back(layers)
+
+    def _chosen(self) -> dict[int, Any]:
+        return {index: search.state() for index, search in self.searches.items()}
+
+    def _choose_again(self, chosen: dict[int, Any]) -> None:
+        """Return to what was chosen then; layers that had not chosen choose anew."""
+        for index, search in self.searches.items():
+            if index in chosen:
+                search.return_to(chosen[index])
+            else:
+                search.reset()
 
     def mark(self) -> None:
         """Remember this state, for a `crop` that goes back to it."""
@@ -165,6 +198,7 @@ class Engine:
         """The decoder begins. Undo a forward that died; let go of what the last one left because it was being verified."""
         if self.replaying:
             return
+        self._check_whole()
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
         if self._step is not None or self._undo:
@@ -187,6 +221,9 @@ class Engine:
         if self._step is not None:
             self._step = None
             self.planner.rollback()
+        for index in self._searched:
+            self.searches[index].undo()
+        self._searched.clear()
         _put_back(self._undo)
         self._undo = []
 
@@ -222,10 +259,24 @@ class Engine:
         if self.packer is not None:
             self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
-        call = AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k)
+        rope = facts.rope if self.policy.moves else None
+        by_content = self.frame == "raw" and (self.beyond or not isinstance(self.policy.memories[0].place, Consecutive))
+        call = AttendCall(scale, softcap, sinks, rope, top_k, by_content, self.beyond)
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
+        if self.searching and (search := self._search_of(layer.index)) is not None:
+            self._searched.add(layer.index)
+            return store.run_sparse(q, k, v, step, call, search)
         return store.run(q, k, v, step, call)
+
+    def _search_of(self, index: int) -> Search | None:
+        """The choices of layer ``index``; None if it reads everything."""
+        rule = None if self.search is None else self.search.for_layer(index, self.beyond)
+        if rule is None:
+            return None
+        if index not in self.searches:
+            self.searches[index] = self.backend.make_search(rule)
+        return self.searches[index]
 
     def make_store(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Store:
         """An empty store for layer ``index``, for keys and values like these (``[B, Hkv, q, D]``)."""
@@ -241,7 +292,8 @@ class Engine:
             return
         self.hidden = hidden
         if not self._whole_model and self._step is not None:
-            self._commit()
+            with uninterrupted():
+                self._commit()
 
     def complete(self, logits: torch.Tensor) -> None:
         """The causal LM returned ``logits`` ``[B, r, V]`` of its last ``r`` columns."""
@@ -252,11 +304,13 @@ class Engine:
         if self._step is None:
             return
         if self.scorer is None or self._ids is None or hidden is None:
-            self._commit()
+            with uninterrupted():
+                self._commit()
             return
         scores, tail = self.scorer.score(self._ids, hidden, logits, self._step.new_lens, keep_rows=self.recording)
-        self._commit(scores)
-        self.scorer.tail = tail
+        with uninterrupted():
+            self._commit(scores)
+            self.scorer.tail = tail
 
     def _open(self, q: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
         batch, width = q.shape[0], q.shape[2]
@@ -274,6 +328,15 @@ class Engine:
             self.pack(prompt_ended=self.packer.reading)
         parts = getattr(self.backend, "wants_parts", False) or self._selects
         store_all = self.scorer is not None or width <= 16 or len(self.policy.memories) > 1 or self.recording
+        if self.search is not None:
+            store_all = True
+            held = [self.planner.resident(0, row) if self.num_rows else 0 for row in range(len(lens))]
+            longest = max(old + new for old, new in zip(held, lens))
+            self.searching = longest > self.search.dense_until
+            place = self.policy.memories[0].place
+            if isinstance(place, Consecutive):
+                after = self.facts.trained_length if place.after is None else place.after
+                self.beyond = after is not None and longest > after
         self._step = self.planner.begin(lens, width, store_all, parts)
         return self._step
 
@@ -281,6 +344,7 @@ class Engine:
         """The planned forward is over and its tokens are seen; the caller scores them and lets go."""
         self.planner.commit()
         self._step, self._undo = None, []
+        self._searched.clear()
         self._whole_model, self._ids = False, None
         if self.packer is not None:
             self.packer.commit(reading=False)
@@ -321,6 +385,9 @@ class Engine:
     def _commit(self, scores: list[npt.NDArray[np.float32]] | None = None) -> None:
         """The forward is over: its tokens are seen, and the policy may let go."""
         self.planner.commit()
+        if self.search is not None and not isinstance(self.policy.memories[0].retain_or_default, All):
+            # What is let go below was read all the same.
+            self._read = [self.planner.positions(0, row).copy() for row in range(self.num_rows)]
         if self.observer is not None:
             self.observer.commit()
         for row, values in enumerate(scores or []):
@@ -328,6 +395,7 @@ class Engine:
                 self.planner.set_scores(row, values)
         step, self._step = self._step, None
         self._undo = []
+        self._searched.clear()
         if self.packer is not None and step is not None:
             self.packer.commit(reading=step.num_queries > (MAX_CANDIDATES if self.recording else 1))
         if self.stepping or not self.recording:
@@ -375,9 +443,9 @@ class Engine:
             return
         due = [(row, packer.due(planner, row, prompt_ended)) for row in range(self.num_rows)]
         due = [(row, upto) for row, upto in due if upto > planner.num_packed(row)]
-        packer.reading = packer.reading and not prompt_ended
         if due:
             self._pack(due, [packer.choose(planner, self.stores, row, upto) for row, upto in due], tidy=prompt_ended)
+        packer.reading = packer.reading and not prompt_ended
 
     def restore_packed(self, packed: list[int], reading: bool, saved: dict[str, torch.Tensor]) -> None:
         """Pack again what was packed when the stream was saved: the first ``packed[row]`` tokens of each row."""
@@ -391,21 +459,49 @@ class Engine:
         packer, planner = self.packer, self.planner
         if packer is None:
             return
-        done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
-        moves = planner.tidy() if tidy else None
-        in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
-        for index, store in self.stores.items():
-            packer.run(index, store, done)
-            if moves is not None:
-                store.apply(moves)
-                store.free_unused(in_use, packed_in_use)
+        before, stores = planner.fork(), list(self.stores.items())
+        with uninterrupted():
+            try:
+                done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
+                packer.run(*stores[0], done)
+            except BaseException:
+                # Nothing was taken from anywhere yet. The first layer is the one that may not find room: each gives back more than
+                # the next one needs.
+                self.planner = before
+                raise
+            # Only now may plain blocks go.
+            del before
+            with self._all_layers("packing"):
+                moves = planner.tidy() if tidy else None
+                in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
+                for index, store in stores:
+                    if index != stores[0][0]:
+                        packer.run(index, store, done)
+                    if moves is not None:
+                        store.apply(moves)
+                        store.free_unused(in_use, packed_in_use)
         if tidy:
             give_back()
 
+    @contextmanager
+    def _all_layers(self, what: str) -> Iterator[None]:
+        """A change that all layers must make. Ctrl-C waits until it is made; after any other error the stream is of no use."""
+        with uninterrupted():
+            try:
+                yield
+            except BaseException as error:
+                self.broken = f"{what} failed in the midst of the layers ({type(error).__name__}: {error})"
+                raise
+
+    def _check_whole(self) -> None:
+        if self.broken is not None:
+            raise StateError(f"{self.broken}, so they no longer hold the same tokens; reset this stream, or open another")
+
     def _apply(self, moves: Moves) -> None:
         if len(moves):
-            for store in self.stores.values():
-                store.apply(moves)
+            with self._all_layers("letting go"):
+                for store in self.stores.values():
+                    store.apply(moves)
 
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
@@ -416,6 +512,7 @@ class Engine:
 
     def end_turn(self) -> None:
         """Scores decay, the budget holds exactly, memory is given back."""
+        self._check_whole()
         self.planner.decay([getattr(m.retain_or_default, "decay", 1.0) for m in self.policy.memories])
         self.settle(force=True, turn_ended=True)
         if self.packer is not None:
@@ -464,6 +561,8 @@ class Engine:
             self.observer.select_rows(rows)
         if self.packer is not None:
             self.packer.select_rows(rows)
+        for search in self.searches.values():
+            search.select_rows(rows)
         if self.scorer is not None:
             self.scorer.select_rows(rows)
         if self._offsets is not None:
@@ -473,6 +572,7 @@ class Engine:
         """Forget everything and give all memory back."""
         self._step = None
         self.planner.reset()
+        self.broken = None
         self.free_unused()
         if not self.planner.used_blocks:
             self.stores.clear()
@@ -481,6 +581,9 @@ class Engine:
         if self.observer is not None:
             self.observer.reset()
         self.stop_stepping()
+        self.searches.clear()
+        self._searched.clear()
+        self._read = []
         if self.packer is not None:
             self.packer.reset()
         if self.scorer is not None:
@@ -498,9 +601,14 @@ class Engine:
             child.observer.copy_from(self.observer)
         if self.packer is not None and child.packer is not None:
             child.packer.return_to(self.packer.state())
+        for index, state in self._chosen().items():
+            search = child._search_of(index)
+            if search is not None:
+                search.return_to(state)
         return child
 
     def _idle(self) -> None:
+        self._check_whole()
         if self._step is not None:
             self.rollback()
 

@@ -51,8 +51,8 @@ class GraphDecoder:
 
     Raises:
         StateError: if the stream has seen nothing yet, or verifies candidates.
-        UnsupportedError: for another backend, a memory read by top-k, a rule per head, SirLLM's published score, or layers with
-            caches of their own; at the first token, for a policy that packs by queries, of which the prompt had too few.
+        UnsupportedError: for another backend, a memory read by top-k, a search, a rule per head, SirLLM's published score, or
+            layers with caches of their own; at the first token, for a policy that packs by queries, if the prompt had too few.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -61,6 +61,8 @@ class GraphDecoder:
             raise UnsupportedError(f"a graph needs backend 'cuda', this stream runs on {engine.backend.name!r}")
         if engine._selects:
             raise UnsupportedError("a memory read by top-k is chosen on the host's side of each layer; decode it without a graph")
+        if engine.search is not None:
+            raise UnsupportedError("when a search is due is decided on the host's side of each layer; decode it without a graph")
         if engine.observer is not None:
             raise UnsupportedError("a rule per head looks at each layer's queries on the host's side; decode it without a graph")
         if engine.own_layers:

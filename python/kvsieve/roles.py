@@ -37,6 +37,7 @@ __all__ = [
     "Ceiling",
     "Chain",
     "Codes",
+    "Consecutive",
     "Everything",
     "Fixed",
     "HeavyHitters",
@@ -49,6 +50,7 @@ __all__ = [
     "Policy",
     "Residents",
     "Retain",
+    "Search",
     "Select",
     "Slots",
     "Surprisal",
@@ -313,6 +315,24 @@ class Ceiling(Place):
 
 
 @dataclass(frozen=True)
+class Consecutive(Place):
+    """At its true distance while all that was seen lies within ``after`` tokens, by default the model's trained length.
+
+    Beyond, what a query reads stands side by side, ending at the query, in every layer, and a :class:`Search` compares by content
+    alone, all keys at one distance. The longest row of a batch decides for all. Lee et al., 2025, arXiv 2502.08910.
+    """
+
+    after: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.after is not None:
+            _check_count("after", self.after)
+
+    def spec(self) -> dict[str, Any]:
+        return {"place": "true"}
+
+
+@dataclass(frozen=True)
 class Fixed(Place):
     """Every token at one ``distance``."""
 
@@ -359,6 +379,32 @@ class TopKTokens(Select):
 
     def spec(self) -> dict[str, Any]:
         return {"top_k": self.k}
+
+
+class Search(Select):
+    """What a query reads is searched for, per layer and key-value head: sinks, window and what was found between them.
+
+    Residents are counted in text order; ``sinks`` and ``window`` are counts of residents.
+    """
+
+    kind: ClassVar[str]
+    """``"hip"`` or ``"infinite"``: which search of :mod:`kvsieve.backends.search`."""
+    sinks: int
+    window: int
+    query_block: int
+    """Queries of a prompt that share a choice: those of equal ``position // query_block``."""
+
+    @property
+    def dense_until(self) -> int:
+        """Everything is read while no more tokens than these are resident."""
+        raise NotImplementedError
+
+    def for_layer(self, index: int, beyond: bool = False) -> Search | None:
+        """The rule of layer ``index``; None if the layer reads everything, as none does ``beyond`` the trained length."""
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        return {}
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pack
@@ -584,6 +630,12 @@ class Policy:
         return None if len(roles) > 1 or isinstance(roles[0], Plain) else roles[0]
 
     @property
+    def searches(self) -> Search | None:
+        """The search that decides what queries read; None if there is none."""
+        select = self.memories[0].select
+        return select if isinstance(select, Search) else None
+
+    @property
     def needs_surprisal(self) -> bool:
         """Whether the policy scores tokens by the model's own logits."""
         return any(memory.retain_or_default.needs_surprisal for memory in self.memories)
@@ -629,6 +681,7 @@ class Memory(Policy):
             if part is not None and not isinstance(part, kind):
                 raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
         _check_per_head(self)
+        _check_search(self)
         if self.place_or_default.moves and not self.pack_or_default.keeps_pairs:
             raise PolicyError(
                 f"{self.place!r} shows tokens at other distances, which rotates their keys again, and keys whose channels were "
@@ -695,6 +748,9 @@ def _chain(memories: tuple[Memory, ...]) -> Policy:
             raise PolicyError(
                 f"{memory!r} keeps other tokens for each head, so what it lets go has no one position; it cannot be part of a chain"
             )
+    for memory in memories:
+        if isinstance(memory.select, Search):
+            raise PolicyError(f"{memory!r} searches all that a query may read, so it cannot be one part of a chain")
     for memory in memories[:-1]:
         if isinstance(memory.retain_or_default, All):
             raise PolicyError(f"{memory!r} lets nothing go, so nothing can flow into what follows it; put it last")
@@ -734,6 +790,21 @@ def _check_per_head(memory: Memory) -> None:
             raise PolicyError(
                 f"{memory.retain!r} keeps other tokens for each head, {why}; it goes with {allowed.__name__}, not with {part!r}"
             )
+
+
+def _check_search(memory: Memory) -> None:
+    """Refuse what a search cannot go with."""
+    if isinstance(memory.place, Consecutive) and not isinstance(memory.select, Search):
+        raise PolicyError(f"{memory.place!r} numbers what a search found; it goes with HiP or InfiniteHiP")
+    if not isinstance(memory.select, Search):
+        return
+    if isinstance(memory.retain, Window):
+        raise PolicyError(
+            f"{memory.retain!r} lets the text between its sinks and its window go, which is what {memory.select!r} would search; "
+            "keep everything, or what is most surprising (SirLLM)"
+        )
+    if isinstance(memory.place, (Ceiling, Fixed)):
+        raise PolicyError(f"{memory.select!r} reads tokens at their own distances; it does not go with {memory.place!r}")
 
 
 def _check_count(name: str, value: object, least: int = 0) -> None:

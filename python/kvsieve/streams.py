@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from kvsieve.engine import Engine
     from kvsieve.hf import Attachment, ModelFacts
 
-__all__ = ["Kept", "LayerStats", "Parts", "Stats", "Stream", "stream"]
+__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Parts", "Stats", "Stream", "stream"]
 
 MAX_CHUNK = 512
 """Most prompt tokens fed at a time."""
@@ -111,6 +111,42 @@ class Kept:
 
     positions: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """What one key-value head of one row read last.
+
+    Attributes:
+        read: int64 ``[n, 2]``, stretches ``lo..hi`` of token positions that the newest query read, ascending; pads do not count.
+        found: int64 ``[n, 2]``, what a search found, as it was found: the window may have moved on since.
+        searched: representative keys that its last search scored; 0 where it was not needed.
+        rounds: levels of that search's tree, or its stages.
+    """
+
+    read: npt.NDArray[np.int64]
+    found: npt.NDArray[np.int64]
+    searched: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one full-attention layer read last.
+
+    Attributes:
+        index: the layer's index in the model.
+        dense: whether it read everything.
+        searched: keys scored in the last forward, over all rows, queries and key-value heads.
+        read: keys attended to, likewise; of a dense layer, by the newest query of each row.
+        rows: for each row its key-value heads.
+    """
+
+    index: int
+    dense: bool
+    searched: int
+    read: int
+    rows: tuple[tuple[HeadTrace, ...], ...]
 
 
 def stream(model: PreTrainedModel, policy: Policy, backend: str | None = None) -> Stream:
@@ -248,6 +284,16 @@ class Stream:
             order = np.argsort(positions, kind="stable")
             rows.append(Kept(positions[order], scores[order]))
         return rows
+
+    def trace(self) -> tuple[LayerTrace, ...]:
+        """What each layer and key-value head read at the last step, under a policy that searches (HiP, InfiniteHiP).
+
+        Raises:
+            StateError: for a policy that reads all it holds, or before the first token.
+        """
+        from kvsieve.tracing import trace
+
+        return trace(self._check_open())
 
     # ---------------------------------------------------------------------------------------------------------------- feeding
 

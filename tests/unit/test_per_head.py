@@ -235,7 +235,9 @@ class TestRefused:
         with pytest.raises(BudgetError, match="recent"):
             kvsieve.stream(tiny.model(), kvsieve.H2O(f"{5 * 64 * token}B", recent=193), "reference")
 
-    @pytest.mark.parametrize("policy", [kvsieve.SnapKV(64), kvsieve.H2O(64), Memory(retain=NewestOnly())], ids=["SnapKV", "H2O", "own"])
+    @pytest.mark.parametrize(
+        "policy", [kvsieve.SnapKV(64), kvsieve.H2O(64), Memory(retain=NewestOnly())], ids=["SnapKV", "H2O", "own"]
+    )
     def test_places_and_chains_that_need_one_position_for_all_heads(self, policy: Memory) -> None:
         retain = Memory(retain=policy.retain)
         with pytest.raises(PolicyError, match=r"positions differ per head.*AsRotated, not with Slots"):

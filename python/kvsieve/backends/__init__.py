@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from kvsieve.errors import BackendError
 
@@ -14,11 +15,24 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
+    from kvsieve import roles
     from kvsieve._core import Moves, Step
     from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
-__all__ = ["BACKENDS", "AttendCall", "Backend", "Choosy", "HeldBytes", "Store", "choose", "get", "give_back"]
+__all__ = [
+    "BACKENDS",
+    "AttendCall",
+    "Backend",
+    "Choosy",
+    "HeadChoice",
+    "HeldBytes",
+    "Search",
+    "Store",
+    "choose",
+    "get",
+    "give_back",
+]
 
 BACKENDS = ("reference", "cpu", "cuda")
 """Every backend by name."""
@@ -34,6 +48,9 @@ class AttendCall:
         sinks: learned logits ``[H]`` that join every softmax without a value (gpt-oss); None for none.
         rope: the layer's rotation; None where the layer has none, or nothing is re-placed.
         top_k: whether this layer reads memories that are selected by top-k.
+        by_content: a search compares all keys at one distance, that of the window's edge, and not where they are placed. Raw frame.
+        side_by_side: what a query reads by a search is numbered consecutively, for each key-value head, and ends at the query. Raw
+            frame.
     """
 
     scale: float
@@ -41,6 +58,8 @@ class AttendCall:
     sinks: torch.Tensor | None = None
     rope: LayerRope | None = None
     top_k: bool = True
+    by_content: bool = False
+    side_by_side: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +79,48 @@ class HeldBytes:
     values: int = 0
     scales: int = 0
     channels: int = 0
+
+
+@dataclass(frozen=True)
+class HeadChoice:
+    """What one key-value head of a row reads between sinks and window.
+
+    Attributes:
+        stretches: int64 ``[n, 2]``, residents ``lo..hi`` in text order.
+        end: what was searched ends here; the window begins here, or earlier.
+        reads: representative keys that were scored for it.
+        rounds: levels of the tree, or stages.
+    """
+
+    stretches: npt.NDArray[np.int64]
+    end: int
+    reads: int
+    rounds: int
+
+
+class Search(Protocol):
+    """What the rows of a stream have chosen to read in one layer."""
+
+    work: tuple[int, int]
+    """Keys scored and keys attended to by the last forward, over all rows, queries and key-value heads."""
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``rows[i]`` was."""
+
+    def undo(self) -> None:
+        """Return to the choices before the last forward. Twice is once."""
+
+    def reset(self) -> None:
+        """Forget all choices."""
+
+    def state(self) -> Any:
+        """What it takes to return here."""
+
+    def return_to(self, state: Any) -> None:
+        """Make ``state`` the present."""
+
+    def choice(self, row: int) -> list[HeadChoice]:
+        """The choice of each key-value head; empty before the row chose."""
 
 
 class Store(Protocol):
@@ -91,6 +152,11 @@ class Store(Protocol):
             The output, and for each row float32 ``[Hkv, n]`` over its residents, the new ones included, in text order:
             probabilities summed over the row's new queries and over the query heads of a group. None for a row without new tokens.
         """
+
+    def run_sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, search: Any
+    ) -> torch.Tensor:
+        """As :meth:`run`, reading only sinks, window and what ``search``, which this store's backend made, finds between them."""
 
     def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
         """Give each head residents of its own: resident ``keep[h, j]`` of the runs ``source`` goes to slot ``j`` of ``to``.
@@ -128,6 +194,13 @@ class Backend(Protocol):
 
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> Store:
         """An empty store for keys and values like these (``[B, Hkv, q, D]``)."""
+
+    def make_search(self, rule: roles.Search) -> Search:
+        """The choices of one layer under ``rule``, for stores of this backend.
+
+        Raises:
+            BackendError: if it cannot search so.
+        """
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """``logsumexp(logits) - logits[ids]``: float32 ``[n]`` in nats, from ``[n, V]`` and int64 ``[n]``."""

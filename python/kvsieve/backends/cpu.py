@@ -10,6 +10,7 @@ Two paths, one decision:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve import _core
-from kvsieve.backends import HeldBytes
+from kvsieve.backends import HeadChoice, HeldBytes
 from kvsieve.backends.masses import of_chunk, of_items
 from kvsieve.backends.parts import PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
@@ -28,9 +29,10 @@ from kvsieve.thin import Channels
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
+    from kvsieve.roles import Search
     from kvsieve.thin import Packing
 
-__all__ = ["CpuBackend", "CpuStore"]
+__all__ = ["CpuBackend", "CpuSearch", "CpuStore"]
 
 QUERIES = 256
 """A long prompt is cut at multiples of so many queries."""
@@ -136,6 +138,29 @@ class CpuStore:
         self._core.attend(_view(q), step, rope, call.scale, call.softcap, sinks, _view(out), lse, threads, step.frame == "raw")
         if lse is not None:
             self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
+        return out
+
+    def run_sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, search: CpuSearch
+    ) -> torch.Tensor:
+        self._core.append(_view(k), _view(v), step)
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        sinks = None if call.sinks is None else call.sinks.detach().float().numpy()
+        search.work = search.core.attend(
+            self._core,
+            _view(q),
+            step,
+            call.scale,
+            call.softcap,
+            sinks,
+            _view(out),
+            threads=torch.get_num_threads(),
+            rope=None if call.rope is None else call.rope.core,
+            apply_factor=step.frame == "raw",
+            relative=call.by_content,
+            consecutive=call.side_by_side,
+            chunk=not step.has_spans,
+        )
         return out
 
     def run_mass(
@@ -271,6 +296,40 @@ class CpuStore:
         self._core.write(*columns(runs), _view(k.contiguous()), _view(v.contiguous()))
 
 
+class CpuSearch:
+    """One layer's choices, in Rust."""
+
+    def __init__(self, rule: Search) -> None:
+        same: Any = rule
+        if rule.kind == "hip":
+            self.core = _core.Sparse.hip(
+                same.budget, same.block, same.representative, same.sinks, same.window, same.refresh, same.query_block
+            )
+        else:
+            self.core = _core.Sparse.infinite(
+                list(same.stages), same.representative, same.sinks, same.window, list(same.refresh), same.query_block
+            )
+        self.work = (0, 0)
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.core.select_rows(list(rows))
+
+    def undo(self) -> None:
+        self.core.undo()
+
+    def reset(self) -> None:
+        self.core.reset()
+
+    def state(self) -> Any:
+        return self.core.state()
+
+    def return_to(self, state: Any) -> None:
+        self.core.return_to(state)
+
+    def choice(self, row: int) -> list[HeadChoice]:
+        return [HeadChoice(*head) for head in self.core.choice(row)]
+
+
 class CpuBackend:
     """Rust kernels for tensors on the CPU in float32, bfloat16 and float16."""
 
@@ -293,6 +352,9 @@ class CpuBackend:
                 f"backend 'cpu' holds float32, bfloat16 and float16 on the CPU, not {k.dtype} on {k.device}; use 'reference'"
             )
         return CpuStore(self, k, v)
+
+    def make_search(self, rule: Search) -> CpuSearch:
+        return CpuSearch(rule)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         targets = ids.detach().contiguous().numpy()

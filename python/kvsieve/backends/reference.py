@@ -28,6 +28,8 @@ from kvsieve.errors import ShapeError, StateError
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Step
     from kvsieve.backends import AttendCall
+    from kvsieve.backends.choices import ReferenceSearch
+    from kvsieve.roles import Search
     from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
@@ -162,6 +164,33 @@ class ReferenceStore:
             if parts:
                 m = step.new_lens[row]
                 out[row, q.shape[2] - m :] = merge(parts, call.sinks).transpose(0, 1).to(out.dtype)
+        self._append(k, v, step)
+        return out
+
+    def run_sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, search: ReferenceSearch
+    ) -> torch.Tensor:
+        self._check(k, v)
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        search.begin(q.shape[0])
+        for part in step.parts():
+            m = step.new_lens[part.row]
+            if not m:
+                continue
+            new = slice(q.shape[2] - m, None)
+            old_k, old_v = self.read(list(zip(*(a.tolist() for a in part.runs()))))
+            keys = torch.cat([old_k, k[part.row, :, new]], 1).to(wide)
+            values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
+            queries = q[part.row, :, new].to(wide)
+            placed = rotate_part(queries, keys, part, step.frame, call.rope)
+            compared = placed
+            if call.by_content and call.rope is not None:
+                compared = call.rope.rotate(queries, torch.full((m,), search.rule.window, device=q.device)), keys
+            if call.side_by_side:
+                placed = queries, keys
+            piece = search.attend(part.row, compared, *placed, values, call)
+            out[part.row, q.shape[2] - m :] = merge([piece], call.sinks).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out
 
@@ -301,6 +330,11 @@ class ReferenceBackend:
 
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> ReferenceStore:
         return ReferenceStore(k, v)
+
+    def make_search(self, rule: Search) -> ReferenceSearch:
+        from kvsieve.backends.choices import ReferenceSearch
+
+        return ReferenceSearch(rule)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         wide = logits.float()

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from kvsieve.errors import PolicyError
 from kvsieve.policies.full import Full
 from kvsieve.policies.h2o import H2O
+from kvsieve.policies.hip import HiP, InfiniteHiP
 from kvsieve.policies.lm_infinite import LMInfinite
 from kvsieve.policies.quantized import Quantized
 from kvsieve.policies.sirllm import SirLLM
@@ -16,7 +17,20 @@ from kvsieve.policies.streaming_llm import StreamingLLM
 from kvsieve.policies.think import ThinK
 from kvsieve.roles import Policy
 
-__all__ = ["H2O", "POLICIES", "Full", "LMInfinite", "Quantized", "SirLLM", "SnapKV", "StreamingLLM", "ThinK", "parse"]
+__all__ = [
+    "H2O",
+    "POLICIES",
+    "Full",
+    "HiP",
+    "InfiniteHiP",
+    "LMInfinite",
+    "Quantized",
+    "SirLLM",
+    "SnapKV",
+    "StreamingLLM",
+    "ThinK",
+    "parse",
+]
 
 POLICIES: dict[str, Callable[..., Policy]] = {
     "full": Full,
@@ -27,6 +41,8 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "h2o": H2O,
     "think": ThinK,
     "quantized": Quantized,
+    "hip": HiP,
+    "infinitehip": InfiniteHiP,
 }
 """Every published system by its name in lower case."""
 

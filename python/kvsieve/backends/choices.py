@@ -1,0 +1,170 @@
+"""What each row has chosen to read, and when it chooses anew: the specification, beside :mod:`kvsieve.backends.search`.
+
+A choice stands until a stage is due again, or a query comes that does not follow the last one. Several queries of one forward
+choose together, by blocks of equal ``position // query_block``, and always anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from kvsieve.backends import AttendCall, HeadChoice
+from kvsieve.backends.reference import attend
+from kvsieve.backends.search import (
+    Selection,
+    first_stage,
+    group_scores,
+    hip_search,
+    infinite_hip_search,
+    kept,
+    region,
+    sparse_attend,
+)
+
+if TYPE_CHECKING:
+    from kvsieve.roles import Search
+    from kvsieve.searches import StagedSearch, TreeSearch
+
+__all__ = ["ReferenceSearch", "RowChoice", "side_by_side"]
+
+
+@dataclass(frozen=True)
+class RowChoice:
+    """One row's choice.
+
+    Attributes:
+        found: what was chosen; None before the first choice.
+        next: the position of the query that may use it.
+        step: steps since the row chose from all.
+        since: the position of the query that did, or the last of them.
+    """
+
+    found: Selection | None = None
+    next: int = 0
+    step: int = 0
+    since: int = 0
+
+
+class ReferenceSearch:
+    """One layer's searches."""
+
+    def __init__(self, rule: Search) -> None:
+        self.rule: Any = rule
+        self.rows: list[RowChoice] = []
+        self.work = (0, 0)
+        self._before: list[RowChoice] | None = None
+
+    def begin(self, num_rows: int) -> None:
+        """A forward of ``num_rows`` rows begins."""
+        self._before, self.work = list(self.rows), (0, 0)
+        if len(self.rows) != num_rows:
+            self.rows = [RowChoice()] * num_rows
+
+    def undo(self) -> None:
+        if self._before is not None:
+            self.rows, self._before = self._before, None
+
+    def reset(self) -> None:
+        self.rows, self._before = [], None
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        self.rows, self._before = [self.rows[row] for row in rows] if self.rows else [], None
+
+    def state(self) -> Any:
+        return list(self.rows)
+
+    def return_to(self, state: Any) -> None:
+        self.rows, self._before = list(state), None
+
+    def choice(self, row: int) -> list[HeadChoice]:
+        found = self.rows[row].found if row < len(self.rows) else None
+        if found is None:
+            return []
+        heads = zip(found.starts, found.ends, found.reads, found.rounds)
+        return [HeadChoice(np.stack([lo, hi], 1), found.hi, reads, rounds) for lo, hi, reads, rounds in heads]
+
+    def attend(
+        self,
+        row: int,
+        compared: tuple[torch.Tensor, torch.Tensor],
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        call: AttendCall,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Out ``[H, m, Dv]`` and lse ``[H, m]`` of a row's ``m`` new queries over its ``n`` residents, of which they are the last.
+
+        Args:
+            compared: queries and keys for the search, like ``q`` ``[H, m, D]`` and ``k`` ``[Hkv, n, D]``, rotated for it.
+            q, k: rotated to where the policy places them; not rotated if ``call.side_by_side``.
+        """
+        pieces, n, m = [], k.shape[1], q.shape[1]
+        lo = 0
+        while lo < m:
+            first = n - m + lo
+            count = min(m - lo, self.rule.query_block - first % self.rule.query_block)
+            positions = list(range(first, first + count))
+            choice = self._choose(self.rows[row], (compared[0][:, lo : lo + count], compared[1]), positions)
+            assert choice.found is not None
+            window = self.rule.window + positions[-1] - choice.since
+            visible = kept(choice.found, positions, n, self.rule.sinks, window)
+            self.work = self.work[0], self.work[1] + int(visible.sum())
+            mine, visible = q[:, lo : lo + count], visible.to(q.device)
+            if call.side_by_side and call.rope is not None:
+                pieces.append(side_by_side(mine, k, v, visible, call))
+            else:
+                pieces.append(sparse_attend(mine, k, v, visible, call.scale, call.softcap))
+            self.rows[row] = RowChoice(choice.found, first + count, choice.step + 1, choice.since)
+            lo += count
+        return torch.cat([out for out, _ in pieces], 1), torch.cat([lse for _, lse in pieces], 1)
+
+    def _choose(self, row: RowChoice, compared: tuple[torch.Tensor, torch.Tensor], positions: list[int]) -> RowChoice:
+        """The choice for queries at ``positions``: as it stands, or made anew from a stage on."""
+        rule = self.rule
+        most = rule.dense_until - rule.sinks - rule.window
+        # A region that was read whole was not searched, and that is no choice to stand by.
+        stands = row.found is not None and row.found.hi - row.found.lo > most
+        follows = stands and len(positions) == 1 and row.next == positions[0] > 0
+        refresh = rule.refresh if rule.kind == "infinite" else (rule.refresh,)
+        start = first_stage(row.step, refresh) if follows else 0
+        if start is None:
+            return row
+        whole = start == 0 or row.found is None
+        lo, hi = region(positions, rule.sinks, rule.window) if whole else (row.found.lo, row.found.hi)  # type: ignore[union-attr]
+        scores = group_scores(*compared, positions, rule.window)
+        found = _search(rule, scores, lo, hi, start, () if row.found is None else row.found.inputs)
+        self.work = self.work[0] + sum(found.reads), self.work[1]
+        return RowChoice(found, 0, 0, positions[-1]) if whole else RowChoice(found, 0, row.step, row.since)
+
+
+def side_by_side(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, call: AttendCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_attend` before rotation: what a query reads of a head is numbered ``0, 1, ..``, the query itself last."""
+    rope, group = call.rope, q.shape[0] // k.shape[0]
+    assert rope is not None
+    out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[:2])
+    for head in range(k.shape[0]):
+        heads = slice(head * group, (head + 1) * group)
+        for i in range(q.shape[1]):
+            read = visible[head, i]
+            at = torch.arange(int(read.sum()), device=q.device)
+            query = rope.rotate(q[heads, i : i + 1], at[-1:])
+            keys = rope.rotate(k[head : head + 1, read], at)
+            every = read.new_ones(1, len(at))
+            out[heads, i : i + 1], lse[heads, i : i + 1] = attend(
+                query, keys, v[head : head + 1, read], every, call.scale, call.softcap
+            )
+    return out, lse
+
+
+def _search(rule: TreeSearch | StagedSearch, scores: Any, lo: int, hi: int, start: int, inputs: Any) -> Selection:
+    if rule.kind == "hip":
+        return hip_search(scores, lo, hi, rule.budget, rule.block, rule.representative)  # type: ignore[union-attr]
+    chunks, keep = zip(*rule.stages)  # type: ignore[union-attr]
+    return infinite_hip_search(scores, lo, hi, chunks, keep, rule.representative, start=start, inputs=inputs if start else ())

@@ -1,0 +1,69 @@
+"""What a searching policy read at the last step, in positions of the text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from kvsieve.errors import StateError
+from kvsieve.streams import HeadTrace, LayerTrace
+
+if TYPE_CHECKING:
+    from kvsieve.backends import HeadChoice
+    from kvsieve.engine import Engine
+    from kvsieve.roles import Search
+
+__all__ = ["stretches", "trace"]
+
+Ints: TypeAlias = "npt.NDArray[np.int64]"
+
+
+def trace(engine: Engine) -> tuple[LayerTrace, ...]:
+    """See :meth:`kvsieve.Stream.trace`."""
+    if engine.search is None:
+        raise StateError(f"{engine.policy!r} reads all that it holds; a trace shows what a search left out, as of kvsieve.HiP")
+    if not engine.num_rows:
+        raise StateError("the stream has read nothing yet")
+    rows = [engine.read_positions(row) for row in range(engine.num_rows)]
+    found = []
+    for layer in engine.facts.layers:
+        search = engine.searches.get(layer.index) if engine.searching else None
+        rule = engine.search.for_layer(layer.index, engine.beyond)
+        if search is None or rule is None:
+            everything = tuple(_everything(positions, layer.num_kv_heads) for positions in rows)
+            read = layer.num_kv_heads * sum(len(positions) for positions in rows)
+            found.append(LayerTrace(layer.index, True, 0, read, everything))
+            continue
+        heads = tuple(
+            tuple(_head(positions, choice, rule) for choice in search.choice(row)) or _everything(positions, layer.num_kv_heads)
+            for row, positions in enumerate(rows)
+        )
+        found.append(LayerTrace(layer.index, False, *search.work, heads))
+    return tuple(found)
+
+
+def _everything(positions: Ints, heads: int) -> tuple[HeadTrace, ...]:
+    return (HeadTrace(stretches(positions), np.empty((0, 2), np.int64), 0, 0),) * heads
+
+
+def _head(positions: Ints, choice: HeadChoice, rule: Search) -> HeadTrace:
+    count = len(positions)
+    start = min(choice.end, max(count - rule.window, 0))
+    chosen = np.zeros(count, bool)
+    for lo, hi in choice.stretches:
+        chosen[lo:hi] = True
+    read = chosen.copy()
+    read[: min(rule.sinks, start)] = True
+    read[start:] = True
+    return HeadTrace(stretches(positions[read]), stretches(positions[chosen]), choice.reads, choice.rounds)
+
+
+def stretches(positions: Ints) -> Ints:
+    """Ascending numbers as stretches ``[n, 2]`` of neighbours."""
+    breaks = np.flatnonzero(np.diff(positions) != 1) + 1
+    if not len(positions):
+        return np.empty((0, 2), np.int64)
+    first, last = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(positions)]]) - 1
+    return np.stack([positions[first], positions[last] + 1], 1).astype(np.int64)
