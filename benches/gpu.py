@@ -241,6 +241,7 @@ def sanitizer(b: Bench) -> dict[str, Any]:
 def small() -> None:
     """The small cases alone, for compute-sanitizer."""
     import kernel_cases
+    import search_cases
     import torch
     from kvsieve.backends import cuda
 
@@ -249,6 +250,10 @@ def small() -> None:
         kernel_cases.attend(case, torch.device("cuda", 0))
     for run in kernel_cases.every(torch.device("cuda", 0)).values():
         run()
+    search_cases.uneven(torch.device("cuda", 0))
+    stages = {"stages": ((4, 640), (2, 300)), "refresh": (1, 1)}
+    for rule in (search_cases.hip(budget=150, block=1), search_cases.infinite(**stages)):
+        search_cases.one_query(rule, 2600, torch.device("cuda", 0))
     torch.cuda.synchronize()
     print("small cases passed")
 
@@ -390,6 +395,123 @@ def packed_row(b: Bench, held: Dense, raw: bool) -> dict[str, Any]:
     taken = b.microseconds(held.attend)
     size = store.bytes_held
     return {**taken, "bytes": size, "gb_per_s": round(size / taken["us"] / 1e3, 1), "relative_error": error}
+
+
+def sparse(b: Bench) -> dict[str, Any]:
+    """Decode attention of one layer to what HiP and InfiniteHiP choose, beside all of it; and a chunk that is appended."""
+    import torch
+
+    rows: dict[str, Any] = {}
+    for length in b.lengths if b.dry else [32 << 10, 128 << 10, 1 << 20]:
+        row = rows[str(length)] = {}
+        if b.left < 30:
+            row["error"] = "no time left"
+            continue
+        with caught(row, "dense"):
+            held = Dense(b, length, raw=False)
+            row["dense"] = b.microseconds(held.attend)
+            for name, rule in searches(b).items():
+                with caught(row, name):
+                    row[name] = sparse_row(b, held, rule)
+                    row[name]["times_as_fast_as_dense"] = {
+                        how: round(row["dense"]["us"] / row[name][how], 2) for how in ("scheduled", "every_step")
+                    }
+            with caught(row, "chunk"):
+                row["chunk"] = sparse_chunk(b, held)
+            del held
+        if not b.dry:
+            torch.cuda.empty_cache()
+    return rows
+
+
+def searches(b: Bench) -> dict[str, Any]:
+    """The papers' settings: 512 tokens in blocks of two, every 8 steps; 2,048 in three stages, every 16, 8 and 4."""
+    from types import SimpleNamespace
+
+    few = {"query_block": 16, "sinks": 4, "window": 16}
+    hip = {"sinks": 16, "window": 256, "query_block": 64, "budget": 512, **(few | {"budget": 32} if b.dry else {})}
+    stages = ((32, 128), (8, 64), (4, 32)) if b.dry else ((256, 32768), (32, 8192), (8, 2048))
+    infinite = {"sinks": 256, "window": 1024, "query_block": 64, **(few if b.dry else {})}
+    return {
+        "HiP": SimpleNamespace(kind="hip", representative="centre", block=2, refresh=8, **hip),
+        "InfiniteHiP": SimpleNamespace(kind="infinite", representative="first", stages=stages, refresh=(16, 8, 4), **infinite),
+    }
+
+
+def sparse_row(b: Bench, held: Dense, rule: Any) -> dict[str, Any]:
+    """Error against attention over what was chosen; then the time of each kind of step, and of the rule's mixture of them."""
+    from kvsieve.backends.cuda_search import Choice
+
+    shape, found = (b.kv_heads, b.dim), [held.backend.make_search(rule) for _ in held.stores]
+    asked = held.backend.plan(held.step, b.device).rows()
+
+    def run(i: int) -> Any:
+        store, search = held.stores[i % len(held.stores)], found[i % len(held.stores)]
+        asked.rows = asked.rows._replace(blocks=store.table)
+        return search.run(held.q, shape, asked, held.call)
+
+    outs = [run(i) for i in range(len(found))]
+    row: dict[str, Any] = {"keys_scored": found[-1].work[0] // b.kv_heads, "keys_read": found[-1].work[1] // b.kv_heads}
+    row["relative_error"] = error = sparse_error(held, found[-1], outs[-1])
+    assert error < 1e-2, f"{error:.3f} off"
+
+    def again(i: int) -> Any:
+        out = run(i)
+        found[i % len(found)].undo()
+        return out
+
+    refresh = found[0].rule.refresh
+    cycle = math.lcm(*refresh)
+    kinds = [found[0].rule.due(step) for step in range(cycle)]
+    chosen = [search._choices[0] for search in found]
+    for kind in dict.fromkeys(kinds):
+        for search, choice in zip(found, chosen):
+            facts = choice.facts._replace(next=held.length, step=kinds.index(kind))
+            search._choices = [Choice(facts, choice.slots)]
+        row["choice stands" if kind is None else f"from stage {kind + 1}"] = b.microseconds(again)
+    times = {kind: row["choice stands" if kind is None else f"from stage {kind + 1}"]["us"] for kind in kinds}
+    row["scheduled"] = round(sum(times[kind] for kind in kinds) / cycle, 2)
+    row["every_step"] = times[0]
+    return row
+
+
+def sparse_error(held: Dense, search: Any, out: Any) -> float:
+    """Of the last store's answer, against float32 attention over sinks, window, and what was chosen."""
+    import torch
+
+    (k, v), rule, facts = held.stores[-1].read(held.runs), search.rule, search._choices[0].facts
+    group, errors = held.q.shape[1] // k.shape[0], []
+    for head, (stretches, _, _) in enumerate(search.choice(0)):
+        kept = torch.zeros(k.shape[1], dtype=torch.bool)
+        kept[: min(rule.sinks, facts.hi)] = True
+        kept[facts.hi :] = True
+        for lo, hi in stretches.tolist():
+            kept[lo:hi] = True
+        at = kept.nonzero()[:, 0].to(k.device)
+        q = held.q[0, head * group : (head + 1) * group, 0].float()
+        want = torch.softmax(q @ k[head, at].float().T * held.call.scale, -1) @ v[head, at].float()
+        errors.append(float((out[0, 0, head * group : (head + 1) * group].float() - want).norm() / want.norm()))
+    return max(errors)
+
+
+def sparse_chunk(b: Bench, held: Dense) -> dict[str, Any]:
+    """A chunk of a prompt behind all these tokens: everything, and what each search chooses. By the wall clock."""
+    import torch
+
+    width = 40 if b.dry else 4096
+    q = torch.randn(1, b.heads, width, b.dim, device=b.device).to(b.dtype)
+    k, v = (torch.randn(1, b.kv_heads, width, b.dim, device=b.device).to(b.dtype) for _ in "kv")
+    step = held.planner.begin([width], width, False, False)
+    store, row = held.stores[0], {"tokens": width}
+    try:
+        row["dense_us"] = round(b.wall(lambda: store.run(q, k, v, step, held.call), 3), 1)
+        for name, rule in searches(b).items():
+            search = held.backend.make_search(rule)
+            taken = b.wall(lambda s=search: store.run_sparse(q, k, v, step, held.call, s), 3)
+            row[f"{name}_us"], row[f"{name}_times_as_fast"] = round(taken, 1), round(row["dense_us"] / taken, 2)
+    finally:
+        held.planner.rollback()
+    return row
 
 
 def operations(b: Bench) -> dict[str, Any]:
@@ -601,6 +723,7 @@ SECTIONS: list[tuple[str, Section]] = [
     ("parity", parity),
     ("attention", attention),
     ("packed", packed),
+    ("sparse", sparse),
     ("launches", launches),
     ("operations", operations),
     ("whole_token", whole_token),
@@ -658,6 +781,17 @@ def table(record: dict[str, Any]) -> str:
             lines.append(
                 f"| {name} | {' | '.join(str(row.get(key, 'failed')) for key in ('us', 'bytes', 'times_as_fast_as_plain'))} |"
             )
+    lines += [
+        "",
+        "| sparse over | dense us | search | choice stands us | by its schedule us | at every step us | chunk, times as fast |",
+    ]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for length, row in record.get("sparse", {}).items():
+        for name in ("HiP", "InfiniteHiP") if isinstance(row, dict) else ():
+            mine, dense = row.get(name, {}), row.get("dense", {}).get("us", "failed")
+            cells = (mine.get("choice stands", {}).get("us", "failed"), mine.get("scheduled"), mine.get("every_step"))
+            fast = row.get("chunk", {}).get(f"{name}_times_as_fast")
+            lines.append(f"| {length} | {dense} | {name} | {' | '.join(map(str, cells))} | {fast} |")
     lines += ["", "| operation | us |", "|---|---|"]
     lines += [
         f"| {name} | {row['us']:.1f} |"

@@ -362,6 +362,10 @@ template <typename T>
 inline T __shfl_xor_sync(unsigned, T value, int mask) {
     return shim::exchange(value, shim::state.current % 32 ^ mask);
 }
+template <typename T>
+inline T __shfl_sync(unsigned, T value, int lane) {
+    return shim::exchange(value, lane);
+}
 inline unsigned __ballot_sync(unsigned, bool value) { return shim::ballot(value); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline unsigned atomicAdd(unsigned* to, unsigned value) {
@@ -369,6 +373,12 @@ inline unsigned atomicAdd(unsigned* to, unsigned value) {
     *to += value;
     return before;
 }
+inline unsigned atomicMax(unsigned* to, unsigned value) {
+    const unsigned before = *to;
+    *to = before > value ? before : value;
+    return before;
+}
+inline void __threadfence() {}
 inline float __uint_as_float(unsigned bits) {
     float x;
     memcpy(&x, &bits, 4);

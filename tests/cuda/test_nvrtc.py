@@ -101,7 +101,19 @@ def other_modules() -> list[Module]:
         Module("rotate.cu", ("turns", *(f"rotate<{a}, {b}>" for a in names for b in {a, "float"}))),
         Module("surprisal.cu", tuple(f"surprisal<{name}>" for name in names)),
         Module("top_k.cu", ("top_k",)),
+        *search_modules(),
     ]
+
+
+def search_modules() -> list[Module]:
+    """bfloat16 in every size, the other dtypes in one."""
+    sizes = [*(("bf16", dim) for dim in DIMS), ("f16", 128), ("float", 128)]
+    searches = [
+        f"{name}<{a}, {dim}, {n}>" for name in ("hip", "narrow") for a, dim in sizes for n in (1, 2, 4) if n == 4 or dim == 128
+    ]
+    heads = [(a, dim, n) for a, dim in sizes for n in (1, 2, 3, 4) if n == 4 or (a, dim) == ("bf16", 128)]
+    reads = [f"sparse<{a}, {dim}, {dim}, {n}, {chunk}>" for a, dim, n in heads for chunk in ("false", "true")]
+    return [Module("search.cu", tuple(searches)), Module("sparse.cu", tuple(reads))]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

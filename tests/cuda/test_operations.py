@@ -94,9 +94,32 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
         kernels.pack(held.table, held.table, spans, starts, 2, 16, 16, torch.float32, packed.format, False)
     with pytest.raises(ShapeError):
         kernels.top_k(torch.zeros(2, 3), 4)
+    given = operations()
+    for name, at, bad in (
+        ("hip", 0, torch.randn(1, 3, 1, 16)),
+        ("hip", 5, queries_of(given)[:, :8].contiguous()),
+        ("hip", 9, 0),
+        ("hip", 10, 2000),
+        ("hip", 12, torch.zeros(1, 2, 8)),
+        ("narrow", 9, 8),
+        ("narrow", 10, 0),
+        ("narrow", 20, torch.zeros(1, dtype=torch.int32)),
+        ("sparse", 7, torch.zeros(2, 2, dtype=torch.int32)),
+        ("sparse", 16, given["hip"][12][:, :1]),
+        ("sparse", 17, 0),
+        ("sparse", 20, torch.zeros(3)),
+    ):
+        args = list(given[name])
+        args[at] = bad
+        with pytest.raises(ShapeError):
+            getattr(kernels, name)(*args)
     assert len(launched.launches) == count
     with pytest.raises(BackendError, match="meta"):
         kernels.top_k(torch.zeros(2, 3, device="meta"), 1)
+
+
+def queries_of(given: dict[str, tuple[Any, ...]]) -> torch.Tensor:
+    return given["hip"][5]
 
 
 def operations() -> dict[str, tuple[Any, ...]]:
@@ -112,7 +135,14 @@ def operations() -> dict[str, tuple[Any, ...]]:
     packed = PackedBlocks(Packing(8, 4, 4, 8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 8, torch.float32, 0)
     form, moves = list(packed.format), torch.tensor([[1, 2, 0, 5]], dtype=ints)
     packed_runs = torch.tensor([[4, 3, 64, 0]], dtype=ints)
+    plain, slots = torch.tensor([[5, 3 | 64 << 8, 0, 0]], dtype=ints), torch.zeros(1, 2, kernels.slot_width(4), dtype=ints)
+    queries = torch.tensor([[0, 0, 1, 60, 2, 57, 0, 0, 0, *[-1] * 7]], dtype=ints)
+    asked = (torch.randn(1, 4, 1, 16), held.table, starts, plain, 1, queries, 1)
+    at = torch.zeros(1, 2, dtype=ints)
     return {
+        "hip": (*asked, 2, 4, 2, 4, 0, slots, slots[:0].clone()),
+        "narrow": (*asked, 2, 4, 0, 2, 4, 28, 1, 0, 0, None, None, slots, slots[:0].clone(), torch.zeros(4, dtype=ints)),
+        "sparse": (*asked, at, 2, 8, 2, 4, 0, 2, 4, slots, slots[:0].clone(), 2, 0.25, 0.0, None),
         "append": (*tokens, held.table, torch.tensor([[0, 0, 1, 1]], dtype=ints), torch.tensor([1], dtype=ints), 1),
         "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest, packed.table, form),
         "pack": (held.table, packed.table, moves, torch.tensor([0, 1], dtype=ints), 2, 16, 8, torch.float32, form, False),

@@ -20,6 +20,10 @@ def test_every_section_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert {"kvsieve rotated", "kvsieve raw", "sdpa", "flex", "copy"} <= set(row)
     assert {"thin 0.5", "thin 0.4", "4 bits", "thin 0.5, raw"} <= set(record["packed"])
     assert record["packed"]["4 bits"]["bytes"] < record["packed"]["thin 0.5"]["bytes"] < record["packed"]["plain"]["bytes"]
+    for row in (record["sparse"]["200"], record["sparse"]["500"]):
+        assert {"dense", "HiP", "InfiniteHiP", "chunk"} <= set(row)
+        assert row["HiP"]["keys_read"] < 200
+        assert {"choice stands", "from stage 1", "from stage 2", "from stage 3"} <= set(row["InfiniteHiP"])
     assert record["whole_token"]["SirLLM 500"]["captures"] == 1
     assert "SirLLM" in capsys.readouterr().out
 

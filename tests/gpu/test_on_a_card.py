@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import backend_cases
 import kernel_cases
 import kvsieve
 import pytest
+import search_cases
 import tiny
 import torch
 from backend_cases import on
@@ -58,6 +60,52 @@ def test_attend_over_packed_blocks(case: kernel_cases.PackedCase) -> None:
 @pytest.mark.parametrize("name", list(kernel_cases.every(CARD)))
 def test_small_cases(name: str) -> None:
     kernel_cases.every(CARD)[name]()
+
+
+@pytest.mark.parametrize("case", search_cases.cases(CARD, 6), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[-1]}")
+def test_a_searching_layer_is_the_definition(case: Any) -> None:
+    search_cases.layer(*case)
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+@pytest.mark.parametrize("dtype", list(search_cases.TOLERANCE), ids=str)
+@pytest.mark.parametrize("group", [1, 3, 4, 8])
+def test_a_searching_layer_of_usual_sizes(size: int, dtype: torch.dtype, group: int) -> None:
+    for kind, representative in (("hip", "centre"), ("infinite", "first")):
+        search_cases.layer(kind, representative, group, dtype, size, CARD, seed=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "tokens"), [(kind, tokens) for kind in search_cases.READS for tokens in search_cases.READS[kind]]
+)  # fmt: skip
+def test_keys_that_a_search_reads(kind: str, tokens: int) -> None:
+    search_cases.reads(kind, tokens, CARD)
+
+
+def test_a_search_over_pieces_of_blocks() -> None:
+    search_cases.uneven(CARD)
+
+
+def test_a_search_by_many_thread_blocks() -> None:
+    """The last of a stage's thread blocks sees what the others scored."""
+    rule = search_cases.infinite(stages=((4, 640), (2, 300)), refresh=(1, 1), sinks=0, window=1)
+    for _ in range(20):
+        search_cases.one_query(rule, 40_000, CARD)
+
+
+def test_a_searching_step_never_waits_for_the_card() -> None:
+    tested = search_cases.Searching(search_cases.infinite(query_block=8), 2, 2, 4, 64, torch.bfloat16, CARD)
+    tested.feed(150)
+    given = [[x.to(CARD) for x in tested.draw(1)] for _ in range(17)]
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for q, k, v in given:
+            step = tested.planner.begin([1, 1], 1, True, False)
+            tested.store.run_sparse(q, k, v, step, tested.call, tested.search)
+            tested.planner.commit()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("policy", list(tiny.POLICIES))

@@ -29,6 +29,7 @@ from kvsieve.backends.masses import of_chunk, of_items
 from kvsieve.backends.parts import Columns, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, pick
+from kvsieve.backends.cuda_search import CudaSearch, StepRows
 from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, ShapeError, StateError, UnsupportedError
 
@@ -43,6 +44,9 @@ __all__ = ["CudaBackend", "CudaStore", "CupyLauncher", "require"]
 
 BAND = 256
 """Queries of a chunk that share one band of keys."""
+
+FEW = 64
+"""Queries of a step, at most, whose chosen keys are shared out among thread blocks."""
 
 TIERS = ((32, 1), (128, 4), (1024, 16), (1 << 26, 64))
 """Blocks per slab below each block number, as in the CPU's arena: small budgets cost what they hold, long ones need few slabs."""
@@ -218,6 +222,9 @@ class Plan:
         """Spans of the longest item."""
         self.splits: dict[tuple[Any, ...], int] = {}
         """See :meth:`CudaBackend.splits`."""
+        self._spans = (starts, spans) if few else None
+        self._rows: StepRows | None = None
+        self._uploads: dict[tuple[Any, ...], torch.Tensor] = {}
         self.key_starts: npt.NDArray[np.int64] | None = None
         """Where each item's keys begin among the keys of all items, and their number; None without a fast path."""
         if few:
@@ -244,6 +251,94 @@ class Plan:
             step = self.step
             self._parts = [CudaPart(self.device, PartPlan.of(p, step.new_lens[p.row])) for p in step.parts()]
         return self._parts
+
+    def rows(self) -> StepRows:
+        """All residents of each row, for a search. Where a layer's blocks lie is for the layer to say.
+
+        Raises:
+            BackendError: for keys that are stored unrotated, or packed.
+            UnsupportedError: for a memory that does not keep every token where the model put it.
+        """
+        if self._rows is None:
+            self._rows = self._find_rows()
+        return self._rows
+
+    def _find_rows(self) -> StepRows:
+        step, first = self.step, [int(at) for at in self.step.first_new]
+        if step.frame == "raw":
+            raise BackendError(
+                "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; "
+                "search with a policy that moves no token, or use backend='cpu'"
+            )
+        runs = self._rows_of_spans() if self._spans is not None else self._rows_of_parts()
+        for row, mine in enumerate(runs):
+            if step.new_lens[row] and (mine[:, 0] >= PACKED).any():
+                raise BackendError(
+                    "backend 'cuda' searches keys as they came, and some of these are packed; leave the packing out, "
+                    "or use backend='cpu'"
+                )
+            if step.new_lens[row] and int((mine[:, 2] - mine[:, 1]).sum()) != first[row] + step.new_lens[row]:
+                raise UnsupportedError("a search needs a memory that keeps every token where the model put it")
+        if self._spans is not None:
+            starts, spans, items = self.buffer.starts, self.buffer.spans, step.num_queries
+        else:
+            ends = np.cumsum([0, *map(len, runs)]).astype(np.int32)
+            spans = _upload(np.concatenate([_as_spans(mine) for mine in runs]).reshape(-1, 4), self.device)
+            starts, items = _upload(ends, self.device), 1
+        processors = kernels.launcher_of(self.device).processors(self.device)
+        few = step.num_rows * step.num_queries <= FEW
+        blocks = starts.new_empty((0, 4), dtype=torch.int64)
+        return StepRows(kernels.Rows(blocks, starts, spans, items), first, step.new_lens, few, {}, self.upload, processors)
+
+    def _rows_of_spans(self) -> list[npt.NDArray[np.int64]]:
+        """Runs ``[n, 3]`` of each row, from what its last query reads."""
+        assert self._spans is not None
+        starts, spans = self._spans
+        if (spans[:, 3] != 0).any() or (spans[:, 1] >> 16 & 1).any():
+            raise UnsupportedError("a search needs a memory that keeps every token where the model put it")
+        columns, found = self.step.num_queries, []
+        for row in range(self.step.num_rows):
+            mine = spans[starts[(row + 1) * columns - 1] : starts[(row + 1) * columns]].astype(np.int64)
+            found.append(np.stack([mine[:, 0], mine[:, 1] & 255, mine[:, 1] >> 8 & 255], 1))
+        return found
+
+    def _rows_of_parts(self) -> list[npt.NDArray[np.int64]]:
+        """Runs ``[n, 3]`` of each row: its residents, then its new tokens."""
+        appends, found = self.step.append_table().astype(np.int64), []
+        parts = self.step.parts()
+        for row, count in enumerate(self.step.new_lens):
+            mine = [part for part in parts if part.row == row]
+            if count and len(mine) != 1:
+                raise UnsupportedError("a search needs a memory that keeps every token where the model put it")
+            held = np.zeros((0, 3), np.int64)
+            for part in mine:
+                if not (
+                    np.array_equal(part.key_true(), part.key_positions())
+                    and np.array_equal(part.query_true(), part.query_positions())
+                ):
+                    raise UnsupportedError("a search needs a memory that keeps every token where the model put it")
+                held = np.stack(part.runs(), 1).astype(np.int64)
+            block, slot = appends[appends[:, 0] == row][:, 2:].T
+            begins = np.flatnonzero(np.diff(block, prepend=-1))
+            new = np.stack([block[begins], slot[begins], slot[begins] + np.diff(begins, append=len(block))], 1)
+            if len(held) and len(new) and held[-1, 0] == new[0, 0] and held[-1, 2] == new[0, 1]:
+                new[0, 1] = held[-1, 1]
+                held = held[:-1]
+            found.append(np.concatenate([held, new]))
+        return found
+
+    def upload(self, values: npt.NDArray[np.int32]) -> torch.Tensor:
+        """A copy on the device; one for equal values."""
+        key = (values.shape, values.tobytes())
+        if key not in self._uploads:
+            self._uploads[key] = _upload(values, self.device)
+        return self._uploads[key]
+
+
+def _as_spans(runs: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Runs ``[n, 3]`` of a row as its spans."""
+    block, lo, hi = runs.T
+    return np.stack([block, lo | hi << 8, np.cumsum(hi - lo) - (hi - lo), np.zeros_like(lo)], 1).astype(np.int32)
 
 
 def _round_up(count: int) -> int:
@@ -556,6 +651,24 @@ class CudaStore:
         out = self._chunk(q, k, v, plan, call)
         self._append(k, v, plan)
         return out
+
+    def run_sparse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, search: CudaSearch
+    ) -> torch.Tensor:
+        """As :meth:`run`, reading only sinks, window, and what ``search`` chooses between them.
+
+        Keys are stored first, a chunk's as well, and read where they lie. After an error the choices are as before.
+
+        Raises:
+            BackendError: for keys that are stored unrotated, or packed.
+            UnsupportedError: for a memory that does not keep every token where the model put it.
+        """
+        self._check(q, k, v)
+        plan = self._backend.plan(step, self.device)
+        asked = plan.rows()
+        self._append(k, v, plan)
+        asked.rows = asked.rows._replace(blocks=self.table)
+        return search.run(q, (self._shape[0], self._shape[2]), asked, call)
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         heads, key_dim, value_dim = self._shape
@@ -920,6 +1033,8 @@ class CudaBackend:
     def __init__(self) -> None:
         require()
         self.selects = True
+        self.searches = False
+        """Whether a search was made here: what it chooses is the host's business at every step."""
         self._local = _Local()
         self._ropes: dict[LayerRope, dict[torch.device, Partial]] = {}
         self._same: weakref.WeakKeyDictionary[LayerRope, LayerRope] = weakref.WeakKeyDictionary()
@@ -983,6 +1098,16 @@ class CudaBackend:
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> CudaStore:
         self.check_layer(k.device, k.dtype, k.shape[3], v.shape[3])
         return CudaStore(self, k, v)
+
+    def make_search(self, rule: Any) -> CudaSearch:
+        """One layer's search for one stream, by a rule such as a role gives (see :class:`kvsieve.backends.schedule.Rule`).
+
+        Raises:
+            PolicyError: numbers that cannot be right.
+            BackendError: more than the kernels can follow.
+        """
+        self.searches = True
+        return CudaSearch(rule)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return kernels.surprisal(logits, ids)

@@ -33,13 +33,17 @@ __all__ = [
     "check_dims",
     "dims_supported",
     "gather",
+    "hip",
     "launcher_of",
     "merge",
     "move",
+    "narrow",
     "pack",
     "register",
     "rotate",
     "scatter",
+    "slot_width",
+    "sparse",
     "surprisal",
     "top_k",
     "turns",
@@ -849,3 +853,349 @@ def top_k(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 @_fake("top_k")
 def _(x: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     return x.new_empty((x.shape[0], k), dtype=torch.int64), x.new_empty((x.shape[0],))
+
+
+# ------------------------------------------------------------------------------------------------- searches, and what they find
+
+NODES = 1024
+"""Stretches that `hip` can follow at once: its nodes lie in shared memory."""
+
+STAGES = 8
+"""Stages of a search, at most."""
+
+SEARCHERS = 256
+"""Threads of a thread block that searches."""
+
+QUERY_COLUMNS = 8 + STAGES
+"""Integers of a block of queries, see residents.cuh: row, first column, queries, first position, the region's ends, the first stage
+to search, one to fill up; the slot of each stage."""
+
+REPRESENTATIVES = {"centre": 0, "first": 1, "last": 2, "oracle": 3}
+
+SPARSE_RESIDENT = 3
+"""Thread blocks of `sparse` that a multiprocessor is expected to hold."""
+
+BAND = 32768
+"""Blocks of queries in a launch."""
+
+SCRATCH = 64 << 20
+"""Bytes of scores that a launch of `narrow` may need."""
+
+
+def slot_width(most: int) -> int:
+    """Integers of a choice of at most ``most`` stretches, for one key-value head."""
+    return (most + 7) // 4 * 4
+
+
+class Rows(NamedTuple):
+    """Where the residents of rows lie, all of them, in text order.
+
+    Attributes:
+        blocks: int64 ``[n, 4]``, as for :func:`append`.
+        starts: int32 ``[rows * items + 1]``; spans: int32 ``[m, 4]``: row ``r`` holds the spans of item ``(r + 1) * items - 1``.
+        items: of each row.
+    """
+
+    blocks: torch.Tensor
+    starts: torch.Tensor
+    spans: torch.Tensor
+    items: int
+
+    def arguments(self) -> list[Argument]:
+        return [self.blocks.data_ptr(), self.starts.data_ptr(), self.spans.data_ptr(), self.items]
+
+
+def _check_rows(q: torch.Tensor, rows: Rows, queries: torch.Tensor, kv_heads: int) -> None:
+    _check(
+        q.dim() == 4 and is_aligned(q),
+        f"q must be [rows, heads, queries, channels], rows at multiples of 16 bytes, {tuple(q.shape)}",
+    )
+    _check(kv_heads > 0 and q.shape[1] % kv_heads == 0, f"{q.shape[1]} query heads are no multiple of {kv_heads} key-value heads")
+    _check_table("blocks", rows.blocks, torch.int64, 4, q.device)
+    _check_vector("starts", rows.starts, torch.int32, q.shape[0] * rows.items + 1, q.device)
+    _check_table("spans", rows.spans, torch.int32, 4, q.device)
+    _check_table("queries", queries, torch.int32, QUERY_COLUMNS, q.device)
+
+
+def _check_slots(name: str, held: torch.Tensor, spare: torch.Tensor, kv_heads: int, most: int) -> None:
+    for x in (held, spare):
+        good = x.dtype is torch.int32 and x.dim() == 3 and x.shape[1:] == (kv_heads, slot_width(most)) and x.is_contiguous()
+        _check(good, f"{name} must be contiguous int32 [slots, {kv_heads}, {slot_width(most)}], got {x.dtype} {tuple(x.shape)}")
+
+
+def _queries_together(num: int) -> int:
+    """Queries that a warp scores keys for at once."""
+    return 1 if num <= 1 else 2 if num == 2 else 4
+
+
+@_operation(
+    "hip(Tensor q, Tensor blocks, Tensor starts, Tensor spans, int items, Tensor queries, int most_queries, int kv_heads, "
+    "int window, int block, int most, int representative, Tensor(a!) held, Tensor(b!) spare) -> Tensor"
+)
+def hip(
+    q: torch.Tensor,
+    blocks: torch.Tensor,
+    starts: torch.Tensor,
+    spans: torch.Tensor,
+    items: int,
+    queries: torch.Tensor,
+    most_queries: int,
+    kv_heads: int,
+    window: int,
+    block: int,
+    most: int,
+    representative: int,
+    held: torch.Tensor,
+    spare: torch.Tensor,
+) -> torch.Tensor:
+    """HiP's choices of blocks of queries, those that begin with stage 0 (Lee et al., ICLR 2025).
+
+    Args:
+        q: ``[B, H, q, D]``, rows at multiples of 16 bytes, in the frame of the keys.
+        blocks, starts, spans, items: see :class:`Rows`.
+        queries: int32 ``[n, 16]``, see :data:`QUERY_COLUMNS`; a region has more blocks than ``most``.
+        most_queries: of a block of queries.
+        block: tokens of a block; most: how many are chosen; representative: a value of :data:`REPRESENTATIVES`.
+        held, spare: int32 ``[slots, Hkv, slot_width(most)]``; written where ``queries`` say.
+
+    Returns:
+        Representative keys scored, int32 ``[n, Hkv]``.
+    """
+    rows = Rows(blocks, starts, spans, items)
+    check_dims(q.dtype, q.shape[-1])
+    _check_rows(q, rows, queries, kv_heads)
+    _check(block > 0 and 0 < most <= NODES, f"{most} blocks of {block} tokens; at most {NODES} blocks, of at least one token")
+    _check_slots("choices", held, spare, kv_heads, most)
+    group, count = q.shape[1] // kv_heads, queries.shape[0]
+    searched = torch.empty(count, kv_heads, dtype=torch.int32, device=q.device)
+    module = _module("search", "hip", q.dtype, q.shape[3], _queries_together(group * most_queries))
+    for lo in range(0, count, BAND):
+        args = [q.data_ptr(), *q.stride()[:3], *rows.arguments(), queries.data_ptr() + 4 * QUERY_COLUMNS * lo, group, window]
+        args += [block, most, representative, held.data_ptr(), spare.data_ptr(), searched.data_ptr() + 4 * kv_heads * lo]
+        _launch(module, (1, kv_heads, min(BAND, count - lo)), args, q.device, block=SEARCHERS)
+    return searched
+
+
+@_fake("hip")
+def _(
+    q: torch.Tensor,
+    blocks: Any,
+    starts: Any,
+    spans: Any,
+    items: int,
+    queries: torch.Tensor,
+    most_queries: int,
+    kv_heads: int,
+    window: int,
+    block: int,
+    most: int,
+    representative: int,
+    held: Any,
+    spare: Any,
+) -> torch.Tensor:
+    return queries.new_empty((queries.shape[0], kv_heads))
+
+
+@_operation(
+    "narrow(Tensor q, Tensor blocks, Tensor starts, Tensor spans, int items, Tensor queries, int most_queries, int kv_heads, "
+    "int window, int stage, int chunk, int most, int candidates, int representative, int from_chunk, int from_most, "
+    "Tensor? from_held, Tensor? from_spare, Tensor(a!) held, Tensor(b!) spare, Tensor(c!) arrivals) -> Tensor"
+)
+def narrow(
+    q: torch.Tensor,
+    blocks: torch.Tensor,
+    starts: torch.Tensor,
+    spans: torch.Tensor,
+    items: int,
+    queries: torch.Tensor,
+    most_queries: int,
+    kv_heads: int,
+    window: int,
+    stage: int,
+    chunk: int,
+    most: int,
+    candidates: int,
+    representative: int,
+    from_chunk: int,
+    from_most: int,
+    from_held: torch.Tensor | None,
+    from_spare: torch.Tensor | None,
+    held: torch.Tensor,
+    spare: torch.Tensor,
+    arrivals: torch.Tensor,
+) -> torch.Tensor:
+    """One stage of InfiniteHiP for blocks of queries, those that begin with it or an earlier one (Lee et al., 2025).
+
+    Args:
+        q, blocks, starts, spans, items, queries, most_queries, representative: as for :func:`hip`.
+        chunk: tokens of this stage's chunks; most: how many stay; candidates: no block of queries has more to choose from.
+        from_chunk, from_most, from_held, from_spare: those of the stage before; 0 and None for stage 0.
+        held, spare: int32 ``[slots, Hkv, slot_width(most)]``; written where ``queries`` say.
+        arrivals: int32 ``[2 * n * Hkv]`` or more, zero before and after.
+
+    Returns:
+        Keys scored, int32 ``[n, Hkv]``.
+    """
+    rows = Rows(blocks, starts, spans, items)
+    check_dims(q.dtype, q.shape[-1])
+    _check_rows(q, rows, queries, kv_heads)
+    _check(0 <= stage < STAGES and chunk > 0 and most > 0, f"stage {stage} of {STAGES}, {most} chunks of {chunk} tokens")
+    _check_slots("choices", held, spare, kv_heads, most)
+    _check((stage > 0) == (from_held is not None) == (from_spare is not None), "all stages but the first have one before them")
+    if from_held is not None and from_spare is not None:
+        _check_slots("the stage before", from_held, from_spare, kv_heads, from_most)
+        _check(from_chunk > 0 and from_chunk % chunk == 0, f"chunks of {from_chunk} tokens are no multiple of {chunk}")
+    group, count, device = q.shape[1] // kv_heads, queries.shape[0], q.device
+    band = min(BAND, count, max(1, SCRATCH // (4 * kv_heads * max(candidates, 1))))
+    _check_vector("arrivals", arrivals, torch.int32, 2 * band * kv_heads, device)
+    searched = torch.empty(count, kv_heads, dtype=torch.int32, device=device)
+    ranks = torch.empty(band * kv_heads * candidates, dtype=torch.int32, device=device)
+    module = _module("search", "narrow", q.dtype, q.shape[3], _queries_together(group * most_queries))
+    # As many thread blocks as fill the card; two warps' worth of chunks for each, at least.
+    fill = launcher_of(device).processors(device) * 4 // max(kv_heads * min(band, count), 1)
+    splits = max(1, min(fill, -(-candidates // 64)))
+    for lo in range(0, count, max(band, 1)):
+        args = [q.data_ptr(), *q.stride()[:3], *rows.arguments(), queries.data_ptr() + 4 * QUERY_COLUMNS * lo, group, window]
+        args += [stage, chunk, from_chunk, most, from_most, representative, _address(from_held), _address(from_spare)]
+        args += [held.data_ptr(), spare.data_ptr(), ranks.data_ptr(), candidates, arrivals.data_ptr()]
+        args += [searched.data_ptr() + 4 * kv_heads * lo]
+        _launch(module, (splits, kv_heads, min(band, count - lo)), args, device, block=SEARCHERS)
+    return searched
+
+
+@_fake("narrow")
+def _(
+    q: torch.Tensor,
+    blocks: Any,
+    starts: Any,
+    spans: Any,
+    items: int,
+    queries: torch.Tensor,
+    most_queries: int,
+    kv_heads: int,
+    window: int,
+    stage: int,
+    chunk: int,
+    most: int,
+    candidates: int,
+    representative: int,
+    from_chunk: int,
+    from_most: int,
+    from_held: Any,
+    from_spare: Any,
+    held: Any,
+    spare: Any,
+    arrivals: Any,
+) -> torch.Tensor:
+    return queries.new_empty((queries.shape[0], kv_heads))
+
+
+def sparse_heads(group: int) -> int:
+    """Query heads of a group that a warp of `sparse` serves."""
+    return -(-group // -(-group // 4))
+
+
+@_operation(
+    "sparse(Tensor q, Tensor blocks, Tensor starts, Tensor spans, int items, Tensor queries, int most_queries, Tensor? at, "
+    "int kv_heads, int value_dim, int sinks, int window, int stage, int stretch, int most, Tensor held, "
+    "Tensor spare, int splits, float scale, float softcap, Tensor? learned) -> (Tensor, Tensor)"
+)
+def sparse(
+    q: torch.Tensor,
+    blocks: torch.Tensor,
+    starts: torch.Tensor,
+    spans: torch.Tensor,
+    items: int,
+    queries: torch.Tensor,
+    most_queries: int,
+    at: torch.Tensor | None,
+    kv_heads: int,
+    value_dim: int,
+    sinks: int,
+    window: int,
+    stage: int,
+    stretch: int,
+    most: int,
+    held: torch.Tensor,
+    spare: torch.Tensor,
+    splits: int,
+    scale: float,
+    softcap: float = 0.0,
+    learned: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend queries to sinks, a window, and what was chosen between them.
+
+    Args:
+        q, blocks, starts, spans, items, queries, most_queries: as for :func:`hip`.
+        at: int32 ``[B * q, 2]``: the block of queries and the number in it of each query, -1 for a pad; keys are then shared out
+            among ``splits`` thread blocks. None for a chunk: each query's keys are one warp's.
+        sinks, window: tokens; stage: whose choice; stretch: tokens of what it chose; most: how many, at most.
+        held, spare: choices, int32 ``[slots, Hkv, slot_width(most)]``.
+        scale, softcap: of the logits; softcap 0 for none.
+        learned: float32 ``[H]``: learned logits without a value.
+
+    Returns:
+        out ``[B, q, H, Dv]`` in q's dtype, zero for pads; keys read, int32 ``[B * q, Hkv]``.
+    """
+    found = Rows(blocks, starts, spans, items)
+    check_dims(q.dtype, q.shape[-1], value_dim)
+    _check_rows(q, found, queries, kv_heads)
+    _check_slots("choices", held, spare, kv_heads, most)
+    _check(0 <= stage < STAGES and stretch > 0 and splits > 0, f"stage {stage} of {STAGES}, {stretch} tokens, {splits} splits")
+    if learned is not None:
+        _check_vector("learned", learned, torch.float32, q.shape[1], q.device)
+    (rows, heads, columns, key_dim), device = q.shape, q.device
+    group, num = heads // kv_heads, rows * columns
+    together = sparse_heads(group)
+    sets = -(-group // together)
+    module = _module("sparse", "sparse", q.dtype, key_dim, value_dim, together, at is None)
+    head: list[Argument] = [q.data_ptr(), *q.stride()[:3], *found.arguments()]
+    middle: list[Argument] = [columns, group, sinks, window, stage, stretch, most, held.data_ptr(), spare.data_ptr()]
+    middle += [float(scale), float(softcap)]
+    read = (torch.zeros if at is None else torch.empty)(num, kv_heads, dtype=torch.int32, device=device)
+    if at is not None:
+        _check_table("at", at, torch.int32, 2, device)
+        _check(at.shape[0] == num <= 65535 and splits <= 65535, f"{at.shape[0]} places, {splits} splits of {num} queries")
+        parts = num * heads * splits
+        scratch = torch.empty(parts * (value_dim + 1), dtype=torch.float32, device=device)
+        part, part_lse = scratch.data_ptr(), scratch.data_ptr() + 4 * parts * value_dim
+        args = [*head, queries.data_ptr(), at.data_ptr(), *middle, part, part_lse, None, None, read.data_ptr()]
+        _launch(module, (splits, kv_heads * sets, num), args, device)
+        out = torch.empty(rows, columns, heads, value_dim, dtype=q.dtype, device=device)
+        _merge(part, part_lse, splits, heads, learned, out, None, None)
+        return out, read
+    out = torch.zeros(rows, columns, heads, value_dim, dtype=q.dtype, device=device)
+    count, warps = queries.shape[0], THREADS // 32
+    for lo in range(0, count, BAND):
+        args = [*head, queries.data_ptr() + 4 * QUERY_COLUMNS * lo, None, *middle, None, None, out.data_ptr(), _address(learned)]
+        grid = (-(-most_queries // warps), kv_heads * sets, min(BAND, count - lo))
+        _launch(module, grid, [*args, read.data_ptr()], device)
+    return out, read
+
+
+@_fake("sparse")
+def _(
+    q: torch.Tensor,
+    blocks: Any,
+    starts: Any,
+    spans: Any,
+    items: int,
+    queries: torch.Tensor,
+    most_queries: int,
+    at: Any,
+    kv_heads: int,
+    value_dim: int,
+    sinks: int,
+    window: int,
+    stage: int,
+    stretch: int,
+    most: int,
+    held: Any,
+    spare: Any,
+    splits: int,
+    scale: float,
+    softcap: float = 0.0,
+    learned: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    rows, heads, columns, _ = q.shape
+    return q.new_empty((rows, columns, heads, value_dim)), queries.new_empty((rows * columns, kv_heads))

@@ -4,7 +4,8 @@
 // 2.1 million tokens of one layer of 8 heads of 128 channels. No CUDA header is included, so that NVRTC needs nothing but these files.
 //
 // The same sources are compiled by g++ in the tests, where a shim included first (tests/cuda/shim.h) runs each thread as a fibre. It
-// provides: the index variables, __syncthreads, __syncwarp, __shfl_xor_sync, __ballot_sync, KV_SHARED, kv_copy16, kv_commit, kv_wait.
+// provides: the index variables, __syncthreads, __syncwarp, __shfl_sync, __shfl_xor_sync, __ballot_sync, atomicAdd, atomicMax,
+// __threadfence, KV_SHARED, kv_copy16, kv_commit, kv_wait.
 #pragma once
 
 typedef long long i64;

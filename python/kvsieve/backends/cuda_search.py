@@ -1,0 +1,307 @@
+"""Searches on a card: what each row of a layer has chosen, and the launches that choose and attend.
+
+Choices stay on the device, in *slots*. A slot belongs to one stage and holds, for each key-value head, the first tokens of the
+stretches that the stage chose. A choice of a row is a value: its slots are not written again while anything refers to them, so
+undoing, marks and reordered beams copy references.
+
+Layers of a model decide alike: a schedule is made by the first one that asks for it, and its table is uploaded once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsieve.backends import kernels
+from kvsieve.backends.schedule import Facts, Rule, Schedule
+from kvsieve.errors import ShapeError, StateError
+
+if TYPE_CHECKING:
+    from kvsieve.backends import AttendCall
+
+__all__ = ["CudaSearch", "StepRows"]
+
+Ints = npt.NDArray[np.int64]
+Upload = Callable[[npt.NDArray[np.int32]], torch.Tensor]
+
+
+# ------------------------------------------------------------------------------------------------------------------ what was chosen
+
+
+class Slot:
+    """A place for what one stage chose; free again when nothing refers to it."""
+
+    __slots__ = ("number", "pool")
+
+    def __init__(self, pool: Slots, number: int) -> None:
+        self.pool, self.number = pool, number
+
+    def __del__(self) -> None:
+        self.pool.free.append(self.number)
+
+
+class Slots:
+    """The slots of one stage: int32 ``[slots, Hkv, slot_width(most)]`` on the device. It grows."""
+
+    def __init__(self, kv_heads: int, most: int, device: torch.device) -> None:
+        self.tensor = torch.zeros(0, kv_heads, kernels.slot_width(most), dtype=torch.int32, device=device)
+        self.free: list[int] = []
+
+    def take(self) -> Slot:
+        """A slot that nothing refers to; what it holds is old."""
+        if not self.free:
+            old = self.tensor
+            count = max(4, 2 * old.shape[0])
+            self.tensor = old.new_zeros(count, *old.shape[1:])
+            self.tensor[: old.shape[0]] = old
+            self.free = list(range(count - 1, old.shape[0] - 1, -1))
+        return Slot(self, self.free.pop())
+
+    def copy(self, slot: Slot) -> Slot:
+        """A slot of this pool that holds what ``slot`` of another one does."""
+        mine = self.take()
+        self.tensor[mine.number].copy_(slot.pool.tensor[slot.number])
+        return mine
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The choice of one row, and where it lies: a slot for each stage, none where the region is read whole."""
+
+    facts: Facts
+    slots: tuple[Slot, ...]
+
+
+@dataclass
+class Work:
+    """What a call counted, on the device, until somebody asks; and choices that only it needs."""
+
+    searched: list[torch.Tensor] = field(default_factory=list)
+    read: list[torch.Tensor] = field(default_factory=list)
+    spares: list[torch.Tensor] = field(default_factory=list)
+
+    def shorten(self) -> None:
+        """Keep no more than what a few queries count."""
+        self.spares = []
+        for counts in (self.searched, self.read):
+            counts[:] = [x if x.numel() <= 4096 else x.sum() for x in counts]
+
+
+State = tuple[list["Choice | None"], "list[Slots]"]
+
+
+# -------------------------------------------------------------------------------------------------------------------------- a layer
+
+
+@dataclass
+class StepRows:
+    """What a step's layers share.
+
+    Attributes:
+        rows: where the residents lie; first: each row's first new position; lens: its new tokens.
+        few: whether queries are so few that their keys are shared out.
+        schedules: those of this step so far; upload: a table to the device, once for equal ones.
+        processors: of the device.
+    """
+
+    rows: kernels.Rows
+    first: list[int]
+    lens: list[int]
+    few: bool
+    schedules: dict[Any, Schedule]
+    upload: Upload
+    processors: int
+
+
+class CudaSearch:
+    """One layer's search: its rule and what its rows have chosen."""
+
+    def __init__(self, rule: Any) -> None:
+        self.rule = Rule.of(rule)
+        self._choices: list[Choice | None] = []
+        self._before: list[Choice | None] | None = None
+        self._pools: list[Slots] = []
+        self._arrivals: torch.Tensor | None = None
+        self._work = Work()
+
+    # ----------------------------------------------------------------------------------------------------------------- its state
+
+    def reset(self) -> None:
+        """Forget all choices."""
+        self._choices, self._before = [], None
+
+    def select_rows(self, rows: Sequence[int]) -> None:
+        """Row ``i`` is what row ``rows[i]`` was."""
+        if not self._choices:
+            return
+        if any(not 0 <= row < len(self._choices) for row in rows):
+            raise ShapeError(f"rows must lie below {len(self._choices)}, got {list(rows)}")
+        self._choices, self._before = [self._choices[row] for row in rows], None
+
+    def undo(self) -> None:
+        """The choices as they were before the last run; nothing if that failed, or was undone already."""
+        if self._before is not None:
+            self._choices, self._before = self._before, None
+
+    def state(self) -> State:
+        """What :meth:`return_to` takes, here or in another search by the same rule."""
+        return list(self._choices), self._pools
+
+    def return_to(self, state: State) -> None:
+        """The choices are those of ``state``. Those of another search are copied."""
+        choices, pools = state
+        if any(choice is not None and choice.slots and len(choice.slots) != self.rule.stages for choice in choices):
+            raise StateError("these choices are of another rule's search")
+        if pools is not self._pools and pools:
+            if not self._pools:
+                self._pools = [Slots(x.tensor.shape[1], most, x.tensor.device) for x, most in zip(pools, self.rule.most)]
+            choices = [c if c is None else self._adopt(c) for c in choices]
+        self._choices, self._before = list(choices), None
+
+    def _adopt(self, choice: Choice) -> Choice:
+        return Choice(choice.facts, tuple(pool.copy(slot) for pool, slot in zip(self._pools, choice.slots)))
+
+    def choice(self, row: int) -> list[tuple[Ints, int, int]]:
+        """What a row has chosen: for each key-value head stretches int64 ``[n, 2]``, representative keys scored, and rounds.
+
+        Empty before it has chosen. Waits for the device.
+        """
+        choice = self._choices[row] if row < len(self._choices) else None
+        if choice is None:
+            return []
+        facts, length = choice.facts, self.rule.chunks[-1]
+
+        def stretches(starts: Ints) -> Ints:
+            return np.stack([starts, np.minimum(starts + length, facts.hi)], 1)
+
+        if not choice.slots:
+            whole = stretches(np.arange(facts.lo, facts.hi, length, dtype=np.int64))
+            return [(whole, 0, 0) for _ in range(self._pools[0].tensor.shape[1])]
+        held = [slot.pool.tensor[slot.number].cpu().numpy().astype(np.int64) for slot in choice.slots]
+        reads, rounds = (np.stack([x[:, column] for x in held[facts.start :]]).sum(0) for column in (1, 2))
+        return [(stretches(mine[4 : 4 + mine[0]]), int(reads[head]), int(rounds[head])) for head, mine in enumerate(held[-1])]
+
+    @property
+    def work(self) -> tuple[int, int]:
+        """Representative keys scored and keys read by the last run, over all heads and queries. Waits for the device."""
+        searched, read = (sum(int(x.sum()) for x in counts) for counts in (self._work.searched, self._work.read))
+        return searched, read
+
+    # ------------------------------------------------------------------------------------------------------------------ one step
+
+    def run(self, q: torch.Tensor, shape: tuple[int, int], asked: StepRows, call: AttendCall) -> torch.Tensor:
+        """Search where it is due, and attend: out ``[B, q, H, Dv]``. The new tokens are stored.
+
+        Args:
+            q: ``[B, H, q, D]``; shape: key-value heads, and the size of a value.
+        """
+        rule, (kv_heads, value_dim) = self.rule, shape
+        self._before = None
+        choices: list[Choice | None] = self._choices or [None] * q.shape[0]
+        if len(choices) != q.shape[0]:
+            raise StateError(f"{len(choices)} rows have chosen, and {q.shape[0]} ask; select_rows() says which are left")
+        if not self._pools:
+            self._pools = [Slots(kv_heads, most, q.device) for most in rule.most]
+        known = tuple(None if choice is None else choice.facts for choice in choices)
+        schedule = asked.schedules.get((rule, known))
+        if schedule is None:
+            schedule = asked.schedules[rule, known] = Schedule(rule, known, asked.first, asked.lens, q.shape[2])
+        slots = {
+            row * rule.stages + stage: slot
+            for row, choice in enumerate(choices)
+            for stage, slot in enumerate(() if choice is None else choice.slots)
+        }
+        slots |= {symbol: self._pools[stage].take() for symbol, stage in schedule.kept}
+        after = [
+            old if new is None else Choice(new[0], tuple(slots[symbol] for symbol in new[1]))
+            for old, new in zip(choices, schedule.after)
+        ]
+        q, work = kernels.aligned(q), Work()
+        if schedule.num_blocks:
+            table = asked.upload(schedule.table({symbol: slot.number for symbol, slot in slots.items()}))
+            self._search(q, kv_heads, table, asked, schedule, work)
+            out = self._attend(q, kv_heads, value_dim, table, asked, schedule, call, work)
+        else:
+            out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], value_dim)
+        self._before, self._choices, self._work = choices, after, work
+        return out
+
+    def _search(self, q: torch.Tensor, kv_heads: int, table: torch.Tensor, asked: StepRows, schedule: Schedule, work: Work) -> None:
+        rule = self.rule
+        work.spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
+        tensors = [pool.tensor for pool in self._pools]
+        common = (q, *asked.rows, table, schedule.most_queries, kv_heads, rule.window)
+        representative = kernels.REPRESENTATIVES[rule.representative]
+        for i, candidates in enumerate(schedule.candidates):
+            if candidates and rule.kind == "hip":
+                sizes = rule.chunks[0], rule.most[0], representative
+                work.searched.append(kernels.hip(*common, *sizes, tensors[0], work.spares[0]))
+            elif candidates:
+                found = kernels.narrow(
+                    *common,
+                    i,
+                    rule.chunks[i],
+                    rule.most[i],
+                    candidates,
+                    representative,
+                    rule.chunks[i - 1] if i else 0,
+                    rule.most[i - 1] if i else 0,
+                    tensors[i - 1] if i else None,
+                    work.spares[i - 1] if i else None,
+                    tensors[i],
+                    work.spares[i],
+                    self._arrived(2 * min(schedule.num_blocks, kernels.BAND) * kv_heads, q.device),
+                )
+                work.searched.append(found)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        kv_heads: int,
+        value_dim: int,
+        table: torch.Tensor,
+        asked: StepRows,
+        schedule: Schedule,
+        call: AttendCall,
+        work: Work,
+    ) -> torch.Tensor:
+        rule = self.rule
+        out, read = kernels.sparse(
+            q,
+            *asked.rows,
+            table,
+            schedule.most_queries,
+            asked.upload(schedule.at) if asked.few else None,
+            kv_heads,
+            value_dim,
+            rule.sinks,
+            rule.window,
+            rule.stages - 1,
+            rule.chunks[-1],
+            rule.most[-1],
+            self._pools[-1].tensor,
+            work.spares[-1],
+            self._splits(schedule, asked, kv_heads, q.shape[1] // kv_heads),
+            call.scale,
+            call.softcap or 0.0,
+            None if call.sinks is None else call.sinks.detach().float().contiguous(),
+        )
+        work.read.append(read)
+        work.shorten()
+        return out
+
+    def _splits(self, schedule: Schedule, asked: StepRows, kv_heads: int, group: int) -> int:
+        """Thread blocks for each query and key-value head: as many as fill the card, each with 64 keys or more."""
+        sets = -(-group // kernels.sparse_heads(group))
+        fill = asked.processors * kernels.SPARSE_RESIDENT // max(len(schedule.at) * kv_heads * sets, 1)
+        return max(1, min(fill, -(-schedule.longest // 64)))
+
+    def _arrived(self, count: int, device: torch.device) -> torch.Tensor:
+        if self._arrivals is None or self._arrivals.shape[0] < count:
+            self._arrivals = torch.zeros(count, dtype=torch.int32, device=device)
+        return self._arrivals
