@@ -98,6 +98,22 @@ def _add_eval(commands: Any) -> None:
     packing.add_argument("--quick", action="store_true", help="one ratio of each kind")
     _add_machine(packing, dtype_help="default: float32")
     packing.set_defaults(run=_eval_packing)
+    search = tasks.add_parser("search", help="perplexity of reading only what a search finds, and of windows that read as much")
+    search.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
+    search.add_argument("--windows", type=_positive, default=4, help="stretches of the text, read as one batch")
+    search.add_argument("--length", nargs="+", type=_positive, default=[4000, 7700], help="tokens of the prompt")
+    search.add_argument("--continuation", type=_positive, default=256, help="tokens to predict one by one")
+    search.add_argument(
+        "--prompt", nargs="+", choices=("dense", "own"), default=["dense", "own"], help="read it by the full cache, or the policy"
+    )
+    what = search.add_mutually_exclusive_group()
+    what.add_argument("--policy", nargs="+", help='only these, for example "hip(512, block=8)"; and the full cache')
+    what.add_argument("--sweep", action="store_true", help="HiP's arguments, one at a time")
+    what.add_argument("--only", help="only policies with this in their name, and the full cache")
+    search.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
+    search.add_argument("--quick", action="store_true", help="one budget")
+    _add_machine(search, dtype_help="default: float32")
+    search.set_defaults(run=_eval_search)
 
 
 def _add_bench(commands: Any) -> None:
@@ -194,6 +210,28 @@ def _eval_packing(arguments: argparse.Namespace) -> int:
         windows=arguments.windows,
         prompt=arguments.prompt,
         continuation=arguments.continuation,
+        only=arguments.only,
+        dtype=arguments.dtype or "float32",
+        json=arguments.json,
+        backend=arguments.backend,
+        quick=arguments.quick,
+    )
+    run(settings)
+    return 0
+
+
+def _eval_search(arguments: argparse.Namespace) -> int:
+    _need_torch(arguments.threads)
+    from kvsieve.evals.search_nll import Settings, run
+
+    settings = Settings(
+        text=arguments.text,
+        windows=arguments.windows,
+        lengths=tuple(arguments.length),
+        continuation=arguments.continuation,
+        prompts=tuple(dict.fromkeys(arguments.prompt)),
+        policies=tuple(arguments.policy or ()),
+        sweep=arguments.sweep,
         only=arguments.only,
         dtype=arguments.dtype or "float32",
         json=arguments.json,
