@@ -28,6 +28,7 @@ import torch.nn.functional as F
 import kvsieve
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.packing_nll import Price, price, windows
+from kvsieve.evals.texts import read_text
 from kvsieve.roles import Policy
 from kvsieve.view.live import plain_table
 
@@ -67,13 +68,13 @@ def compared(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
 def swept() -> dict[str, Policy]:
     """``HiP(512)`` and what changes when one of its arguments does."""
     changes: tuple[tuple[str, Sequence[Any]], ...] = (
+        ("refresh", (1, 4)),
         ("block", (1, 8)),
         ("representative", ("first", "last")),
-        ("refresh", (1, 32)),
-        ("dense_layers", (0, 1)),
-        ("query_block", (32, 128)),
-        ("sinks", (4, 64)),
+        ("dense_layers", (0,)),
         ("window", (64, 1024)),
+        ("sinks", (4, 64)),
+        ("query_block", (32, 128)),
     )
     found: dict[str, Policy] = {"HiP(512)": kvsieve.HiP(512)}
     for name, values in changes:
@@ -95,6 +96,17 @@ class Prompts:
 
     count: int
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+    @classmethod
+    def of(cls, stream: kvsieve.Stream) -> Prompts:
+        """What a stream of :func:`kvsieve.Full` has read; its rows saw equally many tokens."""
+        engine = stream._engine
+        rows = [engine.planner.runs(0, row) for row in range(engine.num_rows)]
+        layers = {}
+        for index, store in engine.stores.items():
+            keys, values = zip(*(store.read(runs) for runs in rows))
+            layers[index] = torch.stack(keys), torch.stack(values)
+        return cls(stream.seen, layers)
 
     def into(self, stream: kvsieve.Stream, count: int | None = None) -> None:
         """Make these, or the first ``count`` tokens of them, what a stream has seen that has seen none.
@@ -259,7 +271,7 @@ def run(settings: Settings) -> list[Cost]:
     if not chosen:
         raise KvsieveError(f"no policy has {settings.only!r} in its name")
     model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
-    ids = tokenizer(_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(read_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
     costs: list[Cost] = []
     for length in settings.lengths:
         texts = torch.cat(windows(ids, settings.windows, length + settings.continuation))
@@ -291,13 +303,7 @@ class _Measured:
         self.model, self.prompt, self.continuation, self.backend = model, prompt, continuation, backend
         with kvsieve.stream(model, kvsieve.Full(), backend=backend) as stream:
             self.chunks, self.last = read_prompts(model, stream, prompt)
-            engine = stream._engine
-            rows = [engine.planner.runs(0, row) for row in range(engine.num_rows)]
-            read = {index: [store.read(runs) for runs in rows] for index, store in engine.stores.items()}
-            self.prompts = Prompts(
-                prompt.shape[1],
-                {index: (torch.stack([k for k, _ in found]), torch.stack([v for _, v in found])) for index, found in read.items()},
-            )
+            self.prompts = Prompts.of(stream)
             self.decoded, work = continue_with(model, stream, self.last, continuation)
             self.full = self._cost("Full()", stream, "own", work, self.decoded, self.chunks)
 
@@ -334,12 +340,6 @@ class _Measured:
         ]
         assert prices[0] is not None
         return Cost(stats.policy, self.prompts.count, mode, *work, prices[0], prices[1])
-
-
-def _text(path: Path | None) -> str:
-    from kvsieve.evals.packing_nll import _text as read
-
-    return read(path)
 
 
 def _change(p: Price | None) -> str:
