@@ -110,7 +110,7 @@ def _add_eval(commands: Any) -> None:
     what = search.add_mutually_exclusive_group()
     what.add_argument("--policy", nargs="+", help='only these, for example "hip(512, block=8)"; and the full cache')
     what.add_argument("--sweep", action="store_true", help="HiP's arguments, one at a time")
-    what.add_argument("--only", help="only policies with this in their name, and the full cache")
+    search.add_argument("--only", nargs="+", default=[], help="only policies with one of these in their name, and the full cache")
     search.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
     search.add_argument("--quick", action="store_true", help="one budget")
     _add_machine(search, dtype_help="default: float32")
@@ -256,7 +256,7 @@ def _eval_search(arguments: argparse.Namespace) -> int:
         prompts=tuple(dict.fromkeys(arguments.prompt)),
         policies=tuple(arguments.policy or ()),
         sweep=arguments.sweep,
-        only=arguments.only,
+        only=tuple(arguments.only),
         dtype=arguments.dtype or "float32",
         json=arguments.json,
         backend=arguments.backend,

@@ -32,7 +32,7 @@ from kvsieve.evals.texts import read_text
 from kvsieve.roles import Policy
 from kvsieve.view.live import plain_table
 
-__all__ = ["Cost", "Prompts", "Settings", "compared", "continue_with", "exact_until", "read_prompts", "run", "swept"]
+__all__ = ["Cost", "Measured", "Prompts", "Settings", "compared", "continue_with", "exact_until", "read_prompts", "run", "swept"]
 
 CHUNK = 256
 """Tokens of each row in a forward over a prompt."""
@@ -246,7 +246,7 @@ class Settings:
     prompts: tuple[Mode, ...] = ("dense", "own")
     policies: tuple[str, ...] = ()
     sweep: bool = False
-    only: str | None = None
+    only: tuple[str, ...] = ()
     dtype: str = "float32"
     json: Path | None = None
     backend: str | None = None
@@ -257,7 +257,8 @@ class Settings:
         if self.policies:
             return {text: kvsieve.policies.parse(text) for text in self.policies}
         found = swept() if self.sweep else compared("few" if self.quick else "all")
-        return {name: policy for name, policy in found.items() if self.only is None or self.only.lower() in name.lower()}
+        wanted = [text.lower() for text in self.only] or [""]
+        return {name: policy for name, policy in found.items() if any(text in name.lower() for text in wanted)}
 
 
 def run(settings: Settings) -> list[Cost]:
@@ -269,9 +270,10 @@ def run(settings: Settings) -> list[Cost]:
 
     chosen = settings.chosen()
     if not chosen:
-        raise KvsieveError(f"no policy has {settings.only!r} in its name")
+        raise KvsieveError(f"no policy has {' or '.join(settings.only)} in its name")
+    text = read_text(settings.text)
     model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
-    ids = tokenizer(read_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
     costs: list[Cost] = []
     for length in settings.lengths:
         texts = torch.cat(windows(ids, settings.windows, length + settings.continuation))
@@ -284,7 +286,7 @@ def _run_length(
     model: Any, chosen: dict[str, Policy], texts: torch.Tensor, length: int, settings: Settings, before: list[Cost]
 ) -> list[Cost]:
     prompt, continuation = texts[:, :length], texts[:, length:]
-    measured = _Measured(model, prompt, continuation, settings.backend)
+    measured = Measured(model, prompt, continuation, settings.backend)
     costs = [measured.full]
     for name, policy in chosen.items():
         for mode in settings.prompts:
@@ -295,8 +297,12 @@ def _run_length(
     return costs
 
 
-class _Measured:
-    """Windows that the full cache has read, and what others cost beside it."""
+class Measured:
+    """Windows that the full cache has read, and what others cost beside it.
+
+    Args:
+        prompt, continuation: int64 ``[B, n]`` and ``[B, m]``, a row for each window.
+    """
 
     @torch.no_grad()
     def __init__(self, model: Any, prompt: torch.Tensor, continuation: torch.Tensor, backend: str | None) -> None:
