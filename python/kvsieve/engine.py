@@ -12,6 +12,8 @@ The control plane (`_core.Planner`) is two-phase: until `commit` nothing was dec
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -19,10 +21,11 @@ import torch
 from kvsieve import _core
 from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
 from kvsieve.budget import BLOCK
+from kvsieve.critical import uninterrupted
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
-from kvsieve.roles import All, Residents, TopKTokens
+from kvsieve.roles import All, Consecutive, Residents, TopKTokens
 from kvsieve.scoring import Scorer
 
 if TYPE_CHECKING:
@@ -54,11 +57,15 @@ class Engine:
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.packer = make_packer(policy.packs, facts.layers, raw=frame == "raw")
         self.observer = Observer.of(policy, facts.bytes_per_token)
+        if self.observer is not None:
+            self.observer.all_layers = self._all_layers
         self.search = policy.searches
         self.searches: dict[int, Search] = {}
         """Of each layer that has searched, what its rows have chosen."""
         self.searching = False
         """Whether the last forward searched, in the layers that do."""
+        self.beyond = False
+        """Whether what it read stood side by side, because the text is longer than the model was trained for."""
         self._read: list[npt.NDArray[np.int64]] = []
         self._searched: set[int] = set()
         self.recording = False
@@ -68,6 +75,8 @@ class Engine:
         self.stepped: list[torch.Tensor] = []
         self._marks: list[_State] = []
         self.hidden: torch.Tensor | None = None
+        self.broken: str | None = None
+        """What went wrong half-way through a change that all layers must make together; the stream is then of no use."""
         self._layers = {layer.index: layer for layer in facts.layers}
         if isinstance(backend, Choosy) and planner is None:
             for layer in facts.layers:
@@ -189,6 +198,7 @@ class Engine:
         """The decoder begins. Undo a forward that died; let go of what the last one left because it was being verified."""
         if self.replaying:
             return
+        self._check_whole()
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
         if self._step is not None or self._undo:
@@ -249,7 +259,9 @@ class Engine:
         if self.packer is not None:
             self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
-        call = AttendCall(scale, softcap, sinks, facts.rope if self.policy.moves else None, top_k)
+        rope = facts.rope if self.policy.moves else None
+        by_content = self.frame == "raw" and (self.beyond or not isinstance(self.policy.memories[0].place, Consecutive))
+        call = AttendCall(scale, softcap, sinks, rope, top_k, by_content, self.beyond)
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
         if self.searching and (search := self._search_of(layer.index)) is not None:
@@ -259,7 +271,7 @@ class Engine:
 
     def _search_of(self, index: int) -> Search | None:
         """The choices of layer ``index``; None if it reads everything."""
-        rule = None if self.search is None else self.search.for_layer(index)
+        rule = None if self.search is None else self.search.for_layer(index, self.beyond)
         if rule is None:
             return None
         if index not in self.searches:
@@ -280,7 +292,8 @@ class Engine:
             return
         self.hidden = hidden
         if not self._whole_model and self._step is not None:
-            self._commit()
+            with uninterrupted():
+                self._commit()
 
     def complete(self, logits: torch.Tensor) -> None:
         """The causal LM returned ``logits`` ``[B, r, V]`` of its last ``r`` columns."""
@@ -291,11 +304,13 @@ class Engine:
         if self._step is None:
             return
         if self.scorer is None or self._ids is None or hidden is None:
-            self._commit()
+            with uninterrupted():
+                self._commit()
             return
         scores, tail = self.scorer.score(self._ids, hidden, logits, self._step.new_lens, keep_rows=self.recording)
-        self._commit(scores)
-        self.scorer.tail = tail
+        with uninterrupted():
+            self._commit(scores)
+            self.scorer.tail = tail
 
     def _open(self, q: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:
         batch, width = q.shape[0], q.shape[2]
@@ -316,7 +331,12 @@ class Engine:
         if self.search is not None:
             store_all = True
             held = [self.planner.resident(0, row) if self.num_rows else 0 for row in range(len(lens))]
-            self.searching = max(old + new for old, new in zip(held, lens)) > self.search.dense_until
+            longest = max(old + new for old, new in zip(held, lens))
+            self.searching = longest > self.search.dense_until
+            place = self.policy.memories[0].place
+            if isinstance(place, Consecutive):
+                after = self.facts.trained_length if place.after is None else place.after
+                self.beyond = after is not None and longest > after
         self._step = self.planner.begin(lens, width, store_all, parts)
         return self._step
 
@@ -423,9 +443,9 @@ class Engine:
             return
         due = [(row, packer.due(planner, row, prompt_ended)) for row in range(self.num_rows)]
         due = [(row, upto) for row, upto in due if upto > planner.num_packed(row)]
-        packer.reading = packer.reading and not prompt_ended
         if due:
             self._pack(due, [packer.choose(planner, self.stores, row, upto) for row, upto in due], tidy=prompt_ended)
+        packer.reading = packer.reading and not prompt_ended
 
     def restore_packed(self, packed: list[int], reading: bool, saved: dict[str, torch.Tensor]) -> None:
         """Pack again what was packed when the stream was saved: the first ``packed[row]`` tokens of each row."""
@@ -439,21 +459,49 @@ class Engine:
         packer, planner = self.packer, self.planner
         if packer is None:
             return
-        done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
-        moves = planner.tidy() if tidy else None
-        in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
-        for index, store in self.stores.items():
-            packer.run(index, store, done)
-            if moves is not None:
-                store.apply(moves)
-                store.free_unused(in_use, packed_in_use)
+        before, stores = planner.fork(), list(self.stores.items())
+        with uninterrupted():
+            try:
+                done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
+                packer.run(*stores[0], done)
+            except BaseException:
+                # Nothing was taken from anywhere yet. The first layer is the one that may not find room: each gives back more than
+                # the next one needs.
+                self.planner = before
+                raise
+            # Only now may plain blocks go.
+            del before
+            with self._all_layers("packing"):
+                moves = planner.tidy() if tidy else None
+                in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
+                for index, store in stores:
+                    if index != stores[0][0]:
+                        packer.run(index, store, done)
+                    if moves is not None:
+                        store.apply(moves)
+                        store.free_unused(in_use, packed_in_use)
         if tidy:
             give_back()
 
+    @contextmanager
+    def _all_layers(self, what: str) -> Iterator[None]:
+        """A change that all layers must make. Ctrl-C waits until it is made; after any other error the stream is of no use."""
+        with uninterrupted():
+            try:
+                yield
+            except BaseException as error:
+                self.broken = f"{what} failed in the midst of the layers ({type(error).__name__}: {error})"
+                raise
+
+    def _check_whole(self) -> None:
+        if self.broken is not None:
+            raise StateError(f"{self.broken}, so they no longer hold the same tokens; reset this stream, or open another")
+
     def _apply(self, moves: Moves) -> None:
         if len(moves):
-            for store in self.stores.values():
-                store.apply(moves)
+            with self._all_layers("letting go"):
+                for store in self.stores.values():
+                    store.apply(moves)
 
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
@@ -464,6 +512,7 @@ class Engine:
 
     def end_turn(self) -> None:
         """Scores decay, the budget holds exactly, memory is given back."""
+        self._check_whole()
         self.planner.decay([getattr(m.retain_or_default, "decay", 1.0) for m in self.policy.memories])
         self.settle(force=True, turn_ended=True)
         if self.packer is not None:
@@ -523,6 +572,7 @@ class Engine:
         """Forget everything and give all memory back."""
         self._step = None
         self.planner.reset()
+        self.broken = None
         self.free_unused()
         if not self.planner.used_blocks:
             self.stores.clear()
@@ -558,6 +608,7 @@ class Engine:
         return child
 
     def _idle(self) -> None:
+        self._check_whole()
         if self._step is not None:
             self.rollback()
 

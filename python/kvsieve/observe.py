@@ -11,7 +11,8 @@ A row's state is never changed, only replaced: forks, marks and beams share it, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -116,6 +117,8 @@ class Observer:
         self.rows: list[RowState] = []
         self.calls: dict[int, AttendCall] = {}
         self._pending: dict[int, list[LayerState]] = {}
+        self.all_layers: Callable[[str], AbstractContextManager[object]] = nullcontext
+        """Entered around a change that all layers must make together."""
 
     @classmethod
     def of(cls, policy: Policy, bytes_per_token: int) -> Observer | None:
@@ -206,14 +209,17 @@ class Observer:
         state, others = self.rows[row], planner.resident(0, row) - recent
         keeps = {layer: choose(values[:, :others], count, self.sinks) for layer, values in scores.items()}
         was = {layer: self.positions(planner, row, layer)[:, :others] for layer in keeps}
-        source, to = planner.sieve(0, row, count, recent)
-        layers = {}
-        for layer, keep in keeps.items():
-            stores[layer].permute(source, keep, to)
-            old = state.layers[layer]
-            kept = None if old.mass is None else torch.cat([old.mass.gather(1, keep.to(old.mass.device)), old.mass[:, others:]], 1)
-            layers[layer] = LayerState(was[layer].gather(1, keep.cpu()), old.queries, kept)
-        self.rows[row] = RowState(planner.seen(row) - recent, layers)
+        with self.all_layers("letting go"):
+            source, to = planner.sieve(0, row, count, recent)
+            layers = {}
+            for layer, keep in keeps.items():
+                stores[layer].permute(source, keep, to)
+                old = state.layers[layer]
+                kept = (
+                    None if old.mass is None else torch.cat([old.mass.gather(1, keep.to(old.mass.device)), old.mass[:, others:]], 1)
+                )
+                layers[layer] = LayerState(was[layer].gather(1, keep.cpu()), old.queries, kept)
+            self.rows[row] = RowState(planner.seen(row) - recent, layers)
 
     # ------------------------------------------------------------------------------------------------------------- what callers do
 

@@ -318,8 +318,8 @@ class Ceiling(Place):
 class Consecutive(Place):
     """At its true distance while all that was seen lies within ``after`` tokens, by default the model's trained length.
 
-    Beyond, what a query reads stands side by side, ending at the query, and a :class:`Search` compares by content alone, all keys
-    at one distance. Lee et al., 2025, arXiv 2502.08910.
+    Beyond, what a query reads stands side by side, ending at the query, in every layer, and a :class:`Search` compares by content
+    alone, all keys at one distance. The longest row of a batch decides for all. Lee et al., 2025, arXiv 2502.08910.
     """
 
     after: int | None = None
@@ -399,8 +399,8 @@ class Search(Select):
         """Everything is read while no more tokens than these are resident."""
         raise NotImplementedError
 
-    def for_layer(self, index: int) -> Search | None:
-        """The rule of layer ``index``; None if the layer reads everything."""
+    def for_layer(self, index: int, beyond: bool = False) -> Search | None:
+        """The rule of layer ``index``; None if the layer reads everything, as none does ``beyond`` the trained length."""
         raise NotImplementedError
 
     def spec(self) -> dict[str, Any]:

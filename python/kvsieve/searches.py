@@ -44,8 +44,8 @@ class TreeSearch(Search):
     def dense_until(self) -> int:
         return self.sinks + self.window + self.budget
 
-    def for_layer(self, index: int) -> TreeSearch | None:
-        return None if index < self.dense_layers else self
+    def for_layer(self, index: int, beyond: bool = False) -> TreeSearch | None:
+        return None if index < self.dense_layers and not beyond else self
 
 
 @dataclass(frozen=True)
@@ -97,8 +97,8 @@ class StagedSearch(Search):
     def dense_until(self) -> int:
         return self.sinks + self.window + self.stages[-1][1]
 
-    def for_layer(self, index: int) -> StagedSearch | None:
-        if index < self.dense_layers:
+    def for_layer(self, index: int, beyond: bool = False) -> StagedSearch | None:
+        if index < self.dense_layers and not beyond:
             return None
         if index >= self.wide_layers or self.wide <= self.stages[-1][1]:
             return self

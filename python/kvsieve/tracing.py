@@ -30,7 +30,7 @@ def trace(engine: Engine) -> tuple[LayerTrace, ...]:
     found = []
     for layer in engine.facts.layers:
         search = engine.searches.get(layer.index) if engine.searching else None
-        rule = engine.search.for_layer(layer.index)
+        rule = engine.search.for_layer(layer.index, engine.beyond)
         if search is None or rule is None:
             everything = tuple(_everything(positions, layer.num_kv_heads) for positions in rows)
             read = layer.num_kv_heads * sum(len(positions) for positions in rows)

@@ -5,6 +5,7 @@ Queries and keys are multiples of 1/8, so that scores are exact in any dtype and
 
 from __future__ import annotations
 
+import copy
 import random
 from typing import Any
 
@@ -76,7 +77,8 @@ class Naive:
             positions = list(range(first + lo, first + lo + size))
             mine = q[:, lo : lo + size]
             refresh = self.rule["refresh"] if self.kind == "infinite" else [self.rule["refresh"]]
-            follows = size == 1 and self.found is not None
+            most = self.rule["stages"][-1][1] if self.kind == "infinite" else self.rule["budget"]
+            follows = size == 1 and self.found is not None and self.found.hi - self.found.lo > most
             start = first_stage(self.step, refresh) if follows else 0
             if start is not None:
                 self.choose(mine, positions, start)
@@ -152,7 +154,8 @@ def test_rust_is_the_specification(kind: str, dtype: torch.dtype) -> None:
                 assert out[row, : width - n].abs().sum() == 0
                 found = naive[row].found
                 assert found is not None
-                for head, (stretches, reads, rounds) in enumerate(fast.sparse.choice(row)):
+                for head, (stretches, end, reads, rounds) in enumerate(fast.sparse.choice(row)):
+                    assert end == naive[row].found.hi
                     assert stretches[:, 0].tolist() == found.starts[head].tolist(), (seed, head)
                     assert stretches[:, 1].tolist() == found.ends[head].tolist()
                     assert (reads, rounds) == (found.reads[head], found.rounds[head])
@@ -236,6 +239,97 @@ def test_a_crop_makes_it_choose_anew() -> None:
     fast.sparse.reset()
     assert fast.sparse.choice(0) == []
     assert fast.feed(*step_of(fast, generator, 1), [1])[2][0] > 0
+
+
+class Pair:
+    """Rows in Rust and by the specification, which must agree after every step."""
+
+    def __init__(self, rows: int, kind: str = "hip", **change: Any) -> None:
+        rule = {**(HIP if kind == "hip" else INFINITE), **change}
+        self.fast, self.generator = Fast(kind, rule, (2, 16), torch.float32), torch.Generator().manual_seed(0)
+        self.naive = [Naive(kind, rule, 0.25, None) for _ in range(rows)]
+
+    def data(self, width: int) -> list[torch.Tensor]:
+        return [eighths(self.generator, len(self.naive), heads, width, 16) for heads in (4, 2, 2)]
+
+    def step(self, data: list[torch.Tensor]) -> None:
+        width = data[0].shape[2]
+        out, _, work = self.fast.feed(*data, [width] * len(self.naive))
+        before = sum(one.searched for one in self.naive)
+        for row, naive in enumerate(self.naive):
+            want = naive.feed(*(x[row] for x in data)).transpose(0, 1)
+            assert float((out[row] - want).abs().max()) <= 2e-6 * max(1.0, float(want.abs().max()))
+        assert work[0] == sum(one.searched for one in self.naive) - before, "not at the same steps"
+
+    def steps(self, *widths: int) -> None:
+        for width in widths:
+            self.step(self.data(width))
+
+
+class TestState:
+    @pytest.mark.parametrize("kind", ["hip", "infinite"])
+    def test_a_forward_that_died(self, kind: str) -> None:
+        """Undone, and run again, it chooses what it would have chosen, when it would have."""
+        pair = Pair(2, kind)
+        pair.steps(150, 1, 1, 1)
+        for width in (1, 1, 9, 1, 1, 1, 1, 1):
+            q, k, v = pair.data(width)
+            step = pair.fast.planner.begin([width] * 2, width, True, False)
+            pair.fast.store.append(_view(k), _view(v), step)
+            pair.fast.sparse.attend(pair.fast.store, _view(q), step, 0.25, None, None, _view(torch.empty(2, width, 4, 16)))
+            pair.fast.planner.rollback()
+            for _ in range(2):
+                pair.fast.sparse.undo()
+            pair.steps(width)
+
+    def test_what_was_committed_is_not_undone(self) -> None:
+        pair = Pair(1, refresh=100)
+        pair.steps(150, 1, 1)
+        pair.fast.sparse.commit()
+        pair.fast.sparse.undo()
+        pair.steps(1, 1)
+
+    def test_the_first_forward_is_undone(self) -> None:
+        fast = Pair(1).fast
+        generator = torch.Generator().manual_seed(0)
+        fast.feed(*step_of(fast, generator, 150), [150])
+        fast.sparse.undo()
+        assert fast.sparse.choice(0) == []
+
+    @pytest.mark.parametrize("kind", ["hip", "infinite"])
+    def test_rows_are_reordered(self, kind: str) -> None:
+        pair = Pair(3, kind)
+        pair.steps(150, 1, 1)
+        for index in ([2, 0, 1], [1, 1, 0], [0, 0, 2, 1], [3, 1]):
+            pair.fast.planner.select_rows(index)
+            pair.fast.sparse.select_rows(index)
+            pair.naive = [copy.copy(pair.naive[i]) for i in index]
+            pair.steps(1, 1, 1)
+        with pytest.raises(PolicyError):
+            pair.fast.sparse.select_rows([0, 2])
+
+    @pytest.mark.parametrize("kind", ["hip", "infinite"])
+    def test_forks_and_marks(self, kind: str) -> None:
+        pair = Pair(2, kind)
+        pair.steps(150, 1, 1)
+        other = Pair(2, kind)
+        other.fast.store, other.fast.planner, other.fast.sparse = pair.fast.store, pair.fast.planner.fork(), pair.fast.sparse.fork()
+        other.naive = [copy.copy(one) for one in pair.naive]
+        mark, planner, naive = pair.fast.sparse.state(), pair.fast.planner.fork(), [copy.copy(one) for one in pair.naive]
+        other.generator.manual_seed(7)
+        for _ in range(5):
+            pair.steps(1)
+            other.steps(1)
+        pair.fast.planner, pair.naive = planner, naive
+        pair.fast.sparse.return_to(mark)
+        pair.steps(1, 1, 1)
+        other.steps(1)
+
+    def test_states_of_another_rule(self) -> None:
+        state = Pair(1).fast.sparse.state()
+        with pytest.raises(UnsupportedError, match="another rule"):
+            Pair(1, budget=22).fast.sparse.return_to(state)
+        Pair(1).fast.sparse.return_to(state)
 
 
 class TestErrors:

@@ -50,6 +50,20 @@ def test_attend_writes_every_case_with_its_errors(tmp_path: Path, capsys: pytest
         assert any(all(word in line for word in ("9/3/64", row["dtype"], row["best"])) for line in out.splitlines())
 
 
+def test_search_writes_what_was_scored_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "search", "--shape", "9/3/64", "--dtype", "bf16", "--length", "2048", "4096", "--rounds", "3"]
+    rows = written(tmp_path / "search.json", argv)["rows"]
+    assert [(row["length"], row["policy"].split("(")[0]) for row in rows] == [(2048, "HiP"), (4096, "HiP"), (4096, "InfiniteHiP")]
+    for row in rows:
+        assert set(row["seconds"]) == {"full", "every_step", "as_refreshed", "generate_default"}
+        assert 0 < row["error"] <= report.TOLERANCE["bf16"]
+        assert row["read"] == 3 * (1024 + 256 + 16 if row["policy"].startswith("HiP") else 2048 + 1024 + 256)
+        assert row["scored"] > 0
+        assert row["cycle"] == (8 if row["policy"].startswith("HiP") else 16)
+        assert row["layers"] * row["length"] * 2 * 3 * 64 * 2 >= measure.CACHE
+    assert "read whole, nothing to measure" in capsys.readouterr().out
+
+
 def test_decode_writes_every_policy_and_the_ceiling(tmp_path: Path) -> None:
     (row,) = written(tmp_path / "decode.json", ["bench", "decode", "--dtype", "f32", "--length", "64", "--rounds", "3"])["rows"]
     policies = {"Full", "StreamingLLM", "LMInfinite", "SirLLM"}

@@ -48,6 +48,9 @@ class AttendCall:
         sinks: learned logits ``[H]`` that join every softmax without a value (gpt-oss); None for none.
         rope: the layer's rotation; None where the layer has none, or nothing is re-placed.
         top_k: whether this layer reads memories that are selected by top-k.
+        by_content: a search compares all keys at one distance, that of the window's edge, and not where they are placed. Raw frame.
+        side_by_side: what a query reads by a search is numbered consecutively, for each key-value head, and ends at the query. Raw
+            frame.
     """
 
     scale: float
@@ -55,6 +58,8 @@ class AttendCall:
     sinks: torch.Tensor | None = None
     rope: LayerRope | None = None
     top_k: bool = True
+    by_content: bool = False
+    side_by_side: bool = False
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from kvsieve.backends import HeadChoice
+from kvsieve.backends import AttendCall, HeadChoice
+from kvsieve.backends.reference import attend
 from kvsieve.backends.search import (
     Selection,
     first_stage,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from kvsieve.roles import Search
     from kvsieve.searches import StagedSearch, TreeSearch
 
-__all__ = ["ReferenceSearch", "RowChoice"]
+__all__ = ["ReferenceSearch", "RowChoice", "side_by_side"]
 
 
 @dataclass(frozen=True)
@@ -94,13 +95,13 @@ class ReferenceSearch:
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        scale: float,
-        softcap: float | None,
+        call: AttendCall,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Out ``[H, m, Dv]`` and lse ``[H, m]`` of a row's ``m`` new queries over its ``n`` residents, of which they are the last.
 
         Args:
             compared: queries and keys for the search, like ``q`` ``[H, m, D]`` and ``k`` ``[Hkv, n, D]``, rotated for it.
+            q, k: rotated to where the policy places them; not rotated if ``call.side_by_side``.
         """
         pieces, n, m = [], k.shape[1], q.shape[1]
         lo = 0
@@ -113,7 +114,11 @@ class ReferenceSearch:
             window = self.rule.window + positions[-1] - choice.since
             visible = kept(choice.found, positions, n, self.rule.sinks, window)
             self.work = self.work[0], self.work[1] + int(visible.sum())
-            pieces.append(sparse_attend(q[:, lo : lo + count], k, v, visible.to(q.device), scale, softcap))
+            mine, visible = q[:, lo : lo + count], visible.to(q.device)
+            if call.side_by_side and call.rope is not None:
+                pieces.append(side_by_side(mine, k, v, visible, call))
+            else:
+                pieces.append(sparse_attend(mine, k, v, visible, call.scale, call.softcap))
             self.rows[row] = RowChoice(choice.found, first + count, choice.step + 1, choice.since)
             lo += count
         return torch.cat([out for out, _ in pieces], 1), torch.cat([lse for _, lse in pieces], 1)
@@ -135,6 +140,27 @@ class ReferenceSearch:
         found = _search(rule, scores, lo, hi, start, () if row.found is None else row.found.inputs)
         self.work = self.work[0] + sum(found.reads), self.work[1]
         return RowChoice(found, 0, 0, positions[-1]) if whole else RowChoice(found, 0, row.step, row.since)
+
+
+def side_by_side(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, call: AttendCall
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_attend` before rotation: what a query reads of a head is numbered ``0, 1, ..``, the query itself last."""
+    rope, group = call.rope, q.shape[0] // k.shape[0]
+    assert rope is not None
+    out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[:2])
+    for head in range(k.shape[0]):
+        heads = slice(head * group, (head + 1) * group)
+        for i in range(q.shape[1]):
+            read = visible[head, i]
+            at = torch.arange(int(read.sum()), device=q.device)
+            query = rope.rotate(q[heads, i : i + 1], at[-1:])
+            keys = rope.rotate(k[head : head + 1, read], at)
+            every = read.new_ones(1, len(at))
+            out[heads, i : i + 1], lse[heads, i : i + 1] = attend(
+                query, keys, v[head : head + 1, read], every, call.scale, call.softcap
+            )
+    return out, lse
 
 
 def _search(rule: TreeSearch | StagedSearch, scores: Any, lo: int, hi: int, start: int, inputs: Any) -> Selection:

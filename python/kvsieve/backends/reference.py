@@ -183,12 +183,13 @@ class ReferenceStore:
             keys = torch.cat([old_k, k[part.row, :, new]], 1).to(wide)
             values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
             queries = q[part.row, :, new].to(wide)
-            compared = queries, keys
-            if step.frame == "raw" and call.rope is not None:
-                # By content alone: every key at the window's distance.
+            placed = rotate_part(queries, keys, part, step.frame, call.rope)
+            compared = placed
+            if call.by_content and call.rope is not None:
                 compared = call.rope.rotate(queries, torch.full((m,), search.rule.window, device=q.device)), keys
-            queries, keys = rotate_part(queries, keys, part, step.frame, call.rope)
-            piece = search.attend(part.row, compared, queries, keys, values, call.scale, call.softcap)
+            if call.side_by_side:
+                placed = queries, keys
+            piece = search.attend(part.row, compared, *placed, values, call)
             out[part.row, q.shape[2] - m :] = merge([piece], call.sinks).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out

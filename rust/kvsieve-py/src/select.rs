@@ -1,6 +1,6 @@
 //! Attention to what a search chooses, and the choices that stand between refreshes.
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvsieve_core::ids::Run;
 use kvsieve_core::kernels::isa::isa;
@@ -9,7 +9,7 @@ use kvsieve_core::plan;
 use kvsieve_core::select::Representative;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
-use kvsieve_core::select::kept::{Choice, Rule, Search};
+use kvsieve_core::select::kept::{Choice, Choices, Rule, Search};
 use kvsieve_core::{Error, Result};
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray3, PyUntypedArrayMethods,
@@ -24,9 +24,16 @@ use crate::store::Store;
 /// One layer's searching attention: the rule, and what each row has chosen. See `kvsieve_core::select`.
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Sparse {
-    rule: Rule,
+    rule: Arc<Rule>,
     query_block: usize,
-    choices: Mutex<Vec<Choice>>,
+    choices: Mutex<Choices>,
+}
+
+/// What the rows of a [`Sparse`] have chosen at some time. Nothing large is copied to make one.
+#[pyclass(frozen, module = "kvsieve._core")]
+pub struct SparseState {
+    rule: Arc<Rule>,
+    rows: Vec<Choice>,
 }
 
 impl Sparse {
@@ -35,7 +42,16 @@ impl Sparse {
         if query_block == 0 {
             return Err(Error::OutOfRange { what: "query_block", expected: "at least 1", got: "0".to_string() });
         }
-        Ok(Sparse { rule, query_block, choices: Mutex::default() })
+        Ok(Sparse { rule: Arc::new(rule), query_block, choices: Mutex::default() })
+    }
+
+    fn choices(&self) -> MutexGuard<'_, Choices> {
+        self.choices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Without the GIL, which a search in progress asks for while it holds the lock.
+    fn with<R: Send>(&self, py: Python<'_>, run: impl FnOnce(&mut Choices) -> R + Send) -> R {
+        py.detach(|| run(&mut self.choices()))
     }
 }
 
@@ -160,40 +176,75 @@ impl Sparse {
             let runs: Vec<Vec<Run>> = (0..rows).map(|row| residents(step, row)).collect::<Result<_>>()?;
             let news = runs.iter().zip(&step.new_lens).map(|(runs, &new_len)| SparseRow { runs, new_len });
             let row_list: Vec<SparseRow<'_>> = news.collect();
-            let Sparse { rule, query_block, choices } = self;
-            let mut choices = choices.lock().unwrap_or_else(PoisonError::into_inner);
-            if choices.len() != rows {
-                *choices = vec![Choice::default(); rows];
-            }
-            let (q, query_block) = (view, *query_block);
+            let (q, query_block) = (view, self.query_block);
             let args = Args { q, rows: &row_list, query_block, scale, softcap, sinks, threads, level };
-            attend_sparse(arena, rule, &mut choices, &args, out, lse, &|| signals.arrived())
+            let run = |choices: &mut [Choice]| {
+                attend_sparse(arena, &self.rule, choices, &args, out, lse, &|| signals.arrived())
+            };
+            self.choices().forward(rows, run)
         });
         done.map(|work| (work.searched, work.read)).map_err(|err| signals.error(err))
     }
 
-    /// Forgets all choices: after rows were reordered or replaced.
+    /// Forgets all choices: the next forward chooses anew.
     fn reset(&self, py: Python<'_>) {
-        // Without the GIL, which a search in progress asks for while it holds the lock.
-        py.detach(|| self.choices.lock().unwrap_or_else(PoisonError::into_inner).clear());
+        self.with(py, |choices| choices.return_to(Vec::new()));
     }
 
-    /// What a row last chose, for each key-value head: stretches `[n, 2]`, keys scored, and rounds. Empty before it chose.
+    /// The choices as they were before the last `attend`; nothing where that was undone or committed already.
+    fn undo(&self, py: Python<'_>) {
+        self.with(py, Choices::undo);
+    }
+
+    /// The last `attend` counts: `undo` no longer returns to what was before it.
+    fn commit(&self, py: Python<'_>) {
+        self.with(py, Choices::commit);
+    }
+
+    /// Row `i` becomes what row `rows[i]` was. Not undone by `undo`.
+    fn select_rows(&self, py: Python<'_>, rows: Vec<usize>) -> PyResult<()> {
+        self.with(py, |choices| choices.select_rows(&rows)).map_err(to_py)
+    }
+
+    /// What all rows have chosen, to return to; nothing large is copied.
+    fn state(&self, py: Python<'_>) -> SparseState {
+        let rows = self.with(py, |choices| choices.rows().to_vec());
+        SparseState { rule: Arc::clone(&self.rule), rows }
+    }
+
+    /// Puts a state in place of what was chosen. It must be of this rule. Not undone by `undo`.
+    fn return_to(&self, py: Python<'_>, state: &SparseState) -> PyResult<()> {
+        if *state.rule != *self.rule {
+            return Err(to_py(Error::Unsupported("the state is of a search by another rule")));
+        }
+        self.with(py, |choices| choices.return_to(state.rows.clone()));
+        Ok(())
+    }
+
+    /// Another one of the same rule that has chosen the same.
+    fn fork(&self, py: Python<'_>) -> Sparse {
+        let mut choices = Choices::default();
+        choices.return_to(self.with(py, |mine| mine.rows().to_vec()));
+        Sparse { rule: Arc::clone(&self.rule), query_block: self.query_block, choices: Mutex::new(choices) }
+    }
+
+    /// What a row last chose, for each key-value head: stretches `[n, 2]`, the end of what was searched, keys scored, and rounds. Empty
+    /// before it chose.
     #[allow(clippy::type_complexity)]
-    fn choice<'py>(&self, py: Python<'py>, row: usize) -> PyResult<Vec<(Bound<'py, PyArray2<i64>>, u64, u32)>> {
-        let found = py.detach(|| {
-            let choices = self.choices.lock().unwrap_or_else(PoisonError::into_inner);
-            choices.get(row).map(|choice| choice.chosen.clone())
-        });
-        let heads = found.into_iter().flatten().map(|chosen| {
+    fn choice<'py>(&self, py: Python<'py>, row: usize) -> PyResult<Vec<(Bound<'py, PyArray2<i64>>, u32, u64, u32)>> {
+        let found = self
+            .with(py, |choices| choices.rows().get(row).map(|choice| (Arc::clone(&choice.chosen), choice.region.end)));
+        let Some((chosen, end)) = found else { return Ok(Vec::new()) };
+        let heads = chosen.iter().map(|chosen| {
             let flat: Vec<i64> = chosen.blocks.iter().flat_map(|b| [i64::from(b.start), i64::from(b.end)]).collect();
             let stretches: Bound<'py, PyArray1<i64>> = flat.into_pyarray(py);
-            Ok((stretches.reshape([chosen.blocks.len(), 2])?, chosen.reads, chosen.rounds))
+            Ok((stretches.reshape([chosen.blocks.len(), 2])?, end, chosen.reads, chosen.rounds))
         });
         heads.collect()
     }
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
-    m.add_class::<Sparse>()
+    m.add_class::<Sparse>()?;
+    m.add_class::<SparseState>()
 }

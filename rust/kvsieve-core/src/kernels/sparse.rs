@@ -1,6 +1,7 @@
 //! Attention to what a search has chosen: search, then read keys and values where they lie.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::attend::{Attend, attend_apart};
 use super::isa::Level;
@@ -204,12 +205,12 @@ fn round(
             let choice = &mut choices[*row];
             if stage == 0 {
                 choice.region = rule.region(*first, columns.len())?;
-                choice.inputs = vec![Inputs::new(); kv_heads];
+                choice.inputs = Arc::new(vec![Inputs::new(); kv_heads]);
                 choice.step = 0;
             }
             let (runs, region) = (args.rows[*row].runs, choice.region.clone());
             asked.push(QueryBlock { row: *row, columns: columns.clone(), runs, first: *first, region });
-            inputs.append(&mut choice.inputs);
+            inputs.extend(choice.inputs.iter().cloned());
             whose.push(*row);
         }
         if asked.is_empty() {
@@ -225,8 +226,8 @@ fn round(
         work.searched += found.iter().map(|chosen| chosen.reads).sum::<u64>();
         let (mut found, mut inputs) = (found.into_iter(), inputs.into_iter());
         for row in whose {
-            choices[row].chosen = found.by_ref().take(kv_heads).collect();
-            choices[row].inputs = inputs.by_ref().take(kv_heads).collect();
+            choices[row].chosen = Arc::new(found.by_ref().take(kv_heads).collect());
+            choices[row].inputs = Arc::new(inputs.by_ref().take(kv_heads).collect());
         }
     }
 
@@ -235,7 +236,7 @@ fn round(
         let choice = &mut choices[*row];
         let mut spans = Spans { num_rows: 1, num_queries: columns.len(), starts: vec![0], spans: Vec::new() };
         for position in *first..first + columns.len() {
-            for chosen in &choice.chosen {
+            for chosen in choice.chosen.iter() {
                 let mut at = 0;
                 rule.read(&choice.region, chosen, position, &mut |stretch: Range<u32>| {
                     work.read += stretch.len() as u64;

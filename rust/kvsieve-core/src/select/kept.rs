@@ -2,8 +2,10 @@
 //!
 //! Between refreshes a choice stands and the window's *start* is frozen, so the window grows by the tokens since: no key falls between
 //! them. A query that does not follow the last one (a crop, another row, a forward that is run again) makes the row choose anew.
+//! A choice names residents by number, so it outlives whatever moves them without changing their order: packing, for one.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use super::Chosen;
 use super::hip::Hip;
@@ -27,7 +29,7 @@ pub struct Rule {
     refresh: Vec<usize>,
 }
 
-/// The choice of one row.
+/// The choice of one row. A clone shares whatever is large.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Choice {
     /// The position that the next query must have.
@@ -37,9 +39,62 @@ pub struct Choice {
     /// What was searched.
     pub region: Range<u32>,
     /// By key-value head.
-    pub chosen: Vec<Chosen>,
+    pub chosen: Arc<Vec<Chosen>>,
     /// By key-value head, what went into each stage of InfiniteHiP.
-    pub inputs: Vec<Vec<Vec<Range<u32>>>>,
+    pub inputs: Arc<Vec<Vec<Vec<Range<u32>>>>>,
+}
+
+/// The choices of all rows, and those before the last forward, so that it can be undone.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Choices {
+    rows: Vec<Choice>,
+    before: Option<Vec<Choice>>,
+}
+
+impl Choices {
+    /// Empty before the first forward.
+    pub fn rows(&self) -> &[Choice] {
+        &self.rows
+    }
+
+    /// Runs a forward of so many rows over the choices. Another number of rows than the last time chooses anew; a forward that fails
+    /// leaves all as it was.
+    pub fn forward<R>(&mut self, rows: usize, run: impl FnOnce(&mut [Choice]) -> Result<R>) -> Result<R> {
+        let mut next = if self.rows.len() == rows { self.rows.clone() } else { vec![Choice::default(); rows] };
+        let done = run(&mut next)?;
+        self.before = Some(std::mem::replace(&mut self.rows, next));
+        Ok(done)
+    }
+
+    /// The choices as they were before the last forward. Nothing happens if that has been undone, or made to count, already.
+    pub fn undo(&mut self) {
+        if let Some(before) = self.before.take() {
+            self.rows = before;
+        }
+    }
+
+    /// Makes the last forward count: it can no longer be undone.
+    pub fn commit(&mut self) {
+        self.before = None;
+    }
+
+    /// Row `i` becomes what row `index[i]` was. Before the first forward there are no rows, and nothing happens.
+    pub fn select_rows(&mut self, index: &[usize]) -> Result<()> {
+        let have = self.rows.len();
+        if have == 0 {
+            return Ok(());
+        }
+        if let Some(bad) = index.iter().find(|&&i| i >= have) {
+            return Err(Error::OutOfRange { what: "row", expected: "a row of the last forward", got: bad.to_string() });
+        }
+        self.return_to(index.iter().map(|&i| self.rows[i].clone()).collect());
+        Ok(())
+    }
+
+    /// Puts these in place of what was chosen. That is not undone.
+    pub fn return_to(&mut self, rows: Vec<Choice>) {
+        *self = Choices { rows, before: None };
+    }
 }
 
 impl Rule {
@@ -68,10 +123,19 @@ impl Rule {
     /// The stage from which on `count` queries from position `first` on must choose again, if any.
     pub fn due(&self, choice: &Choice, first: usize, count: usize) -> Option<usize> {
         let follows = count == 1 && first > 0 && choice.next == first && !choice.chosen.is_empty();
-        if !follows {
+        // A region that was read whole was not searched, and that is no choice to stand by.
+        if !follows || choice.region.len() <= self.most() {
             return Some(0);
         }
         self.refresh.iter().position(|&every| choice.step.is_multiple_of(every))
+    }
+
+    /// Tokens that a search finds at most; a region of no more is read whole.
+    fn most(&self) -> usize {
+        match &self.search {
+            Search::Hip(hip) => hip.budget,
+            Search::Infinite(infinite) => infinite.stages().last().map_or(0, |stage| stage.keep),
+        }
     }
 
     /// The residents that a query at `position` reads of one head, ascending and disjoint; neighbours are joined.
@@ -109,6 +173,10 @@ mod tests {
         Rule::new(Search::Hip(hip), sinks, window, vec![every]).unwrap()
     }
 
+    fn one() -> Arc<Vec<Chosen>> {
+        Arc::new(vec![Chosen::default()])
+    }
+
     #[test]
     fn stages_are_refreshed_each_at_its_pace() {
         let stages = [(8, 64), (4, 32), (2, 8)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
@@ -117,7 +185,7 @@ mod tests {
         assert!(Rule::new(search.clone(), 0, 1, vec![16, 8, 0]).is_err());
         let rule = Rule::new(search, 0, 1, vec![16, 8, 4]).unwrap();
         let due = |step: usize| {
-            let choice = Choice { next: 100, step, chosen: vec![Chosen::default()], ..Choice::default() };
+            let choice = Choice { next: 100, step, chosen: one(), ..Choice::default() };
             rule.due(&choice, 100, 1)
         };
         let none = None;
@@ -129,11 +197,69 @@ mod tests {
     #[test]
     fn a_query_that_does_not_follow_chooses_anew() {
         let rule = hip(0, 4, 8);
-        let choice = Choice { next: 10, step: 3, chosen: vec![Chosen::default()], ..Choice::default() };
+        let choice = Choice { next: 10, step: 3, chosen: one(), ..Choice::default() };
         assert_eq!(rule.due(&choice, 10, 1), None);
         assert_eq!(rule.due(&choice, 9, 1), Some(0));
         assert_eq!(rule.due(&choice, 10, 2), Some(0));
         assert_eq!(rule.due(&Choice::default(), 0, 1), Some(0));
+    }
+
+    /// Rows that chose, told apart by where they stand.
+    fn at(positions: &[usize]) -> Vec<Choice> {
+        positions.iter().map(|&next| Choice { next, chosen: one(), ..Choice::default() }).collect()
+    }
+
+    fn positions(choices: &Choices) -> Vec<usize> {
+        choices.rows().iter().map(|choice| choice.next).collect()
+    }
+
+    fn advance(choices: &mut Choices, rows: usize) {
+        let run = |rows: &mut [Choice]| {
+            rows.iter_mut().for_each(|row| row.next += 1);
+            Ok(())
+        };
+        choices.forward(rows, run).unwrap();
+    }
+
+    #[test]
+    fn a_forward_is_undone_once() {
+        let mut choices = Choices::default();
+        choices.undo();
+        assert!(choices.rows().is_empty());
+        advance(&mut choices, 2);
+        advance(&mut choices, 2);
+        assert_eq!(positions(&choices), [2, 2]);
+        choices.undo();
+        assert_eq!(positions(&choices), [1, 1]);
+        choices.undo();
+        assert_eq!(positions(&choices), [1, 1], "undone twice");
+        advance(&mut choices, 2);
+        choices.commit();
+        choices.undo();
+        assert_eq!(positions(&choices), [2, 2], "what counts is not undone");
+        advance(&mut choices, 3);
+        assert_eq!(positions(&choices), [1, 1, 1], "other rows choose anew");
+        let failed: Result<()> = choices.forward(3, |rows| {
+            rows[0].next = 99;
+            Err(Error::Interrupted)
+        });
+        assert_eq!((failed, positions(&choices)), (Err(Error::Interrupted), vec![1, 1, 1]));
+        choices.undo();
+        assert_eq!(positions(&choices), [2, 2], "the forward before the one that failed");
+    }
+
+    #[test]
+    fn rows_are_reordered_and_repeated() {
+        let mut choices = Choices::default();
+        choices.select_rows(&[4, 0]).unwrap();
+        choices.return_to(at(&[5, 6, 7]));
+        choices.select_rows(&[2, 0, 2, 1]).unwrap();
+        assert_eq!(positions(&choices), [7, 5, 7, 6]);
+        assert!(Arc::ptr_eq(&choices.rows()[0].chosen, &choices.rows()[2].chosen), "nothing large is copied");
+        assert!(matches!(choices.select_rows(&[0, 4]), Err(Error::OutOfRange { .. })));
+        assert_eq!(positions(&choices), [7, 5, 7, 6]);
+        choices.undo();
+        assert_eq!(positions(&choices), [7, 5, 7, 6], "a choice of rows is not undone");
     }
 
     proptest! {
