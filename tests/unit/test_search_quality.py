@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import kvsieve
@@ -12,6 +14,8 @@ import torch
 from kvsieve.cli import main
 from kvsieve.errors import KvsieveError
 from kvsieve.evals import search_nll
+from kvsieve.evals.models import load_smollm2
+from kvsieve.evals.shopping_text import FILLERS
 
 # ------------------------------------------------------------------------------------------------------------------ the measure
 
@@ -164,3 +168,68 @@ def test_mistakes_are_one_line(argv: list[str], says: str, capsys: pytest.Captur
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1
     assert says in err[0]
+
+
+# -------------------------------------------------------------------------------------------------------------- on the real model
+
+
+@pytest.fixture(scope="module")
+def real() -> tuple[Any, torch.Tensor]:
+    """The small model, and two rows of a text that no release of Python changes: as it is, and from its middle on."""
+    torch.set_num_threads(1)
+    model, tokenizer = load_smollm2()
+    text = "\n\n".join(f"{question}\n{answer}" for question, answer in FILLERS)
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    half = ids.shape[1] // 2
+    rows = torch.cat([ids, torch.cat([ids[:, half:], ids[:, :half]], 1)])
+    assert rows.shape[1] >= 1000
+    return model, rows
+
+
+@pytest.mark.model
+def test_what_a_search_finds_is_worth_more_than_a_window(real: tuple[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the text, found by a search, costs next to nothing; sinks and window without it cost a tenth and more."""
+    monkeypatch.setattr(search_nll, "CHUNK", 256)
+    model, rows = real
+    found = search_nll.Measured(model, rows[:, :930], rows[:, 930:1000], None)
+    search = found.cost("HiP", kvsieve.HiP(256, sinks=4, window=64, refresh=1), "dense")
+    window = found.cost("window", kvsieve.StreamingLLM(67, sinks=4), "dense")
+    print(f"HiP {search.decoded.change:+.4f}, window {window.decoded.change:+.4f}")
+    assert search.decoded.change < 0.03
+    assert window.decoded.change > 0.10
+    # Three layers of thirty read everything.
+    assert search.read == pytest.approx(0.9 * (4 + 64 + 256) + 0.1 * found.full.read, abs=2)
+    assert window.read == 68
+
+
+@pytest.mark.model
+def test_the_command_prints_a_table_and_writes_json(
+    real: tuple[Any, torch.Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any
+) -> None:
+    model, rows = real
+    monkeypatch.setattr("kvsieve.evals.models.load_smollm2", lambda dtype: (model, lambda *_, **__: {"input_ids": rows[:1]}))
+    path = tmp_path / "search.json"
+    argv = [
+        "eval",
+        "search",
+        "--windows",
+        "2",
+        "--length",
+        "200",
+        "--continuation",
+        "10",
+        "--policy",
+        "hip(32, window=32, sinks=4)",
+    ]
+    assert main([*argv, "--threads", "1", "--json", str(path)]) == 0
+    full, dense, own = json.loads(path.read_text())["costs"]
+    assert (full["policy"], full["decoded"]["change"], full["decoded"]["error"]) == ("Full()", 0.0, 0.0)
+    assert [(x["policy"], x["prompt"], x["length"]) for x in (dense, own)] == [
+        ("HiP(budget=32, sinks=4, window=32)", prompt, 200) for prompt in ("dense", "own")
+    ]
+    assert dense["chunks"] is None
+    assert len(own["chunks"]["nll"]) == 2
+    assert own["read"] < full["read"]
+    out = capsys.readouterr().out
+    assert "prompts of 200 tokens" in out
+    assert len([line for line in out.splitlines() if line.startswith("hip(32")]) == 4  # as they come, and in the table

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 import kvsieve
+from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.search_nll import Prompts
 from kvsieve.roles import Policy
@@ -127,7 +128,8 @@ def read_all(model: Any, policy: Policy, keys: Sequence[Passkey], backend: str |
         keys: of texts that differ in their keys and in where these lie, from the start to the end.
     """
     shared = [next((i for i, (a, b) in enumerate(zip(key.ids, keys[-1].ids)) if a != b), len(key.ids)) for key in keys[:-1]]
-    shared = [min([keys[-1].positions[0] - 1, *shared[i:]]) for i in range(len(keys))]
+    # Cut at whole blocks, of a memory and of queries that search together: elsewhere a cut changes what they find.
+    shared = [min([keys[-1].positions[0] - 1, *shared[i:]]) // BLOCK * BLOCK for i in range(len(keys))]
     device = next(model.parameters()).device
     with kvsieve.stream(model, policy, backend=backend) as trunk:
         for key, upto in zip(keys, shared):
