@@ -157,6 +157,8 @@ class Store:
     def bytes(self) -> int: ...
     @property
     def num_blocks(self) -> int: ...
+    @property
+    def value_dim(self) -> int: ...
     def append(self, k: npt.NDArray[Any], v: npt.NDArray[Any], step: Step) -> None: ...
     def apply(self, moves: Moves) -> None: ...
     def attend(
@@ -225,10 +227,25 @@ class Sparse:
     """One layer's searching attention: the rule, and what each row has chosen."""
 
     @staticmethod
-    def hip(budget: int, block: int, representative: str, sinks: int, window: int, refresh: int, query_block: int) -> Sparse: ...
+    def hip(
+        budget: int,
+        block: int,
+        representative: str,
+        sinks: int,
+        window: int,
+        refresh: int,
+        query_block: int,
+        query_stride: int = 1,
+    ) -> Sparse: ...
     @staticmethod
     def infinite(
-        stages: list[tuple[int, int]], representative: str, sinks: int, window: int, refresh: list[int], query_block: int
+        stages: list[tuple[int, int]],
+        representative: str,
+        sinks: int,
+        window: int,
+        refresh: list[int],
+        query_block: int,
+        query_stride: int = 1,
     ) -> Sparse: ...
     def attend(
         self,
@@ -241,6 +258,11 @@ class Sparse:
         out: npt.NDArray[Any],
         lse: npt.NDArray[np.float32] | None = None,
         threads: int = 1,
+        rope: Rope | None = None,
+        apply_factor: bool = False,
+        relative: bool = False,
+        consecutive: bool = False,
+        chunk: bool = False,
     ) -> tuple[int, int]: ...
     def reset(self) -> None: ...
     def undo(self) -> None: ...

@@ -369,16 +369,3 @@ class TestErrors:
             fast.sparse.attend(fast.store, _view(q), step, 1.0, None, None, _view(out), np.empty((1, 4, 2), np.float32))
         with pytest.raises(KvsieveError):
             fast.sparse.attend(fast.store, _view(q), step, 1.0, None, None, _view(out), None, 0)
-
-    def test_a_memory_that_moves_keys(self) -> None:
-        """Residents of a window stand elsewhere than at their positions."""
-        policy, generator = kvsieve.StreamingLLM(budget=8, sinks=2), torch.Generator().manual_seed(0)
-        fast = Fast("hip", HIP, (2, 16), torch.float32)
-        fast.planner = _core.Planner(policy.specs(1), policy.frame)
-        for width in (6, 6):
-            q, k, v = step_of(fast, generator, width)
-            step = fast.planner.begin([width], width, True, False)
-            fast.store.append(_view(k), _view(v), step)
-            fast.planner.commit()
-        with pytest.raises(UnsupportedError, match="keeps every token"):
-            fast.sparse.attend(fast.store, _view(q), step, 1.0, None, None, _view(torch.empty(1, 6, 4, 16)))

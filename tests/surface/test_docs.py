@@ -11,7 +11,7 @@ import pytest
 import torch
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
-POLICIES = ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o", "think", "quantized")
+POLICIES = ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o", "hip", "think", "quantized")
 MODULES = [*(f"kvsieve.policies.{name}" for name in POLICIES), "kvsieve.bench", "kvsieve.evals.packing_nll", "kvsieve.thin"]
 
 

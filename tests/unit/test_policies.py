@@ -89,7 +89,8 @@ def test_parse_refuses_with_a_policy_error(text: str, match: str) -> None:
 
 @pytest.mark.parametrize("make", list(POLICIES.values()), ids=list(POLICIES))
 def test_policies_are_frozen_and_hashable(make: Any) -> None:
-    args = {kvsieve.Full: (), kvsieve.ThinK: (0.4,), kvsieve.Quantized: (4,)}.get(make, (64,))
+    known = {kvsieve.Full: (), kvsieve.ThinK: (0.4,), kvsieve.Quantized: (4,), kvsieve.InfiniteHiP: ("fast",)}
+    args = known.get(make, (64,))
     policy = make(*args)
     assert policy == make(*args)
     assert hash(policy) == hash(make(*args))

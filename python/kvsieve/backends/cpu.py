@@ -147,7 +147,19 @@ class CpuStore:
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
         sinks = None if call.sinks is None else call.sinks.detach().float().numpy()
         search.work = search.core.attend(
-            self._core, _view(q), step, call.scale, call.softcap, sinks, _view(out), None, torch.get_num_threads()
+            self._core,
+            _view(q),
+            step,
+            call.scale,
+            call.softcap,
+            sinks,
+            _view(out),
+            threads=torch.get_num_threads(),
+            rope=None if call.rope is None else call.rope.core,
+            apply_factor=step.frame == "raw",
+            relative=call.by_content,
+            consecutive=call.side_by_side,
+            chunk=not step.has_spans,
         )
         return out
 

@@ -9,6 +9,15 @@ that share one choice. ``S`` sinks and a window of ``W`` tokens are always read,
 
 One choice for each KV head. A region within the budget is chosen whole, without reading a key: attention is then exact.
 
+Keys that are stored before their rotation (the raw frame; a key's index is then its number among the residents, whatever its true
+position) can be scored in two ways, and read in two:
+
+    placed       score and read them where the policy shows them: at their true positions, or in their slots
+    relative     score as if every key were W away from every query: content alone decides, and no key is rotated
+    consecutive  read what a head keeps as if nothing lay between: the nearest key before the query is 1 away, the next one 2, ...
+
+The last two are InfiniteHiP's way beyond the trained length. With a budget for all, *consecutive* is full attention in slots.
+
 *HiP* (Lee et al., ICLR 2025) is a beam search of ``m`` nodes over an implicit binary tree of blocks:
 
     nodes = m equal stretches of the region's blocks
@@ -37,7 +46,7 @@ Where this departs from the papers, or decides what they leave open:
 * A chunk's score is the best key met, not only the last; with ``first`` these are equal.
 * A window is frozen between refreshes: a query at ``p`` that uses the choice of a query at ``p0`` has a window of ``W + p - p0``,
   so that no key falls between the choice and the window.
-* Keys are scored and read at their true positions. The papers' other distances beyond the trained length are not here.
+* *relative* is one distance, W, for all; the paper compares halves at W + 1 and W, and indexes by chunk in the first layers.
 """
 
 from __future__ import annotations
@@ -45,6 +54,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -53,16 +63,22 @@ import torch
 from kvsieve.backends.reference import attend
 from kvsieve.errors import PolicyError, ShapeError
 
+if TYPE_CHECKING:
+    from kvsieve.rope import LayerRope
+
 __all__ = [
     "REPRESENTATIVES",
     "Selection",
     "best_on_the_way",
+    "consecutive_attend",
     "first_stage",
     "group_scores",
     "hip_search",
     "infinite_hip_search",
     "kept",
+    "placed",
     "region",
+    "relative",
     "sparse_attend",
 ]
 
@@ -128,6 +144,21 @@ def group_scores(q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], win
     hidden = torch.arange(k.shape[1])[None, :] > at - window
     logits = logits.masked_fill(hidden | logits.isnan(), -torch.inf)
     return logits.view(k.shape[0], group * q.shape[1], k.shape[1]).amax(1).numpy()
+
+
+def placed(
+    q: torch.Tensor, k: torch.Tensor, query_at: Sequence[int], key_at: Sequence[int], rope: LayerRope | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw queries ``[H, m, D]`` and keys ``[Hkv, n, D]`` rotated to where they are shown, for :func:`group_scores` and
+    :func:`sparse_attend`. Without a rotation (None) they are as they were."""
+    if rope is None:
+        return q, k
+    return rope.rotate(q, torch.tensor(list(query_at))), rope.rotate(k, torch.tensor(list(key_at)))
+
+
+def relative(q: torch.Tensor, k: torch.Tensor, window: int, rope: LayerRope | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Raw queries and keys as :func:`group_scores` takes them where all keys count as ``window`` away (InfiniteHiP)."""
+    return placed(q, k, [window] * q.shape[1], [0] * k.shape[1], rope)
 
 
 def _counts(**counts: int) -> None:
@@ -330,3 +361,33 @@ def sparse_attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`kvsieve.backends.reference.attend`, where each KV head has keys of its own: ``visible`` bool ``[Hkv, m, n]``."""
     return attend(q, k, v, visible.repeat_interleave(q.shape[0] // k.shape[0], 0), scale, softcap)
+
+
+def consecutive_attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    visible: torch.Tensor,
+    positions: Sequence[int],
+    rope: LayerRope | None,
+    scale: float,
+    softcap: float | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`sparse_attend` over raw queries and keys, where each query numbers the keys it reads ``0, 1, ...`` and stands right
+    behind those before it (InfiniteHiP's streaming order).
+
+    Args:
+        positions: the keys' indices that the queries themselves have.
+    """
+    group = q.shape[0] // k.shape[0]
+    out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
+    for head, mine in enumerate(visible):
+        heads = slice(head * group, (head + 1) * group)
+        for i, position in enumerate(positions):
+            tokens = mine[i].nonzero()[:, 0]
+            before = int((tokens < position).sum())
+            query, keys = placed(q[heads, i : i + 1], k[head : head + 1, tokens], [before], range(len(tokens)), rope)
+            seen = torch.ones(1, len(tokens), dtype=torch.bool)
+            found = attend(query, keys, v[head : head + 1, tokens], seen, scale, softcap)
+            out[heads, i : i + 1], lse[heads, i : i + 1] = found
+    return out, lse

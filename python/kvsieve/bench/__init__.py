@@ -77,7 +77,7 @@ class _Table:
 TABLES = {
     "attend": _Table(tuple(1024 << i for i in range(8)), (1024, 8192)),
     "decode": _Table((512, 2048, 8192, 32768), (512, 2048), dtypes=("f32", "bf16"), shapes=(Shape(9, 3, 64),)),
-    "search": _Table((32768, 131072, 524288), (8192, 32768), dtypes=("bf16",)),
+    "search": _Table((8192, 32768, 131072, 524288), (8192, 32768), dtypes=("bf16",)),
     "prefill": _Table((512, 1024, 2048, 4096, 8192), (512, 2048)),
 }
 """The tables, and the cases of each."""

@@ -11,7 +11,7 @@ use half::bf16;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::isa::isa;
 use kvsieve_core::kernels::search::{Method, QueryBlock, Search, search};
-use kvsieve_core::kernels::sparse::{Sparse, SparseRow, attend_sparse};
+use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
 use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, View, attend};
 use kvsieve_core::plan::{Span, Spans};
 use kvsieve_core::reference;
@@ -145,9 +145,23 @@ impl Bench {
             let runs = self.runs(tokens);
             let bits = self.noise.bits(HEADS * DIM);
             let q = View::contiguous("q", Elems::Bits(&bits), [1, HEADS, 1, DIM]).expect("a view");
-            let rows = [SparseRow { runs: &runs, new_len: 1 }];
+            let rows = [SparseRow { runs: &runs, shown: &[], new_len: 1 }];
             let (scale, level) = ((DIM as f32).powf(-0.5), isa().expect("a valid KVSIEVE_ISA"));
-            let args = Sparse { q, rows: &rows, query_block: 64, scale, softcap: None, sinks: None, threads: 1, level };
+            let args = Sparse {
+                q,
+                rope: None,
+                apply_factor: false,
+                scoring: Scoring::Stored,
+                consecutive: false,
+                rows: &rows,
+                query_block: 64,
+                query_stride: 1,
+                scale,
+                softcap: None,
+                sinks: None,
+                threads: 1,
+                level,
+            };
             let mut out = vec![0u16; HEADS * DIM];
             cool(&self.junk);
             let (work, ms) = timed(|| {
@@ -171,13 +185,23 @@ impl Bench {
             let bits = self.noise.bits(HEADS * DIM);
             let q = View::contiguous("q", Elems::Bits(&bits), [1, HEADS, 1, DIM]).expect("a view");
             let region = rule.region(tokens - 1, 1).expect("a region");
-            let blocks = [QueryBlock { row: 0, columns: 0..1, runs: &self.runs, first: tokens - 1, region }];
+            let blocks =
+                [QueryBlock { row: 0, columns: 0..1, runs: &self.runs, shown: &[], first: tokens - 1, region }];
             let method = match &rule.search {
                 Chooses::Hip(hip) => Method::Hip(hip),
                 Chooses::Infinite(infinite) => Method::Infinite(infinite, 0),
             };
             let level = isa().expect("a valid KVSIEVE_ISA");
-            let args = Search { q, blocks: &blocks, window: rule.window, method, threads: 1, level };
+            let args = Search {
+                q,
+                turn: None,
+                blocks: &blocks,
+                query_stride: 1,
+                window: rule.window,
+                method,
+                threads: 1,
+                level,
+            };
             cool(&self.junk);
             timed(|| search(&self.arena, &args, &mut []).expect("searched")).1
         });

@@ -2,20 +2,25 @@
 //!
 //! Keys and queries are multiples of 1/8, so that every product sum is exact in whatever order: a choice cannot hang on rounding.
 
+use std::f64::consts::FRAC_PI_2;
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::{bf16, f16};
 use kvsieve_core::Error;
-use kvsieve_core::ids::{BlockId, Run};
+use kvsieve_core::ids::{BlockId, PACKED, Run};
 use kvsieve_core::kernels::isa::levels;
-use kvsieve_core::kernels::search::{Method, QueryBlock, Search, search, search_unless};
-use kvsieve_core::kernels::sparse::{Sparse, SparseRow, attend_sparse};
-use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Level, View};
+use kvsieve_core::kernels::search::{Method, QueryBlock, Search, Shown, Turn, search, search_unless};
+use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
+use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Layout, Level, Rope, View};
+use kvsieve_core::plan::Move;
+use kvsieve_core::reference;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
 use kvsieve_core::select::kept::{Choice, Rule, Search as Chooses};
 use kvsieve_core::select::{Chosen, Representative, Score};
 use kvsieve_core::store::arena::Arena;
+use kvsieve_core::store::packed::{Channels, Chosen as Keep, Packing};
 
 struct Noise(u64);
 
@@ -135,7 +140,7 @@ fn the_kernel_chooses_what_the_scores_say() {
                 let first = n - columns + at;
                 let hi = (first + columns_here.len()).saturating_sub(window) as u32;
                 let region = hi.min(noise.below(6) as u32)..hi;
-                QueryBlock { row: 0, columns: columns_here, runs: &row.runs, first, region }
+                QueryBlock { row: 0, columns: columns_here, runs: &row.runs, shown: &[], first, region }
             })
             .collect();
         let (hip, infinite) = methods(&mut noise);
@@ -157,7 +162,8 @@ fn the_kernel_chooses_what_the_scores_say() {
         for level in levels() {
             for threads in [1, 2] {
                 let method = Method::Hip(&hip);
-                let args = Search { q: view, blocks: &blocks, window, method, threads, level };
+                let args =
+                    Search { q: view, turn: None, blocks: &blocks, query_stride: 1, window, method, threads, level };
                 assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{level:?} {dtype:?} {dim} {hip:?}");
                 let args = Search { method: Method::Infinite(&infinite, 0), ..args };
                 let mut inputs = vec![Vec::new(); cache.len()];
@@ -175,6 +181,142 @@ fn the_kernel_chooses_what_the_scores_say() {
     }
 }
 
+/// Rotations by quarter turns, which are exact.
+fn quarters(noise: &mut Noise, dim: usize) -> Rope {
+    let pairs = [dim / 2, dim / 4][noise.below(2)];
+    let layout = [Layout::Half, Layout::Interleaved][noise.below(2)];
+    let turns = (0..pairs).map(|_| noise.below(6) as f64 * FRAC_PI_2).collect();
+    Rope::new(turns, layout, [1.0, 2.0][noise.below(2)]).unwrap()
+}
+
+/// Packs the first `n` tokens of a row in whole blocks, all pairs of channels but some.
+fn pack(noise: &mut Noise, row: &mut Row, rope: &Rope, (heads, dim): (usize, usize), n: usize) {
+    let half = rope.inv_freq().len();
+    let of = |i: usize| match rope.layout() {
+        Layout::Half => (i, i + half),
+        Layout::Interleaved => (2 * i, 2 * i + 1),
+    };
+    let num = 1 + noise.below(half);
+    let mut index = Vec::new();
+    for _ in 0..heads {
+        let first = noise.below(half - num + 1);
+        index.extend((first..first + num).map(|i| of(i).0 as i64));
+        index.extend((first..first + num).map(|i| of(i).1 as i64));
+    }
+    let channels = Channels::new(&index, &vec![num; heads], dim).unwrap();
+    let moves: Vec<Move> = (row.runs.iter().take(n.div_ceil(64)).enumerate())
+        .map(|(i, run)| {
+            let len = run.len().min(n as u32 - i as u32 * 64);
+            Move { from: run.block, from_slot: 0, to: BlockId(PACKED + i as u32), to_slot: 0, len }
+        })
+        .collect();
+    row.arena.set_packing(Packing { key_kept: 2 * num, key_bits: 0, value_bits: 0, group: 1 }).unwrap();
+    row.arena.pack(&moves, &Keep::New(Arc::new(channels))).unwrap();
+    let mut runs: Vec<Run> = moves.iter().map(|m| Run { block: m.to, lo: 0, hi: m.len }).collect();
+    let mut left = n as u32;
+    for run in &row.runs {
+        let gone = left.min(run.len());
+        left -= gone;
+        if gone < run.len() {
+            runs.push(Run { lo: run.lo + gone, ..*run });
+        }
+    }
+    row.runs = runs;
+}
+
+/// Raw keys, scored where they are shown or all at one distance, some of them thin; on every instruction set.
+#[test]
+fn keys_are_made_and_turned_for_scoring() {
+    let mut noise = Noise(11);
+    for round in 0..90 {
+        let dtype = [Dtype::F32, Dtype::BF16, Dtype::F16][round % 3];
+        let dim = [4, 8, 16, 48, 64, 96, 128][noise.below(7)];
+        let (kv_heads, group) = (1 + noise.below(2), 1 + noise.below(5));
+        let n = 1 + noise.below(400);
+        let even = noise.below(2) == 0;
+        let mut row = Row::new(&mut noise, (kv_heads, n, dim), dtype, even);
+        let rope = quarters(&mut noise, dim);
+        if even && noise.below(3) > 0 {
+            let packed = 1 + noise.below(n);
+            pack(&mut noise, &mut row, &rope, (kv_heads, dim), packed);
+        }
+        // Where the residents stand: some gaps between runs.
+        let mut at: Vec<i64> = Vec::new();
+        for run in &row.runs {
+            let first = at.last().map_or(0, |&p| p + 1) + noise.below(3) as i64 * 50;
+            at.extend((0..i64::from(run.len())).map(|i| first + i));
+        }
+        let columns = (1 + noise.below(9)).min(n);
+        // The queries are the last tokens, and stand behind each other.
+        for i in n - columns..n {
+            at[i] = if i == 0 { 0 } else { at[i - 1] + 1 };
+        }
+        let (mut shown, mut cut, mut next) = (Vec::new(), Vec::new(), 0);
+        for run in &row.runs {
+            for slot in run.lo..run.hi {
+                let here = Shown { shift: at[n - 1] - at[next] + i64::from(slot), rotate_keys: true };
+                if shown.last() == Some(&here) && slot > run.lo {
+                    let open: &mut Run = cut.last_mut().unwrap();
+                    open.hi += 1;
+                } else {
+                    cut.push(Run { block: run.block, lo: slot, hi: slot + 1 });
+                    shown.push(here);
+                }
+                next += 1;
+            }
+        }
+        let heads = kv_heads * group;
+        let q = noise.eighths(heads * columns * dim);
+        let data = Data::of(&q, dtype);
+        let view = View::contiguous("q", data.elems(), [1, heads, columns, dim]).unwrap();
+        let window = noise.below(n + 5);
+        let (apply_factor, relative) = (noise.below(2) == 0, noise.below(2) == 0);
+        let first = n - columns;
+        let hi = (first + columns).saturating_sub(window) as u32;
+        let region = hi.min(noise.below(6) as u32)..hi;
+        let runs = &cut;
+        let blocks = [QueryBlock { row: 0, columns: 0..columns, runs, shown: &shown, first, region: region.clone() }];
+        let factor = if apply_factor { rope.factor() } else { 1.0 };
+        let turned = |x: &[f64], position: i64| -> Vec<f64> {
+            reference::rotated(x, position, &rope, factor).iter().map(|x| (x * 8.0).round() / 8.0).collect()
+        };
+        let known = |head: usize| {
+            let wide = |x: &[f32]| x.iter().map(|&x| f64::from(x)).collect::<Vec<_>>();
+            let queries: Vec<Vec<Vec<f64>>> = (0..columns)
+                .map(|c| {
+                    let position = if relative { window as i64 } else { at[first + c] };
+                    let query = |g| turned(&wide(&q[((head * group + g) * columns + c) * dim..][..dim]), position);
+                    (0..group).map(query).collect()
+                })
+                .collect();
+            let slots: Vec<(BlockId, u32)> = cut.iter().flat_map(|r| (r.lo..r.hi).map(|s| (r.block, s))).collect();
+            let score = |t: usize| {
+                let key = row.arena.token(slots[t].0, head, slots[t].1).unwrap().0;
+                let key = turned(&key, if relative { 0 } else { at[t] });
+                let seen = queries.iter().enumerate().filter(|(i, _)| t + window <= first + i);
+                let dot = |q: &Vec<f64>| q.iter().zip(&key).map(|(a, b)| a * b).sum::<f64>() as f32;
+                seen.flat_map(|(_, heads)| heads.iter().map(dot)).fold(f32::NEG_INFINITY, f32::max)
+            };
+            Known((0..n).map(score).collect())
+        };
+        let (hip, infinite) = methods(&mut noise);
+        let want: Vec<Chosen> = (0..kv_heads).map(|h| hip.search(region.clone(), &mut known(h)).unwrap()).collect();
+        let staged: Vec<Chosen> = (0..kv_heads)
+            .map(|h| infinite.search(region.clone(), 0, &mut Vec::new(), &mut known(h)).unwrap())
+            .collect();
+        let turn = Some(Turn { rope: &rope, apply_factor, relative });
+        for level in levels() {
+            for threads in [1, 2] {
+                let args = Search { q: view, turn, blocks: &blocks, window, method: Method::Hip(&hip), threads, level };
+                let what = format!("round {round} {level:?} {dtype:?} {dim} {turn:?}");
+                assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{what}");
+                let args = Search { method: Method::Infinite(&infinite, 0), ..args };
+                assert_eq!(search(&row.arena, &args, &mut []).unwrap(), staged, "{what}");
+            }
+        }
+    }
+}
+
 #[test]
 fn a_key_of_nan_is_never_chosen() {
     let mut noise = Noise(1);
@@ -186,9 +328,18 @@ fn a_key_of_nan_is_never_chosen() {
     let q = noise.eighths(64);
     let hip = Hip { budget: 16, block: 1, representative: Representative::Oracle };
     for level in levels() {
-        let blocks = [QueryBlock { row: 0, columns: 0..1, runs: &run, first: 63, region: 0..64 }];
+        let blocks = [QueryBlock { row: 0, columns: 0..1, runs: &run, shown: &[], first: 63, region: 0..64 }];
         let q = View::contiguous("q", Elems::F32(&q), [1, 1, 1, 64]).unwrap();
-        let args = Search { q, blocks: &blocks, window: 0, method: Method::Hip(&hip), threads: 1, level };
+        let args = Search {
+            q,
+            turn: None,
+            blocks: &blocks,
+            query_stride: 1,
+            window: 0,
+            method: Method::Hip(&hip),
+            threads: 1,
+            level,
+        };
         let found = search(&arena, &args, &mut []).unwrap();
         assert_eq!(found[0].blocks.len(), 16);
         assert!(found[0].blocks.iter().all(|b| b.start >= 40));
@@ -200,13 +351,22 @@ fn what_does_not_fit_is_refused() {
     let mut noise = Noise(1);
     let row = Row::new(&mut noise, (2, 100, 8), Dtype::F32, true);
     let q = noise.eighths(4 * 2 * 8);
-    let good = QueryBlock { row: 0, columns: 0..2, runs: &row.runs, first: 98, region: 0..90 };
+    let good = QueryBlock { row: 0, columns: 0..2, runs: &row.runs, shown: &[], first: 98, region: 0..90 };
     let hip = Hip { budget: 4, block: 1, representative: Representative::First };
     let infinite =
         Infinite::new(vec![Stage { chunk: 2, keep: 4 }, Stage { chunk: 1, keep: 2 }], Representative::First).unwrap();
     let run = |block: QueryBlock<'_>, shape: [usize; 4], method: Method<'_>, inputs: usize, threads: usize| {
         let q = View::contiguous("q", Elems::F32(&q), shape).unwrap();
-        let args = Search { q, blocks: &[block], window: 4, method, threads, level: Level::Portable };
+        let args = Search {
+            q,
+            turn: None,
+            blocks: &[block],
+            query_stride: 1,
+            window: 4,
+            method,
+            threads,
+            level: Level::Portable,
+        };
         search(&row.arena, &args, &mut vec![Vec::new(); inputs])
     };
     let (by, shape) = (Method::Hip(&hip), [1, 4, 2, 8]);
@@ -235,16 +395,31 @@ fn a_signal_stops_it() {
     let q = noise.eighths(40 * 8);
     let q = View::contiguous("q", Elems::F32(&q), [1, 1, 40, 8]).unwrap();
     let hip = Hip { budget: 4, block: 1, representative: Representative::First };
-    let block = |i: usize| QueryBlock { row: 0, columns: i..i + 1, runs: &row.runs, first: 60 + i, region: 0..40 };
+    let block =
+        |i: usize| QueryBlock { row: 0, columns: i..i + 1, runs: &row.runs, shown: &[], first: 60 + i, region: 0..40 };
     let blocks: Vec<QueryBlock<'_>> = (0..40).map(block).collect();
-    let args = Search { q, blocks: &blocks, window: 4, method: Method::Hip(&hip), threads: 1, level: Level::Portable };
+    let args = Search {
+        q,
+        turn: None,
+        blocks: &blocks,
+        query_stride: 1,
+        window: 4,
+        method: Method::Hip(&hip),
+        threads: 1,
+        level: Level::Portable,
+    };
     assert_eq!(search_unless(&row.arena, &args, &mut [], &|| true), Err(Error::Interrupted));
 
     let rule = Rule::new(Chooses::Hip(hip), 2, 4, vec![8]).unwrap();
     let args = Sparse {
         q,
-        rows: &[SparseRow { runs: &row.runs, new_len: 40 }],
+        rope: None,
+        apply_factor: false,
+        scoring: Scoring::Stored,
+        consecutive: false,
+        rows: &[SparseRow { runs: &row.runs, shown: &[], new_len: 40 }],
         query_block: 16,
+        query_stride: 1,
         scale: 1.0,
         softcap: None,
         sinks: None,

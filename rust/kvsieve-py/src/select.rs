@@ -3,9 +3,11 @@
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvsieve_core::ids::Run;
+use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::isa;
-use kvsieve_core::kernels::sparse::{Sparse as Args, SparseRow, attend_sparse};
-use kvsieve_core::plan;
+use kvsieve_core::kernels::search::Shown;
+use kvsieve_core::kernels::sparse::{Scoring, Sparse as Args, SparseRow, attend_sparse};
+use kvsieve_core::plan::{self, Frame, Placing};
 use kvsieve_core::select::Representative;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
@@ -17,7 +19,7 @@ use numpy::{
 use pyo3::prelude::*;
 
 use crate::error::{Signals, to_py};
-use crate::kernels::{Input, Output};
+use crate::kernels::{Input, Output, Rope};
 use crate::plan::Step;
 use crate::store::Store;
 
@@ -26,6 +28,7 @@ use crate::store::Store;
 pub struct Sparse {
     rule: Arc<Rule>,
     query_block: usize,
+    query_stride: usize,
     choices: Mutex<Choices>,
 }
 
@@ -37,12 +40,19 @@ pub struct SparseState {
 }
 
 impl Sparse {
-    fn made(search: Search, (sinks, window): (usize, usize), refresh: Vec<usize>, query_block: usize) -> Result<Self> {
+    fn made(
+        search: Search,
+        (sinks, window): (usize, usize),
+        refresh: Vec<usize>,
+        (query_block, query_stride): (usize, usize),
+    ) -> Result<Self> {
         let rule = Rule::new(search, sinks, window, refresh)?;
-        if query_block == 0 {
-            return Err(Error::OutOfRange { what: "query_block", expected: "at least 1", got: "0".to_string() });
+        for (what, n) in [("query_block", query_block), ("query_stride", query_stride)] {
+            if n == 0 {
+                return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
+            }
         }
-        Ok(Sparse { rule: Arc::new(rule), query_block, choices: Mutex::default() })
+        Ok(Sparse { rule: Arc::new(rule), query_block, query_stride, choices: Mutex::default() })
     }
 
     fn choices(&self) -> MutexGuard<'_, Choices> {
@@ -55,40 +65,150 @@ impl Sparse {
     }
 }
 
-/// A row's residents after the step, in text order.
-fn residents(step: &plan::Step, row: usize) -> Result<Vec<Run>> {
-    if step.new_lens[row] == 0 {
-        return Ok(Vec::new());
-    }
-    let moved = Error::Unsupported("a search needs a memory that keeps every token where the model put it");
-    if let Some(spans) = &step.spans {
-        let item = (row + 1) * spans.num_queries - 1;
-        let mine = &spans.spans[spans.starts[item] as usize..spans.starts[item + 1] as usize];
-        if mine.iter().any(|span| span.shift != 0 || span.rotate_keys) {
-            return Err(moved);
+fn scoring(frame: Frame, relative: bool, consecutive: bool) -> Result<Scoring> {
+    match frame {
+        Frame::Rotated if relative || consecutive => {
+            Err(Error::Unsupported("keys that the model has rotated are scored and read where it put them"))
         }
-        return Ok(mine.iter().map(|s| Run { block: s.block, lo: s.lo, hi: s.hi }).collect());
+        Frame::Rotated => Ok(Scoring::Stored),
+        Frame::Raw if consecutive && !relative => Err(Error::Unsupported(
+            "what is shown consecutively stands nowhere before it is chosen; score it as relative",
+        )),
+        Frame::Raw => Ok(if relative { Scoring::Relative } else { Scoring::Placed }),
     }
-    let mut parts = step.parts.iter().filter(|part| part.row == row);
-    let (Some(part), None) = (parts.next(), parts.next()) else { return Err(moved) };
-    if part.key_true != part.key_positions || part.query_true != part.query_positions {
-        return Err(moved);
-    }
-    let mut runs = part.runs.clone();
-    for new in step.appends.iter().filter(|a| a.row == row) {
-        match runs.last_mut() {
-            Some(tail) if tail.block == new.block && tail.hi == new.slot => tail.hi += new.len,
-            _ => runs.push(Run { block: new.block, lo: new.slot, hi: new.slot + new.len }),
+}
+
+/// A row's residents after the step, in text order, and where its last query sees them.
+#[derive(Default)]
+struct Residents {
+    runs: Vec<Run>,
+    /// Empty where all keys are read as they lie.
+    shown: Vec<Shown>,
+}
+
+/// Why a row cannot be searched.
+const SLIDES: Error = Error::Unsupported("a search needs a memory that shows every query all that stands before it");
+const UNORDERED: Error = Error::Unsupported("a search needs one memory, whose tokens stand in the order of the text");
+
+impl Residents {
+    fn of(step: &plan::Step, row: usize) -> Result<Self> {
+        if step.new_lens[row] == 0 {
+            return Ok(Residents::default());
+        }
+        match &step.spans {
+            Some(spans) => Residents::of_spans(step, spans, row),
+            None => Residents::of_part(step, row),
         }
     }
-    Ok(runs)
+
+    fn of_spans(step: &plan::Step, spans: &plan::Spans, row: usize) -> Result<Self> {
+        let item = |behind: usize| {
+            let item = (row + 1) * spans.num_queries - 1 - behind;
+            &spans.spans[spans.starts[item] as usize..spans.starts[item + 1] as usize]
+        };
+        let mine = item(0);
+        // Raw keys tell how far they are away, and text order is from far to near.
+        let ordered = |pair: &[plan::Span]| {
+            let known = pair.iter().all(|span| span.rotate_keys);
+            !known || pair[0].shift - i64::from(pair[0].hi) >= pair[1].shift - i64::from(pair[1].lo)
+        };
+        if !mine.windows(2).all(ordered) {
+            return Err(UNORDERED);
+        }
+        for behind in 1..step.new_lens[row] {
+            let (theirs, mut left) = (item(behind), behind as u32);
+            // What the last query sees more: as many tokens as it is later.
+            let mut num = mine.len();
+            while num > 0 && mine[num - 1].hi - mine[num - 1].lo <= left {
+                left -= mine[num - 1].hi - mine[num - 1].lo;
+                num -= 1;
+            }
+            let same = |(i, (a, b)): (usize, (&plan::Span, &plan::Span))| {
+                let hi = if i + 1 == num { a.hi - left } else { a.hi };
+                let shift = if a.rotate_keys { a.shift - behind as i64 } else { a.shift };
+                (a.block, a.lo, hi, shift, a.rotate_keys) == (b.block, b.lo, b.hi, b.shift, b.rotate_keys)
+            };
+            if theirs.len() != num || !mine.iter().zip(theirs).enumerate().all(same) {
+                return Err(SLIDES);
+            }
+        }
+        let runs = mine.iter().map(|s| Run { block: s.block, lo: s.lo, hi: s.hi }).collect();
+        let shown = mine.iter().map(|s| Shown { shift: s.shift, rotate_keys: s.rotate_keys }).collect();
+        Ok(Residents { runs, shown }.plain(step.frame))
+    }
+
+    fn of_part(step: &plan::Step, row: usize) -> Result<Self> {
+        let mut parts = step.parts.iter().filter(|part| part.row == row);
+        let (Some(part), None) = (parts.next(), parts.next()) else { return Err(SLIDES) };
+        let near = part.query_true.last().zip(part.key_true.first()).is_some_and(|(q, k)| q - k < part.near);
+        if !near || part.far > 0 || part.top_k > 0 {
+            return Err(SLIDES);
+        }
+        let mut whole = part.runs.clone();
+        for new in step.appends.iter().filter(|a| a.row == row) {
+            match whole.last_mut() {
+                Some(tail) if tail.block == new.block && tail.hi == new.slot => tail.hi += new.len,
+                _ => whole.push(Run { block: new.block, lo: new.slot, hi: new.slot + new.len }),
+            }
+        }
+        let stored: usize = whole.iter().map(|run| run.len() as usize).sum();
+        if stored != part.key_true.len() || part.query_true.len() != step.new_lens[row] {
+            return Err(SLIDES);
+        }
+        let (keys, queries) = (&part.key_positions, &part.query_positions);
+        // How much further every key is than where the model put it, and where it put the queries.
+        let moved = |i: usize| queries[i] - part.query_true[i];
+        let last = queries.len() - 1;
+        let even = match (step.frame, part.placing) {
+            (Frame::Rotated, _) => (0..last).all(|i| moved(i) == moved(last)),
+            (Frame::Raw, Placing::Relative) => queries.windows(2).all(|w| w[1] == w[0] + 1),
+            (Frame::Raw, Placing::Fixed(_)) => true,
+        };
+        if !even {
+            return Err(SLIDES);
+        }
+        let shown = |key: usize, slot: u32| match (step.frame, part.placing) {
+            (_, Placing::Fixed(distance)) => Shown { shift: distance, rotate_keys: false },
+            (Frame::Rotated, Placing::Relative) => {
+                Shown { shift: moved(last) - (keys[key] - part.key_true[key]), rotate_keys: false }
+            }
+            (Frame::Raw, Placing::Relative) => {
+                Shown { shift: queries[last] - keys[key] + i64::from(slot), rotate_keys: true }
+            }
+        };
+        let mut all = Residents::default();
+        let mut key = 0;
+        for run in whole {
+            for slot in run.lo..run.hi {
+                let here = shown(key, slot);
+                match all.runs.last_mut() {
+                    Some(open) if slot > run.lo && all.shown.last() == Some(&here) => open.hi += 1,
+                    _ => {
+                        all.runs.push(Run { block: run.block, lo: slot, hi: slot + 1 });
+                        all.shown.push(here);
+                    }
+                }
+                key += 1;
+            }
+        }
+        Ok(all.plain(step.frame))
+    }
+
+    /// Forgets where keys are seen, if all are read as the model rotated them.
+    fn plain(mut self, frame: Frame) -> Self {
+        if frame == Frame::Rotated && self.shown.iter().all(|shown| shown.shift == 0) {
+            self.shown.clear();
+        }
+        self
+    }
 }
 
 #[pymethods]
 impl Sparse {
     /// HiP: about `budget` tokens in blocks, chosen anew every `refresh` steps.
     #[staticmethod]
-    #[pyo3(signature = (budget, block, representative, sinks, window, refresh, query_block))]
+    #[allow(clippy::too_many_arguments)]
+    #[pyo3(signature = (budget, block, representative, sinks, window, refresh, query_block, query_stride=1))]
     fn hip(
         budget: usize,
         block: usize,
@@ -97,6 +217,7 @@ impl Sparse {
         window: usize,
         refresh: usize,
         query_block: usize,
+        query_stride: usize,
     ) -> PyResult<Self> {
         for (what, n) in [("budget", budget), ("block", block)] {
             if n == 0 {
@@ -105,12 +226,12 @@ impl Sparse {
         }
         let representative = Representative::parse(representative).map_err(to_py)?;
         let search = Search::Hip(Hip { budget, block, representative });
-        Sparse::made(search, (sinks, window), vec![refresh], query_block).map_err(to_py)
+        Sparse::made(search, (sinks, window), vec![refresh], (query_block, query_stride)).map_err(to_py)
     }
 
     /// InfiniteHiP: stages of (tokens of a chunk, tokens that stay), each with a pace of its own.
     #[staticmethod]
-    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block))]
+    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block, query_stride=1))]
     fn infinite(
         stages: Vec<(usize, usize)>,
         representative: &str,
@@ -118,17 +239,24 @@ impl Sparse {
         window: usize,
         refresh: Vec<usize>,
         query_block: usize,
+        query_stride: usize,
     ) -> PyResult<Self> {
         let stages = stages.into_iter().map(|(chunk, keep)| Stage { chunk, keep }).collect();
         let representative = Representative::parse(representative).map_err(to_py)?;
         let search = Search::Infinite(Infinite::new(stages, representative).map_err(to_py)?);
-        Sparse::made(search, (sinks, window), refresh, query_block).map_err(to_py)
+        Sparse::made(search, (sinks, window), refresh, (query_block, query_stride)).map_err(to_py)
     }
 
     /// Attends the queries of a step, whose tokens the store already holds: `q` `[rows, heads, queries, channels]`, `out` `[rows,
     /// queries, heads, channels]`, `lse` `[rows, heads, queries]`. Returns how many representative keys were scored and how many keys
-    /// were attended to, over all heads.
-    #[pyo3(signature = (store, q, step, scale, softcap, sinks, out, lse=None, threads=1))]
+    /// were attended to, over all heads. With `chunk` many queries at a time, which is for prompts: equal but for the order of sums.
+    ///
+    /// In the raw frame the search scores keys where the step shows them; if `relative`, all at the distance of the window, which costs
+    /// no rotation of keys. With `consecutive` what a head keeps is shown without gaps, ending at the query; that needs `relative`.
+    #[pyo3(signature = (
+        store, q, step, scale, softcap, sinks, out, lse=None, threads=1, rope=None, apply_factor=false, relative=false,
+        consecutive=false, chunk=false
+    ))]
     #[allow(clippy::too_many_arguments)]
     fn attend(
         &self,
@@ -142,8 +270,15 @@ impl Sparse {
         out: &Bound<'_, PyAny>,
         mut lse: Option<PyReadwriteArray3<'_, f32>>,
         threads: usize,
+        rope: Option<&Rope>,
+        apply_factor: bool,
+        relative: bool,
+        consecutive: bool,
+        chunk: bool,
     ) -> PyResult<(u64, u64)> {
         let step = &step.inner;
+        let scoring = scoring(step.frame, relative, consecutive).map_err(to_py)?;
+        let rope = rope.map(|rope| &rope.inner);
         let q = Input::new("q", q)?;
         let view = q.view("q")?;
         let [rows, heads, queries, _] = view.shape();
@@ -173,14 +308,30 @@ impl Sparse {
         let signals = Signals::default();
         // Never small: the choice alone reads thousands of keys.
         let done = store.read(py, usize::MAX, |arena| {
-            let runs: Vec<Vec<Run>> = (0..rows).map(|row| residents(step, row)).collect::<Result<_>>()?;
-            let news = runs.iter().zip(&step.new_lens).map(|(runs, &new_len)| SparseRow { runs, new_len });
-            let row_list: Vec<SparseRow<'_>> = news.collect();
+            let residents: Vec<Residents> = (0..rows).map(|row| Residents::of(step, row)).collect::<Result<_>>()?;
+            let mut row_list = Vec::with_capacity(rows);
+            for (Residents { runs, shown }, &new_len) in residents.iter().zip(&step.new_lens) {
+                row_list.push(SparseRow { runs, shown, new_len });
+            }
             let (q, query_block) = (view, self.query_block);
-            let args = Args { q, rows: &row_list, query_block, scale, softcap, sinks, threads, level };
-            let run = |choices: &mut [Choice]| {
-                attend_sparse(arena, &self.rule, choices, &args, out, lse, &|| signals.arrived())
+            let args = Args {
+                q,
+                rope,
+                apply_factor,
+                scoring,
+                consecutive,
+                rows: &row_list,
+                query_block,
+                query_stride: self.query_stride,
+                scale,
+                softcap,
+                sinks,
+                threads,
+                level,
             };
+            let attend = if chunk { attend_chunk } else { attend_sparse };
+            let run =
+                |choices: &mut [Choice]| attend(arena, &self.rule, choices, &args, out, lse, &|| signals.arrived());
             self.choices().forward(rows, run)
         });
         done.map(|work| (work.searched, work.read)).map_err(|err| signals.error(err))
@@ -225,7 +376,12 @@ impl Sparse {
     fn fork(&self, py: Python<'_>) -> Sparse {
         let mut choices = Choices::default();
         choices.return_to(self.with(py, |mine| mine.rows().to_vec()));
-        Sparse { rule: Arc::clone(&self.rule), query_block: self.query_block, choices: Mutex::new(choices) }
+        Sparse {
+            rule: Arc::clone(&self.rule),
+            query_block: self.query_block,
+            query_stride: self.query_stride,
+            choices: Mutex::new(choices),
+        }
     }
 
     /// What a row last chose, for each key-value head: stretches `[n, 2]`, the end of what was searched, keys scored, and rounds. Empty

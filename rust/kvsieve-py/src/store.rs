@@ -381,6 +381,12 @@ impl Store {
         self.read(py, 0, Arena::bytes)
     }
 
+    /// Channels of a value.
+    #[getter]
+    fn get_value_dim(&self) -> usize {
+        self.value_dim
+    }
+
     /// Blocks that have memory.
     #[getter]
     fn num_blocks(&self, py: Python<'_>) -> u32 {

@@ -4,10 +4,12 @@
 //! checked before anything is written, so a refused call leaves everything as it was.
 
 pub mod attend;
+pub mod chunk;
 pub mod isa;
 pub mod merge;
 pub mod read;
 pub mod rotate;
+mod rows;
 pub mod search;
 mod simd;
 pub mod sparse;

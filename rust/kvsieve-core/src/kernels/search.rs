@@ -3,8 +3,12 @@
 //! A search reads a key here and a key there, and which ones it reads next depends on what it found: no stream that the hardware could
 //! foresee. But one level of a tree asks for hundreds of keys at once, so those ahead are asked for in the second-level cache while
 //! the ones at hand are scored. All queries that share a choice meet a key while it is in registers.
+//!
+//! Keys that lie as the queries meet them are scored in place. Packed keys, and raw ones that are rotated to their distances, are made
+//! into rows of `f32` first ([`super::rows`]), some dozens at a time.
 
 use std::cell::RefCell;
+use std::marker::PhantomData;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -12,7 +16,8 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::isa::Level;
-use super::rotate::load_row;
+use super::rotate::{Rope, load_row, rotate_row};
+use super::rows::{Making, Source, make};
 use super::simd::{Elem, Simd};
 use super::threads;
 use super::view::{Dtype, Elems, View, check_dtype};
@@ -26,6 +31,9 @@ use crate::{Error, Result};
 /// Keys that are asked for ahead of the one at hand.
 const AHEAD: usize = 24;
 
+/// Keys that are made at a time: their rows stay in the first-level cache, or near it.
+const MADE: usize = 64;
+
 /// Queries of one row that share a choice: `columns` of `q`, one after another in the text.
 #[derive(Clone, Debug)]
 pub struct QueryBlock<'a> {
@@ -33,10 +41,32 @@ pub struct QueryBlock<'a> {
     pub columns: Range<usize>,
     /// The row's residents, in text order. All of them: a resident's number is its position.
     pub runs: &'a [Run],
+    /// Where each run is seen. Empty where [`Search::turn`] does not ask.
+    pub shown: &'a [Shown],
     /// The position of the first query.
     pub first: usize,
     /// The residents to choose from.
     pub region: Range<u32>,
+}
+
+/// At which distance the last of a row's queries sees a run of its residents, as [`Span::shift`](crate::plan::Span) and
+/// [`Span::rotate_keys`](crate::plan::Span) say it. A query that many residents before it sees rotated keys so much nearer, and others
+/// where that one does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shown {
+    pub shift: i64,
+    pub rotate_keys: bool,
+}
+
+/// How keys that were stored before their rotation meet the queries.
+#[derive(Clone, Copy, Debug)]
+pub struct Turn<'a> {
+    pub rope: &'a Rope,
+    /// Whether the rope's factor is still to be applied, to query and key.
+    pub apply_factor: bool,
+    /// All keys at one distance, the window's: the query is rotated by that, and keys stay as they lie. Otherwise keys are scored where
+    /// they are shown.
+    pub relative: bool,
 }
 
 /// Which search, and for InfiniteHiP where it starts.
@@ -55,7 +85,11 @@ pub type Inputs = Vec<Vec<Range<u32>>>;
 pub struct Search<'a> {
     /// `[rows, heads, columns, key_dim]`, of the arena's dtype and in the frame of its keys.
     pub q: View<'a>,
+    /// `None` to score keys as they lie.
+    pub turn: Option<Turn<'a>>,
     pub blocks: &'a [QueryBlock<'a>],
+    /// Of a query block, every so many queries are scored, counted back from its last one.
+    pub query_stride: usize,
     /// A query does not score the keys that its window shows anyway.
     pub window: usize,
     pub method: Method<'a>,
@@ -63,46 +97,100 @@ pub struct Search<'a> {
     pub level: Level,
 }
 
+/// Of `count` queries, the first that is scored, and the end; from there by `stride`.
+pub(super) fn sampled(count: usize, stride: usize) -> Range<usize> {
+    count.saturating_sub(1) % stride..count
+}
+
 /// Runs of residents, for looking up where one lies.
-struct Places {
+struct Places<'a> {
+    runs: Vec<Run>,
+    /// Where each run is seen; empty where that is not asked.
+    shown: Vec<Shown>,
     /// The first resident of each run.
     starts: Vec<u32>,
-    /// Its key for head 0, and the bytes from head to head.
+    /// Its key for head 0, and the bytes from head to head. Null where keys are packed.
     keys: Vec<(*const u8, usize)>,
     len: u32,
     /// Whether all runs but the last are whole blocks.
     even: bool,
+    packed: bool,
+    _arena: PhantomData<&'a Arena>,
 }
 
 // SAFETY: the pointers are into an arena that is borrowed, shared, for as long as a `Places` lives, and are only read through.
-unsafe impl Sync for Places {}
+unsafe impl Sync for Places<'_> {}
 
-impl Places {
-    fn new(arena: &Arena, runs: &[Run]) -> Result<Self> {
-        let (mut starts, mut keys) = (Vec::with_capacity(runs.len()), Vec::with_capacity(runs.len()));
-        let (mut len, mut even) = (0u32, true);
-        for (i, run) in runs.iter().filter(|run| run.lo < run.hi).enumerate() {
-            if run.block.is_packed() {
-                return Err(Error::Unsupported("packed keys are not searched; keep what is searched as it came"));
-            }
+impl<'a> Places<'a> {
+    fn new(arena: &'a Arena, runs: &[Run], shown: &[Shown]) -> Result<Self> {
+        let mut places = Places {
+            runs: Vec::with_capacity(runs.len()),
+            shown: Vec::with_capacity(shown.len()),
+            starts: Vec::with_capacity(runs.len()),
+            keys: Vec::with_capacity(runs.len()),
+            len: 0,
+            even: true,
+            packed: false,
+            _arena: PhantomData,
+        };
+        for (i, run) in runs.iter().enumerate().filter(|(_, run)| run.lo < run.hi) {
             arena.check_span(run.block, run.lo, run.hi)?;
-            even &= len as usize == i * BLOCK as usize;
-            starts.push(len);
-            let (key, _) = arena.rows(run.block, 0, run.lo);
-            let next = if arena.num_kv_heads() > 1 { arena.rows(run.block, 1, run.lo).0 } else { key };
-            keys.push((key, next as usize - key as usize));
-            len += run.len();
+            let (key, stride) = if run.block.is_packed() {
+                (std::ptr::null(), 0)
+            } else {
+                let (key, _) = arena.rows(run.block, 0, run.lo);
+                let next = if arena.num_kv_heads() > 1 { arena.rows(run.block, 1, run.lo).0 } else { key };
+                (key, next as usize - key as usize)
+            };
+            places.even &= places.len as usize == places.runs.len() * BLOCK as usize;
+            places.packed |= run.block.is_packed();
+            places.starts.push(places.len);
+            places.keys.push((key, stride));
+            places.runs.push(*run);
+            places.shown.extend(shown.get(i));
+            places.len += run.len();
         }
-        Ok(Places { starts, keys, len, even })
+        Ok(places)
+    }
+
+    fn run_of(&self, i: u32) -> usize {
+        if self.even { (i / BLOCK) as usize } else { self.starts.partition_point(|&s| s <= i) - 1 }
     }
 
     /// The key of resident `i` for `head`, and how many residents from it on lie in a row.
     #[inline]
     fn key(&self, i: u32, head: usize, row_bytes: usize) -> (*const u8, u32) {
-        let run = if self.even { (i / BLOCK) as usize } else { self.starts.partition_point(|&s| s <= i) - 1 };
+        let run = self.run_of(i);
         let (base, stride) = self.keys[run];
         let end = self.starts.get(run + 1).copied().unwrap_or(self.len);
         (base.wrapping_add(head * stride + (i - self.starts[run]) as usize * row_bytes), end - i)
+    }
+
+    /// Pushes what to make the keys of `stretch` from.
+    fn sources(&self, stretch: Range<u32>, head: usize, row_bytes: usize, to: &mut Vec<Source>) {
+        let mut i = stretch.start;
+        while i < stretch.end {
+            let at = self.run_of(i);
+            let (run, (base, stride)) = (self.runs[at], self.keys[at]);
+            let offset = i - self.starts[at];
+            let n = (run.len() - offset).min(stretch.end - i);
+            for offset in offset..offset + n {
+                let slot = run.lo + offset;
+                let key =
+                    if base.is_null() { base } else { base.wrapping_add(head * stride + offset as usize * row_bytes) };
+                let distance = self.shown.get(at).map_or(0, |shown| match shown.rotate_keys {
+                    true => shown.shift - i64::from(slot),
+                    false => shown.shift,
+                });
+                to.push(Source { key, block: run.block, slot, distance });
+            }
+            i += n;
+        }
+    }
+
+    /// The greatest distance of any key.
+    fn most(&self) -> i64 {
+        self.shown.iter().map(|shown| shown.shift).max().unwrap_or(0)
     }
 }
 
@@ -113,7 +201,7 @@ struct Batch<'a> {
     /// For each key the first query that may see it; empty when all may.
     seen_from: &'a [u32],
     dim: usize,
-    /// `[queries][width]`, zero beyond `dim`; as `bf16` where the kernel has products of those.
+    /// `[queries][width]`, zero beyond `dim`; as `bf16` where they are that, else empty.
     queries: &'a [f32],
     dots: &'a [bf16],
     width: usize,
@@ -207,7 +295,7 @@ pub(super) unsafe fn four<S: Simd, E: Elem, const HB: usize, const DOTS: bool>(
 #[inline(always)]
 unsafe fn run_batch<S: Simd, E: Elem, const D: usize>(batch: &mut Batch<'_>) {
     let dim = if D > 0 { D } else { batch.dim };
-    let dots = S::DOTS && E::IS_BF16 && dim.is_multiple_of(2 * S::LANES);
+    let dots = S::DOTS && E::IS_BF16 && dim.is_multiple_of(2 * S::LANES) && !batch.dots.is_empty();
     let lines = (dim * size_of::<E>()).div_ceil(64);
     let num_keys = batch.keys.len();
     let queries = Queries { wide: batch.queries.as_ptr(), dots: batch.dots.as_ptr(), width: batch.width };
@@ -333,74 +421,112 @@ struct Scratch {
     keys: Vec<*const u8>,
     seen_from: Vec<u32>,
     scores: Vec<f32>,
+    sources: Vec<Source>,
+    /// Keys that were made, `[MADE][width]`.
+    rows: Vec<f32>,
 }
 
 /// Scores for one query block and key-value head.
 struct Scorer<'a> {
-    places: &'a Places,
+    places: &'a Places<'a>,
+    /// How keys are made, where they do not lie as they are scored.
+    making: Option<&'a Making<'a>>,
     head: usize,
     row_bytes: usize,
     dim: usize,
     width: usize,
     num_queries: usize,
     group: usize,
-    /// Keys from here on are not seen by the first query, the next by neither the second, and so on.
+    /// Keys from here on are not seen by the first query, after as many more as the stride not by the second, and so on.
     edge: i64,
+    stride: usize,
     kernel: Kernel,
     scratch: &'a mut Scratch,
 }
 
-impl Score for Scorer<'_> {
-    fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>) {
-        out.clear();
-        let Scratch { queries, dots, keys, seen_from, scores } = &mut *self.scratch;
-        keys.clear();
-        seen_from.clear();
-        keys.reserve(stretches.len() * 2);
-        for stretch in stretches {
-            let mut i = stretch.start;
-            while i < stretch.end {
-                let (key, n) = self.places.key(i, self.head, self.row_bytes);
-                let n = n.min(stretch.end - i);
-                for j in 0..n as usize {
-                    keys.push(key.wrapping_add(j * self.row_bytes));
-                }
-                i += n;
-            }
-        }
-        let hides = stretches.iter().any(|s| i64::from(s.end) > self.edge);
-        if hides {
-            for i in stretches.iter().flat_map(Clone::clone) {
-                seen_from.push((i64::from(i) + 1 - self.edge).max(0) as u32 * self.group as u32);
-            }
-        }
-        let count = keys.len();
-        let Some(&last) = keys.last() else { return };
-        let whole = count.next_multiple_of(4);
-        keys.resize(whole, last);
-        if hides {
-            let last = seen_from[count - 1];
-            seen_from.resize(whole, last);
-        }
-        scores.resize(whole, 0.0);
+impl Scorer<'_> {
+    /// Scores `self.scratch.keys`; `num` of them are no repetition.
+    fn run(&mut self, seen_from: Range<usize>, at: usize) {
+        let Scratch { queries, dots, keys, seen_from: seen, scores, .. } = &mut *self.scratch;
         let mut batch = Batch {
             keys,
-            seen_from,
+            seen_from: &seen[seen_from],
             dim: self.dim,
             queries,
             dots,
             width: self.width,
             num_queries: self.num_queries,
-            out: scores,
+            out: &mut scores[at..at + keys.len()],
         };
-        // SAFETY: `search` has checked the level, the runs and the region, so all keys are rows of the arena's dtype and width; the
-        // kernel was chosen for those.
+        // SAFETY: `search` has checked the level, the runs and the region, so all keys are rows of the arena's dtype and width, or were
+        // made as such of `f32`; the kernel was chosen for those.
         unsafe { (self.kernel)(&mut batch) };
+    }
+
+    /// Scores all stretches, key by key, into the scratch memory.
+    fn score(&mut self, stretches: &[Range<u32>]) {
+        let Scratch { keys, seen_from, scores, sources, rows, .. } = &mut *self.scratch;
+        keys.clear();
+        seen_from.clear();
+        sources.clear();
+        let count: usize = stretches.iter().map(ExactSizeIterator::len).sum();
+        let whole = count.next_multiple_of(4);
+        scores.resize(whole, 0.0);
+        if count == 0 {
+            return;
+        }
+        if stretches.iter().any(|s| i64::from(s.end) > self.edge) {
+            for i in stretches.iter().flat_map(Clone::clone) {
+                let hidden = (i64::from(i) + 1 - self.edge).max(0) as usize;
+                seen_from.push((hidden.div_ceil(self.stride) * self.group) as u32);
+            }
+            seen_from.resize(whole, seen_from[count - 1]);
+        }
+        let hides = !seen_from.is_empty();
+        let Some(making) = self.making else {
+            keys.reserve(whole);
+            for stretch in stretches {
+                let mut i = stretch.start;
+                while i < stretch.end {
+                    let (key, n) = self.places.key(i, self.head, self.row_bytes);
+                    let n = n.min(stretch.end - i);
+                    for j in 0..n as usize {
+                        keys.push(key.wrapping_add(j * self.row_bytes));
+                    }
+                    i += n;
+                }
+            }
+            keys.resize(whole, keys[count - 1]);
+            return self.run(if hides { 0..whole } else { 0..0 }, 0);
+        };
+        for stretch in stretches {
+            self.places.sources(stretch.clone(), self.head, self.row_bytes, sources);
+        }
+        sources.resize(whole, sources[count - 1]);
+        rows.resize(MADE * self.width, 0.0);
+        for at in (0..whole).step_by(MADE) {
+            let Scratch { keys, sources, rows, .. } = &mut *self.scratch;
+            let mine = &sources[at..whole.min(at + MADE)];
+            let ahead = &sources[whole.min(at + MADE)..whole.min(at + 2 * MADE)];
+            // SAFETY: `search` has checked the runs, so all sources are keys of this head.
+            unsafe { make(making, mine, ahead, self.width, rows) };
+            keys.clear();
+            keys.extend(rows.chunks_exact(self.width).take(mine.len()).map(|row| row.as_ptr().cast::<u8>()));
+            let end = at + mine.len();
+            self.run(if hides { at..end } else { 0..0 }, at);
+        }
+    }
+}
+
+impl Score for Scorer<'_> {
+    fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>) {
+        out.clear();
+        self.score(stretches);
         out.reserve(stretches.len());
         let mut at = 0;
         for stretch in stretches {
             let mut best = f32::NEG_INFINITY;
-            for &x in &scores[at..at + stretch.len()] {
+            for &x in &self.scratch.scores[at..at + stretch.len()] {
                 best = if x > best { x } else { best };
             }
             at += stretch.len();
@@ -435,15 +561,17 @@ pub fn search_unless(
 ) -> Result<Vec<Chosen>> {
     let group = check(arena, args, inputs.len())?;
     let kv_heads = arena.num_kv_heads();
-    let mut places: Vec<Places> = Vec::new();
+    let mut places: Vec<Places<'_>> = Vec::new();
     let mut place_of = Vec::with_capacity(args.blocks.len());
     for (i, block) in args.blocks.iter().enumerate() {
-        let known = args.blocks[..i].iter().position(|other| std::ptr::eq(other.runs, block.runs));
+        let same =
+            |other: &QueryBlock<'_>| std::ptr::eq(other.runs, block.runs) && std::ptr::eq(other.shown, block.shown);
+        let known = args.blocks[..i].iter().position(same);
         match known {
             Some(j) => place_of.push(place_of[j]),
             None => {
                 place_of.push(places.len());
-                places.push(Places::new(arena, block.runs)?);
+                places.push(Places::new(arena, block.runs, block.shown)?);
             }
         }
         let have = places[place_of[i]].len;
@@ -451,11 +579,11 @@ pub fn search_unless(
             let expected = format!("a region of the {have} residents");
             return Err(Error::Shape { what: "region", expected, got: format!("{:?}", block.region) });
         }
+        check_shown(args, block, &places[place_of[i]])?;
     }
-    let kernel = kernel(args.level, arena.dtype(), arena.key_dim());
     let one = |unit: usize, inputs: &mut Inputs| -> Result<Chosen> {
         let block = &args.blocks[unit / kv_heads];
-        run_unit(arena, args, (block, &places[place_of[unit / kv_heads]]), (unit % kv_heads, group), kernel, inputs)
+        run_unit(arena, args, (block, &places[place_of[unit / kv_heads]]), (unit % kv_heads, group), inputs)
     };
     let units = args.blocks.len() * kv_heads;
     let mut none = vec![Inputs::new(); if inputs.is_empty() { units } else { 0 }];
@@ -497,9 +625,8 @@ pub fn search_unless(
 fn run_unit(
     arena: &Arena,
     args: &Search<'_>,
-    (block, places): (&QueryBlock<'_>, &Places),
+    (block, places): (&QueryBlock<'_>, &Places<'_>),
     (head, group): (usize, usize),
-    kernel: Kernel,
     inputs: &mut Inputs,
 ) -> Result<Chosen> {
     thread_local! {
@@ -508,27 +635,39 @@ fn run_unit(
     let dim = arena.key_dim();
     let width = dim.next_multiple_of(32);
     SCRATCH.with_borrow_mut(|scratch| {
-        let num_queries = block.columns.len() * group;
+        let scored = sampled(block.columns.len(), args.query_stride);
+        let offset = scored.start;
+        let num_queries = scored.len().div_ceil(args.query_stride) * group;
+        let at = |i: usize| block.columns.start + offset + i * args.query_stride;
         scratch.queries.clear();
         scratch.queries.resize(num_queries * width, 0.0);
         for (i, to) in scratch.queries.chunks_exact_mut(width).enumerate() {
-            let from = args.q.row(block.row, head * group + i % group, block.columns.start + i / group);
+            let from = args.q.row(block.row, head * group + i % group, at(i / group));
             widen(from, arena.dtype(), &mut to[..dim]);
         }
+        if let Some(turn) = &args.turn {
+            turn_queries(turn, args.window, block, places, &mut scratch.queries, (width, group));
+        }
+        let rotates = args.turn.filter(|turn| !turn.relative).map(|turn| turn.rope.distances(places.most()));
+        let making = Making { arena, head, distances: rotates, level: args.level };
+        let makes = places.packed || making.distances.is_some();
+        let kernel = kernel(args.level, if makes { Dtype::F32 } else { arena.dtype() }, dim);
         scratch.dots.clear();
-        if arena.dtype() == Dtype::BF16 {
+        if arena.dtype() == Dtype::BF16 && args.turn.is_none() && !makes {
             // They were `bf16`, so nothing is rounded.
             scratch.dots.extend(scratch.queries.iter().map(|&x| bf16::of_f32(x)));
         }
         let mut scorer = Scorer {
             places,
+            making: makes.then_some(&making),
             head,
             row_bytes: dim * arena.dtype().size(),
             dim,
             width,
             num_queries,
             group,
-            edge: block.first as i64 + 1 - args.window as i64,
+            edge: (block.first + offset) as i64 + 1 - args.window as i64,
+            stride: args.query_stride,
             kernel,
             scratch,
         };
@@ -537,6 +676,56 @@ fn run_unit(
             Method::Infinite(infinite, start) => infinite.search(block.region.clone(), start, inputs, &mut scorer),
         }
     })
+}
+
+/// Rotates the queries of a block, so that keys need to be rotated by no more than what [`Turn`] says.
+fn turn_queries(
+    turn: &Turn<'_>,
+    window: usize,
+    block: &QueryBlock<'_>,
+    places: &Places<'_>,
+    queries: &mut [f32],
+    (width, group): (usize, usize),
+) {
+    let factor = if turn.apply_factor { (turn.rope.factor() * turn.rope.factor()) as f32 } else { 1.0 };
+    let pairs = turn.rope.inv_freq().len();
+    let mut trig = Vec::with_capacity(2 * pairs);
+    for (i, queries) in queries.chunks_exact_mut(group * width).enumerate() {
+        // Keys are rotated to where the row's last query is, from which this one is so many residents away.
+        let behind = (block.first + i) as i64 + 1 - i64::from(places.len);
+        let by = if turn.relative { window as i64 } else { behind };
+        if trig.is_empty() || !turn.relative {
+            trig.clear();
+            turn.rope.push_trig(by, &mut trig);
+        }
+        for query in queries.chunks_exact_mut(width) {
+            rotate_row(query, &trig[..pairs], &trig[pairs..], turn.rope.layout());
+            query[..2 * pairs].iter_mut().for_each(|x| *x *= factor);
+        }
+    }
+}
+
+/// Refuses keys that cannot be scored where they are shown.
+fn check_shown(args: &Search<'_>, block: &QueryBlock<'_>, places: &Places<'_>) -> Result<()> {
+    let Some(turn) = args.turn else { return Ok(()) };
+    if turn.rope.rotary_dim() > args.q.shape()[3] {
+        let expected = format!("at most {} rotated channels", args.q.shape()[3]);
+        return Err(Error::Shape { what: "rope", expected, got: turn.rope.rotary_dim().to_string() });
+    }
+    if turn.relative {
+        return Ok(());
+    }
+    if places.shown.len() != places.runs.len() {
+        let expected = format!("one for each of {} runs", places.runs.len());
+        return Err(Error::Shape { what: "shown", expected, got: block.shown.len().to_string() });
+    }
+    let alone = block.columns.len() == 1 && block.first + 1 == places.len as usize;
+    if !alone && places.shown.iter().any(|shown| !shown.rotate_keys) {
+        return Err(Error::Unsupported(
+            "keys at one distance from every query are scored there for a row's last query only; score by the relative rule",
+        ));
+    }
+    Ok(())
 }
 
 /// Refuses whatever does not fit together; returns the number of query heads of a group.
@@ -557,6 +746,9 @@ fn check(arena: &Arena, args: &Search<'_>, num_inputs: usize) -> Result<usize> {
             let got = format!("row {}, columns {:?}", block.row, block.columns);
             return Err(Error::Shape { what: "query block", expected, got });
         }
+    }
+    if args.query_stride == 0 {
+        return Err(Error::OutOfRange { what: "query_stride", expected: "at least 1", got: "0".to_string() });
     }
     let starts_late = matches!(args.method, Method::Infinite(_, start) if start > 0);
     if num_inputs != args.blocks.len() * kv_heads && (num_inputs > 0 || starts_late) {

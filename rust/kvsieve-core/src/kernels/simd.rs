@@ -109,6 +109,16 @@ pub(crate) trait Simd: Copy {
             Self::words(buf.as_ptr())
         }
     }
+    /// Turns 16 rows of 16 words: word `i` of row `j` goes to `to[i * stride + j]`.
+    #[inline(always)]
+    unsafe fn turn(rows: &[*const u32; 16], to: *mut u32, stride: usize) {
+        for (j, row) in rows.iter().enumerate() {
+            for i in 0..16 {
+                // SAFETY: the caller vouches for 16 words in every row, and for the places that they go to.
+                unsafe { *to.add(i * stride + j) = row.add(i).read_unaligned() };
+            }
+        }
+    }
     /// The `bits` (2, 4 or 8) of each word from bit `shift` on, as a number.
     unsafe fn code(w: Self::W, shift: u32, bits: u32) -> Self::V;
     /// The `bf16` in the low halves and those in the high halves.
@@ -570,6 +580,34 @@ mod x86 {
             unsafe { _mm256_maskload_epi32(p.cast(), first(n)) }
         }
         #[inline(always)]
+        unsafe fn turn(rows: &[*const u32; 16], to: *mut u32, stride: usize) {
+            // Squares of eight.
+            for (down, across) in [(0, 0), (0, 8), (8, 0), (8, 8)] {
+                unsafe {
+                    let mut x = [_mm256_setzero_ps(); 8];
+                    for j in 0..8 {
+                        x[j] = _mm256_loadu_ps(rows[down + j].add(across).cast());
+                    }
+                    let mut y = x;
+                    for j in (0..8).step_by(2) {
+                        y[j] = _mm256_unpacklo_ps(x[j], x[j + 1]);
+                        y[j + 1] = _mm256_unpackhi_ps(x[j], x[j + 1]);
+                    }
+                    for j in (0..8).step_by(4) {
+                        x[j] = _mm256_shuffle_ps(y[j], y[j + 2], 0x44);
+                        x[j + 1] = _mm256_shuffle_ps(y[j], y[j + 2], 0xee);
+                        x[j + 2] = _mm256_shuffle_ps(y[j + 1], y[j + 3], 0x44);
+                        x[j + 3] = _mm256_shuffle_ps(y[j + 1], y[j + 3], 0xee);
+                    }
+                    for j in 0..4 {
+                        let (lo, hi) = (to.add((across + j) * stride + down), to.add((across + 4 + j) * stride + down));
+                        _mm256_storeu_ps(lo.cast(), _mm256_permute2f128_ps(x[j], x[j + 4], 0x20));
+                        _mm256_storeu_ps(hi.cast(), _mm256_permute2f128_ps(x[j], x[j + 4], 0x31));
+                    }
+                }
+            }
+        }
+        #[inline(always)]
         unsafe fn code(w: __m256i, shift: u32, bits: u32) -> __m256 {
             unsafe {
                 let w = _mm256_srlv_epi32(w, _mm256_set1_epi32(shift as i32));
@@ -760,6 +798,38 @@ mod x86 {
         #[inline(always)]
         unsafe fn words_part(p: *const u32, n: usize) -> __m512i {
             unsafe { _mm512_maskz_loadu_epi32((1 << n) - 1, p.cast()) }
+        }
+        #[inline(always)]
+        unsafe fn turn(rows: &[*const u32; 16], to: *mut u32, stride: usize) {
+            unsafe {
+                let mut x = [_mm512_setzero_si512(); 16];
+                for j in 0..16 {
+                    x[j] = _mm512_loadu_si512(rows[j].cast());
+                }
+                let mut y = x;
+                for j in (0..16).step_by(2) {
+                    y[j] = _mm512_unpacklo_epi32(x[j], x[j + 1]);
+                    y[j + 1] = _mm512_unpackhi_epi32(x[j], x[j + 1]);
+                }
+                // Quarter `i` of `x[4 j + c]`: word `4 i + c` of rows `4 j` to `4 j + 3`.
+                for j in (0..16).step_by(4) {
+                    x[j] = _mm512_unpacklo_epi64(y[j], y[j + 2]);
+                    x[j + 1] = _mm512_unpackhi_epi64(y[j], y[j + 2]);
+                    x[j + 2] = _mm512_unpacklo_epi64(y[j + 1], y[j + 3]);
+                    x[j + 3] = _mm512_unpackhi_epi64(y[j + 1], y[j + 3]);
+                }
+                for c in 0..4 {
+                    let even = _mm512_shuffle_i32x4(x[c], x[c + 4], 0x88);
+                    let odd = _mm512_shuffle_i32x4(x[c], x[c + 4], 0xdd);
+                    let low_even = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0x88);
+                    let low_odd = _mm512_shuffle_i32x4(x[c + 8], x[c + 12], 0xdd);
+                    let to = to.add(c * stride);
+                    _mm512_storeu_si512(to.cast(), _mm512_shuffle_i32x4(even, low_even, 0x88));
+                    _mm512_storeu_si512(to.add(4 * stride).cast(), _mm512_shuffle_i32x4(odd, low_odd, 0x88));
+                    _mm512_storeu_si512(to.add(8 * stride).cast(), _mm512_shuffle_i32x4(even, low_even, 0xdd));
+                    _mm512_storeu_si512(to.add(12 * stride).cast(), _mm512_shuffle_i32x4(odd, low_odd, 0xdd));
+                }
+            }
         }
         #[inline(always)]
         unsafe fn code(w: __m512i, shift: u32, bits: u32) -> __m512 {

@@ -3,9 +3,10 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::attend::{Attend, attend_apart};
+use super::attend::{Attend, SpanTrig, attend_apart};
 use super::isa::Level;
-use super::search::{Inputs, Method, QueryBlock, Search, search_unless};
+use super::rotate::Rope;
+use super::search::{Inputs, Method, QueryBlock, Search, Shown, Turn, search_unless};
 use super::view::{Dtype, ElemsMut, View, check_len};
 use crate::ids::{BLOCK, Run};
 use crate::plan::{Span, Spans};
@@ -18,8 +19,22 @@ use crate::{Error, Result};
 pub struct SparseRow<'a> {
     /// All residents in text order, the new tokens' included.
     pub runs: &'a [Run],
+    /// At which distance the last query sees each run; empty where all keys are read as they lie.
+    pub shown: &'a [Shown],
     /// The row's valid new tokens: the last columns of `q`, and the last residents.
     pub new_len: usize,
+}
+
+/// How keys are scored by the search.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Scoring {
+    /// As they lie, by the queries as they come: the model has rotated both.
+    #[default]
+    Stored,
+    /// Raw keys, where they are shown.
+    Placed,
+    /// Raw keys, all at one distance, the window's (InfiniteHiP's relative style).
+    Relative,
 }
 
 /// Everything about the attention but the keys and values.
@@ -27,10 +42,20 @@ pub struct SparseRow<'a> {
 pub struct Sparse<'a> {
     /// `[rows, heads, columns, key_dim]`, of the arena's dtype and in the frame of its keys.
     pub q: View<'a>,
+    /// `None` for layers without position encoding, and where nothing is turned: shifts and rotations are then ignored.
+    pub rope: Option<&'a Arc<Rope>>,
+    /// Whether the rope's factor is still to be applied, to query and key.
+    pub apply_factor: bool,
+    pub scoring: Scoring,
+    /// Numbers what each head keeps without gaps, ending at the query, and shows it at those distances (InfiniteHiP's streaming order,
+    /// for texts beyond the trained length). Keys must be raw.
+    pub consecutive: bool,
     pub rows: &'a [SparseRow<'a>],
     /// Queries that share a choice: those of equal `position / query_block`, so that it does not matter how a text is cut into steps
     /// at multiples of it.
     pub query_block: usize,
+    /// Of a query block, every so many queries are scored, counted back from its last one.
+    pub query_stride: usize,
     pub scale: f32,
     pub softcap: Option<f32>,
     pub sinks: Option<&'a [f32]>,
@@ -50,13 +75,17 @@ pub struct Work {
 /// Where the residents of a row lie.
 struct Layout<'a> {
     runs: &'a [Run],
+    shown: &'a [Shown],
     /// The first resident of each run.
     starts: Vec<u32>,
     len: u32,
 }
 
 impl<'a> Layout<'a> {
-    fn new(runs: &'a [Run]) -> Result<Self> {
+    fn new(runs: &'a [Run], shown: &'a [Shown]) -> Result<Self> {
+        if !shown.is_empty() {
+            check_len("shown", shown.len(), runs.len())?;
+        }
         let mut len = 0u32;
         let mut starts = Vec::with_capacity(runs.len());
         for run in runs {
@@ -67,11 +96,13 @@ impl<'a> Layout<'a> {
             starts.push(len);
             len += run.len();
         }
-        Ok(Layout { runs, starts, len })
+        Ok(Layout { runs, shown, starts, len })
     }
 
-    /// Appends residents `stretch` as spans. `from` is a run at or before the first one; returns the run of the last.
-    fn push(&self, stretch: Range<u32>, from: usize, out: &mut Vec<Span>) -> usize {
+    /// Appends residents `stretch` as the query at `position` sees them, as spans. `from` is a run at or before the first one; returns
+    /// the run of the last.
+    fn push(&self, stretch: Range<u32>, position: usize, from: usize, out: &mut Vec<Span>) -> usize {
+        let behind = i64::from(self.len) - 1 - position as i64;
         let mut at = from;
         // Whole blocks, as they mostly are, are found at once.
         let guess = (stretch.start / BLOCK) as usize;
@@ -87,7 +118,12 @@ impl<'a> Layout<'a> {
             let hi = stretch.end.min(start + run.len());
             if next < hi {
                 let (lo, hi) = (run.lo + next - start, run.lo + hi - start);
-                out.push(Span { block: run.block, lo, hi, shift: 0, rotate_keys: false });
+                let (shift, rotate_keys) = match self.shown.get(at) {
+                    Some(&Shown { shift, rotate_keys: true }) => (shift - behind, true),
+                    Some(&Shown { shift, rotate_keys: false }) => (shift, false),
+                    None => (0, false),
+                };
+                out.push(Span { block: run.block, lo, hi, shift, rotate_keys });
             }
             next = next.max(hi);
             if next < stretch.end {
@@ -95,6 +131,16 @@ impl<'a> Layout<'a> {
             }
         }
         at
+    }
+}
+
+/// Shows the keys of `spans` one after another, the last of them `after` before the query.
+fn number(spans: &mut [Span], after: i64) {
+    let mut distance = after;
+    for span in spans.iter_mut().rev() {
+        // The last key of the span is `distance` away, and each before it one more.
+        (span.shift, span.rotate_keys) = (distance + i64::from(span.hi) - 1, true);
+        distance += i64::from(span.hi - span.lo);
     }
 }
 
@@ -123,12 +169,14 @@ pub fn attend_sparse(
     if let Some(lse) = lse.as_deref() {
         check_len("lse", lse.len(), rows * heads * columns)?;
     }
-    if args.query_block == 0 {
-        return Err(Error::OutOfRange { what: "query_block", expected: "at least 1", got: "0".to_string() });
+    for (what, n) in [("query_block", args.query_block), ("query_stride", args.query_stride)] {
+        if n == 0 {
+            return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
+        }
     }
     let mut layouts = Vec::with_capacity(rows);
     for row in args.rows {
-        let layout = Layout::new(row.runs)?;
+        let layout = Layout::new(row.runs, row.shown)?;
         if row.new_len > columns || row.new_len > layout.len as usize {
             let expected = format!("at most {columns} new tokens, all of them among {} residents", layout.len);
             return Err(Error::Shape { what: "new_len", expected, got: row.new_len.to_string() });
@@ -168,7 +216,7 @@ pub fn attend_sparse(
     Ok(work)
 }
 
-fn fill_zero(out: &mut ElemsMut<'_>) {
+pub(super) fn fill_zero(out: &mut ElemsMut<'_>) {
     match out {
         ElemsMut::F32(x) => x.fill(0.0),
         ElemsMut::Bits(x) => x.fill(0),
@@ -176,6 +224,16 @@ fn fill_zero(out: &mut ElemsMut<'_>) {
 }
 
 type Block = (usize, usize, Range<usize>);
+
+/// How the search turns queries and keys.
+fn turn<'a>(args: &Sparse<'a>) -> Option<Turn<'a>> {
+    let relative = match args.scoring {
+        Scoring::Stored => return None,
+        Scoring::Placed => false,
+        Scoring::Relative => true,
+    };
+    args.rope.map(|rope| Turn { rope, apply_factor: args.apply_factor, relative })
+}
 
 #[allow(clippy::too_many_arguments)]
 fn round(
@@ -208,8 +266,8 @@ fn round(
                 choice.inputs = Arc::new(vec![Inputs::new(); kv_heads]);
                 choice.step = 0;
             }
-            let (runs, region) = (args.rows[*row].runs, choice.region.clone());
-            asked.push(QueryBlock { row: *row, columns: columns.clone(), runs, first: *first, region });
+            let (SparseRow { runs, shown, .. }, region) = (args.rows[*row], choice.region.clone());
+            asked.push(QueryBlock { row: *row, columns: columns.clone(), runs, shown, first: *first, region });
             inputs.extend(choice.inputs.iter().cloned());
             whose.push(*row);
         }
@@ -220,8 +278,9 @@ fn round(
             Chooses::Hip(hip) => Method::Hip(hip),
             Chooses::Infinite(infinite) => Method::Infinite(infinite, stage),
         };
-        let Sparse { q, threads, level, .. } = *args;
-        let search = Search { q, blocks: &asked, window: rule.window, method, threads, level };
+        let Sparse { q, query_stride, threads, level, .. } = *args;
+        let search =
+            Search { q, turn: turn(args), blocks: &asked, query_stride, window: rule.window, method, threads, level };
         let found = search_unless(arena, &search, &mut inputs, stop)?;
         work.searched += found.iter().map(|chosen| chosen.reads).sum::<u64>();
         let (mut found, mut inputs) = (found.into_iter(), inputs.into_iter());
@@ -237,11 +296,16 @@ fn round(
         let mut spans = Spans { num_rows: 1, num_queries: columns.len(), starts: vec![0], spans: Vec::new() };
         for position in *first..first + columns.len() {
             for chosen in choice.chosen.iter() {
-                let mut at = 0;
+                let (mut at, mut end, first) = (0, 0, spans.spans.len());
                 rule.read(&choice.region, chosen, position, &mut |stretch: Range<u32>| {
                     work.read += stretch.len() as u64;
-                    at = layouts[*row].push(stretch, at, &mut spans.spans);
+                    end = if stretch.is_empty() { end } else { stretch.end as usize };
+                    at = layouts[*row].push(stretch, position, at, &mut spans.spans);
                 });
+                if args.consecutive && args.rope.is_some() {
+                    // The query's own key is 0 away, if it is kept; else the last one is 1 away.
+                    number(&mut spans.spans[first..], i64::from(end <= position));
+                }
                 spans.starts.push(spans.spans.len() as u32);
             }
         }
@@ -265,8 +329,10 @@ fn attend_block(
     let [_, heads, all, _] = args.q.shape();
     let (count, stride) = (columns.len(), heads * arena.value_dim());
     let q = args.q.block("q", row, columns.clone())?;
-    let Sparse { scale, softcap, sinks, threads, level, .. } = *args;
-    let attend = Attend { q, spans, trig: None, scale, softcap, sinks, apply_factor: false, threads, level };
+    let Sparse { apply_factor, scale, softcap, sinks, threads, level, .. } = *args;
+    let turned = spans.spans.iter().any(|span| span.shift != 0 || span.rotate_keys);
+    let trig = args.rope.filter(|_| turned || apply_factor).map(|rope| SpanTrig::of_many(spans, rope));
+    let attend = Attend { q, spans, trig: trig.as_ref(), scale, softcap, sinks, apply_factor, threads, level };
     let at = (row * all + columns.start) * stride;
     let to = match (out, arena.dtype()) {
         (ElemsMut::F32(x), Dtype::F32) => ElemsMut::F32(&mut x[at..at + count * stride]),

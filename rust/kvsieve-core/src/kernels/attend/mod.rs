@@ -64,10 +64,39 @@ impl SpanTrig {
         SpanTrig { rope: Arc::clone(rope), variant, table }
     }
 
+    /// [`SpanTrig::new`] for thousands of shifts, as short spans here and there have them. From tables that all calls share, so a
+    /// rotation may be off by a rounding.
+    pub(crate) fn of_many(spans: &Spans, rope: &Arc<Rope>) -> Self {
+        let most = spans.spans.iter().map(|span| span.shift).max().unwrap_or(0);
+        let least = spans.spans.iter().map(|span| span.shift).min().unwrap_or(0);
+        if least < 0 || most > MANY {
+            return SpanTrig::new(spans, rope);
+        }
+        let (distances, width) = (rope.distances(most), rope.rotary_dim());
+        let mut seen = vec![0u32; most as usize + 1];
+        let (mut table, mut num) = (Vec::new(), 0);
+        let variant = spans.spans.iter().map(|span| {
+            let number = &mut seen[span.shift as usize];
+            if *number == 0 && span.shift != 0 {
+                num += 1;
+                *number = num;
+                let at = table.len();
+                table.resize(at + width, 0.0);
+                distances.trig(span.shift, &mut table[at..]);
+            }
+            *number
+        });
+        let variant = variant.collect();
+        SpanTrig { rope: Arc::clone(rope), variant, table }
+    }
+
     pub fn rope(&self) -> &Arc<Rope> {
         &self.rope
     }
 }
+
+/// Shifts up to here are looked up in a list.
+const MANY: i64 = 1 << 22;
 
 /// Everything about the attention but the keys and values.
 #[derive(Clone, Copy, Debug)]
