@@ -1,4 +1,4 @@
-"""The `kvsieve` command: see a bounded memory at work, run a model with one, measure it, look at what this machine offers.
+"""The `kvsieve` command: see a bounded memory at work, run a model with one, measure it, draw what it reads, look at this machine.
 
 torch and transformers are imported by the command that needs them, so that help and mistakes answer at once.
 """
@@ -48,6 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_view(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="versions, instruction set, and the backends that can run here")
     info.add_argument("--json", action="store_true", help="print JSON instead of lines")
@@ -98,6 +99,45 @@ def _add_eval(commands: Any) -> None:
     packing.add_argument("--quick", action="store_true", help="one ratio of each kind")
     _add_machine(packing, dtype_help="default: float32")
     packing.set_defaults(run=_eval_packing)
+    search = tasks.add_parser("search", help="perplexity of reading only what a search finds, and of windows that read as much")
+    search.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
+    search.add_argument("--windows", type=_positive, default=4, help="stretches of the text, read as one batch")
+    search.add_argument("--length", nargs="+", type=_positive, default=[4000, 7700], help="tokens of the prompt")
+    search.add_argument("--continuation", type=_positive, default=256, help="tokens to predict one by one")
+    search.add_argument(
+        "--prompt", nargs="+", choices=("dense", "own"), default=["dense", "own"], help="read it by the full cache, or the policy"
+    )
+    what = search.add_mutually_exclusive_group()
+    what.add_argument("--policy", nargs="+", help='only these, for example "hip(512, block=8)"; and the full cache')
+    what.add_argument("--sweep", action="store_true", help="HiP's arguments, one at a time")
+    search.add_argument("--only", nargs="+", default=[], help="only policies with one of these in their name, and the full cache")
+    search.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
+    search.add_argument("--quick", action="store_true", help="one budget")
+    _add_machine(search, dtype_help="default: float32")
+    search.set_defaults(run=_eval_search)
+    passkey = tasks.add_parser("passkey", help="five digits hidden in a long text, at several depths")
+    passkey.add_argument("--policy", nargs="*", help="policies that read the text; default: full(), HiP, StreamingLLM")
+    passkey.add_argument("--dense", nargs="*", help="policies that take over what the full cache has read; default: HiP")
+    passkey.add_argument("--length", nargs="+", type=_positive, default=[4000, 7500], help="tokens of the text")
+    passkey.add_argument("--depths", type=_positive, default=10, help="places of the key in each text")
+    passkey.add_argument("--seed", type=int, default=0, help="seed of texts and keys")
+    passkey.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
+    _add_machine(passkey, dtype_help="default: float32")
+    passkey.set_defaults(run=_eval_passkey)
+
+
+def _add_view(commands: Any) -> None:
+    view = commands.add_parser("view", help="pictures of what a policy does")
+    pictures = view.add_subparsers(required=True, metavar="picture")
+    trace = pictures.add_parser("trace", help="which positions of a text a search reads, step by step")
+    trace.add_argument("--model", default="smollm2", help="a local model folder, or smollm2")
+    trace.add_argument("--policy", default="hip(512)", help='one that searches, for example "hip(512)"')
+    trace.add_argument("--prompt-file", type=Path, help="a file with the text to read; default: Python's own reference pages")
+    trace.add_argument("--tokens", type=_positive, default=4000, help="how much of it to read; default: 4,000")
+    trace.add_argument("--max-new-tokens", type=_positive, default=32, help="steps")
+    trace.add_argument("--out", type=Path, default=Path("out/trace.png"), help="the picture; numbers go beside it, as .json")
+    _add_machine(trace, dtype_help="default: float32")
+    trace.set_defaults(run=_view_trace)
 
 
 def _add_bench(commands: Any) -> None:
@@ -199,6 +239,64 @@ def _eval_packing(arguments: argparse.Namespace) -> int:
         json=arguments.json,
         backend=arguments.backend,
         quick=arguments.quick,
+    )
+    run(settings)
+    return 0
+
+
+def _eval_search(arguments: argparse.Namespace) -> int:
+    _need_torch(arguments.threads)
+    from kvsieve.evals.search_nll import Settings, run
+
+    settings = Settings(
+        text=arguments.text,
+        windows=arguments.windows,
+        lengths=tuple(arguments.length),
+        continuation=arguments.continuation,
+        prompts=tuple(dict.fromkeys(arguments.prompt)),
+        policies=tuple(arguments.policy or ()),
+        sweep=arguments.sweep,
+        only=tuple(arguments.only),
+        dtype=arguments.dtype or "float32",
+        json=arguments.json,
+        backend=arguments.backend,
+        quick=arguments.quick,
+    )
+    run(settings)
+    return 0
+
+
+def _eval_passkey(arguments: argparse.Namespace) -> int:
+    _need_torch(arguments.threads)
+    from kvsieve.evals.passkey import Settings, run
+
+    settings = Settings(
+        policies=Settings.policies if arguments.policy is None else tuple(arguments.policy),
+        dense=Settings.dense if arguments.dense is None else tuple(arguments.dense),
+        lengths=tuple(arguments.length),
+        depths=arguments.depths,
+        seed=arguments.seed,
+        dtype=arguments.dtype or "float32",
+        json=arguments.json,
+        backend=arguments.backend,
+    )
+    run(settings)
+    return 0
+
+
+def _view_trace(arguments: argparse.Namespace) -> int:
+    _need_torch(arguments.threads)
+    from kvsieve.evals.reads import Settings, run
+
+    settings = Settings(
+        model=arguments.model,
+        policy=arguments.policy,
+        out=arguments.out,
+        text=arguments.prompt_file,
+        tokens=arguments.tokens,
+        max_new_tokens=arguments.max_new_tokens,
+        dtype=arguments.dtype or "float32",
+        backend=arguments.backend,
     )
     run(settings)
     return 0

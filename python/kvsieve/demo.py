@@ -23,6 +23,7 @@ from kvsieve.errors import KvsieveError
 from kvsieve.evals import shopping, stream_nll
 from kvsieve.evals.models import fastest_dtype, load_smollm2, trained_length
 from kvsieve.evals.stream_nll import Reading
+from kvsieve.evals.texts import read_text
 from kvsieve.view.curves import Series, plot_curves
 from kvsieve.view.live import LiveTable, plain_table
 from kvsieve.view.tokens import TokenMark, TokenSection, tokens_page
@@ -87,7 +88,7 @@ def run(settings: Settings) -> dict[str, Any]:
     """Runs the demo, prints its table, writes `report.json`, `curves.png` and `tokens.html`, returns the report."""
     began = time.perf_counter()
     settings.out.mkdir(parents=True, exist_ok=True)
-    text = _text(settings.text)
+    text = read_text(settings.text)
     dtype = fastest_dtype() if settings.dtype is None else getattr(torch, settings.dtype)
     print(f"kvsieve {kvsieve.__version__}: loading SmolLM2-135M-Instruct in {str(dtype).removeprefix('torch.')}")
     model, tokenizer = load_smollm2(dtype)
@@ -111,14 +112,6 @@ def run(settings: Settings) -> dict[str, Any]:
     (settings.out / "tokens.html").write_text(page, encoding="utf-8")
     _print_summary(report, settings)
     return report
-
-
-def _text(path: Path | None) -> str:
-    if path is not None:
-        return path.read_text(encoding="utf-8", errors="replace")
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values())
 
 
 def _first_tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kvsieve
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
+from kvsieve.cli import main
 from kvsieve.evals import passkey, shopping, stream_nll
 from kvsieve.evals.shopping_text import FILLERS, ITEMS
 
@@ -170,6 +175,69 @@ def test_passkey_scoring_reads_retention_and_the_answer() -> None:
     result = passkey.score_passkey(Answering(budget=50), words, made)
     assert (result.retention, result.found) == (0.0, True)
     assert passkey.score_passkey(Answering(budget=200), words, made).retention == 1.0
+
+
+class Letters(Words):
+    """A tokenizer with one token a character, so that a key has five; ids stay within a tiny model's vocabulary."""
+
+    def __call__(self, text: str, **_: Any) -> dict[str, Any]:
+        return {"input_ids": [self.vocabulary.setdefault(letter, len(self.vocabulary) + 3) for letter in text]}
+
+    def decode(self, ids: Any) -> str:
+        letters = {number: letter for letter, number in self.vocabulary.items()}
+        return "".join(letters.get(int(i), "?") for i in ids)
+
+
+SEARCH = kvsieve.HiP(32, sinks=2, window=16, dense_layers=1, query_block=16)
+
+
+@pytest.mark.parametrize("policy", [kvsieve.Full(), SEARCH, kvsieve.StreamingLLM(40, sinks=2)], ids=["full", "hip", "streaming"])
+def test_texts_that_share_a_beginning_are_read_as_if_alone(policy: Any) -> None:
+    letters, model = Letters(), tiny.model()
+    keys = [
+        passkey.make_passkey(letters, num_tokens=240, depth=depth, seed=1, key=key)
+        for depth, key in [(0.05, "12345"), (0.5, "54321"), (0.51, "99999"), (1.0, "00000")]
+    ]
+    assert [letters.decode([made.ids[i] for i in made.positions]) for made in keys] == [f" {made.key}" for made in keys]
+    question = tiny.ids(1, 5, 9)
+    for made, stream in zip(keys, passkey.read_all(model, policy, keys)):
+        assert stream.seen == 240
+        with kvsieve.stream(model, policy) as alone:
+            alone.feed(torch.tensor([made.ids]))
+            want = model(question, past_key_values=alone.cache).logits
+        torch.testing.assert_close(model(question, past_key_values=stream.cache).logits, want, atol=1e-4, rtol=0)
+
+
+def test_asking_tells_who_read_the_key() -> None:
+    letters, model = Letters(), tiny.model()
+    for depth, everyone in ((0.0, False), (1.0, True)):
+        made = passkey.make_passkey(letters, num_tokens=400, depth=depth)
+        with kvsieve.stream(model, kvsieve.HiP(16, sinks=2, window=160, dense_layers=1)) as stream:
+            stream.feed(torch.tensor([made.ids]))
+            text, read = passkey.ask(stream, letters, made)
+        assert len(text) == len(made.positions) + 2
+        assert read is not None
+        assert (read == 1.0) == everyone  # a key within the window is read by all heads
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        stream.feed(torch.tensor([made.ids]))
+        assert passkey.ask(stream, letters, made)[1] is None
+
+
+def test_passkeys_are_counted_by_policy_and_length(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("kvsieve.evals.models.load_smollm2", lambda dtype: (tiny.model(), Letters()))
+    path = tmp_path / "keys.json"
+    argv = ["eval", "passkey", "--policy", repr(SEARCH), "--dense", repr(SEARCH), "--length", "180", "220", "--depths", "3"]
+    assert main([*argv, "--json", str(path)]) == 0
+    answers = json.loads(path.read_text())["answers"]
+    assert [(a["prompt"], a["length"]) for a in answers] == [
+        *[("own", 180)] * 3, *[("dense", 180)] * 3, *[("own", 220)] * 3, *[("dense", 220)] * 3
+    ]  # fmt: skip
+    assert {a["policy"] for a in answers} == {repr(SEARCH)}
+    assert len({a["key"] for a in answers}) == 3
+    assert all(0.0 <= a["read"] <= 1.0 and a["found"] == (a["key"] in a["text"]) for a in answers)
+    assert len([line for line in capsys.readouterr().out.splitlines() if " of 3 " in line]) == 4
 
 
 # ---------------------------------------------------------------------------------------------- streaming nll

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 import kvsieve
 from kvsieve import thin
 from kvsieve.errors import KvsieveError
+from kvsieve.evals.texts import read_text
 from kvsieve.roles import Memory, Pack, Policy
 from kvsieve.thin import Channels, LayerShape, Observed, Packing
 from kvsieve.view.live import plain_table
@@ -268,7 +269,7 @@ def run(settings: Settings) -> list[Price]:
         if settings.only is None or settings.only.lower() in name.lower() or name == "Full()"
     }
     model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
-    ids = tokenizer(_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(read_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
     head = max(settings.prompt - TAIL, 0)
     texts = windows(ids, settings.windows, settings.prompt + settings.continuation)
     prefixes = [read_prefix(model, text[:, :head], settings.backend) if head else None for text in texts]
@@ -286,14 +287,6 @@ def run(settings: Settings) -> list[Price]:
             _write(settings, prices)
     print("\n" + table(prices))
     return prices
-
-
-def _text(path: Path | None) -> str:
-    if path is not None:
-        return path.read_text(encoding="utf-8", errors="replace")
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics.values())
 
 
 def table(prices: Sequence[Price]) -> str:

@@ -1,19 +1,32 @@
 """Five digits hidden in monotony: is the passkey still resident, and can the model still say it?
 
 A passkey is the extreme case of a surprising token: a memory that keeps surprisal keeps it, a recency window loses it
-as soon as it slides out. Wording of our own.
+as soon as it slides out, a search must find it. Wording of our own.
+
+:func:`run` asks at several depths. Texts that differ in the depth of their key alone share what comes before it: that is read once.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-__all__ = ["Passkey", "PasskeyResult", "make_passkey", "score_passkey"]
+import kvsieve
+from kvsieve.budget import BLOCK
+from kvsieve.errors import KvsieveError
+from kvsieve.evals.search_nll import Prompts
+from kvsieve.roles import Policy
+from kvsieve.view.live import plain_table
+from kvsieve.view.trace import share_read
+
+__all__ = ["Answer", "Passkey", "PasskeyResult", "Settings", "ask", "make_passkey", "read_all", "run", "score_passkey"]
 
 _HAY = (
     " The road goes on between the fields.",
@@ -43,15 +56,16 @@ class PasskeyResult:
     answer: str
 
 
-def make_passkey(tokenizer: Any, *, num_tokens: int, depth: float = 0.25, seed: int = 0) -> Passkey:
-    """A text of `num_tokens` tokens with a key at `depth` (0 start, 1 end), the same for the same arguments.
+def make_passkey(tokenizer: Any, *, num_tokens: int, depth: float = 0.25, seed: int = 0, key: str | None = None) -> Passkey:
+    """A text of `num_tokens` tokens with a key at `depth` (0 start, 1 end), the same for the same arguments; a `key` may be given.
 
     Raises `ValueError` when `depth` is outside 0 to 1 or the text is too short for the sentence with the key.
     """
     if not 0.0 <= depth <= 1.0:
         raise ValueError(f"depth must be 0 to 1, got {depth}")
     rng = random.Random(seed)
-    key = "".join(str(rng.randrange(10)) for _ in range(5))
+    drawn = "".join(str(rng.randrange(10)) for _ in range(5))
+    key = drawn if key is None else key
 
     def encode(text: str) -> list[int]:
         return list(tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -79,3 +93,146 @@ def score_passkey(stream: Any, tokenizer: Any, passkey: Passkey, *, device: Any 
         ids = asked.generate(question, max_new_tokens=len(passkey.positions) + 2, do_sample=False)
     answer = tokenizer.decode(ids[0, question.shape[1] :])
     return PasskeyResult(retention, passkey.key in answer, answer)
+
+
+# ------------------------------------------------------------------------------------------------------------ several depths
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One key, asked for.
+
+    Attributes:
+        policy: the policy, written out.
+        prompt: who read the text: the policy (``"own"``), or a full cache whose keys and values it took over (``"dense"``).
+        length, depth: tokens of the text; where the key lies in it, 0 to 1.
+        key, text: what was hidden, what was answered; found: whether the one is in the other.
+        read: how many heads of the layers that search read the key's digits while the answer was written, 0 to 1; None for a policy
+            that does not search.
+    """
+
+    policy: str
+    prompt: Literal["own", "dense"]
+    length: int
+    depth: float
+    key: str
+    text: str
+    found: bool
+    read: float | None
+
+
+def read_all(model: Any, policy: Policy, keys: Sequence[Passkey], backend: str | None = None) -> Iterator[kvsieve.Stream]:
+    """Streams that have read the text of each key, one after the other; what the texts share is read once.
+
+    Args:
+        keys: of texts that differ in their keys and in where these lie, from the start to the end.
+    """
+    shared = [next((i for i, (a, b) in enumerate(zip(key.ids, keys[-1].ids)) if a != b), len(key.ids)) for key in keys[:-1]]
+    # Cut at whole blocks, of a memory and of queries that search together: elsewhere a cut changes what they find.
+    shared = [min([keys[-1].positions[0] - 1, *shared[i:]]) // BLOCK * BLOCK for i in range(len(keys))]
+    device = next(model.parameters()).device
+    with kvsieve.stream(model, policy, backend=backend) as trunk:
+        for key, upto in zip(keys, shared):
+            if upto > trunk.seen:
+                trunk.feed(torch.tensor([key.ids[trunk.seen : upto]], device=device))
+            with trunk.fork() as branch:
+                branch.feed(torch.tensor([key.ids[branch.seen :]], device=device))
+                branch.end_turn()
+                yield branch
+
+
+def ask(stream: kvsieve.Stream, tokenizer: Any, key: Passkey) -> tuple[str, float | None]:
+    """The answer of a stream that has read a key's text, which it leaves changed; and :attr:`Answer.read`."""
+    edges = np.array([key.positions[0], key.positions[-1] + 1])
+    shares: list[float] = []
+
+    def look(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        if stream.policy.searches is not None:
+            heads = [head.read for layer in stream.trace() if not layer.dense for head in layer.rows[0]]
+            shares.append(float(share_read(heads, edges, stream.seen)[0]) if heads else 1.0)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
+
+    question = torch.tensor([key.question_ids], device=next(stream.model.parameters()).device)
+    written = stream.generate(question, max_new_tokens=len(key.positions) + 2, do_sample=False, stopping_criteria=[look])
+    return tokenizer.decode(written[0, question.shape[1] :]), float(np.mean(shares)) if shares else None
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked; lengths are tokens. Policies under ``dense`` take over what a full cache has read."""
+
+    policies: tuple[str, ...] = ("full()", "hip(512)", "hip(1024)", "streamingllm(783, sinks=16)")
+    dense: tuple[str, ...] = ("hip(512)", "hip(1024)")
+    lengths: tuple[int, ...] = (4000, 7500)
+    depths: int = 10
+    seed: int = 0
+    dtype: str = "float32"
+    json: Path | None = None
+    backend: str | None = None
+
+
+def run(settings: Settings) -> list[Answer]:
+    """Asks SmolLM2-135M-Instruct; prints a line for each policy and length, and writes JSON after every one if asked to."""
+    from kvsieve.evals.models import load_smollm2
+
+    own = {text: kvsieve.policies.parse(text) for text in settings.policies}
+    dense = {text: kvsieve.policies.parse(text) for text in settings.dense}
+    if not own and not dense:
+        raise KvsieveError("name a policy at least")
+    model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
+    answers: list[Answer] = []
+
+    def add(policy: Policy, prompt: Literal["own", "dense"], length: int, depth: float, key: Passkey, stream: Any) -> None:
+        text, read = ask(stream, tokenizer, key)
+        answers.append(Answer(repr(policy), prompt, length, depth, key.key, text, key.key in text, read))
+
+    full = repr(kvsieve.Full())
+    for length in settings.lengths:
+        depths, keys = _keys(tokenizer, length, settings)
+        # The full cache reads the texts for those that take them over, whether it is asked itself or not.
+        for policy in [*own.values(), *([kvsieve.Full()] if dense and full not in map(repr, own.values()) else [])]:
+            for depth, key, stream in zip(depths, keys, read_all(model, policy, keys, settings.backend)):
+                for other in dense.values() if repr(policy) == full else ():
+                    with kvsieve.stream(model, other, backend=settings.backend) as taken:
+                        Prompts.of(stream).into(taken)
+                        add(other, "dense", length, depth, key, taken)
+                if policy in own.values():
+                    add(policy, "own", length, depth, key, stream)
+            print(f"{policy!r}, {length:,} tokens: done", flush=True)
+            if settings.json is not None:
+                told = {"model": "SmolLM2-135M-Instruct (Q4_1, dequantised)", "answers": [asdict(a) for a in answers]}
+                settings.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    print("\n" + table(answers))
+    return answers
+
+
+def _keys(tokenizer: Any, length: int, settings: Settings) -> tuple[list[float], list[Passkey]]:
+    rng = random.Random(settings.seed)
+    depths = [(i + 0.5) / settings.depths for i in range(settings.depths)]
+    digits = [f"{rng.randrange(100_000):05}" for _ in depths]
+    made = [
+        make_passkey(tokenizer, num_tokens=length, depth=depth, seed=settings.seed, key=key) for depth, key in zip(depths, digits)
+    ]
+    return depths, made
+
+
+def table(answers: Sequence[Answer]) -> str:
+    """A line for each policy and length: keys found, and at which depths."""
+    groups: dict[tuple[str, str, int], list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault((answer.policy, answer.prompt, answer.length), []).append(answer)
+    rows = []
+    for (policy, prompt, length), mine in groups.items():
+        mine = sorted(mine, key=lambda answer: answer.depth)
+        read = [answer.read for answer in mine if answer.read is not None]
+        rows.append(
+            (
+                policy,
+                prompt,
+                f"{length:,}",
+                f"{sum(answer.found for answer in mine)} of {len(mine)}",
+                "".join("+" if answer.found else "-" for answer in mine),
+                f"{100 * np.mean(read):.0f} %" if read else "",
+            )
+        )
+    return plain_table(("policy", "prompt", "tokens", "found", "start to end", "heads that read the key"), rows)
