@@ -393,6 +393,8 @@ class Search(Select):
     window: int
     query_block: int
     """Queries of a prompt that share a choice: those of equal ``position // query_block``."""
+    query_stride: int
+    """Of those the last one searches, and every so many before it."""
 
     @property
     def dense_until(self) -> int:

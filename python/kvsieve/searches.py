@@ -30,12 +30,14 @@ class TreeSearch(Search):
     refresh: int = 8
     dense_layers: int = 3
     query_block: int = 64
+    query_stride: int = 8
     kind: ClassVar[str] = "hip"
 
     def __post_init__(self) -> None:
-        for name, least in (("budget", 1), ("block", 1), ("sinks", 0), ("window", 1), ("refresh", 1), ("query_block", 1)):
-            _check_count(name, getattr(self, name), least=least)
-        _check_count("dense_layers", self.dense_layers)
+        for name in ("budget", "block", "window", "refresh", "query_block", "query_stride"):
+            _check_count(name, getattr(self, name), least=1)
+        for name in ("sinks", "dense_layers"):
+            _check_count(name, getattr(self, name))
         allowed = ("centre", "first", "last", "oracle")
         if self.representative not in allowed:
             raise PolicyError(f"representative must be one of {', '.join(allowed)}, got {self.representative!r}")
@@ -61,11 +63,14 @@ class StagedSearch(Search):
     wide_layers: int = 3
     wide: int = 4096
     query_block: int = 64
+    query_stride: int = 8
     kind: ClassVar[str] = "infinite"
 
     def __post_init__(self) -> None:
-        for name, least in (("sinks", 0), ("window", 1), ("dense_layers", 0), ("wide_layers", 0), ("wide", 1), ("query_block", 1)):
-            _check_count(name, getattr(self, name), least=least)
+        for name in ("window", "wide", "query_block", "query_stride"):
+            _check_count(name, getattr(self, name), least=1)
+        for name in ("sinks", "dense_layers", "wide_layers"):
+            _check_count(name, getattr(self, name))
         for name in ("stages", "refresh"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:

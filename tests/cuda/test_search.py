@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
-    """The emulated backend. It pretends four multiprocessors, so that keys and chunks are split; memory is nan until it is written."""
+    """The emulated backend. It pretends four multiprocessors, so that chunks are split; memory is nan until it is written."""
     made = emulator.Emulator(processors=4)
     emulator.install(monkeypatch, made)
     torch.use_deterministic_algorithms(True)

@@ -22,12 +22,13 @@ Make = Callable[..., Any]
 
 
 def hip(**changes: Any) -> Any:
-    return kvsieve.HiP(**{"budget": 12, "sinks": 2, "window": 8, "dense_layers": 1, "refresh": 4, "query_block": 16, **changes})
+    known = {"budget": 12, "sinks": 2, "window": 8, "dense_layers": 1, "refresh": 4, "query_block": 16, "query_stride": 3}
+    return kvsieve.HiP(**{**known, **changes})
 
 
 def infinite(**changes: Any) -> Any:
     known = {"stages": ((16, 48), (4, 24), (2, 8)), "refresh": (8, 4, 2), "sinks": 2, "window": 8, "wide": 16, "wide_layers": 1}
-    return kvsieve.InfiniteHiP(**{**known, "query_block": 16, **changes})
+    return kvsieve.InfiniteHiP(**{**known, "query_block": 16, "query_stride": 3, **changes})
 
 
 SEARCHES: dict[str, Make] = {

@@ -136,7 +136,7 @@ class ReferenceSearch:
             return row
         whole = start == 0 or row.found is None
         lo, hi = region(positions, rule.sinks, rule.window) if whole else (row.found.lo, row.found.hi)  # type: ignore[union-attr]
-        scores = group_scores(*compared, positions, rule.window)
+        scores = group_scores(*compared, positions, rule.window, rule.query_stride)
         found = _search(rule, scores, lo, hi, start, () if row.found is None else row.found.inputs)
         self.work = self.work[0] + sum(found.reads), self.work[1]
         return RowChoice(found, 0, 0, positions[-1]) if whole else RowChoice(found, 0, row.step, row.since)

@@ -301,14 +301,12 @@ class CpuSearch:
 
     def __init__(self, rule: Search) -> None:
         same: Any = rule
+        shared = same.representative, same.sinks, same.window
+        queries = same.query_block, same.query_stride
         if rule.kind == "hip":
-            self.core = _core.Sparse.hip(
-                same.budget, same.block, same.representative, same.sinks, same.window, same.refresh, same.query_block
-            )
+            self.core = _core.Sparse.hip(same.budget, same.block, *shared, same.refresh, *queries)
         else:
-            self.core = _core.Sparse.infinite(
-                list(same.stages), same.representative, same.sinks, same.window, list(same.refresh), same.query_block
-            )
+            self.core = _core.Sparse.infinite(list(same.stages), *shared, list(same.refresh), *queries)
         self.work = (0, 0)
 
     def select_rows(self, rows: Sequence[int]) -> None:

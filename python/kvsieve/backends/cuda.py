@@ -25,11 +25,11 @@ import torch
 
 from kvsieve._core import PACKED
 from kvsieve.backends import HeldBytes, kernels, nvrtc
+from kvsieve.backends.cuda_search import CudaSearch, StepRows
 from kvsieve.backends.masses import of_chunk, of_items
 from kvsieve.backends.parts import Columns, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, pick
-from kvsieve.backends.cuda_search import CudaSearch, StepRows
 from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, ShapeError, StateError, UnsupportedError
 

@@ -41,6 +41,7 @@ def HiP(
     refresh: int = 8,
     dense_layers: int = 3,
     query_block: int = 64,
+    query_stride: int = 8,
     extend: bool | int = False,
 ) -> Memory:
     """Keep every token; each query reads the first ``sinks``, the newest ``window`` and ``budget`` others that a tree search finds.
@@ -57,6 +58,7 @@ def HiP(
         refresh: search anew every so many generated tokens.
         dense_layers: the first so many layers of the model read everything.
         query_block: tokens of a prompt that share a search.
+        query_stride: of these the last one is compared with keys, and every so many before it.
         extend: show what is read side by side, and search by content alone, beyond the model's trained length, or beyond so many
             tokens. Keys are then stored before rotation.
 
@@ -66,7 +68,7 @@ def HiP(
     >>> HiP(512)
     HiP(budget=512)
     """
-    select = TreeSearch(budget, block, sinks, window, representative, refresh, dense_layers, query_block)
+    select = TreeSearch(budget, block, sinks, window, representative, refresh, dense_layers, query_block, query_stride)
     return _memory("HiP", select, {"budget": budget}, extend)
 
 
@@ -81,6 +83,7 @@ def InfiniteHiP(
     wide_layers: int = 3,
     wide: int = 4096,
     query_block: int = 64,
+    query_stride: int = 8,
     extend: bool | int = False,
 ) -> Memory:
     """As :func:`HiP`, with a search in stages: each cuts what is left into chunks and keeps the best of them.
@@ -91,7 +94,7 @@ def InfiniteHiP(
         stages: (tokens of a chunk, tokens that stay) of each stage, instead of the preset's. A stage keeps a multiple of its
             chunk, and its chunk is a multiple of the next one's.
         refresh: compute each stage anew, and all later ones, every so many generated tokens; instead of the preset's.
-        sinks, window, dense_layers, query_block, extend: as of :func:`HiP`.
+        sinks, window, dense_layers, query_block, query_stride, extend: as of :func:`HiP`.
         representative: whether the first or the middle key of each half of a chunk is compared.
         wide_layers: the first so many layers keep ``wide`` tokens in the last stage.
         wide: what they keep.
@@ -118,6 +121,7 @@ def InfiniteHiP(
         wide_layers,
         wide,
         query_block,
+        query_stride,
     )
     return _memory("InfiniteHiP", select, {"preset": preset}, extend, **PRESETS[preset])
 
