@@ -481,11 +481,11 @@ def sparse_error(held: Dense, search: Any, out: Any) -> float:
 
     (k, v), rule, facts = held.stores[-1].read(held.runs), search.rule, search._choices[0].facts
     group, errors = held.q.shape[1] // k.shape[0], []
-    for head, (stretches, _, _) in enumerate(search.choice(0)):
+    for head, mine in enumerate(search.choice(0)):
         kept = torch.zeros(k.shape[1], dtype=torch.bool)
         kept[: min(rule.sinks, facts.hi)] = True
         kept[facts.hi :] = True
-        for lo, hi in stretches.tolist():
+        for lo, hi in mine.stretches.tolist():
             kept[lo:hi] = True
         at = kept.nonzero()[:, 0].to(k.device)
         q = held.q[0, head * group : (head + 1) * group, 0].float()

@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import copy
 import random
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import kvsieve
+import tiny
 import torch
+from backend_cases import on
+from drive import forwards, pad_left
 from kernel_cases import Blocks
 from kvsieve import backends
 from kvsieve._core import Planner
@@ -55,6 +59,9 @@ class Row:
     def _due(self, first: int, count: int) -> int | None:
         if count > 1 or first == 0 or self.found is None or self.next != first:
             return 0
+        most = self.rule.budget if self.rule.kind == "hip" else self.rule.stages[-1][1]
+        if self.found.hi - self.found.lo <= most:
+            return 0  # it was read whole, and not searched
         return first_stage(self.step, self.rule.refresh if self.rule.kind == "infinite" else (self.rule.refresh,))
 
     def _choose(self, q: torch.Tensor, positions: list[int], start: int) -> Selection:
@@ -100,10 +107,10 @@ class Row:
         """The choice is the definition's, stretch for stretch."""
         assert self.found is not None
         assert len(choice) == len(self.found.starts)
-        for head, (stretches, reads, rounds) in enumerate(choice):
-            assert stretches[:, 0].tolist() == self.found.starts[head].tolist(), f"head {head}"
-            assert stretches[:, 1].tolist() == self.found.ends[head].tolist()
-            assert (reads, rounds) == (self.found.reads[head], self.found.rounds[head])
+        for head, mine in enumerate(choice):
+            assert mine.stretches[:, 0].tolist() == self.found.starts[head].tolist(), f"head {head}"
+            assert mine.stretches[:, 1].tolist() == self.found.ends[head].tolist()
+            assert (mine.end, mine.reads, mine.rounds) == (self.found.hi, self.found.reads[head], self.found.rounds[head])
 
 
 def copied(row: Row) -> Row:
@@ -276,5 +283,53 @@ def reads(kind: str, tokens: int, device: torch.device) -> None:
     tested = filled(rule, tokens, device)
     tested.run(*tested.draw(1))
     assert tested.search.work == (want[0], read)
-    ((_, *counted),) = tested.search.choice(0)
-    assert tuple(counted) == want
+    (head,) = tested.search.choice(0)
+    assert (head.reads, head.rounds) == want
+
+
+def hip_policy(**changes: Any) -> Any:
+    known = {"budget": 12, "sinks": 2, "window": 8, "dense_layers": 1, "refresh": 4, "query_block": 16}
+    return kvsieve.HiP(**{**known, **changes})
+
+
+def infinite_policy() -> Any:
+    stages = ((16, 48), (4, 24), (2, 8))
+    return kvsieve.InfiniteHiP(stages=stages, refresh=(8, 4, 2), sinks=2, window=8, wide=16, wide_layers=1, query_block=16)
+
+
+POLICIES = {"hip": hip_policy, "hip_first": lambda: hip_policy(representative="first", block=4), "infinite": infinite_policy}
+"""Policies of small budgets, for tiny models."""
+
+
+def model(family: str, policy: Any, device: torch.device) -> None:
+    """Logits of a left-padded batch, what was chosen, and what a trace shows of it, beside the reference on the CPU."""
+    ids, mask = pad_left([tiny.ids(1, n, n)[0] for n in (140, 75)])
+    logits, traces = {}, {}
+    for backend, where in (("cuda", device), ("reference", torch.device("cpu"))):
+        made = on(tiny.model(family), where)
+        with kvsieve.stream(made, policy, backend) as stream:
+            logits[backend] = forwards(made, stream.cache, ids.to(where), [115, 5, 1], mask.to(where)).cpu()[:, -75:]
+            traces[backend] = stream.trace()
+    assert any(not layer.dense for layer in traces["reference"])
+    for mine, theirs in zip(traces["cuda"], traces["reference"]):
+        assert (mine.dense, mine.searched, mine.read) == (theirs.dense, theirs.searched, theirs.read)
+    assert float((logits["cuda"] - logits["reference"]).abs().max()) <= 1e-4 * float(logits["reference"].abs().max())
+
+
+def loops(policy: Any, device: torch.device, folder: Path) -> None:
+    """A fork that writes, beams, a crop, a file: the reference's tokens."""
+    made, tokens = on(tiny.model(), device), {}
+    for backend in ("cuda", "reference"):
+        with kvsieve.stream(made, policy, backend) as stream:
+            stream.feed(tiny.ids(1, 70).to(device))
+            found = [stream.generate(tiny.ids(1, 3, 8).to(device), max_new_tokens=6, do_sample=False)]
+            with stream.fork() as child:
+                found.append(child.generate(tiny.ids(1, 20, 3).to(device), max_new_tokens=6, do_sample=False))
+            found.append(stream.generate(tiny.ids(1, 9, 4).to(device), max_new_tokens=6, num_beams=3, do_sample=False))
+            stream.cache.crop(-20)
+            found.append(stream.generate(tiny.ids(1, 4, 6).to(device), max_new_tokens=6, do_sample=False))
+            stream.save(folder / backend)
+        with kvsieve.load(folder / backend, made, backend=backend) as stream:
+            found.append(stream.generate(tiny.ids(1, 5, 5).to(device), max_new_tokens=6, do_sample=False))
+        tokens[backend] = torch.cat(found, 1)
+    assert torch.equal(tokens["cuda"], tokens["reference"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import emulator
@@ -23,7 +24,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(autouse=True)
 def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
-    """The emulated backend. It pretends four multiprocessors, so that chunks are split; memory is nan until it is written."""
+    """The emulated backend, with four multiprocessors so that keys and chunks are split; memory is nan until it is written."""
     made = emulator.Emulator(processors=4)
     emulator.install(monkeypatch, made)
     torch.use_deterministic_algorithms(True)
@@ -86,8 +87,8 @@ def sixteen(rule: Any) -> tuple[list[int], int, int, float]:
     q = torch.ones_like(k)
     tested.run(q[:, :, :15], k[:, :, :15], v[:, :, :15])
     out = tested.run(q[:, :, 15:], k[:, :, 15:], v[:, :, 15:])
-    ((stretches, reads, rounds),) = tested.search.choice(0)
-    return stretches[:, 0].tolist(), reads, rounds, out[0, 0, 0, 0].item()
+    (head,) = tested.search.choice(0)
+    return head.stretches[:, 0].tolist(), head.reads, head.rounds, out[0, 0, 0, 0].item()
 
 
 @pytest.mark.parametrize(
@@ -145,7 +146,7 @@ def test_stages_are_refreshed_each_at_its_pace() -> None:
     rounds = []
     for _ in range(18):
         tested.feed(1)
-        rounds.append(tested.search.choice(0)[0][2] if tested.search.work[0] else 0)
+        rounds.append(tested.search.choice(0)[0].rounds if tested.search.work[0] else 0)
     # The prompt's last block of queries chose from all, at step 0.
     assert rounds == [0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0]
 
@@ -225,7 +226,7 @@ def test_undo_runs_the_same_step_again() -> None:
 
 
 def choices(tested: Searching, row: int) -> list[Any]:
-    return [(stretches.tolist(), reads, rounds) for stretches, reads, rounds in tested.search.choice(row)]
+    return [(head.stretches.tolist(), head.end, head.reads, head.rounds) for head in tested.search.choice(row)]
 
 
 def test_an_error_leaves_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -320,7 +321,7 @@ def test_memories_that_cannot_be_searched(width: int) -> None:
         refused(fed(kvsieve.StreamingLLM(40, sinks=2)), width)
     raw = Layer("cuda", kvsieve.SirLLM(100, sinks=2, recent=4), rope=tiny_rope(), scale=0.25)
     raw.feed(*(torch.randn(1, h, 9, 16) for h in (4, 2, 2)), scores=[np.zeros(9, np.float32)])
-    with pytest.raises(BackendError, match=r"unrotated.*cpu"):
+    with pytest.raises(BackendError, match=r"unrotated.*reference"):
         refused(raw, width)
     packed = fed(kvsieve.Full())
     packed.pack(64, Channels(torch.arange(8).expand(2, 8), (0, 0)), Packing(8))
@@ -368,13 +369,8 @@ def test_more_than_a_search_can_follow() -> None:
         backend.make_search(infinite(stages=stages, refresh=(1,) * 9))
 
 
-def test_rows_that_nobody_announced() -> None:
+def test_a_state_of_another_rule() -> None:
     tested = Searching(hip(), 2, 1, 3, 16)
-    tested.feed(20)
-    tested.planner.select_rows([0])
-    tested.shape = (1, *tested.shape[1:])
-    with pytest.raises(StateError, match="2 rows"):
-        tested.run(*tested.draw(1))
     with pytest.raises(StateError, match="another rule"):
         tested.search.return_to(filled_state())
 
@@ -385,10 +381,28 @@ def filled_state() -> Any:
     return other.search.state()
 
 
-def test_a_graph_refuses_a_search() -> None:
-    with kvsieve.stream(tiny.model(), kvsieve.Full(), "cuda") as stream:
-        stream.feed(tiny.ids(1, 9))
-        GraphDecoder(stream)
-        stream._engine.backend.make_search(hip())  # type: ignore[attr-defined]
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+@pytest.mark.parametrize("policy", list(search_cases.POLICIES))
+def test_a_model_equals_the_reference(policy: str, family: str) -> None:
+    search_cases.model(family, search_cases.POLICIES[policy](), CPU)
+
+
+@pytest.mark.parametrize("policy", ["hip", "infinite"])
+def test_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
+    search_cases.loops(search_cases.POLICIES[policy](), CPU, tmp_path)
+
+
+def test_what_a_stream_may_not_ask() -> None:
+    with kvsieve.stream(tiny.model(), search_cases.hip_policy(), "cuda") as stream:
+        stream.feed(tiny.ids(1, 60))
         with pytest.raises(UnsupportedError, match="search"):
             GraphDecoder(stream)
+    with (
+        kvsieve.stream(tiny.model(), search_cases.hip_policy(extend=40), "cuda") as stream,
+        pytest.raises(BackendError, match="reference"),
+    ):
+        stream.feed(tiny.ids(1, 60))
+    with kvsieve.stream(tiny.model(), search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "cuda") as stream:
+        stream.feed(tiny.ids(1, 60))
+        with pytest.raises(BackendError, match="packed"):
+            stream.feed(tiny.ids(1, 1))

@@ -82,6 +82,17 @@ def test_keys_that_a_search_reads(kind: str, tokens: int) -> None:
     search_cases.reads(kind, tokens, CARD)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gpt_neox"])
+@pytest.mark.parametrize("policy", list(search_cases.POLICIES))
+def test_a_searching_model_equals_the_reference(policy: str, family: str) -> None:
+    search_cases.model(family, search_cases.POLICIES[policy](), CARD)
+
+
+@pytest.mark.parametrize("policy", list(search_cases.POLICIES))
+def test_searching_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
+    search_cases.loops(search_cases.POLICIES[policy](), CARD, tmp_path)
+
+
 def test_a_search_over_pieces_of_blocks() -> None:
     search_cases.uneven(CARD)
 

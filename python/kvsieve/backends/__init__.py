@@ -101,8 +101,9 @@ class HeadChoice:
 class Search(Protocol):
     """What the rows of a stream have chosen to read in one layer."""
 
-    work: tuple[int, int]
-    """Keys scored and keys attended to by the last forward, over all rows, queries and key-value heads."""
+    @property
+    def work(self) -> tuple[int, int]:
+        """Keys scored and keys attended to by the last forward, over all rows, queries and key-value heads."""
 
     def select_rows(self, rows: Sequence[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was."""

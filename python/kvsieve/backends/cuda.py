@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.nvrtc import Module
+    from kvsieve.roles import Search
     from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
@@ -268,14 +269,14 @@ class Plan:
         if step.frame == "raw":
             raise BackendError(
                 "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; "
-                "search with a policy that moves no token, or use backend='cpu'"
+                "search with a policy that moves no token, or use backend='reference'"
             )
         runs = self._rows_of_spans() if self._spans is not None else self._rows_of_parts()
         for row, mine in enumerate(runs):
             if step.new_lens[row] and (mine[:, 0] >= PACKED).any():
                 raise BackendError(
                     "backend 'cuda' searches keys as they came, and some of these are packed; leave the packing out, "
-                    "or use backend='cpu'"
+                    "or use backend='reference'"
                 )
             if step.new_lens[row] and int((mine[:, 2] - mine[:, 1]).sum()) != first[row] + step.new_lens[row]:
                 raise UnsupportedError("a search needs a memory that keeps every token where the model put it")
@@ -663,6 +664,7 @@ class CudaStore:
             BackendError: for keys that are stored unrotated, or packed.
             UnsupportedError: for a memory that does not keep every token where the model put it.
         """
+        search.begin()
         self._check(q, k, v)
         plan = self._backend.plan(step, self.device)
         asked = plan.rows()
@@ -1033,8 +1035,6 @@ class CudaBackend:
     def __init__(self) -> None:
         require()
         self.selects = True
-        self.searches = False
-        """Whether a search was made here: what it chooses is the host's business at every step."""
         self._local = _Local()
         self._ropes: dict[LayerRope, dict[torch.device, Partial]] = {}
         self._same: weakref.WeakKeyDictionary[LayerRope, LayerRope] = weakref.WeakKeyDictionary()
@@ -1099,14 +1099,13 @@ class CudaBackend:
         self.check_layer(k.device, k.dtype, k.shape[3], v.shape[3])
         return CudaStore(self, k, v)
 
-    def make_search(self, rule: Any) -> CudaSearch:
-        """One layer's search for one stream, by a rule such as a role gives (see :class:`kvsieve.backends.schedule.Rule`).
+    def make_search(self, rule: Search) -> CudaSearch:
+        """The choices of one layer under ``rule``, for stores of this backend.
 
         Raises:
             PolicyError: numbers that cannot be right.
             BackendError: more than the kernels can follow.
         """
-        self.searches = True
         return CudaSearch(rule)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

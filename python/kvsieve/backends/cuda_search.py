@@ -17,12 +17,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.backends import kernels
+from kvsieve.backends import HeadChoice, kernels
 from kvsieve.backends.schedule import Facts, Rule, Schedule
 from kvsieve.errors import ShapeError, StateError
 
 if TYPE_CHECKING:
     from kvsieve.backends import AttendCall
+    from kvsieve.roles import Search
 
 __all__ = ["CudaSearch", "StepRows"]
 
@@ -121,7 +122,7 @@ class StepRows:
 class CudaSearch:
     """One layer's search: its rule and what its rows have chosen."""
 
-    def __init__(self, rule: Any) -> None:
+    def __init__(self, rule: Search) -> None:
         self.rule = Rule.of(rule)
         self._choices: list[Choice | None] = []
         self._before: list[Choice | None] | None = None
@@ -130,6 +131,10 @@ class CudaSearch:
         self._work = Work()
 
     # ----------------------------------------------------------------------------------------------------------------- its state
+
+    def begin(self) -> None:
+        """A run begins; if it fails, there is nothing to undo."""
+        self._before = None
 
     def reset(self) -> None:
         """Forget all choices."""
@@ -166,25 +171,22 @@ class CudaSearch:
     def _adopt(self, choice: Choice) -> Choice:
         return Choice(choice.facts, tuple(pool.copy(slot) for pool, slot in zip(self._pools, choice.slots)))
 
-    def choice(self, row: int) -> list[tuple[Ints, int, int]]:
-        """What a row has chosen: for each key-value head stretches int64 ``[n, 2]``, representative keys scored, and rounds.
-
-        Empty before it has chosen. Waits for the device.
-        """
+    def choice(self, row: int) -> list[HeadChoice]:
+        """What each key-value head of a row has chosen; empty before it has. Waits for the device."""
         choice = self._choices[row] if row < len(self._choices) else None
         if choice is None:
             return []
         facts, length = choice.facts, self.rule.chunks[-1]
 
-        def stretches(starts: Ints) -> Ints:
-            return np.stack([starts, np.minimum(starts + length, facts.hi)], 1)
+        def chosen(starts: Ints, reads: int, rounds: int) -> HeadChoice:
+            return HeadChoice(np.stack([starts, np.minimum(starts + length, facts.hi)], 1), facts.hi, reads, rounds)
 
         if not choice.slots:
-            whole = stretches(np.arange(facts.lo, facts.hi, length, dtype=np.int64))
-            return [(whole, 0, 0) for _ in range(self._pools[0].tensor.shape[1])]
+            every = np.arange(facts.lo, facts.hi, length, dtype=np.int64)
+            return [chosen(every, 0, 0) for _ in range(self._pools[0].tensor.shape[1])]
         held = [slot.pool.tensor[slot.number].cpu().numpy().astype(np.int64) for slot in choice.slots]
         reads, rounds = (np.stack([x[:, column] for x in held[facts.start :]]).sum(0) for column in (1, 2))
-        return [(stretches(mine[4 : 4 + mine[0]]), int(reads[head]), int(rounds[head])) for head, mine in enumerate(held[-1])]
+        return [chosen(mine[4 : 4 + mine[0]], int(reads[head]), int(rounds[head])) for head, mine in enumerate(held[-1])]
 
     @property
     def work(self) -> tuple[int, int]:
@@ -201,10 +203,9 @@ class CudaSearch:
             q: ``[B, H, q, D]``; shape: key-value heads, and the size of a value.
         """
         rule, (kv_heads, value_dim) = self.rule, shape
-        self._before = None
-        choices: list[Choice | None] = self._choices or [None] * q.shape[0]
-        if len(choices) != q.shape[0]:
-            raise StateError(f"{len(choices)} rows have chosen, and {q.shape[0]} ask; select_rows() says which are left")
+        choices: list[Choice | None] = [None] * q.shape[0]
+        if len(self._choices) == len(choices):
+            choices = self._choices
         if not self._pools:
             self._pools = [Slots(kv_heads, most, q.device) for most in rule.most]
         known = tuple(None if choice is None else choice.facts for choice in choices)

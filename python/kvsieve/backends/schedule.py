@@ -188,7 +188,8 @@ class Schedule:
             at, column = first + done, columns - count + done
             size = min(count - done, rule.query_block - at % rule.query_block)
             start: int | None = 0
-            if size == 1 and at > 0 and facts is not None and facts.next == at:
+            # A region that was read whole was not searched, and that is no choice to stand by.
+            if size == 1 and at > 0 and facts is not None and facts.next == at and facts.hi - facts.lo > rule.budget:
                 start = rule.due(facts.step)
             if start == 0 or facts is None:
                 lo, hi = rule.region(at, size)
