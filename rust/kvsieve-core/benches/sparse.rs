@@ -2,24 +2,28 @@
 //!
 //! `cargo bench --bench sparse -- 32 128 512` takes lengths in units of 1,024 tokens. Before anything is timed, a token is compared with
 //! the reference over the very keys that were chosen. Keys are random: the worst case for a search, and the same work as any other.
+//! Each storage has a dense rival of its own: plain keys, thin ones (half of the channels, as pairs), and raw ones that are rotated on
+//! read; rounds of both take turns, and the ratio is that of medians.
 
 use std::hint::black_box;
 use std::ops::Range;
+use std::sync::Arc;
 use std::time::Duration;
 
 use half::bf16;
-use kvsieve_core::ids::{BlockId, Run};
+use kvsieve_core::ids::{BlockId, PACKED, Run};
 use kvsieve_core::kernels::isa::isa;
-use kvsieve_core::kernels::search::{Method, QueryBlock, Search, search};
+use kvsieve_core::kernels::search::{Method, QueryBlock, Search, Shown, Turn, search};
 use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
-use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, View, attend};
-use kvsieve_core::plan::{Span, Spans};
+use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, Layout, Rope, SpanTrig, View, attend};
+use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
 use kvsieve_core::select::Representative::{self, Centre, First};
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
 use kvsieve_core::select::kept::{Choice, Rule, Search as Chooses};
 use kvsieve_core::store::arena::Arena;
+use kvsieve_core::store::packed::{Channels, Chosen, Packing};
 
 const KV_HEADS: usize = 8;
 const GROUP: usize = 4;
@@ -27,6 +31,20 @@ const DIM: usize = 128;
 const HEADS: usize = KV_HEADS * GROUP;
 /// Tokens of a round: a multiple of every refresh.
 const STEPS: usize = 16;
+const ROUNDS: usize = 5;
+
+/// How tokens are stored, scored and read.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Plain,
+    Thin,
+    /// Raw keys scored at one distance, and read where they stand.
+    Raw,
+    /// The same, read as if nothing lay between.
+    Consecutive,
+    /// Raw keys scored and read where they stand.
+    Placed,
+}
 
 struct Noise(u64);
 
@@ -85,22 +103,48 @@ fn infinite(refresh: [usize; 3]) -> Rule {
 struct Bench {
     arena: Arena,
     runs: Vec<Run>,
+    kind: Kind,
+    rope: Arc<Rope>,
     noise: Noise,
     junk: Vec<u64>,
 }
 
 impl Bench {
-    fn new(tokens: usize) -> Self {
+    fn new(tokens: usize, kind: Kind) -> Self {
         let mut arena = Arena::new(KV_HEADS, DIM, DIM, Dtype::BF16).expect("an arena");
         let mut noise = Noise(88_172_645_463_325_252);
         let some: Vec<(Vec<u16>, Vec<u16>)> =
             (0..37).map(|_| (noise.bits(KV_HEADS * 64 * DIM), noise.bits(KV_HEADS * 64 * DIM))).collect();
-        let runs: Vec<Run> = (0..tokens / 64).map(|b| Run { block: BlockId(b as u32), lo: 0, hi: 64 }).collect();
-        for (i, run) in runs.iter().enumerate() {
-            let (k, v) = &some[(i * i + i / 7) % some.len()];
-            arena.write(&[*run], Elems::Bits(k), Elems::Bits(v)).expect("written");
+        let half: Vec<i64> = (0..KV_HEADS as i64)
+            .flat_map(|head| (0..DIM as i64 / 4).chain(DIM as i64 / 2..DIM as i64 * 3 / 4).map(move |c| c + head % 8))
+            .collect();
+        let channels = Arc::new(Channels::new(&half, &[DIM / 4; KV_HEADS], DIM).expect("channels"));
+        if kind == Kind::Thin {
+            let packing = Packing { key_kept: DIM / 2, key_bits: 0, value_bits: 0, group: 32 };
+            arena.set_packing(packing).expect("a packing");
         }
-        Bench { arena, runs, noise, junk: vec![1; 12 << 20] }
+        let mut runs = Vec::new();
+        for i in 0..tokens / 64 {
+            let (k, v) = &some[(i * i + i / 7) % some.len()];
+            let at = if kind == Kind::Thin { 0 } else { i as u32 };
+            let plain = Run { block: BlockId(at), lo: 0, hi: 64 };
+            arena.write(&[plain], Elems::Bits(k), Elems::Bits(v)).expect("written");
+            if kind == Kind::Thin {
+                let to = BlockId(PACKED + i as u32);
+                let packing = Move { from: plain.block, from_slot: 0, to, to_slot: 0, len: 64 };
+                arena.pack(&[packing], &Chosen::New(Arc::clone(&channels))).expect("packed");
+                runs.push(Run { block: to, ..plain });
+            } else {
+                runs.push(plain);
+            }
+        }
+        let inv_freq = (0..DIM / 2).map(|i| 5e5f64.powf(-(i as f64) / (DIM / 2) as f64)).collect();
+        let rope = Arc::new(Rope::new(inv_freq, Layout::Half, 1.0).expect("a rope"));
+        Bench { arena, runs, kind, rope, noise, junk: vec![1; 12 << 20] }
+    }
+
+    fn turns(&self) -> bool {
+        !matches!(self.kind, Kind::Plain | Kind::Thin)
     }
 
     /// The runs of the first `tokens` residents.
@@ -112,19 +156,34 @@ impl Bench {
         runs
     }
 
+    /// Where the last of the residents sees each run.
+    fn shown(&self, runs: &[Run]) -> Vec<Shown> {
+        if !self.turns() {
+            return Vec::new();
+        }
+        let last = runs.iter().map(|run| i64::from(run.len())).sum::<i64>() - 1;
+        (0..runs.len() as i64).map(|i| Shown { shift: last - i * 64, rotate_keys: true }).collect()
+    }
+
     fn dense(&mut self) -> f64 {
         let level = isa().expect("a valid KVSIEVE_ISA");
-        let span = |r: &Run| Span { block: r.block, lo: r.lo, hi: r.hi, shift: 0, rotate_keys: false };
-        let spans: Vec<Span> = self.runs.iter().map(span).collect();
+        let shown = self.shown(&self.runs);
+        let span = |(i, r): (usize, &Run)| {
+            let Shown { shift, rotate_keys } = shown.get(i).copied().unwrap_or(Shown { shift: 0, rotate_keys: false });
+            Span { block: r.block, lo: r.lo, hi: r.hi, shift, rotate_keys }
+        };
+        let spans: Vec<Span> = self.runs.iter().enumerate().map(span).collect();
         let spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0, spans.len() as u32], spans };
         let mut out = vec![0u16; HEADS * DIM];
         let q = self.noise.bits(HEADS * DIM);
         let q = View::contiguous("q", Elems::Bits(&q), [1, HEADS, 1, DIM]).expect("a view");
         let scale = (DIM as f32).powf(-0.5);
+        // All layers of a model share them.
+        let trig = self.turns().then(|| SpanTrig::new(&spans, &self.rope));
         let args = Attend {
             q,
             spans: &spans,
-            trig: None,
+            trig: trig.as_ref(),
             scale,
             softcap: None,
             sinks: None,
@@ -132,27 +191,33 @@ impl Bench {
             threads: 1,
             level,
         };
-        let call = |out: &mut Vec<u16>| attend(&self.arena, &args, ElemsMut::Bits(out), None, None).expect("attended");
-        median((0..5).map(|_| timed(|| call(&mut out)).1).collect())
+        cool(&self.junk);
+        timed(|| attend(&self.arena, &args, ElemsMut::Bits(&mut out), None, None).expect("attended")).1
     }
 
-    /// Mean and extremes of a token, and representative keys scored and keys read by a head.
-    fn sparse(&mut self, rule: &Rule) -> (Vec<f64>, f64, f64) {
+    /// Milliseconds of a token, on average, and representative keys scored and keys read by a head.
+    fn sparse(&mut self, rule: &Rule) -> (f64, f64, f64) {
         let mut choices = vec![Choice::default()];
         let (mut times, mut searched, mut read) = (Vec::new(), 0, 0);
         for step in 0..STEPS {
             let tokens = self.runs.len() * 64 - STEPS + step;
             let runs = self.runs(tokens);
+            let shown = self.shown(&runs);
             let bits = self.noise.bits(HEADS * DIM);
             let q = View::contiguous("q", Elems::Bits(&bits), [1, HEADS, 1, DIM]).expect("a view");
-            let rows = [SparseRow { runs: &runs, shown: &[], new_len: 1 }];
+            let rows = [SparseRow { runs: &runs, shown: &shown, new_len: 1 }];
             let (scale, level) = ((DIM as f32).powf(-0.5), isa().expect("a valid KVSIEVE_ISA"));
+            let scoring = match self.kind {
+                Kind::Plain | Kind::Thin => Scoring::Stored,
+                Kind::Raw | Kind::Consecutive => Scoring::Relative,
+                Kind::Placed => Scoring::Placed,
+            };
             let args = Sparse {
                 q,
-                rope: None,
+                rope: self.turns().then_some(&self.rope),
                 apply_factor: false,
-                scoring: Scoring::Stored,
-                consecutive: false,
+                scoring,
+                consecutive: self.kind == Kind::Consecutive,
                 rows: &rows,
                 query_block: 64,
                 query_stride: 1,
@@ -175,37 +240,32 @@ impl Bench {
             }
         }
         let per = |x: u64| x as f64 / (STEPS * KV_HEADS) as f64;
-        (times, per(searched), per(read))
+        (mean(&times), per(searched), per(read))
     }
 
     /// The search alone.
     fn search(&mut self, rule: &Rule) -> f64 {
         let tokens = self.runs.len() * 64;
+        let shown = self.shown(&self.runs);
         let times = (0..STEPS).map(|_| {
             let bits = self.noise.bits(HEADS * DIM);
             let q = View::contiguous("q", Elems::Bits(&bits), [1, HEADS, 1, DIM]).expect("a view");
             let region = rule.region(tokens - 1, 1).expect("a region");
-            let blocks =
-                [QueryBlock { row: 0, columns: 0..1, runs: &self.runs, shown: &[], first: tokens - 1, region }];
+            let (runs, shown) = (&self.runs, &shown);
+            let blocks = [QueryBlock { row: 0, columns: 0..1, runs, shown, first: tokens - 1, region }];
             let method = match &rule.search {
                 Chooses::Hip(hip) => Method::Hip(hip),
                 Chooses::Infinite(infinite) => Method::Infinite(infinite, 0),
             };
             let level = isa().expect("a valid KVSIEVE_ISA");
-            let args = Search {
-                q,
-                turn: None,
-                blocks: &blocks,
-                query_stride: 1,
-                window: rule.window,
-                method,
-                threads: 1,
-                level,
-            };
+            let relative = self.kind != Kind::Placed;
+            let turn = self.turns().then(|| Turn { rope: &self.rope, apply_factor: false, relative });
+            let args =
+                Search { q, turn, blocks: &blocks, query_stride: 1, window: rule.window, method, threads: 1, level };
             cool(&self.junk);
             timed(|| search(&self.arena, &args, &mut []).expect("searched")).1
         });
-        mean(&times.collect::<Vec<_>>())
+        median(times.collect())
     }
 
     /// Compares a token with the reference over the keys that it chose.
@@ -213,22 +273,19 @@ impl Bench {
         let position = runs.iter().map(|r| r.len() as usize).sum::<usize>() - 1;
         let scale = f64::from((DIM as f32).powf(-0.5));
         for (head, chosen) in choice.chosen.iter().enumerate() {
-            let mut spans = Vec::new();
-            rule.read(&choice.region, chosen, position, &mut |stretch: Range<u32>| {
-                let span =
-                    |t: u32| Span { block: BlockId(t / 64), lo: t % 64, hi: t % 64 + 1, shift: 0, rotate_keys: false };
-                spans.extend(stretch.map(span));
-            });
-            let spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0, spans.len() as u32], spans };
-            let params = reference::Params {
-                q,
-                spans: &spans,
-                rope: None,
-                scale,
-                softcap: None,
-                sinks: None,
-                apply_factor: false,
+            let mut tokens = Vec::new();
+            rule.read(&choice.region, chosen, position, &mut |stretch: Range<u32>| tokens.extend(stretch));
+            let span = |(i, &t): (usize, &u32)| {
+                let lo = t % 64;
+                let away = if self.kind == Kind::Consecutive { tokens.len() - 1 - i } else { position - t as usize };
+                let (shift, rotate_keys) = if self.turns() { (away as i64 + i64::from(lo), true) } else { (0, false) };
+                Span { block: runs[t as usize / 64].block, lo, hi: lo + 1, shift, rotate_keys }
             };
+            let spans: Vec<Span> = tokens.iter().enumerate().map(span).collect();
+            let spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0, spans.len() as u32], spans };
+            let rope = self.turns().then_some(&*self.rope);
+            let (softcap, sinks, apply_factor) = (None, None, false);
+            let params = reference::Params { q, spans: &spans, rope, scale, softcap, sinks, apply_factor };
             let exact = reference::attend(&self.arena, &params).expect("the reference").out;
             let mine = head * GROUP * DIM..(head + 1) * GROUP * DIM;
             let norm = exact[mine.clone()].iter().map(|x| x * x).sum::<f64>().sqrt();
@@ -247,24 +304,37 @@ fn main() {
     let lengths = if asked.is_empty() { vec![32, 128] } else { asked };
     println!("level {}; {HEADS}/{KV_HEADS}/{DIM} bfloat16, one thread", isa().expect("a valid KVSIEVE_ISA").name());
     for length in lengths {
-        let mut bench = Bench::new(length << 10);
-        let dense = bench.dense();
-        println!("{length}k tokens: dense {dense:.2} ms");
-        let rules = [
-            ("HiP 1024 centre, every token", hip(Centre, 1)),
-            ("HiP 1024 first, every token", hip(First, 1)),
-            ("HiP 1024 centre, every 8", hip(Centre, 8)),
-            ("InfiniteHiP 3K, every token", infinite([1, 1, 1])),
-            ("InfiniteHiP 3K, every 16/8/4", infinite([16, 8, 4])),
-        ];
-        for (name, rule) in rules {
-            let (times, searched, read) = bench.sparse(&rule);
-            let (all, best) = (mean(&times), times.iter().copied().fold(f64::INFINITY, f64::min));
-            let search = bench.search(&rule);
-            println!(
-                "  {name:30} {all:6.3} ms ({:5.1} x), least {best:.3}; whole search {search:.3}; a head scores {searched:.0} and reads {read:.0}",
-                dense / all
-            );
+        for (storage, kind) in [
+            ("plain", Kind::Plain),
+            ("thin, half of the channels", Kind::Thin),
+            ("raw, scored at one distance", Kind::Raw),
+            ("raw, read consecutively", Kind::Consecutive),
+            ("raw, scored where they stand", Kind::Placed),
+        ] {
+            let mut bench = Bench::new(length << 10, kind);
+            let mut rules =
+                vec![("HiP 1024 centre, every token", hip(Centre, 1)), ("HiP 1024 centre, every 8", hip(Centre, 8))];
+            if kind == Kind::Plain {
+                rules.push(("HiP 1024 first, every token", hip(First, 1)));
+                rules.push(("InfiniteHiP 3K, every token", infinite([1, 1, 1])));
+                rules.push(("InfiniteHiP 3K, every 16/8/4", infinite([16, 8, 4])));
+            }
+            for (name, rule) in rules {
+                let (mut dense, mut sparse, mut work) = (Vec::new(), Vec::new(), (0.0, 0.0));
+                for _ in 0..ROUNDS {
+                    dense.push(bench.dense());
+                    let (ms, searched, read) = bench.sparse(&rule);
+                    sparse.push(ms);
+                    work = (searched, read);
+                }
+                let search = bench.search(&rule);
+                let (dense, sparse, (searched, read)) = (median(dense), median(sparse), work);
+                println!(
+                    "{length}k {storage:28} {name:30} {sparse:6.3} ms, dense {dense:7.2} ms ({:5.1} x); whole search {search:.3}; a head \
+                     scores {searched:.0} and reads {read:.0}",
+                    dense / sparse
+                );
+            }
         }
     }
 }
