@@ -12,7 +12,10 @@ import torch
 
 README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
 POLICIES = ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o", "hip", "think", "quantized")
-MODULES = [*(f"kvsieve.policies.{name}" for name in POLICIES), "kvsieve.bench", "kvsieve.evals.packing_nll", "kvsieve.thin"]
+MODULES = [
+    *(f"kvsieve.policies.{name}" for name in POLICIES),
+    *(f"kvsieve.{name}" for name in ("bench", "evals.packing_nll", "thin", "view.trace")),
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
