@@ -190,8 +190,8 @@ unsafe fn product<S: Simd, const DOTS: bool, const N: usize>(
             let row = b.add(i * b_stride);
             if DOTS {
                 let mut x = [S::words(row); N];
-                for n in 1..N {
-                    x[n] = S::words(row.add(n * S::LANES));
+                for (n, x) in x.iter_mut().enumerate().skip(1) {
+                    *x = S::words(row.add(n * S::LANES));
                 }
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let q = a.add(r * a_stride + i).cast::<bf16>();
@@ -201,8 +201,8 @@ unsafe fn product<S: Simd, const DOTS: bool, const N: usize>(
                 }
             } else {
                 let mut x = [S::load(row.cast()); N];
-                for n in 1..N {
-                    x[n] = S::load(row.add(n * S::LANES).cast());
+                for (n, x) in x.iter_mut().enumerate().skip(1) {
+                    *x = S::load(row.add(n * S::LANES).cast());
                 }
                 for (r, acc) in acc.iter_mut().enumerate() {
                     let q = S::splat(*a.add(r * a_stride + i).cast::<f32>());
@@ -331,9 +331,9 @@ unsafe fn score_by<S: Simd, E: Elem, const DOTS: bool, const N: usize>(batch: &m
                     let real = ROWS.min(*num_queries - row);
                     if ragged {
                         let mut scores = [[0f32; 64]; ROWS];
-                        for r in 0..ROWS {
-                            for n in 0..N {
-                                S::store(scores[r].as_mut_ptr().add(n * S::LANES), acc[r][n]);
+                        for (scores, acc) in scores.iter_mut().zip(acc) {
+                            for (n, acc) in acc.into_iter().enumerate() {
+                                S::store(scores.as_mut_ptr().add(n * S::LANES), acc);
                             }
                         }
                         for (r, scores) in scores.iter().enumerate().take(real) {
