@@ -36,12 +36,12 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def hip(**changes: Any) -> Any:
     """A rule such as a role gives."""
-    rule = {"kind": "hip", "sinks": 3, "window": 9, "query_block": 16, "representative": "centre"}
+    rule = {"kind": "hip", "sinks": 3, "window": 9, "query_block": 16, "query_stride": 1, "representative": "centre"}
     return SimpleNamespace(**{**rule, "budget": 20, "block": 2, "refresh": 4, **changes})
 
 
 def infinite(**changes: Any) -> Any:
-    rule = {"kind": "infinite", "sinks": 3, "window": 9, "query_block": 16, "representative": "first"}
+    rule = {"kind": "infinite", "sinks": 3, "window": 9, "query_block": 16, "query_stride": 1, "representative": "first"}
     return SimpleNamespace(**{**rule, "stages": ((16, 96), (4, 32), (2, 12)), "refresh": (8, 4, 2), **changes})
 
 
@@ -66,7 +66,7 @@ class Row:
 
     def _choose(self, q: torch.Tensor, positions: list[int], start: int) -> Selection:
         rule = self.rule
-        scores = group_scores(q, self.k, positions, rule.window)
+        scores = group_scores(q, self.k, positions, rule.window, rule.query_stride)
         if start == 0:
             lo, hi = region(positions, rule.sinks, rule.window)
         else:
@@ -189,7 +189,7 @@ def layer(kind: str, representative: str, group: int, dtype: torch.dtype, size: 
     """Prompts of unequal rows, single tokens, candidates and chunks: choices, counts and outputs are the definition's."""
     rng = random.Random(f"{kind} {representative} {group} {seed}")
     change: dict[str, Any] = {"representative": representative, "sinks": rng.choice([0, 3, 5]), "window": rng.choice([0, 1, 9, 40])}
-    change["query_block"] = rng.choice([1, 8, 16])
+    change["query_block"], change["query_stride"] = rng.choice([1, 8, 16]), rng.choice([1, 3, 4, 16])
     if kind == "hip":
         change |= {"block": rng.choice([1, 2, 3, 8]), "budget": rng.choice([4, 20, 48]), "refresh": rng.choice([1, 3, 8])}
     rule = hip(**change) if kind == "hip" else infinite(**change)
@@ -229,7 +229,7 @@ def uneven(device: torch.device) -> None:
     table = torch.tensor([[0, 0, 1, n - 1, lo, hi, 0, 0, 0, *[-1] * 7]], dtype=torch.int32).to(device)
     slots = torch.zeros(1, 2, kernels.slot_width(6), dtype=torch.int32, device=device)
     rows = (held.table, starts.to(device), spans.to(device), 1, table, 1)
-    searched = kernels.hip(q.to(device), *rows, 2, window, block, 6, 0, slots, slots[:0])
+    searched = kernels.hip(q.to(device), *rows, 2, window, 1, block, 6, 0, slots, slots[:0])
     assert searched.tolist() == [list(found.reads)]
     for head in range(2):
         count = int(slots[0, head, 0])

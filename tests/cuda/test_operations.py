@@ -99,13 +99,15 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
         ("hip", 0, torch.randn(1, 3, 1, 16)),
         ("hip", 5, queries_of(given)[:, :8].contiguous()),
         ("hip", 9, 0),
-        ("hip", 10, 2000),
-        ("hip", 12, torch.zeros(1, 2, 8)),
-        ("narrow", 9, 8),
-        ("narrow", 10, 0),
-        ("narrow", 20, torch.zeros(1, dtype=torch.int32)),
+        ("hip", 10, 0),
+        ("hip", 11, 2000),
+        ("hip", 13, torch.zeros(1, 2, 8)),
+        ("narrow", 9, 0),
+        ("narrow", 10, 8),
+        ("narrow", 11, 0),
+        ("narrow", 21, torch.zeros(1, dtype=torch.int32)),
         ("sparse", 7, torch.zeros(2, 2, dtype=torch.int32)),
-        ("sparse", 16, given["hip"][12][:, :1]),
+        ("sparse", 16, given["hip"][13][:, :1]),
         ("sparse", 17, 0),
         ("sparse", 20, torch.zeros(3)),
     ):
@@ -140,8 +142,8 @@ def operations() -> dict[str, tuple[Any, ...]]:
     asked = (torch.randn(1, 4, 1, 16), held.table, starts, plain, 1, queries, 1)
     at = torch.zeros(1, 2, dtype=ints)
     return {
-        "hip": (*asked, 2, 4, 2, 4, 0, slots, slots[:0].clone()),
-        "narrow": (*asked, 2, 4, 0, 2, 4, 28, 1, 0, 0, None, None, slots, slots[:0].clone(), torch.zeros(4, dtype=ints)),
+        "hip": (*asked, 2, 4, 1, 2, 4, 0, slots, slots[:0].clone()),
+        "narrow": (*asked, 2, 4, 1, 0, 2, 4, 28, 1, 0, 0, None, None, slots, slots[:0].clone(), torch.zeros(4, dtype=ints)),
         "sparse": (*asked, at, 2, 8, 2, 4, 0, 2, 4, slots, slots[:0].clone(), 2, 0.25, 0.0, None),
         "append": (*tokens, held.table, torch.tensor([[0, 0, 1, 1]], dtype=ints), torch.tensor([1], dtype=ints), 1),
         "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest, packed.table, form),

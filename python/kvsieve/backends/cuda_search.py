@@ -236,7 +236,7 @@ class CudaSearch:
         rule = self.rule
         work.spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
         tensors = [pool.tensor for pool in self._pools]
-        common = (q, *asked.rows, table, schedule.most_queries, kv_heads, rule.window)
+        common = (q, *asked.rows, table, schedule.most_queries, kv_heads, rule.window, rule.query_stride)
         representative = kernels.REPRESENTATIVES[rule.representative]
         for i, candidates in enumerate(schedule.candidates):
             if candidates and rule.kind == "hip":

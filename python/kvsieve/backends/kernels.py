@@ -930,7 +930,7 @@ def _queries_together(num: int) -> int:
 
 @_operation(
     "hip(Tensor q, Tensor blocks, Tensor starts, Tensor spans, int items, Tensor queries, int most_queries, int kv_heads, "
-    "int window, int block, int most, int representative, Tensor(a!) held, Tensor(b!) spare) -> Tensor"
+    "int window, int stride, int block, int most, int representative, Tensor(a!) held, Tensor(b!) spare) -> Tensor"
 )
 def hip(
     q: torch.Tensor,
@@ -942,6 +942,7 @@ def hip(
     most_queries: int,
     kv_heads: int,
     window: int,
+    stride: int,
     block: int,
     most: int,
     representative: int,
@@ -954,7 +955,7 @@ def hip(
         q: ``[B, H, q, D]``, rows at multiples of 16 bytes, in the frame of the keys.
         blocks, starts, spans, items: see :class:`Rows`.
         queries: int32 ``[n, 16]``, see :data:`QUERY_COLUMNS`; a region has more blocks than ``most``.
-        most_queries: of a block of queries.
+        most_queries: of a block of queries; stride: every so many of them are scored, counted back from the last.
         block: tokens of a block; most: how many are chosen; representative: a value of :data:`REPRESENTATIVES`.
         held, spare: int32 ``[slots, Hkv, slot_width(most)]``; written where ``queries`` say.
 
@@ -964,14 +965,15 @@ def hip(
     rows = Rows(blocks, starts, spans, items)
     check_dims(q.dtype, q.shape[-1])
     _check_rows(q, rows, queries, kv_heads)
+    _check(stride > 0, f"a stride of {stride} queries; at least 1")
     _check(block > 0 and 0 < most <= NODES, f"{most} blocks of {block} tokens; at most {NODES} blocks, of at least one token")
     _check_slots("choices", held, spare, kv_heads, most)
     group, count = q.shape[1] // kv_heads, queries.shape[0]
     searched = torch.empty(count, kv_heads, dtype=torch.int32, device=q.device)
-    module = _module("search", "hip", q.dtype, q.shape[3], _queries_together(group * most_queries))
+    module = _module("search", "hip", q.dtype, q.shape[3], _queries_together(group * ((most_queries - 1) // stride + 1)))
     for lo in range(0, count, BAND):
         args = [q.data_ptr(), *q.stride()[:3], *rows.arguments(), queries.data_ptr() + 4 * QUERY_COLUMNS * lo, group, window]
-        args += [block, most, representative, held.data_ptr(), spare.data_ptr(), searched.data_ptr() + 4 * kv_heads * lo]
+        args += [stride, block, most, representative, held.data_ptr(), spare.data_ptr(), searched.data_ptr() + 4 * kv_heads * lo]
         _launch(module, (1, kv_heads, min(BAND, count - lo)), args, q.device, block=SEARCHERS)
     return searched
 
@@ -987,6 +989,7 @@ def _(
     most_queries: int,
     kv_heads: int,
     window: int,
+    stride: int,
     block: int,
     most: int,
     representative: int,
@@ -998,7 +1001,7 @@ def _(
 
 @_operation(
     "narrow(Tensor q, Tensor blocks, Tensor starts, Tensor spans, int items, Tensor queries, int most_queries, int kv_heads, "
-    "int window, int stage, int chunk, int most, int candidates, int representative, int from_chunk, int from_most, "
+    "int window, int stride, int stage, int chunk, int most, int candidates, int representative, int from_chunk, int from_most, "
     "Tensor? from_held, Tensor? from_spare, Tensor(a!) held, Tensor(b!) spare, Tensor(c!) arrivals) -> Tensor"
 )
 def narrow(
@@ -1011,6 +1014,7 @@ def narrow(
     most_queries: int,
     kv_heads: int,
     window: int,
+    stride: int,
     stage: int,
     chunk: int,
     most: int,
@@ -1027,7 +1031,7 @@ def narrow(
     """One stage of InfiniteHiP for blocks of queries, those that begin with it or an earlier one (Lee et al., 2025).
 
     Args:
-        q, blocks, starts, spans, items, queries, most_queries, representative: as for :func:`hip`.
+        q, blocks, starts, spans, items, queries, most_queries, stride, representative: as for :func:`hip`.
         chunk: tokens of this stage's chunks; most: how many stay; candidates: no block of queries has more to choose from.
         from_chunk, from_most, from_held, from_spare: those of the stage before; 0 and None for stage 0.
         held, spare: int32 ``[slots, Hkv, slot_width(most)]``; written where ``queries`` say.
@@ -1039,6 +1043,7 @@ def narrow(
     rows = Rows(blocks, starts, spans, items)
     check_dims(q.dtype, q.shape[-1])
     _check_rows(q, rows, queries, kv_heads)
+    _check(stride > 0, f"a stride of {stride} queries; at least 1")
     _check(0 <= stage < STAGES and chunk > 0 and most > 0, f"stage {stage} of {STAGES}, {most} chunks of {chunk} tokens")
     _check_slots("choices", held, spare, kv_heads, most)
     _check((stage > 0) == (from_held is not None) == (from_spare is not None), "all stages but the first have one before them")
@@ -1050,13 +1055,13 @@ def narrow(
     _check_vector("arrivals", arrivals, torch.int32, 2 * band * kv_heads, device)
     searched = torch.empty(count, kv_heads, dtype=torch.int32, device=device)
     ranks = torch.empty(band * kv_heads * candidates, dtype=torch.int32, device=device)
-    module = _module("search", "narrow", q.dtype, q.shape[3], _queries_together(group * most_queries))
+    module = _module("search", "narrow", q.dtype, q.shape[3], _queries_together(group * ((most_queries - 1) // stride + 1)))
     # As many thread blocks as fill the card; two warps' worth of chunks for each, at least.
     fill = launcher_of(device).processors(device) * 4 // max(kv_heads * min(band, count), 1)
     splits = max(1, min(fill, -(-candidates // 64)))
     for lo in range(0, count, max(band, 1)):
         args = [q.data_ptr(), *q.stride()[:3], *rows.arguments(), queries.data_ptr() + 4 * QUERY_COLUMNS * lo, group, window]
-        args += [stage, chunk, from_chunk, most, from_most, representative, _address(from_held), _address(from_spare)]
+        args += [stride, stage, chunk, from_chunk, most, from_most, representative, _address(from_held), _address(from_spare)]
         args += [held.data_ptr(), spare.data_ptr(), ranks.data_ptr(), candidates, arrivals.data_ptr()]
         args += [searched.data_ptr() + 4 * kv_heads * lo]
         _launch(module, (splits, kv_heads, min(band, count - lo)), args, device, block=SEARCHERS)
@@ -1074,6 +1079,7 @@ def _(
     most_queries: int,
     kv_heads: int,
     window: int,
+    stride: int,
     stage: int,
     chunk: int,
     most: int,

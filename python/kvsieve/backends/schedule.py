@@ -30,6 +30,7 @@ class Rule:
         kind: ``"hip"`` or ``"infinite"``.
         sinks, window: tokens that are always read.
         query_block: queries of equal ``position // query_block`` share a choice.
+        query_stride: of these the last one is scored, and every so many before it.
         representative: what speaks for a stretch, see :mod:`kvsieve.backends.search`.
         chunks: tokens of a stage's stretches; HiP has one stage, its blocks.
         most: how many stretches a stage keeps.
@@ -41,6 +42,7 @@ class Rule:
     sinks: int
     window: int
     query_block: int
+    query_stride: int
     representative: str
     chunks: tuple[int, ...]
     most: tuple[int, ...]
@@ -81,11 +83,12 @@ class Rule:
             raise PolicyError(
                 f"each stage is refreshed every so many steps, at least 1, got {list(refresh)} for {len(chunks)} stages"
             )
-        sinks, window, query_block = int(rule.sinks), int(rule.window), int(rule.query_block)
+        sinks, window = int(rule.sinks), int(rule.window)
+        query_block, query_stride = int(rule.query_block), int(rule.query_stride)
         if sinks < 0 or window < 0:
             raise PolicyError(f"sinks and window must be at least 0, got {sinks} and {window}")
-        _least(query_block=query_block)
-        return cls(rule.kind, sinks, window, query_block, rule.representative, chunks, most, refresh, budget)
+        _least(query_block=query_block, query_stride=query_stride)
+        return cls(rule.kind, sinks, window, query_block, query_stride, rule.representative, chunks, most, refresh, budget)
 
     @property
     def stages(self) -> int:

@@ -1,6 +1,6 @@
 // What query blocks read between sinks and window: the searches of HiP and InfiniteHiP (backends/search.py has the definitions).
 //
-//     score(t) = max over the query heads of a group, and the queries i of a block with t <= first + i - window, of q . k[t]
+//     score(t) = max over the query heads of a group, and the sampled queries i of a block with t <= first + i - window, of q . k[t]
 //     `hip`:    nodes = `most` equal stretches of a region's blocks; while one is longer than a block: halve all, keep the `most`
 //               halves whose representative block has the best key
 //     `narrow`: one stage of InfiniteHiP: cut what the stage before chose into chunks, score each by the best key met on a walk down
@@ -50,14 +50,20 @@ struct Scorer {
     static constexpr int KEYS = UNROLL * K::together;  // read at once, at most 32
     static constexpr int SAME = K::lanes / UNROLL;
 
-    const T* q;  // the first head's first query
+    int stride;  // from one sampled query to the next; the last is sampled
+    const T* q;  // the first head's first sampled query
     i64 q_head, q_query;
     int group, num, edge, lane, held = -1;
     float turned[HEADS][K::channels];
 
-    __device__ Scorer(const T* q_, i64 q_row, i64 q_head_, i64 q_query_, const QueryBlock& of, int kv_head, i64 group_, i64 window)
-        : q(q_ + of.row * q_row + kv_head * group_ * q_head_ + of.column * q_query_), q_head(q_head_), q_query(q_query_),
-          group(int(group_)), num(of.count * int(group_)), edge(of.first - int(window)), lane(int(threadIdx.x) % 32) {}
+    __device__ Scorer(const T* q_, i64 q_row, i64 q_head_, i64 q_query_, const QueryBlock& of, int kv_head, i64 group_, i64 window,
+                      i64 stride_)
+        : stride(int(stride_)), q(q_ + of.row * q_row + kv_head * group_ * q_head_ + (of.column + skipped(of)) * q_query_),
+          q_head(q_head_), q_query(q_query_ * stride_), group(int(group_)), num(((of.count - 1) / stride + 1) * int(group_)),
+          edge(of.first + skipped(of) - int(window)), lane(int(threadIdx.x) % 32) {}
+
+    // Queries of the block before the first one that is sampled.
+    __device__ int skipped(const QueryBlock& of) const { return (of.count - 1) % stride; }
 
     // The best score of this lane's key, resident `t` at `address`, or of none (address 0). All lanes of a warp together.
     __device__ float best(u64 address, int t) {
@@ -101,7 +107,7 @@ struct Scorer {
 #pragma unroll
                 for (int h = 0; h < HEADS; h++) {
                     const float x = reduce_scattered<UNROLL, K::lanes>(scores[h], lane);
-                    if (x > top && (!hides || at <= edge + smaller(set + h, num - 1) / group)) top = x;
+                    if (x > top && (!hides || at <= edge + smaller(set + h, num - 1) / group * stride)) top = x;
                 }
             }
             const int k = lane - from;
@@ -232,8 +238,8 @@ struct Node {
 template <typename T, int DK, int HEADS>
 __global__ void __launch_bounds__(kSearchers, 1)
 hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks, const int* __restrict__ starts,
-    const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, i64 group, i64 window, i64 block_, i64 most_,
-    i64 representative_, int* __restrict__ held, int* __restrict__ spare, int* __restrict__ searched) {
+    const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, i64 group, i64 window, i64 stride,
+    i64 block_, i64 most_, i64 representative_, int* __restrict__ held, int* __restrict__ spare, int* __restrict__ searched) {
     KV_SHARED(Node, nodes, 2 * kNodes);
     KV_SHARED(u32, scores, 2 * kNodes);
     KV_SHARED(u32, ranks, 2 * kNodes);
@@ -254,7 +260,7 @@ hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __
     const int block = int(block_), width = int(most_), representative = int(representative_);
     const int tokens = mine.hi - mine.lo, num = (tokens + block - 1) / block;
     const Residents residents(blocks, starts, spans, mine.row, items);
-    Scorer<T, DK, HEADS> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window);
+    Scorer<T, DK, HEADS> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride);
 
     if (tid < 4) tally[tid] = 0;
     for (int i = tid; i < width; i += kSearchers) {
@@ -350,8 +356,8 @@ hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __
 template <typename T, int DK, int HEADS>
 __global__ void __launch_bounds__(kSearchers, 1)
 narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks, const int* __restrict__ starts,
-       const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, i64 group, i64 window, i64 stage,
-       i64 chunk_, i64 from_chunk_, i64 most_, i64 from_most, i64 representative, int* __restrict__ from_held,
+       const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, i64 group, i64 window, i64 stride,
+       i64 stage, i64 chunk_, i64 from_chunk_, i64 most_, i64 from_most, i64 representative, int* __restrict__ from_held,
        int* __restrict__ from_spare, int* __restrict__ held, int* __restrict__ spare, u32* __restrict__ all_ranks, i64 capacity,
        u32* __restrict__ arrivals, int* __restrict__ searched) {
     KV_SHARED(u32, histogram, 256);
@@ -397,7 +403,7 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     }
 
     const Residents residents(blocks, starts, spans, mine.row, items);
-    Scorer<T, DK, HEADS> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window);
+    Scorer<T, DK, HEADS> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride);
     u32* ranks = all_ranks + which * capacity;
     auto score = [&](bool live, int t) {
         u64 address = 0;
