@@ -13,7 +13,7 @@ use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::search::{Method, QueryBlock, Search, Shown, Turn, search, search_unless};
 use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
 use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Layout, Level, Rope, View};
-use kvsieve_core::plan::Move;
+use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
@@ -189,7 +189,7 @@ fn quarters(noise: &mut Noise, dim: usize) -> Rope {
     Rope::new(turns, layout, [1.0, 2.0][noise.below(2)]).unwrap()
 }
 
-/// Packs the first `n` tokens of a row in whole blocks, all pairs of channels but some.
+/// Packs the first `n` tokens of a row in whole blocks: some pairs of channels, and maybe one that does not rotate.
 fn pack(noise: &mut Noise, row: &mut Row, rope: &Rope, (heads, dim): (usize, usize), n: usize) {
     let half = rope.inv_freq().len();
     let of = |i: usize| match rope.layout() {
@@ -197,11 +197,13 @@ fn pack(noise: &mut Noise, row: &mut Row, rope: &Rope, (heads, dim): (usize, usi
         Layout::Interleaved => (2 * i, 2 * i + 1),
     };
     let num = 1 + noise.below(half);
+    let single = rope.rotary_dim() < dim && noise.below(2) == 0;
     let mut index = Vec::new();
     for _ in 0..heads {
         let first = noise.below(half - num + 1);
         index.extend((first..first + num).map(|i| of(i).0 as i64));
         index.extend((first..first + num).map(|i| of(i).1 as i64));
+        index.extend(single.then_some(dim as i64 - 1));
     }
     let channels = Channels::new(&index, &vec![num; heads], dim).unwrap();
     let moves: Vec<Move> = (row.runs.iter().take(n.div_ceil(64)).enumerate())
@@ -210,7 +212,9 @@ fn pack(noise: &mut Noise, row: &mut Row, rope: &Rope, (heads, dim): (usize, usi
             Move { from: run.block, from_slot: 0, to: BlockId(PACKED + i as u32), to_slot: 0, len }
         })
         .collect();
-    row.arena.set_packing(Packing { key_kept: 2 * num, key_bits: 0, value_bits: 0, group: 1 }).unwrap();
+    row.arena
+        .set_packing(Packing { key_kept: 2 * num + usize::from(single), key_bits: 0, value_bits: 0, group: 1 })
+        .unwrap();
     row.arena.pack(&moves, &Keep::New(Arc::new(channels))).unwrap();
     let mut runs: Vec<Run> = moves.iter().map(|m| Run { block: m.to, lo: 0, hi: m.len }).collect();
     let mut left = n as u32;
@@ -312,6 +316,101 @@ fn keys_are_made_and_turned_for_scoring() {
                 assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{what}");
                 let args = Search { method: Method::Infinite(&infinite, 0), ..args };
                 assert_eq!(search(&row.arena, &args, &mut []).unwrap(), staged, "{what}");
+            }
+        }
+    }
+}
+
+/// What is chosen is read where it stands, or one after another; plain and thin keys in one row; on every instruction set.
+#[test]
+fn what_is_chosen_is_attended_where_it_is_shown() {
+    let mut noise = Noise(5);
+    for round in 0..30 {
+        let dtype = [Dtype::F32, Dtype::BF16, Dtype::F16][round % 3];
+        let dim = [16, 48, 64, 128][noise.below(4)];
+        let (kv_heads, group, n) = (1 + noise.below(2), 1 + noise.below(4), 70 + noise.below(250));
+        let mut row = Row::new(&mut noise, (kv_heads, n, dim), dtype, true);
+        let inv_freq = (0..dim / 2).map(|i| 1e3f64.powf(-(i as f64) / (dim / 2) as f64)).collect();
+        let rope = Arc::new(Rope::new(inv_freq, [Layout::Half, Layout::Interleaved][round % 2], 1.1).unwrap());
+        if round % 4 > 0 {
+            let packed = 1 + noise.below(n - 20);
+            pack(&mut noise, &mut row, &rope, (kv_heads, dim), packed);
+        }
+        let mut shown = Vec::new();
+        let mut next = 0;
+        for run in &row.runs {
+            shown.push(Shown { shift: (n - 1 - next) as i64 + i64::from(run.lo), rotate_keys: true });
+            next += run.len() as usize;
+        }
+        let (heads, columns) = (kv_heads * group, [1, 7][noise.below(2)]);
+        let q: Vec<f32> = noise.eighths(heads * columns * dim).iter().map(|x| x / 8.0).collect();
+        let data = Data::of(&q, dtype);
+        let view = View::contiguous("q", data.elems(), [1, heads, columns, dim]).unwrap();
+        let (hip, _) = methods(&mut noise);
+        let (sinks, window) = (noise.below(4), noise.below(30));
+        let rule = Rule::new(Chooses::Hip(hip), sinks, window, vec![4]).unwrap();
+        let consecutive = noise.below(2) == 0;
+        let scoring = if consecutive || noise.below(2) == 0 { Scoring::Relative } else { Scoring::Placed };
+        let slots: Vec<(BlockId, u32)> = row.runs.iter().flat_map(|r| (r.lo..r.hi).map(|s| (r.block, s))).collect();
+        for level in levels() {
+            let args = Sparse {
+                q: view,
+                rope: Some(&rope),
+                apply_factor: true,
+                scoring,
+                consecutive,
+                rows: &[SparseRow { runs: &row.runs, shown: &shown, new_len: columns }],
+                query_block: 512,
+                scale: 0.3,
+                softcap: None,
+                sinks: None,
+                threads: 1,
+                level,
+            };
+            let mut choices = [Choice::default()];
+            let count = columns * heads * dim;
+            let (mut wide, mut bits) = (vec![7f32; count], vec![7u16; count]);
+            let to = if dtype == Dtype::F32 { ElemsMut::F32(&mut wide) } else { ElemsMut::Bits(&mut bits) };
+            attend_sparse(&row.arena, &rule, &mut choices, &args, to, None, &|| false).unwrap();
+            let got = |i: usize| match dtype {
+                Dtype::F32 => f64::from(wide[i]),
+                Dtype::BF16 => bf16::from_bits(bits[i]).to_f64(),
+                Dtype::F16 => f16::from_bits(bits[i]).to_f64(),
+            };
+            for (head, chosen) in choices[0].chosen.iter().enumerate() {
+                let mut spans = Spans { num_rows: 1, num_queries: columns, starts: vec![0], spans: Vec::new() };
+                for position in n - columns..n {
+                    let mut tokens: Vec<usize> = Vec::new();
+                    rule.read(&choices[0].region, chosen, position, &mut |s: Range<u32>| {
+                        tokens.extend(s.map(|t| t as usize));
+                    });
+                    let before = tokens.iter().filter(|&&t| t < position).count();
+                    for (i, &t) in tokens.iter().enumerate() {
+                        let away = if consecutive { before as i64 - i as i64 } else { position as i64 - t as i64 };
+                        let (block, lo) = slots[t];
+                        let shift = away + i64::from(lo);
+                        spans.spans.push(Span { block, lo, hi: lo + 1, shift, rotate_keys: true });
+                    }
+                    spans.starts.push(spans.spans.len() as u32);
+                }
+                let (scale, softcap, sinks) = (f64::from(0.3f32), None, None);
+                let params = reference::Params {
+                    q: &view,
+                    spans: &spans,
+                    rope: Some(&rope),
+                    scale,
+                    softcap,
+                    sinks,
+                    apply_factor: true,
+                };
+                let exact = reference::attend(&row.arena, &params).unwrap().out;
+                for item in 0..columns {
+                    let mine = (item * heads + head * group) * dim..(item * heads + (head + 1) * group) * dim;
+                    let norm = exact[mine.clone()].iter().map(|x| x * x).sum::<f64>().sqrt();
+                    let off = mine.map(|i| (exact[i] - got(i)).powi(2)).sum::<f64>().sqrt();
+                    let most = if dtype == Dtype::F32 { 1e-5 } else { 1e-2 };
+                    assert!(off <= most * norm.max(1e-9), "round {round} {level:?} {dtype:?} {dim}: {off} of {norm}");
+                }
             }
         }
     }

@@ -8,6 +8,7 @@ use super::simd::{Elem, Simd, dispatch};
 use super::view::Dtype;
 use crate::ids::{BLOCK, BlockId};
 use crate::store::arena::Arena;
+use crate::store::packed::Packing;
 
 /// One key to make.
 #[derive(Clone, Copy, Debug)]
@@ -64,6 +65,8 @@ unsafe fn run<S: Simd, E: Elem>(
     let dim = making.arena.key_dim();
     let lines = (dim * size_of::<E>()).div_ceil(64);
     let mut trig = vec![0f32; making.distances.as_ref().map_or(0, |d| d.rope().rotary_dim())];
+    let coded = making.arena.packed().filter(|packed| packed.packing().key_bits > 0);
+    let mut scratch = vec![0f32; coded.map_or(0, |packed| 3 * packed.packing().key_kept)];
     for (i, (source, row)) in sources.iter().zip(to.chunks_exact_mut(width)).enumerate() {
         if let Some(next) = ahead.get(i) {
             // SAFETY: any address may be asked for.
@@ -79,7 +82,7 @@ unsafe fn run<S: Simd, E: Elem>(
         rest.fill(0.0);
         if source.key.is_null() {
             // SAFETY: the caller's promise.
-            unsafe { unpack::<E>(making, source, row) };
+            unsafe { unpack::<S, E>(making, source, &mut scratch, row) };
         } else {
             // SAFETY: a row of `dim` elements of the arena's dtype.
             unsafe { load_row::<S, E>(source.key.cast(), row) };
@@ -94,35 +97,56 @@ unsafe fn run<S: Simd, E: Elem>(
     }
 }
 
-/// Asks for the numbers of a packed key, which lie in columns: two channels to a word in `bf16`.
+/// Asks for a packed key, which lies in columns: two channels to a word in `bf16`, several codes to one.
 ///
 /// # Safety
 /// As for [`Simd`].
 #[inline(always)]
 unsafe fn ask_columns<S: Simd, E: Elem>(making: &Making<'_>, source: &Source) {
-    let Some(packed) = making.arena.packed().filter(|packed| packed.packing().key_bits == 0) else { return };
-    let (keys, kept) = (packed.rows(source.block, making.head, 0).keys, packed.packing().key_kept);
-    let (width, columns) = if E::IS_BF16 { (4, kept.div_ceil(2)) } else { (size_of::<E>(), kept) };
+    let Some(packed) = making.arena.packed() else { return };
+    let Packing { key_kept: kept, key_bits: bits, group, .. } = packed.packing();
+    let rows = packed.rows(source.block, making.head, 0);
+    let (width, columns) = match bits {
+        0 if E::IS_BF16 => (4, kept.div_ceil(2)),
+        0 => (size_of::<E>(), kept),
+        _ => (4, packed.key_bytes().div_ceil(4)),
+    };
     for column in 0..columns {
         let at = (column * BLOCK as usize + source.slot as usize) * width;
         // SAFETY: any address may be asked for.
-        unsafe { S::prefetch(keys.wrapping_add(at)) };
+        unsafe { S::prefetch(rows.keys.wrapping_add(at)) };
+    }
+    let scales = rows.key_scales.wrapping_add(source.slot as usize / group * 2 * kept).cast::<u8>();
+    for at in (0..if bits > 0 { 4 * kept } else { 0 }).step_by(64) {
+        // SAFETY: as above.
+        unsafe { S::prefetch(scales.wrapping_add(at)) };
     }
 }
 
 /// # Safety
-/// The source is a packed key of the head, in a block with memory; `E` is the arena's dtype; a row has all channels.
+/// As for [`Simd`]; the source is a packed key of the head, in a block with memory; `E` is the arena's dtype; a row has all channels;
+/// `scratch` has three numbers for each kept channel where keys are codes.
 #[inline(always)]
-unsafe fn unpack<E: Elem>(making: &Making<'_>, source: &Source, row: &mut [f32]) {
+unsafe fn unpack<S: Simd, E: Elem>(making: &Making<'_>, source: &Source, scratch: &mut [f32], row: &mut [f32]) {
     let Some(packed) = making.arena.packed() else { return };
     let rows = packed.rows(source.block, making.head, 0);
     let (index, slot) = (rows.channels.of(making.head), source.slot as usize);
     row.fill(0.0);
-    if packed.packing().key_bits > 0 {
-        let mut thin = vec![0f32; index.len()];
-        // SAFETY: the caller's promise.
-        unsafe { packed.keys_f32(source.block, making.head, source.slot, &mut thin) };
-        thin.iter().zip(index).for_each(|(&x, &c)| row[usize::from(c)] = x);
+    let Packing { key_bits: bits, group, .. } = packed.packing();
+    if bits > 0 {
+        let kept = index.len();
+        let (steps, rest) = scratch.split_at_mut(kept);
+        let (leasts, codes) = rest.split_at_mut(kept);
+        // SAFETY: the scales of the slot's group; codes of the block, as `Packed` says they lie.
+        unsafe {
+            let scales = rows.key_scales.add(slot / group * 2 * kept).cast::<f16>();
+            load_row::<S, f16>(scales, steps);
+            load_row::<S, f16>(scales.add(kept), leasts);
+            read_codes(rows.keys, packed.key_bytes(), bits, slot, codes);
+        }
+        for ((&c, code), (&step, &least)) in index.iter().zip(&*codes).zip(steps.iter().zip(&*leasts)) {
+            row[usize::from(c)] = step.mul_add(*code, least);
+        }
         return;
     }
     // In `bf16` two channels are a word, but for the last of an odd number.
@@ -138,5 +162,89 @@ unsafe fn unpack<E: Elem>(making: &Making<'_>, source: &Source, row: &mut [f32])
         // SAFETY: a number of the block, likewise.
         let x = unsafe { *rows.keys.cast::<E>().add((in_words + c) * BLOCK as usize + slot) };
         row[usize::from(channel)] = x.to_f32();
+    }
+}
+
+/// The codes of one key of a block that has `bytes` for each: words of several channels, even ones in the low half, odd ones in the high
+/// half, the words of all slots side by side; then bytes in channel order, likewise.
+///
+/// # Safety
+/// The block is readable.
+#[inline(always)]
+unsafe fn read_codes(keys: *const u8, bytes: usize, bits: u32, slot: usize, to: &mut [f32]) {
+    let (block, each, words) = (BLOCK as usize, 32 / bits as usize, bytes / 4);
+    let mask = (1u32 << bits) - 1;
+    let (whole, rest) = to.split_at_mut((words * each).min(to.len()));
+    for (i, to) in whole.chunks_mut(each).enumerate() {
+        // SAFETY: the words of all slots lie in the block.
+        let word = unsafe { *keys.cast::<u32>().add(i * block + slot) };
+        for (at, to) in to.iter_mut().enumerate() {
+            *to = (word >> (at as u32 / 2 * bits + at as u32 % 2 * 16) & mask) as f32;
+        }
+    }
+    for (at, to) in rest.iter_mut().enumerate() {
+        let bit = at * bits as usize;
+        // SAFETY: the bytes that are left lie behind the words.
+        let byte = unsafe { *keys.add(words * block * 4 + bit / 8 * block + slot) };
+        *to = (u32::from(byte) >> (bit % 8) & mask) as f32;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::{PACKED, Run};
+    use crate::kernels::isa::levels;
+    use crate::kernels::view::Elems;
+    use crate::plan::Move;
+    use crate::store::packed::{Channels, Chosen};
+    use std::sync::Arc;
+
+    /// Number for number what the store says it holds.
+    #[test]
+    fn packed_keys_are_made_as_they_are_stored() {
+        let mut state = 1u64;
+        let mut next = |n: usize| {
+            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (state >> 33) as usize % n
+        };
+        for round in 0..120 {
+            let dtype = [Dtype::F32, Dtype::BF16, Dtype::F16][round % 3];
+            let (heads, dim, bits) = (1 + next(2), [8, 33, 64, 128][next(4)], [0, 2, 4, 8][next(4)]);
+            let kept = 1 + next(dim);
+            let mut arena = Arena::new(heads, dim, dim, dtype).unwrap();
+            let numbers: Vec<f32> = (0..heads * 64 * dim).map(|_| next(2001) as f32 / 500.0 - 2.0).collect();
+            let narrow: Vec<u16> = numbers
+                .iter()
+                .map(|&x| if dtype == Dtype::BF16 { bf16::from_f32(x).to_bits() } else { f16::from_f32(x).to_bits() })
+                .collect();
+            let elems = if dtype == Dtype::F32 { Elems::F32(&numbers) } else { Elems::Bits(&narrow) };
+            arena.write(&[Run { block: BlockId(0), lo: 0, hi: 64 }], elems, elems).unwrap();
+            let group = [1, 8, 32][next(3)];
+            let packing = Packing { key_kept: kept, key_bits: bits, value_bits: 0, group };
+            arena.set_packing(packing).unwrap();
+            let first = next(dim - kept + 1) as i64;
+            let index: Vec<i64> = (0..heads).flat_map(|_| first..first + kept as i64).collect();
+            let channels = Arc::new(Channels::new(&index, &vec![0; heads], dim).unwrap());
+            let to = BlockId(PACKED);
+            let all = Move { from: BlockId(0), from_slot: 0, to, to_slot: 0, len: 64 };
+            arena.pack(&[all], &Chosen::New(channels)).unwrap();
+            let (head, width) = (next(heads), dim.next_multiple_of(32));
+            let sources: Vec<Source> = (0..9)
+                .map(|_| Source { key: std::ptr::null(), block: to, slot: next(64) as u32, distance: 0 })
+                .collect();
+            for level in levels() {
+                let making = Making { arena: &arena, head, distances: None, level };
+                let mut rows = vec![f32::NAN; sources.len() * width];
+                // SAFETY: the level is available; packed slots of a head; a row for each.
+                unsafe { make(&making, &sources, &sources, width, &mut rows) };
+                for (row, source) in rows.chunks_exact(width).zip(&sources) {
+                    let exact = arena.token(source.block, head, source.slot).unwrap().0;
+                    let got: Vec<f64> = row.iter().map(|&x| f64::from(x)).collect();
+                    assert_eq!(got[..dim], exact, "{level:?} {dtype:?} {packing:?}");
+                    assert!(got[dim..].iter().all(|&x| x == 0.0));
+                }
+            }
+        }
     }
 }
