@@ -265,8 +265,10 @@ class Engine:
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
         if self.searching and (search := self._search_of(layer.index)) is not None:
+            out = store.run_sparse(q, k, v, step, call, search)
+            # Only now is there something to undo.
             self._searched.add(layer.index)
-            return store.run_sparse(q, k, v, step, call, search)
+            return out
         return store.run(q, k, v, step, call)
 
     def _search_of(self, index: int) -> Search | None:
