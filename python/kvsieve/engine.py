@@ -81,6 +81,8 @@ class Engine:
         if isinstance(backend, Choosy) and planner is None:
             for layer in facts.layers:
                 backend.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
+            if self.search is not None:
+                backend.check_search(self.search, frame, self.packer is not None)
         self._first = facts.layers[0].index
         self._step: Step | None = None
         self._ids: torch.Tensor | None = None

@@ -397,12 +397,11 @@ def test_what_a_stream_may_not_ask() -> None:
         stream.feed(tiny.ids(1, 60))
         with pytest.raises(UnsupportedError, match="search"):
             GraphDecoder(stream)
-    with (
-        kvsieve.stream(tiny.model(), search_cases.hip_policy(extend=40), "cuda") as stream,
-        pytest.raises(BackendError, match="reference"),
+    for policy, match in (
+        (search_cases.hip_policy(extend=40), "unrotated"),
+        (kvsieve.SirLLM(64) | search_cases.hip_policy(), "unrotated"),
+        (search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "packs some"),
+        (kvsieve.HiP(2048, block=1), "1024"),
     ):
-        stream.feed(tiny.ids(1, 60))
-    with kvsieve.stream(tiny.model(), search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "cuda") as stream:
-        stream.feed(tiny.ids(1, 60))
-        with pytest.raises(BackendError, match="packed"):
-            stream.feed(tiny.ids(1, 1))
+        with pytest.raises(BackendError, match=match):
+            kvsieve.stream(tiny.model(), policy, "cuda")

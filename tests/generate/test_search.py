@@ -185,6 +185,42 @@ def test_a_search_over_what_sirllm_retained(family: str, name: str) -> None:
     assert read[0] == read[1]
 
 
+PACKS = {
+    "think": lambda: kvsieve.ThinK(0.5, recent=8, observe=8, flush_every=8),
+    "codes": lambda: kvsieve.Quantized(8, group=16, residual=16),
+    "both": lambda: kvsieve.ThinK(0.25, recent=8, observe=8) | kvsieve.Quantized(4, group=16, residual=16),
+}
+
+
+@EVERY
+@pytest.mark.parametrize("pack", list(PACKS))
+def test_a_search_over_packed_tokens(pack: str, name: str) -> None:
+    """Thin keys and codes are searched and read as they are stored; two turns, so that the second is read over packed tokens."""
+    model, ids, got, read = tiny.model(), tiny.ids(2, 150), [], []
+    for backend in BACKENDS:
+        with kvsieve.stream(model, SEARCHES[name]() | PACKS[pack](), backend) as stream:
+            out = [forwards(model, stream.cache, ids[:, :112], [90, 1])]
+            stream.end_turn()
+            got.append(torch.cat([*out, forwards(model, stream.cache, ids[:, 112:], [20, 1])], 1))
+            assert stream.stats().packed > 90
+            assert not stream.trace()[1].dense
+            read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
+    assert float((got[0] - got[1]).abs().max()) <= 1e-3 * float(got[0].abs().max())
+    assert read[0] == read[1]
+
+
+@BACKEND
+@EVERY
+def test_packing_does_not_end_a_choice(name: str, backend: str) -> None:
+    """A choice names residents by number, which packing does not change: with nothing dropped nothing differs."""
+    model, ids, got = tiny.model(), tiny.ids(1, 120), []
+    for extra in (None, kvsieve.ThinK(0.5, recent=8, observe=8, mode="zero", skip_layers=(0, 1, 2))):
+        policy = SEARCHES[name]() if extra is None else SEARCHES[name]() | extra
+        with kvsieve.stream(model, policy, backend) as stream:
+            got.append(forwards(model, stream.cache, ids, [100, 1]))
+    assert torch.equal(*got)
+
+
 @BACKEND
 @EVERY
 def test_within_the_trained_length_an_extension_changes_nothing(name: str, backend: str) -> None:

@@ -214,6 +214,9 @@ class Choosy(Protocol):
     def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
         """Raise BackendError if a layer like this cannot be held."""
 
+    def check_search(self, rule: roles.Search, frame: str, packs: bool) -> None:
+        """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or over packed ones."""
+
 
 def get(name: str) -> Backend:
     """The backend called ``name``.

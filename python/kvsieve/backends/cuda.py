@@ -1099,6 +1099,20 @@ class CudaBackend:
         self.check_layer(k.device, k.dtype, k.shape[3], v.shape[3])
         return CudaStore(self, k, v)
 
+    def check_search(self, rule: Search, frame: str, packs: bool) -> None:
+        """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or over packed ones."""
+        CudaSearch(rule)
+        if frame == "raw":
+            raise BackendError(
+                "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; leave out extend= and "
+                "policies that move tokens, such as SirLLM, or use backend='reference'"
+            )
+        if packs:
+            raise BackendError(
+                "backend 'cuda' searches keys as they came, and this policy packs some; leave the packing out, or use "
+                "backend='reference'"
+            )
+
     def make_search(self, rule: Search) -> CudaSearch:
         """The choices of one layer under ``rule``, for stores of this backend.
 
