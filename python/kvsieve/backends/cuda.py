@@ -1104,8 +1104,8 @@ class CudaBackend:
         CudaSearch(rule)
         if frame == "raw":
             raise BackendError(
-                "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; leave out extend= and "
-                "policies that move tokens, such as SirLLM, or use backend='reference'"
+                "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; leave out "
+                "extend= and policies that move tokens, such as SirLLM, or use backend='reference'"
             )
         if packs:
             raise BackendError(
