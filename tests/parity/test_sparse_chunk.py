@@ -146,7 +146,7 @@ def test_a_chunk_is_the_specification(kind: str, dtype: torch.dtype) -> None:
                 want, found = by_definition(kind, rule, q[row, :, width - n :], *whole[row], layer.call)
                 assert_close(out[row, width - n :], want, dtype)
                 assert out[row, : width - n].abs().sum() == 0
-                for head, (stretches, reads, rounds) in enumerate(layer.sparse.choice(row)):
+                for head, (stretches, _, reads, rounds) in enumerate(layer.sparse.choice(row)):
                     assert stretches[:, 0].tolist() == found.starts[head].tolist(), (seed, head)
                     assert stretches[:, 1].tolist() == found.ends[head].tolist()
                     assert (reads, rounds) == (found.reads[head], found.rounds[head])
@@ -312,5 +312,5 @@ class TestErrors:
             q, k, v = new_tokens(generator, 1, 2, 2, width, (16, 16), torch.float32)
             step = layer.begin(k, v, [width])
             layer.planner.commit()
-        with pytest.raises(UnsupportedError, match="keeps every token"):
+        with pytest.raises(UnsupportedError, match="shows every query all"):
             attend_chunk(layer.store, layer.sparse, q, step, layer.call, 1)

@@ -140,7 +140,9 @@ class Row:
             positions = list(range(first + lo, first + lo + size))
             mine = q[:, lo : lo + size]
             refresh = self.rule["refresh"] if self.kind == "infinite" else [self.rule["refresh"]]
+            most = self.rule["stages"][-1][1] if self.kind == "infinite" else self.rule["budget"]
             follows = size == 1 and self.found is not None and self.next == positions[0]
+            follows = follows and self.found is not None and self.found.hi - self.found.lo > most
             start = first_stage(self.step, refresh) if follows else 0
             if start is not None:
                 self.choose(mine, positions, start)
@@ -208,7 +210,7 @@ class Rows:
             got = out[row, width - n :].double()
             found = self.naive[row].found
             assert found is not None
-            for head, (stretches, reads, rounds) in enumerate(self.sparse.choice(row)):
+            for head, (stretches, _, reads, rounds) in enumerate(self.sparse.choice(row)):
                 assert stretches[:, 0].tolist() == found.starts[head].tolist(), (row, head)
                 assert stretches[:, 1].tolist() == found.ends[head].tolist()
                 assert (reads, rounds) == (found.reads[head], found.rounds[head])
