@@ -27,7 +27,7 @@ class TreeSearch(Search):
     sinks: int = 16
     window: int = 256
     representative: Literal["centre", "first", "last", "oracle"] = "centre"
-    refresh: int = 8
+    refresh: int = 1
     dense_layers: int = 3
     query_block: int = 64
     query_stride: int = 8

@@ -26,7 +26,7 @@ from kvsieve.roles import Search
 __all__ = ["POLICIES", "run"]
 
 POLICIES = {
-    "HiP(1024)": kvsieve.HiP(1024, dense_layers=0),
+    "HiP(1024)": kvsieve.HiP(1024, refresh=8, dense_layers=0),
     "InfiniteHiP()": kvsieve.InfiniteHiP(wide_layers=0),
 }
 
