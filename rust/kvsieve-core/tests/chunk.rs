@@ -8,7 +8,7 @@ use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::levels;
-use kvsieve_core::kernels::sparse::{Sparse, SparseRow, attend_sparse};
+use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
 use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Level, View};
 use kvsieve_core::select::Representative;
 use kvsieve_core::select::hip::Hip;
@@ -127,9 +127,13 @@ fn a_chunk_is_its_queries_one_by_one() {
         let rule = rule(&mut noise);
         let sinks = noise.eighths(heads);
         let list: Vec<SparseRow<'_>> =
-            all.iter().map(|(runs, new_len)| SparseRow { runs, new_len: *new_len }).collect();
+            all.iter().map(|(runs, new_len)| SparseRow { runs, shown: &[], new_len: *new_len }).collect();
         let args = Sparse {
             q,
+            rope: None,
+            apply_factor: false,
+            scoring: Scoring::Stored,
+            consecutive: false,
             rows: &list,
             query_block: noise.one_of(&[1, 2, 8, 16, 64]),
             query_stride: noise.one_of(&[1, 2, 3, 8]),
@@ -180,7 +184,11 @@ fn a_signal_leaves_the_choices_as_they_were() {
     for threads in [1, 2] {
         let args = Sparse {
             q: View::contiguous("q", Elems::F32(&q), [1, 2, 900, 8]).unwrap(),
-            rows: &[SparseRow { runs: &runs, new_len: 900 }],
+            rope: None,
+            apply_factor: false,
+            scoring: Scoring::Stored,
+            consecutive: false,
+            rows: &[SparseRow { runs: &runs, shown: &[], new_len: 900 }],
             query_block: 16,
             query_stride: 1,
             scale: 1.0,

@@ -311,7 +311,16 @@ fn keys_are_made_and_turned_for_scoring() {
         let turn = Some(Turn { rope: &rope, apply_factor, relative });
         for level in levels() {
             for threads in [1, 2] {
-                let args = Search { q: view, turn, blocks: &blocks, window, method: Method::Hip(&hip), threads, level };
+                let args = Search {
+                    q: view,
+                    turn,
+                    blocks: &blocks,
+                    query_stride: 1,
+                    window,
+                    method: Method::Hip(&hip),
+                    threads,
+                    level,
+                };
                 let what = format!("round {round} {level:?} {dtype:?} {dim} {turn:?}");
                 assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{what}");
                 let args = Search { method: Method::Infinite(&infinite, 0), ..args };
@@ -361,6 +370,7 @@ fn what_is_chosen_is_attended_where_it_is_shown() {
                 consecutive,
                 rows: &[SparseRow { runs: &row.runs, shown: &shown, new_len: columns }],
                 query_block: 512,
+                query_stride: 1,
                 scale: 0.3,
                 softcap: None,
                 sinks: None,
