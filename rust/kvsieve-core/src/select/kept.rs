@@ -185,7 +185,7 @@ mod tests {
         assert!(Rule::new(search.clone(), 0, 1, vec![16, 8, 0]).is_err());
         let rule = Rule::new(search, 0, 1, vec![16, 8, 4]).unwrap();
         let due = |step: usize| {
-            let choice = Choice { next: 100, step, chosen: one(), ..Choice::default() };
+            let choice = Choice { next: 100, step, region: 0..99, chosen: one(), ..Choice::default() };
             rule.due(&choice, 100, 1)
         };
         let none = None;
@@ -197,11 +197,13 @@ mod tests {
     #[test]
     fn a_query_that_does_not_follow_chooses_anew() {
         let rule = hip(0, 4, 8);
-        let choice = Choice { next: 10, step: 3, chosen: one(), ..Choice::default() };
+        let choice = Choice { next: 10, step: 3, region: 0..5, chosen: one(), ..Choice::default() };
         assert_eq!(rule.due(&choice, 10, 1), None);
         assert_eq!(rule.due(&choice, 9, 1), Some(0));
         assert_eq!(rule.due(&choice, 10, 2), Some(0));
         assert_eq!(rule.due(&Choice::default(), 0, 1), Some(0));
+        let whole = Choice { region: 0..4, ..choice };
+        assert_eq!(rule.due(&whole, 10, 1), Some(0), "what was read whole was not searched");
     }
 
     /// Rows that chose, told apart by where they stand.
