@@ -172,13 +172,13 @@ def test_mistakes_are_one_line(argv: list[str], says: str, capsys: pytest.Captur
 @pytest.mark.model
 def test_the_command_draws_and_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[Any]) -> None:
     pytest.importorskip("matplotlib")
-    policy = "hip(64, window=64, sinks=4)"
+    policy = "hip(64, window=64, sinks=4, refresh=8)"
     out = tmp_path / "trace.png"
     argv = ["view", "trace", "--policy", policy, "--tokens", "300", "--max-new-tokens", "4", "--threads", "1"]
     assert main([*argv, "--out", str(out)]) == 0
     report = json.loads(out.with_suffix(".json").read_text())
     assert _size(out) >= (1200, 600)
-    assert report["policy"] == "HiP(budget=64, sinks=4, window=64)"
+    assert report["policy"] == "HiP(budget=64, sinks=4, window=64, refresh=8)"
     assert (report["layers_that_search"], report["layers_that_read_everything"], report["kv_heads"]) == (27, 3, 3)
     assert [step["seen"] for step in report["steps"]] == [300, 301, 302, 303]
     assert [step["compared"] > 0 for step in report["steps"]] == [True, False, False, False]
