@@ -68,7 +68,7 @@ def compared(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
 def swept() -> dict[str, Policy]:
     """``HiP(512)`` and what changes when one of its arguments does."""
     changes: tuple[tuple[str, Sequence[Any]], ...] = (
-        ("refresh", (1, 4)),
+        ("refresh", (2, 8)),
         ("block", (1, 8)),
         ("representative", ("first", "last")),
         ("dense_layers", (0,)),
