@@ -605,6 +605,7 @@ class Engine:
             child.observer.copy_from(self.observer)
         if self.packer is not None and child.packer is not None:
             child.packer.return_to(self.packer.state())
+        child.searching, child.beyond, child._read = self.searching, self.beyond, list(self._read)
         for index, state in self._chosen().items():
             search = child._search_of(index)
             if search is not None:

@@ -312,6 +312,7 @@ def test_a_fork_and_its_parent_do_not_touch_each_other(name: str, backend: str) 
     with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
         forwards(model, stream.cache, ids, [70, 1])
         with stream.fork() as child:
+            assert repr([layer.rows for layer in child.trace()]) == repr([layer.rows for layer in stream.trace()])
             mixed = [[forward(model, s.cache, x[:, i : i + 1]) for s, x in ((stream, one), (child, two))] for i in range(9)]
     for which, x in enumerate((one, two)):
         with kvsieve.stream(model, SEARCHES[name](), backend) as solo:
