@@ -428,10 +428,17 @@ def searches(b: Bench) -> dict[str, Any]:
     """The papers' settings: 512 tokens in blocks of two, every 8 steps; 2,048 in three stages, every 16, 8 and 4."""
     from types import SimpleNamespace
 
-    few = {"query_block": 16, "sinks": 4, "window": 16}
-    hip = {"sinks": 16, "window": 256, "query_block": 64, "budget": 512, **(few | {"budget": 32} if b.dry else {})}
+    few = {"query_block": 16, "query_stride": 4, "sinks": 4, "window": 16}
+    hip = {
+        "sinks": 16,
+        "window": 256,
+        "query_block": 64,
+        "query_stride": 8,
+        "budget": 512,
+        **(few | {"budget": 32} if b.dry else {}),
+    }
     stages = ((32, 128), (8, 64), (4, 32)) if b.dry else ((256, 32768), (32, 8192), (8, 2048))
-    infinite = {"sinks": 256, "window": 1024, "query_block": 64, **(few if b.dry else {})}
+    infinite = {"sinks": 256, "window": 1024, "query_block": 64, "query_stride": 8, **(few if b.dry else {})}
     return {
         "HiP": SimpleNamespace(kind="hip", representative="centre", block=2, refresh=8, **hip),
         "InfiniteHiP": SimpleNamespace(kind="infinite", representative="first", stages=stages, refresh=(16, 8, 4), **infinite),

@@ -103,7 +103,7 @@ class Row:
             pair = relative(q.double(), self.k.double(), self.rule["window"], self.rope)
         else:
             pair = (q, self.k) if self.mode == "stored" else self.turned(q.double(), positions)
-        return group_scores(*pair, positions, self.rule["window"])
+        return group_scores(*pair, positions, self.rule["window"], self.rule.get("query_stride", 1))
 
     def choose(self, q: torch.Tensor, positions: list[int], start: int) -> None:
         rule = self.rule
@@ -250,6 +250,7 @@ def any_rule(rng: random.Random, kind: str) -> dict[str, Any]:
         "sinks": rng.choice([0, 3, 5]),
         "window": rng.choice([0, 1, 9, 40]),
         "query_block": rng.choice([1, 8, 16]),
+        "query_stride": rng.choice([1, 3, 4]),
     }
     if kind == "hip":
         rule["representative"] = rng.choice(["centre", "first", "last", "oracle"])

@@ -646,7 +646,8 @@ fn run_unit(
             widen(from, arena.dtype(), &mut to[..dim]);
         }
         if let Some(turn) = &args.turn {
-            turn_queries(turn, args.window, block, places, &mut scratch.queries, (width, group));
+            let sampled = (block.first + offset, args.query_stride);
+            turn_queries(turn, args.window, sampled, places, &mut scratch.queries, (width, group));
         }
         let rotates = args.turn.filter(|turn| !turn.relative).map(|turn| turn.rope.distances(places.most()));
         let making = Making { arena, head, distances: rotates, level: args.level };
@@ -682,7 +683,7 @@ fn run_unit(
 fn turn_queries(
     turn: &Turn<'_>,
     window: usize,
-    block: &QueryBlock<'_>,
+    (first, stride): (usize, usize),
     places: &Places<'_>,
     queries: &mut [f32],
     (width, group): (usize, usize),
@@ -692,7 +693,7 @@ fn turn_queries(
     let mut trig = Vec::with_capacity(2 * pairs);
     for (i, queries) in queries.chunks_exact_mut(group * width).enumerate() {
         // Keys are rotated to where the row's last query is, from which this one is so many residents away.
-        let behind = (block.first + i) as i64 + 1 - i64::from(places.len);
+        let behind = (first + i * stride) as i64 + 1 - i64::from(places.len);
         let by = if turn.relative { window as i64 } else { behind };
         if trig.is_empty() || !turn.relative {
             trig.clear();
