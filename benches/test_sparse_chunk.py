@@ -14,11 +14,11 @@ from typing import Any
 import kvsieve
 import pytest
 import torch
+from drive import attend_chunk
 from kvsieve import _core
 from kvsieve.backends import AttendCall
 from kvsieve.backends.cpu import _view
 from kvsieve.backends.search import group_scores, hip_search, kept, region, sparse_attend
-from kvsieve.backends.sparse import attend_chunk
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 NAMES = {"f32": "float32", "bf16": "bfloat16"}

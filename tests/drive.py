@@ -10,6 +10,7 @@ import torch
 from kvsieve import backends
 from kvsieve._core import Planner
 from kvsieve.backends import AttendCall
+from kvsieve.backends.cpu import _view
 from kvsieve.rope import LayerRope
 
 # ------------------------------------------------------------------------------------------------------------------- with a model
@@ -180,3 +181,11 @@ def attention(
     turned = rope.rotate(q.double()[:, None].expand(-1, len(at), -1), at)  # [H, n, D]
     logits = torch.einsum("hnd,nhd->hn", turned, k) * rope.factor * scale
     return torch.einsum("hn,nhd->hd", logits.softmax(-1), v)
+
+
+def attend_chunk(core: Any, sparse: Any, q: torch.Tensor, step: Any, call: AttendCall, threads: int) -> torch.Tensor:
+    """A searching layer's prompt as the CPU's store runs it, over tokens that ``core`` holds already: ``[rows, q, heads, Dv]``."""
+    out = torch.empty(q.shape[0], q.shape[2], q.shape[1], core.value_dim, dtype=q.dtype)
+    sinks = None if call.sinks is None else call.sinks.detach().float().numpy()
+    sparse.attend(core, _view(q), step, call.scale, call.softcap, sinks, _view(out), None, threads, chunk=True)
+    return out

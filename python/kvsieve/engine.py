@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from kvsieve import roles
     from kvsieve._core import Moves, Planner, Step
     from kvsieve.cache import StreamLayer
     from kvsieve.hf import ModelFacts
@@ -68,6 +69,7 @@ class Engine:
         """Whether what it read stood side by side, because the text is longer than the model was trained for."""
         self._read: list[npt.NDArray[np.int64]] = []
         self._searched: set[int] = set()
+        self._rules: dict[tuple[int, bool], roles.Search | None] = {}
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
@@ -275,7 +277,12 @@ class Engine:
 
     def _search_of(self, index: int) -> Search | None:
         """The choices of layer ``index``; None if it reads everything."""
-        rule = None if self.search is None else self.search.for_layer(index, self.beyond)
+        if self.search is None:
+            return None
+        which = index, self.beyond
+        if which not in self._rules:
+            self._rules[which] = self.search.for_layer(*which)
+        rule = self._rules[which]
         if rule is None:
             return None
         if index not in self.searches:

@@ -12,6 +12,7 @@ import kvsieve
 import numpy as np
 import pytest
 import torch
+from drive import attend_chunk
 from kvsieve import _core
 from kvsieve.backends import AttendCall
 from kvsieve.backends.cpu import _view
@@ -24,7 +25,6 @@ from kvsieve.backends.search import (
     region,
     sparse_attend,
 )
-from kvsieve.backends.sparse import attend_chunk
 from kvsieve.errors import PolicyError, ShapeError, UnsupportedError
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
