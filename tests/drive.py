@@ -189,3 +189,13 @@ def attend_chunk(core: Any, sparse: Any, q: torch.Tensor, step: Any, call: Atten
     sinks = None if call.sinks is None else call.sinks.detach().float().numpy()
     sparse.attend(core, _view(q), step, call.scale, call.softcap, sinks, _view(out), None, threads, chunk=True)
     return out
+
+
+def distinct(batch: int, length: int) -> torch.Tensor:
+    """Token ids of which none comes twice: compared by content, the keys of equal tokens are as good as each other."""
+    return 3 + torch.randperm(597, generator=torch.Generator().manual_seed(0))[: batch * length].view(batch, length)
+
+
+def tokens_of(stretches: Any) -> list[int]:
+    """The tokens of stretches ``[n, 2]``."""
+    return [token for lo, hi in stretches.tolist() for token in range(lo, hi)]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from kvsieve import errors, policies, roles
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
-from kvsieve.policies import H2O, Full, HiP, InfiniteHiP, LMInfinite, Quantized, SirLLM, SnapKV, StreamingLLM, ThinK
+from kvsieve.policies import H2O, Full, HiP, InfiniteHiP, LMInfinite, Quantized, Quest, SirLLM, SnapKV, StreamingLLM, ThinK
 from kvsieve.roles import Memory
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ __all__ = [
     "LMInfinite",
     "Memory",
     "Quantized",
+    "Quest",
     "SirLLM",
     "SnapKV",
     "Stats",

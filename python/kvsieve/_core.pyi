@@ -246,6 +246,7 @@ class Sparse:
         refresh: list[int],
         query_block: int,
         query_stride: int = 1,
+        bounded: bool = False,
     ) -> Sparse: ...
     def attend(
         self,

@@ -395,6 +395,8 @@ class Search(Select):
     """Queries of a prompt that share a choice: those of equal ``position // query_block``."""
     query_stride: int
     """Of those the last one searches, and every so many before it."""
+    bounded: bool = False
+    """Whether blocks are judged by the bounds of their keys, which are kept of whole, plain blocks of an unbroken text only."""
 
     @property
     def dense_until(self) -> int:
@@ -797,7 +799,7 @@ def _check_per_head(memory: Memory) -> None:
 def _check_search(memory: Memory) -> None:
     """Refuse what a search cannot go with."""
     if isinstance(memory.place, Consecutive) and not isinstance(memory.select, Search):
-        raise PolicyError(f"{memory.place!r} numbers what a search found; it goes with HiP or InfiniteHiP")
+        raise PolicyError(f"{memory.place!r} numbers what a search found; it goes with HiP, InfiniteHiP or Quest")
     if not isinstance(memory.select, Search):
         return
     if isinstance(memory.retain, Window):
@@ -807,6 +809,10 @@ def _check_search(memory: Memory) -> None:
         )
     if isinstance(memory.place, (Ceiling, Fixed)):
         raise PolicyError(f"{memory.select!r} reads tokens at their own distances; it does not go with {memory.place!r}")
+    if memory.select.bounded and not isinstance(memory.retain_or_default, All):
+        raise PolicyError(f"Quest judges whole blocks of the text, of which {memory.retain!r} lets tokens go; HiP goes with it")
+    if memory.select.bounded and not isinstance(memory.pack_or_default, Plain):
+        raise PolicyError(f"Quest keeps bounds of keys as they came, and {memory.pack!r} stores them otherwise; HiP goes with it")
 
 
 def _check_count(name: str, value: object, least: int = 0) -> None:

@@ -1,7 +1,7 @@
-"""Which of many tokens a query reads, found by a search: HiP and InfiniteHiP as select roles.
+"""Which of many tokens a query reads, found by a search: HiP, InfiniteHiP and Quest as select roles.
 
 Every query reads the first ``sinks`` residents, the newest ``window`` and, of those between them, what a search through a few
-representative keys finds. `kvsieve.backends.search` is the definition.
+representative keys, or bounds of keys, finds. `kvsieve.backends.search` is the definition.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
+from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError
 from kvsieve.roles import Search, _check_count
 
@@ -52,7 +53,10 @@ class TreeSearch(Search):
 
 @dataclass(frozen=True)
 class StagedSearch(Search):
-    """Stages that narrow the tokens down, each judging chunks on their own (InfiniteHiP); see :func:`kvsieve.InfiniteHiP`."""
+    """Stages that narrow the tokens down, each judging chunks on their own; see :func:`kvsieve.InfiniteHiP`.
+
+    If ``bounded`` the first one judges blocks by the bounds of their keys; see :func:`kvsieve.Quest`.
+    """
 
     stages: tuple[tuple[int, int], ...] = STAGES
     sinks: int = 256
@@ -64,6 +68,7 @@ class StagedSearch(Search):
     wide: int = 4096
     query_block: int = 64
     query_stride: int = 8
+    bounded: bool = False
     kind: ClassVar[str] = "infinite"
 
     def __post_init__(self) -> None:
@@ -97,6 +102,15 @@ class StagedSearch(Search):
             raise PolicyError(f"wide must be a multiple of the last stage's chunk of {stages[-1][0]}, got {self.wide}")
         if self.representative not in ("first", "centre"):
             raise PolicyError(f"representative must be first or centre, got {self.representative!r}")
+        if self.bounded:
+            if stages[0][0] != BLOCK:
+                raise PolicyError(
+                    f"bounds are kept of {BLOCK} tokens, so the first stage's chunk must be {BLOCK}, got {stages[0][0]}"
+                )
+            if self.sinks % BLOCK:
+                raise PolicyError(f"sinks must be whole blocks of {BLOCK}, of which bounds are kept, got {self.sinks}")
+            if self.window < BLOCK:
+                raise PolicyError(f"window must be at least {BLOCK}: bounds are kept of whole blocks only; got {self.window}")
 
     @property
     def dense_until(self) -> int:

@@ -56,6 +56,7 @@ class Parts:
         scales: steps and least values of codes.
         channels: which channels of keys were kept.
         tail: keys and values that are not packed yet.
+        bounds: what :func:`kvsieve.Quest` knows of blocks.
     """
 
     keys: int
@@ -63,6 +64,7 @@ class Parts:
     scales: int
     channels: int
     tail: int
+    bounds: int = 0
 
 
 @dataclass(frozen=True)
@@ -504,7 +506,7 @@ def _parts(engine: Engine) -> Parts:
     held = [store.held() for store in engine.stores.values()]
     keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
     if engine.packer is None:
-        return Parts(keys, values, 0, 0, 0)
+        return Parts(keys, values, 0, 0, 0, sum(h.bounds for h in held))
     keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
     return Parts(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)
 

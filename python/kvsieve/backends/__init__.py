@@ -71,6 +71,7 @@ class HeldBytes:
         keys, values: packed tokens, as numbers or codes.
         scales: steps and least values of codes.
         channels: which channels of keys were kept.
+        bounds: the greatest and the least number of every key channel of a block.
     """
 
     plain_keys: int
@@ -79,6 +80,7 @@ class HeldBytes:
     values: int = 0
     scales: int = 0
     channels: int = 0
+    bounds: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from kvsieve.backends import AttendCall, HeadChoice
 from kvsieve.backends.reference import attend
 from kvsieve.backends.search import (
     Selection,
+    bound_scores,
     first_stage,
     group_scores,
     hip_search,
@@ -137,7 +138,9 @@ class ReferenceSearch:
         whole = start == 0 or row.found is None
         lo, hi = region(positions, rule.sinks, rule.window) if whole else (row.found.lo, row.found.hi)  # type: ignore[union-attr]
         scores = group_scores(*compared, positions, rule.window, rule.query_stride)
-        found = _search(rule, scores, lo, hi, start, () if row.found is None else row.found.inputs)
+        judged = start == 0 and rule.bounded and hi - lo > most
+        bounds = bound_scores(*compared, positions, rule.window, rule.query_stride) if judged else None
+        found = _search(rule, scores, bounds, lo, hi, start, () if row.found is None else row.found.inputs)
         self.work = self.work[0] + sum(found.reads), self.work[1]
         return RowChoice(found, 0, 0, positions[-1]) if whole else RowChoice(found, 0, row.step, row.since)
 
@@ -163,8 +166,9 @@ def side_by_side(
     return out, lse
 
 
-def _search(rule: TreeSearch | StagedSearch, scores: Any, lo: int, hi: int, start: int, inputs: Any) -> Selection:
+def _search(rule: TreeSearch | StagedSearch, scores: Any, bounds: Any, lo: int, hi: int, start: int, inputs: Any) -> Selection:
     if rule.kind == "hip":
         return hip_search(scores, lo, hi, rule.budget, rule.block, rule.representative)  # type: ignore[union-attr]
     chunks, keep = zip(*rule.stages)  # type: ignore[union-attr]
-    return infinite_hip_search(scores, lo, hi, chunks, keep, rule.representative, start=start, inputs=inputs if start else ())
+    inputs = inputs if start else ()
+    return infinite_hip_search(scores, lo, hi, chunks, keep, rule.representative, start=start, inputs=inputs, bounds=bounds)

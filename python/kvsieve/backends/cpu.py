@@ -306,7 +306,7 @@ class CpuSearch:
         if rule.kind == "hip":
             self.core = _core.Sparse.hip(same.budget, same.block, *shared, same.refresh, *queries)
         else:
-            self.core = _core.Sparse.infinite(list(same.stages), *shared, list(same.refresh), *queries)
+            self.core = _core.Sparse.infinite(list(same.stages), *shared, list(same.refresh), *queries, same.bounded)
         self.work = (0, 0)
 
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -1101,6 +1101,8 @@ class CudaBackend:
 
     def check_search(self, rule: Search, frame: str, packs: bool) -> None:
         """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or over packed ones."""
+        if rule.bounded:
+            raise BackendError("backend 'cuda' keeps no bounds of blocks; use HiP or InfiniteHiP, or backend='reference'")
         CudaSearch(rule)
         if frame == "raw":
             raise BackendError(

@@ -35,6 +35,14 @@ The last two are InfiniteHiP's way beyond the trained length. With a budget for 
         score(chunk) = best of the keys met on the way down, by halves, always to the half of the better representative
         chunks = the k / l best chunks
 
+*Bounds* (after Quest, Tang et al., ICML 2024) may judge the chunks of the first stage, which are then the blocks ``b`` of 64 tokens
+``64 b .. 64 b + 63`` of the text; sinks are whole blocks, and the window is at least one, so that all of them are whole:
+
+    bound(b) = max over the same queries, if 64 b <= p_i - W, of  sum over channels c of max(q_c * greatest_bc, q_c * least_bc)
+
+where ``greatest`` and ``least`` are over the keys of the block: no key of it scores more. ``max(x * y, x * z)`` is computed as the
+positive part of ``x`` times ``y`` plus the negative part times ``z``; a block with a NaN in a key scores ``-inf``.
+
 Where this departs from the papers, or decides what they leave open:
 
 * One choice for a KV head, by the maximum over its group; HiP's is for a query head. Keys are then read once for the group.
@@ -64,6 +72,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve.backends.reference import attend
+from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, ShapeError
 
 if TYPE_CHECKING:
@@ -73,6 +82,7 @@ __all__ = [
     "REPRESENTATIVES",
     "Selection",
     "best_on_the_way",
+    "bound_scores",
     "consecutive_attend",
     "first_stage",
     "group_scores",
@@ -141,21 +151,43 @@ def group_scores(
         PolicyError: a stride below 1.
         ShapeError: tensors that do not fit together.
     """
+    q, at = _asked(q, k, positions, stride)
+    logits = q.double() @ k.double().repeat_interleave(q.shape[0] // k.shape[0], 0).transpose(-1, -2)
+    return _greatest(logits, torch.arange(k.shape[1]), at, window, k.shape[0])
+
+
+def bound_scores(
+    q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], window: int, stride: int = 1
+) -> npt.NDArray[np.float64]:
+    """What each whole block's keys can score at most, for each KV head: float64 ``[Hkv, n // 64]``; arguments and errors as of
+    :func:`group_scores`."""
+    q, at = _asked(q, k, positions, stride)
+    num = k.shape[1] // BLOCK
+    blocks = k[:, : num * BLOCK].double().reshape(k.shape[0], num, BLOCK, k.shape[2])
+    most, least = (x.repeat_interleave(q.shape[0] // k.shape[0], 0).transpose(-1, -2) for x in (blocks.amax(2), blocks.amin(2)))
+    logits = q.double().clamp(min=0) @ most + q.double().clamp(max=0) @ least
+    return _greatest(logits, torch.arange(num) * BLOCK, at, window, k.shape[0])
+
+
+def _asked(q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], stride: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The queries that score, and their positions."""
     if stride < 1:
         raise PolicyError(f"stride must be at least 1, got {stride}")
     if q.ndim != 3 or k.ndim != 3 or q.shape[0] % k.shape[0] or q.shape[2] != k.shape[2] or q.shape[1] != len(positions):
         raise ShapeError(
             f"expected queries [heads, {len(positions)}, D] and keys [kv heads, n, D], got {list(q.shape)} and {list(k.shape)}"
         )
-    group = q.shape[0] // k.shape[0]
-    if positions:
-        first = (len(positions) - 1) % stride
-        q, positions = q[:, first::stride], positions[first::stride]
-    logits = q.double() @ k.double().repeat_interleave(group, 0).transpose(-1, -2)
-    at = torch.tensor(list(positions))[:, None]
-    hidden = torch.arange(k.shape[1])[None, :] > at - window
+    first = max(len(positions) - 1, 0) % stride
+    return q[:, first::stride], torch.tensor(list(positions[first::stride]))
+
+
+def _greatest(
+    logits: torch.Tensor, key_at: torch.Tensor, query_at: torch.Tensor, window: int, num_kv_heads: int
+) -> npt.NDArray[np.float64]:
+    """Of scores ``[H, m, n]`` the greatest of each KV head's group, of the queries that see a key outside their window."""
+    hidden = key_at[None, :] > query_at[:, None] - window
     logits = logits.masked_fill(hidden | logits.isnan(), -torch.inf)
-    return logits.view(k.shape[0], group * q.shape[1], k.shape[1]).amax(1).numpy()
+    return logits.reshape(num_kv_heads, -1, logits.shape[2]).amax(1).numpy()
 
 
 def placed(
@@ -294,6 +326,7 @@ def infinite_hip_search(
     start: int = 0,
     inputs: tuple[tuple[Ints, ...], ...] = (),
     every_stage: bool = False,
+    bounds: Floats | None = None,
 ) -> Selection:
     """InfiniteHiP's choice of at most ``keep[-1]`` tokens of the region (Lee et al., 2025, section 4.1).
 
@@ -304,13 +337,17 @@ def infinite_hip_search(
         representative: ``"first"`` key of a half (the paper), or its ``"centre"``.
         start: the first stage to compute; earlier ones are taken from ``inputs``, of an earlier selection over the same region.
         every_stage: score also where all chunks stay anyway, as the paper counts.
+        bounds: ``[Hkv, blocks]``, see :func:`bound_scores`: judge the first stage's chunks, blocks of the text, by these. Each
+            counts as two reads.
 
     Raises:
-        PolicyError: stages that do not divide each other, or ``inputs`` that do not go with ``start``.
+        PolicyError: stages that do not divide each other, or ``inputs`` that do not go with ``start``; bounds of other blocks.
         ShapeError: a region outside the keys.
     """
     _check(scores, lo, hi)
     _check_stages(chunks, keep)
+    if bounds is not None and (chunks[0] != BLOCK or lo % BLOCK or bounds.shape[1] * BLOCK < hi):
+        raise PolicyError(f"bounds are of blocks of {BLOCK} tokens, which {lo}..{hi} in chunks of {chunks[0]} are not")
     if not 0 <= start < len(chunks) or (start > 0 and len(inputs) != len(chunks)):
         raise PolicyError(f"a search of {len(chunks)} stages from stage {start} on needs the inputs of all, got {len(inputs)}")
     stages: list[tuple[Ints, ...]] = list(inputs[:start])
@@ -318,13 +355,17 @@ def infinite_hip_search(
     whole = np.array([[lo, hi]] if hi > lo else [], np.int64).reshape(-1, 2)
     last = inputs[start] if start else tuple(whole for _ in scores)
     dense = hi - lo <= keep[-1] and not every_stage
-    for length, most in list(zip(chunks, keep))[start:]:
+    for stage, (length, most) in list(enumerate(zip(chunks, keep)))[start:]:
         stages.append(last)
         out = []
         for head, row in enumerate(scores):
             pieces = _cut(last[head], length)
             if len(pieces) and not dense and (every_stage or len(pieces) > most // length):
-                found, _, count = best_on_the_way(row, pieces, representative)
+                if stage == 0 and bounds is not None:
+                    found = np.where(np.isnan(bounds[head]), -np.inf, bounds[head])[lo // BLOCK : lo // BLOCK + len(pieces)]
+                    count = 2 * len(pieces)
+                else:
+                    found, _, count = best_on_the_way(row, pieces, representative)
                 reads[head], rounds[head] = reads[head] + count, rounds[head] + 1
                 best = _best(found, most // length)
                 pieces = pieces[best[found[best] > -np.inf]]

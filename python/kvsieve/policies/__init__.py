@@ -11,6 +11,7 @@ from kvsieve.policies.h2o import H2O
 from kvsieve.policies.hip import HiP, InfiniteHiP
 from kvsieve.policies.lm_infinite import LMInfinite
 from kvsieve.policies.quantized import Quantized
+from kvsieve.policies.quest import Quest
 from kvsieve.policies.sirllm import SirLLM
 from kvsieve.policies.snapkv import SnapKV
 from kvsieve.policies.streaming_llm import StreamingLLM
@@ -25,6 +26,7 @@ __all__ = [
     "InfiniteHiP",
     "LMInfinite",
     "Quantized",
+    "Quest",
     "SirLLM",
     "SnapKV",
     "StreamingLLM",
@@ -43,6 +45,7 @@ POLICIES: dict[str, Callable[..., Policy]] = {
     "quantized": Quantized,
     "hip": HiP,
     "infinitehip": InfiniteHiP,
+    "quest": Quest,
 }
 """Every published system by its name in lower case."""
 

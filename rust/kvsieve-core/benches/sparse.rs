@@ -1,6 +1,7 @@
 //! Decode attention to what a search chooses, beside dense attention: one token, one thread, caches cold. Prints milliseconds.
 //!
-//! `cargo bench --bench sparse -- 32 128 512` takes lengths in units of 1,024 tokens. Before anything is timed, a token is compared with
+//! `cargo bench --bench sparse -- 32 128 512` takes lengths in units of 1,024 tokens; other words, as in `512 plain first`, must all be in
+//! a row's name. Before anything is timed, a token is compared with
 //! the reference over the very keys that were chosen. Keys are random: the worst case for a search, and the same work as any other.
 //! Each storage has a dense rival of its own: plain keys, thin ones (half of the channels, as pairs), and raw ones that are rotated on
 //! read; rounds of both take turns, and the ratio is that of medians.
@@ -96,8 +97,15 @@ fn hip(representative: Representative, refresh: usize) -> Rule {
 
 fn infinite(refresh: [usize; 3]) -> Rule {
     let stages = [(256, 32768), (32, 8192), (8, 2048)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
-    let infinite = Infinite::new(stages, First).expect("stages");
+    let infinite = Infinite::new(stages, First, false).expect("stages");
     Rule::new(Chooses::Infinite(infinite), 256, 1024, refresh.to_vec()).expect("a rule")
+}
+
+/// Bounds of blocks first, then the best pairs of four times as many tokens.
+fn quest(refresh: [usize; 2]) -> Rule {
+    let stages = [(64, 4096), (2, 1024)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
+    let staged = Infinite::new(stages, First, true).expect("stages");
+    Rule::new(Chooses::Infinite(staged), 64, 256, refresh.to_vec()).expect("a rule")
 }
 
 struct Bench {
@@ -300,7 +308,9 @@ fn runs_before(tokens: usize) -> usize {
 }
 
 fn main() {
-    let asked: Vec<usize> = std::env::args().filter_map(|a| a.parse().ok()).collect();
+    let words = || std::env::args().skip(1).filter(|word| !word.starts_with('-'));
+    let asked: Vec<usize> = words().filter_map(|word| word.parse().ok()).collect();
+    let wanted: Vec<String> = words().filter(|word| word.parse::<usize>().is_err()).collect();
     let lengths = if asked.is_empty() { vec![32, 128] } else { asked };
     println!("level {}; {HEADS}/{KV_HEADS}/{DIM} bfloat16, one thread", isa().expect("a valid KVSIEVE_ISA").name());
     for length in lengths {
@@ -311,13 +321,23 @@ fn main() {
             ("raw, read consecutively", Kind::Consecutive),
             ("raw, scored where they stand", Kind::Placed),
         ] {
-            let mut bench = Bench::new(length << 10, kind);
             let mut rules =
                 vec![("HiP 1024 centre, every token", hip(Centre, 1)), ("HiP 1024 centre, every 8", hip(Centre, 8))];
             if kind == Kind::Plain {
                 rules.push(("HiP 1024 first, every token", hip(First, 1)));
                 rules.push(("InfiniteHiP 3K, every token", infinite([1, 1, 1])));
                 rules.push(("InfiniteHiP 3K, every 16/8/4", infinite([16, 8, 4])));
+                rules.push(("Quest 1024, every token", quest([1, 1])));
+                rules.push(("Quest 1024, every 8/1", quest([8, 1])));
+                rules.push(("Quest 1024, every 8", quest([8, 8])));
+            }
+            rules.retain(|(name, _)| wanted.iter().all(|word| name.contains(word) || storage.contains(word)));
+            if rules.is_empty() {
+                continue;
+            }
+            let mut bench = Bench::new(length << 10, kind);
+            if kind == Kind::Plain {
+                bench.arena.make_bounds(&bench.runs).expect("bounds");
             }
             for (name, rule) in rules {
                 let (mut dense, mut sparse, mut work) = (Vec::new(), Vec::new(), (0.0, 0.0));

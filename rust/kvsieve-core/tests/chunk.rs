@@ -71,9 +71,8 @@ impl Data {
     }
 }
 
-/// Runs of any length in blocks of a row's own.
-fn runs(noise: &mut Noise, n: usize, block: &mut u32) -> Vec<Run> {
-    let even = noise.below(2) == 0;
+/// Whole blocks, or runs of any length, in blocks of a row's own.
+fn runs(noise: &mut Noise, n: usize, block: &mut u32, even: bool) -> Vec<Run> {
     let (mut runs, mut at) = (Vec::new(), 0);
     while at < n {
         let lo = if even { 0 } else { noise.below(60) };
@@ -93,8 +92,23 @@ fn rule(noise: &mut Noise) -> Rule {
         return Rule::new(Search::Hip(hip), sinks, window, vec![1 + noise.below(4)]).unwrap();
     }
     let stages = [(16, 96), (4, 32), (2, 12)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
-    let infinite = Infinite::new(stages, all[noise.below(2)]).unwrap();
+    let infinite = Infinite::new(stages, all[noise.below(2)], false).unwrap();
     Rule::new(Search::Infinite(infinite), sinks, window, vec![4, 2, 1]).unwrap()
+}
+
+/// A first stage of blocks, by the bounds of their keys.
+fn bounded_rule(noise: &mut Noise) -> Rule {
+    let (blocks, last) = (1 + noise.below(5), noise.one_of(&[1, 2, 8, 64]));
+    let mut stages = vec![Stage { chunk: 64, keep: 64 * blocks }];
+    if noise.below(4) > 0 {
+        stages.push(Stage { chunk: last, keep: last * (1 + noise.below(64 * blocks / last)) });
+    }
+    let refresh = vec![1; stages.len()];
+    let infinite = Infinite::new(stages, Representative::First, true).unwrap();
+    let (sinks, window) = (64 * noise.below(3), noise.one_of(&[64, 71, 200]));
+    assert!(Rule::new(Search::Infinite(infinite.clone()), sinks + 1, window, refresh.clone()).is_err());
+    assert!(Rule::new(Search::Infinite(infinite.clone()), sinks, 63, refresh.clone()).is_err());
+    Rule::new(Search::Infinite(infinite), sinks, window, refresh).unwrap()
 }
 
 fn close(a: &[f32], b: &[f32], tolerance: f32) -> bool {
@@ -106,7 +120,10 @@ fn close(a: &[f32], b: &[f32], tolerance: f32) -> bool {
 #[test]
 fn a_chunk_is_its_queries_one_by_one() {
     let mut noise = Noise(11);
-    for round in 0..45 {
+    let mut judged = 0;
+    for round in 0..75 {
+        // Of five rounds two begin with bounds.
+        let bounded = round % 5 >= 3;
         let dtype = [Dtype::F32, Dtype::BF16, Dtype::F16][round % 3];
         let (dim, value_dim) = (noise.one_of(&[1, 5, 16, 33, 64, 96, 128]), noise.one_of(&[1, 8, 33, 64, 80, 128]));
         let (rows, kv_heads, group) = (1 + noise.below(2), 1 + noise.below(2), 1 + noise.below(5));
@@ -115,16 +132,20 @@ fn a_chunk_is_its_queries_one_by_one() {
         let mut block = 0;
         let mut all = Vec::new();
         for _ in 0..rows {
-            let n = 1 + noise.below(500);
-            let runs = runs(&mut noise, n, &mut block);
+            let n = if bounded { 300 + noise.below(700) } else { 1 + noise.below(500) };
+            let even = bounded || noise.below(2) == 0;
+            let runs = runs(&mut noise, n, &mut block, even);
             let k = Data::of(&noise.eighths(kv_heads * n * dim), dtype);
             let v = Data::of(&noise.eighths(kv_heads * n * value_dim), dtype);
             arena.write(&runs, k.elems(), v.elems()).unwrap();
+            if bounded {
+                arena.make_bounds(&runs).unwrap();
+            }
             all.push((runs, 1 + noise.below(columns.min(n))));
         }
         let q = Data::of(&noise.eighths(rows * heads * columns * dim), dtype);
         let q = View::contiguous("q", q.elems(), [rows, heads, columns, dim]).unwrap();
-        let rule = rule(&mut noise);
+        let rule = if bounded { bounded_rule(&mut noise) } else { rule(&mut noise) };
         let sinks = noise.eighths(heads);
         let list: Vec<SparseRow<'_>> =
             all.iter().map(|(runs, new_len)| SparseRow { runs, shown: &[], new_len: *new_len }).collect();
@@ -154,6 +175,7 @@ fn a_chunk_is_its_queries_one_by_one() {
             (out.numbers(dtype), lse, choices, work)
         };
         let (out, lse, choices, work) = run(false, Level::Portable, 1);
+        judged += usize::from(bounded && work.searched > 0);
         for level in levels() {
             let got = run(true, level, 1);
             assert_eq!((&got.2, got.3), (&choices, work), "round {round} on {level:?}");
@@ -169,13 +191,14 @@ fn a_chunk_is_its_queries_one_by_one() {
             assert_eq!((two.1, two.2, two.3), (got.1, got.2, got.3));
         }
     }
+    assert!(judged > 10, "{judged} rounds judged bounds");
 }
 
 #[test]
 fn a_signal_leaves_the_choices_as_they_were() {
     let mut noise = Noise(3);
     let mut arena = Arena::new(2, 8, 8, Dtype::F32).unwrap();
-    let runs = runs(&mut noise, 1000, &mut 0);
+    let runs = runs(&mut noise, 1000, &mut 0, false);
     let data = Data::of(&noise.eighths(2 * 1000 * 8), Dtype::F32);
     arena.write(&runs, data.elems(), data.elems()).unwrap();
     let q = noise.eighths(2 * 900 * 8);

@@ -61,6 +61,10 @@ impl Score for Known {
         out.clear();
         out.extend(stretches.iter().map(best));
     }
+
+    fn bounds(&mut self, _blocks: Range<u32>, _out: &mut Vec<f32>) {
+        unreachable!("the bounds have a test of their own");
+    }
 }
 
 /// A row of residents in an arena, and the numbers behind it.
@@ -113,7 +117,7 @@ fn methods(noise: &mut Noise) -> (Hip, Infinite) {
         stages.insert(0, Stage { chunk, keep: chunk * (1 + noise.below(9)) });
         chunk *= 1 + noise.below(4);
     }
-    (hip, Infinite::new(stages, all[noise.below(2)]).unwrap())
+    (hip, Infinite::new(stages, all[noise.below(2)], false).unwrap())
 }
 
 #[test]
@@ -179,6 +183,116 @@ fn the_kernel_chooses_what_the_scores_say() {
             }
         }
     }
+}
+
+/// Scores of keys, and bounds of blocks.
+struct Bounded(Known, Vec<f32>);
+
+impl Score for Bounded {
+    fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>) {
+        self.0.best(stretches, out);
+    }
+
+    fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>) {
+        out.clear();
+        out.extend(blocks.map(|b| self.1[b as usize]));
+    }
+}
+
+/// A first stage that judges blocks by bounds, on every instruction set, with keys as they lie and raw ones at one distance.
+#[test]
+fn bounds_of_blocks_are_a_first_stage() {
+    let mut noise = Noise(23);
+    let mut fewer = 0;
+    for round in 0..90 {
+        let dtype = [Dtype::F32, Dtype::BF16, Dtype::F16][round % 3];
+        let dim = [4, 8, 33, 64, 96, 128][noise.below(6)];
+        let (kv_heads, group) = (1 + noise.below(3), 1 + noise.below(6));
+        let n = 200 + noise.below(900);
+        let mut row = Row::new(&mut noise, (kv_heads, n, dim), dtype, true);
+        // Scales that differ, so that bounds tell blocks apart.
+        for (i, x) in row.keys.iter_mut().enumerate() {
+            *x *= [1.0, 0.5, 0.25, 2.0][i / dim / 64 % 4];
+        }
+        let data = Data::of(&row.keys, dtype);
+        row.arena.write(&row.runs, data.elems(), data.elems()).unwrap();
+        let (columns, stride) = (1 + noise.below(100), 1 + noise.below(9));
+        let heads = kv_heads * group;
+        let q = noise.eighths(heads * columns * dim);
+        let data = Data::of(&q, dtype);
+        let view = View::contiguous("q", data.elems(), [1, heads, columns, dim]).unwrap();
+        let (sinks, window, first) = (64 * noise.below(2) as u32, 64 + noise.below(60), n - columns);
+        let hi = (n - window) as u32;
+        let region = hi.min(sinks)..hi;
+        let blocks =
+            [QueryBlock { row: 0, columns: 0..columns, runs: &row.runs, shown: &[], first, region: region.clone() }];
+        let (keep, last) = (64 * (1 + noise.below(4)), [1, 2, 4, 16][noise.below(4)]);
+        let stages = vec![Stage { chunk: 64, keep }, Stage { chunk: last, keep: last * (1 + noise.below(9)) }];
+        let infinite = Infinite::new(stages, Representative::First, true).unwrap();
+
+        let rope = if dim % 4 == 0 && noise.below(2) == 0 { Some(quarters(&mut noise, dim)) } else { None };
+        let factor = rope.as_ref().map_or(1.0, Rope::factor);
+        let turned = |x: &[f32]| -> Vec<f32> {
+            let wide: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
+            let Some(rope) = &rope else { return x.to_vec() };
+            // A key at position 0 is scaled only.
+            let turned = reference::rotated(&wide, window as i64, rope, factor * factor);
+            turned.iter().map(|x| (x * 8.0).round() as f32 / 8.0).collect()
+        };
+        let asked: Vec<usize> = (0..columns).rev().step_by(stride).collect();
+        let score = |head: usize| {
+            let queries: Vec<(usize, Vec<f32>)> = asked
+                .iter()
+                .flat_map(|&c| (0..group).map(move |g| (c, g)))
+                .map(|(c, g)| (first + c, turned(&q[((head * group + g) * columns + c) * dim..][..dim])))
+                .collect();
+            let key = |t: usize| &row.keys[(head * n + t) * dim..][..dim];
+            let best = |from: usize, product: &dyn Fn(&[f32]) -> f32| {
+                let seen = queries.iter().filter(|(p, _)| from + window <= *p);
+                seen.map(|(_, q)| product(q)).fold(f32::NEG_INFINITY, f32::max)
+            };
+            let scores = (0..n).map(|t| best(t, &|q| key(t).iter().zip(q).map(|(a, b)| a * b).sum())).collect();
+            let bound = |b: usize| {
+                let channel = |c: usize| (64 * b..64 * b + 64).map(move |t| key(t)[c]);
+                let most: Vec<f32> = (0..dim).map(|c| channel(c).fold(f32::MIN, f32::max)).collect();
+                let least: Vec<f32> = (0..dim).map(|c| channel(c).fold(f32::MAX, f32::min)).collect();
+                best(64 * b, &|q| (0..dim).map(|c| (q[c] * most[c]).max(q[c] * least[c])).sum())
+            };
+            Bounded(Known(scores), (0..n / 64).map(bound).collect())
+        };
+        let mut cache = vec![Vec::new(); kv_heads];
+        let want: Vec<Chosen> = (0..kv_heads)
+            .zip(&mut cache)
+            .map(|(h, cache)| infinite.search(region.clone(), 0, cache, &mut score(h)).unwrap())
+            .collect();
+        fewer += usize::from(cache.iter().any(|stages| stages[1].len() * 64 < region.len()));
+        let turn = rope.as_ref().map(|rope| Turn { rope, apply_factor: true, relative: true });
+        let method = Method::Infinite(&infinite, 0);
+        let args = Search {
+            q: view,
+            turn,
+            blocks: &blocks,
+            query_stride: stride,
+            window,
+            method,
+            threads: 1,
+            level: Level::Portable,
+        };
+        if infinite.judges_bounds(&region) {
+            let refused = search(&row.arena, &args, &mut []);
+            assert!(matches!(refused, Err(Error::Unsupported(_))), "no bounds yet: {refused:?}");
+        }
+        row.arena.make_bounds(&row.runs).unwrap();
+        for level in levels() {
+            for threads in [1, 2] {
+                let mut inputs = vec![Vec::new(); kv_heads];
+                let found = search(&row.arena, &Search { threads, level, ..args }, &mut inputs).unwrap();
+                assert_eq!(found, want, "round {round} {level:?} {dtype:?} {dim} {infinite:?}");
+                assert_eq!(inputs, cache);
+            }
+        }
+    }
+    assert!(fewer > 60, "{fewer} rounds chose among blocks");
 }
 
 /// Rotations by quarter turns, which are exact.
@@ -463,7 +577,8 @@ fn what_does_not_fit_is_refused() {
     let good = QueryBlock { row: 0, columns: 0..2, runs: &row.runs, shown: &[], first: 98, region: 0..90 };
     let hip = Hip { budget: 4, block: 1, representative: Representative::First };
     let infinite =
-        Infinite::new(vec![Stage { chunk: 2, keep: 4 }, Stage { chunk: 1, keep: 2 }], Representative::First).unwrap();
+        Infinite::new(vec![Stage { chunk: 2, keep: 4 }, Stage { chunk: 1, keep: 2 }], Representative::First, false)
+            .unwrap();
     let run = |block: QueryBlock<'_>, shape: [usize; 4], method: Method<'_>, inputs: usize, threads: usize| {
         let q = View::contiguous("q", Elems::F32(&q), shape).unwrap();
         let args = Search {

@@ -12,6 +12,7 @@ use kvsieve_core::select::Representative;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
 use kvsieve_core::select::kept::{Choice, Choices, Rule, Search};
+use kvsieve_core::store::arena::Arena;
 use kvsieve_core::{Error, Result};
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray3, PyUntypedArrayMethods,
@@ -57,6 +58,21 @@ impl Sparse {
 
     fn choices(&self) -> MutexGuard<'_, Choices> {
         self.choices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes what a search will ask of blocks that were written since the last one.
+    fn make_bounds(&self, py: Python<'_>, store: &Store, residents: &[Residents]) -> PyResult<()> {
+        let within = self.rule.sinks + self.rule.window + self.rule.most();
+        let searched: Vec<&[Run]> = residents
+            .iter()
+            .map(|row| &row.runs[..])
+            .filter(|runs| runs.iter().map(|run| run.len() as usize).sum::<usize>() > within)
+            .collect();
+        if store.read(py, usize::MAX, |arena| searched.iter().any(|runs| arena.lacks_bounds(runs))) {
+            let made = |arena: &mut Arena| searched.iter().try_for_each(|runs| arena.make_bounds(runs));
+            return store.write_with(py, usize::MAX, made).map_err(to_py);
+        }
+        Ok(())
     }
 
     /// Without the GIL, which a search in progress asks for while it holds the lock.
@@ -229,9 +245,11 @@ impl Sparse {
         Sparse::made(search, (sinks, window), vec![refresh], (query_block, query_stride)).map_err(to_py)
     }
 
-    /// InfiniteHiP: stages of (tokens of a chunk, tokens that stay), each with a pace of its own.
+    /// InfiniteHiP: stages of (tokens of a chunk, tokens that stay), each with a pace of its own. If `bounded` the first one judges
+    /// blocks of 64 by the bounds of their keys.
     #[staticmethod]
-    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block, query_stride=1))]
+    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block, query_stride=1, bounded=false))]
+    #[allow(clippy::too_many_arguments)]
     fn infinite(
         stages: Vec<(usize, usize)>,
         representative: &str,
@@ -240,10 +258,11 @@ impl Sparse {
         refresh: Vec<usize>,
         query_block: usize,
         query_stride: usize,
+        bounded: bool,
     ) -> PyResult<Self> {
         let stages = stages.into_iter().map(|(chunk, keep)| Stage { chunk, keep }).collect();
         let representative = Representative::parse(representative).map_err(to_py)?;
-        let search = Search::Infinite(Infinite::new(stages, representative).map_err(to_py)?);
+        let search = Search::Infinite(Infinite::new(stages, representative, bounded).map_err(to_py)?);
         Sparse::made(search, (sinks, window), refresh, (query_block, query_stride)).map_err(to_py)
     }
 
@@ -306,9 +325,13 @@ impl Sparse {
         };
         let level = isa().map_err(to_py)?;
         let signals = Signals::default();
+        let residents: Result<Vec<Residents>> = py.detach(|| (0..rows).map(|row| Residents::of(step, row)).collect());
+        let residents = residents.map_err(to_py)?;
+        if self.rule.is_bounded() {
+            self.make_bounds(py, store, &residents)?;
+        }
         // Never small: the choice alone reads thousands of keys.
         let done = store.read(py, usize::MAX, |arena| {
-            let residents: Vec<Residents> = (0..rows).map(|row| Residents::of(step, row)).collect::<Result<_>>()?;
             let mut row_list = Vec::with_capacity(rows);
             for (Residents { runs, shown }, &new_len) in residents.iter().zip(&step.new_lens) {
                 row_list.push(SparseRow { runs, shown, new_len });

@@ -49,7 +49,12 @@ impl Store {
         py.detach(|| f(&self.arena.read()))
     }
 
-    fn write_with<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&mut Arena) -> R + Send) -> R {
+    pub(crate) fn write_with<R: Send>(
+        &self,
+        py: Python<'_>,
+        bytes: usize,
+        f: impl FnOnce(&mut Arena) -> R + Send,
+    ) -> R {
         if bytes < SMALL
             && let Some(mut arena) = self.arena.try_write()
         {
@@ -367,11 +372,11 @@ impl Store {
         Ok((index, (0..channels.heads()).map(|head| channels.pairs(head)).collect()))
     }
 
-    /// Bytes held of plain keys, plain values, packed keys, packed values, scales, and channel numbers.
-    fn bytes_by_part(&self, py: Python<'_>) -> [usize; 6] {
+    /// Bytes held of plain keys, plain values, packed keys, packed values, scales, channel numbers, and bounds of blocks.
+    fn bytes_by_part(&self, py: Python<'_>) -> [usize; 7] {
         self.read(py, 0, |arena| {
             let ((keys, values), packed) = (arena.plain_bytes(), arena.packed_bytes());
-            [keys, values, packed.keys, packed.values, packed.scales, packed.channels]
+            [keys, values, packed.keys, packed.values, packed.scales, packed.channels, arena.bounds_bytes()]
         })
     }
 

@@ -115,6 +115,8 @@ struct Places<'a> {
     /// Whether all runs but the last are whole blocks.
     even: bool,
     packed: bool,
+    /// Of each run its bounds for head 0, and the bytes from head to head; null where it has none. Empty where that is not asked.
+    bounds: Vec<(*const u8, usize)>,
     _arena: PhantomData<&'a Arena>,
 }
 
@@ -122,7 +124,7 @@ struct Places<'a> {
 unsafe impl Sync for Places<'_> {}
 
 impl<'a> Places<'a> {
-    fn new(arena: &'a Arena, runs: &[Run], shown: &[Shown]) -> Result<Self> {
+    fn new(arena: &'a Arena, runs: &[Run], shown: &[Shown], bounded: bool) -> Result<Self> {
         let mut places = Places {
             runs: Vec::with_capacity(runs.len()),
             shown: Vec::with_capacity(shown.len()),
@@ -131,6 +133,7 @@ impl<'a> Places<'a> {
             len: 0,
             even: true,
             packed: false,
+            bounds: Vec::new(),
             _arena: PhantomData,
         };
         for (i, run) in runs.iter().enumerate().filter(|(_, run)| run.lo < run.hi) {
@@ -149,6 +152,9 @@ impl<'a> Places<'a> {
             places.runs.push(*run);
             places.shown.extend(shown.get(i));
             places.len += run.len();
+            if bounded {
+                places.bounds.push(bounds_of(arena, run));
+            }
         }
         Ok(places)
     }
@@ -192,6 +198,26 @@ impl<'a> Places<'a> {
     fn most(&self) -> i64 {
         self.shown.iter().map(|shown| shown.shift).max().unwrap_or(0)
     }
+}
+
+/// The bounds of a run's block for head 0, and the bytes from head to head; null where it has none.
+pub(super) fn bounds_of(arena: &Arena, run: &Run) -> (*const u8, usize) {
+    let whole = run.lo == 0 && run.hi == BLOCK && !run.block.is_packed();
+    let Some(row) = arena.bound(run.block, 0).filter(|_| whole) else { return (std::ptr::null(), 0) };
+    let next = if arena.num_kv_heads() > 1 { arena.bound(run.block, 1).unwrap_or(row) } else { row };
+    (row, next as usize - row as usize)
+}
+
+/// Refuses a region that is not made of blocks with bounds; `even` if all runs but the last are whole blocks.
+pub(super) fn check_bounds((bounds, even): (&[(*const u8, usize)], bool), region: &Range<u32>) -> Result<()> {
+    let blocks = (region.start / BLOCK) as usize..region.end.div_ceil(BLOCK) as usize;
+    let all = bounds.get(blocks).is_some_and(|all| all.iter().all(|(row, _)| !row.is_null()));
+    if even && all && region.start.is_multiple_of(BLOCK) {
+        return Ok(());
+    }
+    Err(Error::Unsupported(
+        "blocks are judged by bounds only where all tokens are kept, in whole blocks that have them",
+    ))
 }
 
 /// A batch of keys and the queries that score them.
@@ -387,6 +413,7 @@ fn kernel(level: Level, dtype: Dtype, dim: usize) -> Kernel {
             match dim {
                 64 => $run::<$elem, 64>,
                 128 => $run::<$elem, 128>,
+                256 => $run::<$elem, 256>,
                 _ => $run::<$elem, 0>,
             }
         };
@@ -424,6 +451,9 @@ struct Scratch {
     sources: Vec<Source>,
     /// Keys that were made, `[MADE][width]`.
     rows: Vec<f32>,
+    /// Queries for bounds, as `queries` and `dots`: what is above zero of each channel, then what is below.
+    split: Vec<f32>,
+    split_dots: Vec<bf16>,
 }
 
 /// Scores for one query block and key-value head.
@@ -441,6 +471,8 @@ struct Scorer<'a> {
     edge: i64,
     stride: usize,
     kernel: Kernel,
+    /// The kernel for bounds, which are twice as wide.
+    bounds_kernel: Kernel,
     scratch: &'a mut Scratch,
 }
 
@@ -533,6 +565,44 @@ impl Score for Scorer<'_> {
             out.push(best);
         }
     }
+
+    fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>) {
+        out.clear();
+        let (Some(count), dim) = (blocks.len().checked_sub(1).map(|last| last + 1), 2 * self.dim) else { return };
+        let width = dim.next_multiple_of(32);
+        let Scratch { queries, dots, keys, seen_from, split, split_dots, .. } = &mut *self.scratch;
+        split.clear();
+        split.resize(self.num_queries * width, 0.0);
+        for (query, to) in queries.chunks_exact(self.width).zip(split.chunks_exact_mut(width)) {
+            let (above, below) = to[..dim].split_at_mut(self.dim);
+            for ((&x, above), below) in query.iter().zip(above).zip(below) {
+                *(if x.is_sign_negative() { below } else { above }) = x;
+            }
+        }
+        split_dots.clear();
+        if !dots.is_empty() {
+            split_dots.extend(split.iter().map(|&x| bf16::of_f32(x)));
+        }
+        let whole = count.next_multiple_of(4);
+        let bounds = &self.places.bounds[blocks.start as usize..blocks.end as usize];
+        keys.clear();
+        keys.extend(bounds.iter().map(|(row, stride)| row.wrapping_add(self.head * stride)));
+        keys.resize(whole, keys[count - 1]);
+        seen_from.clear();
+        if i64::from((blocks.end - 1) * BLOCK) >= self.edge {
+            seen_from.extend(blocks.map(|block| {
+                let hidden = (i64::from(block * BLOCK) + 1 - self.edge).max(0) as usize;
+                (hidden.div_ceil(self.stride) * self.group) as u32
+            }));
+            seen_from.resize(whole, seen_from[count - 1]);
+        }
+        out.resize(whole, 0.0);
+        let num_queries = self.num_queries;
+        let mut batch = Batch { keys, seen_from, dim, queries: split, dots: split_dots, width, num_queries, out };
+        // SAFETY: as in `run`; `search` has seen that every block of the region has bounds, two rows of the arena's dtype.
+        unsafe { (self.bounds_kernel)(&mut batch) };
+        out.truncate(count);
+    }
 }
 
 /// Widens a row of queries.
@@ -561,6 +631,7 @@ pub fn search_unless(
 ) -> Result<Vec<Chosen>> {
     let group = check(arena, args, inputs.len())?;
     let kv_heads = arena.num_kv_heads();
+    let bounded = matches!(args.method, Method::Infinite(infinite, 0) if infinite.is_bounded());
     let mut places: Vec<Places<'_>> = Vec::new();
     let mut place_of = Vec::with_capacity(args.blocks.len());
     for (i, block) in args.blocks.iter().enumerate() {
@@ -571,7 +642,7 @@ pub fn search_unless(
             Some(j) => place_of.push(place_of[j]),
             None => {
                 place_of.push(places.len());
-                places.push(Places::new(arena, block.runs, block.shown)?);
+                places.push(Places::new(arena, block.runs, block.shown, bounded)?);
             }
         }
         let have = places[place_of[i]].len;
@@ -580,6 +651,15 @@ pub fn search_unless(
             return Err(Error::Shape { what: "region", expected, got: format!("{:?}", block.region) });
         }
         check_shown(args, block, &places[place_of[i]])?;
+        if let Method::Infinite(infinite, 0) = args.method
+            && infinite.judges_bounds(&block.region)
+        {
+            let places = &places[place_of[i]];
+            check_bounds((&places.bounds, places.even), &block.region)?;
+            if args.turn.is_some_and(|turn| !turn.relative) {
+                return Err(Error::Unsupported("bounds are of keys as they lie; score raw keys by the relative rule"));
+            }
+        }
     }
     let one = |unit: usize, inputs: &mut Inputs| -> Result<Chosen> {
         let block = &args.blocks[unit / kv_heads];
@@ -670,6 +750,7 @@ fn run_unit(
             edge: (block.first + offset) as i64 + 1 - args.window as i64,
             stride: args.query_stride,
             kernel,
+            bounds_kernel: self::kernel(args.level, arena.dtype(), 2 * dim),
             scratch,
         };
         match args.method {

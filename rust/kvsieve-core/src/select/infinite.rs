@@ -1,8 +1,12 @@
 //! InfiniteHiP: the region is narrowed in stages, each judging chunks on their own (Lee et al., 2025).
+//!
+//! The first stage may judge whole blocks by the bounds of their keys instead (after Quest, Tang et al., ICML 2024): it then reads two
+//! rows of each, side by side in memory, where a walk reads a dozen keys that lie anywhere.
 
 use std::ops::Range;
 
 use super::{Best, Chosen, Representative, Score};
+use crate::ids::BLOCK;
 use crate::{Error, Result};
 
 /// One narrowing.
@@ -19,6 +23,7 @@ pub struct Stage {
 pub struct Infinite {
     stages: Vec<Stage>,
     representative: Representative,
+    bounded: bool,
 }
 
 /// A chunk on the way down to one of its keys.
@@ -32,8 +37,9 @@ struct Walk {
 }
 
 impl Infinite {
-    /// Each chunk is a multiple of the next one, and what is kept of its chunk.
-    pub fn new(stages: Vec<Stage>, representative: Representative) -> Result<Self> {
+    /// Each chunk is a multiple of the next one, and what is kept of its chunk. Where the first stage judges by bounds, its chunks are
+    /// blocks.
+    pub fn new(stages: Vec<Stage>, representative: Representative, bounded: bool) -> Result<Self> {
         let whole = |s: &Stage| s.chunk > 0 && s.keep > 0 && s.keep.is_multiple_of(s.chunk) && s.keep < 1 << 31;
         let nested = |w: &[Stage]| w[0].chunk.is_multiple_of(w[1].chunk);
         if stages.is_empty() || !stages.iter().all(whole) || !stages.windows(2).all(nested) {
@@ -44,7 +50,22 @@ impl Infinite {
             let got = format!("{representative:?}");
             return Err(Error::OutOfRange { what: "representative", expected: "first or centre", got });
         }
-        Ok(Infinite { stages, representative })
+        if bounded && stages[0].chunk != BLOCK as usize {
+            let (what, expected) = ("stages", "a first stage of whole blocks, 64 tokens, where it judges by bounds");
+            return Err(Error::OutOfRange { what, expected, got: format!("{stages:?}") });
+        }
+        Ok(Infinite { stages, representative, bounded })
+    }
+
+    /// Whether the first stage judges blocks by bounds.
+    pub fn is_bounded(&self) -> bool {
+        self.bounded
+    }
+
+    /// Whether a search of this region begins with bounds: it need not where all its blocks stay anyway.
+    pub fn judges_bounds(&self, region: &Range<u32>) -> bool {
+        let [first, .., last] = [self.stages[0], self.stages[self.stages.len() - 1]];
+        self.bounded && region.len() > last.keep && region.len().div_ceil(first.chunk) > first.keep / first.chunk
     }
 
     pub fn stages(&self) -> &[Stage] {
@@ -80,7 +101,14 @@ impl Infinite {
             let kept = if dense || pieces.len() <= most {
                 pieces
             } else {
-                let found = self.judge(&pieces, score, &mut chosen.reads);
+                let found = if i == 0 && self.bounded {
+                    let mut found = Vec::new();
+                    score.bounds(region.start / BLOCK..region.end.div_ceil(BLOCK), &mut found);
+                    chosen.reads += 2 * found.len() as u64;
+                    found
+                } else {
+                    self.judge(&pieces, score, &mut chosen.reads)
+                };
                 chosen.rounds += 1;
                 let mut kept = Vec::with_capacity(most);
                 best.each(&found, most, |i| {
@@ -105,12 +133,12 @@ impl Infinite {
         let mut walks: Vec<Walk> = chunks.iter().map(walk).collect();
         let (mut asked, mut answers) = (Vec::new(), Vec::new());
         let first = self.representative == Representative::First;
-        // Chunks of one token have no halves, and speak for themselves.
-        asked.extend(chunks.iter().filter(|c| c.len() == 1).cloned());
+        // Chunks of one token have no halves, and of two a walk would meet both: they speak for themselves.
+        asked.extend(chunks.iter().filter(|c| c.len() <= 2).cloned());
         score.best(&asked, &mut answers);
-        *reads += asked.len() as u64;
-        for (walk, &x) in walks.iter_mut().filter(|w| w.hi - w.lo == 1).zip(&answers) {
-            walk.best = x;
+        *reads += asked.iter().map(|c| c.len() as u64).sum::<u64>();
+        for (walk, &x) in walks.iter_mut().filter(|w| w.hi - w.lo <= 2).zip(&answers) {
+            (walk.hi, walk.best) = (walk.lo + 1, x);
         }
         loop {
             asked.clear();

@@ -10,6 +10,7 @@ use std::sync::Arc;
 use super::Chosen;
 use super::hip::Hip;
 use super::infinite::Infinite;
+use crate::ids::BLOCK;
 use crate::{Error, Result};
 
 /// Which search.
@@ -107,7 +108,20 @@ impl Rule {
             let expected = "at least 1, once for HiP and once for each stage of InfiniteHiP";
             return Err(Error::OutOfRange { what: "refresh", expected, got: format!("{refresh:?}") });
         }
-        Ok(Rule { search, sinks, window, refresh })
+        let rule = Rule { search, sinks, window, refresh };
+        // The last block that is searched is then a whole one, and the first one is searched whole.
+        let fits = sinks.is_multiple_of(BLOCK as usize) && window >= BLOCK as usize;
+        if rule.is_bounded() && !fits {
+            let expected =
+                "whole blocks of sinks and a window of at least one, 64 tokens, where blocks are judged by bounds";
+            return Err(Error::OutOfRange { what: "sinks", expected, got: format!("{sinks}, window {window}") });
+        }
+        Ok(rule)
+    }
+
+    /// Whether the search begins with the bounds of blocks.
+    pub fn is_bounded(&self) -> bool {
+        matches!(&self.search, Search::Infinite(infinite) if infinite.is_bounded())
     }
 
     /// What queries at `first..first + count` can choose from.
@@ -131,7 +145,7 @@ impl Rule {
     }
 
     /// Tokens that a search finds at most; a region of no more is read whole.
-    fn most(&self) -> usize {
+    pub fn most(&self) -> usize {
         match &self.search {
             Search::Hip(hip) => hip.budget,
             Search::Infinite(infinite) => infinite.stages().last().map_or(0, |stage| stage.keep),
@@ -180,7 +194,7 @@ mod tests {
     #[test]
     fn stages_are_refreshed_each_at_its_pace() {
         let stages = [(8, 64), (4, 32), (2, 8)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
-        let search = Search::Infinite(Infinite::new(stages, Representative::First).unwrap());
+        let search = Search::Infinite(Infinite::new(stages, Representative::First, false).unwrap());
         assert!(Rule::new(search.clone(), 0, 1, vec![16, 8]).is_err());
         assert!(Rule::new(search.clone(), 0, 1, vec![16, 8, 0]).is_err());
         let rule = Rule::new(search, 0, 1, vec![16, 8, 4]).unwrap();

@@ -17,6 +17,10 @@ use crate::{Error, Result};
 pub trait Score {
     /// Writes to `out` the greatest score of each stretch, `-inf` when none of its keys can be seen. Stretches are not empty.
     fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>);
+
+    /// Writes to `out` what the keys of each of these whole blocks (of [`BLOCK`](crate::ids::BLOCK) residents, counted from the first)
+    /// can score at most, `-inf` where no query sees the first of them: `sum over channels of max(q * greatest, q * least)`.
+    fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>);
 }
 
 /// Which part of a node speaks for it.
@@ -174,6 +178,7 @@ mod tests {
     use super::hip::Hip;
     use super::infinite::{Infinite, Stage};
     use super::*;
+    use crate::ids::BLOCK;
     use proptest::prelude::*;
 
     /// Scores that are known.
@@ -184,6 +189,12 @@ mod tests {
             let best = |s: &Range<u32>| &self.0[s.start as usize..s.end as usize];
             out.clear();
             out.extend(stretches.iter().map(|s| best(s).iter().copied().fold(f32::NEG_INFINITY, f32::max)));
+        }
+
+        /// As good as bounds can be.
+        fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>) {
+            let whole = blocks.map(|b| b * BLOCK..((b + 1) * BLOCK).min(self.0.len() as u32));
+            self.best(&whole.collect::<Vec<_>>(), out);
         }
     }
 
@@ -231,7 +242,7 @@ mod tests {
             }
             let known = scores(seed, lo + n, values);
             let representative = if centre { Representative::Centre } else { Representative::First };
-            let infinite = Infinite::new(stages.clone(), representative).unwrap();
+            let infinite = Infinite::new(stages.clone(), representative, false).unwrap();
             let region = lo as u32..(lo + n) as u32;
             let mut cache = Vec::new();
             let got = infinite.search(region.clone(), 0, &mut cache, &mut Known(&known)).unwrap();
@@ -269,10 +280,10 @@ mod tests {
         let stage = |chunk, keep| Stage { chunk, keep };
         for stages in [vec![], vec![stage(8, 8), stage(3, 3)], vec![stage(8, 12)], vec![stage(0, 8)], vec![stage(8, 0)]]
         {
-            assert!(Infinite::new(stages, Representative::First).is_err());
+            assert!(Infinite::new(stages, Representative::First, false).is_err());
         }
-        assert!(Infinite::new(vec![stage(8, 8)], Representative::Last).is_err());
-        let one = Infinite::new(vec![stage(4, 4)], Representative::First).unwrap();
+        assert!(Infinite::new(vec![stage(8, 8)], Representative::Last, false).is_err());
+        let one = Infinite::new(vec![stage(4, 4)], Representative::First, false).unwrap();
         assert!(one.search(0..9, 1, &mut Vec::new(), &mut Known(&[0.0; 9])).is_err());
         assert!(Representative::parse("middle").is_err());
     }

@@ -3,6 +3,7 @@
 use std::ops::Range;
 use std::ptr::NonNull;
 
+use super::bounds::Bounds;
 use super::packed::{Chosen, Packed, PackedBytes, Packing};
 use crate::ids::{BLOCK, BlockId, PACKED, Run};
 use crate::kernels::rotate::widen;
@@ -24,6 +25,7 @@ pub struct Arena {
     keys: Slabs,
     values: Slabs,
     packed: Option<Packed>,
+    pub(super) bounds: Option<Bounds>,
 }
 
 /// Where the tokens of one block lie: `(block, head, slot)` to byte offsets.
@@ -45,7 +47,7 @@ impl Arena {
         }
         let per_channel = heads * BLOCK as usize * dtype.size();
         let (keys, values) = (Slabs::new(per_channel * key_dim), Slabs::new(per_channel * value_dim));
-        Ok(Arena { heads, key_dim, value_dim, dtype, keys, values, packed: None })
+        Ok(Arena { heads, key_dim, value_dim, dtype, keys, values, packed: None, bounds: None })
     }
 
     pub fn num_kv_heads(&self) -> usize {
@@ -72,7 +74,7 @@ impl Arena {
     /// Exactly what was asked for: addresses without memory do not count.
     pub fn bytes(&self) -> usize {
         let PackedBytes { keys, values, scales, channels } = self.packed_bytes();
-        self.plain_bytes().0 + self.plain_bytes().1 + keys + values + scales + channels
+        self.plain_bytes().0 + self.plain_bytes().1 + keys + values + scales + channels + self.bounds_bytes()
     }
 
     /// Bytes of plain keys and of plain values.
@@ -221,6 +223,16 @@ impl Arena {
     fn free(&mut self, slab: usize) {
         self.keys.free(slab);
         self.values.free(slab);
+        if let Some(bounds) = &mut self.bounds {
+            bounds.free(slab);
+        }
+    }
+
+    /// What is known of these plain blocks no longer holds: they are written.
+    fn touch(&mut self, blocks: impl Iterator<Item = BlockId>) {
+        if let Some(bounds) = &mut self.bounds {
+            blocks.for_each(|block| bounds.touch(block));
+        }
     }
 
     /// Frees the slabs none of whose blocks is in use. `in_use` is indexed by block; blocks beyond its end are not in use.
@@ -380,6 +392,7 @@ impl Arena {
         self.reserve(step.copies.iter().map(|m| m.to).chain(step.appends.iter().map(|a| a.block)))?;
 
         self.move_tokens(&step.copies);
+        self.touch(step.appends.iter().map(|a| a.block));
         let es = self.dtype.size();
         for a in step.appends.iter().filter(|a| a.len > 0) {
             let column = step.num_queries - step.new_lens[a.row] + a.new;
@@ -418,6 +431,7 @@ impl Arena {
     ///
     /// Head by head, keys before values: each is then one walk through memory, where all of them at once would be dozens.
     fn move_tokens(&mut self, moves: &[Move]) {
+        self.touch(moves.iter().map(|m| m.to));
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         // Where the first head's rows lie, and how many rows further on the next head's.
         let hops = moves.iter().filter(|m| m.len > 0).map(|m| {
@@ -541,6 +555,7 @@ impl Arena {
             return Err(self.bad_block(bad.block.0));
         }
         self.reserve(runs.iter().map(|r| r.block).filter(|block| !block.is_packed()))?;
+        self.touch(runs.iter().map(|r| r.block));
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         let (k, v) = (k.as_bytes_ptr(), v.as_bytes_ptr());
         let mut mine = self.packed.take();

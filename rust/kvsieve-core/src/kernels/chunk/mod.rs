@@ -16,7 +16,7 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::isa::Level;
-use super::search::{Inputs, sampled};
+use super::search::{Inputs, bounds_of, check_bounds, sampled};
 use super::sparse::{Scoring, Sparse, SparseRow, Work, attend_sparse, fill_zero};
 use super::threads;
 use super::view::{Dtype, ElemsMut, check_dtype, check_len};
@@ -45,14 +45,16 @@ struct Residents {
     len: u32,
     /// Whether all runs but the last are whole blocks.
     even: bool,
+    /// Of each run its bounds for head 0, and the bytes from head to head; null where it has none. Empty where that is not asked.
+    bounds: Vec<(*const u8, usize)>,
 }
 
 // SAFETY: the pointers are into an arena that is borrowed, shared, for as long as a `Residents` lives, and are only read through.
 unsafe impl Sync for Residents {}
 
 impl Residents {
-    fn new(arena: &Arena, runs: &[Run]) -> Result<Self> {
-        let mut found = Residents { starts: Vec::new(), runs: Vec::new(), len: 0, even: true };
+    fn new(arena: &Arena, runs: &[Run], bounded: bool) -> Result<Self> {
+        let mut found = Residents { starts: Vec::new(), runs: Vec::new(), len: 0, even: true, bounds: Vec::new() };
         for run in runs.iter().filter(|run| run.lo < run.hi) {
             arena.check_span(run.block, run.lo, run.hi)?;
             found.even &= found.len as usize == found.runs.len() * BLOCK as usize;
@@ -62,6 +64,9 @@ impl Residents {
             let (next_key, next_value) = (next.0 as usize - key as usize, next.1 as usize - value as usize);
             found.runs.push(Together { key, value, next_key, next_value });
             found.len += run.len();
+            if bounded {
+                found.bounds.push(bounds_of(arena, run));
+            }
         }
         Ok(found)
     }
@@ -159,6 +164,9 @@ struct Kept {
     keys: Vec<*const u8>,
     seen_from: Vec<u32>,
     scores: Vec<f32>,
+    /// Queries for bounds: as they are stored, and as the kernels take them.
+    split: Vec<u32>,
+    split_words: Words,
     attend: Scratch,
 }
 
@@ -176,6 +184,10 @@ struct Scorer<'a> {
     keys: &'a mut Vec<*const u8>,
     seen_from: &'a mut Vec<u32>,
     scores: &'a mut Vec<f32>,
+    /// The rows of the sampled queries.
+    rows: &'a [*const u8],
+    split: &'a mut Vec<u32>,
+    split_words: &'a mut Words,
 }
 
 impl Score for Scorer<'_> {
@@ -218,6 +230,68 @@ impl Score for Scorer<'_> {
             }
             at += stretch.len();
             out.push(best);
+        }
+    }
+
+    fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>) {
+        out.clear();
+        let Scorer { common, keys, seen_from, rows, split, split_words, .. } = self;
+        let shape = Shape { dim: 2 * common.shape.dim, ..common.shape };
+        let row_bytes = 2 * common.bytes.0;
+        // Words, so that rows of any dtype are aligned in them.
+        let row_words = row_bytes.div_ceil(4);
+        split.clear();
+        split.resize(rows.len() * row_words, 0);
+        for (row, to) in rows.iter().zip(split.chunks_exact_mut(row_words)) {
+            // SAFETY: rows of the view's channels, of the dtype that the kernels are for; twice as many fit into the words.
+            unsafe { split_row(*row, common.shape.dim, common.bytes.0, to.as_mut_ptr().cast()) };
+        }
+        let made: Vec<*const u8> = split.chunks_exact(row_words).map(|row| row.as_ptr().cast()).collect();
+        let size = padded_rows(rows.len()) * shape.padded();
+        let words = &mut split_words.of(size)[..size];
+        words[rows.len() * shape.padded()..].fill(0);
+        // SAFETY: as in `bring`.
+        unsafe { (common.kernels.queries)(&made, &shape, words) };
+
+        keys.clear();
+        let bounds = &self.residents.bounds[blocks.start as usize..blocks.end as usize];
+        keys.extend(bounds.iter().map(|(row, stride)| row.wrapping_add(self.head * stride)));
+        seen_from.clear();
+        if !blocks.is_empty() && i64::from((blocks.end - 1) * BLOCK) >= self.edge {
+            let stride = common.args.query_stride as i64;
+            seen_from.extend(blocks.map(|block| {
+                let hidden = (i64::from(block * BLOCK) + 1 - self.edge).max(0);
+                (hidden as u64).div_ceil(stride as u64) as u32 * common.group as u32
+            }));
+        }
+        out.resize(keys.len(), 0.0);
+        let mut batch = Batch {
+            keys,
+            seen_from,
+            shape,
+            queries: words,
+            num_queries: self.num_queries,
+            turned: self.turned,
+            spare: self.spare,
+            out,
+        };
+        // SAFETY: as in `best`; `run_unit` has seen that every block of the region has bounds, two rows of the arena's dtype.
+        unsafe { (common.kernels.score)(&mut batch) };
+    }
+}
+
+/// What is above zero of each channel, then what is below: a product with the greatest and the least numbers is then the greatest one.
+///
+/// # Safety
+/// A row of `dim` elements and `bytes` in all, and room for twice as much.
+unsafe fn split_row(row: *const u8, dim: usize, bytes: usize, to: *mut u8) {
+    // SAFETY: the caller's promise; a sign is the highest bit of the last byte of an element, whatever its dtype.
+    unsafe {
+        let size = bytes / dim;
+        for c in 0..dim {
+            let from = row.add(c * size);
+            let at = if *from.add(size - 1) >> 7 == 1 { bytes } else { 0 } + c * size;
+            std::ptr::copy_nonoverlapping(from, to.add(at), size);
         }
     }
 }
@@ -303,7 +377,7 @@ pub fn attend_chunk(
     let [_, heads, columns, dim] = args.q.shape();
     let mut residents = Vec::with_capacity(args.rows.len());
     for row in args.rows {
-        let found = Residents::new(arena, row.runs)?;
+        let found = Residents::new(arena, row.runs, rule.is_bounded())?;
         if row.new_len > columns || row.new_len > found.len as usize {
             let expected = format!("at most {columns} new tokens, all of them among {} residents", found.len);
             return Err(Error::Shape { what: "new_len", expected, got: row.new_len.to_string() });
@@ -447,6 +521,8 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
                 keys: Vec::new(),
                 seen_from: Vec::new(),
                 scores: Vec::new(),
+                split: Vec::new(),
+                split_words: Words::new(),
                 attend: Scratch::new(),
             })
         };
@@ -456,8 +532,13 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
     let residents = &common.residents[*row];
     let count = columns.len();
     let region = rule.region(*first, count)?;
+    if let Chooses::Infinite(infinite) = &rule.search
+        && infinite.judges_bounds(&region)
+    {
+        check_bounds((&residents.bounds, residents.even), &region)?;
+    }
     KEPT.with_borrow_mut(|kept| {
-        let Kept { queries: words, turned, spare, keys, seen_from, scores, attend } = kept;
+        let Kept { queries: words, turned, spare, keys, seen_from, scores, split, split_words, attend } = kept;
 
         // The sampled queries first: the search has no use for the others.
         let chosen_by = sampled(count, args.query_stride);
@@ -465,7 +546,8 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
         let chosen_by: Vec<usize> = chosen_by.step_by(args.query_stride).collect();
         let mut inputs = Inputs::new();
         let num_queries = chosen_by.len() * group;
-        let mine = bring(common, queries, head, &chosen_by, words);
+        let rows = query_rows(common, queries, head, &chosen_by);
+        let mine = bring(common, &rows, words);
         let mut scorer = Scorer {
             common,
             residents,
@@ -478,6 +560,9 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
             keys,
             seen_from,
             scores,
+            rows: &rows,
+            split,
+            split_words,
         };
         let chosen = match &rule.search {
             Chooses::Hip(hip) => hip.search(region.clone(), &mut scorer)?,
@@ -485,7 +570,7 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
         };
 
         let all: Vec<usize> = (0..count).collect();
-        let mine = bring(common, queries, head, &all, words);
+        let mine = bring(common, &query_rows(common, queries, head, &all), words);
         // All queries see what the first one sees, but for its window; and from there on it is a matter of who asks.
         let near = region.end.min((first + 1).saturating_sub(rule.window) as u32);
         let mut stretches = Vec::new();
@@ -534,20 +619,25 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
     })
 }
 
-/// The rows of some queries of a block for a head's group, as words.
-fn bring<'a>(common: &Common<'_>, block: &Queries, head: usize, which: &[usize], words: &'a mut Words) -> &'a [u32] {
-    let Common { args, group, shape, .. } = common;
-    let num = which.len() * group;
-    let mut rows = Vec::with_capacity(num);
+/// The rows of some queries of a block for a head's group.
+fn query_rows(common: &Common<'_>, block: &Queries, head: usize, which: &[usize]) -> Vec<*const u8> {
+    let Common { args, group, .. } = common;
+    let mut rows = Vec::with_capacity(which.len() * group);
     for &query in which {
         for g in 0..*group {
             rows.push(args.q.row(block.row, head * group + g, block.columns.start + query).as_bytes_ptr());
         }
     }
+    rows
+}
+
+/// Rows of queries as words.
+fn bring<'a>(common: &Common<'_>, rows: &[*const u8], words: &'a mut Words) -> &'a [u32] {
+    let (shape, num) = (&common.shape, rows.len());
     let words = &mut words.of(padded_rows(num) * shape.padded())[..padded_rows(num) * shape.padded()];
     words[num * shape.padded()..].fill(0);
     // SAFETY: the level is available, and the kernel is of the view's dtype; rows of the view, and room for them.
-    unsafe { (common.kernels.queries)(&rows, shape, words) };
+    unsafe { (common.kernels.queries)(rows, shape, words) };
     words
 }
 
