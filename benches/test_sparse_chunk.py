@@ -18,7 +18,15 @@ from drive import attend_chunk
 from kvsieve import _core
 from kvsieve.backends import AttendCall
 from kvsieve.backends.cpu import _view
-from kvsieve.backends.search import group_scores, hip_search, kept, region, sparse_attend
+from kvsieve.backends.search import (
+    bound_scores,
+    group_scores,
+    hip_search,
+    infinite_hip_search,
+    kept,
+    region,
+    sparse_attend,
+)
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
@@ -44,11 +52,32 @@ def prompt(group: int, dim: int, length: int, dtype: torch.dtype) -> tuple[torch
     return q, k, torch.randn(1, 1, length, dim, generator=generator).to(dtype)
 
 
-def read(x: tuple[torch.Tensor, torch.Tensor, torch.Tensor], dtype: str, chunk: int = CHUNK) -> tuple[float, torch.Tensor]:
+STAGES = [(64, 4096), (8, 1024)]
+
+
+def made(search: str) -> Any:
+    """The rule of HiP, or of Quest: as many tokens found among four times as many candidates."""
+    if search == "hip":
+        return _core.Sparse.hip(**RULE)
+    return _core.Sparse.infinite(STAGES, "first", RULE["sinks"], RULE["window"], [8, 8], 64, RULE["query_stride"], bounded=True)
+
+
+def chosen(search: str, q: torch.Tensor, k: torch.Tensor, positions: list[int]) -> Any:
+    """The specification's choice."""
+    asked = q, k, positions, RULE["window"], RULE["query_stride"]
+    at, scores = region(positions, RULE["sinks"], RULE["window"]), group_scores(*asked)
+    if search == "hip":
+        return hip_search(scores, *at, RULE["budget"], RULE["block"], RULE["representative"])
+    return infinite_hip_search(scores, *at, *zip(*STAGES), bounds=bound_scores(*asked))
+
+
+def read(
+    search: str, x: tuple[torch.Tensor, torch.Tensor, torch.Tensor], dtype: str, chunk: int = CHUNK
+) -> tuple[float, torch.Tensor]:
     """Seconds of attention of the whole prompt, storing not counted; and the last chunk's result."""
     q = x[0]
     planner = _core.Planner(kvsieve.Full().specs(1), "rotated")
-    store, sparse = _core.Store(1, q.shape[3], q.shape[3], NAMES[dtype]), _core.Sparse.hip(**RULE)
+    store, sparse = _core.Store(1, q.shape[3], q.shape[3], NAMES[dtype]), made(search)
     call, seconds, out = AttendCall(q.shape[3] ** -0.5), 0.0, q
     for at in range(0, q.shape[2], chunk):
         mine = [y[:, :, at : at + chunk] for y in x]
@@ -68,21 +97,20 @@ def dense(x: tuple[torch.Tensor, torch.Tensor, torch.Tensor], heads: int) -> flo
     return time.perf_counter() - start
 
 
+@pytest.mark.parametrize("search", ["hip", "quest"])
 @pytest.mark.parametrize("length", [32768, 131072])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("shape", list(SHAPES))
-def test_prompt(benchmark: Any, shape: str, dtype: str, length: int) -> None:
+def test_prompt(benchmark: Any, shape: str, dtype: str, length: int, search: str) -> None:
     group, dim = SHAPES[shape]
     torch.set_num_threads(THREADS)
     x = prompt(group, dim, length, DTYPES[dtype])
 
     # The last query block against the specification.
-    _, out = read(x, dtype)
+    _, out = read(search, x, dtype)
     positions = list(range(length - 64, length))
     q, k, v = x[0][0, :, positions], x[1][0], x[2][0]
-    bounds = region(positions, RULE["sinks"], RULE["window"])
-    scores = group_scores(q, k, positions, RULE["window"], RULE["query_stride"])
-    found = hip_search(scores, *bounds, RULE["budget"], RULE["block"], RULE["representative"])
+    found = chosen(search, q, k, positions)
     visible = kept(found, positions, length, RULE["sinks"], RULE["window"])
     want = sparse_attend(q.double(), k.double(), v.double(), visible, dim**-0.5)[0].transpose(0, 1)
     error = float((out[0, -64:].double() - want).norm() / want.norm())
@@ -93,10 +121,11 @@ def test_prompt(benchmark: Any, shape: str, dtype: str, length: int) -> None:
     per_head = {n: statistics.median(dense(short, n) for _ in range(3)) / n for n in (1, group)}  # type: ignore[arg-type]
     ours, theirs = [], []
     for _ in range(3 if length <= 32768 else 1):
-        ours.append(read(x, dtype)[0])
+        ours.append(read(search, x, dtype)[0])
         theirs.append(dense(x, few) / few * group)
     medians = statistics.median(ours), statistics.median(theirs)
     benchmark.extra_info.update(
+        search=search,
         shape=shape,
         dtype=dtype,
         length=length,
@@ -108,4 +137,4 @@ def test_prompt(benchmark: Any, shape: str, dtype: str, length: int) -> None:
         torch_one_head_beside_all=round(per_head[1] / per_head[group], 3),
         error=error,
     )
-    benchmark.pedantic(lambda: read(x, dtype), rounds=1, iterations=1)
+    benchmark.pedantic(lambda: read(search, x, dtype), rounds=1, iterations=1)

@@ -53,13 +53,19 @@ def test_attend_writes_every_case_with_its_errors(tmp_path: Path, capsys: pytest
 def test_search_writes_what_was_scored_and_read(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = ["bench", "search", "--shape", "9/3/64", "--dtype", "bf16", "--length", "2048", "4096", "--rounds", "3"]
     rows = written(tmp_path / "search.json", argv)["rows"]
-    assert [(row["length"], row["policy"].split("(")[0]) for row in rows] == [(2048, "HiP"), (4096, "HiP"), (4096, "InfiniteHiP")]
+    both, reads = (("HiP", 1024 + 256 + 16), ("Quest", 1024 + 256 + 64)), {"InfiniteHiP": 2048 + 1024 + 256}
+    assert [(row["length"], row["policy"].split("(")[0]) for row in rows] == [
+        *((2048, name) for name, _ in both),
+        *((4096, name) for name in ("HiP", "InfiniteHiP", "Quest")),
+    ]
+    reads |= dict(both)
     for row in rows:
         assert set(row["seconds"]) == {"full", "every_step", "as_refreshed", "generate_default"}
         assert 0 < row["error"] <= report.TOLERANCE["bf16"]
-        assert row["read"] == 3 * (1024 + 256 + 16 if row["policy"].startswith("HiP") else 2048 + 1024 + 256)
+        name = row["policy"].split("(")[0]
+        assert row["read"] == 3 * reads[name]
         assert row["scored"] > 0
-        assert row["cycle"] == (8 if row["policy"].startswith("HiP") else 16)
+        assert row["cycle"] == (16 if name == "InfiniteHiP" else 8)
         assert row["layers"] * row["length"] * 2 * 3 * 64 * 2 >= measure.CACHE
     assert "read whole, nothing to measure" in capsys.readouterr().out
 

@@ -66,7 +66,7 @@ def test_parse_is_lenient_about_case_and_underscores(text: str, want: str) -> No
         ("", "cannot read"),
         ("sirllm(", "cannot read"),
         ("sirllm(budget=1024", "cannot read"),
-        ("quest(budget=4)", "unknown policy 'quest'; known: full"),
+        ("juggle(budget=4)", "unknown policy 'juggle'; known: full"),
         ("1024", "cannot read"),
         ("sirllm(budget=1024).x", "cannot read"),
         ("__import__('os')", "unknown policy"),

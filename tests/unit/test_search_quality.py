@@ -23,6 +23,7 @@ POLICIES = {
     "full": kvsieve.Full(),
     "hip": kvsieve.HiP(16, sinks=2, window=8, dense_layers=1, refresh=4, query_block=16),
     "infinite": kvsieve.InfiniteHiP(stages=((16, 64), (4, 32), (2, 8)), sinks=2, window=8, wide_layers=1, wide=16, query_block=16),
+    "quest": kvsieve.Quest(16, sinks=0, window=64, query_block=16),
     "streaming": kvsieve.StreamingLLM(25, sinks=2),
     "lm_infinite": kvsieve.LMInfinite(24, sinks=2),
 }
@@ -146,7 +147,7 @@ def test_policies_that_are_compared_read_as_much() -> None:
     found = search_nll.compared()
     for budget in (512, 1024, 2048):
         until = {name: search_nll.exact_until(policy) for name, policy in found.items() if str(budget) in name}
-        assert len(until) == 4
+        assert len(until) == 5
         # A window's query sees itself besides what stays resident.
         assert {count + (name.startswith(("Str", "LM"))) for name, count in until.items()} == {16 + 256 + budget}
     assert {repr(kvsieve.policies.parse(repr(p))) for p in search_nll.swept().values()} == {

@@ -1,4 +1,4 @@
-"""One layer, one query, a long text: HiP's search and what it reads, beside all keys and beside what ``generate`` calls.
+"""One layer, one query, a long text: a search and what it reads, beside all keys and beside what ``generate`` calls.
 
 Several layers take turns, so that none finds its keys in a cache. ``refresh`` 1 searches at every step; with 8 the time is the
 mean of eight steps, of which the first searches. Keys are random: the worst case for what a search finds, and no matter for what
@@ -28,6 +28,7 @@ __all__ = ["POLICIES", "run"]
 POLICIES = {
     "HiP(1024)": kvsieve.HiP(1024, refresh=8, dense_layers=0),
     "InfiniteHiP()": kvsieve.InfiniteHiP(wide_layers=0),
+    "Quest(1024)": kvsieve.Quest(1024, refresh=8),
 }
 
 COLUMNS = (

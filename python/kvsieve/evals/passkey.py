@@ -161,8 +161,8 @@ def ask(stream: kvsieve.Stream, tokenizer: Any, key: Passkey) -> tuple[str, floa
 class Settings:
     """What is asked; lengths are tokens. Policies under ``dense`` take over what a full cache has read."""
 
-    policies: tuple[str, ...] = ("full()", "hip(512)", "hip(1024)", "streamingllm(783, sinks=16)")
-    dense: tuple[str, ...] = ("hip(512)", "hip(1024)")
+    policies: tuple[str, ...] = ("full()", "hip(512)", "quest(512)", "streamingllm(783, sinks=16)")
+    dense: tuple[str, ...] = ("hip(512)", "quest(512)")
     lengths: tuple[int, ...] = (4000, 7500)
     depths: int = 10
     seed: int = 0

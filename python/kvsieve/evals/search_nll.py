@@ -1,4 +1,4 @@
-"""What reading a part of the past costs: perplexity under a search (HiP, InfiniteHiP), beside windows that read as many tokens.
+"""What reading a part of the past costs: perplexity under HiP, InfiniteHiP and Quest, beside windows that read as many tokens.
 
 A window of the text is a prompt and its continuation. The continuation is given, and read one token at a time, as in decoding:
 there a search's choice stands for some steps. The prompt is read
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 
 import kvsieve
+from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
@@ -49,7 +50,7 @@ Mode = Literal["dense", "own"]
 
 
 def compared(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
-    """HiP, InfiniteHiP, and windows that read as many tokens between sinks and window as they find, or none; by name."""
+    """HiP, InfiniteHiP, Quest, and windows that read as many tokens between sinks and window as they find, or none; by name."""
     sinks, window = 16, 256
     found: dict[str, Policy] = {}
     for budget in (512, 1024, 2048) if which == "all" else (512,):
@@ -58,6 +59,7 @@ def compared(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
         found[f"InfiniteHiP, {budget}"] = kvsieve.InfiniteHiP(
             stages=stages, sinks=sinks, window=window, dense_layers=3, wide_layers=0
         )
+        found[f"Quest({budget})"] = kvsieve.Quest(budget, window=sinks + window - BLOCK)
         found[f"StreamingLLM, {budget} more"] = kvsieve.StreamingLLM(sinks + window + budget - 1, sinks=sinks)
         found[f"LMInfinite, {budget} more"] = kvsieve.LMInfinite(window + budget, sinks=sinks)
     found["StreamingLLM, window only"] = kvsieve.StreamingLLM(sinks + window - 1, sinks=sinks)
