@@ -257,14 +257,32 @@ def test_turns_and_what_is_saved(backend: str, tmp_path: Path) -> None:
 
 @BACKEND
 @EVERY
-def test_within_the_trained_length_an_extension_changes_nothing(name: str, backend: str) -> None:
-    """Raw keys have bounds of their own; content is compared instead of products at true distances, so only what fits is equal."""
+def test_what_fits_is_read_whole_with_an_extension_too(name: str, backend: str) -> None:
     policy = KINDS[name]()
     model, ids, got = tiny.model(), tiny.ids(2, policy.searches.dense_until), []
     for extend in (False, True):
         with kvsieve.stream(model, KINDS[name](extend=extend), backend) as stream:
             got.append(forwards(model, stream.cache, ids, [64, 1]))
     assert float((got[1] - got[0]).abs().max()) <= 1e-3 * float(got[0].abs().max())
+
+
+@EVERY
+@pytest.mark.parametrize("family", ["llama", "qwen3", "glm4"])
+def test_within_the_trained_length_raw_blocks_are_judged_by_content(family: str, name: str) -> None:
+    """And their keys compared and read at their true distances; then beyond it, in the same stream."""
+    model, got, read = tiny.model(family, vocab_size=600), [], []
+    ids, mask = pad_left([distinct(1, LONG)[0], distinct(1, 330)[0]])
+    for backend in BACKENDS:
+        with kvsieve.stream(model, KINDS[name](extend=400), backend) as stream:
+            parts = []
+            for lo, hi in [(0, 320), *((at, at + 1) for at in range(320, LONG))]:
+                parts.append(forward(model, stream.cache, ids[:, lo:hi], mask[:, :hi]))
+                if hi in (390, LONG):
+                    read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
+                    assert any(layer.dense for layer in stream.trace()) == (hi == 390 and name == "with sinks")
+            got.append(torch.cat(parts, 1)[:, -300:])
+    assert float((got[0] - got[1]).abs().max()) <= 1e-3 * float(got[0].abs().max())
+    assert read[:2] == read[2:]
 
 
 @EVERY

@@ -93,6 +93,7 @@ class ReferenceSearch:
         self,
         row: int,
         compared: tuple[torch.Tensor, torch.Tensor],
+        content: tuple[torch.Tensor, torch.Tensor],
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
@@ -102,6 +103,7 @@ class ReferenceSearch:
 
         Args:
             compared: queries and keys for the search, like ``q`` ``[H, m, D]`` and ``k`` ``[Hkv, n, D]``, rotated for it.
+            content: the same for bounds of blocks, whose keys are as they are stored.
             q, k: rotated to where the policy places them; not rotated if ``call.side_by_side``.
         """
         pieces, n, m = [], k.shape[1], q.shape[1]
@@ -110,21 +112,28 @@ class ReferenceSearch:
             first = n - m + lo
             count = min(m - lo, self.rule.query_block - first % self.rule.query_block)
             positions = list(range(first, first + count))
-            choice = self._choose(self.rows[row], (compared[0][:, lo : lo + count], compared[1]), positions)
+            mine = slice(lo, lo + count)
+            choice = self._choose(self.rows[row], (compared[0][:, mine], compared[1]), (content[0][:, mine], content[1]), positions)
             assert choice.found is not None
             window = self.rule.window + positions[-1] - choice.since
             visible = kept(choice.found, positions, n, self.rule.sinks, window)
             self.work = self.work[0], self.work[1] + int(visible.sum())
-            mine, visible = q[:, lo : lo + count], visible.to(q.device)
+            queries, visible = q[:, mine], visible.to(q.device)
             if call.side_by_side and call.rope is not None:
-                pieces.append(side_by_side(mine, k, v, visible, call))
+                pieces.append(side_by_side(queries, k, v, visible, call))
             else:
-                pieces.append(sparse_attend(mine, k, v, visible, call.scale, call.softcap))
+                pieces.append(sparse_attend(queries, k, v, visible, call.scale, call.softcap))
             self.rows[row] = RowChoice(choice.found, first + count, choice.step + 1, choice.since)
             lo += count
         return torch.cat([out for out, _ in pieces], 1), torch.cat([lse for _, lse in pieces], 1)
 
-    def _choose(self, row: RowChoice, compared: tuple[torch.Tensor, torch.Tensor], positions: list[int]) -> RowChoice:
+    def _choose(
+        self,
+        row: RowChoice,
+        compared: tuple[torch.Tensor, torch.Tensor],
+        content: tuple[torch.Tensor, torch.Tensor],
+        positions: list[int],
+    ) -> RowChoice:
         """The choice for queries at ``positions``: as it stands, or made anew from a stage on."""
         rule = self.rule
         most = rule.dense_until - rule.sinks - rule.window
@@ -139,7 +148,7 @@ class ReferenceSearch:
         lo, hi = region(positions, rule.sinks, rule.window) if whole else (row.found.lo, row.found.hi)  # type: ignore[union-attr]
         scores = group_scores(*compared, positions, rule.window, rule.query_stride)
         judged = start == 0 and rule.bounded and hi - lo > most
-        bounds = bound_scores(*compared, positions, rule.window, rule.query_stride) if judged else None
+        bounds = bound_scores(*content, positions, rule.window, rule.query_stride) if judged else None
         found = _search(rule, scores, bounds, lo, hi, start, () if row.found is None else row.found.inputs)
         self.work = self.work[0] + sum(found.reads), self.work[1]
         return RowChoice(found, 0, 0, positions[-1]) if whole else RowChoice(found, 0, row.step, row.since)

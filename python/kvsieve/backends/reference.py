@@ -184,12 +184,13 @@ class ReferenceStore:
             values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
             queries = q[part.row, :, new].to(wide)
             placed = rotate_part(queries, keys, part, step.frame, call.rope)
-            compared = placed
-            if call.by_content and call.rope is not None:
-                compared = call.rope.rotate(queries, torch.full((m,), search.rule.window, device=q.device)), keys
+            content = placed
+            if step.frame == "raw" and call.rope is not None:
+                content = call.rope.rotate(queries, torch.full((m,), search.rule.window, device=q.device)), keys
+            compared = content if call.by_content else placed
             if call.side_by_side:
                 placed = queries, keys
-            piece = search.attend(part.row, compared, *placed, values, call)
+            piece = search.attend(part.row, compared, content, *placed, values, call)
             out[part.row, q.shape[2] - m :] = merge([piece], call.sinks).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out

@@ -17,6 +17,8 @@ position) can be scored in two ways, and read in two:
     relative     score as if every key were W away from every query: content alone decides, and no key is rotated
     consecutive  read what a head keeps as if nothing lay between: the nearest key before the query is 1 away, the next one 2, ...
 
+Bounds (below) of keys that are stored before their rotation are *relative* in either case.
+
 The last two are InfiniteHiP's way beyond the trained length. With a budget for all, *consecutive* is full attention in slots.
 
 *HiP* (Lee et al., ICLR 2025) is a beam search of ``m`` nodes over an implicit binary tree of blocks:

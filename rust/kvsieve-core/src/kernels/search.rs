@@ -451,6 +451,8 @@ struct Scratch {
     sources: Vec<Source>,
     /// Keys that were made, `[MADE][width]`.
     rows: Vec<f32>,
+    /// Queries at the distance of the window, for the bounds of raw keys; empty where `queries` are that.
+    by_content: Vec<f32>,
     /// Queries for bounds, as `queries` and `dots`: what is above zero of each channel, then what is below.
     split: Vec<f32>,
     split_dots: Vec<bf16>,
@@ -570,7 +572,8 @@ impl Score for Scorer<'_> {
         out.clear();
         let (Some(count), dim) = (blocks.len().checked_sub(1).map(|last| last + 1), 2 * self.dim) else { return };
         let width = dim.next_multiple_of(32);
-        let Scratch { queries, dots, keys, seen_from, split, split_dots, .. } = &mut *self.scratch;
+        let Scratch { queries, dots, keys, seen_from, by_content, split, split_dots, .. } = &mut *self.scratch;
+        let queries = if by_content.is_empty() { queries } else { by_content };
         split.clear();
         split.resize(self.num_queries * width, 0.0);
         for (query, to) in queries.chunks_exact(self.width).zip(split.chunks_exact_mut(width)) {
@@ -656,9 +659,6 @@ pub fn search_unless(
         {
             let places = &places[place_of[i]];
             check_bounds((&places.bounds, places.even), &block.region)?;
-            if args.turn.is_some_and(|turn| !turn.relative) {
-                return Err(Error::Unsupported("bounds are of keys as they lie; score raw keys by the relative rule"));
-            }
         }
     }
     let one = |unit: usize, inputs: &mut Inputs| -> Result<Chosen> {
@@ -725,8 +725,15 @@ fn run_unit(
             let from = args.q.row(block.row, head * group + i % group, at(i / group));
             widen(from, arena.dtype(), &mut to[..dim]);
         }
+        scratch.by_content.clear();
         if let Some(turn) = &args.turn {
             let sampled = (block.first + offset, args.query_stride);
+            // Bounds are of keys as they lie: raw ones are judged by content, wherever they are shown.
+            if !turn.relative && matches!(args.method, Method::Infinite(infinite, 0) if infinite.is_bounded()) {
+                scratch.by_content.clone_from(&scratch.queries);
+                let turn = Turn { relative: true, ..*turn };
+                turn_queries(&turn, args.window, sampled, places, &mut scratch.by_content, (width, group));
+            }
             turn_queries(turn, args.window, sampled, places, &mut scratch.queries, (width, group));
         }
         let rotates = args.turn.filter(|turn| !turn.relative).map(|turn| turn.rope.distances(places.most()));
