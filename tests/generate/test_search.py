@@ -203,6 +203,48 @@ def test_a_search_over_packedtokens_of(pack: str, name: str) -> None:
     assert read[0] == read[1]
 
 
+OVER: dict[str, Callable[[str], Any]] = {
+    "extended": lambda name: SEARCHES[name](extend=40),
+    "retained": lambda name: with_sirllm(name, 100),
+    "thin": lambda name: SEARCHES[name]() | PACKS["think"](),
+    "codes": lambda name: SEARCHES[name]() | PACKS["codes"](),
+}
+
+
+@pytest.mark.parametrize("name", ["hip", "infinite_centre"])
+@pytest.mark.parametrize("over", list(OVER))
+def test_padded_rows_and_two_turns_of_whatever_is_searched(over: str, name: str) -> None:
+    """Each row of a padded batch reads what it reads alone, in the first turn and in the second."""
+    model, rows = tiny.model(vocab_size=600), [distinct(1, n)[0] for n in (120, 84)]
+    (ids, mask), more = pad_left(rows), distinct(1, 240)[0, 120:].view(2, 60)
+    got, read = [], []
+
+    def drive(stream: Any, ids: torch.Tensor, mask: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
+        forwards(model, stream.cache, ids, [ids.shape[1] - 40, 20, 1], mask)
+        stream.end_turn()
+        whole = None if mask is None else torch.cat([mask, torch.ones_like(more)], 1)
+        return torch.cat(
+            [
+                forward(model, stream.cache, more[:, lo:hi], None if whole is None else whole[:, : ids.shape[1] + hi])
+                for lo, hi in [(0, 30), *((at, at + 1) for at in range(30, 60))]
+            ],
+            1,
+        )
+
+    for backend in BACKENDS:
+        with kvsieve.stream(model, OVER[over](name), backend) as stream:
+            got.append(drive(stream, ids, mask, more))
+            assert not stream.trace()[1].dense
+            read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
+    scale = float(got[0].abs().max())
+    assert float((got[0] - got[1]).abs().max()) <= 1e-3 * scale
+    assert read[0] == read[1]
+    for row in range(2):
+        with kvsieve.stream(model, OVER[over](name), "cpu") as solo:
+            alone = drive(solo, rows[row][None], None, more[row : row + 1])
+        assert float((got[1][row] - alone[0]).abs().max()) <= 1e-3 * scale
+
+
 @BACKEND
 @EVERY
 def test_packing_does_not_end_a_choice(name: str, backend: str) -> None:

@@ -570,7 +570,10 @@ impl Score for Scorer<'_> {
 
     fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>) {
         out.clear();
-        let (Some(count), dim) = (blocks.len().checked_sub(1).map(|last| last + 1), 2 * self.dim) else { return };
+        let (count, dim) = (blocks.len(), 2 * self.dim);
+        if count == 0 {
+            return;
+        }
         let width = dim.next_multiple_of(32);
         let Scratch { queries, dots, keys, seen_from, by_content, split, split_dots, .. } = &mut *self.scratch;
         let queries = if by_content.is_empty() { queries } else { by_content };
