@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Iterator
 from typing import Any
 
 import kvsieve
@@ -22,6 +23,16 @@ POLICIES = {
     "h2o": (lambda: kvsieve.H2O(40, recent=8), "permute"),
 }
 EVERY = pytest.mark.parametrize("name", list(POLICIES))
+
+
+@pytest.fixture(autouse=True)
+def _answers_ctrl_c() -> Iterator[None]:
+    """A process that was started in the background ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 
 
