@@ -185,7 +185,7 @@ class ReferenceStore:
             queries = q[part.row, :, new].to(wide)
             placed = rotate_part(queries, keys, part, step.frame, call.rope)
             content = placed
-            if step.frame == "raw" and call.rope is not None:
+            if step.frame == "raw" and call.rope is not None and (call.by_content or search.rule.bounded):
                 content = call.rope.rotate(queries, torch.full((m,), search.rule.window, device=q.device)), keys
             compared = content if call.by_content else placed
             if call.side_by_side:

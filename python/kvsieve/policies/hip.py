@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from kvsieve.errors import PolicyError
-from kvsieve.roles import Consecutive, Memory
+from kvsieve.roles import Consecutive, Memory, Search
 from kvsieve.searches import STAGES, StagedSearch, TreeSearch
 
 __all__ = ["PRESETS", "HiP", "InfiniteHiP"]
@@ -131,8 +131,13 @@ def _memory(name: str, select: TreeSearch | StagedSearch, first: dict[str, Any],
     """The policy, written so that :func:`kvsieve.policies.parse` reads it."""
     defaults = {**vars(type(select)()), **known}
     parts = first | {key: value for key, value in vars(select).items() if value != defaults[key] and key not in first}
+    return memory_of(name, parts, select, extend)
+
+
+def memory_of(name: str, parts: dict[str, Any], select: Search, extend: bool | int) -> Memory:
+    """``name(parts)`` as a policy: everything is kept, ``select`` reads, side by side beyond the length if ``extend`` says so."""
     if extend is not False:
-        parts["extend"] = extend
+        parts = parts | {"extend": extend}
     text = ", ".join(f"{key}={value!r}" for key, value in parts.items())
     place = None if extend is False else Consecutive(None if extend is True else extend)
     return Memory(place=place, select=select, text=f"{name}({text})")

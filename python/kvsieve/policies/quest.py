@@ -16,7 +16,8 @@ from __future__ import annotations
 
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError
-from kvsieve.roles import Consecutive, Memory, _check_count
+from kvsieve.policies.hip import memory_of
+from kvsieve.roles import Memory, _check_count
 from kvsieve.searches import StagedSearch
 
 __all__ = ["Quest"]
@@ -76,7 +77,6 @@ def Quest(
         query_stride=query_stride,
         bounded=True,
     )
-    parts: dict[str, object] = {"budget": budget}
     paces = select.refresh[0] if len(set(select.refresh)) == 1 else select.refresh
     given = {
         "block": (block, 2),
@@ -84,11 +84,9 @@ def Quest(
         "sinks": (sinks, 64),
         "window": (window, 256),
         "refresh": (paces, 1),
+        "dense_layers": (dense_layers, 0),
+        "query_block": (query_block, 64),
+        "query_stride": (query_stride, 8),
     }
-    given |= {"dense_layers": (dense_layers, 0), "query_block": (query_block, 64), "query_stride": (query_stride, 8)}
-    parts |= {name: value for name, (value, default) in given.items() if value != default}
-    if extend is not False:
-        parts["extend"] = extend
-    text = ", ".join(f"{name}={value!r}" for name, value in parts.items())
-    place = None if extend is False else Consecutive(None if extend is True else extend)
-    return Memory(place=place, select=select, text=f"Quest({text})")
+    changed = {name: value for name, (value, default) in given.items() if value != default}
+    return memory_of("Quest", {"budget": budget, **changed}, select, extend)
