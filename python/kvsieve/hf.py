@@ -24,6 +24,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.errors import CacheMismatchError, StateError, UnsupportedModelError
+from kvsieve.generate import read_pieces
+from kvsieve.model.generation import driven_by_generate
 from kvsieve.rope import LayerRope, measure
 
 if TYPE_CHECKING:
@@ -159,6 +161,8 @@ def mask_rows(
     **kwargs: Any,
 ) -> Any:
     """The registered mask function: the padding of the new columns for our layers, the model's own mask for all others."""
+    if _thread.cache is not None and attention_mask is not None and attention_mask.dim() == 2:
+        _thread.cache.engine.check_mask(attention_mask, q_length)
     if _thread.cache is None or local_size is not None:
         return _stock_mask()(
             batch_size=batch_size,
@@ -205,7 +209,6 @@ class Attachment:
         self.model = model
         self.previous: str = model.config._attn_implementation
         self.users = 0
-        self._inner = False
         self._hooks: list[Any] = []
         self._install()
         try:
@@ -288,13 +291,17 @@ class Attachment:
         cache = self._cache_of(kwargs)
         if cache is None:
             return None
+        engine = cache.engine
         ids = kwargs.get("input_ids")
         ids = ids if ids is not None else (args[0] if args else None)
+        foreign = engine.turn is None and not engine.inner and driven_by_generate(self.model)
         changed = None
-        if ids is not None and not args and cache.engine.steps_through(ids.shape[1], kwargs.get("logits_to_keep", 1)):
-            kwargs = changed = self._step_through(cache.engine, kwargs)
-            ids = kwargs["input_ids"]
-        cache.engine.expect(ids)
+        if ids is not None and not args:
+            pieces = engine.pieces(ids.shape[0], ids.shape[1], kwargs.get("logits_to_keep", 1))
+            if pieces is not None:
+                kwargs = changed = read_pieces(self.model, cache, kwargs, pieces)
+                ids = kwargs["input_ids"]
+        engine.expect(ids, foreign=foreign)
         return None if changed is None else (args, changed)
 
     def _after_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -304,35 +311,8 @@ class Attachment:
         if isinstance(cache, StreamCache) and output is None:
             cache.engine.rollback()
         elif isinstance(cache, StreamCache):
-            engine = cache.engine
-            engine.complete(output[0] if isinstance(output, tuple) else output.logits)
-            if engine.stepping and not self._inner:
-                output.logits = torch.cat([*engine.stepped, output.logits], 1)
-                engine.stepping, engine.stepped = False, []
-
-    def _step_through(self, engine: Engine, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Verify candidates one by one, each with the memory that plain decoding would have; the last one is left to the caller.
-
-        Used where a memory may change between the candidates of one forward, which no single forward can show. The state before
-        each candidate is kept, so that `crop` can return to it.
-        """
-        ids, keep = kwargs["input_ids"], kwargs.get("logits_to_keep", 1)
-        ends = list(range(ids.shape[1] - keep + 1, ids.shape[1] + 1))
-        starts, seen = [0, *ends[:-1]], engine.columns
-        pieces = [_piece(kwargs, lo, hi, seen) for lo, hi in zip(starts, ends)]
-        before = engine.state()
-        engine.stepping, self._inner = True, True
-        try:
-            for piece in pieces[:-1]:
-                engine.stepped.append(self.model(**piece).logits[:, -1:])
-                engine.mark()
-        except BaseException:
-            engine.stop_stepping()
-            engine.return_to(before)
-            raise
-        finally:
-            self._inner = False
-        return pieces[-1]
+            cache.engine.complete(output[0] if isinstance(output, tuple) else output.logits)
+            cache.engine.whole(output)
 
     def _before_attention(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Raw keys: the module's own rotation becomes the identity."""
@@ -358,16 +338,6 @@ def attach(model: PreTrainedModel) -> Attachment:
         if found is None:
             found = _attached[model] = Attachment(model)
         return found
-
-
-def _piece(kwargs: dict[str, Any], lo: int, hi: int, seen: int) -> dict[str, Any]:
-    """The arguments of a forward over columns ``lo .. hi`` of the input only."""
-    part = {**kwargs, "input_ids": kwargs["input_ids"][:, lo:hi], "logits_to_keep": 1}
-    if isinstance(kwargs.get("attention_mask"), torch.Tensor):
-        part["attention_mask"] = kwargs["attention_mask"][:, : seen + hi]
-    if isinstance(kwargs.get("position_ids"), torch.Tensor):
-        part["position_ids"] = kwargs["position_ids"][:, lo:hi]
-    return part
 
 
 def _with_identity(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,1 @@
+"""Everything kvsieve knows about `transformers`."""
