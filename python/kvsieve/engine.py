@@ -12,7 +12,7 @@ The control plane (`_core.Planner`) is two-phase: until `commit` nothing was dec
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -544,7 +544,7 @@ class Engine:
     def _note_evictions(self, before: list[list[int]]) -> None:
         for row, (old, new) in enumerate(zip(before, self._residents())):
             # A window may leave out what it would evict at once: then it holds less than it was given.
-            if old != new or sum(new) < self.planner.seen(row) and not self.evicted_at[row]:
+            if old != new or (sum(new) < self.planner.seen(row) and not self.evicted_at[row]):
                 self.evicted_at[row] = self.planner.seen(row)
 
     def _evict(self, force: bool, turn_ended: bool) -> None:
@@ -708,7 +708,7 @@ class Engine:
         if self.packer is not None:
             self.packer.crop(counts)
 
-    def forget(self, counts: list[int]) -> None:
+    def crop_rows(self, counts: list[int]) -> None:
         """Forget the newest ``counts[row]`` tokens of each row, which it did not say."""
         self.idle()
         if self.observer is not None:

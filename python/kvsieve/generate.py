@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.errors import CacheMismatchError, PaddingError, ShapeError, StateError, UnsupportedError
-from kvsieve.turn import Pieces, Turn
 from kvsieve.model.generation import Settings, StreamerProxy, Watch, cache_argument, stopping_list
+from kvsieve.turn import Pieces, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -105,7 +105,9 @@ def unread_of(stream: Stream, new: Sequence[torch.Tensor], unread: torch.Tensor 
     transcript = stream._engine.transcript
     if unread is not None:
         if not isinstance(unread, torch.Tensor) or unread.dim() != 2 or unread.dtype not in (torch.int64, torch.int32):
-            raise ShapeError("unread must be an integer tensor of shape [batch, tokens]: what was said last and is not in the cache yet")
+            raise ShapeError(
+                "unread must be an integer tensor of shape [batch, tokens]: what was said last and is not in the cache yet"
+            )
         if unread.shape[0] != len(new):
             raise CacheMismatchError(f"unread has {unread.shape[0]} rows, the input has {len(new)}")
         return [row.to(mine.device).long() for row, mine in zip(unread, new)]
@@ -125,7 +127,10 @@ def read_pieces(model: PreTrainedModel, cache: StreamCache, kwargs: dict[str, An
     engine = cache.engine
     turn, seen = engine.turn, engine.columns
     before = engine.state() if pieces.verifying else None
+    at = None if turn is None else turn.place
     parts = [_piece(kwargs, lo, hi, seen, own=turn is not None) for lo, hi in pieces.bounds]
+    if not pieces.verifying and "logits_to_keep" in kwargs:
+        parts[-1]["logits_to_keep"] = kwargs["logits_to_keep"]
     engine.begin_pieces(pieces.verifying)
     try:
         for part in parts[:-1]:
@@ -136,6 +141,8 @@ def read_pieces(model: PreTrainedModel, cache: StreamCache, kwargs: dict[str, An
         engine.end_pieces()
         if before is not None:
             engine.return_to(before)
+            if turn is not None and at is not None:
+                turn.place = at
         raise
     finally:
         engine.inner = False
@@ -204,7 +211,9 @@ def _totals(engine: Engine, batch: Batch) -> list[int]:
 # -------------------------------------------------------------------------------------------------------------------- generating
 
 
-def generate(stream: Stream, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor], prompt: torch.Tensor, kwargs: dict[str, Any]) -> Any:
+def generate(
+    stream: Stream, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor], prompt: torch.Tensor, kwargs: dict[str, Any]
+) -> Any:
     """One call of ``model.generate`` after which the stream holds what was said.
 
     Args:
@@ -301,7 +310,7 @@ class _Call:
         read = [seen - start - count for seen, start, count in zip(transcript.seen(), self._start, self.batch.counts)]
         surplus = [max(mine - len(row), 0) for mine, row in zip(read, said)]
         if any(surplus):
-            engine.forget(surplus)
+            engine.crop_rows(surplus)
         transcript.settle(self._extra)
         if self.turn.started and not self.turn.left:
             transcript.say([row[max(mine, 0) :] for mine, row in zip(read, said)])
@@ -337,7 +346,12 @@ class _Call:
 
 
 def _generate_copies(
-    stream: Stream, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor], prompt: torch.Tensor, kwargs: dict[str, Any], settings: Settings
+    stream: Stream,
+    new: Sequence[torch.Tensor],
+    unread: Sequence[torch.Tensor],
+    prompt: torch.Tensor,
+    kwargs: dict[str, Any],
+    settings: Settings,
 ) -> Any:
     """Beams, or several sequences: they run on a fork that shares the prompt's reading; then the stream reads the best one."""
     with stream.fork() as child:

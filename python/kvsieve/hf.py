@@ -34,7 +34,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvsieve.cache import StreamCache, StreamLayer
-    from kvsieve.engine import Engine
 
 __all__ = ["ATTENTION_NAME", "Attachment", "AttentionLayer", "ModelFacts", "attach", "hand_over"]
 

@@ -109,9 +109,7 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         partial.unlink(missing_ok=True)
 
 
-def load(
-    path: str | PathLike[str], model: PreTrainedModel, backend: str | None = None, *, tokenizer: Any = None
-) -> Stream:
+def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None = None, *, tokenizer: Any = None) -> Stream:
     """Open the stream saved at ``path`` on ``model``; it goes on where it was.
 
     Args:

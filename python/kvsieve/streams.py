@@ -196,7 +196,7 @@ class Stream:
         self, model: PreTrainedModel, policy: Policy, backend: str | None = None, *, _parent: Stream | None = None
     ) -> None:
         from kvsieve.cache import StreamCache
-        from kvsieve.engine import Engine, EngineState
+        from kvsieve.engine import Engine
         from kvsieve.hf import attach
 
         if not isinstance(policy, Policy):
@@ -446,7 +446,9 @@ class Stream:
         return self.fork()
 
     def __reduce__(self) -> Any:
-        raise UnsupportedError("a stream cannot be pickled; write it with stream.save(path) and read it with kvsieve.load(path, model)")
+        raise UnsupportedError(
+            "a stream cannot be pickled; write it with stream.save(path) and read it with kvsieve.load(path, model)"
+        )
 
     def save(self, path: str | PathLike[str], *, tokenizer: Any = None) -> None:
         """Write this stream's memory to one ``.safetensors`` file; see :func:`kvsieve.load`.

@@ -33,7 +33,11 @@ class Ids:
     __slots__ = ("_count", "_full", "_tail", "_written")
 
     def __init__(
-        self, full: tuple[torch.Tensor, ...] = (), tail: torch.Tensor | None = None, count: int = 0, written: list[int] | None = None
+        self,
+        full: tuple[torch.Tensor, ...] = (),
+        tail: torch.Tensor | None = None,
+        count: int = 0,
+        written: list[int] | None = None,
     ) -> None:
         self._full, self._tail, self._count = full, tail, count
         self._written = [count] if written is None else written
@@ -136,7 +140,9 @@ class Transcript:
             foreign: whether a caller's ``model.generate`` fed it.
         """
         rows = self.rows or tuple(Row() for _ in lens)
-        self.rows = tuple(self._read(row, None if ids is None else ids[at], count, width, own) for at, (row, count) in enumerate(zip(rows, lens)))
+        self.rows = tuple(
+            self._read(row, None if ids is None else ids[at], count, width, own) for at, (row, count) in enumerate(zip(rows, lens))
+        )
         self.columns += width
         self.foreign = foreign
 
@@ -167,7 +173,9 @@ class Transcript:
         old = mask[:, : self.columns] != 0
         shown = old.sum(1).tolist()
         for at, (row, count) in enumerate(zip(self.rows, shown)):
-            if count != self.columns - sum(hi - lo for lo, hi in row.pads) or any(bool(old[at, lo:hi].any()) for lo, hi in row.pads):
+            if count != self.columns - sum(hi - lo for lo, hi in row.pads) or any(
+                bool(old[at, lo:hi].any()) for lo, hi in row.pads
+            ):
                 raise PaddingError(
                     f"row {at}: the attention mask hides tokens that the stream has read, or shows pads; a stream's memory is what "
                     "was read: use stream.evict(start, stop) to forget a part, or mask tokens when they are first read"
@@ -197,7 +205,7 @@ class Transcript:
     def tokens_in_last(self, columns: int) -> list[int]:
         """How many of each row's tokens lie in the newest ``columns``."""
         if columns > self.columns:
-            raise CacheMismatchError(f"cannot forget {columns} tokens: the stream has seen {self.columns}")
+            raise CacheMismatchError(f"cannot forget {columns} tokens: the stream has seen only {self.columns}")
         first = self.columns - columns
         return [columns - sum(max(hi - max(lo, first), 0) for lo, hi in row.pads) for row in self.rows]
 
@@ -234,4 +242,7 @@ class Transcript:
 
     def ids(self) -> list[torch.Tensor]:
         """Each row's conversation, int64 ``[n]``: what was read, then what was said and not yet read."""
-        return [torch.cat([row.ids.tensor().to(row.unread.device), row.unread]) if len(row.unread) else row.ids.tensor() for row in self.rows]
+        return [
+            torch.cat([row.ids.tensor().to(row.unread.device), row.unread]) if len(row.unread) else row.ids.tensor()
+            for row in self.rows
+        ]

@@ -66,6 +66,15 @@ class Turn:
             lens.append(real + (more if stop is None else min(max(stop - self.fed, 0), more)))
         return lens
 
+    @property
+    def place(self) -> tuple[int, int, bool]:
+        """How far the turn has come."""
+        return self.left, self.fed, self.started
+
+    @place.setter
+    def place(self, at: tuple[int, int, bool]) -> None:
+        self.left, self.fed, self.started = at
+
     def committed(self, width: int) -> None:
         """A forward over ``width`` columns counts."""
         self.started = True

@@ -19,12 +19,50 @@ if TYPE_CHECKING:
 __all__ = ["Settings", "StreamerProxy", "Watch", "cache_argument", "driven_by_generate", "stopping_list"]
 
 _STATELESS = frozenset(
-    "max_new_tokens min_new_tokens do_sample temperature top_k top_p min_p top_h typical_p epsilon_cutoff eta_cutoff eos_token_id "
-    "pad_token_id bos_token_id use_cache return_dict_in_generate output_scores output_logits output_hidden_states renormalize_logits "
-    "remove_invalid_values suppress_tokens transformers_version disable_compile compile_config num_beams num_return_sequences "
-    "prompt_lookup_num_tokens max_matching_ngram_size num_assistant_tokens num_assistant_tokens_schedule "
-    "assistant_confidence_threshold assistant_early_exit assistant_lookbehind target_lookbehind is_assistant "
-    "early_stopping length_penalty max_time low_memory output_attentions trust_remote_code".split()
+    [
+        "max_new_tokens",
+        "min_new_tokens",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "top_h",
+        "typical_p",
+        "epsilon_cutoff",
+        "eta_cutoff",
+        "eos_token_id",
+        "pad_token_id",
+        "bos_token_id",
+        "use_cache",
+        "return_dict_in_generate",
+        "output_scores",
+        "output_logits",
+        "output_hidden_states",
+        "renormalize_logits",
+        "remove_invalid_values",
+        "suppress_tokens",
+        "transformers_version",
+        "disable_compile",
+        "compile_config",
+        "num_beams",
+        "num_return_sequences",
+        "prompt_lookup_num_tokens",
+        "max_matching_ngram_size",
+        "num_assistant_tokens",
+        "num_assistant_tokens_schedule",
+        "assistant_confidence_threshold",
+        "assistant_early_exit",
+        "assistant_lookbehind",
+        "target_lookbehind",
+        "is_assistant",
+        "early_stopping",
+        "length_penalty",
+        "max_time",
+        "low_memory",
+        "output_attentions",
+        "trust_remote_code",
+    ]
 )
 """Settings that do not look at the tokens of the conversation, nor count from its beginning."""
 
@@ -117,7 +155,11 @@ class Settings:
         names = {*vars(self._model.generation_config), *self._kwargs, *(() if self._passed is None else vars(self._passed))}
         for name in names - _STATELESS:
             value = self.get(name)
-            if name.startswith("_") or value is None or name in ("streamer", "tokenizer", "generation_config", "assistant_model", "synced_gpus"):
+            if (
+                name.startswith("_")
+                or value is None
+                or name in ("streamer", "tokenizer", "generation_config", "assistant_model", "synced_gpus")
+            ):
                 continue
             if name == "max_length" and self.get("max_new_tokens") is not None:
                 continue
