@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
-from kvsieve.errors import UnsupportedError
+from kvsieve.errors import StateError, UnsupportedError
 from kvsieve.model.handoff import hand_over
 from kvsieve.model.masks import check_dimensions
 
 if TYPE_CHECKING:
     from kvsieve.engine import Engine
+    from kvsieve.streams import Stream
 
 __all__ = ["StreamCache", "StreamLayer"]
 
@@ -90,14 +92,31 @@ class StreamCache(Cache):  # type: ignore[misc]
     Every method acts on all layers at once, because one plan serves them all.
     """
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, engine: Engine, stream: weakref.ref[Stream] | None = None) -> None:
+        self.engine, self._stream = engine, stream
+        self._fork: Stream | None = None
+        """The stream that a copy lives in: nobody else holds it."""
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(zip(engine.facts.layer_types, engine.facts.layer_kwargs)):
             layers.append(StreamLayer(engine, index) if kind == "full_attention" else DynamicSlidingWindowLayer(**kwargs))
         super().__init__(layers=layers)
         self.attending = sum(callable(getattr(layer, "attend", None)) for layer in layers)
         """How many layers take part in a forward through kvsieve's attention."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StreamCache:
+        """A copy goes on by itself: the cache of a fork of its stream."""
+        parent = None if self._stream is None else self._stream()
+        if parent is None:
+            raise StateError("the stream of this cache is gone; copy the cache, or fork() the stream, while it is open")
+        child = parent.fork()
+        child._cache._fork = child
+        return child._cache
+
+    def __copy__(self) -> StreamCache:
+        return self.__deepcopy__({})
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError("a stream's cache cannot be pickled; write the stream with stream.save(path), or fork() it")
 
     def __bool__(self) -> bool:
         return True
@@ -112,6 +131,10 @@ class StreamCache(Cache):  # type: ignore[misc]
         """Whether any token was seen."""
         return self.engine.columns > 0
 
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Columns *seen*, pads included, of any layer: what transformers must believe."""
+        return self.engine.columns
+
     def reset(self) -> None:
         """Forget everything."""
         self.engine.reset()
@@ -119,9 +142,16 @@ class StreamCache(Cache):  # type: ignore[misc]
             layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the newest ``-tokens_to_remove`` tokens (``<= 0``, as `transformers` passes it)."""
+        """Forget the newest ``-tokens_to_remove`` columns (``<= 0``, as `transformers` passes it), and what was said after them.
+
+        Exact, or refused before anything has changed.
+
+        Raises:
+            CacheMismatchError, StateError: if what a shorter text would hold was evicted; :meth:`Stream.rewind` goes back to a mark.
+        """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove, as a negative int or 0, got {tokens_to_remove}")
+        self.engine.check_crop(-tokens_to_remove)
         self.engine.crop(-tokens_to_remove)
         for layer in self.own_layers:
             layer.crop(tokens_to_remove)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -27,6 +28,8 @@ from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
 from kvsieve.roles import All, Consecutive, Residents, TopKTokens
 from kvsieve.scoring import Scorer
+from kvsieve.transcript import Transcript
+from kvsieve.turn import Pieces, Turn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -38,10 +41,26 @@ if TYPE_CHECKING:
     from kvsieve.facts import ModelFacts
     from kvsieve.roles import Policy
     from kvsieve.thin import Channels
+    from kvsieve.transcript import TranscriptState
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "EngineState"]
 
-_State: TypeAlias = "tuple[Planner, torch.Tensor | None, list[RowState], list[tuple[Any, dict[str, Any]]], Any, dict[int, Any]]"
+
+@dataclass(frozen=True, eq=False)
+class EngineState:
+    """What it takes to return to a moment. Blocks are shared with the present until the present writes to them."""
+
+    planner: Planner
+    transcript: TranscriptState
+    tail: torch.Tensor | None
+    observed: list[RowState]
+    calls: dict[int, AttendCall]
+    own: list[dict[str, Any]]
+    packed: Any
+    chosen: dict[int, Any]
+    offsets: list[int | None] | None
+    searched: tuple[bool, bool]
+    evicted_at: list[int]
 
 
 MAX_CANDIDATES = 16
@@ -73,9 +92,18 @@ class Engine:
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
+        self.transcript = Transcript()
+        self.evicted_at: list[int] = []
+        """Tokens that each row had seen when it last evicted some: a crop to before that moment would not be exact."""
+        self._bounded = any(spec["retain"] != "all" for spec in policy.specs(facts.bytes_per_token))
+        self.turn: Turn | None = None
+        """The stream's own call that feeds the model now; None while a caller's own loop does."""
+        self.inner = False
+        """Whether a piece of a forward is being read."""
         self.stepping = False
-        self.stepped: list[torch.Tensor] = []
-        self._marks: list[_State] = []
+        """Whether the pieces are candidates, verified one by one."""
+        self._pieces: list[Any] | None = None
+        self._marks: list[EngineState] = []
         self.hidden: torch.Tensor | None = None
         self.broken: str | None = None
         """What went wrong half-way through a change that all layers must make together; the stream is then of no use."""
@@ -88,7 +116,7 @@ class Engine:
         self._first = facts.layers[0].index
         self._step: Step | None = None
         self._ids: torch.Tensor | None = None
-        self._whole_model = False
+        self._whole_model = self._foreign = False
         self._offsets: list[int | None] | None = None
         self._undo: list[tuple[Any, dict[str, Any]]] = []
         self.own_layers: list[Any] = []
@@ -100,7 +128,7 @@ class Engine:
     @property
     def columns(self) -> int:
         """Columns seen, pads included: what `generate` must be told."""
-        return self.planner.columns
+        return self.transcript.columns
 
     @property
     def num_rows(self) -> int:
@@ -130,13 +158,69 @@ class Engine:
 
     # -------------------------------------------------------------------------------------------------------------- one forward
 
-    def expect(self, ids: torch.Tensor | None) -> None:
-        """The causal LM begins a forward over ``ids`` (int64 ``[B, q]``; None when it was given embeddings)."""
+    def expect(self, ids: torch.Tensor | None, *, foreign: bool = False) -> None:
+        """The causal LM begins a forward over ``ids`` (int64 ``[B, q]``; None when it was given embeddings).
+
+        ``foreign`` says that a caller's `model.generate` drives it.
+        """
         if self.replaying:
             return
         if self.scorer is not None and ids is None:
             raise StateError(f"{self.policy!r} scores tokens by their ids: pass input_ids, not inputs_embeds")
-        self._ids, self._whole_model = ids, True
+        self._ids, self._whole_model, self._foreign = ids, True, foreign and self.turn is None
+
+    def check_mask(self, mask: torch.Tensor, width: int) -> None:
+        """A caller's mask over everything seen and ``width`` new columns must show what was read, and only that."""
+        if self.turn is None and not self.replaying:
+            self.transcript.check_mask(mask, width)
+
+    def pieces(self, batch: int, width: int, keep: Any) -> Pieces | None:
+        """How a forward over ``width`` columns, of whose last ``keep`` the logits are wanted, is cut; None if it stays whole."""
+        if self.inner or self.replaying:
+            return None
+        self.end_pieces()
+        if self.steps_through(width, keep):
+            ends = list(range(width - keep + 1, width + 1))
+            return Pieces(tuple(zip([0, *ends[:-1]], ends)), verifying=True)
+        turn = self.turn
+        if turn is None or turn.left != turn.width:
+            return None
+        last = width - 1 if turn.copies > 1 else width - max(keep if isinstance(keep, int) else 1, 1)
+        cuts = [*range(0, last, turn.chunk), last, width] if turn.copies > 1 else [*range(0, last + 1, turn.chunk), width]
+        cuts = sorted(set(cuts))
+        if turn.copies == 1 and len(cuts) == 2:
+            return None
+        return Pieces(tuple(zip(cuts, cuts[1:])), copies=turn.copies)
+
+    def begin_pieces(self, verifying: bool) -> None:
+        """The forward under way is read in pieces; their outputs are kept."""
+        self.inner, self.stepping, self._pieces = True, verifying, []
+
+    def piece_read(self, output: Any) -> None:
+        """A piece was read."""
+        assert self._pieces is not None
+        self._pieces.append((output.logits[:, -1:] if self.stepping else None, output.hidden_states))
+        if self.stepping:
+            self._marks.append(self.state())
+
+    def end_pieces(self) -> None:
+        """Nothing is read in pieces any more."""
+        self.inner, self.stepping, self._pieces = False, False, None
+
+    def whole(self, output: Any) -> None:
+        """The last piece's ``output`` becomes that of the whole forward."""
+        if self.inner or self._pieces is None:
+            return
+        pieces = self._pieces
+        if self.stepping:
+            output.logits = torch.cat([*(logits for logits, _ in pieces), output.logits], 1)
+        if output.hidden_states is not None and all(states is not None for _, states in pieces):
+            every = [*(states for _, states in pieces), output.hidden_states]
+            copies = output.hidden_states[0].shape[0]
+            output.hidden_states = tuple(
+                torch.cat([x.repeat_interleave(copies // x.shape[0], 0) for x in layer], 1) for layer in zip(*every)
+            )
+        self.stepping, self._pieces = False, None
 
     def steps_through(self, width: int, kept_logits: Any) -> bool:
         """Whether a forward over ``width`` tokens, of which the last ``kept_logits - 1`` are candidates, must go one by one.
@@ -158,45 +242,51 @@ class Engine:
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
 
-    def state(self) -> _State:
-        """What it takes to return to this moment. Blocks are shared with the present until the present writes to them."""
-        tail = None if self.scorer is None else self.scorer.tail
-        packed = None if self.packer is None else self.packer.state()
-        observed = [] if self.observer is None else list(self.observer.rows)
-        own = [(layer, dict(vars(layer))) for layer in self.own_layers]
-        return self.planner.fork(), tail, observed, own, packed, self._chosen()
+    def state(self) -> EngineState:
+        """What it takes to return to this moment."""
+        observer = self.observer
+        return EngineState(
+            planner=self.planner.fork(),
+            transcript=self.transcript.state(),
+            tail=None if self.scorer is None else self.scorer.tail,
+            observed=[] if observer is None else list(observer.rows),
+            calls={} if observer is None else dict(observer.calls),
+            own=[dict(vars(layer)) for layer in self.own_layers],
+            packed=None if self.packer is None else self.packer.state(),
+            chosen=self._chosen(),
+            offsets=None if self._offsets is None else list(self._offsets),
+            searched=(self.searching, self.beyond),
+            evicted_at=list(self.evicted_at),
+        )
 
-    def return_to(self, state: _State, own_layers: bool = True) -> None:
-        """Make ``state`` the present."""
-        self.planner, tail, observed, layers, packed, chosen = state
+    def return_to(self, state: EngineState, own_layers: bool = True) -> None:
+        """Make ``state``, of this engine or of a fork of it, the present; it can be returned to again."""
+        self.planner = state.planner.fork()
+        self.transcript.return_to(state.transcript)
         if self.scorer is not None:
-            self.scorer.tail = tail
+            self.scorer.tail = state.tail
         if self.observer is not None:
-            self.observer.rows = list(observed)
+            self.observer.rows, self.observer.calls = list(state.observed), dict(state.calls)
         if self.packer is not None:
-            self.packer.return_to(packed)
-        self._choose_again(chosen)
+            self.packer.return_to(state.packed)
+        self._offsets = None if state.offsets is None else list(state.offsets)
+        self.searching, self.beyond = state.searched
+        self.evicted_at = list(state.evicted_at)
+        self._choose_again(state.chosen)
         if own_layers:
-            _put_back(layers)
+            _put_back(list(zip(self.own_layers, state.own)))
 
     def _chosen(self) -> dict[int, Any]:
         return {index: search.state() for index, search in self.searches.items()}
 
     def _choose_again(self, chosen: dict[int, Any]) -> None:
         """Return to what was chosen then; layers that had not chosen choose anew."""
-        for index, search in self.searches.items():
-            if index in chosen:
-                search.return_to(chosen[index])
-            else:
-                search.reset()
-
-    def mark(self) -> None:
-        """Remember this state, for a `crop` that goes back to it."""
-        self._marks.append(self.state())
-
-    def stop_stepping(self) -> None:
-        """Candidates are verified together again."""
-        self.stepping, self.stepped, self._marks = False, [], []
+        for search in [search for index, search in self.searches.items() if index not in chosen]:
+            search.reset()
+        for index, choice in chosen.items():
+            found = self._search_of(index)
+            if found is not None:
+                found.return_to(choice)
 
     def prepare(self) -> None:
         """The decoder begins. Undo a forward that died; let go of what the last one left because it was being verified."""
@@ -206,11 +296,11 @@ class Engine:
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
         if self._step is not None or self._undo:
-            whole, ids = self._whole_model, self._ids
+            whole, ids, foreign = self._whole_model, self._ids, self._foreign
             self.rollback()
-            self._whole_model, self._ids = whole, ids
+            self._whole_model, self._ids, self._foreign = whole, ids, foreign
         if not self.stepping:
-            self._marks = []
+            self._marks.clear()
             if self.recording and self.num_rows:
                 self.settle(force=False)
         self._undo = [(layer, dict(vars(layer))) for layer in self.own_layers]
@@ -329,8 +419,11 @@ class Engine:
             raise CacheMismatchError(
                 f"the stream holds {self.num_rows} sequences, the input has {batch}; open a stream for each batch size"
             )
-        lens = self._valid(mask, batch, width)
-        self._check_positions(position_ids, lens)
+        if self.turn is not None:
+            lens = self.turn.lens(batch, width)
+        else:
+            lens = self._valid(mask, batch, width)
+            self._check_positions(position_ids, lens)
         self.open(lens, width)
 
     def open(self, lens: list[int], width: int) -> Step:
@@ -351,8 +444,9 @@ class Engine:
         self._step = self.planner.begin(lens, width, store_all, parts)
         return self._step
 
-    def close(self) -> None:
-        """The planned forward is over and its tokens are seen; the caller scores them and lets go."""
+    def close(self, ids: torch.Tensor | None = None) -> None:
+        """The planned forward over ``ids`` is over and its tokens are seen; the caller scores them and lets go."""
+        self._record(ids)
         self.planner.commit()
         self._step, self._undo = None, []
         self._searched.clear()
@@ -393,8 +487,24 @@ class Engine:
                     "use stream.generate(), or an attention mask over everything seen"
                 )
 
+    def _record(self, ids: torch.Tensor | None) -> None:
+        """Note what the open step reads."""
+        step, turn = self._step, self.turn
+        if step is None:
+            return
+        width = step.num_queries
+        self.transcript.commit(ids, step.new_lens, width, own=turn is not None, foreign=self._foreign)
+        if turn is not None:
+            turn.committed(width)
+
+    def offsets(self, batch: int) -> list[int]:
+        """What the model's positions are ahead of the tokens that each row has seen; 0 unless a caller began elsewhere."""
+        known = self._offsets or []
+        return [offset or 0 for offset in known] if len(known) == batch else [0] * batch
+
     def _commit(self, scores: list[npt.NDArray[np.float32]] | None = None) -> None:
         """The forward is over: its tokens are seen, and the policy may let go."""
+        self._record(self._ids)
         self.planner.commit()
         if self.search is not None and not isinstance(self.policy.memories[0].retain_or_default, All):
             # What is let go below was read all the same.
@@ -407,6 +517,8 @@ class Engine:
         step, self._step = self._step, None
         self._undo = []
         self._searched.clear()
+        if self._bounded and step is not None and not self.evicted_at:
+            self.evicted_at = [0] * self.num_rows
         if self.packer is not None and step is not None:
             self.packer.commit(reading=step.num_queries > (MAX_CANDIDATES if self.recording else 1))
         if self.stepping or not self.recording:
@@ -416,6 +528,26 @@ class Engine:
 
     def settle(self, force: bool, turn_ended: bool = False) -> None:
         """Let the policy let go. Without ``force`` a score-based rule waits until it is a whole block over budget."""
+        before = self._residents()
+        self._evict(force, turn_ended)
+        self._note_evictions(before)
+        if force:
+            self.free_unused()
+
+    def _residents(self) -> list[list[int]]:
+        """Tokens that each memory of each row holds."""
+        if not self._bounded:
+            return []
+        memories = range(len(self.policy.memories))
+        return [[self.planner.resident(m, row) for m in memories] for row in range(self.num_rows)]
+
+    def _note_evictions(self, before: list[list[int]]) -> None:
+        for row, (old, new) in enumerate(zip(before, self._residents())):
+            # A window may leave out what it would evict at once: then it holds less than it was given.
+            if old != new or (sum(new) < self.planner.seen(row) and not self.evicted_at[row]):
+                self.evicted_at[row] = self.planner.seen(row)
+
+    def _evict(self, force: bool, turn_ended: bool) -> None:
         self._apply(self.planner.settle(force))
         if self.observer is not None:
             self.observer.settle(self.planner, self.stores, force)
@@ -423,8 +555,6 @@ class Engine:
             spec = memory.retain_or_default.spec(self.facts.bytes_per_token)
             if spec["retain"] == "manual" and self.observer is None:
                 self._settle_own(index, spec, force, turn_ended)
-        if force:
-            self.free_unused()
 
     def _settle_own(self, index: int, spec: dict[str, Any], force: bool, turn_ended: bool) -> None:
         rule, budget = self.policy.memories[index].retain_or_default, spec["budget"]
@@ -531,28 +661,56 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------------- what callers do
 
+    def check_crop(self, count: int) -> None:
+        """Refuse, before anything changes, to forget ``count`` columns if that cannot be exact.
+
+        Raises:
+            CacheMismatchError, StateError: if there are not so many, or what came before them is gone.
+        """
+        self._check_whole()
+        if 0 < count <= len(self._marks):
+            return
+        counts = self.transcript.tokens_in_last(count)
+        if self.observer is not None:
+            self.observer.check_crop(self.planner, counts)
+            return
+        for row, (gone, settled) in enumerate(zip(counts, self.evicted_at)):
+            seen = self.planner.seen(row)
+            if gone and 0 < seen - gone < settled:
+                raise CacheMismatchError(
+                    f"row {row}: cannot forget {gone} tokens: {self.policy!r} evicted others when the row had seen {settled}, which a "
+                    f"text of {seen - gone} tokens would still hold; at most {seen - settled} can be forgotten; "
+                    "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
+                )
+
     def crop(self, count: int) -> None:
-        """Forget the newest ``count`` columns."""
-        self._idle()
+        """Forget the newest ``count`` columns, and what was said after them."""
+        self.idle()
+        self.check_crop(count)
         if 0 < count <= len(self._marks):
             self.return_to(self._marks[-count], own_layers=False)
         elif count:
-            if self.observer is not None:
-                self.observer.check_crop(self.planner, count)
-            self.planner.crop(count)
-            if self.observer is not None:
-                self.observer.crop(self.planner, [count] * self.num_rows)
+            self._crop(self.transcript.tokens_in_last(count))
             if self.scorer is not None:
                 self.scorer.crop(count)
-            if self.packer is not None:
-                self.packer.crop([count] * self.num_rows)
+            self.transcript.crop(count)
         self._marks = []
+        if self.turn is not None:
+            self.turn.cropped(count, max(self.transcript.seen(), default=0))
         if self.recording and self.num_rows:
             self.settle(force=False)
 
+    def _crop(self, counts: list[int]) -> None:
+        self.planner.crop_rows(counts)
+        self.evicted_at = [min(at, self.planner.seen(row)) for row, at in enumerate(self.evicted_at)]
+        if self.observer is not None:
+            self.observer.crop(self.planner, counts)
+        if self.packer is not None:
+            self.packer.crop(counts)
+
     def crop_rows(self, counts: list[int]) -> None:
-        """Forget the newest ``counts[row]`` tokens of each row; their columns stay, as pads."""
-        self._idle()
+        """Forget the newest ``counts[row]`` tokens of each row, which it did not say."""
+        self.idle()
         if self.observer is not None:
             self.observer.crop_rows(self.planner, self.stores, counts)
         else:
@@ -561,13 +719,23 @@ class Engine:
             self.packer.crop(counts)
         if self.scorer is not None:
             self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
+        self.transcript.forget(counts)
+
+    def stop_recording(self) -> None:
+        """No candidates are verified any more: what had to stay because of them may go."""
+        if self.recording:
+            self.recording = False
+            self._marks.clear()
+            if self.num_rows and self._step is None:
+                self.settle(force=False)
 
     def select_rows(self, rows: list[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was."""
         if not self.num_rows:
             return
-        self._idle()
+        self.idle()
         self.planner.select_rows(rows)
+        self.transcript.select_rows(rows)
         if self.observer is not None:
             self.observer.select_rows(rows)
         if self.packer is not None:
@@ -578,6 +746,7 @@ class Engine:
             self.scorer.select_rows(rows)
         if self._offsets is not None:
             self._offsets = [self._offsets[row] for row in rows]
+        self.evicted_at = [self.evicted_at[row] for row in rows] if self.evicted_at else []
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""
@@ -588,10 +757,13 @@ class Engine:
         if not self.planner.used_blocks:
             self.stores.clear()
         self._offsets = None
+        self.evicted_at = []
+        self.transcript.reset()
         self.recording = False
+        self._marks.clear()
+        self.end_pieces()
         if self.observer is not None:
             self.observer.reset()
-        self.stop_stepping()
         self.searches.clear()
         self._searched.clear()
         self._read = []
@@ -602,24 +774,36 @@ class Engine:
 
     def fork(self) -> Engine:
         """A second engine over the same blocks, which are copied when one of the two writes."""
-        self._idle()
+        self.idle()
         child = Engine(self.policy, self.facts, self.backend, self.frame, planner=self.planner.fork())
         child.stores = self.stores
-        child._offsets = None if self._offsets is None else list(self._offsets)
-        if self.scorer is not None and child.scorer is not None:
-            child.scorer.tail = self.scorer.tail
-        if self.observer is not None and child.observer is not None:
-            child.observer.copy_from(self.observer)
-        if self.packer is not None and child.packer is not None:
-            child.packer.return_to(self.packer.state())
-        child.searching, child.beyond, child._read = self.searching, self.beyond, list(self._read)
-        for index, state in self._chosen().items():
-            search = child._search_of(index)
-            if search is not None:
-                search.return_to(state)
+        child.return_to(self.state(), own_layers=False)
+        child._read = list(self._read)
         return child
 
-    def _idle(self) -> None:
+    def rewind(self, state: EngineState) -> None:
+        """Go back to ``state``; what was held only since then is given back."""
+        self.idle()
+        self.stop_recording()
+        self.turn = None
+        self._marks.clear()
+        self.return_to(state)
+        self.free_unused()
+
+    def release(self) -> None:
+        """Give all memory back: the stream is closed. Forks and marks keep what they share."""
+        self.rollback()
+        self._marks.clear()
+        self.planner.reset()
+        if self.planner.used_blocks:
+            self.free_unused()
+        else:
+            self.stores.clear()
+        for layer in self.own_layers:
+            layer.reset()
+        give_back()
+
+    def idle(self) -> None:
         self._check_whole()
         if self._step is not None:
             self.rollback()

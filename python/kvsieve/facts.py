@@ -54,7 +54,6 @@ class ModelFacts:
             use at that moment; None when unknown.
         longrope: whether the model changes its frequencies with the length it has seen.
         dynamic_rope: whether it does so in a way that cannot be re-placed.
-        cache_name: the name of the cache argument of the model's forward.
     """
 
     layers: tuple[AttentionLayer, ...]
@@ -64,7 +63,6 @@ class ModelFacts:
     logits_of: Callable[[torch.Tensor], torch.Tensor] | None
     longrope: bool
     dynamic_rope: bool
-    cache_name: str = "past_key_values"
 
     @property
     def bytes_per_token(self) -> int:

@@ -104,7 +104,7 @@ class GraphDecoder:
             self._unread = None
             raise
         assert self._logits is not None
-        engine.close()
+        engine.close(self._ids)
         if engine.scorer is not None:
             engine.scorer.tail = self._logits.clone()
         else:

@@ -245,13 +245,13 @@ class Observer:
         union = np.unique(torch.cat(held).numpy()) if held else np.zeros(0, np.int64)
         return union, np.full(len(union), np.nan, np.float32)
 
-    def check_crop(self, planner: Planner, count: int) -> None:
+    def check_crop(self, planner: Planner, counts: Sequence[int]) -> None:
         """Refuse to go back to where heads hold different tokens.
 
         Raises:
             StateError: if a row would lose tokens that not all heads hold.
         """
-        for row, state in enumerate(self.rows):
+        for row, (state, count) in enumerate(zip(self.rows, counts)):
             left = planner.seen(row) - count
             if 0 < left < state.since:
                 raise StateError(

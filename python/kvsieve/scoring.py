@@ -66,6 +66,11 @@ class Scorer:
                     known = None if first is None or count < width else float(first[row])
                     scores.append(true_scores(values[: max(count - 1, 0)], known, count))
             tail = logits.detach() if keep_rows else logits[:, -1:].detach().clone()
+            silent = [row for row, count in enumerate(lens) if count == 0]
+            if silent and self.tail is not None and self.tail.shape[1] >= tail.shape[1]:
+                # A row that was given pads only goes on from where it was.
+                tail = tail.clone()
+                tail[silent] = self.tail[silent, -tail.shape[1] :]
             return scores, tail
 
     def _table(self, targets: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, width: int) -> npt.NDArray[np.float32]:

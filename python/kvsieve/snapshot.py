@@ -11,8 +11,10 @@ import torch
 
 from kvsieve.backends import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
+from kvsieve.model import fingerprint
 from kvsieve.observe import LayerState, RowState
 from kvsieve.policies import parse
+from kvsieve.transcript import Ids, Row, TranscriptState
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -26,7 +28,7 @@ if TYPE_CHECKING:
 
 __all__ = ["load", "save"]
 
-VERSION = 1
+VERSION = 2
 
 
 def _fingerprint(stream: Stream) -> list[Any]:
@@ -42,8 +44,10 @@ def _is_text(policy: Policy) -> bool:
         return False
 
 
-def save(stream: Stream, path: str | PathLike[str]) -> None:
+def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> None:
     """Write ``stream`` to ``path``. An existing file is replaced only once the new one is complete.
+
+    With the file go fingerprints of the model's weights and positions and, if it is given, of the tokenizer.
 
     Raises:
         UnsupportedError: if the model has sliding layers of its own, or the policy has parts that text cannot describe.
@@ -67,11 +71,10 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
                 k, v = store.read(runs)
                 tensors[f"keys.{index}.{memory}.{row}"] = k.contiguous()
                 tensors[f"values.{index}.{memory}.{row}"] = v.contiguous()
-    pending, unread = stream._pending or (None, None)
-    tail = engine.scorer.tail if engine.scorer is not None else None
-    for name, tensor in (("pads", stream._pads), ("pending", pending), ("unread", unread), ("tail", tail)):
-        if tensor is not None:
-            tensors[name] = tensor.contiguous()
+    for row, told in enumerate(engine.transcript.rows):
+        tensors[f"ids.{row}"], tensors[f"unread.{row}"] = told.ids.tensor(), told.unread.contiguous()
+    if engine.scorer is not None and engine.scorer.tail is not None:
+        tensors["tail"] = engine.scorer.tail.contiguous()
     if engine.packer is not None:
         tensors.update(engine.packer.tensors(planner, engine.stores))
     if engine.observer is not None:
@@ -80,8 +83,13 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
         "version": VERSION,
         "policy": repr(stream.policy),
         "model": _fingerprint(stream),
+        "weights": fingerprint.weights(stream.model),
+        "tokenizer": None if tokenizer is None else fingerprint.tokenizer(tokenizer),
         "frame": engine.frame,
-        "columns": planner.columns,
+        "columns": engine.transcript.columns,
+        "pads": [row.pads for row in engine.transcript.rows],
+        "foreign": engine.transcript.foreign,
+        "evicted_at": engine.evicted_at,
         "seen": [planner.seen(row) for row in range(planner.num_rows)],
         "layers": sorted(engine.stores),
         "offsets": engine._offsets,
@@ -101,16 +109,17 @@ def save(stream: Stream, path: str | PathLike[str]) -> None:
         partial.unlink(missing_ok=True)
 
 
-def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None = None) -> Stream:
+def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None = None, *, tokenizer: Any = None) -> Stream:
     """Open the stream saved at ``path`` on ``model``; it goes on where it was.
 
     Args:
         path: a file written by :meth:`Stream.save`.
-        model: the same model; its layers, heads and dtype are compared with the file's.
+        model: the same model; its layers, heads, dtype, weights and positions are compared with the file's.
         backend: as for :func:`kvsieve.stream`.
+        tokenizer: compared with the one that was given to :meth:`Stream.save`, if both were.
 
     Raises:
-        CacheMismatchError: if the file was written for another model.
+        CacheMismatchError: if the file was written for another model, for other weights, or with another tokenizer.
         KvsieveError: if the file is not a kvsieve stream.
     """
     from safetensors import SafetensorError, safe_open
@@ -130,6 +139,7 @@ def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None 
             raise KvsieveError(f"{path} was written in format {header['version']}; this kvsieve reads format {VERSION}")
         stream = Stream(model, parse(header["policy"]), backend)
         try:
+            _check_model(stream, header, tokenizer)
             _restore(stream, header, file)
         except BaseException:
             stream.close()
@@ -137,12 +147,22 @@ def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None 
     return stream
 
 
-def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
+def _check_model(stream: Stream, header: dict[str, Any], tokenizer: Any) -> None:
     mine, theirs = _fingerprint(stream), header["model"]
     if mine != theirs:
         raise CacheMismatchError(
             f"the stream was saved from {theirs[0]} with layers {theirs[2][:1]}..., this model is {mine[0]} with {mine[2][:1]}..."
         )
+    if header["weights"] != fingerprint.weights(stream.model):
+        raise CacheMismatchError(
+            f"the stream was saved from another model: this {mine[0]} has the same shape and other weights or positions (a fine-tune, "
+            "another release); what it remembers would mean nothing to it, so load it on the model that wrote it"
+        )
+    if None not in (tokenizer, header["tokenizer"]) and header["tokenizer"] != fingerprint.tokenizer(tokenizer):
+        raise CacheMismatchError("the stream was saved with another tokenizer, whose ids mean other text")
+
+
+def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
     engine, names = stream._engine, set(file.keys())
     if header["frame"] != engine.frame:
         raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.frame} ones")
@@ -172,9 +192,12 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
         engine.restore_packed(header["packed"], header["reading"], saved)
     if engine.observer is not None:
         _restore_observed(engine, header, file)
-    engine._offsets = header["offsets"]
-    stream._pads = file.get_tensor("pads") if "pads" in names else None
-    stream._pending = (file.get_tensor("pending"), file.get_tensor("unread")) if "pending" in names else None
+    engine._offsets, engine.evicted_at = header["offsets"], header["evicted_at"]
+    told = [
+        Row(Ids().append(file.get_tensor(f"ids.{row}")), file.get_tensor(f"unread.{row}"), tuple((lo, hi) for lo, hi in pads))
+        for row, pads in enumerate(header["pads"])
+    ]
+    engine.transcript.return_to(TranscriptState(header["columns"], tuple(told), header["foreign"]))
     if engine.scorer is not None and "tail" in names:
         engine.scorer.tail = file.get_tensor("tail")
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,8 @@ import numpy.typing as npt
 import torch
 
 from kvsieve import backends
+from kvsieve import generate as turns
 from kvsieve.errors import (
-    CacheMismatchError,
-    PaddingError,
     PolicyError,
     ShapeError,
     StateError,
@@ -29,11 +29,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvsieve.cache import StreamCache
-    from kvsieve.engine import Engine
+    from kvsieve.engine import Engine, EngineState
     from kvsieve.facts import ModelFacts
     from kvsieve.model import Attachment
 
-__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Parts", "Stats", "Stream", "stream"]
+__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Mark", "Parts", "Stats", "Stream", "stream"]
 
 MAX_CHUNK = 512
 """Most prompt tokens fed at a time."""
@@ -152,6 +152,22 @@ class LayerTrace:
     rows: tuple[tuple[HeadTrace, ...], ...]
 
 
+@dataclass(frozen=True, eq=False, repr=False)
+class Mark:
+    """A moment of one stream; see :meth:`Stream.mark`."""
+
+    stream: weakref.ref[Stream] = field(repr=False)
+    state: EngineState = field(repr=False)
+
+    @property
+    def seen(self) -> int:
+        """Tokens of the row that had seen most."""
+        return max((len(row.ids) for row in self.state.transcript.rows), default=0)
+
+    def __repr__(self) -> str:
+        return f"Mark(seen={self.seen})"
+
+
 def stream(model: PreTrainedModel, policy: Policy, backend: str | None = None) -> Stream:
     """Open a stream: give ``model`` a memory with a budget.
 
@@ -196,13 +212,11 @@ class Stream:
                 self._engine = Engine(policy, facts, backends.get(name), _frame(type(self.model).__name__, policy, facts))
             else:
                 self._engine = _parent._engine.fork()
-            self._cache = StreamCache(self._engine)
+            self._cache = StreamCache(self._engine, weakref.ref(self))
             self._engine.own_layers = self._cache.own_layers
         except BaseException:
             self.close()
             raise
-        self._pads: torch.Tensor | None = None
-        self._pending: tuple[torch.Tensor, torch.Tensor] | None = None
 
     # --------------------------------------------------------------------------------------------------------------- lifetime
 
@@ -214,6 +228,8 @@ class Stream:
 
     def close(self) -> None:
         """Leave the model. The last stream on it restores it exactly; closing twice is fine."""
+        if self._attachment is not None and hasattr(self, "_engine"):
+            self._engine.release()
         self._attachment = None
         self._leave()
 
@@ -299,138 +315,86 @@ class Stream:
 
     # ---------------------------------------------------------------------------------------------------------------- feeding
 
-    @torch.no_grad()
-    def feed(self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, chunk: int | None = None) -> None:
+    def feed(
+        self,
+        input_ids: torch.Tensor | Mapping[str, Any],
+        attention_mask: torch.Tensor | None = None,
+        chunk: int | None = None,
+        *,
+        unread: torch.Tensor | None = None,
+    ) -> None:
         """Read new tokens without generating.
 
         Args:
-            ids: int64 ``[B, n]``, the new tokens only.
+            input_ids: int64 ``[B, n]``, the new tokens only; or what a tokenizer returned, a mapping with ``input_ids``.
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             chunk: tokens per forward; chosen from the budget by default.
+            unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
 
         Raises:
             ShapeError: for ids that are not two-dimensional integers, or empty.
             PaddingError: for padding that is not on the left.
             CacheMismatchError: if the batch is not the stream's.
+            StateError: after ``model.generate``, without ``unread``.
+
+        An interrupted call leaves what was read until then: :attr:`ids` tells it, :meth:`rewind` undoes it.
         """
-        ids, mask = self._with_pending(ids, self._accept(ids, attention_mask))
-        self._feed(ids, mask, self._chunk() if chunk is None else chunk)
-
-    def _feed(self, ids: torch.Tensor, mask: torch.Tensor, chunk: int) -> None:
-        if chunk < 1:
+        input_ids, rest = turns.unpack(input_ids, {} if attention_mask is None else {"attention_mask": attention_mask})
+        new = turns.accept(self, input_ids, rest.pop("attention_mask", None))
+        if rest.pop("token_type_ids", None) is None and rest:
+            raise UnsupportedError(f"feed takes input_ids and attention_mask, not {', '.join(sorted(rest))}")
+        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ShapeError(f"chunk must be at least 1, got {chunk}")
-        extra = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        for lo in range(0, ids.shape[1], chunk):
-            part = slice(lo, lo + chunk)
-            whole = self._whole_mask(mask[:, part])
-            self.model(
-                input_ids=ids[:, part],
-                attention_mask=whole,
-                position_ids=(whole.cumsum(1) - 1).clamp(min=0)[:, -ids[:, part].shape[1] :],
-                past_key_values=self.cache,
-                use_cache=True,
-                **extra,
-            )
-            self._pads = whole
+        before = turns.unread_of(self, new, unread)
+        turns.feed(self, [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
 
-    @torch.no_grad()
     def generate(
-        self, ids: torch.Tensor, attention_mask: torch.Tensor | None = None, *, end_turn: bool = True, **kwargs: Any
-    ) -> torch.Tensor:
+        self,
+        input_ids: torch.Tensor | Mapping[str, Any] | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        end_turn: bool = True,
+        unread: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """One turn: read the *new* tokens and answer. What was said before is in the memory.
 
-        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length.
+        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length. Logits
+        processors, stopping criteria, ``max_length`` and beams see the whole conversation, as they do with a stock cache.
 
         Args:
-            ids: int64 ``[B, n]``, this turn's new tokens only.
+            input_ids: int64 ``[B, n]``, this turn's new tokens only; or what a tokenizer returned, a mapping with ``input_ids``.
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             end_turn: call :meth:`end_turn` when done.
-            kwargs: passed to ``model.generate``. With several beams or return sequences the stream stays a single sequence per row:
-                they run on a fork, and the stream then reads the best one.
+            unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
+            kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the stream
+                stays a single sequence per row: they run on a fork, and the stream then reads the best one.
 
         Returns:
             int64 ``[B * num_return_sequences, n + new]``: the new prompt and the answer, or as ``return_dict_in_generate`` asks.
 
         Raises:
-            UnsupportedError: for assisted decoding on a stream that has seen tokens (transformers would feed the history again).
+            ShapeError, PaddingError, CacheMismatchError: as :meth:`feed`.
+            StateError: after ``model.generate``, without ``unread``.
+            UnsupportedError: for inputs beside ids that belong to tokens (images, embeddings) after the first turn.
+
+        A call that fails before the model ran changes nothing. One that is interrupted leaves the conversation at the last token that
+        was delivered; :meth:`rewind` goes back to a mark taken before.
         """
-        mask = self._accept(ids, attention_mask)
-        if "past_key_values" in kwargs:
-            raise StateError("stream.generate uses the stream's own cache; pass past_key_values to model.generate instead")
-        wide = int(kwargs.get("num_beams") or 1) > 1 or int(kwargs.get("num_return_sequences") or 1) > 1
-        if wide:
-            return self._generate_wide(ids, mask, end_turn, kwargs)
-        assisted = kwargs.get("assistant_model") is not None or kwargs.get("prompt_lookup_num_tokens")
-        if assisted and self._engine.columns:
-            raise UnsupportedError(
-                "assisted decoding on a stream that has already seen tokens: transformers would feed it the history again; "
-                "decode this turn without an assistant"
-            )
-        prompt = ids
-        ids, mask = self._with_pending(ids, mask)
-        chunk = self._chunk()
-        if ids.shape[1] > chunk:
-            last = (ids.shape[1] - 1) // chunk * chunk
-            self._feed(ids[:, :last], mask[:, :last], chunk)
-            ids, mask = ids[:, last:], mask[:, last:]
-        whole = self._whole_mask(mask)
-        result = self.model.generate(input_ids=ids, attention_mask=whole, past_key_values=self.cache, **kwargs)
-        sequences = result if isinstance(result, torch.Tensor) else result.sequences
-        answer = sequences[:, ids.shape[1] :]
-        self._remember(whole, answer, self._ends(kwargs))
+        input_ids, kwargs = turns.unpack(input_ids, kwargs)
+        if "inputs" in kwargs and input_ids is None:
+            input_ids = kwargs.pop("inputs")
+        mask = kwargs.pop("attention_mask", None) if attention_mask is None else attention_mask
+        for name in ("past_key_values", "cache"):
+            if name in kwargs:
+                raise StateError(f"stream.generate uses the stream's own cache; pass {name} to model.generate instead")
+        new = turns.accept(self, input_ids, mask)
+        before = turns.unread_of(self, new, unread)
+        with torch.no_grad():
+            result = turns.generate(self, new, before, input_ids, kwargs)
         if end_turn:
             self.end_turn()
-        if isinstance(result, torch.Tensor):
-            return torch.cat([prompt, answer], 1)
-        result.sequences = torch.cat([prompt, answer], 1)
-        return result  # type: ignore[no-any-return]
-
-    def _generate_wide(self, ids: torch.Tensor, mask: torch.Tensor, end_turn: bool, kwargs: dict[str, Any]) -> torch.Tensor:
-        if ids.shape[1] > 1:
-            self.feed(ids[:, :-1], mask[:, :-1])
-        count = max(int(kwargs.get(n) or 1) for n in ("num_beams", "num_return_sequences"))
-        with self.fork() as child:
-            if child._engine.num_rows:
-                child.cache.batch_repeat_interleave(count)
-            whole = child._whole_mask(mask[:, -1:])
-            result = self.model.generate(input_ids=ids[:, -1:], attention_mask=whole, past_key_values=child.cache, **kwargs)
-        sequences = result if isinstance(result, torch.Tensor) else result.sequences
-        best = sequences[:: sequences.shape[0] // ids.shape[0]]
-        self.feed(*_pads_first(best, torch.cat([mask[:, -1:], _real(best[:, 1:], self._ends(kwargs)).to(mask.dtype)], 1)))
-        if end_turn:
-            self.end_turn()
-        heads = ids[:, :-1].repeat_interleave(sequences.shape[0] // ids.shape[0], 0)
-        full = torch.cat([heads, sequences], 1)
-        if isinstance(result, torch.Tensor):
-            return full
-        result.sequences = full
-        return result  # type: ignore[no-any-return]
-
-    def _with_pending(self, ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new tokens, after the ones the last turn sampled but the model has not read."""
-        pending, self._pending = self._pending, None
-        if pending is None:
-            return ids, mask
-        # Rows that ended early have pads there; pads go first, so that each row's tokens are its last columns.
-        return _pads_first(torch.cat([pending[0], ids], 1), torch.cat([pending[1], mask], 1))
-
-    def _ends(self, kwargs: dict[str, Any]) -> list[int]:
-        """Token ids that end a sequence in this call of generate."""
-        chosen = kwargs.get("generation_config") or self.model.generation_config
-        ends = kwargs.get("eos_token_id", chosen.eos_token_id)
-        if isinstance(ends, torch.Tensor):
-            ends = ends.tolist()
-        return [] if ends is None else list(ends) if isinstance(ends, (list, tuple)) else [ends]
-
-    def _remember(self, whole: torch.Tensor, answer: torch.Tensor, ends: list[int]) -> None:
-        """After a turn: forget what a row that ended early was padded with, and note the token the model has not read yet."""
-        stored = self._engine.columns - whole.shape[1]
-        real = _real(answer, ends).to(whole.dtype)
-        filler = (real[:, :stored] == 0).sum(1).tolist()
-        if any(filler):
-            self._engine.crop_rows(filler)
-        self._pads = torch.cat([whole, real[:, :stored]], 1)
-        self._pending = (answer[:, stored:], real[:, stored:]) if answer.shape[1] > stored else None
+        return result
 
     def end_turn(self) -> None:
         """A turn ends: scores decay, residents come down to the budget, unused memory is given back."""
@@ -441,23 +405,62 @@ class Stream:
     def reset(self) -> None:
         """Forget everything, give all memory back, and start a new session."""
         self.cache.reset()
-        self._pads = self._pending = None
+
+    @property
+    def ids(self) -> list[torch.Tensor]:
+        """Of each row, the ids of its conversation, int64 ``[n]``: all that was read, evicted tokens among them, and what was said
+        and is not read yet. -1 stands for a token that was given as an embedding."""
+        return self._engine.transcript.ids()
 
     def fork(self) -> Stream:
         """A second stream that shares this one's past. Blocks are shared until one of the two writes; neither changes the other."""
         self._check_open()
         child = Stream(self.model, self.policy, _parent=self)
-        child._pads, child._pending = self._pads, self._pending
         for mine, theirs in zip(self._cache.own_layers, child._cache.own_layers):
             vars(theirs).update(vars(mine))
         return child
 
-    def save(self, path: str | PathLike[str]) -> None:
-        """Write this stream's memory to one ``.safetensors`` file; see :func:`kvsieve.load`."""
+    def mark(self) -> Mark:
+        """This moment, to go back to with :meth:`rewind`: to regenerate an answer, to edit the last turn, to undo a call that was
+        interrupted. Blocks are shared with the present until the present writes to them; a mark that is dropped gives its own back.
+        """
+        engine = self._check_open()
+        engine.idle()
+        return Mark(weakref.ref(self), engine.state())
+
+    def rewind(self, mark: Mark) -> None:
+        """Go back to ``mark``: everything is as it was then, for every policy and kind of layer. A mark can be used again.
+
+        Raises:
+            StateError: for what is not a mark of this stream, or if a change of all layers failed in their midst.
+        """
+        engine = self._check_open()
+        if not isinstance(mark, Mark) or mark.stream() is not self:
+            raise StateError("rewind needs a mark that this stream's mark() returned")
+        engine.rewind(mark.state)
+
+    def __copy__(self) -> Stream:
+        return self.fork()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Stream:
+        return self.fork()
+
+    def __reduce__(self) -> Any:
+        raise UnsupportedError(
+            "a stream cannot be pickled; write it with stream.save(path) and read it with kvsieve.load(path, model)"
+        )
+
+    def save(self, path: str | PathLike[str], *, tokenizer: Any = None) -> None:
+        """Write this stream's memory to one ``.safetensors`` file; see :func:`kvsieve.load`.
+
+        Args:
+            path: the file to write; one that exists is replaced once the new one is complete.
+            tokenizer: if given, its fingerprint is written, and compared when the file is loaded with a tokenizer.
+        """
         from kvsieve.snapshot import save
 
         self._check_open()
-        save(self, path)
+        save(self, path, tokenizer)
 
     # --------------------------------------------------------------------------------------------------------------- internals
 
@@ -468,38 +471,6 @@ class Stream:
         chunk: int = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
         trained = self._engine.facts.trained_length
         return chunk if trained is None else max(min(chunk, trained // 2), 1)
-
-    def _accept(self, ids: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
-        engine = self._check_open()
-        if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-            got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-            raise ShapeError(f"ids must be an integer tensor of shape [batch, tokens], got {got}")
-        if ids.shape[0] == 0 or ids.shape[1] == 0:
-            raise ShapeError(f"the prompt is empty: ids have shape {tuple(ids.shape)}")
-        if engine.num_rows and engine.num_rows != ids.shape[0]:
-            raise CacheMismatchError(f"the stream holds {engine.num_rows} sequences, the input has {ids.shape[0]}")
-        if mask is None:
-            return torch.ones_like(ids)
-        if mask.shape != ids.shape:
-            raise ShapeError(f"attention_mask must have the shape of ids, {tuple(ids.shape)}, got {tuple(mask.shape)}")
-        empty = (mask == 0).all(1).nonzero().flatten().tolist()
-        if empty:
-            raise PaddingError(f"rows {empty} of the input have pads only")
-        right = ((mask[:, :-1] != 0) & (mask[:, 1:] == 0)).any(1).nonzero().flatten().tolist()
-        if right:
-            raise PaddingError(f"rows {right} have a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
-        return mask.to(ids.dtype)
-
-    def _whole_mask(self, new: torch.Tensor) -> torch.Tensor:
-        """The attention mask over every column seen and the new ones."""
-        columns = self._engine.columns
-        if not columns:
-            return new
-        if self._pads is None or self._pads.shape[1] < columns:
-            known = 0 if self._pads is None else self._pads.shape[1]
-            fill = torch.ones(new.shape[0], columns - known, dtype=new.dtype, device=new.device)
-            self._pads = fill if self._pads is None else torch.cat([self._pads, fill], 1)
-        return torch.cat([self._pads[:, :columns], new], 1)
 
 
 def _parts(engine: Engine) -> Parts:
@@ -519,20 +490,6 @@ def _check_head(engine: Engine, layer: int | None, head: int | None) -> None:
         raise StateError(f"the stream holds no layer {layer!r}; its full-attention layers are {sorted(known)}")
     if layer is not None and head is not None and not 0 <= head < known[layer]:
         raise StateError(f"layer {layer} has key-value heads 0 to {known[layer] - 1}, not {head!r}")
-
-
-def _real(answer: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    """Which tokens of ``answer`` ``[B, n]`` were sampled: those up to and including a row's first end token."""
-    ended = torch.isin(answer, torch.tensor(ends, dtype=answer.dtype, device=answer.device))
-    return ended.cumsum(1) - ended.long() == 0
-
-
-def _pads_first(ids: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same columns with each row's pads moved to its front, the order of its tokens kept."""
-    if bool(mask.all()):
-        return ids, mask
-    order = mask.to(torch.int8).argsort(dim=1, stable=True)
-    return ids.gather(1, order), mask.gather(1, order)
 
 
 def _frame(name: str, policy: Policy, facts: ModelFacts) -> str:

@@ -73,8 +73,6 @@ class _Thread(threading.local):
         self.frames: list[_Frame] = []
         self.handed: weakref.ref[Any] | None = None
         self.watch: Watch | None = None
-        self.stepping = False
-        """Whether a forward's candidates are being verified one by one."""
 
     @property
     def through(self) -> Pass | None:

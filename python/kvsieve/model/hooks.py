@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError, UnsupportedModelError
+from kvsieve.generate import read_pieces
 from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
+from kvsieve.model.generation import driven_by_generate
 from kvsieve.model.handoff import state
 from kvsieve.model.probe import Probe, with_identity
 from kvsieve.model.support import refuse
@@ -204,15 +206,19 @@ class Attachment:
             handoff.enter(self, module, None)
             return None
         self._begin(module, cache, kwargs)
+        engine = cache.engine
         ids = kwargs.get("input_ids")
         ids = ids if ids is not None else next((a for a in args if isinstance(a, torch.Tensor)), None)
+        foreign = engine.turn is None and not engine.inner and driven_by_generate(self.model)
         changed = None
-        if ids is not None and not args and cache.engine.steps_through(ids.shape[1], kwargs.get("logits_to_keep", 1)):
-            kwargs = changed = self._step_through(cache.engine, kwargs)
-            ids = kwargs["input_ids"]
+        if ids is not None and not args:
+            pieces = engine.pieces(ids.shape[0], ids.shape[1], kwargs.get("logits_to_keep", 1))
+            if pieces is not None:
+                kwargs = changed = unrecorded(read_pieces, self.model, cache, kwargs, pieces)
+                ids = kwargs["input_ids"]
         handoff.enter(self, module, cache)
-        unrecorded(cache.engine.expect, ids)
-        unrecorded(cache.engine.prepare)
+        unrecorded(engine.expect, ids, foreign=foreign)
+        unrecorded(engine.prepare)
         return None if changed is None else (args, changed)
 
     def _after_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
@@ -220,14 +226,11 @@ class Attachment:
         cache = None if through is None else through.cache
         if cache is None:
             return
-        engine = cache.engine
         if output is None:
-            unrecorded(engine.rollback)
+            unrecorded(cache.engine.rollback)
             return
-        unrecorded(engine.complete, _tensor(output, "logits"))
-        if engine.stepping and not state.stepping:
-            output.logits = torch.cat([*engine.stepped, output.logits], 1)
-            engine.stepping, engine.stepped = False, []
+        unrecorded(cache.engine.complete, _tensor(output, "logits"))
+        cache.engine.whole(output)
 
     def _before_between(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = self._cache_of(args, kwargs)
@@ -278,30 +281,6 @@ class Attachment:
     def _stash(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if state.watch is not None:
             state.watch.called[module] = args, kwargs
-
-    def _step_through(self, engine: Engine, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Verify candidates one by one, each with the memory that plain decoding would have; the last one is left to the caller.
-
-        Used where a memory may change between the candidates of one forward, which no single forward can show. The state before
-        each candidate is kept, so that `crop` can return to it.
-        """
-        ids, keep = kwargs["input_ids"], kwargs.get("logits_to_keep", 1)
-        ends = list(range(ids.shape[1] - keep + 1, ids.shape[1] + 1))
-        starts, seen = [0, *ends[:-1]], engine.columns
-        pieces = [_piece(kwargs, lo, hi, seen) for lo, hi in zip(starts, ends)]
-        before = engine.state()
-        engine.stepping, state.stepping = True, True
-        try:
-            for piece in pieces[:-1]:
-                engine.stepped.append(self.model(**piece).logits[:, -1:])
-                engine.mark()
-        except BaseException:
-            engine.stop_stepping()
-            engine.return_to(before)
-            raise
-        finally:
-            state.stepping = False
-        return pieces[-1]
 
 
 _CHECKPOINTING = (
@@ -377,13 +356,3 @@ def _tensor(output: Any, name: str) -> torch.Tensor:
     if not isinstance(output, tuple):
         return getattr(output, name)  # type: ignore[no-any-return]
     return next(t for t in output if isinstance(t, torch.Tensor) and t.ndim == 3)
-
-
-def _piece(kwargs: dict[str, Any], lo: int, hi: int, seen: int) -> dict[str, Any]:
-    """The arguments of a forward over columns ``lo .. hi`` of the input only."""
-    part = {**kwargs, "input_ids": kwargs["input_ids"][:, lo:hi], "logits_to_keep": 1}
-    if isinstance(kwargs.get("attention_mask"), torch.Tensor):
-        part["attention_mask"] = kwargs["attention_mask"][:, : seen + hi]
-    if isinstance(kwargs.get("position_ids"), torch.Tensor):
-        part["position_ids"] = kwargs["position_ids"][:, lo:hi]
-    return part

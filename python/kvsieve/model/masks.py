@@ -56,9 +56,7 @@ def mask_rows(
         )
     if attention_mask is None:
         return None
-    check = getattr(cache.engine, "check_mask", None)
-    if check is not None:
-        check(attention_mask, q_length)
+    cache.engine.check_mask(attention_mask, q_length)
     return attention_mask[:, -q_length:]
 
 

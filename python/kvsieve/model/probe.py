@@ -160,7 +160,6 @@ class Probe:
             logits_of=find_head(self.model, self.config, hidden, logits),
             longrope=rope_type == "longrope",
             dynamic_rope=rope_type == "dynamic",
-            cache_name=self.cache_name,
         )
 
 
@@ -187,7 +186,8 @@ def _device_of(model: PreTrainedModel) -> torch.device:
     if weights:
         return weights[0]
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    return torch.empty(0).device if device is None else torch.empty(0, device=device).device
+    where: torch.device = torch.empty(0, device="cpu" if device is None else device).device
+    return where
 
 
 def _frequencies(decoder: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:

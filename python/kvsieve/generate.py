@@ -1,0 +1,418 @@
+"""One turn of a conversation: what is read, in which pieces, what was said, and what of it was read.
+
+The stream's own calls (`feed`, `generate`) give the model only the tokens that it has not read: the unread end of the last answer, then
+the new ones, as a left-padded batch ``[B, n]`` with explicit positions. Transformers is told a number of columns that fits what it is
+given: none before these where nothing looks back, else the width of the whole conversation. A :class:`Turn` keeps that apart from what
+is really read, decides which columns of a forward are real, and cuts long prompts into pieces.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from kvsieve.errors import CacheMismatchError, PaddingError, ShapeError, StateError, UnsupportedError
+from kvsieve.model.generation import Settings, StreamerProxy, Watch, cache_argument, stopping_list
+from kvsieve.turn import Pieces, Turn
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from kvsieve.cache import StreamCache
+    from kvsieve.engine import Engine
+    from kvsieve.streams import Stream
+
+__all__ = ["Batch", "accept", "feed", "generate", "read_pieces", "unpack", "unread_of"]
+
+
+# ------------------------------------------------------------------------------------------------------------------------ input
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Tokens of several rows, pads first.
+
+    Attributes:
+        ids: int64 ``[B, n]``.
+        mask: int64 ``[B, n]``, 0 for pads.
+        counts: real tokens of each row.
+    """
+
+    ids: torch.Tensor
+    mask: torch.Tensor
+    counts: list[int]
+
+    @classmethod
+    def of(cls, rows: Sequence[torch.Tensor]) -> Batch:
+        """Rows ``[n_i]`` side by side, padded on the left."""
+        width = max(len(row) for row in rows)
+        ids, mask = (rows[0].new_zeros(len(rows), width) for _ in range(2))
+        for at, row in enumerate(rows):
+            ids[at, width - len(row) :], mask[at, width - len(row) :] = row, 1
+        return cls(ids, mask, [len(row) for row in rows])
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.ids.shape[1]
+
+    def positions(self, totals: Sequence[int], offsets: Sequence[int]) -> torch.Tensor:
+        """The position of each column, int64 ``[B, n]``, of rows that hold ``totals`` tokens when these are read."""
+        last = torch.tensor(totals, device=self.ids.device)[:, None]
+        at = last - self.width + torch.arange(self.width, device=self.ids.device)
+        return at.clamp(min=0) + torch.tensor(offsets, device=self.ids.device)[:, None]
+
+
+def accept(stream: Stream, ids: Any, mask: Any, name: str = "input_ids") -> list[torch.Tensor]:
+    """The new tokens of each row, without pads.
+
+    Raises:
+        ShapeError, PaddingError, CacheMismatchError: for input that cannot be a batch of new tokens; nothing has changed then.
+    """
+    engine = stream._check_open()
+    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
+        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
+        raise ShapeError(f"{name} must be an integer tensor of shape [batch, tokens], got {got}")
+    if ids.shape[0] == 0 or ids.shape[1] == 0:
+        raise ShapeError(f"the prompt is empty: {name} have shape {tuple(ids.shape)}")
+    if engine.num_rows and engine.num_rows != ids.shape[0]:
+        raise CacheMismatchError(f"the stream holds {engine.num_rows} sequences, the input has {ids.shape[0]}")
+    ids = ids.long()
+    if mask is None:
+        return list(ids)
+    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
+        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ShapeError(f"attention_mask must have the shape of {name}, {tuple(ids.shape)}, got {got}")
+    real = mask.to(ids.device) != 0
+    empty = (~real).all(1).nonzero().flatten().tolist()
+    if empty:
+        raise PaddingError(f"rows {empty} of the input have pads only")
+    right = (real[:, :-1] & ~real[:, 1:]).any(1).nonzero().flatten().tolist()
+    if right:
+        raise PaddingError(f"rows {right} have a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
+    return [row[keep] for row, keep in zip(ids, real)]
+
+
+def unread_of(stream: Stream, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> list[torch.Tensor]:
+    """What each row said and the model has not read.
+
+    Raises:
+        StateError: if a caller's `model.generate` went before, and its newest tokens were not passed.
+    """
+    transcript = stream._engine.transcript
+    if unread is not None:
+        if not isinstance(unread, torch.Tensor) or unread.dim() != 2 or unread.dtype not in (torch.int64, torch.int32):
+            raise ShapeError(
+                "unread must be an integer tensor of shape [batch, tokens]: what was said last and is not in the cache yet"
+            )
+        if unread.shape[0] != len(new):
+            raise CacheMismatchError(f"unread has {unread.shape[0]} rows, the input has {len(new)}")
+        return [row.to(mine.device).long() for row, mine in zip(unread, new)]
+    if transcript.foreign:
+        raise StateError(
+            "model.generate read the last tokens of this stream, and the newest token that it sampled is not in the cache; pass it: "
+            "unread=sequences[:, -1:] (of what model.generate returned), or unread=sequences[:, :0] if there is none"
+        )
+    return [row.unread.to(mine.device) for row, mine in zip(transcript.rows, new)] or [row[:0] for row in new]
+
+
+# ----------------------------------------------------------------------------------------------------------------------- pieces
+
+
+def read_pieces(model: PreTrainedModel, cache: StreamCache, kwargs: dict[str, Any], pieces: Pieces) -> dict[str, Any]:
+    """Read all pieces but the last, and return the arguments for that one, which is left to the forward under way."""
+    engine = cache.engine
+    turn, seen = engine.turn, engine.columns
+    before = engine.state() if pieces.verifying else None
+    at = None if turn is None else turn.place
+    parts = [_piece(kwargs, lo, hi, seen, own=turn is not None) for lo, hi in pieces.bounds]
+    if not pieces.verifying and "logits_to_keep" in kwargs:
+        parts[-1]["logits_to_keep"] = kwargs["logits_to_keep"]
+    engine.begin_pieces(pieces.verifying)
+    try:
+        for part in parts[:-1]:
+            if pieces.copies > 1:
+                part = {name: _every(value, pieces.copies) for name, value in part.items()}
+            engine.piece_read(model(**part))
+    except BaseException:
+        engine.end_pieces()
+        if before is not None:
+            engine.return_to(before)
+            if turn is not None and at is not None:
+                turn.place = at
+        raise
+    finally:
+        engine.inner = False
+    if pieces.copies > 1 and engine.num_rows:
+        assert turn is not None
+        turn.prompt_state = engine.state()
+        cache.batch_repeat_interleave(pieces.copies)
+    return parts[-1]
+
+
+def _piece(kwargs: dict[str, Any], lo: int, hi: int, seen: int, *, own: bool) -> dict[str, Any]:
+    """The arguments of a forward over columns ``lo .. hi`` of the input only."""
+    part = {**kwargs, "input_ids": kwargs["input_ids"][:, lo:hi]}
+    if "logits_to_keep" in kwargs:
+        part["logits_to_keep"] = 1
+    if isinstance(mask := kwargs.get("attention_mask"), torch.Tensor):
+        # Of the stream's own turns the engine knows the pads: only the new columns' are passed on.
+        part["attention_mask"] = mask[:, seen + lo : seen + hi] if own else mask[:, : seen + hi]
+    if isinstance(positions := kwargs.get("position_ids"), torch.Tensor):
+        part["position_ids"] = positions[..., lo:hi]
+    return part
+
+
+def _every(value: Any, copies: int) -> Any:
+    return value[::copies] if isinstance(value, torch.Tensor) and value.dim() >= 2 else value
+
+
+# ----------------------------------------------------------------------------------------------------------------------- reading
+
+
+def feed(stream: Stream, rows: Sequence[torch.Tensor], chunk: int) -> None:
+    """Read ``rows`` (what was unread among them). A forward that fails leaves what was read before it."""
+    engine, batch = stream._engine, Batch.of(rows)
+    transcript = engine.transcript
+    before, extra = transcript.state(), transcript.extra
+    positions = batch.positions(_totals(engine, batch), engine.offsets(len(rows)))
+    padded = min(batch.counts) < batch.width
+    named = cache_argument(stream.model)
+    extra_arguments = {"logits_to_keep": 1} if stream.model._supports_logits_to_keep() else {}
+    engine.turn = turn = Turn(batch.width, batch.counts, chunk)
+    try:
+        with torch.no_grad():
+            for lo in range(0, batch.width, chunk):
+                part = slice(lo, lo + chunk)
+                stream.model(
+                    input_ids=batch.ids[:, part],
+                    attention_mask=batch.mask[:, part] if padded else None,
+                    position_ids=positions[:, part],
+                    use_cache=True,
+                    **{named: stream.cache},
+                    **extra_arguments,
+                )
+    finally:
+        engine.turn = None
+        if turn.started:
+            transcript.settle(extra)
+        else:
+            transcript.return_to(before)
+
+
+def _totals(engine: Engine, batch: Batch) -> list[int]:
+    seen = engine.transcript.seen() or [0] * len(batch.counts)
+    return [old + new for old, new in zip(seen, batch.counts)]
+
+
+# -------------------------------------------------------------------------------------------------------------------- generating
+
+
+def generate(
+    stream: Stream, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor], prompt: torch.Tensor, kwargs: dict[str, Any]
+) -> Any:
+    """One call of ``model.generate`` after which the stream holds what was said.
+
+    Args:
+        new: each row's new tokens; unread: what it said before and has not read; prompt: the new tokens as they were given, ``[B, n]``.
+        kwargs: arguments of `model.generate`.
+    """
+    settings = Settings(stream.model, kwargs)
+    if settings.copies > 1:
+        return _generate_copies(stream, new, unread, prompt, kwargs, settings)
+    call = _Call(stream, stream._engine, new, unread, prompt, kwargs, settings)
+    try:
+        result = call.run(stream.cache)
+    except BaseException:
+        call.interrupted()
+        raise
+    answer = _sequences(result)[:, call.width :]
+    call.finish([row[: len(row) if stop is None else stop] for row, stop in zip(answer, call.turn.stops)])
+    return _with_sequences(result, torch.cat([prompt, answer.to(prompt.device)], 1))
+
+
+class _Call:
+    """What one call of `model.generate` is given, and what it leaves."""
+
+    def __init__(
+        self,
+        stream: Stream,
+        engine: Engine,
+        new: Sequence[torch.Tensor],
+        unread: Sequence[torch.Tensor],
+        prompt: torch.Tensor,
+        kwargs: dict[str, Any],
+        settings: Settings,
+    ) -> None:
+        self.stream, self.engine, self.settings, self.kwargs = stream, engine, settings, dict(kwargs)
+        self.prompt = prompt
+        transcript = engine.transcript
+        self._before, self._extra, self._start = transcript.state(), transcript.extra, transcript.seen() or [0] * len(new)
+        self.batch = Batch.of([torch.cat([old, row]) for old, row in zip(unread, new)])
+        looks_back = settings.looks_back
+        if settings.assisted and looks_back and transcript.columns:
+            raise UnsupportedError(
+                "assisted decoding with processors or criteria that look at the whole conversation, on a stream that has already seen "
+                "tokens: transformers would feed it the history again; decode this turn without an assistant"
+            )
+        given = self._whole(new, unread) if looks_back or settings.copies > 1 else self.batch
+        self.given, self.width = given, given.width
+        self.turn = Turn(self.batch.width, self.batch.counts, stream._chunk(), settings.copies, hidden=given.width)
+
+    def _whole(self, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor]) -> Batch:
+        """The whole conversations, for whoever looks back."""
+        rows = self.engine.transcript.rows
+        if not rows:
+            return self.batch
+        told = [row.ids.tensor().to(mine.device) for row, mine in zip(rows, new)]
+        if any(bool((row < 0).any()) for row in told):
+            raise UnsupportedError(
+                "a processor, criterion or beam search looks at the tokens of the whole conversation, but a part of it was given as "
+                "embeddings; leave that argument out"
+            )
+        return Batch.of([torch.cat(parts) for parts in zip(told, unread, new)])
+
+    def run(self, cache: StreamCache) -> Any:
+        """The call itself."""
+        engine, batch = self.engine, self.batch
+        positions = self.given.positions(_totals(engine, batch), engine.offsets(len(batch.counts)))
+        kwargs = self._arguments()
+        engine.transcript.columns = self.given.width - batch.width
+        engine.turn = self.turn
+        return self.stream.model.generate(
+            input_ids=self.given.ids,
+            attention_mask=self.given.mask,
+            position_ids=positions,
+            **{cache_argument(self.stream.model): cache},
+            **kwargs,
+        )
+
+    def _arguments(self) -> dict[str, Any]:
+        kwargs, turn = self.kwargs, self.turn
+        watch = Watch(turn.heard, self.settings.stoppers() if len(turn.stops) > 1 else ())
+        if not self.settings.beams:
+            kwargs["stopping_criteria"] = stopping_list(kwargs.get("stopping_criteria"), watch, alone=len(turn.stops) == 1)
+        if kwargs.get("streamer") is not None:
+            kwargs["streamer"] = StreamerProxy(kwargs["streamer"], self.prompt, turn.delivered.append)
+        if self.settings.looks_back and self.settings.get("max_new_tokens") is None and self.settings.get("max_length") is None:
+            # Transformers' own default, which it would cut at the trained length of the model.
+            kwargs["max_new_tokens"] = 20
+        return kwargs
+
+    def finish(self, said: Sequence[torch.Tensor]) -> None:
+        """The turn is over: the rows have said ``said``, of which some was read."""
+        engine, transcript = self.engine, self.engine.transcript
+        engine.turn = None
+        engine.stop_recording()
+        read = [seen - start - count for seen, start, count in zip(transcript.seen(), self._start, self.batch.counts)]
+        surplus = [max(mine - len(row), 0) for mine, row in zip(read, said)]
+        if any(surplus):
+            engine.crop_rows(surplus)
+        transcript.settle(self._extra)
+        if self.turn.started and not self.turn.left:
+            transcript.say([row[max(mine, 0) :] for mine, row in zip(read, said)])
+
+    def interrupted(self) -> None:
+        """An exception ended the call: what was read and said until then stays; if nothing was read, nothing has changed."""
+        engine, turn = self.engine, self.turn
+        engine.turn = None
+        engine.rollback()
+        engine.end_pieces()
+        if not turn.started:
+            engine.transcript.return_to(self._before)
+            engine.stop_recording()
+            return
+        self.finish(self._said_so_far())
+
+    def _said_so_far(self) -> list[torch.Tensor]:
+        engine, turn = self.engine, self.turn
+        seen = engine.transcript.seen()
+        read = [max(now - start - count, 0) for now, start, count in zip(seen, self._start, self.batch.counts)]
+        if self.settings.assisted:
+            # Candidates after the last verified token were not said.
+            verified = seen[0] if turn.verified is None else min(turn.verified, seen[0])
+            count = max(verified - self._start[0] - self.batch.counts[0], 0)
+            return [engine.transcript.rows[0].ids.tensor()[seen[0] - read[0] :][:count]]
+        if turn.said is None:
+            return [torch.zeros(0, dtype=torch.int64) for _ in seen]
+        said = turn.said[:, turn.hidden :]
+        streamed = [one.flatten() for one in turn.delivered]
+        if len(seen) == 1 and len(streamed) > said.shape[1]:
+            said = torch.cat([said, *(one[None].to(said.device) for one in streamed[said.shape[1] :])], 1)
+        return [row[: len(row) if stop is None else stop] for row, stop in zip(said, turn.stops)]
+
+
+def _generate_copies(
+    stream: Stream,
+    new: Sequence[torch.Tensor],
+    unread: Sequence[torch.Tensor],
+    prompt: torch.Tensor,
+    kwargs: dict[str, Any],
+    settings: Settings,
+) -> Any:
+    """Beams, or several sequences: they run on a fork that shares the prompt's reading; then the stream reads the best one."""
+    with stream.fork() as child:
+        call = _Call(child, child._engine, new, unread, prompt, kwargs, settings)
+        result = call.run(child.cache)
+        state = call.turn.prompt_state
+        sequences = _sequences(result)
+        each = sequences.shape[0] // len(new)
+        answers = sequences[::each, call.width :]
+        said = [row[: _length(row, settings, stop)] for row, stop in zip(answers, call.turn.stops[::each])]
+        engine, transcript = stream._engine, stream._engine.transcript
+        extra = transcript.extra
+        if state is not None:
+            engine.return_to(state)
+            transcript.settle(extra)
+    seen = transcript.seen() or [0] * len(new)
+    rows = []
+    for at, (old, row, answer) in enumerate(zip(unread, new, said)):
+        whole = torch.cat([old, row, answer.to(row.device)])
+        rows.append(whole[seen[at] - call._start[at] :])
+    if transcript.rows:
+        transcript.say([row[:0] for row in rows])
+    feed(stream, rows, stream._chunk())
+    heads = prompt.repeat_interleave(each, 0)
+    return _with_sequences(result, torch.cat([heads, sequences[:, call.width :].to(prompt.device)], 1))
+
+
+def _length(row: torch.Tensor, settings: Settings, stop: int | None) -> int:
+    """Tokens of ``row`` before what a shorter answer is filled with."""
+    if stop is not None:
+        return stop
+    ends = settings.ends
+    ended = torch.isin(row, torch.tensor(ends, dtype=row.dtype, device=row.device)).nonzero()
+    if len(ended):
+        return int(ended[0]) + 1
+    fill = settings.get("pad_token_id")
+    fill = ends[0] if fill is None and ends else fill
+    kept = len(row)
+    while fill is not None and kept > 1 and int(row[kept - 1]) == int(fill):
+        kept -= 1
+    return kept
+
+
+def _sequences(result: Any) -> torch.Tensor:
+    sequences: torch.Tensor = result if isinstance(result, torch.Tensor) else result.sequences
+    return sequences
+
+
+def _with_sequences(result: Any, sequences: torch.Tensor) -> Any:
+    if isinstance(result, torch.Tensor):
+        return sequences
+    result.sequences = sequences
+    return result
+
+
+def unpack(inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Ids and the other arguments, where a tokenizer's whole answer was passed in place of ids."""
+    if isinstance(inputs, Mapping):
+        both = sorted(set(inputs) & set(kwargs))
+        if both:
+            raise StateError(f"{', '.join(both)} were given twice, in the first argument and by keyword")
+        kwargs = {**inputs, **kwargs}
+        inputs = kwargs.pop("input_ids", None)
+    return inputs, kwargs

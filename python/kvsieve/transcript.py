@@ -1,0 +1,248 @@
+"""What a stream was told: the one place where ids, pads, and tokens that were said but not read are kept.
+
+A row's conversation is ``ids`` (what the model has read) and then ``unread`` (what was sampled and returned, but not yet fed to the
+model). Every value here is immutable and shared: forks, marks and reordered rows copy references. Ids cost 8 bytes a token, in
+chunks that are written once.
+
+*Columns* are what transformers is told: the width of the left-padded batch over everything seen. Rows may have pads in other places
+when a caller's own loop put them there; ``pads`` knows them as ranges of columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from kvsieve.errors import CacheMismatchError, PaddingError
+
+__all__ = ["Ids", "Row", "Transcript", "TranscriptState"]
+
+CHUNK = 4096
+"""Ids in one chunk."""
+
+UNKNOWN = -1
+"""The id of a token that was given as an embedding."""
+
+
+class Ids:
+    """An immutable sequence of token ids, int64. Appending shares what is there; the tail is copied only where another sequence has
+    gone on from the same place."""
+
+    __slots__ = ("_count", "_full", "_tail", "_written")
+
+    def __init__(
+        self,
+        full: tuple[torch.Tensor, ...] = (),
+        tail: torch.Tensor | None = None,
+        count: int = 0,
+        written: list[int] | None = None,
+    ) -> None:
+        self._full, self._tail, self._count = full, tail, count
+        self._written = [count] if written is None else written
+
+    def __len__(self) -> int:
+        return len(self._full) * CHUNK + self._count
+
+    def append(self, values: torch.Tensor) -> Ids:
+        """This and then ``values`` ``[n]``."""
+        full, tail, count, written = self._full, self._tail, self._count, self._written
+        at, end = 0, values.shape[0]
+        while at < end:
+            if tail is None or count == CHUNK:
+                full = full if tail is None else (*full, tail)
+                tail, count, written = _buffer(values.device), 0, [0]
+            elif written[0] != count:
+                tail, written = _buffer(tail.device).copy_(tail), [count]
+            take = min(end - at, CHUNK - count)
+            tail[count : count + take] = values[at : at + take]
+            count, at = count + take, at + take
+            written[0] = count
+        return Ids(full, tail, count, written)
+
+    def crop(self, count: int) -> Ids:
+        """Without the newest ``count``."""
+        left = len(self) - count
+        if left <= 0:
+            return Ids()
+        chunks = self._chunks()
+        whole, rest = divmod(left - 1, CHUNK)
+        same = whole == len(self._full)
+        return Ids(tuple(chunks[:whole]), chunks[whole], rest + 1, self._written if same else [CHUNK])
+
+    def tensor(self) -> torch.Tensor:
+        """The ids, int64 ``[n]``, copied."""
+        chunks = [*self._full, *([] if self._tail is None else [self._tail[: self._count]])]
+        return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.int64)
+
+    def _chunks(self) -> list[torch.Tensor]:
+        return [*self._full, *([] if self._tail is None else [self._tail])]
+
+
+def _buffer(device: torch.device) -> torch.Tensor:
+    # A tensor made in inference mode could not be written outside of it.
+    with torch.inference_mode(False):
+        return torch.empty(CHUNK, dtype=torch.int64, device=device)
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One conversation.
+
+    Attributes:
+        ids: what the model has read, pads left out.
+        unread: what was said and not yet read, int64 ``[k]``.
+        pads: ranges of columns that are pads, ascending.
+    """
+
+    ids: Ids = field(default_factory=Ids)
+    unread: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
+    pads: tuple[tuple[int, int], ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class TranscriptState:
+    """What it takes to return to a moment."""
+
+    columns: int
+    rows: tuple[Row, ...]
+    foreign: bool
+
+
+class Transcript:
+    """The rows of one stream, and how many columns transformers is told.
+
+    Attributes:
+        columns: columns seen, pads included.
+        rows: the conversations; empty before the first forward.
+        foreign: whether the last forward was part of a caller's ``model.generate``, whose newest token nobody here has seen.
+    """
+
+    def __init__(self) -> None:
+        self.columns = 0
+        self.rows: tuple[Row, ...] = ()
+        self.foreign = False
+
+    # ----------------------------------------------------------------------------------------------------------------- reading
+
+    def seen(self) -> list[int]:
+        """Tokens that each row's model has read."""
+        return [len(row.ids) for row in self.rows]
+
+    def commit(self, ids: torch.Tensor | None, lens: Sequence[int], width: int, *, own: bool, foreign: bool) -> None:
+        """A forward over ``width`` columns counts.
+
+        Args:
+            ids: int64 ``[B, width]``; None if the model was given embeddings.
+            lens: real new tokens of each row, its last columns.
+            own: whether one of the stream's own calls fed it, which feeds first what was unread.
+            foreign: whether a caller's ``model.generate`` fed it.
+        """
+        rows = self.rows or tuple(Row() for _ in lens)
+        self.rows = tuple(
+            self._read(row, None if ids is None else ids[at], count, width, own) for at, (row, count) in enumerate(zip(rows, lens))
+        )
+        self.columns += width
+        self.foreign = foreign
+
+    def _read(self, row: Row, ids: torch.Tensor | None, count: int, width: int, own: bool) -> Row:
+        pads = row.pads
+        if count < width:
+            start, stop = self.columns, self.columns + width - count
+            pads = (*pads[:-1], (pads[-1][0], stop)) if pads and pads[-1][1] == start else (*pads, (start, stop))
+        if count:
+            new = torch.full((count,), UNKNOWN) if ids is None else ids[width - count :].detach()
+            row = replace(row, ids=row.ids.append(new))
+        # A caller's own loop feeds what it pleases: what it left out was not said.
+        return replace(row, unread=row.unread[count:] if own else row.unread[:0], pads=pads)
+
+    def check_mask(self, mask: torch.Tensor, width: int) -> None:
+        """Refuse a mask over ``[B, columns + width]`` that hides tokens which were read, or shows pads.
+
+        Raises:
+            PaddingError: if the mask differs from what was read.
+        """
+        if not self.columns:
+            return
+        if mask.shape[1] != self.columns + width:
+            raise PaddingError(
+                f"the attention mask covers {mask.shape[1]} columns, the stream has seen {self.columns} and gets {width} new ones; "
+                "pass a mask over all of them, or none"
+            )
+        old = mask[:, : self.columns] != 0
+        shown = old.sum(1).tolist()
+        for at, (row, count) in enumerate(zip(self.rows, shown)):
+            if count != self.columns - sum(hi - lo for lo, hi in row.pads) or any(
+                bool(old[at, lo:hi].any()) for lo, hi in row.pads
+            ):
+                raise PaddingError(
+                    f"row {at}: the attention mask hides tokens that the stream has read, or shows pads; a stream's memory is what "
+                    "was read: use stream.evict(start, stop) to forget a part, or mask tokens when they are first read"
+                )
+
+    # ----------------------------------------------------------------------------------------------------------------- changing
+
+    def say(self, said: Sequence[torch.Tensor]) -> None:
+        """What each row was heard to say and has not read: int64 ``[k]`` each."""
+        self.rows = tuple(replace(row, unread=new.detach().clone()) for row, new in zip(self.rows, said))
+        self.foreign = False
+
+    def settle(self, extra: int) -> None:
+        """The stream's own calls leave a left-padded batch, ``extra`` columns wider than its longest row."""
+        seen = self.seen()
+        self.columns = max(seen, default=0) + extra
+        rows = []
+        for row, count in zip(self.rows, seen):
+            rows.append(replace(row, pads=((0, self.columns - count),) if count < self.columns else ()))
+        self.rows = tuple(rows)
+
+    @property
+    def extra(self) -> int:
+        """Columns beyond the longest row."""
+        return self.columns - max(self.seen(), default=0)
+
+    def tokens_in_last(self, columns: int) -> list[int]:
+        """How many of each row's tokens lie in the newest ``columns``."""
+        if columns > self.columns:
+            raise CacheMismatchError(f"cannot forget {columns} tokens: the stream has seen only {self.columns}")
+        first = self.columns - columns
+        return [columns - sum(max(hi - max(lo, first), 0) for lo, hi in row.pads) for row in self.rows]
+
+    def crop(self, columns: int) -> None:
+        """The newest ``columns`` are forgotten, and so is what was said after them."""
+        counts, first = self.tokens_in_last(columns), self.columns - columns
+        rows = []
+        for row, count in zip(self.rows, counts):
+            pads = tuple((lo, min(hi, first)) for lo, hi in row.pads if lo < first)
+            rows.append(replace(row, ids=row.ids.crop(count), pads=pads, unread=row.unread[:0]))
+        self.rows, self.columns, self.foreign = tuple(rows), first, False
+
+    def forget(self, counts: Sequence[int]) -> None:
+        """The newest ``counts[row]`` tokens of each row were not said; their columns stay, as pads, until the turn is over."""
+        self.rows = tuple(replace(row, ids=row.ids.crop(count)) if count else row for row, count in zip(self.rows, counts))
+
+    def select_rows(self, index: Sequence[int]) -> None:
+        """Row ``i`` becomes what row ``index[i]`` was."""
+        self.rows = tuple(self.rows[row] for row in index)
+
+    def state(self) -> TranscriptState:
+        """What it takes to return here."""
+        return TranscriptState(self.columns, self.rows, self.foreign)
+
+    def return_to(self, state: TranscriptState) -> None:
+        """Make ``state`` the present."""
+        self.columns, self.rows, self.foreign = state.columns, state.rows, state.foreign
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.columns, self.rows, self.foreign = 0, (), False
+
+    # ------------------------------------------------------------------------------------------------------------------ telling
+
+    def ids(self) -> list[torch.Tensor]:
+        """Each row's conversation, int64 ``[n]``: what was read, then what was said and not yet read."""
+        return [
+            torch.cat([row.ids.tensor().to(row.unread.device), row.unread]) if len(row.unread) else row.ids.tensor()
+            for row in self.rows
+        ]
