@@ -56,7 +56,7 @@ def verify(probe: Probe, facts: ModelFacts) -> None:
         error, tolerance = _without_rounding(probe, facts.layers[0].module, watch, error, tolerance)
     if error > tolerance:
         raise UnsupportedModelError(
-            f"{probe.name} does not answer under a stream as it does without one (its numbers differ by {error:.2g} of their size), "
+            f"{probe.name} does not answer under a stream as it does without one (off by {error:.2g} of the size of its numbers), "
             f"so no stream can open on it; {versions()}"
         )
 
@@ -66,9 +66,7 @@ def _may_differ(probe: Probe) -> bool:
     return probe.stock is not None and (probe.stock.dtype.itemsize < 4 or _is_quantized(probe.model))
 
 
-def _without_rounding(
-    probe: Probe, module: torch.nn.Module, watch: Watch, error: float, tolerance: float
-) -> tuple[float, float]:
+def _without_rounding(probe: Probe, module: torch.nn.Module, watch: Watch, error: float, tolerance: float) -> tuple[float, float]:
     """A second look at coarse numbers: an error and how large it may be.
 
     An expert chosen the other way because of a rounding is a different answer, and a right one: of a model with experts the first
