@@ -28,6 +28,16 @@ def fresh(family: str = "llama", **changes: Any) -> Any:
     return copy.deepcopy(tiny.model(family, **changes))
 
 
+def hooks(model: Any) -> list[Any]:
+    """Every hook on a model; transformers leaves some of its own."""
+    return [list(d.values()) for m in model.modules() for d in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def close(got: Any, want: Any) -> None:
+    """Equal within what another order of the same sums costs."""
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
 @torch.no_grad()
 def stock(model: Any) -> torch.Tensor:
     return model(TEXT).logits
@@ -88,9 +98,9 @@ def test_a_forward_without_a_stream_does_not_notice_one_that(event: str, family:
             got.extend(in_threads(change))
 
     handle = model.model.layers[1].register_forward_pre_hook(hook)
-    torch.testing.assert_close(stock(model), want)
+    close(stock(model), want)
     handle.remove()
-    torch.testing.assert_close(got[0], want)
+    close(got[0], want)
     for stream in opened:
         stream.close()
 
@@ -98,11 +108,12 @@ def test_a_forward_without_a_stream_does_not_notice_one_that(event: str, family:
 def test_many_threads_open_read_and_close_while_others_read_without_a_stream() -> None:
     model = fresh()
     want = stock(model)
+    before = hooks(model)
     calls = [lambda: streamed(model), lambda: stock(model)] * 4
     for _ in range(3):
         for got in in_threads(*calls):
-            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
-    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+            close(got, want)
+    assert hooks(model) == before
     assert all(m.config is model.config for m in model.modules() if hasattr(m, "config"))
 
 
@@ -117,9 +128,9 @@ def test_a_forward_inside_a_streams_forward_is_a_forward_of_its_own() -> None:
 
     want = [stock(model), stock(other), stock(other)]
     handle = model.model.layers[2].register_forward_pre_hook(hook)
-    torch.testing.assert_close(streamed(model), want[0])
+    close(streamed(model), want[0])
     handle.remove()
-    torch.testing.assert_close(inner, want)
+    close(inner, want)
 
 
 @torch.no_grad()
@@ -136,7 +147,7 @@ def test_a_forward_that_died_leaves_the_thread_as_it_was() -> None:
                 model(TEXT, past_key_values=stream.cache)
         handle.remove()
         assert len(state.frames) <= 2
-        torch.testing.assert_close(model(TEXT, past_key_values=stream.cache).logits, stock(model))
+        close(model(TEXT, past_key_values=stream.cache).logits, stock(model))
         assert state.frames == []
 
 
@@ -180,11 +191,11 @@ def test_a_copy_made_inside_the_block_is_a_stock_model(how: str) -> None:
     with kvsieve.stream(model, kvsieve.StreamingLLM(64)) as stream:
         stream.feed(tiny.ids(1, 9, 5))
         other = COPIES[how](model)
-        torch.testing.assert_close(stock(other), want)
-        torch.testing.assert_close(streamed(other), want)
+        close(stock(other), want)
+        close(streamed(other), want)
         assert stream.seen == 9
     for result in in_threads(lambda: stock(other), lambda: streamed(other)):
-        torch.testing.assert_close(result, want)
+        close(result, want)
     configs = [m.config for m in other.modules() if hasattr(m, "config")]
     assert {type(c) for c in configs} == {type(model.config)}
     assert all(c is other.config for c in configs)
@@ -212,7 +223,7 @@ assert len(seen) > 50
     torch.save(TEXT, tmp_path / "text.pt")
     subprocess.run([sys.executable, "-c", script, str(tmp_path)], check=True)
     again = type(model).from_pretrained(tmp_path / "pretrained")
-    torch.testing.assert_close(stock(again), stock(model))
+    close(stock(again), stock(model))
 
 
 def test_models_of_one_configuration_object_are_independent() -> None:
@@ -221,11 +232,11 @@ def test_models_of_one_configuration_object_are_independent() -> None:
     assert one.config is two.config
     wants = [stock(one), stock(two)]
     with kvsieve.stream(one, kvsieve.Full()) as first:
-        torch.testing.assert_close(stock(two), wants[1])
+        close(stock(two), wants[1])
         with kvsieve.stream(two, kvsieve.Full()) as second, torch.no_grad():
-            torch.testing.assert_close(one(TEXT, past_key_values=first.cache).logits, wants[0])
-            torch.testing.assert_close(two(TEXT, past_key_values=second.cache).logits, wants[1])
-        torch.testing.assert_close(stock(one), wants[0])
+            close(one(TEXT, past_key_values=first.cache).logits, wants[0])
+            close(two(TEXT, past_key_values=second.cache).logits, wants[1])
+        close(stock(one), wants[0])
     assert [stock(one).equal(wants[0]), stock(two).equal(wants[1])] == [True, True]
 
 
@@ -236,9 +247,9 @@ def test_models_that_share_a_decoder_have_streams_of_their_own() -> None:
     wants = [stock(one), stock(two)]
     with kvsieve.stream(one, kvsieve.Full()) as first:
         with kvsieve.stream(two, kvsieve.Full()) as second, torch.no_grad():
-            torch.testing.assert_close(two(TEXT, past_key_values=second.cache).logits, wants[1])
-            torch.testing.assert_close(one(TEXT, past_key_values=first.cache).logits, wants[0])
-        torch.testing.assert_close(stock(two), wants[1])
+            close(two(TEXT, past_key_values=second.cache).logits, wants[1])
+            close(one(TEXT, past_key_values=first.cache).logits, wants[0])
+        close(stock(two), wants[1])
         with torch.no_grad():
             assert one(TEXT[:, :1], past_key_values=first.cache).logits.isfinite().all()
     assert all(m.config is one.config for m in one.modules() if hasattr(m, "config"))
