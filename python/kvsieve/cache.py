@@ -117,7 +117,8 @@ class StreamCache(Cache):  # type: ignore[misc]
         Exact, or refused before anything has changed.
 
         Raises:
-            CacheMismatchError, StateError: if what a shorter text would hold was evicted; :meth:`Stream.rewind` goes back to a mark.
+            CacheMismatchError, StateError: if what a shorter text would hold was evicted; :meth:`Stream.rewind` goes back to
+                a mark.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove, as a negative int or 0, got {tokens_to_remove}")

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -190,7 +191,7 @@ class Engine:
         cuts = sorted(set(cuts))
         if turn.copies == 1 and len(cuts) == 2:
             return None
-        return Pieces(tuple(zip(cuts, cuts[1:])), copies=turn.copies)
+        return Pieces(tuple(pairwise(cuts)), copies=turn.copies)
 
     def begin_pieces(self, verifying: bool) -> None:
         """The forward under way is read in pieces; their outputs are kept."""
@@ -678,8 +679,8 @@ class Engine:
             seen = self.planner.seen(row)
             if gone and 0 < seen - gone < settled:
                 raise CacheMismatchError(
-                    f"row {row}: cannot forget {gone} tokens: {self.policy!r} evicted others when the row had seen {settled}, which a "
-                    f"text of {seen - gone} tokens would still hold; at most {seen - settled} can be forgotten; "
+                    f"row {row}: cannot forget {gone} tokens: {self.policy!r} evicted others when the row had seen {settled}, "
+                    f"which a text of {seen - gone} tokens would still hold; at most {seen - settled} can be forgotten; "
                     "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
                 )
 

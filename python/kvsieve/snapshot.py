@@ -155,8 +155,8 @@ def _check_model(stream: Stream, header: dict[str, Any], tokenizer: Any) -> None
         )
     if header["weights"] != fingerprint.weights(stream.model):
         raise CacheMismatchError(
-            f"the stream was saved from another model: this {mine[0]} has the same shape and other weights or positions (a fine-tune, "
-            "another release); what it remembers would mean nothing to it, so load it on the model that wrote it"
+            f"the stream was saved from another model: this {mine[0]} has the same shape and other weights or positions (a "
+            "fine-tune, another release); what it remembers would mean nothing to it, so load it on the model that wrote it"
         )
     if None not in (tokenizer, header["tokenizer"]) and header["tokenizer"] != fingerprint.tokenizer(tokenizer):
         raise CacheMismatchError("the stream was saved with another tokenizer, whose ids mean other text")

@@ -359,16 +359,16 @@ class Stream:
     ) -> Any:
         """One turn: read the *new* tokens and answer. What was said before is in the memory.
 
-        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length. Logits
-        processors, stopping criteria, ``max_length`` and beams see the whole conversation, as they do with a stock cache.
+        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length.
+        Logits processors, stopping criteria, ``max_length`` and beams see the whole conversation, as they do with a stock cache.
 
         Args:
             input_ids: int64 ``[B, n]``, this turn's new tokens only; or what a tokenizer returned, a mapping with ``input_ids``.
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             end_turn: call :meth:`end_turn` when done.
             unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
-            kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the stream
-                stays a single sequence per row: they run on a fork, and the stream then reads the best one.
+            kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the
+                stream stays a single sequence per row: they run on a fork, and the stream then reads the best one.
 
         Returns:
             int64 ``[B * num_return_sequences, n + new]``: the new prompt and the answer, or as ``return_dict_in_generate`` asks.
@@ -378,8 +378,8 @@ class Stream:
             StateError: after ``model.generate``, without ``unread``.
             UnsupportedError: for inputs beside ids that belong to tokens (images, embeddings) after the first turn.
 
-        A call that fails before the model ran changes nothing. One that is interrupted leaves the conversation at the last token that
-        was delivered; :meth:`rewind` goes back to a mark taken before.
+        A call that fails before the model ran changes nothing. One that is interrupted leaves the conversation at the last token
+        that was delivered; :meth:`rewind` goes back to a mark taken before.
         """
         input_ids, kwargs = turns.unpack(input_ids, kwargs)
         if "inputs" in kwargs and input_ids is None:
@@ -446,9 +446,7 @@ class Stream:
         return self.fork()
 
     def __reduce__(self) -> Any:
-        raise UnsupportedError(
-            "a stream cannot be pickled; write it with stream.save(path) and read it with kvsieve.load(path, model)"
-        )
+        raise UnsupportedError("a stream cannot be pickled; stream.save(path) writes it, kvsieve.load(path, model) reads it")
 
     def save(self, path: str | PathLike[str], *, tokenizer: Any = None) -> None:
         """Write this stream's memory to one ``.safetensors`` file; see :func:`kvsieve.load`.

@@ -71,6 +71,11 @@ class Ids:
         same = whole == len(self._full)
         return Ids(tuple(chunks[:whole]), chunks[whole], rest + 1, self._written if same else [CHUNK])
 
+    def last(self) -> torch.Tensor:
+        """The newest id, int64 ``[1]``."""
+        assert self._tail is not None
+        return self._tail[self._count - 1 : self._count].clone()
+
     def tensor(self) -> torch.Tensor:
         """The ids, int64 ``[n]``, copied."""
         chunks = [*self._full, *([] if self._tail is None else [self._tail[: self._count]])]
