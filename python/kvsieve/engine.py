@@ -29,7 +29,7 @@ from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
 from kvsieve.roles import All, Consecutive, Residents, TopKTokens
 from kvsieve.scoring import Scorer
-from kvsieve.transcript import Transcript
+from kvsieve.transcript import Row, Transcript, TranscriptState
 from kvsieve.turn import Pieces, Turn
 
 if TYPE_CHECKING:
@@ -42,7 +42,6 @@ if TYPE_CHECKING:
     from kvsieve.hf import ModelFacts
     from kvsieve.roles import Policy
     from kvsieve.thin import Channels
-    from kvsieve.transcript import TranscriptState
 
 __all__ = ["Engine", "EngineState"]
 
@@ -748,6 +747,20 @@ class Engine:
         if self._offsets is not None:
             self._offsets = [self._offsets[row] for row in rows]
         self.evicted_at = [self.evicted_at[row] for row in rows] if self.evicted_at else []
+
+    def restore(self, columns: int, rows: list[Any], told: TranscriptState | None = None) -> None:
+        """Make places for what a row held; the caller then writes keys and values to :meth:`Planner.runs`.
+
+        Args:
+            columns: columns seen.
+            rows: for each row the tokens seen, and for each memory positions and scores.
+            told: the conversations; without them the ids are unknown.
+        """
+        self.planner.restore(columns, rows)
+        if told is None:
+            told = TranscriptState(columns, tuple(Row.unknown(seen, columns) for seen, _ in rows), False)
+        self.transcript.return_to(told)
+        self.evicted_at = [seen for seen, _ in rows] if self._bounded else []
 
     def reset(self) -> None:
         """Forget everything and give all memory back."""

@@ -242,7 +242,9 @@ def generate(
     """One call of ``model.generate`` after which the stream holds what was said.
 
     Args:
-        new: each row's new tokens; unread: what it said before and has not read; prompt: the new tokens as they were given, ``[B, n]``.
+        new: each row's new tokens.
+        unread: what each row said before and has not read.
+        prompt: the new tokens as they were given, int64 ``[B, n]``.
         kwargs: arguments of `model.generate`.
     """
     inputs = _model_inputs(kwargs)
@@ -250,8 +252,8 @@ def generate(
     settings = Settings(stream.model, {name: value for name, value in kwargs.items() if name not in inputs})
     if inputs and (stream._engine.transcript.rows or settings.copies > 1):
         raise UnsupportedError(
-            f"{', '.join(inputs)}: stream.generate takes inputs beside ids in the first turn, and without beams or several sequences; "
-            "pass the whole conversation to model.generate with past_key_values=stream.cache instead"
+            f"{', '.join(inputs)}: stream.generate takes inputs beside ids in the first turn, and without beams or several "
+            "sequences; pass the whole conversation to model.generate with past_key_values=stream.cache instead"
         )
     if settings.copies > 1:
         return _generate_copies(stream, new, unread, prompt, kwargs, settings)

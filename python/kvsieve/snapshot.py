@@ -176,7 +176,11 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
         )
         for row, seen in enumerate(header["seen"])
     ]
-    engine.planner.restore(header["columns"], rows)
+    told = [
+        Row(Ids().append(file.get_tensor(f"ids.{row}")), file.get_tensor(f"unread.{row}"), tuple((lo, hi) for lo, hi in pads))
+        for row, pads in enumerate(header["pads"])
+    ]
+    engine.restore(header["columns"], rows, TranscriptState(header["columns"], tuple(told), header["foreign"]))
     for index in header["layers"]:
         for row in range(len(rows)):
             for memory in memories:
@@ -193,11 +197,6 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
     if engine.observer is not None:
         _restore_observed(engine, header, file)
     engine._offsets, engine.evicted_at = header["offsets"], header["evicted_at"]
-    told = [
-        Row(Ids().append(file.get_tensor(f"ids.{row}")), file.get_tensor(f"unread.{row}"), tuple((lo, hi) for lo, hi in pads))
-        for row, pads in enumerate(header["pads"])
-    ]
-    engine.transcript.return_to(TranscriptState(header["columns"], tuple(told), header["foreign"]))
     if engine.scorer is not None and "tail" in names:
         engine.scorer.tail = file.get_tensor("tail")
 

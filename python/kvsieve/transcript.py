@@ -105,6 +105,11 @@ class Row:
     unread: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pads: tuple[tuple[int, int], ...] = ()
 
+    @classmethod
+    def unknown(cls, count: int, columns: int) -> Row:
+        """A row of ``count`` tokens whose ids nobody knows, the last ones of ``columns``."""
+        return cls(Ids().append(torch.full((count,), UNKNOWN)), pads=((0, columns - count),) if count < columns else ())
+
 
 @dataclass(frozen=True, eq=False)
 class TranscriptState:

@@ -110,7 +110,7 @@ class Prefix:
     def into(self, stream: kvsieve.Stream) -> None:
         """Make these the first tokens of a stream that has seen none and does not move tokens."""
         engine = stream._engine
-        engine.planner.restore(self.count, [(self.count, [(list(range(self.count)), [math.nan] * self.count)])])
+        engine.restore(self.count, [(self.count, [(list(range(self.count)), [math.nan] * self.count)])])
         for index, (k, v) in self.layers.items():
             store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
             if engine.packer is not None:

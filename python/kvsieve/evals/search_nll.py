@@ -121,7 +121,7 @@ class Prompts:
         engine, count = stream._engine, self.count if count is None else count
         kept, rows = _residents(stream, count), next(iter(self.layers.values()))[0].shape[0]
         positions = torch.tensor(kept)
-        engine.planner.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows)
+        engine.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows)
         for layer in engine.facts.layers:
             k, v = (x[:, :, positions] for x in self.layers[layer.index])
             if engine.frame == "raw" and layer.rope is not None:
