@@ -9,7 +9,8 @@ import torch
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
 
 from kvsieve.errors import StateError, UnsupportedError
-from kvsieve.hf import hand_over
+from kvsieve.model.handoff import hand_over
+from kvsieve.model.masks import check_dimensions
 
 if TYPE_CHECKING:
     from kvsieve.engine import Engine
@@ -29,16 +30,43 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     def __init__(self, owner: Engine, index: int) -> None:
         super().__init__()
         self.owner, self.index = owner, index
+        # Under autocast queries, keys and values come in dtypes of their own; the attention function turns them into this one.
+        self.stored_dtype = next(layer.dtype for layer in owner.facts.layers if layer.index == index)
+        self.had_gradients = False
+        """Whether what was stored could have been differentiated through: see :mod:`kvsieve.modes`."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands this layer over; returns the new keys and values only, because the past is read from the store."""
         hand_over(self)
         return key_states, value_states
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        sliding_window: int | None = None,
+    ) -> torch.Tensor:
+        """Attention of the tokens that `update` took: ``query`` ``[B, H, q, D]``, ``key``, ``value`` ``[B, Hkv, q, D]``.
+
+        Returns ``[B, q, H, Dv]``.
+        """
+        if mask is not None and mask.ndim != 2:
+            check_dimensions(mask)
+        return self.owner.attend(self, module, query, key, value, mask, scale, softcap, sinks, position_ids)
 
     def get_seq_length(self) -> int:
         """Tokens *seen* (columns, pads included), never tokens resident."""
@@ -72,6 +100,8 @@ class StreamCache(Cache):  # type: ignore[misc]
         for index, (kind, kwargs) in enumerate(zip(engine.facts.layer_types, engine.facts.layer_kwargs)):
             layers.append(StreamLayer(engine, index) if kind == "full_attention" else DynamicSlidingWindowLayer(**kwargs))
         super().__init__(layers=layers)
+        self.attending = sum(callable(getattr(layer, "attend", None)) for layer in layers)
+        """How many layers take part in a forward through kvsieve's attention."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamCache:
         """A copy goes on by itself: the cache of a fork of its stream."""

@@ -1,6 +1,6 @@
 """One stream's memory at work: plans once per forward, runs once per layer, lets go after attention.
 
-The order of one forward (the seam in :mod:`kvsieve.hf` calls these):
+The order of one forward (the seam in :mod:`kvsieve.model` calls these):
 
     expect(ids)            the causal LM begins; the ids are remembered for scoring
     prepare()              its decoder begins; a forward that died half-way is undone here
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from kvsieve import roles
     from kvsieve._core import Moves, Planner, Step
     from kvsieve.cache import StreamLayer
-    from kvsieve.hf import ModelFacts
+    from kvsieve.facts import ModelFacts
     from kvsieve.roles import Policy
     from kvsieve.thin import Channels
 

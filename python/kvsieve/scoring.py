@@ -17,7 +17,7 @@ from kvsieve.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
     from kvsieve.backends import Backend
-    from kvsieve.hf import ModelFacts
+    from kvsieve.facts import ModelFacts
     from kvsieve.roles import Policy
 
 __all__ = ["Scorer", "published_scores", "true_scores"]

@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from kvsieve.cache import StreamCache
     from kvsieve.engine import Engine, EngineState
-    from kvsieve.hf import Attachment, ModelFacts
+    from kvsieve.facts import ModelFacts
+    from kvsieve.model import Attachment
 
 __all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Mark", "Parts", "Stats", "Stream", "stream"]
 
@@ -197,19 +198,18 @@ class Stream:
     ) -> None:
         from kvsieve.cache import StreamCache
         from kvsieve.engine import Engine
-        from kvsieve.hf import attach
+        from kvsieve.model import attach, look_through
 
         if not isinstance(policy, Policy):
-            raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024), got {policy!r}")
-        self.model, self.policy = model, policy
-        self._attachment: Attachment | None = attach(model)
-        self._attachment.acquire()
+            raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024) second, got {type(policy).__name__}")
+        self.model, self.policy = look_through(model), policy
+        self._attachment: Attachment | None = attach(self.model)
         self._leave = weakref.finalize(self, self._attachment.release)
         try:
             if _parent is None:
                 facts = self._attachment.facts
                 name = backend or backends.choose(facts.layers[0].device, facts.layers[0].dtype)
-                self._engine = Engine(policy, facts, backends.get(name), _frame(type(model).__name__, policy, facts))
+                self._engine = Engine(policy, facts, backends.get(name), _frame(type(self.model).__name__, policy, facts))
             else:
                 self._engine = _parent._engine.fork()
             self._cache = StreamCache(self._engine, weakref.ref(self))
