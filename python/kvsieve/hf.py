@@ -81,8 +81,8 @@ class ModelFacts:
 
     Attributes:
         layers: its full-attention layers, in order.
-        layer_types: the type of every layer; the others keep their own caches.
-        layer_kwargs: what the stock cache layers of those types need.
+        layer_types: the type of every layer, full or sliding attention.
+        layer_kwargs: of each sliding layer its `sliding_window`, in tokens.
         trained_length: tokens the model was trained for; None when the configuration does not say.
         logits_of: maps hidden states ``[n, hidden]`` after the final norm to the model's logits ``[n, V]``; None when unknown.
         longrope: whether the model changes its frequencies with the length it has seen.
@@ -143,9 +143,18 @@ def attention_forward(
     if kwargs.get("output_attentions"):
         raise StateError("output_attentions is not available inside a stream: probabilities are never materialised")
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    softcap, sinks = kwargs.get("softcap"), kwargs.get("s_aux")
-    positions = kwargs.get("position_ids")
-    out = layer.owner.attend(layer, module, query, key, value, attention_mask, scale, softcap, sinks, positions)
+    out = layer.attend(
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        scale=scale,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        position_ids=kwargs.get("position_ids"),
+        sliding_window=kwargs.get("sliding_window"),
+    )
     return out, None
 
 
@@ -162,7 +171,7 @@ def mask_rows(
     """The registered mask function: the padding of the new columns for our layers, the model's own mask for all others."""
     if _thread.cache is not None and attention_mask is not None and attention_mask.dim() == 2:
         _thread.cache.engine.check_mask(attention_mask, q_length)
-    if _thread.cache is None or local_size is not None:
+    if _thread.cache is None:
         return _stock_mask()(
             batch_size=batch_size,
             q_length=q_length,
@@ -363,7 +372,7 @@ def _refuse_by_configuration(model: PreTrainedModel) -> None:
     if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "kv_sharing_modes", None):
         raise UnsupportedModelError(f"{name} shares keys and values between layers, which bypasses the cache")
     types, kwargs = _layer_types(config)
-    other = sorted({t for t in types if t not in ("full_attention", "sliding_attention", "chunked_attention")})
+    other = sorted({t for t in types if t not in ("full_attention", "sliding_attention")})
     if other:
         raise UnsupportedModelError(f"{name} has layers of type {', '.join(other)}; streams serve full and sliding attention")
     if "full_attention" not in types:
@@ -397,7 +406,7 @@ def _examine(attachment: Attachment) -> ModelFacts:
     seen = _watch(model)
     modules: dict[Any, torch.nn.Module] = {getattr(m, "layer_idx", None): m for m in seen}
     full = [i for i, t in enumerate(types) if t == "full_attention"]
-    missing = [i for i in full if i not in modules]
+    missing = [i for i in range(len(types)) if i not in modules]
     if missing:
         raise UnsupportedModelError(
             f"{name}: layers {missing} do not call the registered attention function, so no stream can open on it"
