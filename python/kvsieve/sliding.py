@@ -132,7 +132,7 @@ class SlidingLayers:
         keys, values = (k, v) if held is None else (_joined(held[0], k), _joined(held[1], v))
         step.new[index] = keys, values
         outs = [windowed(q, keys, values, piece, call) for piece in self._pieces(size, q.device)]
-        return outs[0] if len(outs) == 1 else torch.cat(outs, 1)
+        return (outs[0] if len(outs) == 1 else torch.cat(outs, 1)).to(v.dtype)
 
     def _pieces(self, size: int, device: torch.device) -> list[_Piece]:
         """How the open step is computed in layers whose window has ``size`` tokens."""
@@ -294,7 +294,8 @@ class _Move:
         """The newest ``gone[row]`` of ``held`` columns are left out."""
         most = max(counts)
         if len(set(gone)) == 1:
-            return cls(counts, held - gone[0] - most, held - gone[0])
+            end = max(held - gone[0], 0)
+            return cls(counts, end - most, end)
         index = held - np.arange(most, 0, -1)[None] - np.asarray(gone)[:, None]
         return cls(counts, 0, held, index.clip(min=0))
 
@@ -302,11 +303,14 @@ class _Move:
         """The new buffer of ``buffer`` ``[B, Hkv, columns, D]``; it never keeps a graph."""
         buffer = buffer.detach()
         if self.index is not None:
-            index = torch.from_numpy(self.index).to(buffer.device)[:, None, :, None]
-            return buffer.gather(2, index.expand(-1, buffer.shape[1], -1, buffer.shape[3]))
+            batch, heads, columns, dim = buffer.shape
+            # Whole vectors by one index: several times faster than a gather of their elements.
+            starts = np.arange(batch * heads).reshape(batch, heads, 1) * columns
+            places = torch.from_numpy((starts + self.index[:, None]).reshape(-1)).to(buffer.device)
+            return buffer.reshape(-1, dim).index_select(0, places).view(batch, heads, self.index.shape[1], dim)
         kept = buffer[:, :, self.start : self.stop]
-        total = buffer.untyped_storage().nbytes() // max(buffer.element_size() * buffer.shape[3] * buffer[..., 0, 0].numel(), 1)
-        return kept.clone() if total > kept.shape[2] + SPARE else kept
+        token = buffer.element_size() * buffer.shape[0] * buffer.shape[1] * buffer.shape[3]
+        return kept.clone() if buffer.untyped_storage().nbytes() > (kept.shape[2] + SPARE) * token else kept
 
 
 def _joined(held: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
@@ -382,19 +386,18 @@ def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: _Piece, c
         call: scale, cap and sink logits of the layer.
 
     Returns:
-        ``[B, queries of the piece, H, Dv]`` in the dtype of ``v``.
+        ``[B, queries of the piece, H, Dv]``, in the widest dtype of the three.
     """
     if q.shape[2] != piece.last - piece.first:
         q = q[:, :, piece.first : piece.last]
     if k.shape[2] != piece.high - piece.low:
         k, v = k[:, :, piece.low : piece.high], v[:, :, piece.low : piece.high]
-    dtype = v.dtype
     if not q.dtype == k.dtype == v.dtype:
         common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         q, k, v = q.to(common), k.to(common), v.to(common)
     plain = call.softcap is None and call.sinks is None
     out = _fused(q, k, v, piece, call.scale) if plain else _explicit(q, k, v, piece, call)
-    return out.transpose(1, 2).contiguous().to(dtype)
+    return out.transpose(1, 2).contiguous()
 
 
 def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: _Piece, scale: float) -> torch.Tensor:
@@ -402,13 +405,12 @@ def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: _Piece, sca
     attention = torch.nn.functional.scaled_dot_product_attention
     batch, heads, count, dim = q.shape
     group = heads // k.shape[1]
-    if count == 1 and group > 1:
-        # The queries of one key-value head side by side: no key is repeated.
-        out = attention(q.reshape(batch, -1, group, dim), k, v, attn_mask=piece.mask, scale=scale)
-        return out.reshape(batch, heads, 1, -1)
-    if group > 1:
-        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
-    return attention(q, k, v, attn_mask=piece.mask, is_causal=piece.causal and count > 1, scale=scale)
+    if piece.causal:
+        return attention(q, k, v, is_causal=count > 1, scale=scale, enable_gqa=group > 1)
+    # The queries of one key-value head stand side by side, so that no key is repeated.
+    mask = piece.mask if piece.mask is None or count == 1 else piece.mask.repeat(1, 1, group, 1)
+    out = attention(q.reshape(batch, -1, group * count, dim), k, v, attn_mask=mask, scale=scale)
+    return out.reshape(batch, heads, count, -1)
 
 
 def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: _Piece, call: AttendCall) -> torch.Tensor:

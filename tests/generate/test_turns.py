@@ -210,7 +210,8 @@ def test_a_fork_leaves_its_parent_bit_identical(family: str, policy: str, backen
     model = tiny.model(family)
     with kvsieve.stream(model, tiny.POLICIES[policy](24), backend) as stream:
         stream.feed(tiny.ids(2, 50))
-        held, sliding = snapshot(stream), {name: t.clone() for name, t in stream._engine.sliding.tensors().items()}
+        held = snapshot(stream)
+        assert ("sliding.keys.0" in held) == (family == "gemma2")
         with stream.fork() as child:
             assert same_memory(stream, child)
             turn(child, tiny.ids(2, 20, 1), 40)
@@ -219,8 +220,6 @@ def test_a_fork_leaves_its_parent_bit_identical(family: str, policy: str, backen
         after = snapshot(stream)
         assert held.keys() == after.keys()
         assert all(torch.equal(held[name], after[name]) for name in held)
-        assert all(torch.equal(sliding[name], t) for name, t in stream._engine.sliding.tensors().items())
-        assert len(sliding) == (2 if family == "gemma2" else 0)
         got = turn(stream, tiny.ids(2, 9, 2))
     with kvsieve.stream(model, tiny.POLICIES[policy](24), backend) as other:
         other.feed(tiny.ids(2, 50))
