@@ -50,13 +50,11 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
     With the file go fingerprints of the model's weights and positions and, if it is given, of the tokenizer.
 
     Raises:
-        UnsupportedError: if the model has sliding layers of its own, or the policy has parts that text cannot describe.
+        UnsupportedError: if the policy has parts that text cannot describe.
     """
     from safetensors.torch import save_file
 
     engine = stream._engine
-    if engine.own_layers:
-        raise UnsupportedError("saving a stream whose model has sliding layers of its own is not supported")
     if not _is_text(stream.policy):
         raise UnsupportedError(f"the policy {stream.policy!r} cannot be written as text; save works for kvsieve's own policies")
     planner = engine.planner
@@ -79,6 +77,7 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         tensors.update(engine.packer.tensors(planner, engine.stores))
     if engine.observer is not None:
         tensors.update(_observed(engine.observer))
+    tensors.update(engine.sliding.tensors())
     header = {
         "version": VERSION,
         "policy": repr(stream.policy),
@@ -93,6 +92,7 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         "seen": [planner.seen(row) for row in range(planner.num_rows)],
         "layers": sorted(engine.stores),
         "offsets": engine._offsets,
+        "sliding": engine.sliding.header(),
     }
     if engine.packer is not None:
         header["packed"] = [planner.num_packed(row) for row in range(planner.num_rows)]
@@ -166,6 +166,7 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
     engine, names = stream._engine, set(file.keys())
     if header["frame"] != engine.frame:
         raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.frame} ones")
+    engine.sliding.restore(header["sliding"], file.get_tensor)
     if not header["seen"]:
         return
     memories = range(len(stream.policy.memories))

@@ -50,7 +50,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Parts:
-    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' own caches, is ``bytes_held``.
+    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
 
     Attributes:
         keys, values: packed tokens; of a policy that packs nothing, all tokens.
@@ -213,7 +213,6 @@ class Stream:
             else:
                 self._engine = _parent._engine.fork()
             self._cache = StreamCache(self._engine, weakref.ref(self))
-            self._engine.own_layers = self._cache.own_layers
         except BaseException:
             self.close()
             raise
@@ -261,7 +260,7 @@ class Stream:
             LayerStats(layer.index, resident, engine.stores[layer.index].bytes_held if layer.index in engine.stores else 0)
             for layer in facts.layers
         )
-        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.own_bytes
+        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.sliding.bytes_held
         return Stats(
             seen=max(seen, default=0),
             resident=resident,
@@ -416,8 +415,6 @@ class Stream:
         """A second stream that shares this one's past. Blocks are shared until one of the two writes; neither changes the other."""
         self._check_open()
         child = Stream(self.model, self.policy, _parent=self)
-        for mine, theirs in zip(self._cache.own_layers, child._cache.own_layers):
-            vars(theirs).update(vars(mine))
         return child
 
     def mark(self) -> Mark:

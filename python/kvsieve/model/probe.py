@@ -110,11 +110,14 @@ class Probe:
         """The stock model's answer, and of its first piece hidden states and logits."""
         from transformers import DynamicCache
 
-        cache = DynamicCache(config=self.config)
+        # The stock cache never forgets under a window of one token; without a cache nothing need be forgotten.
+        narrow = any(kwargs.get("sliding_window") == 1 for kwargs in layer_types(self.config)[1])
+        cache = None if narrow else DynamicCache(config=self.config)
         with watching(Watch(dispatch=False)) as watch:
             first = self.forward(*PIECES[0], cache)
             hidden = watch.hidden
-            self.stock = torch.cat([first, self.forward(*PIECES[1], cache)])
+            first_of_rest = 0 if narrow else PIECES[1][0]
+            self.stock = torch.cat([first, self.forward(first_of_rest, PIECES[1][1], cache)[PIECES[1][0] - PIECES[1][1] :]])
         if hidden is None:
             raise UnsupportedModelError(f"{self.name} does not call what its get_decoder() returns; {versions()}")
         return hidden[0], first
@@ -127,7 +130,7 @@ class Probe:
             self.forward(*PIECES[0])
         modules: dict[Any, torch.nn.Module] = {getattr(m, "layer_idx", None): m for m in watch.seen}
         full = [i for i, t in enumerate(types) if t == "full_attention"]
-        missing = [i for i in full if i not in modules]
+        missing = [i for i in range(len(types)) if i not in modules]
         if missing:
             raise UnsupportedModelError(
                 f"{self.name}: layers {missing} do not dispatch their attention through transformers' AttentionInterface, "
