@@ -40,7 +40,10 @@ def attention_forward(
         watch.saw(module, query, key, value)
     layer = take()
     if layer is None:
-        return _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        answer = _stock(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        if watch is not None:
+            watch.answered(module, answer[0])
+        return answer
     if kwargs.get("output_attentions"):
         raise StateError("output_attentions is not available inside a stream: probabilities are never materialised")
     if dropout:

@@ -34,7 +34,7 @@ class Watch:
     Attributes:
         dispatch: whether the forward goes through kvsieve's attention function.
         seen: query, key and value of each attention module.
-        answers: what a stream's attention answered, by module.
+        answers: what the attention function answered, by module, one entry a forward.
         called: the arguments that modules with a layer index were called with.
         hidden: what the decoder returned, last.
     """
@@ -42,7 +42,7 @@ class Watch:
     def __init__(self, dispatch: bool) -> None:
         self.dispatch = dispatch
         self.seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self.answers: dict[torch.nn.Module, torch.Tensor] = {}
+        self.answers: dict[torch.nn.Module, list[torch.Tensor]] = {}
         self.called: dict[torch.nn.Module, tuple[Any, dict[str, Any]]] = {}
         self.hidden: torch.Tensor | None = None
 
@@ -51,8 +51,8 @@ class Watch:
         self.seen[module] = query, key, value
 
     def answered(self, module: torch.nn.Module, out: torch.Tensor) -> None:
-        """A stream's layer answered."""
-        self.answers[module] = out
+        """The attention function returned ``out``."""
+        self.answers.setdefault(module, []).append(out)
 
 
 @contextmanager
@@ -99,6 +99,8 @@ class Probe:
 
     def forward(self, lo: int, hi: int, cache: Any = None) -> torch.Tensor:
         """Logits ``[hi - lo, V]`` of the tokens ``lo .. hi``."""
+        if cache is None and lo:
+            return self.forward(0, hi)[lo:]
         ids = torch.arange(lo, hi, device=self.device)[None]
         # Positions are passed, so that no model works them out and remembers them.
         extra: dict[str, Any] = {"position_ids": ids.clone()} if self._takes_positions else {}
@@ -106,18 +108,26 @@ class Probe:
         logits: torch.Tensor = self.model(input_ids=ids, **extra).logits[0]
         return logits
 
-    def run_stock(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """The stock model's answer, and of its first piece hidden states and logits."""
+    def pieces(self, cache: Any, *, dispatch: bool) -> tuple[torch.Tensor, Watch]:
+        """Logits ``[5, V]`` of the probe's tokens, read in pieces through ``cache``, and what was seen meanwhile."""
+        with watching(Watch(dispatch)) as watch:
+            return torch.cat([self.forward(lo, hi, cache) for lo, hi in PIECES]), watch
+
+    def stock_cache(self) -> Any:
+        """An empty cache of transformers' own; None where it would be wrong."""
         from transformers import DynamicCache
 
-        # The stock cache never forgets under a window of one token; without a cache nothing need be forgotten.
+        # That cache never forgets under a window of one token; without a cache nothing need be forgotten.
         narrow = any(kwargs.get("sliding_window") == 1 for kwargs in layer_types(self.config)[1])
-        cache = None if narrow else DynamicCache(config=self.config)
+        return None if narrow else DynamicCache(config=self.config)
+
+    def run_stock(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The stock model's answer, and of its first piece hidden states and logits."""
+        cache = self.stock_cache()
         with watching(Watch(dispatch=False)) as watch:
             first = self.forward(*PIECES[0], cache)
             hidden = watch.hidden
-            first_of_rest = 0 if narrow else PIECES[1][0]
-            self.stock = torch.cat([first, self.forward(first_of_rest, PIECES[1][1], cache)[PIECES[1][0] - PIECES[1][1] :]])
+            self.stock = torch.cat([first, self.forward(*PIECES[1], cache)])
         if hidden is None:
             raise UnsupportedModelError(f"{self.name} does not call what its get_decoder() returns; {versions()}")
         return hidden[0], first
