@@ -395,7 +395,7 @@ def test_a_turn_with_beams_leaves_one_row_that_read_the_best(policy: str, backen
 @BACKEND
 def test_assisted_turns_equal_plain_ones(backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, 20)
-    with kvsieve.stream(model, kvsieve.StreamingLLM(budget=60), backend) as stream:
+    with kvsieve.stream(model, kvsieve.StreamingLLM(budget=120), backend) as stream:
         got = turn(stream, ids, prompt_lookup_num_tokens=3)
         assert torch.equal(got, greedy(model, ids, 6))
         text = torch.cat([got, ids], 1)
