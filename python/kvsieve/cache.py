@@ -171,8 +171,10 @@ class StreamCache(Cache):  # type: ignore[misc]
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove, as a negative int or 0, got {tokens_to_remove}")
-        self.engine.check_crop(-tokens_to_remove)
-        self.engine.crop(-tokens_to_remove)
+        # Some releases of transformers pass a tensor.
+        count = -int(tokens_to_remove)
+        self.engine.check_crop(count)
+        self.engine.crop(count)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was. Blocks are shared until one of them is written."""

@@ -201,7 +201,14 @@ class SlidingLayers:
         return self._moved(self.now.tensors, moves)
 
     def selected(self, rows: Sequence[int]) -> SlidingState:
-        """What is held when row ``i`` is what row ``rows[i]`` was."""
+        """What is held when row ``i`` is what row ``rows[i]`` was.
+
+        Raises:
+            CacheMismatchError: if ``rows`` are none, or not all rows of what is held.
+        """
+        for held in self.now.counts.values():
+            if not rows or not all(0 <= row < len(held) for row in rows):
+                raise CacheMismatchError(f"rows {list(rows)} were asked for, the stream holds rows 0 to {len(held) - 1}")
         counts = {size: tuple(held[row] for row in rows) for size, held in self.now.counts.items()}
         tensors = {}
         for index, (keys, values) in self.now.tensors.items():

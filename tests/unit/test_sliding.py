@@ -175,6 +175,14 @@ def test_attending_needs_an_open_step_of_that_width() -> None:
         both.layers.attend(3, *both.make(1, 3), both.call)
 
 
+@pytest.mark.parametrize("rows", [[], [0, 2], [-1]])
+def test_rows_that_are_not_held_are_refused(rows: list[int]) -> None:
+    both = Both(4, CALLS["plain"])
+    both.step([3, 2], 3)
+    with pytest.raises(CacheMismatchError, match="holds rows 0 to 1"):
+        both.layers.selected(rows)
+
+
 def test_keys_of_another_shape_are_refused() -> None:
     both = Both(4, CALLS["plain"])
     both.step([3], 3)
