@@ -16,7 +16,8 @@ import numpy as np
 import torch
 
 from kvsieve.errors import CacheMismatchError, PaddingError, ShapeError, StateError, UnsupportedError
-from kvsieve.model.generation import Settings, StreamerProxy, Watch, cache_argument, stopping_list
+from kvsieve.model.generation import Settings, StreamerProxy, Watch, stopping_list
+from kvsieve.model.support import cache_name
 from kvsieve.turn import Pieces, Turn
 
 if TYPE_CHECKING:
@@ -205,7 +206,7 @@ def feed(stream: Stream, rows: Sequence[torch.Tensor], chunk: int) -> None:
     before, extra = transcript.state(), transcript.extra
     positions = batch.positions(_totals(engine, batch), engine.offsets(len(rows)))
     padded = min(batch.counts) < batch.width
-    named = cache_argument(stream.model)
+    named = cache_name(stream.model)
     extra_arguments = {"logits_to_keep": 1} if stream.model._supports_logits_to_keep() else {}
     engine.turn = turn = Turn(batch.width, batch.counts, chunk)
     try:
@@ -343,7 +344,7 @@ class _Call:
         return self.stream.model.generate(
             input_ids=self.given.ids,
             attention_mask=self.given.mask,
-            **{cache_argument(self.stream.model): cache},
+            **{cache_name(self.stream.model): cache},
             **kwargs,
         )
 

@@ -16,6 +16,7 @@ import torch
 
 from kvsieve.backends.cuda import CudaBackend, CudaStore
 from kvsieve.errors import StateError, UnsupportedError
+from kvsieve.model.support import cache_name
 
 if TYPE_CHECKING:
     from kvsieve._core import Step
@@ -171,7 +172,7 @@ class GraphDecoder:
         for device in {store.device for store in self._stores}:
             self._backend.plan(step, device).buffer.forget_turns()
         out = self.stream.model(
-            input_ids=self._ids, position_ids=self._positions, past_key_values=self.stream.cache, use_cache=True
+            input_ids=self._ids, position_ids=self._positions, use_cache=True, **{cache_name(self.stream.model): self.stream.cache}
         ).logits
         if self._logits is None:
             self._logits = torch.empty_like(out)

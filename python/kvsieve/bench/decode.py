@@ -23,6 +23,7 @@ from kvsieve.bench import DTYPES, Options, Shape
 from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, steady
 from kvsieve.bench.report import Report
 from kvsieve.errors import AccuracyError
+from kvsieve.model.support import cache_name
 from kvsieve.roles import Policy
 
 __all__ = ["BOUNDED", "BUDGET", "LAYERS", "SHAPE", "fill", "model", "past", "run", "stock_cache", "token"]
@@ -122,7 +123,7 @@ def fill(stream: kvsieve.Stream, positions: list[int], seen: int, dtype: torch.d
 def token(made: Any, cache: Any) -> torch.Tensor:
     """One token's forward: logits ``[1, 1, V]``."""
     with torch.no_grad():
-        logits: torch.Tensor = made(torch.tensor([[7]]), past_key_values=cache).logits
+        logits: torch.Tensor = made(torch.tensor([[7]]), **{cache_name(made): cache}).logits
     return logits
 
 

@@ -16,7 +16,7 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Settings", "StreamerProxy", "Watch", "cache_argument", "driven_by_generate", "stopping_list"]
+__all__ = ["Settings", "StreamerProxy", "Watch", "driven_by_generate", "stopping_list"]
 
 _STATELESS = frozenset(
     (
@@ -48,18 +48,6 @@ _ARGUMENTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn
 """Arguments of `generate` that may look at the tokens of the conversation."""
 
 _OTHER_ARGUMENTS = ("streamer", "tokenizer", "assistant_tokenizer", "generation_config", "assistant_model", "synced_gpus")
-
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """The name under which this release passes a cache: ``past_key_values``, from 5.24 on ``cache``."""
-    named = inspect.signature(type(model).prepare_inputs_for_generation).parameters
-    return "cache" if "cache" in named or _generic("cache") else "past_key_values"
-
-
-def _generic(name: str) -> bool:
-    from transformers import GenerationMixin
-
-    return name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
 
 
 def driven_by_generate(model: torch.nn.Module) -> bool:

@@ -66,9 +66,7 @@ def _may_differ(probe: Probe) -> bool:
     return probe.stock is not None and (probe.stock.dtype.itemsize < 4 or _is_quantized(probe.model))
 
 
-def _without_rounding(
-    probe: Probe, module: torch.nn.Module, watch: Watch, error: float, tolerance: float
-) -> tuple[float, float]:
+def _without_rounding(probe: Probe, module: torch.nn.Module, watch: Watch, error: float, tolerance: float) -> tuple[float, float]:
     """A second look at coarse numbers: an error and how large it may be.
 
     An expert chosen the other way because of a rounding is a different answer, and a right one: of a model with experts the first
