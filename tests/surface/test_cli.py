@@ -261,15 +261,3 @@ def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.
     assert out.index("questions answered") < out.index("reading up to token")
     assert " ".join(out.split()).endswith(report["verdict"])
     assert "up to token 1,600 only, so nothing here shows" in report["verdict"]
-
-
-@pytest.mark.model
-def test_a_demo_that_is_out_of_time_reads_the_same_with_every_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    need_model()
-    pytest.importorskip("matplotlib")
-    assert main(["demo", "--seconds", "1", "--budget", "256", "--dialogues", "1", "--out", str(tmp_path)]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
-    assert [row["memory"] for row in report["reading"]] == ["full cache", "StreamingLLM", "SirLLM"]
-    assert {row["stop"] for row in report["reading"]} == {2048}
-    assert "up to token 2,048 only, so nothing here shows" in report["verdict"]
-    assert "the time was up" in capsys.readouterr().out

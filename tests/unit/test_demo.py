@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
+import tiny
+from kvsieve.demo import stages
 from kvsieve.demo.plan import Pace, Plan, make_plan
 from kvsieve.demo.report import compared, verdict, within
 from kvsieve.evals.stream_nll import Holding, Progress, Reading
@@ -121,3 +124,27 @@ def test_the_shopping_list_is_told_as_it_went(correct: tuple[int, int, int], wor
     said = verdict(found(3.06, (2.54, 2.5), correct=correct))
     assert f"remembers the shopping lists {words} StreamingLLM ({correct[2]} and {correct[1]} of 4" in said
     assert "by the full cache 4)" in said
+
+
+def read_all(monkeypatch: pytest.MonkeyPatch, plan: Plan, seconds: float) -> list[Reading]:
+    monkeypatch.setattr(stages, "_continue", lambda stream, tokenizer, settings: {})
+    settings = stages.Settings(budget=128, chunk=256, seconds=seconds)
+    return stages._read_all(tiny.model(), None, tiny.ids(1, plan.stop), plan, settings, time.perf_counter())[0]
+
+
+@pytest.mark.parametrize("start", [0, 512])
+def test_memories_that_run_out_of_time_have_read_the_same(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan(NAMES, start, 4096, 4096, 1.0, 0.0)
+    readings = read_all(monkeypatch, plan, seconds=0.0)
+    assert [reading.first for reading in readings] == [0, start, start, start]
+    assert {reading.stop for reading in readings} == {start + 2048}
+    assert compared(readings) == (start + 1024, start + 2048)
+    assert [len(reading.nll) for reading in readings] == [(start + 2048) // 512, *[4] * 3]
+
+
+def test_memories_with_time_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = Plan((NAMES[0], *NAMES[2:]), 0, 2500, 2500, 1.0, 0.0)
+    readings = read_all(monkeypatch, plan, seconds=3600.0)
+    assert [(reading.name, reading.stop) for reading in readings] == [(name, 2500) for name in plan.memories]
+    assert readings[0].steps[-1].holding.resident == 2500
+    assert all(reading.steps[-1].holding.resident <= 128 + 63 for reading in readings[1:])

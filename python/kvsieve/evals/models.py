@@ -181,7 +181,7 @@ def _check_causal(name: str, config: Any) -> None:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """No progress bars and warnings of transformers: a small model is there before they are read; what is wrong becomes an error."""
+    """No progress bars and warnings of transformers: a small model is there before they are read, and faults become errors."""
     from transformers.utils import logging
 
     was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
