@@ -390,7 +390,7 @@ class Stream:
         new = turns.accept(self, input_ids, mask)
         before = turns.unread_of(self, new, unread)
         with torch.no_grad():
-            result = turns.generate(self, new, before, input_ids, kwargs)
+            result = turns.generate(self, new, before, torch.as_tensor(input_ids), kwargs)
         if end_turn:
             self.end_turn()
         return result

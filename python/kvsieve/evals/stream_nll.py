@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kvsieve import backends
+from kvsieve.model.support import cache_name
 
 __all__ = ["Holding", "Progress", "Reading", "dynamic_cache_meter", "read", "stream_meter"]
 
@@ -119,7 +120,7 @@ def read(
         began = time.perf_counter()
         stop = min(start + chunk, num_tokens)
         with torch.no_grad():
-            logits = model(ids[:, start:stop], past_key_values=cache).logits[0]
+            logits = model(ids[:, start:stop], **{cache_name(model): cache}).logits[0]
             if carried is not None:
                 losses[start] = F.cross_entropy(carried, ids[0, start : start + 1])
             losses[start + 1 : stop] = _losses(logits[:-1], ids[0, start + 1 : stop])

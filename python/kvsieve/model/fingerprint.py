@@ -1,7 +1,7 @@
 """Fingerprints of a model's weights and of a tokenizer, so that a session goes on only where it was written.
 
-Two loads of the same weights have the same fingerprint; a fine-tune, another rotation or another quantization has another one. Only an
-evenly spaced sample of each tensor is read, which is cheap: a fine-tune that moves a tensor moves it nearly everywhere.
+Two loads of the same weights have the same fingerprint; a fine-tune, another rotation or another quantization has another one. Only
+an evenly spaced sample of each tensor is read, which is cheap: a fine-tune that moves a tensor moves it nearly everywhere.
 """
 
 from __future__ import annotations
