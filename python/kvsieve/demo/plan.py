@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 import kvsieve
+from kvsieve.model.support import cache_name
 
 __all__ = ["BUCKET", "COMPARED", "Pace", "Plan", "make_plan", "measure_pace"]
 
@@ -78,7 +79,7 @@ def measure_pace(model: Any, ids: torch.Tensor, chunk: int, backend: str | None 
         chunks = []
         for _ in range(4):
             began = time.perf_counter()
-            model(ids, past_key_values=stream.cache)
+            model(ids, **{cache_name(model): stream.cache})
             chunks.append((time.perf_counter() - began) / ids.shape[1])
     config = model.config.get_text_config(decoder=True)
     heads, layers = config.num_attention_heads, config.num_hidden_layers

@@ -197,7 +197,7 @@ def _device_of(model: PreTrainedModel) -> torch.device:
     module = model.get_input_embeddings()
     weights = [t.device for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
     if weights:
-        return weights[0]
+        return torch.device(weights[0])
     device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
     where: torch.device = torch.empty(0, device="cpu" if device is None else device).device
     return where
