@@ -4,6 +4,7 @@
 //! [`Planner::rollback`], or simply the next `begin`, undoes it: a forward that died leaves nothing behind.
 
 mod check;
+mod pin;
 mod queries;
 mod render;
 mod row;
@@ -17,7 +18,7 @@ use crate::place::Rule;
 use crate::plan::{Frame, Move};
 use crate::retain::Decision;
 use crate::store::pool::Pool;
-use crate::store::table::{Edit, Table};
+use crate::store::table::Edit;
 use row::Row;
 pub use sieve::Sieve;
 pub use spec::MemorySpec;
@@ -94,7 +95,8 @@ impl Planner {
     /// Keeps only the residents `keep` of one memory of one row; the rest goes down the chain.
     pub fn keep(&mut self, memory: usize, row: usize, keep: &[usize]) -> Result<Vec<Move>> {
         self.check_closed("keep")?;
-        check::keep(&self.memories, memory, self.table(memory, row)?.len(), keep)?;
+        let table = self.table(memory, row)?;
+        check::keep(&self.memories, memory, table, &self.rows[row].pins, keep)?;
         let Self { rows, memories, pool, .. } = self;
         edit(pool, |edit| {
             rows[row].apply(memory, Decision::Keep(keep.to_vec()), edit);
@@ -250,7 +252,7 @@ impl Planner {
         let Self { rows: own, pool, .. } = self;
         edit(pool, |edit| {
             for row in rows {
-                let mut state = Row { seen: row.seen, tables: vec![Table::default(); row.memories.len()] };
+                let mut state = Row { seen: row.seen, ..Row::new(row.memories.len()) };
                 for (table, (positions, scores)) in state.tables.iter_mut().zip(&row.memories) {
                     table.load(positions, scores, edit);
                 }
