@@ -447,7 +447,8 @@ impl World {
                 all.for_each(|t| t.score *= factor);
             }
             Op::Pin { row, back, len } if *row < rows => {
-                let (list, range) = (&mut lists.rows[*row], span(lists.rows[*row].seen, *back, *len));
+                let range = span(lists.rows[*row].seen, *back, *len);
+                let list = &mut lists.rows[*row];
                 let (fits, missing) = (list.fits(&self.specs, &range), list.missing(&range));
                 match planner.pin(&[*row], &range, false) {
                     Ok(moves) => {

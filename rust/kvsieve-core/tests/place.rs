@@ -52,7 +52,7 @@ fn offered(rules: &[Rule], pins: &Pins, residents: &[Vec<u64>], first_new: u64, 
     let query = first_new + i as u64;
     let pinned = |p: &u64| pins.iter().any(|r| r.contains(p));
     let taken = pins.iter().cloned().flatten().filter(|&p| p >= rules[0].sinks).count() as u64;
-    let far = |p: &u64| rules[0].visible.is_some_and(|v| query - p >= v - taken);
+    let far = |p: &u64| rules[0].visible.is_some_and(|v| query - p >= v.saturating_sub(taken).max(1));
     let hidden = |p: &u64| *p >= rules[0].sinks && !pinned(p) && far(p);
     let hidden: Vec<u64> = near.into_iter().filter(hidden).collect();
     let mut out = Read::new();
