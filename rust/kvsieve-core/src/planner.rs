@@ -19,6 +19,7 @@ use crate::plan::{Frame, Move};
 use crate::retain::Decision;
 use crate::store::pool::Pool;
 use crate::store::table::Edit;
+use pin::Early;
 use row::Row;
 pub use sieve::Sieve;
 pub use spec::MemorySpec;
@@ -42,6 +43,8 @@ pub struct Planner {
     rows: Vec<Row>,
     columns: u64,
     open: Option<Open>,
+    /// What was pinned before there were rows.
+    early: Vec<Early>,
 }
 
 /// A pool is consistent between any two of its calls, so a panic elsewhere does not spoil it.
@@ -54,7 +57,7 @@ impl Planner {
         spec::check_chain(&memories, frame)?;
         let rules = memories.iter().map(MemorySpec::rule).collect();
         let pool = Arc::new(Mutex::new(Pool::new()));
-        Ok(Self { memories, rules, frame, pool, rows: Vec::new(), columns: 0, open: None })
+        Ok(Self { memories, rules, frame, pool, rows: Vec::new(), columns: 0, open: None, early: Vec::new() })
     }
 
     /// Lets every memory of every row retain, and returns the moves to run, in order, before anything else.
@@ -229,6 +232,7 @@ impl Planner {
             rows: self.rows.iter().map(|row| row.share(&mut pool)).collect(),
             columns: self.columns,
             open: None,
+            early: self.early.clone(),
         })
     }
 
@@ -239,6 +243,7 @@ impl Planner {
         let mut pool = lock(&pool);
         self.rows.drain(..).for_each(|row| row.release(&mut pool));
         self.columns = 0;
+        self.early.clear();
         pool.mark_reach();
     }
 

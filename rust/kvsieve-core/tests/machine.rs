@@ -450,7 +450,7 @@ impl World {
                 let range = span(lists.rows[*row].seen, *back, *len);
                 let list = &mut lists.rows[*row];
                 let (fits, missing) = (list.fits(&self.specs, &range), list.missing(&range));
-                match planner.pin(&[*row], &range, false) {
+                match planner.pin(Some(&[*row]), &range, false) {
                     Ok(moves) => {
                         assert!(fits && missing == 0);
                         self.store.run(&moves);
@@ -465,16 +465,16 @@ impl World {
             }
             Op::Unpin { row, back, len } if *row < rows => {
                 let range = span(lists.rows[*row].seen, *back, *len);
-                planner.unpin(&[*row], &range).unwrap();
+                planner.unpin(Some(&[*row]), &range).unwrap();
                 lists.rows[*row].pins.retain(|p| !range.contains(p));
             }
             Op::Evict { row, back, len } if *row < rows => {
                 let range = span(lists.rows[*row].seen, *back, *len);
-                let moves = planner.evict(&[*row], &range).unwrap();
+                let moves = planner.evict(Some(&[*row]), &range).unwrap();
                 assert!(moves.iter().all(|m| exists(planner, m.to) && m.to.is_packed() == m.from.is_packed()));
                 self.store.run(&moves);
                 lists.rows[*row].evict(&range);
-                assert!(planner.evict(&[*row], &range).unwrap().is_empty(), "evicting twice does nothing");
+                assert!(planner.evict(Some(&[*row]), &range).unwrap().is_empty(), "evicting twice does nothing");
             }
             _ => {}
         }
@@ -484,7 +484,7 @@ impl World {
     fn check_pins(&self) {
         for Stream { planner, lists } in &self.streams {
             for (r, row) in lists.rows.iter().enumerate() {
-                let pins: Vec<u64> = planner.pins(r).unwrap().iter().cloned().flatten().collect();
+                let pins: Vec<u64> = planner.pins(r).unwrap().ranges().iter().cloned().flatten().collect();
                 assert!(pins.iter().eq(&row.pins));
                 let held = planner.positions(0, r).unwrap();
                 assert!(pins.iter().filter(|&&p| p < row.seen).all(|p| held.contains(p)));

@@ -117,7 +117,7 @@ fn by_parts(parts: &[&Part], i: usize) -> Read {
 fn step(planner: &mut Planner, rules: &[Rule], lens: &[usize], pads: usize, store_all: bool) {
     let fresh = planner.num_rows() == 0;
     let before = if fresh { vec![vec![Vec::new(); rules.len()]; lens.len()] } else { residents(planner) };
-    let pins = |row| if fresh { Pins::new() } else { planner.pins(row).unwrap().to_vec() };
+    let pins = |row| if fresh { Pins::new() } else { planner.pins(row).unwrap().ranges().to_vec() };
     let pins: Vec<Pins> = (0..lens.len()).map(pins).collect();
     let held_before: Vec<_> = (0..planner.num_rows()).map(|r| held(planner, r)).collect();
     let num_queries = lens.iter().max().unwrap() + pads;
@@ -176,9 +176,9 @@ fn change(planner: &mut Planner, row: usize, kind: u8, back: u64, len: u64) {
         _ => seen.saturating_sub(back)..seen.saturating_sub(back) + len,
     };
     match kind {
-        0..3 => drop(planner.pin(&[row], &range, false)),
-        3 => planner.unpin(&[row], &range).unwrap(),
-        _ => drop(planner.evict(&[row], &range).unwrap()),
+        0..3 => drop(planner.pin(Some(&[row]), &range, false)),
+        3 => planner.unpin(Some(&[row]), &range).unwrap(),
+        _ => drop(planner.evict(Some(&[row]), &range).unwrap()),
     }
 }
 

@@ -141,9 +141,9 @@ impl Planner {
         Ok((tuples(&done.from), tuples(&done.to)))
     }
 
-    /// Positions `start..stop` of these rows are not evicted any more. With `per_head` the caller has seen to it that they are held.
-    fn pin(&self, py: Python<'_>, rows: Vec<usize>, start: u64, stop: u64, per_head: bool) -> PyResult<Moves> {
-        self.moves(py, |p| p.pin(&rows, &(start..stop), per_head))
+    /// Positions `start..stop` of these rows (None: of all) are not evicted any more. With `per_head` the caller has seen to it that they are held.
+    fn pin(&self, py: Python<'_>, rows: Option<Vec<usize>>, start: u64, stop: u64, per_head: bool) -> PyResult<Moves> {
+        self.moves(py, |p| p.pin(rows.as_deref(), &(start..stop), per_head))
     }
 
     /// Exactly these ranges (start, stop) of a row are pinned.
@@ -152,19 +152,18 @@ impl Planner {
         self.moves(py, |p| p.set_pins(row, &ranges, per_head))
     }
 
-    fn unpin(&self, rows: Vec<usize>, start: u64, stop: u64) -> PyResult<()> {
-        self.get().unpin(&rows, &(start..stop)).map_err(to_py)
+    fn unpin(&self, rows: Option<Vec<usize>>, start: u64, stop: u64) -> PyResult<()> {
+        self.get().unpin(rows.as_deref(), &(start..stop)).map_err(to_py)
     }
 
     /// Tuples (start, stop), which ascend and do not touch.
     fn pins(&self, row: usize) -> PyResult<Vec<(u64, u64)>> {
-        let planner = self.get();
-        Ok(planner.pins(row).map_err(to_py)?.iter().map(|r| (r.start, r.end)).collect())
+        Ok(self.get().pins(row).map_err(to_py)?.ranges().iter().map(|r| (r.start, r.end)).collect())
     }
 
     /// The residents at positions `start..stop` of these rows go, from every memory.
-    fn evict(&self, py: Python<'_>, rows: Vec<usize>, start: u64, stop: u64) -> PyResult<Moves> {
-        self.moves(py, |p| p.evict(&rows, &(start..stop)))
+    fn evict(&self, py: Python<'_>, rows: Option<Vec<usize>>, start: u64, stop: u64) -> PyResult<Moves> {
+        self.moves(py, |p| p.evict(rows.as_deref(), &(start..stop)))
     }
 
     /// As `sieve`, for a row from which positions `start..stop` go; it may be over its budget still.

@@ -9,52 +9,70 @@ use crate::plan::Move;
 use crate::store::table::Edit;
 use std::ops::Range;
 
-impl Planner {
-    /// The pinned positions of a row, as ranges that ascend and do not touch.
-    pub fn pins(&self, row: usize) -> Result<&[Range<Position>]> {
-        self.table(0, row)?;
-        Ok(self.rows[row].pins.ranges())
+/// A pin or its end that came before the first step: of one row, or of all.
+#[derive(Clone, Debug)]
+pub(super) struct Early {
+    row: Option<usize>,
+    range: Range<Position>,
+    add: bool,
+}
+
+impl Early {
+    /// What row `row` starts with.
+    pub fn pins(all: &[Self], row: usize) -> Pins {
+        let mut pins = Pins::default();
+        for early in all.iter().filter(|early| early.row.is_none_or(|r| r == row)) {
+            early.apply(&mut pins);
+        }
+        pins
     }
 
-    /// The tokens at positions `range` of these rows are not evicted until they are unpinned, or evicted by name. Positions that were
-    /// not seen yet are pinned as they come. What has flowed down a chain comes back to its first memory.
+    fn apply(&self, pins: &mut Pins) {
+        if self.add { pins.add(self.range.clone()) } else { pins.remove(&self.range) }
+    }
+}
+
+impl Planner {
+    /// The pinned positions of a row, as ranges that ascend and do not touch.
+    pub fn pins(&self, row: usize) -> Result<Pins> {
+        if self.rows.is_empty() {
+            return Ok(Early::pins(&self.early, row));
+        }
+        self.table(0, row)?;
+        Ok(self.rows[row].pins.clone())
+    }
+
+    /// The tokens at positions `range` of these rows (`None`: of all) are not evicted until they are unpinned, or evicted by name.
+    /// Positions that were not seen yet are pinned as they come, before the first step too. What has flowed down a chain comes back to
+    /// its first memory.
     ///
     /// Where each head chose its own residents (`per_head`), the planner does not know who holds what: the caller has looked. All rows
     /// are checked before any is changed: they must hold what is pinned now, and the budget must hold all that is pinned and one more.
-    pub fn pin(&mut self, rows: &[usize], range: &Range<Position>, per_head: bool) -> Result<Vec<Move>> {
-        let mut wanted = Vec::with_capacity(rows.len());
-        for &row in rows {
-            self.table(0, row)?;
-            let mut pins = self.rows[row].pins.clone();
-            pins.add(range.clone());
-            wanted.push((row, pins));
-        }
-        self.change_pins(wanted, std::slice::from_ref(range), per_head)
+    pub fn pin(&mut self, rows: Option<&[usize]>, range: &Range<Position>, per_head: bool) -> Result<Vec<Move>> {
+        check::range(range)?;
+        self.change(rows, &[(range.clone(), true)], per_head)
     }
 
     /// As [`Planner::pin`], with exactly these ranges: what else was pinned is not any more.
     pub fn set_pins(&mut self, row: usize, ranges: &[Range<Position>], per_head: bool) -> Result<Vec<Move>> {
-        self.table(0, row)?;
-        let mut pins = Pins::default();
-        ranges.iter().for_each(|range| pins.add(range.clone()));
-        self.change_pins(vec![(row, pins)], ranges, per_head)
+        ranges.iter().try_for_each(check::range)?;
+        let mut changes = vec![(0..Position::MAX, false)];
+        changes.extend(ranges.iter().map(|range| (range.clone(), true)));
+        self.change(Some(&[row]), &changes, per_head)
     }
 
-    /// The tokens at positions `range` of these rows may be evicted again.
-    pub fn unpin(&mut self, rows: &[usize], range: &Range<Position>) -> Result<()> {
-        self.check_closed("unpin")?;
+    /// The tokens at positions `range` of these rows (`None`: of all) may be evicted again.
+    pub fn unpin(&mut self, rows: Option<&[usize]>, range: &Range<Position>) -> Result<()> {
         check::range(range)?;
-        rows.iter().try_for_each(|&row| self.table(0, row).map(|_| ()))?;
-        rows.iter().for_each(|&row| self.rows[row].pins.remove(range));
-        Ok(())
+        self.change(rows, &[(range.clone(), false)], true).map(|_| ())
     }
 
-    /// Evicts the residents at positions `range` of these rows now, from every memory, pinned or not. What was evicted before, or not
-    /// yet seen, does not matter.
-    pub fn evict(&mut self, rows: &[usize], range: &Range<Position>) -> Result<Vec<Move>> {
+    /// Evicts the residents at positions `range` of these rows (`None`: of all) now, from every memory, pinned or not. What was evicted
+    /// before, or not yet seen, does not matter.
+    pub fn evict(&mut self, rows: Option<&[usize]>, range: &Range<Position>) -> Result<Vec<Move>> {
         self.check_closed("evict")?;
-        check::range(range)?;
-        rows.iter().try_for_each(|&row| self.table(0, row).map(|_| ()))?;
+        self.unpin(rows, range)?;
+        let rows = self.named(rows);
         let Self { rows: all, pool, .. } = self;
         edit(pool, |edit| {
             rows.iter().for_each(|&row| all[row].evict(range, edit));
@@ -79,36 +97,68 @@ impl Planner {
         Ok(sieve)
     }
 
-    fn change_pins(
+    /// The rows that are meant, of those that there are.
+    fn named(&self, rows: Option<&[usize]>) -> Vec<usize> {
+        rows.map_or_else(
+            || (0..self.rows.len()).collect(),
+            |rows| if self.rows.is_empty() { vec![] } else { rows.to_vec() },
+        )
+    }
+
+    fn change(
         &mut self,
-        wanted: Vec<(usize, Pins)>,
-        new: &[Range<Position>],
+        rows: Option<&[usize]>,
+        changes: &[(Range<Position>, bool)],
         per_head: bool,
     ) -> Result<Vec<Move>> {
         self.check_closed("pin")?;
-        new.iter().try_for_each(check::range)?;
-        for (row, pins) in &wanted {
-            check::fits(&self.memories, *row, pins)?;
+        if self.rows.is_empty() {
+            self.change_early(rows, changes)?;
+            return Ok(Vec::new());
+        }
+        let named = self.named(rows);
+        let added = changes.iter().filter(|(_, add)| *add).map(|(range, _)| range);
+        let mut wanted = Vec::with_capacity(named.len());
+        for row in named {
+            self.table(0, row)?;
+            let mut pins = self.rows[row].pins.clone();
+            changes.iter().for_each(|(range, add)| if *add { pins.add(range.clone()) } else { pins.remove(range) });
+            check::fits(&self.memories, row, &pins)?;
             if !per_head {
-                self.rows[*row].check_held(*row, new)?;
+                self.rows[row].check_held(row, added.clone())?;
             }
+            wanted.push((row, pins));
         }
         let Self { rows, pool, .. } = self;
         edit(pool, |edit| {
             for (row, pins) in wanted {
                 rows[row].pins = pins;
                 if !per_head {
-                    new.iter().for_each(|range| rows[row].promote(range, edit));
+                    added.clone().for_each(|range| rows[row].promote(range, edit));
                 }
             }
             Ok(())
         })
     }
+
+    fn change_early(&mut self, rows: Option<&[usize]>, changes: &[(Range<Position>, bool)]) -> Result<()> {
+        let mut early = self.early.clone();
+        for row in rows.map_or(vec![None], |rows| rows.iter().copied().map(Some).collect()) {
+            early.extend(changes.iter().map(|(range, add)| Early { row, range: range.clone(), add: *add }));
+        }
+        // One row more than are named stands for all others.
+        let known = early.iter().filter_map(|early| early.row).max().map_or(0, |last| last + 1);
+        for row in 0..=known {
+            check::fits(&self.memories, row, &Early::pins(&early, row))?;
+        }
+        self.early = early;
+        Ok(())
+    }
 }
 
 impl Row {
     /// Whether every position of `ranges` that was seen is held, by whichever memory.
-    fn check_held(&self, row: usize, ranges: &[Range<Position>]) -> Result<()> {
+    fn check_held<'a>(&self, row: usize, ranges: impl Iterator<Item = &'a Range<Position>>) -> Result<()> {
         let mut gone = Vec::new();
         for range in ranges {
             gone.extend(self.missing(range.start..range.end.min(self.seen)));

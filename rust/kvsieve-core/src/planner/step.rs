@@ -1,5 +1,6 @@
 //! Opening, committing and undoing a step.
 
+use super::pin::Early;
 use super::row::Row;
 use super::{Planner, lock, render};
 use crate::error::{Error, Result};
@@ -36,7 +37,8 @@ impl Planner {
         self.check_lens(new_lens, num_queries)?;
         let first = self.rows.is_empty();
         if first {
-            self.rows.extend(new_lens.iter().map(|_| Row::new(self.memories.len())));
+            let new = |row| Row { pins: Early::pins(&self.early, row), ..Row::new(self.memories.len()) };
+            self.rows = (0..new_lens.len()).map(new).collect();
         }
         let stored: Vec<_> = self.rows.iter().zip(new_lens).map(|(r, &n)| self.stored(r, n, store_all)).collect();
         let all_stored = stored.iter().zip(new_lens).all(|(stored, &n)| stored.first.end == n);
