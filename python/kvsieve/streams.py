@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
     from kvsieve.cache import StreamCache
     from kvsieve.engine import Engine, EngineState
-    from kvsieve.hf import Attachment, ModelFacts
+    from kvsieve.facts import ModelFacts
+    from kvsieve.model import Attachment
 
 __all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Mark", "Parts", "Stats", "Stream", "stream"]
 
@@ -49,7 +50,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Parts:
-    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' own caches, is ``bytes_held``.
+    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
 
     Attributes:
         keys, values: packed tokens; of a policy that packs nothing, all tokens.
@@ -197,23 +198,21 @@ class Stream:
     ) -> None:
         from kvsieve.cache import StreamCache
         from kvsieve.engine import Engine
-        from kvsieve.hf import attach
+        from kvsieve.model import attach, look_through
 
         if not isinstance(policy, Policy):
-            raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024), got {policy!r}")
-        self.model, self.policy = model, policy
-        self._attachment: Attachment | None = attach(model)
-        self._attachment.acquire()
+            raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024) second, got {type(policy).__name__}")
+        self.model, self.policy = look_through(model), policy
+        self._attachment: Attachment | None = attach(self.model)
         self._leave = weakref.finalize(self, self._attachment.release)
         try:
             if _parent is None:
                 facts = self._attachment.facts
                 name = backend or backends.choose(facts.layers[0].device, facts.layers[0].dtype)
-                self._engine = Engine(policy, facts, backends.get(name), _frame(type(model).__name__, policy, facts))
+                self._engine = Engine(policy, facts, backends.get(name), _frame(type(self.model).__name__, policy, facts))
             else:
                 self._engine = _parent._engine.fork()
             self._cache = StreamCache(self._engine, weakref.ref(self))
-            self._engine.own_layers = self._cache.own_layers
         except BaseException:
             self.close()
             raise
@@ -261,7 +260,7 @@ class Stream:
             LayerStats(layer.index, resident, engine.stores[layer.index].bytes_held if layer.index in engine.stores else 0)
             for layer in facts.layers
         )
-        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.own_bytes
+        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.sliding.bytes_held
         return Stats(
             seen=max(seen, default=0),
             resident=resident,
@@ -359,16 +358,16 @@ class Stream:
     ) -> Any:
         """One turn: read the *new* tokens and answer. What was said before is in the memory.
 
-        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length. Logits
-        processors, stopping criteria, ``max_length`` and beams see the whole conversation, as they do with a stock cache.
+        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length.
+        Logits processors, stopping criteria, ``max_length`` and beams see the whole conversation, as they do with a stock cache.
 
         Args:
             input_ids: int64 ``[B, n]``, this turn's new tokens only; or what a tokenizer returned, a mapping with ``input_ids``.
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             end_turn: call :meth:`end_turn` when done.
             unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
-            kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the stream
-                stays a single sequence per row: they run on a fork, and the stream then reads the best one.
+            kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the
+                stream stays a single sequence per row: they run on a fork, and the stream then reads the best one.
 
         Returns:
             int64 ``[B * num_return_sequences, n + new]``: the new prompt and the answer, or as ``return_dict_in_generate`` asks.
@@ -378,8 +377,8 @@ class Stream:
             StateError: after ``model.generate``, without ``unread``.
             UnsupportedError: for inputs beside ids that belong to tokens (images, embeddings) after the first turn.
 
-        A call that fails before the model ran changes nothing. One that is interrupted leaves the conversation at the last token that
-        was delivered; :meth:`rewind` goes back to a mark taken before.
+        A call that fails before the model ran changes nothing. One that is interrupted leaves the conversation at the last token
+        that was delivered; :meth:`rewind` goes back to a mark taken before.
         """
         input_ids, kwargs = turns.unpack(input_ids, kwargs)
         if "inputs" in kwargs and input_ids is None:
@@ -391,7 +390,7 @@ class Stream:
         new = turns.accept(self, input_ids, mask)
         before = turns.unread_of(self, new, unread)
         with torch.no_grad():
-            result = turns.generate(self, new, before, input_ids, kwargs)
+            result = turns.generate(self, new, before, torch.as_tensor(input_ids), kwargs)
         if end_turn:
             self.end_turn()
         return result
@@ -416,8 +415,6 @@ class Stream:
         """A second stream that shares this one's past. Blocks are shared until one of the two writes; neither changes the other."""
         self._check_open()
         child = Stream(self.model, self.policy, _parent=self)
-        for mine, theirs in zip(self._cache.own_layers, child._cache.own_layers):
-            vars(theirs).update(vars(mine))
         return child
 
     def mark(self) -> Mark:
@@ -446,9 +443,7 @@ class Stream:
         return self.fork()
 
     def __reduce__(self) -> Any:
-        raise UnsupportedError(
-            "a stream cannot be pickled; write it with stream.save(path) and read it with kvsieve.load(path, model)"
-        )
+        raise UnsupportedError("a stream cannot be pickled; stream.save(path) writes it, kvsieve.load(path, model) reads it")
 
     def save(self, path: str | PathLike[str], *, tokenizer: Any = None) -> None:
         """Write this stream's memory to one ``.safetensors`` file; see :func:`kvsieve.load`.

@@ -350,7 +350,7 @@ def test_what_looks_back_sees_rows_of_unlike_length() -> None:
         assert second[at].tolist() == model.generate(text, **arguments)[0, text.shape[1] :].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows and copies
+# ------------------------------------------------------------------------------------------------------------ rows and copies
 
 
 @BACKEND

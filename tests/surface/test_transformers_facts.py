@@ -1,4 +1,4 @@
-"""What `hf.py` and `cache.py` rely on in transformers. When a release changes one of these, this file says which."""
+"""What `model/` and `cache.py` rely on in transformers. When a release changes one of these, this file says which."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from kvsieve import hf
+from kvsieve.model import configs
 from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer, get_layer_types_and_kwargs
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -152,4 +152,4 @@ def test_hooks_that_are_always_called_get_no_output_after_a_failure() -> None:
 def test_opening_a_stream_registers_one_name() -> None:
     before = set(ALL_ATTENTION_FUNCTIONS.keys())
     with kvsieve.stream(tiny.model(), kvsieve.Full()):
-        assert set(ALL_ATTENTION_FUNCTIONS.keys()) - before <= {hf.ATTENTION_NAME}
+        assert set(ALL_ATTENTION_FUNCTIONS.keys()) - before <= {configs.ATTENTION_NAME}

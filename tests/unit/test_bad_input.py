@@ -16,7 +16,6 @@ from drive import forward, forwards, greedy, positions
 from kvsieve.errors import (
     BackendError,
     CacheMismatchError,
-    KvsieveError,
     PolicyError,
     ShapeError,
     StateError,
@@ -222,13 +221,15 @@ def test_a_cache_that_is_not_used_is_refused() -> None:
         assert forward(model, stream.cache, tiny.ids(1, 5)).shape[1] == 5
 
 
-def test_another_attention_inside_the_block_is_noticed() -> None:
-    model = copy.deepcopy(tiny.model())
+def test_another_attention_set_inside_the_block_is_the_models_and_not_the_streams() -> None:
+    model, text = copy.deepcopy(tiny.model()), tiny.ids(1, 5)
+    want = tiny.model()(text).logits
     with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
-        model.set_attn_implementation("sdpa")
-        with pytest.raises(KvsieveError, match="attention implementation"):
-            forward(model, stream.cache, tiny.ids(1, 5))
-    assert model.config._attn_implementation == "sdpa"
+        model.set_attn_implementation("eager")
+        torch.testing.assert_close(forward(model, stream.cache, text), want)
+        assert stream.seen == 5
+        assert model(text, output_attentions=True).attentions[0].shape == (1, 4, 5, 5)
+    assert {m.config._attn_implementation for m in model.modules() if hasattr(m, "config")} == {"eager"}
 
 
 @BACKEND

@@ -1,0 +1,163 @@
+"""What one thread's forward is doing, and how a cache layer reaches the attention function.
+
+`generate` rejects unknown arguments, so `update()` hands its layer to the attention function through a thread-local. Two threads
+may run forwards on one model. Nothing here keeps a cache or a model alive: a forward that died leaves weak references only.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+
+from kvsieve.errors import StateError
+
+if TYPE_CHECKING:
+    from kvsieve.cache import StreamCache
+    from kvsieve.model.probe import Watch
+
+__all__ = ["HandedLayer", "Pass", "enter", "hand_over", "leave", "state", "take"]
+
+
+class HandedLayer(Protocol):
+    """A cache layer that attends by itself: its `update` calls :func:`hand_over`, the attention function calls `attend`."""
+
+    def attend(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        *,
+        scale: float,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        sliding_window: int | None,
+    ) -> torch.Tensor:
+        """Attention of ``query`` ``[B, H, q, D]`` over what the layer holds and the new ``key``, ``value`` ``[B, Hkv, q, D]``.
+
+        ``mask`` is bool-like ``[B, q]`` (the padding of the new columns) or None. Returns ``[B, q, H, Dv]``.
+        """
+
+
+class Pass:
+    """One forward of a model through a stream's cache: the cache, and how many of its layers have attended."""
+
+    __slots__ = ("_cache", "attended")
+
+    def __init__(self, cache: StreamCache) -> None:
+        self._cache = weakref.ref(cache)
+        self.attended = 0
+
+    @property
+    def cache(self) -> StreamCache | None:
+        """The cache, while anything else holds it."""
+        return self._cache()
+
+
+class _Frame:
+    """A hooked module that is running; ``through`` is None of a forward without a stream's cache."""
+
+    __slots__ = ("key", "through")
+
+    def __init__(self, key: tuple[int, int], through: Pass | None) -> None:
+        self.key, self.through = key, through
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.frames: list[_Frame] = []
+        self.handed: weakref.ref[Any] | None = None
+        self.watch: Watch | None = None
+
+    @property
+    def through(self) -> Pass | None:
+        """The pass of the innermost hooked module that runs on this thread."""
+        return self.frames[-1].through if self.frames else None
+
+    @property
+    def cache(self) -> StreamCache | None:
+        """The stream's cache of the forward that runs on this thread."""
+        through = self.through
+        return None if through is None else through.cache
+
+
+state = _Thread()
+"""This thread's forwards, innermost last."""
+
+
+def enter(owner: object, module: torch.nn.Module, cache: StreamCache | None) -> Pass | None:
+    """A module hooked by ``owner`` begins. Returns the pass if it is the outermost module of a forward through ``cache``."""
+    key = id(owner), id(module)
+    outer = state.through
+    if cache is None:
+        # A forward without a stream inside of another one must not be taken for a part of it.
+        if state.frames:
+            state.frames.append(_Frame(key, None))
+        return None
+    if outer is not None and outer.cache is cache and not any(f.key == key and f.through is outer for f in state.frames):
+        state.frames.append(_Frame(key, outer))
+        return None
+    _drop_dead(cache)
+    through = Pass(cache)
+    state.frames.append(_Frame(key, through))
+    state.handed = None
+    return through
+
+
+def leave(owner: object, module: torch.nn.Module) -> tuple[Pass | None, bool]:
+    """A hooked module ends: its pass, and whether it was the outermost module of that pass. None for what never was a stream's."""
+    frames, key = state.frames, (id(owner), id(module))
+    for at in range(len(frames) - 1, -1, -1):
+        if frames[at].key == key:
+            through = frames[at].through
+            del frames[at:]
+            outermost = through is not None and not any(frame.through is through for frame in frames)
+            if outermost:
+                state.handed = None
+            return through, outermost
+    return None, False
+
+
+def _drop_dead(cache: StreamCache) -> None:
+    """Forget frames of a forward through this cache that died without a word (Ctrl-C, an error in compiled code)."""
+    for at, frame in enumerate(state.frames):
+        if frame.through is not None and frame.through.cache in (None, cache):
+            del state.frames[at:]
+            return
+
+
+def hand_over(layer: HandedLayer) -> None:
+    """Leave ``layer`` for the attention function that runs next on this thread.
+
+    Raises:
+        StateError: outside of a forward that a stream takes part in, or if the layer before was never attended to.
+    """
+    if state.handed is not None:
+        state.handed = None
+        raise StateError(
+            "a layer's keys were stored but its attention never ran through kvsieve; "
+            "was the model's attention implementation changed inside the stream?"
+        )
+    if state.through is None:
+        raise StateError(
+            "stream.cache was used outside its `with kvsieve.stream(...)` block, with a model that has no stream, "
+            "or by calling .forward(...) instead of the model itself"
+        )
+    state.handed = weakref.ref(layer)
+
+
+def take() -> HandedLayer | None:
+    """The layer that was handed over to the attention that runs now, if any."""
+    handed = state.handed
+    if handed is None:
+        return None
+    state.handed = None
+    layer: HandedLayer | None = handed()
+    if layer is not None and state.frames and (through := state.frames[-1].through) is not None:
+        through.attended += 1
+    return layer
