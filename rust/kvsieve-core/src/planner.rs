@@ -19,7 +19,7 @@ use crate::plan::{Frame, Move};
 use crate::retain::Decision;
 use crate::store::pool::Pool;
 use crate::store::table::Edit;
-use pin::Early;
+pub use pin::Early;
 use row::Row;
 pub use sieve::Sieve;
 pub use spec::MemorySpec;

@@ -161,6 +161,11 @@ impl Planner {
         Ok(self.get().pins(row).map_err(to_py)?.ranges().iter().map(|r| (r.start, r.end)).collect())
     }
 
+    /// What was said before the first step: tuples (row or None for all, start, stop, whether pinned), in order.
+    fn early(&self) -> Vec<(Option<usize>, u64, u64, bool)> {
+        self.get().early().iter().map(|e| (e.row, e.range.start, e.range.end, e.add)).collect()
+    }
+
     /// The residents at positions `start..stop` of these rows go, from every memory.
     fn evict(&self, py: Python<'_>, rows: Option<Vec<usize>>, start: u64, stop: u64) -> PyResult<Moves> {
         self.moves(py, |p| p.evict(rows.as_deref(), &(start..stop)))

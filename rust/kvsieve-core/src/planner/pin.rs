@@ -11,10 +11,10 @@ use std::ops::Range;
 
 /// A pin or its end that came before the first step: of one row, or of all.
 #[derive(Clone, Debug)]
-pub(super) struct Early {
-    row: Option<usize>,
-    range: Range<Position>,
-    add: bool,
+pub struct Early {
+    pub row: Option<usize>,
+    pub range: Range<Position>,
+    pub add: bool,
 }
 
 impl Early {
@@ -40,6 +40,11 @@ impl Planner {
         }
         self.table(0, row)?;
         Ok(self.rows[row].pins.clone())
+    }
+
+    /// What was said of tokens before the first step, in order; empty once there are rows.
+    pub fn early(&self) -> &[Early] {
+        if self.rows.is_empty() { &self.early } else { &[] }
     }
 
     /// The tokens at positions `range` of these rows (`None`: of all) are not evicted until they are unpinned, or evicted by name.
