@@ -231,7 +231,7 @@ class Engine:
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
-            return resident > int(specs[0].get("window", specs[0].get("budget", 0)))
+            return resident > int(specs[0].get("window", specs[0].get("budget", 0))) - pins.most(self)
         limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack

@@ -17,7 +17,7 @@ from kvsieve.errors import RangeError, UnsupportedError
 if TYPE_CHECKING:
     from kvsieve.engine import Engine
 
-__all__ = ["Rows", "coming", "evict", "keep_pins", "pin", "pinned", "pins", "unpin", "with_pinned"]
+__all__ = ["Rows", "coming", "evict", "keep_pins", "most", "pin", "pinned", "pins", "unpin", "with_pinned"]
 
 Rows = int | Sequence[int] | None
 """One row, several, or all of them."""
@@ -31,6 +31,11 @@ LARGEST = 2**53
 def pins(engine: Engine) -> list[Ranges]:
     """Of each row the pinned positions, as ranges ``(start, stop)`` that ascend and do not touch; empty before the first token."""
     return [engine.planner.pins(row) for row in range(engine.num_rows)]
+
+
+def most(engine: Engine) -> int:
+    """Pinned tokens of the row that has most, those to come included."""
+    return max((sum(stop - start for start, stop in ranges) for ranges in pins(engine)), default=0)
 
 
 def pin(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
