@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve import _core
+from kvsieve import _core, pins
 from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
 from kvsieve.budget import BLOCK
 from kvsieve.critical import uninterrupted
@@ -234,7 +234,7 @@ class Engine:
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
-            return resident > int(specs[0].get("window", specs[0].get("budget", 0)))
+            return resident > int(specs[0].get("window", specs[0].get("budget", 0))) - pins.most(self)
         limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
@@ -439,7 +439,8 @@ class Engine:
             place = self.policy.memories[0].place
             if isinstance(place, Consecutive):
                 after = self.facts.trained_length if place.after is None else place.after
-                self.beyond = after is not None and longest > after
+                seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
+                self.beyond = after is not None and max(old + new for old, new in zip(seen, lens)) > after
         seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
         self._step = self.planner.begin(lens, width, store_all, parts)
         self.sliding.begin(seen, lens, width)
@@ -511,9 +512,10 @@ class Engine:
         self._record(self._ids)
         self.planner.commit()
         self.sliding.commit(sliding)
-        if self.search is not None and not isinstance(self.policy.memories[0].retain_or_default, All):
+        if self.search is not None:
             # What is let go below was read all the same.
-            self._read = [self.planner.positions(0, row).copy() for row in range(self.num_rows)]
+            evicts = not isinstance(self.policy.memories[0].retain_or_default, All)
+            self._read = [self.planner.positions(0, row).copy() for row in range(self.num_rows if evicts else 0)]
         if self.observer is not None:
             self.observer.commit()
         for row, values in enumerate(scores or []):
@@ -566,19 +568,21 @@ class Engine:
             count = self.planner.resident(index, row)
             if count <= budget or (not force and count < budget + BLOCK):
                 continue
-            residents = Residents(
-                self.planner.positions(index, row), self.planner.scores(index, row), self.planner.seen(row), turn_ended
-            )
+            positions, first = self.planner.positions(index, row), index == 0
+            pinned = pins.pinned(self.planner.pins(row) if first else [], positions)
+            residents = Residents(positions, self.planner.scores(index, row), self.planner.seen(row), turn_ended, pinned)
             kept = [int(i) for i in rule.keep(residents)]
             if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < count):
                 raise PolicyError(f"{type(rule).__name__}.keep must return ascending indices below {count}, got {kept[:4]}...")
-            must = {*range(spec["sinks"]), *range(count - spec["recent"], count)}
+            # Of the first memory the sinks are positions: some may have been evicted by name.
+            sinks = int((positions < spec["sinks"]).sum()) if first else spec["sinks"]
+            must = {*range(sinks), *range(count - spec["recent"], count)}
             if len(kept) > budget or not must <= set(kept):
                 raise PolicyError(
                     f"{type(rule).__name__}.keep returned {len(kept)} of {count} residents; it must return at most {budget}, "
-                    f"the first {spec['sinks']} and the last {spec['recent']} among them"
+                    f"the first {sinks} and the last {spec['recent']} among them"
                 )
-            self._apply(self.planner.keep(index, row, kept))
+            self._apply(self.planner.keep(index, row, pins.with_pinned(kept, must, pinned, budget)))
 
     def pack(self, prompt_ended: bool) -> None:
         """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed; after a prompt the
@@ -695,7 +699,8 @@ class Engine:
         if 0 < count <= len(self._marks):
             self.return_to(self._marks[-count])
         elif count:
-            self._crop(self.transcript.tokens_in_last(count))
+            with pins.keep_pins(self, keep=self.recording):
+                self._crop(self.transcript.tokens_in_last(count))
             if self.scorer is not None:
                 self.scorer.crop(count)
             self.transcript.crop(count)
@@ -720,10 +725,11 @@ class Engine:
         self.idle()
         self.sliding.check_crop(self.transcript.seen(), counts)
         sliding = self.sliding.cropped(counts)
-        if self.observer is not None:
-            self.observer.crop_rows(self.planner, self.stores, counts)
-        else:
-            self.planner.crop_rows(counts)
+        with pins.keep_pins(self):
+            if self.observer is not None:
+                self.observer.crop_rows(self.planner, self.stores, counts)
+            else:
+                self.planner.crop_rows(counts)
         self.sliding.now = sliding
         if self.packer is not None:
             self.packer.crop(counts)
@@ -829,6 +835,22 @@ class Engine:
             self.stores.clear()
         self.sliding.reset()
         give_back()
+
+    def pins(self) -> list[list[tuple[int, int]]]:
+        """Of each row the pinned positions, as ranges that ascend and do not touch."""
+        return pins.pins(self)
+
+    def pin(self, start: int, stop: int, rows: pins.Rows = None) -> None:
+        """As :meth:`kvsieve.Stream.pin`."""
+        pins.pin(self, start, stop, rows)
+
+    def unpin(self, start: int, stop: int, rows: pins.Rows = None) -> None:
+        """As :meth:`kvsieve.Stream.unpin`."""
+        pins.unpin(self, start, stop, rows)
+
+    def evict(self, start: int, stop: int, rows: pins.Rows = None) -> None:
+        """As :meth:`kvsieve.Stream.evict`."""
+        pins.evict(self, start, stop, rows)
 
     def idle(self) -> None:
         self._check_whole()

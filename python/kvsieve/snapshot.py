@@ -93,6 +93,8 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         "layers": sorted(engine.stores),
         "offsets": engine._offsets,
         "sliding": engine.sliding.header(),
+        "pins": engine.pins(),
+        "early": planner.early(),
     }
     if engine.packer is not None:
         header["packed"] = [planner.num_packed(row) for row in range(planner.num_rows)]
@@ -167,6 +169,12 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
     if header["frame"] != engine.frame:
         raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.frame} ones")
     engine.sliding.restore(header["sliding"], file.get_tensor)
+    for row, start, stop, add in header.get("early", []):
+        rows_named = None if row is None else [row]
+        if add:
+            engine.planner.pin(rows_named, start, stop, False)
+        else:
+            engine.planner.unpin(rows_named, start, stop)
     if not header["seen"]:
         return
     memories = range(len(stream.policy.memories))
@@ -197,6 +205,9 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
         engine.restore_packed(header["packed"], header["reading"], saved)
     if engine.observer is not None:
         _restore_observed(engine, header, file)
+    for row, ranges in enumerate(header.get("pins", [])):
+        if ranges:
+            engine.planner.set_pins(row, [(start, stop) for start, stop in ranges], engine.observer is not None)
     engine._offsets, engine.evicted_at = header["offsets"], header["evicted_at"]
     if engine.scorer is not None and "tail" in names:
         engine.scorer.tail = file.get_tensor("tail")
