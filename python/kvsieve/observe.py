@@ -280,11 +280,11 @@ class Observer:
             StateError: naming how many of the tokens ``start`` to ``stop - 1`` are gone.
         """
         state = self.rows[row] if row < len(self.rows) else RowState()
-        stop = min(stop, state.since)
+        end = min(stop, state.since)
         gone = 0
-        for layer in state.layers if start < stop else ():
+        for layer in state.layers if start < end else ():
             at = self.positions(planner, row, layer)
-            gone = max(gone, stop - start - int(((at >= start) & (at < stop)).sum(1).min()))
+            gone = max(gone, end - start - int(((at >= start) & (at < end)).sum(1).min()))
         if gone:
             raise StateError(
                 f"row {row}: {gone} of the tokens {start} to {stop} are no longer held by every head; "
