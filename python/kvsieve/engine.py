@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve import _core, pins
+from kvsieve import _core
+from kvsieve import pins as pinning
 from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
 from kvsieve.budget import BLOCK
 from kvsieve.critical import uninterrupted
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner, Step
     from kvsieve.cache import StreamLayer
     from kvsieve.facts import ModelFacts
+    from kvsieve.pins import Rows
     from kvsieve.roles import Policy
     from kvsieve.thin import Channels
 
@@ -234,7 +236,7 @@ class Engine:
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
-            return resident > int(specs[0].get("window", specs[0].get("budget", 0))) - pins.most(self)
+            return resident > int(specs[0].get("window", specs[0].get("budget", 0))) - pinning.most(self)
         limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
@@ -569,7 +571,7 @@ class Engine:
             if count <= budget or (not force and count < budget + BLOCK):
                 continue
             positions, first = self.planner.positions(index, row), index == 0
-            pinned = pins.pinned(self.planner.pins(row) if first else [], positions)
+            pinned = pinning.pinned(self.planner.pins(row) if first else [], positions)
             residents = Residents(positions, self.planner.scores(index, row), self.planner.seen(row), turn_ended, pinned)
             kept = [int(i) for i in rule.keep(residents)]
             if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < count):
@@ -582,7 +584,7 @@ class Engine:
                     f"{type(rule).__name__}.keep returned {len(kept)} of {count} residents; it must return at most {budget}, "
                     f"the first {sinks} and the last {spec['recent']} among them"
                 )
-            self._apply(self.planner.keep(index, row, pins.with_pinned(kept, must, pinned, budget)))
+            self._apply(self.planner.keep(index, row, pinning.with_pinned(kept, must, pinned, budget)))
 
     def pack(self, prompt_ended: bool) -> None:
         """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed; after a prompt the
@@ -699,7 +701,7 @@ class Engine:
         if 0 < count <= len(self._marks):
             self.return_to(self._marks[-count])
         elif count:
-            with pins.keep_pins(self, keep=self.recording):
+            with pinning.keep_pins(self, keep=self.recording):
                 self._crop(self.transcript.tokens_in_last(count))
             if self.scorer is not None:
                 self.scorer.crop(count)
@@ -725,7 +727,7 @@ class Engine:
         self.idle()
         self.sliding.check_crop(self.transcript.seen(), counts)
         sliding = self.sliding.cropped(counts)
-        with pins.keep_pins(self):
+        with pinning.keep_pins(self):
             if self.observer is not None:
                 self.observer.crop_rows(self.planner, self.stores, counts)
             else:
@@ -838,19 +840,19 @@ class Engine:
 
     def pins(self) -> list[list[tuple[int, int]]]:
         """Of each row the pinned positions, as ranges that ascend and do not touch."""
-        return pins.pins(self)
+        return pinning.pins(self)
 
-    def pin(self, start: int, stop: int, rows: pins.Rows = None) -> None:
+    def pin(self, start: int, stop: int, rows: Rows = None) -> None:
         """As :meth:`kvsieve.Stream.pin`."""
-        pins.pin(self, start, stop, rows)
+        pinning.pin(self, start, stop, rows)
 
-    def unpin(self, start: int, stop: int, rows: pins.Rows = None) -> None:
+    def unpin(self, start: int, stop: int, rows: Rows = None) -> None:
         """As :meth:`kvsieve.Stream.unpin`."""
-        pins.unpin(self, start, stop, rows)
+        pinning.unpin(self, start, stop, rows)
 
-    def evict(self, start: int, stop: int, rows: pins.Rows = None) -> None:
+    def evict(self, start: int, stop: int, rows: Rows = None) -> None:
         """As :meth:`kvsieve.Stream.evict`."""
-        pins.evict(self, start, stop, rows)
+        pinning.evict(self, start, stop, rows)
 
     def idle(self) -> None:
         self._check_whole()

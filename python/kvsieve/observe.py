@@ -231,8 +231,8 @@ class Observer:
     def _chosen(
         self, planner: Planner, row: int, scores: Scores, count: int, recent: int, gone: tuple[int, int] = (0, 0)
     ) -> dict[int, torch.Tensor]:
-        """Of each layer, which of a row's residents but the newest ``recent`` each head keeps, its best ``count`` by ``scores``: int64
-        ``[Hkv, count]``. Sinks, recent and pinned tokens come first; those at positions ``gone[0]`` to ``gone[1] - 1`` last.
+        """Of each layer, which of a row's residents but the newest ``recent`` each head keeps, its best ``count`` by ``scores``:
+        int64 ``[Hkv, count]``. Sinks, recent and pinned tokens come first; those at positions ``gone[0]`` to ``gone[1] - 1`` last.
         """
         pins, last = planner.pins(row), planner.seen(row) - self.recent
         keeps = {}
@@ -280,14 +280,15 @@ class Observer:
             StateError: naming how many of the tokens ``start`` to ``stop - 1`` are gone.
         """
         state = self.rows[row] if row < len(self.rows) else RowState()
-        stop = min(stop, state.since)
+        end = min(stop, state.since)
         gone = 0
-        for layer in state.layers if start < stop else ():
+        for layer in state.layers if start < end else ():
             at = self.positions(planner, row, layer)
-            gone = max(gone, stop - start - int(((at >= start) & (at < stop)).sum(1).min()))
+            gone = max(gone, end - start - int(((at >= start) & (at < end)).sum(1).min()))
         if gone:
             raise StateError(
-                f"row {row}: {gone} of the tokens {start} to {stop} are no longer held by every head; pin tokens before they are evicted"
+                f"row {row}: {gone} of the tokens {start} to {stop} are no longer held by every head; "
+                "pin tokens before they are evicted"
             )
 
     def evict(self, planner: Planner, stores: Mapping[int, Store], row: int, start: int, stop: int) -> None:

@@ -149,13 +149,12 @@ def _settle(engine: Engine) -> None:
         engine.settle(force=False)
 
 
-def _check_range(start: object, stop: object) -> None:
+def _check_range(start: int, stop: int) -> None:
     for name, value in (("start", start), ("stop", stop)):
         if isinstance(value, bool) or not isinstance(value, int):
             raise RangeError(f"{name} must be the number of a token, an int, got {value!r}")
         if not 0 <= value <= LARGEST:
             raise RangeError(f"{name} must be a number of tokens from 0 to {LARGEST}, got {value}")
-    assert isinstance(start, int) and isinstance(stop, int)
     if start >= stop:
         raise RangeError(f"tokens {start} to {stop} are none: start must lie before stop")
 
@@ -177,8 +176,8 @@ def _check_evictable(engine: Engine, start: int, stop: int, rows: Sequence[int])
         raise RangeError(f"cannot evict tokens {start} to {stop}: the stream has seen none")
     if engine.search is not None and engine.search.bounded:
         raise UnsupportedError(
-            "Quest judges whole blocks of an unbroken text by bounds of their keys, so no tokens can be taken out of it; use HiP, or "
-            "go back to a mark taken before these tokens"
+            "Quest judges whole blocks of an unbroken text by bounds of their keys, so no tokens can be taken out of it; use HiP, "
+            "or go back to a mark taken before these tokens"
         )
     widest = max(engine.sliding.windows.values(), default=1)
     for row in rows:
@@ -187,7 +186,7 @@ def _check_evictable(engine: Engine, start: int, stop: int, rows: Sequence[int])
             raise RangeError(f"row {row}: cannot evict tokens {start} to {stop}: the model has read {seen}")
         if stop > seen - widest + 1:
             raise UnsupportedError(
-                f"row {row}: tokens {max(start, seen - widest + 1)} to {stop} are still within the window of {widest} tokens of the "
-                "model's sliding layers, which would go on seeing them; evict them once the window has moved on, or go back to a mark "
-                "taken before them"
+                f"row {row}: tokens {max(start, seen - widest + 1)} to {stop} are still within the window of {widest} tokens of "
+                "the model's sliding layers, which would go on seeing them; evict them once the window has moved on, or go back to "
+                "a mark taken before them"
             )

@@ -72,8 +72,8 @@ class Residents:
         scores: float32 ``[n]``; nan where no score was given.
         seen: tokens the sequence has seen.
         turn_ended: whether this is the end of a turn rather than an overflow.
-        pinned: bool ``[n]``, which of them :meth:`kvsieve.Stream.pin` said stay. They stay whether or not the rule keeps them: then they
-            take the places of the oldest others.
+        pinned: bool ``[n]``, which of them :meth:`kvsieve.Stream.pin` said stay. They stay whether or not the rule keeps them:
+            then they take the places of the oldest others.
     """
 
     positions: npt.NDArray[np.int64]

@@ -421,21 +421,22 @@ class Stream:
     def pin(self, start: int, stop: int, rows: int | Sequence[int] | None = None) -> None:
         """The tokens ``start`` to ``stop - 1`` are never evicted, by any policy, until :meth:`unpin` or :meth:`evict`.
 
-        Tokens are counted in each row, pads left out: those of ``stream.ids[row][start:stop]``. Tokens that were not read yet are pinned
-        as they come; a pin holds before the first token too. Pinned tokens take places within the budget: those of the oldest tokens of
-        a window, or of the highest scores. A window shows and keeps its sinks, what is pinned, and the newest of the rest; at LM-Infinite
-        pinned tokens beyond the window are seen at its ceiling, as sinks are. What a chain's first memory had passed on comes back to it.
+        Tokens are counted in each row, pads left out: those of ``stream.ids[row][start:stop]``. Tokens that were not read yet are
+        pinned as they come; a pin holds before the first token too. Pinned tokens take places within the budget: those of the
+        oldest tokens of a window, or of the highest scores. A window shows and keeps its sinks, what is pinned, and the newest of
+        the rest; at LM-Infinite pinned tokens beyond the window are seen at its ceiling, as sinks are. What the first memory of a
+        chain had passed on comes back to it.
 
-        Forks, marks and reordered rows keep their pins, ``crop`` forgets those of the tokens that it forgets, :meth:`reset` all.
+        Forks, marks and reordered rows keep their pins; ``crop`` forgets those of the tokens that it forgets, :meth:`reset` all.
 
         Args:
             start, stop: numbers of tokens, ``0 <= start < stop``.
             rows: one row or several; all by default.
 
         Raises:
-            BudgetError: if the budget cannot hold the sinks, all that is pinned, the recent tokens and one more. Nothing has changed.
-            StateError: if some of the tokens are evicted already. Nothing has changed.
-            RangeError: for a range or a row that is none.
+            BudgetError: if the budget cannot hold the sinks, all that is pinned, the recent tokens and one more.
+            StateError: if some of the tokens are evicted already.
+            RangeError: for a range or a row that is none. After each of these, nothing has changed.
         """
         self._check_open().pin(start, stop, rows)
 
@@ -448,23 +449,26 @@ class Stream:
         self._check_open().unpin(start, stop, rows)
 
     def evict(self, start: int, stop: int, rows: int | Sequence[int] | None = None) -> None:
-        """Remove a message from the memory: the tokens ``start`` to ``stop - 1`` are evicted now, pinned or not, from every memory of a
-        chain, and never come back. The positions of the others stay, and so does ``seen``; where a policy shows tokens side by side,
-        those after the gap move up. Evicting again, or what a policy evicted before, does nothing.
+        """Remove a message from the memory: the tokens ``start`` to ``stop - 1`` are evicted now, pinned or not.
 
-        The keys and values of later tokens were computed while the evicted ones were there, and stay as they are: the result is that of
-        the same forwards, then these tokens masked.
+        They leave every memory of a chain and never come back. The positions of the others stay, and so does ``seen``; where a
+        policy shows tokens side by side, those after the gap move up. Evicting again, or what a policy evicted before, changes
+        nothing.
 
-        Under a rule per head (SnapKV, H2O) heads may hold different numbers of the tokens that are left; each then keeps as many as the
-        head that has fewest, its best ones.
+        The keys and values of later tokens were computed while the evicted ones were there, and stay as they are: the result is
+        that of the same forwards, and then these tokens masked.
+
+        Under a rule per head (SnapKV, H2O) heads may hold different numbers of the tokens that are left; each then keeps as many as
+        the head that has fewest, its best ones.
 
         Args:
             start, stop: numbers of tokens, as for :meth:`pin`; all of them must have been read.
             rows: one row or several; all by default.
 
         Raises:
-            RangeError: for a range or a row that is none, or tokens that were not read yet. Nothing has changed.
-            UnsupportedError: under Quest, and for tokens that the model's own sliding layers still see. Nothing has changed.
+            RangeError: for a range or a row that is none, or tokens that were not read yet.
+            UnsupportedError: under Quest, and for tokens that the model's own sliding layers still see. After each of these,
+                nothing has changed.
         """
         self._check_open().evict(start, stop, rows)
 
