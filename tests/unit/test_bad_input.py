@@ -262,7 +262,8 @@ LLAMA: dict[str, Any] = dict(
 GPT: dict[str, Any] = dict(**SMALL, n_embd=32, n_layer=2, n_head=4, n_positions=64, rotary_dim=4)
 
 # Attention that bypasses the interface is found either when it is set, or when no layer calls it.
-ELSEWHERE = r"(:| does not dispatch) .*(AttentionInterface|registered attention function)"
+ELSEWHERE = r"(:| does not dispatch|, layer 0:) .*(AttentionInterface|no rotation explains)"
+"""Attention that goes another way; of GPT-J and CodeGen, which dispatch it from 5.24 on, the rotation does."""
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "bloom": (

@@ -181,16 +181,19 @@ class Attachment:
         """The stream's cache among a forward's arguments, whatever their names are in this release."""
         from kvsieve.cache import StreamCache
 
-        for value in (*kwargs.values(), *args):
-            if isinstance(value, StreamCache):
-                if value.engine.facts is not self._facts:
-                    if state.cache is value:
-                        return None  # another model with a stream on it shares this module, and its own hooks see to this forward
-                    raise CacheMismatchError(
-                        f"this cache belongs to a closed stream or to a stream on another model, not to this {self.name}"
-                    )
-                return value
-        return None
+        return next((value for value in (*kwargs.values(), *args) if isinstance(value, StreamCache)), None)
+
+    def _is_others(self, cache: StreamCache | None) -> bool:
+        """Whether this forward belongs to another model with a stream on it that shares this module: its own hooks see to it.
+
+        Raises:
+            CacheMismatchError: if nobody here knows the cache.
+        """
+        if cache is None or cache.engine.facts is self._facts:
+            return False
+        if state.cache is cache:
+            return True
+        raise CacheMismatchError(f"this cache belongs to a closed stream or to a stream on another model, not to this {self.name}")
 
     def _begin(self, module: torch.nn.Module, cache: StreamCache, kwargs: dict[str, Any]) -> None:
         """The outermost hooked module of a forward through ``cache`` begins."""
@@ -202,7 +205,7 @@ class Attachment:
 
     def _before_model(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         cache = self._cache_of(args, kwargs)
-        if cache is None:
+        if cache is None or self._is_others(cache):
             handoff.enter(self, module, None)
             return None
         self._begin(module, cache, kwargs)
@@ -234,7 +237,7 @@ class Attachment:
 
     def _before_between(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = self._cache_of(args, kwargs)
-        if handoff.enter(self, module, cache) is not None and cache is not None:
+        if not self._is_others(cache) and handoff.enter(self, module, cache) is not None and cache is not None:
             self._begin(module, cache, kwargs)
             unrecorded(cache.engine.prepare)
 

@@ -195,12 +195,11 @@ def _raw_queries(module: torch.nn.Module, watch: Watch) -> torch.Tensor | None:
 def _device_of(model: PreTrainedModel) -> torch.device:
     """Where the model's input goes. Offloaded weights are on no device until they are used: their hooks move the input."""
     module = model.get_input_embeddings()
-    weights = [t.device for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
+    weights: list[torch.device] = [t.device for t in (*module.parameters(), *module.buffers()) if t.device.type != "meta"]
     if weights:
-        return torch.device(weights[0])
-    device = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
-    where: torch.device = torch.empty(0, device="cpu" if device is None else device).device
-    return where
+        return weights[0]
+    device: Any = getattr(getattr(module, "_hf_hook", None), "execution_device", None)
+    return torch.device("cpu") if device is None else torch.zeros((), device=device).device
 
 
 def _frequencies(decoder: torch.nn.Module) -> list[tuple[torch.Tensor, float]]:

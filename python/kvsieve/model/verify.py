@@ -56,8 +56,8 @@ def verify(probe: Probe, facts: ModelFacts) -> None:
         error, tolerance = _without_rounding(probe, facts.layers[0].module, watch, error, tolerance)
     if error > tolerance:
         raise UnsupportedModelError(
-            f"{probe.name} does not answer under a stream as it does without one (its numbers differ by {error:.2g} of their "
-            f"size), so no stream can open on it; {versions()}"
+            f"{probe.name} does not answer under a stream as it does without one (off by {error:.2g} of the size of its numbers), "
+            f"so no stream can open on it; {versions()}"
         )
 
 
