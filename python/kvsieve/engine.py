@@ -64,6 +64,7 @@ class EngineState:
     offsets: list[int | None] | None
     searched: tuple[bool, bool]
     evicted_at: list[int]
+    axes: bool
 
 
 MAX_CANDIDATES = 16
@@ -98,6 +99,8 @@ class Engine:
         self.transcript = Transcript()
         self.evicted_at: list[int] = []
         """Tokens that each row had seen when it last evicted some: a crop to before that moment would not be exact."""
+        self.axes = False
+        """Whether an image was read whose positions have several axes: where text goes on then, only the model knows."""
         self._bounded = any(spec["retain"] != "all" for spec in policy.specs(facts.bytes_per_token))
         self.turn: Turn | None = None
         """The stream's own call that feeds the model now; None while a caller's own loop does."""
@@ -253,6 +256,7 @@ class Engine:
             offsets=None if self._offsets is None else list(self._offsets),
             searched=(self.searching, self.beyond),
             evicted_at=list(self.evicted_at),
+            axes=self.axes,
         )
 
     def return_to(self, state: EngineState) -> None:
@@ -268,6 +272,7 @@ class Engine:
         self._offsets = None if state.offsets is None else list(state.offsets)
         self.searching, self.beyond = state.searched
         self.evicted_at = list(state.evicted_at)
+        self.axes = state.axes
         self._choose_again(state.chosen)
         self.sliding.now = state.sliding
 
@@ -416,6 +421,7 @@ class Engine:
             )
         if self.turn is not None:
             lens = self.turn.lens(batch, width)
+            self._offsets = [0] * batch if self._offsets is None or not self.num_rows else self._offsets
         else:
             lens = self._valid(mask, batch, width)
             self._check_positions(position_ids, lens)
@@ -786,6 +792,7 @@ class Engine:
             self.stores.clear()
         self._offsets = None
         self.evicted_at = []
+        self.axes = False
         self.transcript.reset()
         self.recording = False
         self._marks.clear()

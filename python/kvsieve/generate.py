@@ -80,6 +80,11 @@ def accept(stream: Stream, ids: Any, mask: Any, name: str = "input_ids") -> list
         raise ShapeError(f"{name} must be an integer tensor of shape [batch, tokens], got {got}")
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ShapeError(f"the prompt is empty: {name} have shape {tuple(ids.shape)}")
+    if engine.axes:
+        raise UnsupportedError(
+            "this conversation holds an image whose positions have three axes, and only the model knows where its text goes on; "
+            "pass the whole conversation to model.generate with this stream's cache"
+        )
     if engine.num_rows and engine.num_rows != ids.shape[0]:
         raise CacheMismatchError(f"the stream holds {engine.num_rows} sequences, the input has {ids.shape[0]}")
     ids = ids.long()

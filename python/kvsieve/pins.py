@@ -71,6 +71,10 @@ def evict(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
         for search in engine.searches.values():
             search.reset()
     engine._marks.clear()
+    # A crop to before this moment would have to bring them back.
+    engine.evicted_at = engine.evicted_at or [0] * engine.num_rows
+    for row in each:
+        engine.evicted_at[row] = engine.planner.seen(row)
     if engine.observer is None:
         engine._apply(engine.planner.evict(named, start, stop))
     else:
@@ -81,9 +85,9 @@ def evict(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
 
 
 @contextmanager
-def coming(engine: Engine, counts: Sequence[int]) -> Iterator[None]:
-    """The next ``counts[row]`` tokens of each row are pinned as they come. Whatever happens inside, what came stays pinned, and
-    positions to which no token came are as they were.
+def coming(engine: Engine, counts: Sequence[int], skip: Sequence[int]) -> Iterator[None]:
+    """After ``skip[row]`` others, the next ``counts[row]`` tokens of each row are pinned as they come. Whatever happens inside, what
+    came stays pinned, and positions to which no token came are as they were.
 
     Raises:
         BudgetError: before anything is changed, if the budget cannot hold them.
@@ -91,10 +95,11 @@ def coming(engine: Engine, counts: Sequence[int]) -> Iterator[None]:
     engine.idle()
     before = [engine.planner.pins(row) for row in range(len(counts))]
     seen = [engine.planner.seen(row) if engine.num_rows else 0 for row in range(len(counts))]
-    ends = [at + count for at, count in zip(seen, counts)]
+    firsts = [at + past for at, past in zip(seen, skip)]
+    ends = [at + count for at, count in zip(firsts, counts)]
     per_head = engine.observer is not None
     planned = engine.planner.fork()
-    for row, (at, end) in enumerate(zip(seen, ends)):
+    for row, (at, end) in enumerate(zip(firsts, ends)):
         if at < end:
             planned.pin([row], at, end, per_head)
     engine.planner = planned
@@ -102,8 +107,8 @@ def coming(engine: Engine, counts: Sequence[int]) -> Iterator[None]:
         yield
     finally:
         engine.rollback()
-        for row, (end, old) in enumerate(zip(ends, before)):
-            now = engine.planner.seen(row) if row < engine.num_rows else 0
+        for row, (first, end, old) in enumerate(zip(firsts, ends, before)):
+            now = max(engine.planner.seen(row) if row < engine.num_rows else 0, first)
             if now < end:
                 engine.planner.unpin([row], now, end)
                 for lo, hi in old:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve import backends
+from kvsieve import backends, pins
 from kvsieve import generate as turns
 from kvsieve.errors import (
     PolicyError,
@@ -321,6 +322,7 @@ class Stream:
         chunk: int | None = None,
         *,
         unread: torch.Tensor | None = None,
+        pin: bool = False,
     ) -> None:
         """Read new tokens without generating.
 
@@ -329,12 +331,14 @@ class Stream:
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             chunk: tokens per forward; chosen from the budget by default.
             unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
+            pin: the new tokens are pinned as they come; see :meth:`pin`.
 
         Raises:
             ShapeError: for ids that are not two-dimensional integers, or empty.
             PaddingError: for padding that is not on the left.
             CacheMismatchError: if the batch is not the stream's.
             StateError: after ``model.generate``, without ``unread``.
+            BudgetError: with ``pin``, if the budget cannot hold what is pinned.
 
         An interrupted call leaves what was read until then: :attr:`ids` tells it, :meth:`rewind` undoes it.
         """
@@ -345,7 +349,8 @@ class Stream:
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ShapeError(f"chunk must be at least 1, got {chunk}")
         before = turns.unread_of(self, new, unread)
-        turns.feed(self, [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
+        with self._pinning(pin, new, before):
+            turns.feed(self, [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
 
     def generate(
         self,
@@ -354,6 +359,7 @@ class Stream:
         *,
         end_turn: bool = True,
         unread: torch.Tensor | None = None,
+        pin: bool = False,
         **kwargs: Any,
     ) -> Any:
         """One turn: read the *new* tokens and answer. What was said before is in the memory.
@@ -366,6 +372,7 @@ class Stream:
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             end_turn: call :meth:`end_turn` when done.
             unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
+            pin: this turn's new tokens, not its answer, are pinned as they come; see :meth:`pin`.
             kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the
                 stream stays a single sequence per row: they run on a fork, and the stream then reads the best one.
 
@@ -389,7 +396,7 @@ class Stream:
                 raise StateError(f"stream.generate uses the stream's own cache; pass {name} to model.generate instead")
         new = turns.accept(self, input_ids, mask)
         before = turns.unread_of(self, new, unread)
-        with torch.no_grad():
+        with torch.no_grad(), self._pinning(pin, new, before):
             result = turns.generate(self, new, before, torch.as_tensor(input_ids), kwargs)
         if end_turn:
             self.end_turn()
@@ -517,6 +524,13 @@ class Stream:
         save(self, path, tokenizer)
 
     # --------------------------------------------------------------------------------------------------------------- internals
+
+    def _pinning(
+        self, pin: bool, new: Sequence[torch.Tensor], before: Sequence[torch.Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        if not pin:
+            return contextlib.nullcontext()
+        return pins.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
 
     def _chunk(self) -> int:
         """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""

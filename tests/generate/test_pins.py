@@ -407,12 +407,12 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](BUDGET), "cpu") as stream:
         engine = stream._engine
         stream.pin(5, 7)
-        with pins.coming(engine, [12, 6]):
+        with pins.coming(engine, [12, 6], [0, 0]):
             stream.feed(*pad_left([tiny.ids(1, 12)[0], tiny.ids(1, 6)[0]]))
         assert stream.pins == [[(0, 12)], [(0, 7)]]
 
         def interrupted() -> None:
-            with pins.coming(engine, [9, 9]):
+            with pins.coming(engine, [9, 9], [0, 0]):
                 stream.feed(tiny.ids(2, 4))
                 raise KeyError
 
@@ -421,7 +421,7 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         before = snapshot(stream)
         if policy in tiny.BOUNDED:
-            with pytest.raises(BudgetError), pins.coming(engine, [2, 40]):
+            with pytest.raises(BudgetError), pins.coming(engine, [2, 40], [0, 0]):
                 pytest.fail("refused before anything is read")
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         assert all(torch.equal(now, before[name]) for name, now in snapshot(stream).items())
@@ -539,3 +539,27 @@ def test_with_pinned_makes_room_from_the_oldest() -> None:
     assert pins.with_pinned([0, 1, 3, 5], {0, 5}, stays, 5) == [0, 2, 3, 4, 5]
     assert pins.with_pinned([0, 1], set(), np.zeros(6, np.bool_), 4) == [0, 1]
     assert issubclass(BudgetError, PolicyError)
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+@pytest.mark.parametrize("policy", tiny.BOUNDED)
+def test_what_is_fed_or_asked_can_be_pinned_as_it_comes(policy: str, backend: str) -> None:
+    """The new tokens of a turn are pinned, not the answer, nor the end of the answer before, which is read with them."""
+    model = tiny.model()
+    with kvsieve.stream(model, tiny.POLICIES[policy](60), backend) as stream:
+        stream.feed(*pad_left([tiny.ids(1, 9)[0], tiny.ids(1, 4)[0]]), pin=True)
+        assert stream.pins == [[(0, 9)], [(0, 4)]]
+        stream.generate(tiny.ids(2, 20), **HOW)
+        lengths = [len(row) for row in stream.ids]
+        stream.generate(tiny.ids(2, 6, 3), pin=True, **HOW)
+        want = [[(0, 9), (lengths[0], lengths[0] + 6)], [(0, 4), (lengths[1], lengths[1] + 6)]]
+        assert stream.pins == want
+        for seed in range(3):
+            stream.generate(tiny.ids(2, 70, seed), **HOW)
+        assert stream.pins == want
+        for row, ranges in enumerate(want):
+            assert holds(stream, {at for lo, hi in ranges for at in range(lo, hi)}, row)
+        told = [row.tolist() for row in stream.ids]
+        with pytest.raises(BudgetError):
+            stream.feed(tiny.ids(2, 70), pin=True)
+        assert (stream.pins, [row.tolist() for row in stream.ids]) == (want, told)
