@@ -86,8 +86,8 @@ def evict(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
 
 @contextmanager
 def coming(engine: Engine, counts: Sequence[int], skip: Sequence[int]) -> Iterator[None]:
-    """After ``skip[row]`` others, the next ``counts[row]`` tokens of each row are pinned as they come. Whatever happens inside, what
-    came stays pinned, and positions to which no token came are as they were.
+    """After ``skip[row]`` others, the next ``counts[row]`` tokens of each row are pinned as they come. Whatever happens inside,
+    what came stays pinned, and positions to which no token came are as they were.
 
     Raises:
         BudgetError: before anything is changed, if the budget cannot hold them.
