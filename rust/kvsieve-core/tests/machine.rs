@@ -584,7 +584,7 @@ impl World {
 
 /// `len` positions from `back` before `seen` on; less than `back` ahead of it where that many were not seen.
 fn span(seen: u64, back: u64, len: u64) -> Range<u64> {
-    let start = if back > seen { back - seen } else { seen - back };
+    let start = back.abs_diff(seen);
     start..start + len
 }
 
