@@ -37,6 +37,14 @@ test: setup ## every test that needs no card: the Rust core, then Python against
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
 	$(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
 
+# The seam with transformers and everything that `generate` does, without the real model and without the slow tests.
+RELEASE ?= oldest newest
+RELEASE_ARGS ?= -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
+
+.PHONY: test-transformers
+test-transformers: setup ## the seam's and generate's tests on other releases (RELEASE="oldest newest", or 5.17.0, ...)
+	@PYTEST_JOBS=$(PYTEST_JOBS) scripts/test-transformers.sh $(RELEASE) -- $(RELEASE_ARGS) $(PYTEST_ARGS)
+
 .PHONY: test-fast
 test-fast: setup ## the same without doc tests and without the real model
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
@@ -89,9 +97,22 @@ wheel: setup ## the release wheel (one abi3 wheel for every Python from 3.10 on)
 	@mkdir -p dist
 	@cp -v .venv/wheel/*.whl dist/
 
+.PHONY: sdist
+sdist: setup ## the source distribution, into dist/
+	@mkdir -p dist
+	.venv/bin/maturin sdist --out dist
+
+.PHONY: check-sdist
+check-sdist: setup ## build a wheel from the source distribution as pip does, import it, compare it with ours (some minutes)
+	@scripts/check-sdist.sh
+
 .PHONY: lock
 lock: ## resolve the dependencies anew for PYTHON, and rewrite its lock file
 	@scripts/lock.sh
+
+.PHONY: check-locks
+check-locks: setup ## both lock files (Python 3.10, and 3.11 on) still resolve to themselves on the index; installs nothing
+	@.venv/bin/python scripts/check_locks.py
 
 .PHONY: clean
 clean: ## remove what the habits made in this clone; the shared cache stays

@@ -41,6 +41,12 @@ ENV="$CACHE/env-$({ printf '%s\n' "$PYTHON_ID"; cat "$LOCK" requirements-model.l
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$CACHE/target-$({ rustc -vV; cat Cargo.lock; } | hash16)}"
 export PYO3_PYTHON="$ENV/bin/python"
 
+# How maturin links a wheel for others. On Linux zig links against the symbols of glibc 2.17 (2012), whatever glibc this
+# machine has, so that the wheel installs on every Linux that torch runs on; the compiler is rustc in either case.
+WHEEL_ARGS=()
+if [ "$(uname -s)" = Linux ]; then WHEEL_ARGS=(--zig --compatibility manylinux_2_17); fi
+export CARGO_ZIGBUILD_PYTHON_PATH="$ENV/bin/python"
+
 # One hash over the names and contents of everything that ends up in the wheel.
 sources_hash() {
     local here=()
@@ -48,7 +54,7 @@ sources_hash() {
         if [ -e "$path" ]; then here+=("$path"); fi
     done
     {
-        printf '%s\n' "$ENV" "${RUSTFLAGS:-}"
+        printf '%s\n' "$ENV" "${RUSTFLAGS:-}" "${WHEEL_ARGS[*]}"
         find -H "${here[@]}" -type f -not -path '*/__pycache__/*' -not -name '*.so' -print0 |
             LC_ALL=C sort -z | xargs -0 sha256sum
     } | hash16

@@ -4,6 +4,8 @@
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
 "$PYTHON" -m venv "$scratch/venv"
+# A recent pip resolves from the index's metadata; older ones download every wheel (several GB) for a dry run.
+"$scratch/venv/bin/python" -m pip install --quiet --disable-pip-version-check --upgrade 'pip>=25.3'
 "$scratch/venv/bin/python" scripts/lock.py >"$scratch/lock"
 mv "$scratch/lock" "$LOCK"
 say "wrote $LOCK"

@@ -186,8 +186,8 @@ def packed_model(family: str, policy: str, device: torch.device) -> None:
             packed = [planner.num_packed(row) for row in range(2)]
             facts[backend] = [k.positions.tolist() for k in stream.kept()], packed
             assert min(packed) > 0
-            held = stream.stats()
-            assert held.bytes_held == sum(store.bytes_held for store in stream._engine.stores.values()) + stream._engine.own_bytes
+            held, engine = stream.stats(), stream._engine
+            assert held.bytes_held == sum(store.bytes_held for store in engine.stores.values()) + engine.sliding.bytes_held
     assert facts["cuda"] == facts["reference"]
     for row in range(2):
         real = mask[row].bool()

@@ -70,6 +70,7 @@ def snapshot(stream: kvsieve.Stream) -> dict[str, torch.Tensor]:
             for index, store in stream._engine.stores.items():
                 k, v = store.read(planner.runs(memory, row))
                 found[f"keys.{index}.{at}"], found[f"values.{index}.{at}"] = k.clone(), v.clone()
+    found.update({name: tensor.clone() for name, tensor in stream._engine.sliding.tensors().items()})
     observer = stream._engine.observer
     for row, state in enumerate(observer.rows if observer is not None else []):
         found[f"since.{row}"] = torch.tensor(state.since)

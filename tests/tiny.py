@@ -41,6 +41,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5, "num_key_value_heads": None, "head_dim": None}),
     "olmo2": ("Olmo2", {}),
     "cohere2": ("Cohere2", {**_MIXED, "logit_scale": 0.25}),
+    "ministral": ("Ministral", _MIXED),
     "glm4": ("Glm4", {"partial_rotary_factor": 0.5}),
     "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0]}),
     "gpt_oss": ("GptOss", {**_MIXED, "num_local_experts": 4, "num_experts_per_tok": 2}),

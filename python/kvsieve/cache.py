@@ -6,9 +6,9 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvsieve.errors import StateError, UnsupportedError
+from kvsieve.errors import StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.model.handoff import hand_over
 from kvsieve.model.masks import check_dimensions
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvsieve.engine import Engine
     from kvsieve.streams import Stream
 
-__all__ = ["StreamCache", "StreamLayer"]
+__all__ = ["SlidingLayer", "StreamCache", "StreamLayer"]
 
 
 class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -26,12 +26,14 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    sliding_window: int | None = None
 
     def __init__(self, owner: Engine, index: int) -> None:
         super().__init__()
         self.owner, self.index = owner, index
         # Under autocast queries, keys and values come in dtypes of their own; the attention function turns them into this one.
-        self.stored_dtype = next(layer.dtype for layer in owner.facts.layers if layer.index == index)
+        known = {layer.index: layer.dtype for layer in owner.facts.layers}
+        self.stored_dtype = known.get(index, owner.facts.layers[0].dtype)
         self.had_gradients = False
         """Whether what was stored could have been differentiated through: see :mod:`kvsieve.modes`."""
 
@@ -60,12 +62,22 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         position_ids: torch.Tensor | None = None,
         sliding_window: int | None = None,
     ) -> torch.Tensor:
-        """Attention of the tokens that `update` took: ``query`` ``[B, H, q, D]``, ``key``, ``value`` ``[B, Hkv, q, D]``.
+        """Attention of ``query`` ``[B, H, q, D]`` over what the layer holds and the new ``key``, ``value`` ``[B, Hkv, q, D]``.
 
-        Returns ``[B, q, H, Dv]``.
+        ``mask`` is bool-like ``[B, q]`` (the padding of the new columns) or None. Returns ``[B, q, H, Dv]``.
+
+        Raises:
+            PaddingError: for a mask that says more than which columns are pads.
+            UnsupportedModelError: if the model's window is not the one that its configuration names.
         """
         if mask is not None and mask.ndim != 2:
             check_dimensions(mask)
+        if sliding_window is not None and sliding_window != self.sliding_window:
+            raise UnsupportedModelError(
+                f"layer {self.index} of this model slides over {sliding_window} tokens, its configuration says "
+                f"{'full attention' if self.sliding_window is None else self.sliding_window}; "
+                "correct layer_types and sliding_window in the configuration"
+            )
         return self.owner.attend(self, module, query, key, value, mask, scale, softcap, sinks, position_ids)
 
     def get_seq_length(self) -> int:
@@ -86,11 +98,24 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     prefetch = offload
 
 
+class SlidingLayer(StreamLayer):
+    """A layer that sees its last tokens only; :mod:`kvsieve.sliding` holds them. To `generate` it looks like any other."""
+
+    is_sliding = True
+
+    def __init__(self, owner: Engine, index: int, sliding_window: int) -> None:
+        super().__init__(owner, index)
+        self.sliding_window = sliding_window
+
+
 class StreamCache(Cache):  # type: ignore[misc]
-    """A `transformers` cache whose full-attention layers live in a stream; sliding layers keep their own, stock cache.
+    """A `transformers` cache whose layers live in a stream.
 
     Every method acts on all layers at once, because one plan serves them all.
     """
+
+    serves_sliding = True
+    """Sliding layers are the stream's too: of a mask they need the padding only."""
 
     def __init__(self, engine: Engine, stream: weakref.ref[Stream] | None = None) -> None:
         self.engine, self._stream = engine, stream
@@ -98,9 +123,10 @@ class StreamCache(Cache):  # type: ignore[misc]
         """The stream that a copy lives in: nobody else holds it."""
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(zip(engine.facts.layer_types, engine.facts.layer_kwargs)):
-            layers.append(StreamLayer(engine, index) if kind == "full_attention" else DynamicSlidingWindowLayer(**kwargs))
+            full = kind == "full_attention"
+            layers.append(StreamLayer(engine, index) if full else SlidingLayer(engine, index, kwargs["sliding_window"]))
         super().__init__(layers=layers)
-        self.attending = sum(callable(getattr(layer, "attend", None)) for layer in layers)
+        self.attending = len(layers)
         """How many layers take part in a forward through kvsieve's attention."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StreamCache:
@@ -122,11 +148,6 @@ class StreamCache(Cache):  # type: ignore[misc]
         return True
 
     @property
-    def own_layers(self) -> list[Any]:
-        """The layers that keep their own cache."""
-        return [layer for layer in self.layers if not isinstance(layer, StreamLayer)]
-
-    @property
     def is_initialized(self) -> bool:
         """Whether any token was seen."""
         return self.engine.columns > 0
@@ -138,8 +159,6 @@ class StreamCache(Cache):  # type: ignore[misc]
     def reset(self) -> None:
         """Forget everything."""
         self.engine.reset()
-        for layer in self.own_layers:
-            layer.reset()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the newest ``-tokens_to_remove`` columns (``<= 0``, as `transformers` passes it), and what was said after them.
@@ -147,36 +166,29 @@ class StreamCache(Cache):  # type: ignore[misc]
         Exact, or refused before anything has changed.
 
         Raises:
-            CacheMismatchError, StateError: if what a shorter text would hold was evicted; :meth:`Stream.rewind` goes back to a mark.
+            CacheMismatchError, StateError: if what a shorter text would hold was evicted, or has left a sliding window;
+                :meth:`Stream.rewind` goes back to a mark.
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop takes a number of tokens to remove, as a negative int or 0, got {tokens_to_remove}")
-        self.engine.check_crop(-tokens_to_remove)
-        self.engine.crop(-tokens_to_remove)
-        for layer in self.own_layers:
-            layer.crop(tokens_to_remove)
+        # Some releases of transformers pass a tensor.
+        count = -int(tokens_to_remove)
+        self.engine.check_crop(count)
+        self.engine.crop(count)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Row ``i`` becomes what row ``beam_idx[i]`` was. Blocks are shared until one of them is written."""
         self.engine.select_rows(beam_idx.tolist())
-        for layer in self.own_layers:
-            layer.reorder_cache(beam_idx)
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices``."""
         rows = torch.arange(max(self.engine.num_rows, 1))[indices.cpu()].tolist()
         self.engine.select_rows(rows)
-        for layer in self.own_layers:
-            layer.batch_select_indices(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each row ``repeats`` times."""
         self.engine.select_rows([row for row in range(self.engine.num_rows) for _ in range(repeats)])
-        for layer in self.own_layers:
-            layer.batch_repeat_interleave(repeats)
 
     def activate_past_recording(self) -> None:
         """Assisted decoding: nothing is let go until its tokens are verified, that is until `crop` or the next forward."""
         self.engine.recording = True
-        for layer in self.own_layers:
-            layer.activate_past_recording()

@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ from kvsieve.errors import BackendError, KvsieveError
 
 __all__ = ["main"]
 
+_BEGAN = time.perf_counter()
+_MODEL = "smollm2, a local model folder, or a GGUF file"
 _BACKENDS = ("reference", "cpu", "cuda")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -58,14 +61,16 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_demo(commands: Any) -> None:
     demo = commands.add_parser(
-        "demo", help="read a long text and keep a shopping list, with and without a budget (up to 5 minutes)"
+        "demo", help="keep a shopping list and read a long text, with and without a budget (about 3 minutes)"
     )
     demo.add_argument("--out", type=Path, default=Path("out/demo"), help="folder for the report, picture and page")
     demo.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
-    demo.add_argument("--tokens", type=_positive, default=24_000, help="how much of the text to read")
-    demo.add_argument("--full-tokens", type=_positive, default=12_288, help="how much of it with the full cache")
+    demo.add_argument(
+        "--seconds", type=_positive, default=180, help="time for the whole; what is read is chosen to fit; default: 180"
+    )
+    demo.add_argument("--tokens", type=_positive, help="how much of the text every memory reads, however long that takes")
     demo.add_argument("--budget", type=_positive, default=1024, help="tokens that a bounded memory may hold")
-    demo.add_argument("--dialogues", type=_positive, default=2, help="shopping-list dialogues")
+    demo.add_argument("--dialogues", type=_positive, help="shopping lists; default: as many as half a minute allows, at most 4")
     demo.add_argument("--chunk", type=_positive, default=512, help="tokens per forward pass")
     demo.add_argument("--seed", type=int, default=0, help="seed of the dialogues")
     demo.add_argument("--quick", action="store_true", help="a fraction of everything, to see that it runs")
@@ -75,7 +80,7 @@ def _add_demo(commands: Any) -> None:
 
 def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="continue a prompt with a bounded memory")
-    generate.add_argument("--model", required=True, help="a local model folder, or smollm2")
+    generate.add_argument("--model", required=True, help=_MODEL)
     generate.add_argument("--policy", required=True, help='for example "sirllm(budget=1024, decay=0.9)"')
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
@@ -87,7 +92,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_eval(commands: Any) -> None:
-    evals = commands.add_parser("eval", help="what a policy costs in quality, on the small real model")
+    evals = commands.add_parser("eval", help="what a policy costs in quality, on SmolLM2-135M-Instruct")
     tasks = evals.add_subparsers(required=True, metavar="task")
     packing = tasks.add_parser("packing", help="perplexity after a prompt whose keys and values were packed")
     packing.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
@@ -130,7 +135,7 @@ def _add_view(commands: Any) -> None:
     view = commands.add_parser("view", help="pictures of what a policy does")
     pictures = view.add_subparsers(required=True, metavar="picture")
     trace = pictures.add_parser("trace", help="which positions of a text a search reads, step by step")
-    trace.add_argument("--model", default="smollm2", help="a local model folder, or smollm2")
+    trace.add_argument("--model", default="smollm2", help=_MODEL)
     trace.add_argument("--policy", default="hip(512)", help='one that searches, for example "hip(512)"')
     trace.add_argument("--prompt-file", type=Path, help="a file with the text to read; default: Python's own reference pages")
     trace.add_argument("--tokens", type=_positive, default=4000, help="how much of it to read; default: 4,000")
@@ -171,6 +176,13 @@ def _add_machine(parser: argparse.ArgumentParser, *, dtype_help: str) -> None:
     parser.add_argument("--backend", help=f"{', '.join(_BACKENDS)}; default: the fastest that can run here")
 
 
+def _read_prompt(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise KvsieveError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+
+
 def _positive(text: str) -> int:
     number = int(text.replace("_", ""))
     if number < 1:
@@ -185,8 +197,8 @@ def _demo(arguments: argparse.Namespace) -> int:
     settings = Settings(
         out=arguments.out,
         text=arguments.text,
+        seconds=float(arguments.seconds),
         tokens=arguments.tokens,
-        full_tokens=arguments.full_tokens,
         budget=arguments.budget,
         dialogues=arguments.dialogues,
         chunk=arguments.chunk,
@@ -195,19 +207,19 @@ def _demo(arguments: argparse.Namespace) -> int:
         threads=arguments.threads,
         backend=arguments.backend,
     )
-    run(settings.quick() if arguments.quick else settings)
+    run(settings.quick() if arguments.quick else settings, _BEGAN)
     return 0
 
 
 def _generate(arguments: argparse.Namespace) -> int:
-    prompt = arguments.prompt if arguments.prompt_file is None else arguments.prompt_file.read_text(encoding="utf-8")
+    prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(arguments.prompt_file)
     _need_torch(arguments.threads)
     import torch
 
     import kvsieve
     from kvsieve import policies
     from kvsieve.evals.models import load_model
-    from kvsieve.view.typist import print_while_generating
+    from kvsieve.view.typist import held, print_while_generating
 
     policy = policies.parse(arguments.policy)
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
@@ -215,10 +227,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     with kvsieve.stream(model, policy, backend=arguments.backend) as stream:
         text = print_while_generating(stream, tokenizer, ids, max_new_tokens=arguments.max_new_tokens)
         stats = stream.stats()
-    print(
-        f"\n[{stats.policy} on {stats.backend}: {stats.seen:,} tokens seen, {stats.resident:,} resident, "
-        f"{stats.bytes_held / 2**20:.1f} MiB held, {stats.bytes_full / 2**20:.1f} MiB for a full cache]"
-    )
+    print(f"\n[{stats.policy} on {stats.backend}: {stats.seen:,} tokens seen, {stats.resident:,} resident, {held(stats)}]")
     if arguments.json is not None:
         report = {"prompt": prompt, "text": text, "stats": stats.as_dict()}
         arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")

@@ -4,7 +4,7 @@ The order of one forward (the seam in :mod:`kvsieve.model` calls these):
 
     expect(ids)            the causal LM begins; the ids are remembered for scoring
     prepare()              its decoder begins; a forward that died half-way is undone here
-    attend(layer, ...)     once per full-attention layer; the first one makes the plan
+    attend(layer, ...)     once per layer; the first one makes the plan. Sliding layers read :mod:`kvsieve.sliding`, which follows
     complete(logits)       the causal LM returns; tokens are scored, the step is committed, the policy lets go
 
 The control plane (`_core.Planner`) is two-phase: until `commit` nothing was decided, so an exception anywhere loses nothing.
@@ -15,11 +15,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from kvsieve import _core
+from kvsieve import pins as pinning
 from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
 from kvsieve.budget import BLOCK
 from kvsieve.critical import uninterrupted
@@ -28,7 +30,8 @@ from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
 from kvsieve.roles import All, Consecutive, Residents, TopKTokens
 from kvsieve.scoring import Scorer
-from kvsieve.transcript import Transcript
+from kvsieve.sliding import SlidingLayers, SlidingState
+from kvsieve.transcript import Row, Transcript, TranscriptState
 from kvsieve.turn import Pieces, Turn
 
 if TYPE_CHECKING:
@@ -39,9 +42,9 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner, Step
     from kvsieve.cache import StreamLayer
     from kvsieve.facts import ModelFacts
+    from kvsieve.pins import Rows
     from kvsieve.roles import Policy
     from kvsieve.thin import Channels
-    from kvsieve.transcript import TranscriptState
 
 __all__ = ["Engine", "EngineState"]
 
@@ -55,12 +58,13 @@ class EngineState:
     tail: torch.Tensor | None
     observed: list[RowState]
     calls: dict[int, AttendCall]
-    own: list[dict[str, Any]]
+    sliding: SlidingState
     packed: Any
     chosen: dict[int, Any]
     offsets: list[int | None] | None
     searched: tuple[bool, bool]
     evicted_at: list[int]
+    axes: bool
 
 
 MAX_CANDIDATES = 16
@@ -95,6 +99,8 @@ class Engine:
         self.transcript = Transcript()
         self.evicted_at: list[int] = []
         """Tokens that each row had seen when it last evicted some: a crop to before that moment would not be exact."""
+        self.axes = False
+        """Whether an image was read whose positions have several axes: where text goes on then, only the model knows."""
         self._bounded = any(spec["retain"] != "all" for spec in policy.specs(facts.bytes_per_token))
         self.turn: Turn | None = None
         """The stream's own call that feeds the model now; None while a caller's own loop does."""
@@ -113,13 +119,12 @@ class Engine:
                 backend.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
             if self.search is not None:
                 backend.check_search(self.search, frame, self.packer is not None)
-        self._first = facts.layers[0].index
+        self.sliding = SlidingLayers.of(facts)
+        self._first = min([facts.layers[0].index, *self.sliding.windows])
         self._step: Step | None = None
         self._ids: torch.Tensor | None = None
         self._whole_model = self._foreign = False
         self._offsets: list[int | None] | None = None
-        self._undo: list[tuple[Any, dict[str, Any]]] = []
-        self.own_layers: list[Any] = []
         self._top_k_from = [m.select.from_layer if isinstance(m.select, TopKTokens) else 0 for m in policy.memories]
         self._selects = any(isinstance(m.select, TopKTokens) for m in policy.memories)
 
@@ -143,14 +148,8 @@ class Engine:
 
     @property
     def bytes_held(self) -> int:
-        """Bytes of keys and values that the allocator holds, the sliding layers' own caches included."""
-        return sum(store.bytes_held for store in self.stores.values()) + self.own_bytes
-
-    @property
-    def own_bytes(self) -> int:
-        """Bytes of the layers that keep their own cache."""
-        tensors = (t for layer in self.own_layers for t in (layer.keys, layer.values) if t is not None)
-        return sum(t.untyped_storage().nbytes() for t in tensors)
+        """Bytes of keys and values that the allocator holds, the sliding layers' included."""
+        return sum(store.bytes_held for store in self.stores.values()) + self.sliding.bytes_held
 
     def read_positions(self, row: int) -> npt.NDArray[np.int64]:
         """Positions of the tokens that a row held when the last forward read them."""
@@ -190,7 +189,7 @@ class Engine:
         cuts = sorted(set(cuts))
         if turn.copies == 1 and len(cuts) == 2:
             return None
-        return Pieces(tuple(zip(cuts, cuts[1:])), copies=turn.copies)
+        return Pieces(tuple(pairwise(cuts)), copies=turn.copies)
 
     def begin_pieces(self, verifying: bool) -> None:
         """The forward under way is read in pieces; their outputs are kept."""
@@ -237,7 +236,7 @@ class Engine:
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
-            return resident > int(specs[0].get("window", specs[0].get("budget", 0)))
+            return resident > int(specs[0].get("window", specs[0].get("budget", 0))) - pinning.most(self)
         limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
@@ -251,15 +250,16 @@ class Engine:
             tail=None if self.scorer is None else self.scorer.tail,
             observed=[] if observer is None else list(observer.rows),
             calls={} if observer is None else dict(observer.calls),
-            own=[dict(vars(layer)) for layer in self.own_layers],
+            sliding=self.sliding.now,
             packed=None if self.packer is None else self.packer.state(),
             chosen=self._chosen(),
             offsets=None if self._offsets is None else list(self._offsets),
             searched=(self.searching, self.beyond),
             evicted_at=list(self.evicted_at),
+            axes=self.axes,
         )
 
-    def return_to(self, state: EngineState, own_layers: bool = True) -> None:
+    def return_to(self, state: EngineState) -> None:
         """Make ``state``, of this engine or of a fork of it, the present; it can be returned to again."""
         self.planner = state.planner.fork()
         self.transcript.return_to(state.transcript)
@@ -272,9 +272,9 @@ class Engine:
         self._offsets = None if state.offsets is None else list(state.offsets)
         self.searching, self.beyond = state.searched
         self.evicted_at = list(state.evicted_at)
+        self.axes = state.axes
         self._choose_again(state.chosen)
-        if own_layers:
-            _put_back(list(zip(self.own_layers, state.own)))
+        self.sliding.now = state.sliding
 
     def _chosen(self) -> dict[int, Any]:
         return {index: search.state() for index, search in self.searches.items()}
@@ -295,7 +295,7 @@ class Engine:
         self._check_whole()
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
-        if self._step is not None or self._undo:
+        if self._step is not None:
             whole, ids, foreign = self._whole_model, self._ids, self._foreign
             self.rollback()
             self._whole_model, self._ids, self._foreign = whole, ids, foreign
@@ -303,7 +303,6 @@ class Engine:
             self._marks.clear()
             if self.recording and self.num_rows:
                 self.settle(force=False)
-        self._undo = [(layer, dict(vars(layer))) for layer in self.own_layers]
 
     def rollback(self) -> None:
         """Undo an unfinished forward, in every layer; without one, do nothing."""
@@ -318,8 +317,7 @@ class Engine:
         for index in self._searched:
             self.searches[index].undo()
         self._searched.clear()
-        _put_back(self._undo)
-        self._undo = []
+        self.sliding.rollback()
 
     def attend(
         self,
@@ -338,14 +336,16 @@ class Engine:
 
         ``mask`` is bool-like ``[B, q]`` (the padding of the new columns) or None. Returns ``[B, q, H, Dv]``.
         """
-        facts = self._layers[layer.index]
-        if module is not facts.module:
-            raise CacheMismatchError(f"layer {layer.index} of this cache was handed to another model's attention")
         if layer.index == self._first and not self.replaying:
             self._open(q, mask, position_ids)
         step = self._step
         if step is None or step.num_queries != q.shape[2]:
             raise StateError(f"layer {layer.index} ran out of order: its stream has no open step of {q.shape[2]} tokens")
+        if layer.is_sliding:
+            return self.sliding.attend(layer.index, q, k, v, AttendCall(scale, softcap, sinks))
+        facts = self._layers[layer.index]
+        if module is not facts.module:
+            raise CacheMismatchError(f"layer {layer.index} of this cache was handed to another model's attention")
         store = self.stores.get(layer.index)
         if store is None:
             _check_like(facts, k, v)
@@ -421,6 +421,7 @@ class Engine:
             )
         if self.turn is not None:
             lens = self.turn.lens(batch, width)
+            self._offsets = [0] * batch if self._offsets is None or not self.num_rows else self._offsets
         else:
             lens = self._valid(mask, batch, width)
             self._check_positions(position_ids, lens)
@@ -440,15 +441,20 @@ class Engine:
             place = self.policy.memories[0].place
             if isinstance(place, Consecutive):
                 after = self.facts.trained_length if place.after is None else place.after
-                self.beyond = after is not None and longest > after
+                seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
+                self.beyond = after is not None and max(old + new for old, new in zip(seen, lens)) > after
+        seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
         self._step = self.planner.begin(lens, width, store_all, parts)
+        self.sliding.begin(seen, lens, width)
         return self._step
 
     def close(self, ids: torch.Tensor | None = None) -> None:
         """The planned forward over ``ids`` is over and its tokens are seen; the caller scores them and lets go."""
+        sliding = self.sliding.after_step(self.recording)
         self._record(ids)
         self.planner.commit()
-        self._step, self._undo = None, []
+        self.sliding.commit(sliding)
+        self._step = None
         self._searched.clear()
         self._whole_model, self._ids = False, None
         if self.packer is not None:
@@ -504,18 +510,20 @@ class Engine:
 
     def _commit(self, scores: list[npt.NDArray[np.float32]] | None = None) -> None:
         """The forward is over: its tokens are seen, and the policy may let go."""
+        sliding = self.sliding.after_step(self.recording)
         self._record(self._ids)
         self.planner.commit()
-        if self.search is not None and not isinstance(self.policy.memories[0].retain_or_default, All):
+        self.sliding.commit(sliding)
+        if self.search is not None:
             # What is let go below was read all the same.
-            self._read = [self.planner.positions(0, row).copy() for row in range(self.num_rows)]
+            evicts = not isinstance(self.policy.memories[0].retain_or_default, All)
+            self._read = [self.planner.positions(0, row).copy() for row in range(self.num_rows if evicts else 0)]
         if self.observer is not None:
             self.observer.commit()
         for row, values in enumerate(scores or []):
             if len(values):
                 self.planner.set_scores(row, values)
         step, self._step = self._step, None
-        self._undo = []
         self._searched.clear()
         if self._bounded and step is not None and not self.evicted_at:
             self.evicted_at = [0] * self.num_rows
@@ -562,19 +570,21 @@ class Engine:
             count = self.planner.resident(index, row)
             if count <= budget or (not force and count < budget + BLOCK):
                 continue
-            residents = Residents(
-                self.planner.positions(index, row), self.planner.scores(index, row), self.planner.seen(row), turn_ended
-            )
+            positions, first = self.planner.positions(index, row), index == 0
+            pinned = pinning.pinned(self.planner.pins(row) if first else [], positions)
+            residents = Residents(positions, self.planner.scores(index, row), self.planner.seen(row), turn_ended, pinned)
             kept = [int(i) for i in rule.keep(residents)]
             if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < count):
                 raise PolicyError(f"{type(rule).__name__}.keep must return ascending indices below {count}, got {kept[:4]}...")
-            must = {*range(spec["sinks"]), *range(count - spec["recent"], count)}
+            # Of the first memory the sinks are positions: some may have been evicted by name.
+            sinks = int((positions < spec["sinks"]).sum()) if first else spec["sinks"]
+            must = {*range(sinks), *range(count - spec["recent"], count)}
             if len(kept) > budget or not must <= set(kept):
                 raise PolicyError(
                     f"{type(rule).__name__}.keep returned {len(kept)} of {count} residents; it must return at most {budget}, "
-                    f"the first {spec['sinks']} and the last {spec['recent']} among them"
+                    f"the first {sinks} and the last {spec['recent']} among them"
                 )
-            self._apply(self.planner.keep(index, row, kept))
+            self._apply(self.planner.keep(index, row, pinning.with_pinned(kept, must, pinned, budget)))
 
     def pack(self, prompt_ended: bool) -> None:
         """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed; after a prompt the
@@ -671,6 +681,7 @@ class Engine:
         if 0 < count <= len(self._marks):
             return
         counts = self.transcript.tokens_in_last(count)
+        self.sliding.check_crop(self.transcript.seen(), counts)
         if self.observer is not None:
             self.observer.check_crop(self.planner, counts)
             return
@@ -678,8 +689,8 @@ class Engine:
             seen = self.planner.seen(row)
             if gone and 0 < seen - gone < settled:
                 raise CacheMismatchError(
-                    f"row {row}: cannot forget {gone} tokens: {self.policy!r} evicted others when the row had seen {settled}, which a "
-                    f"text of {seen - gone} tokens would still hold; at most {seen - settled} can be forgotten; "
+                    f"row {row}: cannot forget {gone} tokens: {self.policy!r} evicted others when the row had seen {settled}, "
+                    f"which a text of {seen - gone} tokens would still hold; at most {seen - settled} can be forgotten; "
                     "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
                 )
 
@@ -688,9 +699,10 @@ class Engine:
         self.idle()
         self.check_crop(count)
         if 0 < count <= len(self._marks):
-            self.return_to(self._marks[-count], own_layers=False)
+            self.return_to(self._marks[-count])
         elif count:
-            self._crop(self.transcript.tokens_in_last(count))
+            with pinning.keep_pins(self, keep=self.recording):
+                self._crop(self.transcript.tokens_in_last(count))
             if self.scorer is not None:
                 self.scorer.crop(count)
             self.transcript.crop(count)
@@ -701,7 +713,9 @@ class Engine:
             self.settle(force=False)
 
     def _crop(self, counts: list[int]) -> None:
+        sliding = self.sliding.cropped(counts)
         self.planner.crop_rows(counts)
+        self.sliding.now = sliding
         self.evicted_at = [min(at, self.planner.seen(row)) for row, at in enumerate(self.evicted_at)]
         if self.observer is not None:
             self.observer.crop(self.planner, counts)
@@ -711,10 +725,14 @@ class Engine:
     def crop_rows(self, counts: list[int]) -> None:
         """Forget the newest ``counts[row]`` tokens of each row, which it did not say."""
         self.idle()
-        if self.observer is not None:
-            self.observer.crop_rows(self.planner, self.stores, counts)
-        else:
-            self.planner.crop_rows(counts)
+        self.sliding.check_crop(self.transcript.seen(), counts)
+        sliding = self.sliding.cropped(counts)
+        with pinning.keep_pins(self):
+            if self.observer is not None:
+                self.observer.crop_rows(self.planner, self.stores, counts)
+            else:
+                self.planner.crop_rows(counts)
+        self.sliding.now = sliding
         if self.packer is not None:
             self.packer.crop(counts)
         if self.scorer is not None:
@@ -734,7 +752,9 @@ class Engine:
         if not self.num_rows:
             return
         self.idle()
+        sliding = self.sliding.selected(rows)
         self.planner.select_rows(rows)
+        self.sliding.now = sliding
         self.transcript.select_rows(rows)
         if self.observer is not None:
             self.observer.select_rows(rows)
@@ -748,6 +768,20 @@ class Engine:
             self._offsets = [self._offsets[row] for row in rows]
         self.evicted_at = [self.evicted_at[row] for row in rows] if self.evicted_at else []
 
+    def restore(self, columns: int, rows: list[Any], told: TranscriptState | None = None) -> None:
+        """Make places for what a row held; the caller then writes keys and values to :meth:`Planner.runs`.
+
+        Args:
+            columns: columns seen.
+            rows: for each row the tokens seen, and for each memory positions and scores.
+            told: the conversations; without them the ids are unknown.
+        """
+        self.planner.restore(columns, rows)
+        if told is None:
+            told = TranscriptState(columns, tuple(Row.unknown(seen, columns) for seen, _ in rows), False)
+        self.transcript.return_to(told)
+        self.evicted_at = [seen for seen, _ in rows] if self._bounded else []
+
     def reset(self) -> None:
         """Forget everything and give all memory back."""
         self._step = None
@@ -758,12 +792,14 @@ class Engine:
             self.stores.clear()
         self._offsets = None
         self.evicted_at = []
+        self.axes = False
         self.transcript.reset()
         self.recording = False
         self._marks.clear()
         self.end_pieces()
         if self.observer is not None:
             self.observer.reset()
+        self.sliding.reset()
         self.searches.clear()
         self._searched.clear()
         self._read = []
@@ -777,7 +813,7 @@ class Engine:
         self.idle()
         child = Engine(self.policy, self.facts, self.backend, self.frame, planner=self.planner.fork())
         child.stores = self.stores
-        child.return_to(self.state(), own_layers=False)
+        child.return_to(self.state())
         child._read = list(self._read)
         return child
 
@@ -799,20 +835,29 @@ class Engine:
             self.free_unused()
         else:
             self.stores.clear()
-        for layer in self.own_layers:
-            layer.reset()
+        self.sliding.reset()
         give_back()
+
+    def pins(self) -> list[list[tuple[int, int]]]:
+        """Of each row the pinned positions, as ranges that ascend and do not touch."""
+        return pinning.pins(self)
+
+    def pin(self, start: int, stop: int, rows: Rows = None) -> None:
+        """As :meth:`kvsieve.Stream.pin`."""
+        pinning.pin(self, start, stop, rows)
+
+    def unpin(self, start: int, stop: int, rows: Rows = None) -> None:
+        """As :meth:`kvsieve.Stream.unpin`."""
+        pinning.unpin(self, start, stop, rows)
+
+    def evict(self, start: int, stop: int, rows: Rows = None) -> None:
+        """As :meth:`kvsieve.Stream.evict`."""
+        pinning.evict(self, start, stop, rows)
 
     def idle(self) -> None:
         self._check_whole()
         if self._step is not None:
             self.rollback()
-
-
-def _put_back(states: list[tuple[Any, dict[str, Any]]]) -> None:
-    for layer, values in states:
-        vars(layer).clear()
-        vars(layer).update(values)
 
 
 def _check_like(facts: Any, k: torch.Tensor, v: torch.Tensor) -> None:

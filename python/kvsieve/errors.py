@@ -11,6 +11,7 @@ __all__ = [
     "KvsieveError",
     "PaddingError",
     "PolicyError",
+    "RangeError",
     "ShapeError",
     "StateError",
     "UnsupportedError",
@@ -28,6 +29,10 @@ class PolicyError(KvsieveError, ValueError):
 
 class BudgetError(PolicyError):
     """A budget that is zero, negative, unreadable, or too small for the sinks and recent tokens."""
+
+
+class RangeError(KvsieveError, ValueError):
+    """A range of tokens, or a row, that is none: negative, reversed, empty, or past the end."""
 
 
 class PaddingError(KvsieveError, ValueError):

@@ -1,9 +1,9 @@
 """One turn of a conversation: what is read, in which pieces, what was said, and what of it was read.
 
-The stream's own calls (`feed`, `generate`) give the model only the tokens that it has not read: the unread end of the last answer, then
-the new ones, as a left-padded batch ``[B, n]`` with explicit positions. Transformers is told a number of columns that fits what it is
-given: none before these where nothing looks back, else the width of the whole conversation. A :class:`Turn` keeps that apart from what
-is really read, decides which columns of a forward are real, and cuts long prompts into pieces.
+The stream's own calls (`feed`, `generate`) give the model only the tokens that it has not read: the unread end of the last
+answer, then the new ones, as a left-padded batch ``[B, n]`` with explicit positions. Transformers is told a number of columns that
+fits what it is given: none before these where nothing looks back, else the width of the whole conversation. A :class:`Turn` keeps
+that apart from what is really read, decides which columns of a forward are real, and cuts long prompts into pieces.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
 from kvsieve.errors import CacheMismatchError, PaddingError, ShapeError, StateError, UnsupportedError
-from kvsieve.model.generation import Settings, StreamerProxy, Watch, cache_argument, stopping_list
+from kvsieve.model.generation import Settings, StreamerProxy, Watch, stopping_list
+from kvsieve.model.support import cache_name
 from kvsieve.turn import Pieces, Turn
 
 if TYPE_CHECKING:
@@ -78,14 +80,19 @@ def accept(stream: Stream, ids: Any, mask: Any, name: str = "input_ids") -> list
         raise ShapeError(f"{name} must be an integer tensor of shape [batch, tokens], got {got}")
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ShapeError(f"the prompt is empty: {name} have shape {tuple(ids.shape)}")
+    if engine.axes:
+        raise UnsupportedError(
+            "this conversation holds an image whose positions have three axes, and only the model knows where its text goes on; "
+            "pass the whole conversation to model.generate with this stream's cache"
+        )
     if engine.num_rows and engine.num_rows != ids.shape[0]:
         raise CacheMismatchError(f"the stream holds {engine.num_rows} sequences, the input has {ids.shape[0]}")
     ids = ids.long()
     if mask is None:
         return list(ids)
     if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-        got = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ShapeError(f"attention_mask must have the shape of {name}, {tuple(ids.shape)}, got {got}")
+        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
+        raise ShapeError(f"attention_mask must have the shape of {name}, {tuple(ids.shape)}, got {shape}")
     real = mask.to(ids.device) != 0
     empty = (~real).all(1).nonzero().flatten().tolist()
     if empty:
@@ -103,6 +110,7 @@ def unread_of(stream: Stream, new: Sequence[torch.Tensor], unread: torch.Tensor 
         StateError: if a caller's `model.generate` went before, and its newest tokens were not passed.
     """
     transcript = stream._engine.transcript
+    _take_back_last(stream)
     if unread is not None:
         if not isinstance(unread, torch.Tensor) or unread.dim() != 2 or unread.dtype not in (torch.int64, torch.int32):
             raise ShapeError(
@@ -110,13 +118,36 @@ def unread_of(stream: Stream, new: Sequence[torch.Tensor], unread: torch.Tensor 
             )
         if unread.shape[0] != len(new):
             raise CacheMismatchError(f"unread has {unread.shape[0]} rows, the input has {len(new)}")
-        return [row.to(mine.device).long() for row, mine in zip(unread, new)]
+        again = [row.unread for row in transcript.rows] if transcript.foreign else []
+        given = [row.to(mine.device).long() for row, mine in zip(unread, new)]
+        return [torch.cat([old.to(row.device), row]) for old, row in zip(again, given)] or given
     if transcript.foreign:
         raise StateError(
-            "model.generate read the last tokens of this stream, and the newest token that it sampled is not in the cache; pass it: "
+            "model.generate read the last tokens of this stream, and the newest token that it sampled is not in the cache; pass "
             "unread=sequences[:, -1:] (of what model.generate returned), or unread=sequences[:, :0] if there is none"
         )
     return [row.unread.to(mine.device) for row, mine in zip(transcript.rows, new)] or [row[:0] for row in new]
+
+
+def _take_back_last(stream: Stream) -> None:
+    """Scores need the logits before a token. Where a crop took them away, each row's last token is read again."""
+    engine = stream._engine
+    transcript = engine.transcript
+    if engine.scorer is None or engine.scorer.tail is not None or not transcript.rows:
+        return
+    if min(transcript.seen()) < 2 or min(transcript.tokens_in_last(1)) < 1:
+        return
+    try:
+        engine.check_crop(1)
+    except CacheMismatchError:
+        return
+    last = [torch.cat([row.ids.last(), row.unread.to(row.ids.last().device)]) for row in transcript.rows]
+    foreign, planner = transcript.foreign, engine.planner
+    known = [planner.scores(0, row)[-1] if planner.resident(0, row) else np.nan for row in range(planner.num_rows)]
+    stream.cache.crop(-1)
+    engine.scorer.first = np.array(known, np.float32)
+    transcript.say(last)
+    transcript.foreign = foreign
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pieces
@@ -180,7 +211,7 @@ def feed(stream: Stream, rows: Sequence[torch.Tensor], chunk: int) -> None:
     before, extra = transcript.state(), transcript.extra
     positions = batch.positions(_totals(engine, batch), engine.offsets(len(rows)))
     padded = min(batch.counts) < batch.width
-    named = cache_argument(stream.model)
+    named = cache_name(stream.model)
     extra_arguments = {"logits_to_keep": 1} if stream.model._supports_logits_to_keep() else {}
     engine.turn = turn = Turn(batch.width, batch.counts, chunk)
     try:
@@ -217,21 +248,51 @@ def generate(
     """One call of ``model.generate`` after which the stream holds what was said.
 
     Args:
-        new: each row's new tokens; unread: what it said before and has not read; prompt: the new tokens as they were given, ``[B, n]``.
+        new: each row's new tokens.
+        unread: what each row said before and has not read.
+        prompt: the new tokens as they were given, int64 ``[B, n]``.
         kwargs: arguments of `model.generate`.
     """
-    settings = Settings(stream.model, kwargs)
+    inputs = _model_inputs(kwargs)
+    kwargs = {name: value for name, value in kwargs.items() if name not in _TOKEN_TYPES or name in inputs}
+    settings = Settings(stream.model, {name: value for name, value in kwargs.items() if name not in inputs})
+    if inputs and (stream._engine.transcript.rows or settings.copies > 1):
+        raise UnsupportedError(
+            f"{', '.join(inputs)}: stream.generate takes inputs beside ids in the first turn, and without beams or several "
+            "sequences; pass the whole conversation to model.generate with past_key_values=stream.cache instead"
+        )
     if settings.copies > 1:
         return _generate_copies(stream, new, unread, prompt, kwargs, settings)
     call = _Call(stream, stream._engine, new, unread, prompt, kwargs, settings)
     try:
-        result = call.run(stream.cache)
+        result = call.run(stream.cache, whole=bool(inputs))
     except BaseException:
         call.interrupted()
         raise
     answer = _sequences(result)[:, call.width :]
     call.finish([row[: len(row) if stop is None else stop] for row, stop in zip(answer, call.turn.stops)])
     return _with_sequences(result, torch.cat([prompt, answer.to(prompt.device)], 1))
+
+
+_TOKEN_TYPES = ("token_type_ids", "mm_token_type_ids")
+"""Inputs that say which tokens are not text."""
+
+_SETTINGS = ("eos_token_id", "pad_token_id", "bos_token_id", "negative_prompt_ids", "negative_prompt_attention_mask")
+"""Arguments of `generate` that may be tensors, and are not inputs of the model."""
+
+
+def _model_inputs(kwargs: Mapping[str, Any]) -> list[str]:
+    """The names of inputs of the model beside ids: images and the like.
+
+    Raises:
+        UnsupportedError: for positions and embeddings, which a stream cannot take.
+    """
+    found = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name not in _SETTINGS]
+    for name in ("position_ids", "inputs_embeds"):
+        if name in found:
+            raise UnsupportedError(f"stream.generate knows where the conversation stands; call it with ids, without {name}")
+    # Where all is text, the types say nothing.
+    return [name for name in found if name not in _TOKEN_TYPES or bool(kwargs[name].any())]
 
 
 class _Call:
@@ -255,8 +316,8 @@ class _Call:
         looks_back = settings.looks_back
         if settings.assisted and looks_back and transcript.columns:
             raise UnsupportedError(
-                "assisted decoding with processors or criteria that look at the whole conversation, on a stream that has already seen "
-                "tokens: transformers would feed it the history again; decode this turn without an assistant"
+                "assisted decoding with processors or criteria that look at the whole conversation, on a stream that has already "
+                "seen tokens: transformers would feed it the history again; decode this turn without an assistant"
             )
         given = self._whole(new, unread) if looks_back or settings.copies > 1 else self.batch
         self.given, self.width = given, given.width
@@ -270,23 +331,25 @@ class _Call:
         told = [row.ids.tensor().to(mine.device) for row, mine in zip(rows, new)]
         if any(bool((row < 0).any()) for row in told):
             raise UnsupportedError(
-                "a processor, criterion or beam search looks at the tokens of the whole conversation, but a part of it was given as "
-                "embeddings; leave that argument out"
+                "a processor, criterion or beam search looks at the tokens of the whole conversation, but a part of it was given "
+                "as embeddings; leave that argument out"
             )
         return Batch.of([torch.cat(parts) for parts in zip(told, unread, new)])
 
-    def run(self, cache: StreamCache) -> Any:
-        """The call itself."""
+    def run(self, cache: StreamCache, *, whole: bool = False) -> Any:
+        """The call itself. ``whole``: the prompt holds more than ids, so it is not cut, and the model finds its own positions."""
         engine, batch = self.engine, self.batch
-        positions = self.given.positions(_totals(engine, batch), engine.offsets(len(batch.counts)))
         kwargs = self._arguments()
+        if whole:
+            self.turn.chunk = batch.width
+        else:
+            kwargs["position_ids"] = self.given.positions(_totals(engine, batch), engine.offsets(len(batch.counts)))
         engine.transcript.columns = self.given.width - batch.width
         engine.turn = self.turn
         return self.stream.model.generate(
             input_ids=self.given.ids,
             attention_mask=self.given.mask,
-            position_ids=positions,
-            **{cache_argument(self.stream.model): cache},
+            **{cache_name(self.stream.model): cache},
             **kwargs,
         )
 

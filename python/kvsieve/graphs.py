@@ -16,6 +16,7 @@ import torch
 
 from kvsieve.backends.cuda import CudaBackend, CudaStore
 from kvsieve.errors import StateError, UnsupportedError
+from kvsieve.model.support import cache_name
 
 if TYPE_CHECKING:
     from kvsieve._core import Step
@@ -52,7 +53,7 @@ class GraphDecoder:
     Raises:
         StateError: if the stream has seen nothing yet, or verifies candidates.
         UnsupportedError: for another backend, a memory read by top-k, a search, a rule per head, SirLLM's published score, or
-            layers with caches of their own; at the first token, for a policy that packs by queries, if the prompt had too few.
+            sliding layers; at the first token, for a policy that packs by queries, if the prompt had too few.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -65,8 +66,8 @@ class GraphDecoder:
             raise UnsupportedError("when a search is due is decided on the host's side of each layer; decode it without a graph")
         if engine.observer is not None:
             raise UnsupportedError("a rule per head looks at each layer's queries on the host's side; decode it without a graph")
-        if engine.own_layers:
-            raise UnsupportedError("this model has sliding layers whose own caches grow and shrink; decode it without a graph")
+        if engine.sliding:
+            raise UnsupportedError("this model has sliding layers, whose buffers grow and shrink; decode it without a graph")
         if engine.scorer is not None and engine.scorer._published:
             raise UnsupportedError("the published score needs each token's own logits; decode it without a graph")
         if not engine.num_rows or not engine.stores:
@@ -171,7 +172,7 @@ class GraphDecoder:
         for device in {store.device for store in self._stores}:
             self._backend.plan(step, device).buffer.forget_turns()
         out = self.stream.model(
-            input_ids=self._ids, position_ids=self._positions, past_key_values=self.stream.cache, use_cache=True
+            input_ids=self._ids, position_ids=self._positions, use_cache=True, **{cache_name(self.stream.model): self.stream.cache}
         ).logits
         if self._logits is None:
             self._logits = torch.empty_like(out)

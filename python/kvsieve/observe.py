@@ -36,6 +36,9 @@ __all__ = ["LayerState", "Observation", "Observer", "RowState", "choose"]
 Scores: TypeAlias = "Mapping[int, torch.Tensor]"
 """Of each layer, float ``[Hkv, n]``."""
 
+Runs: TypeAlias = "list[tuple[int, int, int]]"
+"""Slots in text order: block, first, one past the last."""
+
 
 @dataclass(frozen=True, eq=False)
 class LayerState:
@@ -96,14 +99,19 @@ class Observation:
         return mass(self.queries, self.keys, self.query_positions, self.positions, self.call)
 
 
-def choose(scores: torch.Tensor, count: int, sinks: int) -> torch.Tensor:
+def choose(scores: torch.Tensor, count: int, sinks: int, classes: torch.Tensor | None = None) -> torch.Tensor:
     """The first ``sinks`` and each head's best others, ``count`` in all: int64 ``[Hkv, count]``, ascending, from ``[Hkv, n]``.
 
-    Equal scores prefer the earlier token; nan comes last.
+    Equal scores prefer the earlier token; nan comes last. Where ``classes`` are given, int8 ``[Hkv, n]``, they say instead of
+    ``sinks`` what comes first: a token of a higher class comes before all of a lower one, whatever its score.
     """
     ranked = torch.where(scores.isnan(), -torch.inf, scores)
-    ranked[:, :sinks] = torch.inf
-    return ranked.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    if classes is None:
+        ranked[:, :sinks] = torch.inf
+        return ranked.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
+    order = ranked.sort(dim=1, descending=True, stable=True).indices
+    by_class = classes.to(order.device).gather(1, order).sort(dim=1, descending=True, stable=True).indices
+    return order.gather(1, by_class)[:, :count].sort(dim=1).values
 
 
 class Observer:
@@ -180,7 +188,23 @@ class Observer:
             count = planner.resident(0, row)
             if count > self.budget and (force or count >= self.budget + BLOCK):
                 scores = {layer: self._scores(planner, store, row, layer) for layer, store in stores.items()}
-                self._sieve(planner, stores, row, scores, self.budget - self.recent, self.recent)
+                # Where newest tokens were evicted by name, fewer of them are held by all heads alike.
+                recent = min(self.recent, planner.seen(row) - self.rows[row].since)
+                self._settle(planner, stores, row, scores, self.budget - recent, recent)
+
+    def _settle(
+        self,
+        planner: Planner,
+        stores: Mapping[int, Store],
+        row: int,
+        scores: Scores,
+        count: int,
+        recent: int,
+        gone: tuple[int, int] = (0, 0),
+    ) -> None:
+        """Each head keeps its best ``count`` by ``scores``, and the newest ``recent``."""
+        keeps = self._chosen(planner, row, scores, count, recent, gone)
+        self._sieve(planner, stores, row, keeps, recent, lambda: planner.sieve(0, row, count, recent))
 
     def _scores(self, planner: Planner, store: Store, row: int, layer: int, gone: int = 0) -> torch.Tensor:
         """The rule's scores of a row's residents, float ``[Hkv, n]``; the newest ``gone`` queries do not vote."""
@@ -204,13 +228,41 @@ class Observer:
             )
         return scores
 
-    def _sieve(self, planner: Planner, stores: Mapping[int, Store], row: int, scores: Scores, count: int, recent: int) -> None:
-        """Each head keeps its best ``count`` by ``scores``, and the newest ``recent``."""
+    def _chosen(
+        self, planner: Planner, row: int, scores: Scores, count: int, recent: int, gone: tuple[int, int] = (0, 0)
+    ) -> dict[int, torch.Tensor]:
+        """Of each layer, which of a row's residents but the newest ``recent`` each head keeps, its best ``count`` by ``scores``:
+        int64 ``[Hkv, count]``. Sinks, recent and pinned tokens come first; those at positions ``gone[0]`` to ``gone[1] - 1`` last.
+        """
+        pins, last = planner.pins(row), planner.seen(row) - self.recent
+        keeps = {}
+        for layer, values in scores.items():
+            others = values.shape[1] - recent
+            at = self.positions(planner, row, layer)[:, :others]
+            classes = None
+            # In most rows the first residents are the sinks, and nothing else stays.
+            if pins or gone[0] < gone[1] or bool((at[:, : self.sinks] >= self.sinks).any()) or bool((at >= last).any()):
+                classes = ((at < self.sinks) | (at >= last)).to(torch.int8)
+                for start, stop in pins:
+                    classes |= ((at >= start) & (at < stop)).to(torch.int8)
+                classes[(at >= gone[0]) & (at < gone[1])] = -1
+            keeps[layer] = choose(values[:, :others], count, self.sinks, classes)
+        return keeps
+
+    def _sieve(
+        self,
+        planner: Planner,
+        stores: Mapping[int, Store],
+        row: int,
+        keeps: Mapping[int, torch.Tensor],
+        recent: int,
+        sieve: Callable[[], tuple[Runs, Runs]],
+    ) -> None:
+        """Each head keeps the residents ``keeps`` and the newest ``recent``; ``sieve`` makes room in the planner."""
         state, others = self.rows[row], planner.resident(0, row) - recent
-        keeps = {layer: choose(values[:, :others], count, self.sinks) for layer, values in scores.items()}
         was = {layer: self.positions(planner, row, layer)[:, :others] for layer in keeps}
         with self.all_layers("letting go"):
-            source, to = planner.sieve(0, row, count, recent)
+            source, to = sieve()
             layers = {}
             for layer, keep in keeps.items():
                 stores[layer].permute(source, keep, to)
@@ -220,6 +272,45 @@ class Observer:
                 )
                 layers[layer] = LayerState(was[layer].gather(1, keep.cpu()), old.queries, kept)
             self.rows[row] = RowState(planner.seen(row) - recent, layers)
+
+    def check_held(self, planner: Planner, row: int, start: int, stop: int) -> None:
+        """Refuse to pin what some head has evicted.
+
+        Raises:
+            StateError: naming how many of the tokens ``start`` to ``stop - 1`` are gone.
+        """
+        state = self.rows[row] if row < len(self.rows) else RowState()
+        end = min(stop, state.since)
+        gone = 0
+        for layer in state.layers if start < end else ():
+            at = self.positions(planner, row, layer)
+            gone = max(gone, end - start - int(((at >= start) & (at < end)).sum(1).min()))
+        if gone:
+            raise StateError(
+                f"row {row}: {gone} of the tokens {start} to {stop} are no longer held by every head; "
+                "pin tokens before they are evicted"
+            )
+
+    def evict(self, planner: Planner, stores: Mapping[int, Store], row: int, start: int, stop: int) -> None:
+        """The tokens ``start`` to ``stop - 1`` go. Where heads then hold different numbers of older ones, each keeps as many as the
+        head that has fewest, its best ones."""
+        state, seen = self.rows[row], planner.seen(row)
+        since = max(state.since, min(stop, seen))
+        older = {layer: self.positions(planner, row, layer) for layer in state.layers}
+        older = {layer: at[:, : at.shape[1] - (seen - since)] for layer, at in older.items()}
+        left = {layer: ((at < start) | (at >= stop)).sum(1) for layer, at in older.items()}
+        if all(int(n.min()) == older[layer].shape[1] for layer, n in left.items()):
+            planner.unpin([row], start, stop)
+            return
+        count = min(int(n.min()) for n in left.values())
+        if all(int(n.max()) == count for n in left.values()):
+            scores = {layer: torch.zeros(at.shape[0], at.shape[1] + seen - since) for layer, at in older.items()}
+        else:
+            scores = {layer: self._scores(planner, stores[layer], row, layer) for layer in older}
+        keeps = self._chosen(planner, row, scores, count, seen - since, (start, stop))
+        self._sieve(
+            planner, stores, row, keeps, seen - since, lambda: planner.evict_per_head(row, start, stop, count, seen - since)
+        )
 
     # ------------------------------------------------------------------------------------------------------------- what callers do
 
@@ -273,10 +364,10 @@ class Observer:
             if 0 < left < state.since:
                 scores = {layer: self._scores(planner, store, row, layer, counts[row]) for layer, store in stores.items()}
                 held = {layer: self.positions(planner, row, layer) < left for layer in scores}
-                left_over = {x: torch.where(held[x].to(s.device), s, -torch.inf) for x, s in scores.items()}
-                uneven[row] = left_over, min(int(h.sum(1).min()) for h in held.values())
+                uneven[row] = scores, min(int(h.sum(1).min()) for h in held.values())
         for row, (scored, count) in uneven.items():
-            self._sieve(planner, stores, row, scored, count, 0)
+            seen = planner.seen(row)
+            self._settle(planner, stores, row, scored, count, 0, (seen - counts[row], seen))
         planner.crop_rows(list(counts))
         self.crop(planner, counts)
 

@@ -72,12 +72,15 @@ class Residents:
         scores: float32 ``[n]``; nan where no score was given.
         seen: tokens the sequence has seen.
         turn_ended: whether this is the end of a turn rather than an overflow.
+        pinned: bool ``[n]``, which of them :meth:`kvsieve.Stream.pin` said stay. They stay whether or not the rule keeps them:
+            then they take the places of the oldest others.
     """
 
     positions: npt.NDArray[np.int64]
     scores: npt.NDArray[np.float32]
     seen: int
     turn_ended: bool
+    pinned: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
 
 # --------------------------------------------------------------------------------------------------------------------- retain

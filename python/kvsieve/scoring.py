@@ -40,6 +40,8 @@ class Scorer:
         self._published = getattr(retain, "score", "surprisal") == "published"
         self.tail: torch.Tensor | None = None
         """Logits ``[B, r, V]`` of the last columns seen; the last row is the carry."""
+        self.first: npt.NDArray[np.float32] | None = None
+        """Scores of the next tokens, where they were known before and no logits are carried."""
 
     def score(
         self, ids: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, lens: list[int], keep_rows: bool
@@ -55,23 +57,34 @@ class Scorer:
             width = ids.shape[1]
             own = ids if self._published else torch.cat([ids[:, 1:], ids[:, :1]], 1)
             table = self._table(own.to(hidden.device), hidden, logits, width if self._published else width - 1)
-            carry = None if self.tail is None or self._published else self.tail[:, -1]
-            first = None if carry is None else self._backend.surprisal(carry, ids[:, 0].to(carry.device)).cpu().numpy()
+            first = self._first(ids, lens)
             scores = []
             for row, count in enumerate(lens):
                 values = table[row, width - count :]
                 if self._published:
                     scores.append(published_scores(values))
                 else:
-                    known = None if first is None or count < width else float(first[row])
+                    known = None if first is None else float(first[row])
                     scores.append(true_scores(values[: max(count - 1, 0)], known, count))
             tail = logits.detach() if keep_rows else logits[:, -1:].detach().clone()
             silent = [row for row, count in enumerate(lens) if count == 0]
-            if silent and self.tail is not None and self.tail.shape[1] >= tail.shape[1]:
-                # A row that was given pads only goes on from where it was.
+            if silent:
+                # A row that was given pads only goes on from where it was; what a pad makes the model expect means nothing.
                 tail = tail.clone()
-                tail[silent] = self.tail[silent, -tail.shape[1] :]
+                tail[silent] = torch.nan if self.tail is None else self.tail[silent, -1:]
+            self.first = None
             return scores, tail
+
+    def _first(self, ids: torch.Tensor, lens: list[int]) -> npt.NDArray[np.float32] | None:
+        """The scores of the rows' first new tokens, from the logits that were carried; nan where none were."""
+        if self._published:
+            return None
+        if self.tail is None:
+            return self.first
+        at = torch.tensor([min(ids.shape[1] - count, ids.shape[1] - 1) for count in lens], device=ids.device)
+        tokens = ids.gather(1, at[:, None])[:, 0].to(self.tail.device)
+        found: npt.NDArray[np.float32] = self._backend.surprisal(self.tail[:, -1], tokens).cpu().numpy()
+        return found
 
     def _table(self, targets: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, width: int) -> npt.NDArray[np.float32]:
         """Surprisal of ``targets[:, c]`` under the logits of column ``c``, for columns below ``width``: ``[B, width]``."""
@@ -106,7 +119,7 @@ class Scorer:
 
     def reset(self) -> None:
         """Forget the carry."""
-        self.tail = None
+        self.tail = self.first = None
 
 
 def true_scores(following: npt.NDArray[Any], first: float | None, count: int) -> npt.NDArray[np.float32]:

@@ -50,13 +50,11 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
     With the file go fingerprints of the model's weights and positions and, if it is given, of the tokenizer.
 
     Raises:
-        UnsupportedError: if the model has sliding layers of its own, or the policy has parts that text cannot describe.
+        UnsupportedError: if the policy has parts that text cannot describe.
     """
     from safetensors.torch import save_file
 
     engine = stream._engine
-    if engine.own_layers:
-        raise UnsupportedError("saving a stream whose model has sliding layers of its own is not supported")
     if not _is_text(stream.policy):
         raise UnsupportedError(f"the policy {stream.policy!r} cannot be written as text; save works for kvsieve's own policies")
     planner = engine.planner
@@ -79,6 +77,7 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         tensors.update(engine.packer.tensors(planner, engine.stores))
     if engine.observer is not None:
         tensors.update(_observed(engine.observer))
+    tensors.update(engine.sliding.tensors())
     header = {
         "version": VERSION,
         "policy": repr(stream.policy),
@@ -93,6 +92,9 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         "seen": [planner.seen(row) for row in range(planner.num_rows)],
         "layers": sorted(engine.stores),
         "offsets": engine._offsets,
+        "sliding": engine.sliding.header(),
+        "pins": engine.pins(),
+        "early": planner.early(),
     }
     if engine.packer is not None:
         header["packed"] = [planner.num_packed(row) for row in range(planner.num_rows)]
@@ -155,8 +157,8 @@ def _check_model(stream: Stream, header: dict[str, Any], tokenizer: Any) -> None
         )
     if header["weights"] != fingerprint.weights(stream.model):
         raise CacheMismatchError(
-            f"the stream was saved from another model: this {mine[0]} has the same shape and other weights or positions (a fine-tune, "
-            "another release); what it remembers would mean nothing to it, so load it on the model that wrote it"
+            f"the stream was saved from another model: this {mine[0]} has the same shape and other weights or positions (a "
+            "fine-tune, another release); what it remembers would mean nothing to it, so load it on the model that wrote it"
         )
     if None not in (tokenizer, header["tokenizer"]) and header["tokenizer"] != fingerprint.tokenizer(tokenizer):
         raise CacheMismatchError("the stream was saved with another tokenizer, whose ids mean other text")
@@ -166,6 +168,13 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
     engine, names = stream._engine, set(file.keys())
     if header["frame"] != engine.frame:
         raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.frame} ones")
+    engine.sliding.restore(header["sliding"], file.get_tensor)
+    for row, start, stop, add in header.get("early", []):
+        rows_named = None if row is None else [row]
+        if add:
+            engine.planner.pin(rows_named, start, stop, False)
+        else:
+            engine.planner.unpin(rows_named, start, stop)
     if not header["seen"]:
         return
     memories = range(len(stream.policy.memories))
@@ -176,7 +185,11 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
         )
         for row, seen in enumerate(header["seen"])
     ]
-    engine.planner.restore(header["columns"], rows)
+    told = [
+        Row(Ids().append(file.get_tensor(f"ids.{row}")), file.get_tensor(f"unread.{row}"), tuple((lo, hi) for lo, hi in pads))
+        for row, pads in enumerate(header["pads"])
+    ]
+    engine.restore(header["columns"], rows, TranscriptState(header["columns"], tuple(told), header["foreign"]))
     for index in header["layers"]:
         for row in range(len(rows)):
             for memory in memories:
@@ -192,12 +205,10 @@ def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
         engine.restore_packed(header["packed"], header["reading"], saved)
     if engine.observer is not None:
         _restore_observed(engine, header, file)
+    for row, ranges in enumerate(header.get("pins", [])):
+        if ranges:
+            engine.planner.set_pins(row, [(start, stop) for start, stop in ranges], engine.observer is not None)
     engine._offsets, engine.evicted_at = header["offsets"], header["evicted_at"]
-    told = [
-        Row(Ids().append(file.get_tensor(f"ids.{row}")), file.get_tensor(f"unread.{row}"), tuple((lo, hi) for lo, hi in pads))
-        for row, pads in enumerate(header["pads"])
-    ]
-    engine.transcript.return_to(TranscriptState(header["columns"], tuple(told), header["foreign"]))
     if engine.scorer is not None and "tail" in names:
         engine.scorer.tail = file.get_tensor("tail")
 

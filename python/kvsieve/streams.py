@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve import backends
+from kvsieve import backends, pins
 from kvsieve import generate as turns
 from kvsieve.errors import (
     PolicyError,
@@ -50,7 +51,7 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class Parts:
-    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' own caches, is ``bytes_held``.
+    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
 
     Attributes:
         keys, values: packed tokens; of a policy that packs nothing, all tokens.
@@ -213,7 +214,6 @@ class Stream:
             else:
                 self._engine = _parent._engine.fork()
             self._cache = StreamCache(self._engine, weakref.ref(self))
-            self._engine.own_layers = self._cache.own_layers
         except BaseException:
             self.close()
             raise
@@ -261,7 +261,7 @@ class Stream:
             LayerStats(layer.index, resident, engine.stores[layer.index].bytes_held if layer.index in engine.stores else 0)
             for layer in facts.layers
         )
-        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.own_bytes
+        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.sliding.bytes_held
         return Stats(
             seen=max(seen, default=0),
             resident=resident,
@@ -322,6 +322,7 @@ class Stream:
         chunk: int | None = None,
         *,
         unread: torch.Tensor | None = None,
+        pin: bool = False,
     ) -> None:
         """Read new tokens without generating.
 
@@ -330,12 +331,14 @@ class Stream:
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             chunk: tokens per forward; chosen from the budget by default.
             unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
+            pin: the new tokens are pinned as they come; see :meth:`pin`.
 
         Raises:
             ShapeError: for ids that are not two-dimensional integers, or empty.
             PaddingError: for padding that is not on the left.
             CacheMismatchError: if the batch is not the stream's.
             StateError: after ``model.generate``, without ``unread``.
+            BudgetError: with ``pin``, if the budget cannot hold what is pinned.
 
         An interrupted call leaves what was read until then: :attr:`ids` tells it, :meth:`rewind` undoes it.
         """
@@ -346,7 +349,8 @@ class Stream:
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ShapeError(f"chunk must be at least 1, got {chunk}")
         before = turns.unread_of(self, new, unread)
-        turns.feed(self, [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
+        with self._pinning(pin, new, before):
+            turns.feed(self, [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
 
     def generate(
         self,
@@ -355,20 +359,22 @@ class Stream:
         *,
         end_turn: bool = True,
         unread: torch.Tensor | None = None,
+        pin: bool = False,
         **kwargs: Any,
     ) -> Any:
         """One turn: read the *new* tokens and answer. What was said before is in the memory.
 
-        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length. Logits
-        processors, stopping criteria, ``max_length`` and beams see the whole conversation, as they do with a stock cache.
+        Prompts longer than a chunk are read in chunks, so a prompt may be longer than the budget and than the trained length.
+        Logits processors, stopping criteria, ``max_length`` and beams see the whole conversation, as they do with a stock cache.
 
         Args:
             input_ids: int64 ``[B, n]``, this turn's new tokens only; or what a tokenizer returned, a mapping with ``input_ids``.
             attention_mask: bool-like ``[B, n]``; zeros may only stand before a row's first real token.
             end_turn: call :meth:`end_turn` when done.
             unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
-            kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the stream
-                stays a single sequence per row: they run on a fork, and the stream then reads the best one.
+            pin: this turn's new tokens, not its answer, are pinned as they come; see :meth:`pin`.
+            kwargs: passed to ``model.generate``, a ``generation_config`` among them. With several beams or return sequences the
+                stream stays a single sequence per row: they run on a fork, and the stream then reads the best one.
 
         Returns:
             int64 ``[B * num_return_sequences, n + new]``: the new prompt and the answer, or as ``return_dict_in_generate`` asks.
@@ -378,8 +384,8 @@ class Stream:
             StateError: after ``model.generate``, without ``unread``.
             UnsupportedError: for inputs beside ids that belong to tokens (images, embeddings) after the first turn.
 
-        A call that fails before the model ran changes nothing. One that is interrupted leaves the conversation at the last token that
-        was delivered; :meth:`rewind` goes back to a mark taken before.
+        A call that fails before the model ran changes nothing. One that is interrupted leaves the conversation at the last token
+        that was delivered; :meth:`rewind` goes back to a mark taken before.
         """
         input_ids, kwargs = turns.unpack(input_ids, kwargs)
         if "inputs" in kwargs and input_ids is None:
@@ -390,8 +396,8 @@ class Stream:
                 raise StateError(f"stream.generate uses the stream's own cache; pass {name} to model.generate instead")
         new = turns.accept(self, input_ids, mask)
         before = turns.unread_of(self, new, unread)
-        with torch.no_grad():
-            result = turns.generate(self, new, before, input_ids, kwargs)
+        with torch.no_grad(), self._pinning(pin, new, before):
+            result = turns.generate(self, new, before, torch.as_tensor(input_ids), kwargs)
         if end_turn:
             self.end_turn()
         return result
@@ -412,12 +418,69 @@ class Stream:
         and is not read yet. -1 stands for a token that was given as an embedding."""
         return self._engine.transcript.ids()
 
+    def pin(self, start: int, stop: int, rows: int | Sequence[int] | None = None) -> None:
+        """The tokens ``start`` to ``stop - 1`` are never evicted, by any policy, until :meth:`unpin` or :meth:`evict`.
+
+        Tokens are counted in each row, pads left out: those of ``stream.ids[row][start:stop]``. Tokens that were not read yet are
+        pinned as they come; a pin holds before the first token too. Pinned tokens take places within the budget: those of the
+        oldest tokens of a window, or of the highest scores. A window shows and keeps its sinks, what is pinned, and the newest of
+        the rest; at LM-Infinite pinned tokens beyond the window are seen at its ceiling, as sinks are. What the first memory of a
+        chain had passed on comes back to it.
+
+        Forks, marks and reordered rows keep their pins; ``crop`` forgets those of the tokens that it forgets, :meth:`reset` all.
+
+        Args:
+            start, stop: numbers of tokens, ``0 <= start < stop``.
+            rows: one row or several; all by default.
+
+        Raises:
+            BudgetError: if the budget cannot hold the sinks, all that is pinned, the recent tokens and one more.
+            StateError: if some of the tokens are evicted already.
+            RangeError: for a range or a row that is none. After each of these, nothing has changed.
+        """
+        self._check_open().pin(start, stop, rows)
+
+    def unpin(self, start: int, stop: int, rows: int | Sequence[int] | None = None) -> None:
+        """The tokens ``start`` to ``stop - 1`` may be evicted again, as the policy says; those that were not pinned are left alone.
+
+        Raises:
+            RangeError: for a range or a row that is none.
+        """
+        self._check_open().unpin(start, stop, rows)
+
+    def evict(self, start: int, stop: int, rows: int | Sequence[int] | None = None) -> None:
+        """Remove a message from the memory: the tokens ``start`` to ``stop - 1`` are evicted now, pinned or not.
+
+        They leave every memory of a chain and never come back. The positions of the others stay, and so does ``seen``; where a
+        policy shows tokens side by side, those after the gap move up. Evicting again, or what a policy evicted before, changes
+        nothing.
+
+        The keys and values of later tokens were computed while the evicted ones were there, and stay as they are: the result is
+        that of the same forwards, and then these tokens masked.
+
+        Under a rule per head (SnapKV, H2O) heads may hold different numbers of the tokens that are left; each then keeps as many as
+        the head that has fewest, its best ones.
+
+        Args:
+            start, stop: numbers of tokens, as for :meth:`pin`; all of them must have been read.
+            rows: one row or several; all by default.
+
+        Raises:
+            RangeError: for a range or a row that is none, or tokens that were not read yet.
+            UnsupportedError: under Quest, and for tokens that the model's own sliding layers still see. After each of these,
+                nothing has changed.
+        """
+        self._check_open().evict(start, stop, rows)
+
+    @property
+    def pins(self) -> list[list[tuple[int, int]]]:
+        """Of each row the pinned tokens, as ranges ``(start, stop)`` that ascend and do not touch; empty before the first token."""
+        return self._check_open().pins()
+
     def fork(self) -> Stream:
         """A second stream that shares this one's past. Blocks are shared until one of the two writes; neither changes the other."""
         self._check_open()
         child = Stream(self.model, self.policy, _parent=self)
-        for mine, theirs in zip(self._cache.own_layers, child._cache.own_layers):
-            vars(theirs).update(vars(mine))
         return child
 
     def mark(self) -> Mark:
@@ -446,9 +509,7 @@ class Stream:
         return self.fork()
 
     def __reduce__(self) -> Any:
-        raise UnsupportedError(
-            "a stream cannot be pickled; write it with stream.save(path) and read it with kvsieve.load(path, model)"
-        )
+        raise UnsupportedError("a stream cannot be pickled; stream.save(path) writes it, kvsieve.load(path, model) reads it")
 
     def save(self, path: str | PathLike[str], *, tokenizer: Any = None) -> None:
         """Write this stream's memory to one ``.safetensors`` file; see :func:`kvsieve.load`.
@@ -463,6 +524,13 @@ class Stream:
         save(self, path, tokenizer)
 
     # --------------------------------------------------------------------------------------------------------------- internals
+
+    def _pinning(
+        self, pin: bool, new: Sequence[torch.Tensor], before: Sequence[torch.Tensor]
+    ) -> contextlib.AbstractContextManager[None]:
+        if not pin:
+            return contextlib.nullcontext()
+        return pins.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
 
     def _chunk(self) -> int:
         """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""

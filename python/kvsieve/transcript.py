@@ -71,6 +71,11 @@ class Ids:
         same = whole == len(self._full)
         return Ids(tuple(chunks[:whole]), chunks[whole], rest + 1, self._written if same else [CHUNK])
 
+    def last(self) -> torch.Tensor:
+        """The newest id, int64 ``[1]``."""
+        assert self._tail is not None
+        return self._tail[self._count - 1 : self._count].clone()
+
     def tensor(self) -> torch.Tensor:
         """The ids, int64 ``[n]``, copied."""
         chunks = [*self._full, *([] if self._tail is None else [self._tail[: self._count]])]
@@ -99,6 +104,11 @@ class Row:
     ids: Ids = field(default_factory=Ids)
     unread: torch.Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.int64))
     pads: tuple[tuple[int, int], ...] = ()
+
+    @classmethod
+    def unknown(cls, count: int, columns: int) -> Row:
+        """A row of ``count`` tokens whose ids nobody knows, the last ones of ``columns``."""
+        return cls(Ids().append(torch.full((count,), UNKNOWN)), pads=((0, columns - count),) if count < columns else ())
 
 
 @dataclass(frozen=True, eq=False)

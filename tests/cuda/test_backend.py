@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from backend_cases import close
-from drive import Layer
+from drive import Layer, forwards
 from kvsieve import backends
 from kvsieve.backends import cuda, kernels
 from kvsieve.backends.nvrtc import Module
@@ -60,6 +60,25 @@ def test_streams_fork_crop_reorder_and_save(launcher: emulator.Emulator, policy:
             found.append(stream.generate(tiny.ids(1, 5, 5), max_new_tokens=5, do_sample=False))
         tokens[backend] = torch.cat(found, 1)
     assert torch.equal(tokens["cuda"], tokens["reference"])
+
+
+@pytest.mark.parametrize("policy", list(tiny.POLICIES))
+def test_pinned_and_evicted_tokens(launcher: emulator.Emulator, policy: str) -> None:
+    """In decoding, in chunks that see pinned tokens outside their window, and after blocks were moved together."""
+    model, ids, found = tiny.model(), tiny.ids(1, 130), {}
+    for backend in ("cuda", "reference"):
+        with kvsieve.stream(model, tiny.POLICIES[policy](40), backend) as stream:
+            stream.pin(1, 6)
+            stream.pin(70, 75)
+            logits = [forwards(model, stream.cache, ids[:, :30], [30])]
+            stream.pin(12, 18)
+            stream.evict(20, 27)
+            logits.append(forwards(model, stream.cache, ids[:, 30:], [60, 17, 1]))
+            held = stream.kept(stream._engine.facts.layers[0].index, 0)[0].positions.tolist()
+            found[backend] = torch.cat(logits, 1), held
+    torch.testing.assert_close(found["cuda"][0], found["reference"][0], rtol=0, atol=1e-3)
+    assert found["cuda"][1] == found["reference"][1]
+    assert {*range(1, 6), *range(12, 18), *range(70, 75)} <= set(found["cuda"][1])
 
 
 def rope16() -> LayerRope:

@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from drive import forward, greedy, pad_left
-from kvsieve.errors import KvsieveError, PaddingError, StateError, UnsupportedError
+from kvsieve.errors import CacheMismatchError, KvsieveError, PaddingError, StateError, UnsupportedError
 from transformers import (
     BatchEncoding,
     GenerationConfig,
@@ -350,7 +350,7 @@ def test_what_looks_back_sees_rows_of_unlike_length() -> None:
         assert second[at].tolist() == model.generate(text, **arguments)[0, text.shape[1] :].tolist()
 
 
-# ------------------------------------------------------------------------------------------------------------------- rows and copies
+# ------------------------------------------------------------------------------------------------------------ rows and copies
 
 
 @BACKEND
@@ -510,3 +510,16 @@ def test_hidden_states_of_a_prompt_in_pieces_are_whole() -> None:
     for a, b in zip(want.hidden_states, got.hidden_states, strict=True):
         for x, y in zip(a, b, strict=True):
             torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
+
+
+def test_a_plain_forward_with_wrong_positions_after_the_streams_own_turn_is_refused() -> None:
+    """Without a mask the model counts columns; a row that was padded has seen fewer tokens."""
+    model, rows = tiny.model(), [tiny.ids(1, 20)[0], tiny.ids(1, 9, 2)[0]]
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        stream.feed(*pad_left(rows))
+        told = ids_of(stream)
+        with pytest.raises(CacheMismatchError, match="position"):
+            forward(model, stream.cache, tiny.ids(2, 3, 7))
+        assert ids_of(stream) == told
+        mask = torch.cat([pad_left(rows)[1], torch.ones(2, 3, dtype=torch.long)], 1)
+        forward(model, stream.cache, tiny.ids(2, 3, 7), mask)

@@ -161,3 +161,21 @@ def test_a_crop_of_a_padded_batch_counts_columns(pads: int) -> None:
         stream.cache.crop(-8)
         assert [row.tolist() for row in stream.ids] == ids[:, :8].tolist()
         assert [stream._engine.planner.seen(row) for row in range(2)] == [8, 8]
+
+
+@BACKEND
+@pytest.mark.parametrize("policy", ["sirllm", "chain"])
+def test_scores_after_a_crop_are_those_of_the_text_that_stayed(policy: str, backend: str) -> None:
+    """The logits before the next token are gone with the tokens that were forgotten: the stream reads the last one again."""
+    model, text, other = tiny.model(), tiny.ids(1, 40), tiny.ids(1, 9, 8)
+    found = []
+    for back in (0, 7):
+        with kvsieve.stream(model, tiny.POLICIES[policy](120), backend) as stream:
+            stream.feed(text)
+            if back:
+                stream.feed(tiny.ids(1, back, 3))
+                stream.cache.crop(-back)
+            stream.feed(other)
+            assert stream.ids[0].tolist() == torch.cat([text, other], 1)[0].tolist()
+            found.append(torch.from_numpy(stream.kept()[0].scores))
+    torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)

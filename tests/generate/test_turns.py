@@ -210,7 +210,8 @@ def test_a_fork_leaves_its_parent_bit_identical(family: str, policy: str, backen
     model = tiny.model(family)
     with kvsieve.stream(model, tiny.POLICIES[policy](24), backend) as stream:
         stream.feed(tiny.ids(2, 50))
-        held, sliding = snapshot(stream), [layer.keys.clone() for layer in stream.cache.own_layers]
+        held = snapshot(stream)
+        assert ("sliding.keys.0" in held) == (family == "gemma2")
         with stream.fork() as child:
             assert same_memory(stream, child)
             turn(child, tiny.ids(2, 20, 1), 40)
@@ -219,7 +220,6 @@ def test_a_fork_leaves_its_parent_bit_identical(family: str, policy: str, backen
         after = snapshot(stream)
         assert held.keys() == after.keys()
         assert all(torch.equal(held[name], after[name]) for name in held)
-        assert all(torch.equal(a, b.keys) for a, b in zip(sliding, stream.cache.own_layers))
         got = turn(stream, tiny.ids(2, 9, 2))
     with kvsieve.stream(model, tiny.POLICIES[policy](24), backend) as other:
         other.feed(tiny.ids(2, 50))
@@ -366,10 +366,6 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:
-    with kvsieve.stream(tiny.model("gemma2"), kvsieve.Full(), "reference") as stream:
-        stream.feed(tiny.ids(1, 10))
-        with pytest.raises(UnsupportedError, match="sliding"):
-            stream.save(tmp_path / "stream")
     own = kvsieve.Memory(retain=kvsieve.roles.Window(20), place=kvsieve.roles.Slots())
     with kvsieve.stream(tiny.model(), own, "reference") as stream:
         stream.feed(tiny.ids(1, 10))
@@ -399,7 +395,7 @@ def test_a_turn_with_beams_leaves_one_row_that_read_the_best(policy: str, backen
 @BACKEND
 def test_assisted_turns_equal_plain_ones(backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, 20)
-    with kvsieve.stream(model, kvsieve.StreamingLLM(budget=60), backend) as stream:
+    with kvsieve.stream(model, kvsieve.StreamingLLM(budget=120), backend) as stream:
         got = turn(stream, ids, prompt_lookup_num_tokens=3)
         assert torch.equal(got, greedy(model, ids, 6))
         text = torch.cat([got, ids], 1)

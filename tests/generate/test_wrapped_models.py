@@ -1,4 +1,4 @@
-"""Models in wrappers, with offloaded or quantized weights, with another head: served, or the error says what to pass."""
+"""Models in wrappers, with offloaded or quantized weights, with a replaced head: served, or the error says what to pass."""
 
 from __future__ import annotations
 

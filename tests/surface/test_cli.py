@@ -77,13 +77,131 @@ def test_a_missing_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_a_missing_model_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(generate(prompt="hi", model=str(tmp_path / "nowhere"))) == 2
-    assert "no model folder" in one_line(capsys)
+    assert "no model at" in one_line(capsys)
 
 
 @pytest.mark.parametrize("policy", ["juggle(3)", "sirllm(budget=", "sirllm(budget=0)", "sirllm(colour=3)", ""])
 def test_an_unreadable_policy_is_one_line(policy: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(generate(prompt="hi", policy=policy)) == 2
     one_line(capsys)
+
+
+def test_a_prompt_that_is_not_text_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    odd = tmp_path / "odd.txt"
+    odd.write_bytes(b"caf\xe9 au lait")
+    assert main(generate(**{"prompt-file": str(odd)})) == 2
+    assert "is not UTF-8 text: invalid continuation byte at byte 3" in one_line(capsys)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ models
+
+
+def saved(folder: Path, model: object = None) -> Path:
+    """A folder as `save_pretrained` writes it: a tiny model and a tokenizer of whole words."""
+    import tiny
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    (tiny.model() if model is None else model).save_pretrained(folder)  # type: ignore[attr-defined]
+    words = Tokenizer(models.WordLevel({"<unk>": 0, "<s>": 1, "</s>": 2, "the": 3, "sea": 4, "is": 5}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>").save_pretrained(folder)
+    return folder
+
+
+def test_a_folder_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(generate(prompt="the sea is", model=str(saved(tmp_path)), policy="sirllm(budget=64)")) == 0
+    out = capsys.readouterr().out
+    assert "tokens seen" in out
+    assert "MiB held, in blocks of 64 tokens" in out
+
+
+def test_a_model_without_its_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tiny
+
+    saved(tmp_path, tiny.model().model)
+    capsys.readouterr()
+    assert main(generate(prompt="the sea is", model=str(tmp_path))) == 2
+    assert "holds a llama model (LlamaModel), not a causal language model" in one_line(capsys)
+
+
+def test_weights_that_would_be_random_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import tiny
+
+    saved(tmp_path, tiny.model().model)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["LlamaForCausalLM"]}))
+    capsys.readouterr()
+    assert main(generate(prompt="the sea is", model=str(tmp_path))) == 2
+    assert "misses weights of LlamaForCausalLM: lm_head.weight" in one_line(capsys)
+
+
+def test_an_encoder_decoder_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "t5", "architectures": ["T5ForConditionalGeneration"]}))
+    assert main(generate(prompt="the sea is", model=str(tmp_path))) == 2
+    assert "holds a t5 model (T5ForConditionalGeneration)" in one_line(capsys)
+
+
+def test_an_unknown_kind_of_model_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "abacus"}))
+    assert main(generate(prompt="the sea is", model=str(tmp_path))) == 2
+    assert "abacus" in one_line(capsys)
+
+
+@pytest.mark.parametrize("command", ["generate", "view"])
+@pytest.mark.parametrize("content", [b"", b"PK\x03\x04 not that"])
+def test_a_file_that_is_not_gguf_is_one_line(
+    command: str, content: bytes, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(content)
+    argv = generate(prompt="hi", model=str(file)) if command == "generate" else ["view", "trace", "--model", str(file)]
+    assert main(argv) == 2
+    assert "model.gguf is not a GGUF file" in one_line(capsys)
+
+
+def test_a_damaged_gguf_file_is_one_line(tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cut = tmp_path / "cut.gguf"
+    with model_file.open("rb") as whole:
+        cut.write_bytes(whole.read(100_000))
+    assert main(generate(prompt="hi", model=str(cut))) == 2
+    assert f"cannot load a model from {cut}" in one_line(capsys)
+
+
+@pytest.mark.parametrize("missing", ["gguf", "accelerate"])
+def test_what_gguf_needs_is_named(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "model.gguf"
+    file.write_bytes(b"GGUF....")
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *rest: None if name == missing else find(name, *rest))
+    assert main(generate(prompt="hi", model=str(file))) == 2
+    assert f"reading a GGUF model needs {missing}; pip install 'kvsieve[demo]'" in one_line(capsys)
+
+
+def test_folders_without_a_model_say_what_they_hold(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(generate(prompt="hi", model=str(tmp_path))) == 2
+    assert "has neither a config.json nor a GGUF file" in one_line(capsys)
+    for name in ("a.gguf", "b.gguf"):
+        (tmp_path / name).write_bytes(b"GGUF")
+    assert main(generate(prompt="hi", model=str(tmp_path))) == 2
+    assert "has 2 GGUF files (a.gguf, b.gguf): give one of them" in one_line(capsys)
+
+
+@pytest.mark.model
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_gguf_file_is_the_model_that_it_holds(
+    folder: bool, tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.gguf"
+    file.symlink_to(model_file)
+    texts = []
+    for name in ("smollm2", str(tmp_path if folder else file)):
+        assert main(generate(prompt="The capital of France is", model=name)) == 0
+        texts.append(capsys.readouterr().out)
+    assert "Paris" in texts[0]
+    assert texts[0] == texts[1]
 
 
 def test_info_names_versions_and_every_backend(capsys: pytest.CaptureFixture[str]) -> None:
@@ -123,13 +241,13 @@ def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest
 def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need_model()
     pytest.importorskip("matplotlib")
-    argv = ["demo", "--quick", "--tokens", "1100", "--budget", "256", "--chunk", "256", "--out", str(tmp_path)]
+    argv = ["demo", "--quick", "--tokens", "1600", "--budget", "256", "--chunk", "256", "--out", str(tmp_path)]
     assert main(argv) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     reading = {row["memory"]: row for row in report["reading"]}
     shopping = {row["memory"]: row for row in report["shopping"]}
-    assert [row["tokens"] for row in reading.values()] == [1100] * 4
-    assert reading["full cache"]["resident"] == 1100
+    assert [(row["first"], row["stop"]) for row in reading.values()] == [(0, 1600)] * 4
+    assert reading["full cache"]["resident"] == 1600
     assert all(row["resident"] <= 256 for name, row in reading.items() if name != "full cache")
     assert reading["SirLLM"]["bytes_held"] < reading["full cache"]["bytes_held"] / 2
     assert all(0 < row["nll_compared"] < 8 for row in reading.values())
@@ -139,4 +257,7 @@ def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.
     assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
     assert "an item of the list" in (tmp_path / "tokens.html").read_text()
     out = capsys.readouterr().out
-    assert all(name in out for name in (*reading, "recall", "report.json"))
+    assert all(name in out for name in (*reading, "answered", "report.json"))
+    assert out.index("questions answered") < out.index("reading up to token")
+    assert " ".join(out.split()).endswith(report["verdict"])
+    assert "up to token 1,600 only, so nothing here shows" in report["verdict"]

@@ -20,7 +20,7 @@ import torch
 from kvsieve import _core
 from kvsieve.backends import HeadChoice, HeldBytes
 from kvsieve.backends.masses import of_chunk, of_items
-from kvsieve.backends.parts import PartPlan, columns
+from kvsieve.backends.parts import BAND, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, visibility
 from kvsieve.errors import BackendError
@@ -253,7 +253,12 @@ class CpuStore:
         if part.far or part.top_k or call.softcap is not None or k.shape[-1] != v.shape[-1]:
             if plan.visible is None:
                 plan.visible = visibility(part, q.device)
-            return naive_attend(q, k, v, plan.visible, call.scale, call.softcap, part.top_k)
+            # Many tokens may be pinned: so many queries at a time, or the logits of all of them would be held at once.
+            done = [
+                naive_attend(q[:, lo : lo + BAND], k, v, plan.visible[lo : lo + BAND], call.scale, call.softcap, part.top_k)
+                for lo in range(0, q.shape[1], BAND)
+            ]
+            return done[0] if len(done) == 1 else (torch.cat([o for o, _ in done], 1), torch.cat([lse for _, lse in done], 1))
         if part.near is None:
             return _dense(q, k, v, plan.num_old, call.scale)
         outs = [_flash(q[:, queries], k[:, keys], v[:, keys], call.scale, bias=bias) for queries, keys, bias in plan.band_list()]

@@ -23,6 +23,7 @@ from kvsieve.bench import DTYPES, Options, Shape
 from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, steady
 from kvsieve.bench.report import Report
 from kvsieve.errors import AccuracyError
+from kvsieve.model.support import cache_name
 from kvsieve.roles import Policy
 
 __all__ = ["BOUNDED", "BUDGET", "LAYERS", "SHAPE", "fill", "model", "past", "run", "stock_cache", "token"]
@@ -112,7 +113,7 @@ def stock_cache(config: Any, length: int, dtype: torch.dtype, computed: torch.dt
 def fill(stream: kvsieve.Stream, positions: list[int], seen: int, dtype: torch.dtype, computed: torch.dtype | None = None) -> None:
     """Puts ``len(positions)`` tokens of :func:`past`, converted to ``computed``, into a stream as if it had seen ``seen``."""
     engine = stream._engine
-    engine.planner.restore(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
+    engine.restore(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
     for index, (k, v) in enumerate(past(len(positions), dtype)):
         k, v = k.to(computed or dtype), v.to(computed or dtype)
         store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
@@ -122,7 +123,7 @@ def fill(stream: kvsieve.Stream, positions: list[int], seen: int, dtype: torch.d
 def token(made: Any, cache: Any) -> torch.Tensor:
     """One token's forward: logits ``[1, 1, V]``."""
     with torch.no_grad():
-        logits: torch.Tensor = made(torch.tensor([[7]]), past_key_values=cache).logits
+        logits: torch.Tensor = made(torch.tensor([[7]]), **{cache_name(made): cache}).logits
     return logits
 
 

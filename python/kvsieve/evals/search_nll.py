@@ -30,6 +30,7 @@ from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
+from kvsieve.model.support import cache_name
 from kvsieve.roles import Policy
 from kvsieve.view.live import plain_table
 
@@ -121,7 +122,7 @@ class Prompts:
         engine, count = stream._engine, self.count if count is None else count
         kept, rows = _residents(stream, count), next(iter(self.layers.values()))[0].shape[0]
         positions = torch.tensor(kept)
-        engine.planner.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows)
+        engine.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows)
         for layer in engine.facts.layers:
             k, v = (x[:, :, positions] for x in self.layers[layer.index])
             if engine.frame == "raw" and layer.rope is not None:
@@ -161,7 +162,7 @@ def read_prompts(model: Any, stream: kvsieve.Stream, ids: torch.Tensor, skip: in
     for start in range(skip, count, CHUNK):
         part = ids[:, start : start + CHUNK]
         judged = start + part.shape[1] > first
-        logits = model(part, past_key_values=stream.cache, logits_to_keep=0 if judged else 1).logits
+        logits = model(part, **{cache_name(model): stream.cache}, logits_to_keep=0 if judged else 1).logits
         if judged:
             before = logits[:, :-1] if last is None else torch.cat([last[:, None], logits[:, :-1]], 1)
             targets = part[:, 1:] if last is None else part
@@ -183,7 +184,7 @@ def continue_with(
     found, work = [], []
     for at in range(ids.shape[1]):
         found.append(_nll(last[:, None], ids[:, at : at + 1]))
-        last = model(ids[:, at : at + 1], past_key_values=stream.cache).logits[:, -1]
+        last = model(ids[:, at : at + 1], **{cache_name(model): stream.cache}).logits[:, -1]
         work.append(_work(stream))
     searched, read = np.mean(work, 0)
     return torch.cat(found, 1), (float(searched), float(read))

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve.evals.shopping_text import FILLERS, ITEMS
+from kvsieve.model.support import cache_name
 
 __all__ = [
     "Answer",
@@ -203,7 +204,7 @@ def _score(model: Any, tokenizer: Any, stream: Any, last: int, option: str) -> f
     """Mean log-probability of the option's tokens after the stream's past and the token `last`, in nats a token."""
     ids = torch.tensor(tokenizer(f" {option}", add_special_tokens=False)["input_ids"], device=model.device)
     with stream.fork() as scored, torch.no_grad():
-        logits = model(_row([last, *ids[:-1].tolist()], model), past_key_values=scored.cache).logits[0].float()
+        logits = model(_row([last, *ids[:-1].tolist()], model), **{cache_name(model): scored.cache}).logits[0].float()
     return float(logits.log_softmax(-1).gather(1, ids[:, None]).mean())
 
 

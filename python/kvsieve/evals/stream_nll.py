@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from kvsieve import backends
+from kvsieve.model.support import cache_name
 
 __all__ = ["Holding", "Progress", "Reading", "dynamic_cache_meter", "read", "stream_meter"]
 
@@ -46,12 +47,14 @@ class Progress:
 class Reading:
     """One text through one cache.
 
-    `nll[i]` is the mean over the positions `i * bucket` up to `(i + 1) * bucket` (the last bucket may be shorter),
-    in nats a token; the text's first token is not predicted. `steps` holds the progress after each chunk.
+    `nll[i]` is the mean over the positions `first + i * bucket` up to `first + (i + 1) * bucket` (the last bucket may be
+    shorter), in nats a token; the first token is not predicted. `steps` holds the progress after each chunk. `first` is where
+    in the text the reading began.
     """
 
     name: str
     bucket: int
+    first: int = 0
     nll: list[float] = field(default_factory=list)
     steps: list[Progress] = field(default_factory=list)
 
@@ -60,9 +63,15 @@ class Reading:
         """Time spent in forward passes, eviction and scoring."""
         return self.steps[-1].seconds if self.steps else 0.0
 
+    @property
+    def stop(self) -> int:
+        """The position in the text after the last token that was read."""
+        return self.first + (self.steps[-1].seen if self.steps else 0)
+
     def nll_between(self, start: int, stop: int) -> float:
-        """Mean nll of the whole buckets within positions `start` to `stop`, nan where there are none."""
-        inside = [x for i, x in enumerate(self.nll) if start <= i * self.bucket and (i + 1) * self.bucket <= stop]
+        """Mean nll of the whole buckets within positions `start` to `stop` of the text, nan where there are none."""
+        edges = (self.first + i * self.bucket for i in range(len(self.nll)))
+        inside = [x for x, edge in zip(self.nll, edges) if start <= edge and edge + self.bucket <= stop]
         return sum(inside) / len(inside) if inside else math.nan
 
 
@@ -111,7 +120,7 @@ def read(
         began = time.perf_counter()
         stop = min(start + chunk, num_tokens)
         with torch.no_grad():
-            logits = model(ids[:, start:stop], past_key_values=cache).logits[0]
+            logits = model(ids[:, start:stop], **{cache_name(model): cache}).logits[0]
             if carried is not None:
                 losses[start] = F.cross_entropy(carried, ids[0, start : start + 1])
             losses[start + 1 : stop] = _losses(logits[:-1], ids[0, start + 1 : stop])

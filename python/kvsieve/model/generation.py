@@ -16,53 +16,18 @@ import torch
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Settings", "StreamerProxy", "Watch", "cache_argument", "driven_by_generate", "stopping_list"]
+__all__ = ["Settings", "StreamerProxy", "Watch", "driven_by_generate", "stopping_list"]
 
 _STATELESS = frozenset(
-    [
-        "max_new_tokens",
-        "min_new_tokens",
-        "do_sample",
-        "temperature",
-        "top_k",
-        "top_p",
-        "min_p",
-        "top_h",
-        "typical_p",
-        "epsilon_cutoff",
-        "eta_cutoff",
-        "eos_token_id",
-        "pad_token_id",
-        "bos_token_id",
-        "use_cache",
-        "return_dict_in_generate",
-        "output_scores",
-        "output_logits",
-        "output_hidden_states",
-        "renormalize_logits",
-        "remove_invalid_values",
-        "suppress_tokens",
-        "transformers_version",
-        "disable_compile",
-        "compile_config",
-        "num_beams",
-        "num_return_sequences",
-        "prompt_lookup_num_tokens",
-        "max_matching_ngram_size",
-        "num_assistant_tokens",
-        "num_assistant_tokens_schedule",
-        "assistant_confidence_threshold",
-        "assistant_early_exit",
-        "assistant_lookbehind",
-        "target_lookbehind",
-        "is_assistant",
-        "early_stopping",
-        "length_penalty",
-        "max_time",
-        "low_memory",
-        "output_attentions",
-        "trust_remote_code",
-    ]
+    (
+        *("max_new_tokens", "min_new_tokens", "max_time", "eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens"),
+        *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
+        *("renormalize_logits", "remove_invalid_values", "num_beams", "num_return_sequences", "early_stopping", "length_penalty"),
+        *("use_cache", "low_memory", "disable_compile", "compile_config", "transformers_version", "trust_remote_code"),
+        *("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states", "output_attentions"),
+        *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule"),
+        *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "is_assistant"),
+    )
 )
 """Settings that do not look at the tokens of the conversation, nor count from its beginning."""
 
@@ -82,17 +47,7 @@ _NEUTRAL: dict[str, Any] = {
 _ARGUMENTS = ("logits_processor", "stopping_criteria", "prefix_allowed_tokens_fn", "negative_prompt_ids", "custom_generate")
 """Arguments of `generate` that may look at the tokens of the conversation."""
 
-
-def cache_argument(model: PreTrainedModel) -> str:
-    """The name under which this release passes a cache: ``past_key_values``, from 5.24 on ``cache``."""
-    named = inspect.signature(type(model).prepare_inputs_for_generation).parameters
-    return "cache" if "cache" in named or _generic("cache") else "past_key_values"
-
-
-def _generic(name: str) -> bool:
-    from transformers import GenerationMixin
-
-    return name in inspect.signature(GenerationMixin.prepare_inputs_for_generation).parameters
+_OTHER_ARGUMENTS = ("streamer", "tokenizer", "assistant_tokenizer", "generation_config", "assistant_model", "synced_gpus")
 
 
 def driven_by_generate(model: torch.nn.Module) -> bool:

@@ -344,14 +344,17 @@ def _check_axes(engine: Engine, positions: Any) -> None:
     Raises:
         UnsupportedError: for an image under a policy that moves tokens.
     """
-    if not isinstance(positions, torch.Tensor) or positions.ndim != 3 or not (engine.policy.moves or engine.frame == "raw"):
+    if not isinstance(positions, torch.Tensor) or positions.ndim != 3:
         return
     axes = positions[-3:]
-    if bool((axes != axes[:1]).any()):
+    if not bool((axes != axes[:1]).any()):
+        return
+    if engine.policy.moves or engine.frame == "raw":
         raise UnsupportedError(
             f"the positions of an image have three axes, and {engine.policy!r} moves tokens along one; "
             "use a policy that leaves tokens where they are, such as kvsieve.Full() or kvsieve.SnapKV(...), or pass text only"
         )
+    engine.axes = True
 
 
 def _tensor(output: Any, name: str) -> torch.Tensor:

@@ -99,6 +99,8 @@ class Probe:
 
     def forward(self, lo: int, hi: int, cache: Any = None) -> torch.Tensor:
         """Logits ``[hi - lo, V]`` of the tokens ``lo .. hi``."""
+        if cache is None and lo:
+            return self.forward(0, hi)[lo:]
         ids = torch.arange(lo, hi, device=self.device)[None]
         # Positions are passed, so that no model works them out and remembers them.
         extra: dict[str, Any] = {"position_ids": ids.clone()} if self._takes_positions else {}
@@ -112,10 +114,12 @@ class Probe:
             return torch.cat([self.forward(lo, hi, cache) for lo, hi in PIECES]), watch
 
     def stock_cache(self) -> Any:
-        """An empty cache of transformers' own."""
+        """An empty cache of transformers' own; None where it would be wrong."""
         from transformers import DynamicCache
 
-        return DynamicCache(config=self.config)
+        # That cache never forgets under a window of one token; without a cache nothing need be forgotten.
+        narrow = any(kwargs.get("sliding_window") == 1 for kwargs in layer_types(self.config)[1])
+        return None if narrow else DynamicCache(config=self.config)
 
     def run_stock(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The stock model's answer, and of its first piece hidden states and logits."""
@@ -136,7 +140,7 @@ class Probe:
             self.forward(*PIECES[0])
         modules: dict[Any, torch.nn.Module] = {getattr(m, "layer_idx", None): m for m in watch.seen}
         full = [i for i, t in enumerate(types) if t == "full_attention"]
-        missing = [i for i in full if i not in modules]
+        missing = [i for i in range(len(types)) if i not in modules]
         if missing:
             raise UnsupportedModelError(
                 f"{self.name}: layers {missing} do not dispatch their attention through transformers' AttentionInterface, "

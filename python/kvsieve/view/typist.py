@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any, TextIO
 
-__all__ = ["print_while_generating"]
+__all__ = ["held", "print_while_generating"]
 
 
 def print_while_generating(stream: Any, tokenizer: Any, ids: Any, *, out: TextIO | None = None, **kwargs: Any) -> str:
@@ -24,3 +24,12 @@ def print_while_generating(stream: Any, tokenizer: Any, ids: Any, *, out: TextIO
     streamer = Typist(tokenizer, skip_prompt=True, skip_special_tokens=True)
     generated = stream.generate(ids, streamer=streamer, **{"do_sample": False, **kwargs})
     return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def held(stats: Any) -> str:
+    """What a stream holds, in MiB, beside what a full cache of the same tokens would: from `stream.stats()`.
+
+    The allocator takes memory a block of 64 tokens at a time, in every layer, so a short text holds more than its own tokens.
+    """
+    full = f"{stats.bytes_full / 2**20:.1f} MiB the tokens of a full cache"
+    return f"{stats.bytes_held / 2**20:.1f} MiB held, in blocks of 64 tokens; {full}"

@@ -9,6 +9,14 @@ pub enum Error {
     OutOfRange { what: &'static str, expected: &'static str, got: String },
     #[error("the cache holds {have} rows, the input has {got}; use a fresh stream or select rows first")]
     RowMismatch { have: usize, got: usize },
+    #[error(
+        "row {row}: a budget of {budget} tokens cannot hold {sinks} sinks, {pinned} pinned and {recent} recent tokens and one more; pin \
+         fewer, or give it at least {}",
+        sinks.saturating_add(*pinned).saturating_add(*recent).saturating_add(1)
+    )]
+    PinsTooMany { row: usize, budget: u64, sinks: u64, recent: u64, pinned: u64 },
+    #[error("row {row}: {what} of the tokens to pin are no longer held; pin tokens before they are evicted")]
+    PinsGone { row: usize, what: String },
     #[error("cannot crop {asked} tokens: row {row} has seen only {seen}")]
     CropTooLong { row: usize, asked: u64, seen: u64 },
     #[error("{what}: no step is open")]

@@ -1,7 +1,7 @@
 //! kvsieve's core: positions, blocks, budgets, plans and kernels. No Python in here, and no tensor library.
 //!
 //! # Map
-//! * [`ids`], [`error`], [`budget`]: newtypes, the one error enum, counts (never ratios).
+//! * [`ids`], [`error`], [`budget`], [`pins`]: newtypes, the one error enum, counts (never ratios), positions that stay.
 //! * [`fork`]: locks that a forked process finds open, and what they guard whole.
 //! * [`store`]: block pool and tables: which token sits where.
 //! * [`retain`], [`place`], [`select`]: which residents stay; at which distance a query sees them; which of them it reads.
@@ -12,13 +12,14 @@
 //!
 //! # Glossary
 //! *position*: number of a token in its sequence. *slot*: place of a token in a block. *resident*: a token whose key and value are
-//! held. *seen*: a token that was ever fed. *sink*: one of the first tokens, never evicted. *lse*: log-sum-exp of the logits.
+//! held. *seen*: a token that was ever fed. *sink*: one of the first tokens, never evicted. *pinned*: a token that the caller said is
+//! never evicted. *lse*: log-sum-exp of the logits.
 //!
 //! # Invariants (each has a test of the same name)
 //! 1. `block_is_free_or_owned`: a block is free, or owned with a reference count of at least one; never both.
 //! 2. `positions_strictly_increase`: resident positions of a sequence strictly increase and are below `seen`.
 //! 3. `evicted_never_returns`: `seen` only grows, except by `crop`; an evicted position never comes back.
-//! 4. `budget_holds_after_retain`: after retain ran, residents <= budget; sinks and recent are in every keep.
+//! 4. `budget_holds_after_retain`: after retain ran, residents <= budget; sinks, recent and pinned tokens are in every keep.
 //! 5. `slot_is_written_once`: a slot is written once by append; after that it is only moved, or packed whole.
 
 pub mod budget;
@@ -26,6 +27,7 @@ pub mod error;
 pub mod fork;
 pub mod ids;
 pub mod kernels;
+pub mod pins;
 pub mod place;
 pub mod plan;
 pub mod planner;

@@ -48,6 +48,9 @@ pub enum Placing {
     Fixed(i64),
 }
 
+/// The true position of a key that lies among those of a part and that none of its queries sees.
+pub const NOWHERE: i64 = 1 << 60;
+
 /// One memory's share of what one row's new queries read.
 ///
 /// Keys are the residents of `runs`, in text order, then the row's new tokens `new_lo..new_hi` (counted among its valid new tokens).
@@ -59,6 +62,7 @@ pub struct Part {
     pub runs: Vec<Run>,
     pub new_lo: usize,
     pub new_hi: usize,
+    /// Ascending, but for keys that are [`NOWHERE`] and those of memories read by selection.
     pub key_true: Vec<i64>,
     pub key_positions: Vec<i64>,
     pub query_true: Vec<i64>,

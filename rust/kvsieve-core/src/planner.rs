@@ -4,6 +4,7 @@
 //! [`Planner::rollback`], or simply the next `begin`, undoes it: a forward that died leaves nothing behind.
 
 mod check;
+mod pin;
 mod queries;
 mod render;
 mod row;
@@ -17,7 +18,8 @@ use crate::place::Rule;
 use crate::plan::{Frame, Move};
 use crate::retain::Decision;
 use crate::store::pool::Pool;
-use crate::store::table::{Edit, Table};
+use crate::store::table::Edit;
+pub use pin::Early;
 use row::Row;
 pub use sieve::Sieve;
 pub use spec::MemorySpec;
@@ -41,6 +43,8 @@ pub struct Planner {
     rows: Vec<Row>,
     columns: u64,
     open: Option<Open>,
+    /// What was pinned before there were rows.
+    early: Vec<Early>,
 }
 
 /// A pool is consistent between any two of its calls, so a panic elsewhere does not spoil it.
@@ -53,7 +57,7 @@ impl Planner {
         spec::check_chain(&memories, frame)?;
         let rules = memories.iter().map(MemorySpec::rule).collect();
         let pool = Arc::new(Mutex::new(Pool::new()));
-        Ok(Self { memories, rules, frame, pool, rows: Vec::new(), columns: 0, open: None })
+        Ok(Self { memories, rules, frame, pool, rows: Vec::new(), columns: 0, open: None, early: Vec::new() })
     }
 
     /// Lets every memory of every row retain, and returns the moves to run, in order, before anything else.
@@ -94,7 +98,8 @@ impl Planner {
     /// Keeps only the residents `keep` of one memory of one row; the rest goes down the chain.
     pub fn keep(&mut self, memory: usize, row: usize, keep: &[usize]) -> Result<Vec<Move>> {
         self.check_closed("keep")?;
-        check::keep(&self.memories, memory, self.table(memory, row)?.len(), keep)?;
+        let table = self.table(memory, row)?;
+        check::keep(&self.memories, memory, table, &self.rows[row].pins, keep)?;
         let Self { rows, memories, pool, .. } = self;
         edit(pool, |edit| {
             rows[row].apply(memory, Decision::Keep(keep.to_vec()), edit);
@@ -227,6 +232,7 @@ impl Planner {
             rows: self.rows.iter().map(|row| row.share(&mut pool)).collect(),
             columns: self.columns,
             open: None,
+            early: self.early.clone(),
         })
     }
 
@@ -237,6 +243,7 @@ impl Planner {
         let mut pool = lock(&pool);
         self.rows.drain(..).for_each(|row| row.release(&mut pool));
         self.columns = 0;
+        self.early.clear();
         pool.mark_reach();
     }
 
@@ -250,7 +257,7 @@ impl Planner {
         let Self { rows: own, pool, .. } = self;
         edit(pool, |edit| {
             for row in rows {
-                let mut state = Row { seen: row.seen, tables: vec![Table::default(); row.memories.len()] };
+                let mut state = Row { seen: row.seen, ..Row::new(row.memories.len()) };
                 for (table, (positions, scores)) in state.tables.iter_mut().zip(&row.memories) {
                     table.load(positions, scores, edit);
                 }

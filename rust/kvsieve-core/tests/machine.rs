@@ -3,11 +3,14 @@
 mod common;
 
 use common::{Store, Token, chains, planner, slots};
+use kvsieve_core::Error;
+use kvsieve_core::budget::Budget;
 use kvsieve_core::ids::{BLOCK, BlockId, PACKED};
 use kvsieve_core::planner::{MemorySpec, Planner};
 use kvsieve_core::retain::{Retain, naive};
 use proptest::prelude::*;
-use std::collections::{HashMap, HashSet};
+use std::collections::{BTreeSet, HashMap, HashSet};
+use std::ops::Range;
 
 #[derive(Clone, Copy, Debug)]
 struct Tok {
@@ -23,6 +26,7 @@ struct ListRow {
     memories: Vec<Vec<Tok>>,
     /// Positions that no memory holds any more, though they were seen.
     gone: HashSet<u64>,
+    pins: BTreeSet<u64>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -47,16 +51,58 @@ struct World {
 
 #[derive(Clone, Debug)]
 enum Op {
-    Append { lens: [usize; 3], pads: usize, store_all: bool, scored: bool },
-    Die { lens: [usize; 3], explicit: bool },
-    Settle { force: bool },
+    Append {
+        lens: [usize; 3],
+        pads: usize,
+        store_all: bool,
+        scored: bool,
+    },
+    Die {
+        lens: [usize; 3],
+        explicit: bool,
+    },
+    Settle {
+        force: bool,
+    },
     Tidy,
-    Pack { row: usize, share: u64, align: u32 },
-    Keep { memory: usize, row: usize, mask: u64 },
-    Crop { n: u64 },
-    CropRows { n: [u64; 3] },
-    Select { index: Vec<usize> },
-    Decay { factor: f32 },
+    Pack {
+        row: usize,
+        share: u64,
+        align: u32,
+    },
+    Keep {
+        memory: usize,
+        row: usize,
+        mask: u64,
+    },
+    Crop {
+        n: u64,
+    },
+    CropRows {
+        n: [u64; 3],
+    },
+    Select {
+        index: Vec<usize>,
+    },
+    Decay {
+        factor: f32,
+    },
+    /// The ends count from the tokens that the row has seen.
+    Pin {
+        row: usize,
+        back: u64,
+        len: u64,
+    },
+    Unpin {
+        row: usize,
+        back: u64,
+        len: u64,
+    },
+    Evict {
+        row: usize,
+        back: u64,
+        len: u64,
+    },
     Fork,
     Leave,
     Reset,
@@ -77,6 +123,10 @@ fn op() -> impl Strategy<Value = (usize, Op)> {
         1 => prop::array::uniform3(0u64..70).prop_map(|n| Op::CropRows { n }),
         3 => prop::collection::vec(0usize..3, 1..4).prop_map(|index| Op::Select { index }),
         1 => (0.25f32..1.0).prop_map(|factor| Op::Decay { factor }),
+        4 => (0usize..3, 0u64..40, 1u64..14).prop_map(|(row, back, len)| Op::Pin { row, back, len }),
+        2 => (0usize..3, 0u64..200, 1u64..6).prop_map(|(row, back, len)| Op::Pin { row, back, len }),
+        1 => (0usize..3, 0u64..90, 1u64..40).prop_map(|(row, back, len)| Op::Unpin { row, back, len }),
+        4 => (0usize..3, 0u64..150, 1u64..60).prop_map(|(row, back, len)| Op::Evict { row, back, len }),
         2 => Just(Op::Fork),
         1 => Just(Op::Leave),
         1 => Just(Op::Reset),
@@ -88,15 +138,36 @@ fn same(a: &[f32], b: impl Iterator<Item = f32>) -> bool {
     a.iter().map(|s| s.to_bits()).eq(b.map(f32::to_bits))
 }
 
-/// The list a memory should keep, or none when nothing is due.
-fn due(retain: &Retain, list: &[Tok], step: u64, force: bool) -> Option<Vec<usize>> {
+/// Sinks of the first memory are its first positions, those of a later one its first residents.
+fn num_sinks(list: &[Tok], m: usize, sinks: usize) -> usize {
+    if m > 0 { sinks } else { list.iter().filter(|t| t.position < sinks as u64).count() }
+}
+
+/// How many places `pins` take from a window or from high scores.
+fn taken(pins: &BTreeSet<u64>, sinks: usize) -> usize {
+    pins.range(sinks as u64..).count()
+}
+
+/// The list that memory `m` should keep, or none when nothing is due.
+fn due(retain: &Retain, row: &ListRow, m: usize, step: u64, force: bool) -> Option<Vec<usize>> {
+    let list = &row.memories[m];
     let n = list.len();
+    let none = BTreeSet::new();
+    let pins = if m == 0 { &row.pins } else { &none };
+    let pinned: Vec<usize> = (0..n).filter(|&i| pins.contains(&list[i].position)).collect();
     match *retain {
         Retain::All | Retain::Manual { .. } => None,
+        Retain::Window { sinks, window } if m == 0 => {
+            let edge = row.seen.saturating_sub((window - taken(pins, sinks)) as u64);
+            let stays = |t: &Tok| t.position < sinks as u64 || pins.contains(&t.position) || t.position >= edge;
+            let keep: Vec<usize> = (0..n).filter(|&i| stays(&list[i])).collect();
+            (keep.len() < n).then_some(keep)
+        }
         Retain::Window { sinks, window } => {
             (n > sinks + window).then(|| (0..n).filter(|&i| i < sinks || i >= n - window).collect())
         }
         Retain::Surprisal { budget, published } => {
+            let budget = Budget { sinks: num_sinks(list, m, budget.sinks), ..budget };
             if n <= budget.total || (!force && n < budget.total + BLOCK as usize) {
                 return None;
             }
@@ -104,8 +175,8 @@ fn due(retain: &Retain, list: &[Tok], step: u64, force: bool) -> Option<Vec<usiz
             let pending = list.iter().rev().take_while(|t| t.step == step && t.score.is_nan()).count();
             let slots = budget.total - budget.sinks - budget.recent;
             Some(match published {
-                true => naive::keep_published(&scores, budget.sinks, slots, budget.recent, 0),
-                false => naive::keep(&scores, budget, pending),
+                true => naive::keep_published(&scores, budget.sinks, slots, budget.recent, 0, &pinned),
+                false => naive::keep(&scores, budget, pending, &pinned),
             })
         }
     }
@@ -130,7 +201,7 @@ impl ListRow {
 
     fn settle(&mut self, specs: &[MemorySpec], first: usize, step: u64, force: bool) {
         for (m, spec) in specs.iter().enumerate().skip(first) {
-            if let Some(keep) = due(&spec.retain, &self.memories[m], step, force) {
+            if let Some(keep) = due(&spec.retain, self, m, step, force) {
                 self.apply(m, &keep);
             }
         }
@@ -141,6 +212,38 @@ impl ListRow {
         let seen = self.seen;
         self.memories.iter_mut().for_each(|m| m.retain(|t| t.position < seen));
         self.gone.retain(|&p| p < seen);
+        self.pins.retain(|&p| p < seen);
+    }
+
+    /// What of `range` was seen and is held by none.
+    fn missing(&self, range: &Range<u64>) -> usize {
+        let held = |p: &u64| self.memories.iter().flatten().any(|t| t.position == *p);
+        (range.start..range.end.min(self.seen)).filter(|p| !held(p)).count()
+    }
+
+    fn fits(&self, specs: &[MemorySpec], range: &Range<u64>) -> bool {
+        let Some(budget) = specs[0].retain.budget() else { return true };
+        let pins: BTreeSet<u64> = self.pins.iter().copied().chain(range.clone()).collect();
+        let pinned = taken(&pins, budget.sinks);
+        pinned == 0 || budget.sinks + pinned + budget.recent < budget.total
+    }
+
+    fn pin(&mut self, range: &Range<u64>) {
+        self.pins.extend(range.clone());
+        let (first, later) = self.memories.split_at_mut(1);
+        for list in later {
+            first[0].extend(list.iter().filter(|t| range.contains(&t.position)).map(|t| Tok { step: 0, ..*t }));
+            list.retain(|t| !range.contains(&t.position));
+        }
+        first[0].sort_by_key(|t| t.position);
+    }
+
+    fn evict(&mut self, range: &Range<u64>) {
+        self.pins.retain(|p| !range.contains(p));
+        for list in &mut self.memories {
+            self.gone.extend(list.iter().map(|t| t.position).filter(|p| range.contains(p)));
+            list.retain(|t| !range.contains(&t.position));
+        }
     }
 }
 
@@ -222,7 +325,8 @@ impl World {
                 let position = row.seen + new as u64;
                 let stored = match self.specs[0].retain {
                     Retain::Window { sinks, window } if !store_all && self.specs.len() == 1 => {
-                        position < sinks as u64 || position + window as u64 >= end
+                        let window = (window - taken(&row.pins, sinks)) as u64;
+                        position < sinks as u64 || row.pins.contains(&position) || position + window >= end
                     }
                     _ => true,
                 };
@@ -293,9 +397,18 @@ impl World {
             }
             Op::Keep { memory, row, mask } if *memory < self.specs.len() && *row < rows => {
                 let n = lists.rows[*row].memories[*memory].len();
+                let list = &lists.rows[*row].memories[*memory];
+                let pins = if *memory == 0 { lists.rows[*row].pins.clone() } else { BTreeSet::new() };
+                let pinned = |i: &usize| pins.contains(&list[*i].position);
                 let mut keep: Vec<usize> = (0..n).filter(|&i| mask >> (i * i % 61) & 1 == 1).collect();
+                if (0..n).any(|i| pinned(&i) && !keep.contains(&i)) {
+                    let refused = planner.keep(*memory, *row, &keep);
+                    assert!(matches!(refused, Err(Error::OutOfRange { what: "keep", .. })), "{refused:?}");
+                    keep = (0..n).filter(|i| pinned(i) || keep.contains(i)).collect();
+                }
                 if let Retain::Manual { budget } = self.specs[*memory].retain {
-                    let edge = |i: &usize| *i < budget.sinks || *i + budget.recent >= n;
+                    let sinks = num_sinks(list, *memory, budget.sinks);
+                    let edge = |i: &usize| *i < sinks || *i + budget.recent >= n || pinned(i);
                     let room = budget.total - (0..n).filter(edge).count();
                     let middle: Vec<usize> = keep.into_iter().filter(|i| !edge(i)).take(room).collect();
                     keep = (0..n).filter(|i| edge(i) || middle.contains(i)).collect();
@@ -333,7 +446,49 @@ impl World {
                 let all = lists.rows.iter_mut().flat_map(|r| &mut r.memories).flatten();
                 all.for_each(|t| t.score *= factor);
             }
+            Op::Pin { row, back, len } if *row < rows => {
+                let range = span(lists.rows[*row].seen, *back, *len);
+                let list = &mut lists.rows[*row];
+                let (fits, missing) = (list.fits(&self.specs, &range), list.missing(&range));
+                match planner.pin(Some(&[*row]), &range, false) {
+                    Ok(moves) => {
+                        assert!(fits && missing == 0);
+                        self.store.run(&moves);
+                        list.pin(&range);
+                    }
+                    Err(Error::PinsTooMany { .. }) => assert!(!fits),
+                    Err(Error::PinsGone { what, .. }) => {
+                        assert!(missing > 0 && what.starts_with(&format!("{missing} (")), "{what}");
+                    }
+                    Err(other) => panic!("{other}"),
+                }
+            }
+            Op::Unpin { row, back, len } if *row < rows => {
+                let range = span(lists.rows[*row].seen, *back, *len);
+                planner.unpin(Some(&[*row]), &range).unwrap();
+                lists.rows[*row].pins.retain(|p| !range.contains(p));
+            }
+            Op::Evict { row, back, len } if *row < rows => {
+                let range = span(lists.rows[*row].seen, *back, *len);
+                let moves = planner.evict(Some(&[*row]), &range).unwrap();
+                assert!(moves.iter().all(|m| exists(planner, m.to) && m.to.is_packed() == m.from.is_packed()));
+                self.store.run(&moves);
+                lists.rows[*row].evict(&range);
+                assert!(planner.evict(Some(&[*row]), &range).unwrap().is_empty(), "evicting twice does nothing");
+            }
             _ => {}
+        }
+    }
+
+    /// Whatever happened since: what is pinned and was seen is held by the first memory.
+    fn check_pins(&self) {
+        for Stream { planner, lists } in &self.streams {
+            for (r, row) in lists.rows.iter().enumerate() {
+                let pins: Vec<u64> = planner.pins(r).unwrap().ranges().iter().cloned().flatten().collect();
+                assert!(pins.iter().eq(&row.pins));
+                let held = planner.positions(0, r).unwrap();
+                assert!(pins.iter().filter(|&&p| p < row.seen).all(|p| held.contains(p)));
+            }
         }
     }
 
@@ -427,6 +582,12 @@ impl World {
     }
 }
 
+/// `len` positions from `back` before `seen` on; less than `back` ahead of it where that many were not seen.
+fn span(seen: u64, back: u64, len: u64) -> Range<u64> {
+    let start = back.abs_diff(seen);
+    start..start + len
+}
+
 fn exists(planner: &Planner, block: BlockId) -> bool {
     match block.is_packed() {
         true => block.0 - PACKED < planner.num_packed_blocks(),
@@ -487,6 +648,11 @@ proptest! {
     #[test]
     fn budget_holds_after_retain((chain, ops) in history()) {
         play(chain, &ops, World::check_budgets);
+    }
+
+    #[test]
+    fn pinned_tokens_stay((chain, ops) in history()) {
+        play(chain, &ops, |world, _| world.check_pins());
     }
 
     // Every append checks its slots against all slots in use; reading back shows that nothing else wrote to them.

@@ -4,10 +4,11 @@ mod common;
 
 use common::{chains, memory, planner, slots, window};
 use kvsieve_core::place::{Place, Rule, naive};
-use kvsieve_core::plan::{Frame, Part, Placing, Step};
+use kvsieve_core::plan::{Frame, NOWHERE, Part, Placing, Step};
 use kvsieve_core::planner::{MemorySpec, Planner};
 use proptest::prelude::*;
 use std::collections::HashMap;
+use std::ops::Range;
 
 type Read = Vec<(usize, u64, i64)>;
 type Held = HashMap<(u32, u32), (usize, u64)>;
@@ -30,10 +31,12 @@ fn residents(planner: &Planner) -> Vec<Vec<Vec<u64>>> {
     (0..planner.num_rows()).map(row).collect()
 }
 
-fn expected(rules: &[Rule], residents: &[Vec<u64>], first_new: u64, i: usize) -> Read {
+type Pins = Vec<Range<u64>>;
+
+fn expected(rules: &[Rule], pins: &Pins, residents: &[Vec<u64>], first_new: u64, i: usize) -> Read {
     let mut residents = residents.to_vec();
     residents[0].extend(first_new..=first_new + i as u64);
-    let mut out = naive::distances(rules, &residents, first_new + i as u64);
+    let mut out = naive::distances(rules, pins, &residents, first_new + i as u64);
     out.sort_unstable();
     out
 }
@@ -43,11 +46,14 @@ fn is_middle(rules: &[Rule], m: usize) -> bool {
     m > 0 && rules[m].top_k > 0 && matches!(rules[m].place, Place::Fixed { .. })
 }
 
-fn offered(rules: &[Rule], residents: &[Vec<u64>], first_new: u64, i: usize) -> Read {
+fn offered(rules: &[Rule], pins: &Pins, residents: &[Vec<u64>], first_new: u64, i: usize) -> Read {
     let mut near = residents[0].clone();
     near.extend(first_new..=first_new + i as u64);
     let query = first_new + i as u64;
-    let hidden = |p: &u64| *p >= rules[0].sinks && rules[0].visible.is_some_and(|v| query - p >= v);
+    let pinned = |p: &u64| pins.iter().any(|r| r.contains(p));
+    let taken = pins.iter().cloned().flatten().filter(|&p| p >= rules[0].sinks).count() as u64;
+    let far = |p: &u64| rules[0].visible.is_some_and(|v| query - p >= v.saturating_sub(taken).max(1));
+    let hidden = |p: &u64| *p >= rules[0].sinks && !pinned(p) && far(p);
     let hidden: Vec<u64> = near.into_iter().filter(hidden).collect();
     let mut out = Read::new();
     for (m, rule) in rules.iter().enumerate().filter(|(m, _)| is_middle(rules, *m)) {
@@ -81,7 +87,10 @@ fn check_shape(part: &Part, held: &Held, first_new: u64) {
     let new = (part.new_lo..part.new_hi).map(|i| (part.memory, first_new + i as u64));
     let (memories, positions): (Vec<_>, Vec<_>) = stored.chain(new).unzip();
     assert!(memories.iter().all(|&m| m == part.memory || (m == 0 && part.top_k > 0)));
-    assert_eq!(positions, part.key_true.iter().map(|&p| p as u64).collect::<Vec<_>>());
+    assert_eq!(positions.len(), part.key_true.len());
+    let named = positions.iter().zip(&part.key_true).filter(|&(_, &key)| key != NOWHERE);
+    assert!(named.clone().all(|(&p, &key)| p as i64 == key));
+    assert!(part.top_k > 0 || named.count() == positions.len());
     assert_eq!(part.key_positions.len(), part.key_true.len());
     assert_eq!(part.query_positions.len(), part.query_true.len());
 }
@@ -108,6 +117,8 @@ fn by_parts(parts: &[&Part], i: usize) -> Read {
 fn step(planner: &mut Planner, rules: &[Rule], lens: &[usize], pads: usize, store_all: bool) {
     let fresh = planner.num_rows() == 0;
     let before = if fresh { vec![vec![Vec::new(); rules.len()]; lens.len()] } else { residents(planner) };
+    let pins = |row| if fresh { Pins::new() } else { planner.pins(row).unwrap().ranges().to_vec() };
+    let pins: Vec<Pins> = (0..lens.len()).map(pins).collect();
     let held_before: Vec<_> = (0..planner.num_rows()).map(|r| held(planner, r)).collect();
     let num_queries = lens.iter().max().unwrap() + pads;
     let step = planner.begin(lens, num_queries, store_all, true).unwrap();
@@ -119,10 +130,10 @@ fn step(planner: &mut Planner, rules: &[Rule], lens: &[usize], pads: usize, stor
         assert!(len > 0 || parts.is_empty());
         let held_now = held(planner, row);
         for i in 0..len {
-            let mut want = expected(rules, &before[row], first, i);
+            let mut want = expected(rules, &pins[row], &before[row], first, i);
             let (mut read, mut all) = (by_parts(&parts, i), want.clone());
             if i + 1 == len {
-                all.extend(offered(rules, &before[row], first, i));
+                all.extend(offered(rules, &pins[row], &before[row], first, i));
                 all.sort_unstable();
             } else {
                 read.retain(|(m, _, _)| !is_middle(rules, *m));
@@ -156,14 +167,30 @@ fn score_and_settle(planner: &mut Planner, lens: &[usize], seed: u64) {
     planner.settle(!seed.is_multiple_of(3)).unwrap();
 }
 
+/// Pins, unpins or evicts some tokens of a row. What cannot be pinned is refused and changes nothing.
+fn change(planner: &mut Planner, row: usize, kind: u8, back: u64, len: u64) {
+    let seen = planner.seen(row).unwrap();
+    let range = match kind {
+        0 => seen + back..seen + back + len,
+        1 => 0..len,
+        _ => seen.saturating_sub(back)..seen.saturating_sub(back) + len,
+    };
+    match kind {
+        0..3 => drop(planner.pin(Some(&[row]), &range, false)),
+        3 => planner.unpin(Some(&[row]), &range).unwrap(),
+        _ => drop(planner.evict(Some(&[row]), &range).unwrap()),
+    }
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(1000))]
 
     #[test]
     fn spans_and_parts_agree_with_the_definition(
         chain in 0usize..12,
         chunks in prop::collection::vec((prop::collection::vec(0usize..20, 2), 0usize..3, any::<bool>()), 1..14),
         prompt in 1usize..150,
+        changes in prop::collection::vec((0usize..14, 0usize..2, 0u8..5, 0u64..60, 1u64..9), 0..8),
     ) {
         let chain = chains().swap_remove(chain);
         let rules: Vec<_> = chain.1.iter().map(MemorySpec::rule).collect();
@@ -171,6 +198,9 @@ proptest! {
         step(&mut planner, &rules, &[prompt, prompt / 2], 1, false);
         score_and_settle(&mut planner, &[prompt, prompt / 2], 1);
         for (seed, (lens, pads, store_all)) in (0..).zip(chunks) {
+            for &(_, row, kind, back, len) in changes.iter().filter(|change| change.0 == seed as usize) {
+                change(&mut planner, row, kind, back, len);
+            }
             step(&mut planner, &rules, &lens, pads, store_all);
             score_and_settle(&mut planner, &lens, seed);
         }

@@ -4,6 +4,7 @@ use kvsieve_core::Error;
 use kvsieve_core::budget::Budget;
 use kvsieve_core::retain::{keep_window, naive, surprisal};
 use proptest::prelude::*;
+use std::ops::Range;
 
 const E: [f32; 10] = [9., 1., 2., 0.5, 3., 0.1, 4., 0.2, 5., 0.3];
 
@@ -13,15 +14,15 @@ fn budget(total: usize, sinks: usize, recent: usize) -> Budget {
 
 #[test]
 fn published_rule_lets_sinks_compete() {
-    assert_eq!(surprisal::keep_published(&E, 2, 6, 0, 2), Ok(vec![0, 1, 4, 6, 8, 9]));
-    assert_eq!(surprisal::keep_published(&E, 2, 4, 2, 2), Ok(vec![0, 1, 6, 7, 8, 9]));
-    assert_eq!(surprisal::keep(&E, budget(6, 2, 0), 0), Ok(vec![0, 1, 2, 4, 6, 8]));
+    assert_eq!(surprisal::keep_published(&E, 2, 6, 0, 2, &[]), Ok(vec![0, 1, 4, 6, 8, 9]));
+    assert_eq!(surprisal::keep_published(&E, 2, 4, 2, 2, &[]), Ok(vec![0, 1, 6, 7, 8, 9]));
+    assert_eq!(surprisal::keep(&E, budget(6, 2, 0), 0, &[]), Ok(vec![0, 1, 2, 4, 6, 8]));
 }
 
 #[test]
 fn published_rule_needs_room_for_its_sinks() {
-    assert!(matches!(surprisal::keep_published(&E, 2, 4, 0, 5), Err(Error::OutOfRange { .. })));
-    assert_eq!(surprisal::keep_published(&E, 2, 4, 0, 4), Ok(vec![0, 1]));
+    assert!(matches!(surprisal::keep_published(&E, 2, 4, 0, 5, &[]), Err(Error::OutOfRange { .. })));
+    assert_eq!(surprisal::keep_published(&E, 2, 4, 0, 4, &[]), Ok(vec![0, 1]));
 }
 
 fn decayed(eta: f32, num_chunks: usize) -> Vec<&'static str> {
@@ -34,7 +35,7 @@ fn decayed(eta: f32, num_chunks: usize) -> Vec<&'static str> {
     let mut held: Vec<(&str, f32)> = Vec::new();
     for (i, chunk) in chunks.iter().enumerate() {
         let scores: Vec<f32> = held.iter().map(|h| h.1).collect();
-        let kept = surprisal::keep_published(&scores, 2, 6, 0, chunk.len()).expect("there is room");
+        let kept = surprisal::keep_published(&scores, 2, 6, 0, chunk.len(), &[]).expect("there is room");
         held = kept.iter().map(|&j| (held[j].0, held[j].1 * eta)).collect();
         if i == num_chunks {
             break;
@@ -64,14 +65,14 @@ fn window_keeps_both_ends() {
 #[test]
 fn unknown_scores_rank_last_and_infinite_ones_first() {
     let scores = [f32::NAN, f32::NEG_INFINITY, f32::INFINITY, -f32::NAN, 0.0];
-    assert_eq!(surprisal::keep(&scores, budget(3, 0, 0), 0), Ok(vec![1, 2, 4]));
-    assert_eq!(surprisal::keep(&scores, budget(4, 0, 0), 0), Ok(vec![0, 1, 2, 4]));
-    assert_eq!(surprisal::keep(&scores, budget(2, 0, 1), 0), Ok(vec![2, 4]));
+    assert_eq!(surprisal::keep(&scores, budget(3, 0, 0), 0, &[]), Ok(vec![1, 2, 4]));
+    assert_eq!(surprisal::keep(&scores, budget(4, 0, 0), 0, &[]), Ok(vec![0, 1, 2, 4]));
+    assert_eq!(surprisal::keep(&scores, budget(2, 0, 1), 0, &[]), Ok(vec![2, 4]));
 }
 
 #[test]
 fn protected_tail_never_breaks_the_budget() {
-    assert_eq!(surprisal::keep(&[f32::NAN; 9], budget(4, 1, 1), 9), Ok(vec![0, 6, 7, 8]));
+    assert_eq!(surprisal::keep(&[f32::NAN; 9], budget(4, 1, 1), 9, &[]), Ok(vec![0, 6, 7, 8]));
 }
 
 #[test]
@@ -81,6 +82,27 @@ fn budgets_that_cannot_be_right() {
     assert!(matches!(budget(4, 4, 0).check(), Err(Error::OutOfRange { what: "budget", .. })));
     assert!(budget(usize::MAX, usize::MAX, 1).check().is_err());
     assert!(budget(5, 4, 1).check().is_ok());
+}
+
+/// Some of `n` tokens, at most `most` of them no sinks.
+fn pinned(mask: u64, n: usize, sinks: usize, most: usize) -> Vec<usize> {
+    let found: Vec<usize> = (0..n).filter(|&i| mask >> i & 1 == 1 && mask >> (i / 8) & 1 == 1).collect();
+    let others = found.iter().copied().filter(|&i| i >= sinks).take(most);
+    found.iter().copied().filter(|&i| i < sinks).chain(others).collect()
+}
+
+fn ranges(picked: &[usize]) -> Vec<Range<usize>> {
+    picked.chunk_by(|a, b| a + 1 == *b).map(|run| run[0]..run[run.len() - 1] + 1).collect()
+}
+
+#[test]
+fn pinned_tokens_take_the_places_of_high_scores() {
+    assert_eq!(surprisal::keep(&E, budget(6, 2, 1), 0, &[3..4, 5..6]), Ok(vec![0, 1, 3, 5, 8, 9]));
+    assert_eq!(surprisal::keep_published(&E, 2, 4, 0, 0, &[3..4, 5..6]), Ok(vec![0, 1, 3, 5, 8, 9]));
+    for wrong in [vec![3..7], vec![5..6, 3..4], vec![9..11]] {
+        let refused = surprisal::keep(&E, budget(6, 2, 1), 0, &wrong);
+        assert!(matches!(refused, Err(Error::OutOfRange { what: "pinned", .. })), "{refused:?}");
+    }
 }
 
 fn score() -> impl Strategy<Value = f32> {
@@ -97,10 +119,13 @@ proptest! {
     fn keep_agrees_with_its_twin(
         scores in prop::collection::vec(score(), 0..60),
         (sinks, recent, more, tail) in (0usize..6, 0usize..6, 1usize..30, 0usize..20),
+        mask in any::<u64>(),
     ) {
         let budget = budget(sinks + recent + more, sinks, recent);
-        let kept = surprisal::keep(&scores, budget, tail).unwrap();
-        prop_assert_eq!(&kept, &naive::keep(&scores, budget, tail));
+        let pinned = pinned(mask, scores.len(), sinks, more);
+        let kept = surprisal::keep(&scores, budget, tail, &ranges(&pinned)).unwrap();
+        prop_assert_eq!(&kept, &naive::keep(&scores, budget, tail, &pinned));
+        prop_assert!(pinned.iter().all(|i| kept.contains(i)));
         prop_assert_eq!(kept.len(), scores.len().min(budget.total));
         prop_assert!(kept.windows(2).all(|w| w[0] < w[1]));
         prop_assert!((0..sinks.min(scores.len())).all(|i| kept.contains(&i)));
@@ -111,10 +136,13 @@ proptest! {
     fn published_agrees_with_its_twin(
         scores in prop::collection::vec(score(), 0..60),
         (sinks, slots, recent, incoming) in (0usize..6, 0usize..20, 0usize..6, 0usize..26),
+        mask in any::<u64>(),
     ) {
         prop_assume!(incoming <= slots + recent);
-        let kept = surprisal::keep_published(&scores, sinks, slots, recent, incoming).unwrap();
-        prop_assert_eq!(&kept, &naive::keep_published(&scores, sinks, slots, recent, incoming));
+        let pinned = pinned(mask, scores.len(), sinks, slots.saturating_sub(incoming));
+        let kept = surprisal::keep_published(&scores, sinks, slots, recent, incoming, &ranges(&pinned)).unwrap();
+        prop_assert_eq!(&kept, &naive::keep_published(&scores, sinks, slots, recent, incoming, &pinned));
+        prop_assert!(pinned.iter().all(|i| kept.contains(i)));
         prop_assert_eq!(kept.len(), scores.len().min(sinks + slots + recent - incoming));
         prop_assert!((0..sinks.min(kept.len())).all(|i| kept[i] == i));
     }
@@ -126,10 +154,10 @@ proptest! {
     ) {
         let scaled: Vec<f32> = scores.iter().map(|s| s * 2f32.powi(exponent)).collect();
         let budget = budget(12, 2, 3);
-        prop_assert_eq!(surprisal::keep(&scores, budget, 0), surprisal::keep(&scaled, budget, 0));
+        prop_assert_eq!(surprisal::keep(&scores, budget, 0, &[]), surprisal::keep(&scaled, budget, 0, &[]));
         prop_assert_eq!(
-            surprisal::keep_published(&scores, 2, 8, 2, 1),
-            surprisal::keep_published(&scaled, 2, 8, 2, 1)
+            surprisal::keep_published(&scores, 2, 8, 2, 1, &[]),
+            surprisal::keep_published(&scaled, 2, 8, 2, 1, &[])
         );
     }
 }

@@ -27,11 +27,11 @@ impl Signals {
 pub fn to_py(err: Error) -> PyErr {
     let class = match &err {
         Error::OutOfMemory { .. } => return PyMemoryError::new_err(err.to_string()),
-        Error::BudgetTooSmall { .. } => "BudgetError",
+        Error::BudgetTooSmall { .. } | Error::PinsTooMany { .. } => "BudgetError",
         Error::OutOfRange { .. } => "PolicyError",
         Error::RowMismatch { .. } | Error::CropTooLong { .. } => "CacheMismatchError",
         Error::Shape { .. } => "ShapeError",
-        Error::NoStep { .. } | Error::StepOpen { .. } | Error::BadBlock { .. } => "StateError",
+        Error::NoStep { .. } | Error::StepOpen { .. } | Error::BadBlock { .. } | Error::PinsGone { .. } => "StateError",
         Error::Unsupported(_) => "UnsupportedError",
         _ => "KvsieveError",
     };

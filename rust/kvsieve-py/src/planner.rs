@@ -141,6 +141,52 @@ impl Planner {
         Ok((tuples(&done.from), tuples(&done.to)))
     }
 
+    /// Positions `start..stop` of these rows (None: of all) are not evicted any more. With `per_head` the caller has seen to it that they are held.
+    fn pin(&self, py: Python<'_>, rows: Option<Vec<usize>>, start: u64, stop: u64, per_head: bool) -> PyResult<Moves> {
+        self.moves(py, |p| p.pin(rows.as_deref(), &(start..stop), per_head))
+    }
+
+    /// Exactly these ranges (start, stop) of a row are pinned.
+    fn set_pins(&self, py: Python<'_>, row: usize, ranges: Vec<(u64, u64)>, per_head: bool) -> PyResult<Moves> {
+        let ranges: Vec<_> = ranges.into_iter().map(|(start, stop)| start..stop).collect();
+        self.moves(py, |p| p.set_pins(row, &ranges, per_head))
+    }
+
+    fn unpin(&self, rows: Option<Vec<usize>>, start: u64, stop: u64) -> PyResult<()> {
+        self.get().unpin(rows.as_deref(), &(start..stop)).map_err(to_py)
+    }
+
+    /// Tuples (start, stop), which ascend and do not touch.
+    fn pins(&self, row: usize) -> PyResult<Vec<(u64, u64)>> {
+        Ok(self.get().pins(row).map_err(to_py)?.ranges().iter().map(|r| (r.start, r.end)).collect())
+    }
+
+    /// What was said before the first step: tuples (row or None for all, start, stop, whether pinned), in order.
+    fn early(&self) -> Vec<(Option<usize>, u64, u64, bool)> {
+        self.get().early().iter().map(|e| (e.row, e.range.start, e.range.end, e.add)).collect()
+    }
+
+    /// The residents at positions `start..stop` of these rows go, from every memory.
+    fn evict(&self, py: Python<'_>, rows: Option<Vec<usize>>, start: u64, stop: u64) -> PyResult<Moves> {
+        self.moves(py, |p| p.evict(rows.as_deref(), &(start..stop)))
+    }
+
+    /// As `sieve`, for a row from which positions `start..stop` go; it may be over its budget still.
+    #[allow(clippy::type_complexity)]
+    fn evict_per_head(
+        &self,
+        py: Python<'_>,
+        row: usize,
+        start: u64,
+        stop: u64,
+        count: usize,
+        recent: usize,
+    ) -> PyResult<(Vec<(u32, u32, u32)>, Vec<(u32, u32, u32)>)> {
+        let done = self.run(py, |p| p.evict_per_head(row, &(start..stop), count, recent))?;
+        let tuples = |runs: &[Run]| runs.iter().map(|r| (r.block.0, r.lo, r.hi)).collect();
+        Ok((tuples(&done.from), tuples(&done.to)))
+    }
+
     fn crop(&self, n: u64) -> PyResult<()> {
         self.get().crop(n).map_err(to_py)
     }
@@ -289,7 +335,7 @@ fn keep_surprisal(
     protected_tail: usize,
 ) -> PyResult<Vec<usize>> {
     let scores: Vec<f32> = scores.as_array().iter().copied().collect();
-    surprisal::keep(&scores, Budget { total: budget, sinks, recent }, protected_tail).map_err(to_py)
+    surprisal::keep(&scores, Budget { total: budget, sinks, recent }, protected_tail, &[]).map_err(to_py)
 }
 
 /// Indices kept by the rule of the published code, with room for `incoming` tokens.
@@ -303,7 +349,7 @@ fn keep_surprisal_published(
     incoming: usize,
 ) -> PyResult<Vec<usize>> {
     let scores: Vec<f32> = scores.as_array().iter().copied().collect();
-    surprisal::keep_published(&scores, sinks, entropy_slots, recent, incoming).map_err(to_py)
+    surprisal::keep_published(&scores, sinks, entropy_slots, recent, incoming, &[]).map_err(to_py)
 }
 
 /// The first `sinks` and the last `window` of `n`.

@@ -2,15 +2,26 @@
 
 use super::{Place, Rule};
 use crate::ids::Position;
+use std::ops::Range;
 
 /// What a query at `query` sees of a chain of memories, as (memory, position, distance). `residents[m]` are the positions that
-/// memory `m` holds; the first memory's include every new token up to and including the query.
-pub fn distances(rules: &[Rule], residents: &[Vec<Position>], query: Position) -> Vec<(usize, Position, i64)> {
+/// memory `m` holds; the first memory's include every new token up to and including the query. What is in `pins` is seen by the first
+/// memory at any distance, and takes as many places from its window as are no sinks.
+pub fn distances(
+    rules: &[Rule],
+    pins: &[Range<Position>],
+    residents: &[Vec<Position>],
+    query: Position,
+) -> Vec<(usize, Position, i64)> {
     let mut out = Vec::new();
     let mut earlier = 0;
     for (m, (rule, held)) in rules.iter().zip(residents).enumerate() {
-        let near = |p: Position| rule.visible.is_none_or(|v| query - p < v);
-        let seen: Vec<Position> = held.iter().copied().filter(|&p| p <= query && (near(p) || p < rule.sinks)).collect();
+        let pins = if m == 0 { pins } else { &[] };
+        let pinned = |p: Position| pins.iter().any(|r| r.contains(&p));
+        let taken = pins.iter().cloned().flatten().filter(|&p| p >= rule.sinks).count() as Position;
+        let near = |p: Position| rule.visible.is_none_or(|v| query - p < v.saturating_sub(taken).max(1));
+        let always = |p: Position| p < rule.sinks || pinned(p);
+        let seen: Vec<Position> = held.iter().copied().filter(|&p| p <= query && (near(p) || always(p))).collect();
         let slot = earlier + seen.iter().filter(|&&p| p < query).count();
         let beyond = seen.iter().filter(|&&p| !near(p)).count();
         earlier = slot - beyond;

@@ -1,9 +1,11 @@
 //! Per row and memory: positions of all keys and all queries of a chunk, for the path on which new tokens are read unstored.
 
 use super::view::{Keys, View};
-use super::{Place, Rule};
+use super::{Always, Place, Rule};
+use crate::ids::Position;
 use crate::plan::{Part, Placing};
 use crate::store::table::Table;
+use std::ops::Range;
 
 /// One memory of one row, before the step's tokens are appended.
 #[derive(Clone, Copy, Debug)]
@@ -13,6 +15,7 @@ pub struct Source<'a> {
     pub table: &'a Table,
     pub keys: Keys<'a>,
     pub rule: &'a Rule,
+    pub pins: &'a [Range<Position>],
     pub num_queries: usize,
     /// Per query, the visible keys before it in all earlier memories, sinks beyond their window left out.
     pub earlier: &'a [usize],
@@ -36,12 +39,12 @@ impl Source<'_> {
             out.extend(self.whole());
             return;
         }
-        out.extend(self.beyond());
+        self.beyond(out);
         out.extend(self.band());
     }
 
-    fn view(&self, i: usize) -> View {
-        View::new(&self.keys, self.rule, i)
+    fn view(&self, i: usize) -> View<'_> {
+        View::new(&self.keys, self.rule, self.pins, i)
     }
 
     fn query_true(&self) -> Vec<i64> {
@@ -85,21 +88,26 @@ impl Source<'_> {
         Some(self.part(lo, hi, near, 0, placed))
     }
 
-    /// The sinks, for the queries that have them beyond their visible range.
-    fn beyond(&self) -> Option<Part> {
-        if self.view(self.num_queries - 1).beyond == 0 {
-            return None;
-        }
-        let (lo, hi) = (0, self.keys.below(self.rule.sinks));
-        let placed = match self.rule.place {
-            Place::True => self.by_position(lo, hi, Placing::Relative),
-            Place::Ceiling { distance } | Place::Fixed { distance } => {
-                self.by_position(lo, hi, Placing::Fixed(distance as i64))
+    /// The sinks and what is pinned, a part a range, for the queries that have them beyond their visible range.
+    fn beyond(&self, out: &mut Vec<Part>) {
+        let Some(far) = self.rule.visible.and_then(|near| i64::try_from(near).ok()) else { return };
+        let (always, band) = (Always { sinks: self.rule.sinks, pins: self.pins }, self.view(self.num_queries - 1).band);
+        let mut rank = 0;
+        for range in always.ranges() {
+            let (lo, hi) = (self.keys.below(range.start), self.keys.below(range.end));
+            if lo >= hi.min(band) {
+                continue;
             }
-            Place::Slots => self.by_rank(hi),
-        };
-        let far = i64::try_from(self.rule.visible?).ok()?;
-        Some(self.part(lo, hi, i64::MAX, far, placed))
+            let placed = match self.rule.place {
+                Place::True => self.by_position(lo, hi, Placing::Relative),
+                Place::Ceiling { distance } | Place::Fixed { distance } => {
+                    self.by_position(lo, hi, Placing::Fixed(distance as i64))
+                }
+                Place::Slots => self.by_rank(lo, hi, rank),
+            };
+            out.push(self.part(lo, hi, i64::MAX, far, placed));
+            rank += hi - lo;
+        }
     }
 
     /// True positions, counted from the first key so that the numbers stay small.
@@ -119,12 +127,12 @@ impl Source<'_> {
         Placed { keys, queries, placing: Placing::Relative }
     }
 
-    /// Ranks among the keys that each query sees.
-    fn by_rank(&self, hi: usize) -> Placed {
+    /// Ranks among the keys that each query sees, from the `rank` of key `lo` on.
+    fn by_rank(&self, lo: usize, hi: usize, rank: usize) -> Placed {
         let queries = (0..self.num_queries)
             .map(|i| (self.view(i).visible_before() + self.earlier[i] + self.later) as i64)
             .collect();
-        Placed { keys: (0..hi as i64).collect(), queries, placing: Placing::Relative }
+        Placed { keys: (rank..rank + hi - lo).map(|r| r as i64).collect(), queries, placing: Placing::Relative }
     }
 
     fn part(&self, lo: usize, hi: usize, near: i64, far: i64, placed: Placed) -> Part {

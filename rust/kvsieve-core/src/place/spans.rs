@@ -1,6 +1,6 @@
 //! Per query: runs of slots with one shift each, for the path on which new tokens are stored before they are read.
 
-use super::view::View;
+use super::view::{Seen, View};
 use super::{Place, Rule};
 use crate::ids::{BlockId, Position, Run};
 use crate::plan::{Frame, Span};
@@ -10,7 +10,7 @@ use crate::plan::{Frame, Span};
 pub struct Reader<'a> {
     pub frame: Frame,
     pub rule: &'a Rule,
-    pub view: View,
+    pub view: View<'a>,
     /// True position of the query.
     pub query: Position,
     /// Visible keys before the query in this memory and, sinks beyond their window left out, in all earlier ones.
@@ -49,29 +49,33 @@ impl Reader<'_> {
     /// Appends the spans of this memory. Spans before `start` belong to other queries.
     pub fn read(&self, runs: &[Run], start: usize, out: &mut Vec<Span>) {
         let mut base = 0;
-        for run in runs {
-            if base >= self.view.end {
-                break;
+        let mut runs = runs.iter().peekable();
+        for seen in self.view.seen() {
+            while let Some(run) = runs.peek() {
+                if let Some(piece) = Piece::of(run, base, seen.lo, seen.hi) {
+                    self.place(piece, &seen, start, out);
+                }
+                let end = base + run.len() as usize;
+                if end >= seen.hi {
+                    // What is seen next may begin in this run too.
+                    break;
+                }
+                base = end;
+                runs.next();
             }
-            if let Some(piece) = Piece::of(run, base, 0, self.view.beyond) {
-                self.place(piece, start, out);
-            }
-            if let Some(piece) = Piece::of(run, base, self.view.band, self.view.end) {
-                self.place(piece, start, out);
-            }
-            base += run.len() as usize;
         }
     }
 
-    fn place(&self, piece: Piece, start: usize, out: &mut Vec<Span>) {
-        let beyond = piece.lo < self.view.beyond;
+    fn place(&self, piece: Piece, seen: &Seen, start: usize, out: &mut Vec<Span>) {
         match (self.rule.place, self.frame) {
             (Place::Fixed { distance }, _) => push(out, start, piece, distance as i64, false),
-            (Place::Ceiling { distance }, _) if beyond => push(out, start, piece, distance as i64, false),
+            (Place::Ceiling { distance }, _) if seen.beyond => push(out, start, piece, distance as i64, false),
             (Place::True | Place::Ceiling { .. }, Frame::Rotated) => push(out, start, piece, 0, false),
-            (Place::Slots, Frame::Raw) => push(out, start, piece, self.by_slot(piece.lo) + i64::from(piece.slot), true),
+            (Place::Slots, Frame::Raw) => {
+                push(out, start, piece, self.by_slot(piece.lo, seen) + i64::from(piece.slot), true);
+            }
             (Place::Slots, Frame::Rotated) => self.each_contiguous(piece, |p| {
-                push(out, start, p, self.by_slot(p.lo) - self.by_position(p.lo), false);
+                push(out, start, p, self.by_slot(p.lo, seen) - self.by_position(p.lo), false);
             }),
             (Place::True | Place::Ceiling { .. }, Frame::Raw) => self.each_contiguous(piece, |p| {
                 push(out, start, p, self.by_position(p.lo) + i64::from(p.slot), true);
@@ -79,9 +83,9 @@ impl Reader<'_> {
         }
     }
 
-    fn by_slot(&self, index: usize) -> i64 {
-        let between = if index < self.view.beyond { self.later } else { 0 };
-        (self.slot + between) as i64 - self.view.rank(index) as i64
+    fn by_slot(&self, index: usize, seen: &Seen) -> i64 {
+        let between = if seen.beyond { self.later } else { 0 };
+        (self.slot + between) as i64 - (seen.rank + index - seen.lo) as i64
     }
 
     fn by_position(&self, index: usize) -> i64 {

@@ -1,7 +1,8 @@
 //! Which keys one query sees, as index ranges: a few numbers, found by binary search.
 
-use super::Rule;
+use super::{Always, Rule};
 use crate::ids::Position;
+use std::ops::Range;
 
 /// The keys of one memory in text order: residents, then the new tokens of the step (first memory only).
 #[derive(Clone, Copy, Debug)]
@@ -35,9 +36,22 @@ impl Keys<'_> {
     }
 }
 
-/// What one query sees: keys `0..beyond` (sinks outside its visible range) and keys `band..end`.
+/// Keys `lo..hi`, all seen by one query or all not, the first of which is number `rank` among those that it sees.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct View {
+pub struct Seen {
+    pub lo: usize,
+    pub hi: usize,
+    pub rank: usize,
+    /// Outside the visible range: sinks, and what is pinned.
+    pub beyond: bool,
+}
+
+/// What one query sees: keys `band..end`, and of those before them the ones that are always seen.
+#[derive(Clone, Copy, Debug)]
+pub struct View<'a> {
+    keys: Keys<'a>,
+    always: Always<'a>,
+    /// How many keys are seen outside the visible range.
     pub beyond: usize,
     pub band: usize,
     pub end: usize,
@@ -45,9 +59,9 @@ pub struct View {
     before: usize,
 }
 
-impl View {
+impl<'a> View<'a> {
     /// What the `i`-th new token sees.
-    pub fn new(keys: &Keys<'_>, rule: &Rule, i: usize) -> Self {
+    pub fn new(keys: &Keys<'a>, rule: &Rule, pins: &'a [Range<Position>], i: usize) -> Self {
         let position = keys.first_new + i as u64;
         let before = keys.residents.len() + i.min(keys.num_new);
         let end = before + usize::from(i < keys.num_new);
@@ -55,7 +69,12 @@ impl View {
             Some(near) => keys.below((position + 1).saturating_sub(near)).min(before),
             None => 0,
         };
-        Self { beyond: keys.below(rule.sinks).min(band), band, end, before }
+        let always = Always { sinks: rule.sinks, pins };
+        let mut view = Self { keys: *keys, always, beyond: 0, band, end, before };
+        if band > 0 {
+            view.beyond = view.outside().map(|seen| seen.hi - seen.lo).sum();
+        }
+        view
     }
 
     /// How many visible keys lie before the query.
@@ -63,8 +82,37 @@ impl View {
         self.beyond + self.before - self.band
     }
 
-    /// The number of key `index` among the visible keys.
-    pub fn rank(&self, index: usize) -> usize {
-        if index < self.beyond { index } else { index - (self.band - self.beyond) }
+    /// What is seen, in text order: a few ranges of keys.
+    pub fn seen(&self) -> impl Iterator<Item = Seen> + 'a {
+        let near = Seen { lo: self.band, hi: self.end, rank: self.beyond, beyond: false };
+        self.outside().chain(std::iter::once(near))
+    }
+
+    /// What is not seen, and lies behind the sinks: the keys that have left the visible range.
+    pub fn hidden(&self) -> Vec<Range<usize>> {
+        let mut out = Vec::new();
+        let mut from = 0;
+        for (number, range) in self.always.ranges().enumerate() {
+            let (lo, hi) = (self.keys.below(range.start).min(self.band), self.keys.below(range.end).min(self.band));
+            if number > 0 && from < lo {
+                out.push(from..lo);
+            }
+            from = hi;
+        }
+        if from < self.band {
+            out.push(from..self.band);
+        }
+        out
+    }
+
+    /// What is seen outside the visible range.
+    pub fn outside(&self) -> impl Iterator<Item = Seen> + 'a {
+        let (keys, band) = (self.keys, self.band);
+        let mut rank = 0;
+        self.always.ranges().take_while(move |_| band > 0).filter_map(move |range| {
+            let (lo, hi) = (keys.below(range.start).min(band), keys.below(range.end).min(band));
+            rank += hi - lo;
+            (lo < hi).then(|| Seen { lo, hi, rank: rank - (hi - lo), beyond: true })
+        })
     }
 }

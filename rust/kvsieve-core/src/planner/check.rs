@@ -1,13 +1,18 @@
 //! Checks of what callers hand in, before anything is changed.
 
 use super::{MemorySpec, RowState};
+use crate::budget::Budget;
 use crate::error::{Error, Result};
+use crate::ids::Position;
+use crate::pins::Pins;
 use crate::place::Place;
 use crate::retain::Retain;
 use crate::store::table::Table;
+use std::ops::Range;
 
-/// Whether `keep` can be what is left of `len` residents.
-pub(super) fn keep(memories: &[MemorySpec], memory: usize, len: usize, keep: &[usize]) -> Result<()> {
+/// Whether `keep` can be what is left of the residents of `table`.
+pub(super) fn keep(memories: &[MemorySpec], memory: usize, table: &Table, pins: &Pins, keep: &[usize]) -> Result<()> {
+    let len = table.len();
     let bad = |expected, got: String| Err(Error::OutOfRange { what: "keep", expected, got });
     if let Some(pair) = keep.windows(2).find(|w| w[0] >= w[1]) {
         return bad("strictly ascending", format!("{} before {}", pair[0], pair[1]));
@@ -17,15 +22,28 @@ pub(super) fn keep(memories: &[MemorySpec], memory: usize, len: usize, keep: &[u
     {
         return bad("indices of residents", format!("{last} of {len}"));
     }
+    if memory == 0 {
+        let mut left = keep.iter().copied().peekable();
+        for pinned in pins.held_in(table.positions()).flatten() {
+            while left.next_if(|&i| i < pinned).is_some() {}
+            if left.peek() != Some(&pinned) {
+                return bad("all pinned tokens included", format!("{} indices without {pinned}", keep.len()));
+            }
+        }
+    }
     let Retain::Manual { budget } = memories[memory].retain else {
         return Ok(());
+    };
+    let sinks = match memory {
+        0 => table.positions().partition_point(|&p| p < budget.sinks as u64),
+        _ => budget.sinks.min(len),
     };
     if keep.len() > budget.total {
         return bad("at most the budget", format!("{} indices for {}", keep.len(), budget.total));
     }
-    let first_kept = keep.iter().zip(0..budget.sinks.min(len)).take_while(|(k, i)| **k == *i).count();
+    let first_kept = keep.iter().zip(0..sinks).take_while(|(k, i)| **k == *i).count();
     let last_kept = keep.iter().rev().zip((0..len).rev()).take(budget.recent).take_while(|(k, i)| **k == *i).count();
-    if first_kept < budget.sinks.min(len) || last_kept < budget.recent.min(len) {
+    if first_kept < sinks || last_kept < budget.recent.min(len) {
         return bad("all sinks and recent tokens included", format!("{} of {len} indices", keep.len()));
     }
     Ok(())
@@ -54,6 +72,16 @@ pub(super) fn state(row: &RowState, columns: u64, num_memories: usize) -> Result
 
 /// Whether each head may choose `count` of the residents of `table` beside the last `recent`.
 pub(super) fn sieve(memories: &[MemorySpec], table: &Table, count: usize, recent: usize) -> Result<()> {
+    let budget = sieves(memories, table, count, recent)?;
+    if count + recent > budget.total {
+        let got = format!("{count} and {recent} for {}", budget.total);
+        return Err(Error::OutOfRange { what: "sieve", expected: "at most the budget", got });
+    }
+    Ok(())
+}
+
+/// As [`sieve`], for what may be over its budget still.
+pub(super) fn sieves(memories: &[MemorySpec], table: &Table, count: usize, recent: usize) -> Result<Budget> {
     let [memory] = memories else {
         return Err(Error::Unsupported(
             "residents chosen per head cannot flow down a chain: their positions differ per head",
@@ -68,9 +96,29 @@ pub(super) fn sieve(memories: &[MemorySpec], table: &Table, count: usize, recent
         ));
     }
     let (len, total) = (table.len(), count.saturating_add(recent));
-    if total > len.min(budget.total) {
-        let got = format!("{count} and {recent} of {len} for {}", budget.total);
-        return Err(Error::OutOfRange { what: "sieve", expected: "at most the residents and the budget", got });
+    if total > len {
+        let got = format!("{count} and {recent} of {len}");
+        return Err(Error::OutOfRange { what: "sieve", expected: "at most the residents", got });
     }
-    Ok(())
+    Ok(budget)
+}
+
+/// Whether `range` can be one of positions.
+pub(super) fn range(range: &Range<Position>) -> Result<()> {
+    if range.start < range.end {
+        return Ok(());
+    }
+    let got = format!("{} to {}", range.start, range.end);
+    Err(Error::OutOfRange { what: "a range of tokens", expected: "at least one, the first before the last", got })
+}
+
+/// Whether the first memory has room for `pins`, its sinks, its recent tokens and one more.
+pub(super) fn fits(memories: &[MemorySpec], row: usize, pins: &Pins) -> Result<()> {
+    let Some(budget) = memories[0].retain.budget() else { return Ok(()) };
+    let (total, sinks, recent) = (budget.total as u64, budget.sinks as u64, budget.recent as u64);
+    let pinned = pins.count_from(sinks);
+    if pinned == 0 || pinned < total - sinks - recent {
+        return Ok(());
+    }
+    Err(Error::PinsTooMany { row, budget: total, sinks, recent, pinned })
 }

@@ -6,7 +6,7 @@ use crate::place::parts::Source;
 use crate::place::spans::Reader;
 use crate::place::view::{Keys, View};
 use crate::place::{Place, Rule};
-use crate::plan::{Frame, Part, Placing, Spans};
+use crate::plan::{Frame, NOWHERE, Part, Placing, Spans};
 
 /// The keys of memory `m`, of which the last `appended` are new already (first memory only).
 fn keys(row: &Row, m: usize, num_new: usize, appended: usize) -> Keys<'_> {
@@ -28,18 +28,18 @@ pub(super) fn parts(index: usize, row: &Row, rules: &[Rule], num_new: usize, onl
         return;
     }
     let mut earlier = vec![0; num_new];
-    for (m, rule) in rules.iter().enumerate() {
-        let keys = keys(row, m, num_new, 0);
+    for m in 0..rules.len() {
+        let (keys, (rule, pins)) = (keys(row, m, num_new, 0), row.rule(rules, m));
         if m > 0 && rule.top_k > 0 && matches!(rule.place, Place::Fixed { .. }) {
             out.extend(middle(index, row, rules, m, num_new));
         } else if !only_top_k || rule.top_k > 0 {
             let table = &row.tables[m];
             let later = later(row, rules, m);
-            Source { row: index, memory: m, table, keys, rule, num_queries: num_new, earlier: &earlier, later }
-                .parts(out);
+            let (rule, earlier) = (&rule, &earlier);
+            Source { row: index, memory: m, table, keys, rule, pins, num_queries: num_new, earlier, later }.parts(out);
         }
         for (i, slot) in earlier.iter_mut().enumerate() {
-            let view = View::new(&keys, rule, i);
+            let view = View::new(&keys, &rule, pins, i);
             *slot += view.visible_before() - view.beyond;
         }
     }
@@ -54,23 +54,32 @@ fn middle(index: usize, row: &Row, rules: &[Rule], m: usize, num_new: usize) -> 
         Place::True | Place::Slots => Placing::Relative,
     };
     let (own, last) = (keys(row, m, num_new, 0), num_new.checked_sub(1)?);
-    let hidden = near.below(rules[0].sinks)..View::new(&near, &rules[0], last).band;
-    let hidden = hidden.start.min(hidden.end)..hidden.end;
-    let key_true: Vec<i64> =
-        own.positions(0, own.len()).chain(near.positions(hidden.start, hidden.end)).map(|p| p as i64).collect();
+    let (first, pins) = row.rule(rules, 0);
+    let view = View::new(&near, &first, pins, last);
+    let (held, mut hidden) = (near.residents.len(), view.hidden());
+    let mut runs = row.tables[m].runs().to_vec();
+    let mut key_true: Vec<i64> = own.positions(0, own.len()).map(|p| p as i64).collect();
+    for range in &hidden {
+        let range = range.start.min(held)..range.end.min(held);
+        key_true.extend(near.positions(range.start, range.end).map(|p| p as i64));
+        runs.extend(row.tables[0].runs_of(range));
+    }
+    hidden.retain(|range| range.end > held);
+    let new = hidden.first().map_or(held, |r| r.start.max(held))..hidden.last().map_or(held, |r| r.end);
+    let shown = |i: usize| hidden.iter().any(|range| range.contains(&i));
+    key_true.extend(
+        new.clone().zip(near.positions(new.start, new.end)).map(|(i, p)| if shown(i) { p as i64 } else { NOWHERE }),
+    );
     if key_true.is_empty() {
         return None;
     }
-    let held = near.residents.len();
-    let mut runs = row.tables[m].runs().to_vec();
-    runs.extend(row.tables[0].runs_of(hidden.start.min(held)..hidden.end.min(held)));
     let query_true: Vec<i64> = (0..num_new).map(|i| row.seen as i64 + i as i64).collect();
     Some(Part {
         row: index,
         memory: m,
         runs,
-        new_lo: hidden.start.saturating_sub(held),
-        new_hi: hidden.end.saturating_sub(held),
+        new_lo: new.start - held,
+        new_hi: new.end - held,
         key_positions: key_true.clone(),
         query_positions: query_true.clone(),
         key_true,
@@ -100,8 +109,9 @@ fn query_spans(row: &Row, rules: &[Rule], frame: Frame, num_new: usize, i: usize
     let start = out.spans.len();
     let query: Position = row.seen + i as u64;
     let mut earlier = 0;
-    for (m, rule) in rules.iter().enumerate() {
-        let view = View::new(&keys(row, m, num_new, num_new), rule, i);
+    for m in 0..rules.len() {
+        let (rule, pins) = row.rule(rules, m);
+        let view = View::new(&keys(row, m, num_new, num_new), &rule, pins, i);
         let slot = earlier + view.visible_before();
         earlier = slot - view.beyond;
         if rule.top_k > 0 {
@@ -109,10 +119,7 @@ fn query_spans(row: &Row, rules: &[Rule], frame: Frame, num_new: usize, i: usize
         }
         let table = &row.tables[m];
         out.spans.reserve(table.runs().len());
-        Reader { frame, rule, view, query, slot, later: later(row, rules, m), positions: table.positions() }.read(
-            table.runs(),
-            start,
-            &mut out.spans,
-        );
+        Reader { frame, rule: &rule, view, query, slot, later: later(row, rules, m), positions: table.positions() }
+            .read(table.runs(), start, &mut out.spans);
     }
 }

@@ -2,25 +2,36 @@
 
 use super::spec::MemorySpec;
 use crate::error::Result;
-use crate::retain::Decision;
+use crate::ids::Position;
+use crate::pins::Pins;
+use crate::place::Rule;
+use crate::retain::{Decision, Retain};
 use crate::store::pool::Pool;
 use crate::store::table::{Edit, Table};
+use std::ops::Range;
 
 #[derive(Debug)]
 pub(super) struct Row {
     pub seen: u64,
     pub tables: Vec<Table>,
+    /// What the first memory never evicts.
+    pub pins: Pins,
 }
 
 impl Row {
     pub fn new(num_memories: usize) -> Self {
-        Self { seen: 0, tables: vec![Table::default(); num_memories] }
+        Self { seen: 0, tables: vec![Table::default(); num_memories], pins: Pins::default() }
     }
 
     /// A row with the same residents, which holds its own references.
     pub fn share(&self, pool: &mut Pool) -> Self {
         self.tables.iter().flat_map(Table::blocks).for_each(|b| pool.retain(b));
-        Self { seen: self.seen, tables: self.tables.clone() }
+        Self { seen: self.seen, tables: self.tables.clone(), pins: self.pins.clone() }
+    }
+
+    /// How memory `m` is read, and what of it is pinned.
+    pub fn rule(&self, rules: &[Rule], m: usize) -> (Rule, &[Range<Position>]) {
+        if m == 0 { (rules[0].beside(&self.pins), self.pins.ranges()) } else { (rules[m], &[]) }
     }
 
     pub fn release(self, pool: &mut Pool) {
@@ -30,10 +41,17 @@ impl Row {
     /// Lets every memory from `first` on retain in turn.
     pub fn settle(&mut self, memories: &[MemorySpec], first: usize, force: bool, edit: &mut Edit<'_>) -> Result<()> {
         for (m, memory) in memories.iter().enumerate().skip(first) {
-            let decision = memory.retain.decide(&self.tables[m], force)?;
+            let decision = self.decide(&memory.retain, m, force)?;
             self.apply(m, decision, edit);
         }
         Ok(())
+    }
+
+    fn decide(&self, retain: &Retain, m: usize, force: bool) -> Result<Decision> {
+        match m {
+            0 => retain.decide_first(&self.tables[0], self.seen, &self.pins, force),
+            _ => retain.decide(&self.tables[m], force),
+        }
     }
 
     /// Carries out a decision. What memory `m` lets go is copied to the next one first: making room may overwrite it.
@@ -48,6 +66,13 @@ impl Row {
                 }
                 table.cut(range, edit);
             }
+            Decision::Cuts(ranges) => {
+                if let Some(next) = later.first_mut() {
+                    next.receive(&table.held(ranges.iter().cloned().flatten()), edit);
+                }
+                ranges.into_iter().rev().for_each(|range| table.cut(range, edit));
+                table.close_up(edit);
+            }
             Decision::Keep(keep) => {
                 if let Some(next) = later.first_mut() {
                     next.receive(&table.held(others(table.len(), &keep)), edit);
@@ -60,6 +85,7 @@ impl Row {
     /// Forgets every token from position `seen` on.
     pub fn crop(&mut self, seen: u64, edit: &mut Edit<'_>) {
         self.seen = seen;
+        self.pins.remove(&(seen..Position::MAX));
         for table in &mut self.tables {
             let from = table.positions().partition_point(|&p| p < seen);
             table.cut(from..table.len(), edit);

@@ -19,6 +19,10 @@ impl Planner {
     pub fn sieve(&mut self, memory: usize, row: usize, count: usize, recent: usize) -> Result<Sieve> {
         self.check_closed("sieve")?;
         check::sieve(&self.memories, self.table(memory, row)?, count, recent)?;
+        self.sieve_row(memory, row, count, recent)
+    }
+
+    pub(super) fn sieve_row(&mut self, memory: usize, row: usize, count: usize, recent: usize) -> Result<Sieve> {
         let Self { rows, pool, .. } = self;
         let mut out = Sieve { from: Vec::new(), to: Vec::new() };
         edit(pool, |edit| {

@@ -1,9 +1,11 @@
 //! Opening, committing and undoing a step.
 
+use super::pin::Early;
 use super::row::Row;
 use super::{Planner, lock, render};
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Position, Run};
+use crate::place::Always;
 use crate::plan::{Append, Step};
 use crate::retain::Retain;
 use crate::store::table::{Edit, Mark, Table};
@@ -35,10 +37,11 @@ impl Planner {
         self.check_lens(new_lens, num_queries)?;
         let first = self.rows.is_empty();
         if first {
-            self.rows.extend(new_lens.iter().map(|_| Row::new(self.memories.len())));
+            let new = |row| Row { pins: Early::pins(&self.early, row), ..Row::new(self.memories.len()) };
+            self.rows = (0..new_lens.len()).map(new).collect();
         }
-        let stored: Vec<_> = self.rows.iter().zip(new_lens).map(|(r, &n)| self.stored(r.seen, n, store_all)).collect();
-        let all_stored = stored.iter().zip(new_lens).all(|((sinks, _), &n)| sinks.end == n);
+        let stored: Vec<_> = self.rows.iter().zip(new_lens).map(|(r, &n)| self.stored(r, n, store_all)).collect();
+        let all_stored = stored.iter().zip(new_lens).all(|(stored, &n)| stored.first.end == n);
         let fast = all_stored && num_queries <= MAX_SPAN_QUERIES;
         let mut parts = Vec::new();
         for (index, (row, &n)) in self.rows.iter().zip(new_lens).enumerate() {
@@ -50,7 +53,7 @@ impl Planner {
         pool.mark_reach();
         let mut edit = Edit::new(&mut pool);
         let mut appends = Vec::new();
-        for (index, (row, stored)) in self.rows.iter_mut().zip(stored).enumerate() {
+        for (index, (row, stored)) in self.rows.iter_mut().zip(&stored).enumerate() {
             append(index, row.seen, &mut row.tables[0], stored, &mut edit, &mut appends);
         }
         let (copies, retired) = (edit.moves, edit.retired);
@@ -118,29 +121,44 @@ impl Planner {
         }
     }
 
-    /// Which of a row's `n` new tokens are stored: two ranges, the second empty when the first holds all.
-    fn stored(&self, seen: Position, n: usize, store_all: bool) -> (Range<usize>, Range<usize>) {
+    /// Which of a row's `n` new tokens are stored.
+    fn stored(&self, row: &Row, n: usize, store_all: bool) -> Stored {
+        let all = Stored { first: 0..n, rest: Vec::new() };
         let Retain::Window { sinks, window } = self.memories[0].retain else {
-            return (0..n, n..n);
+            return all;
         };
-        let new_sinks = (sinks as u64).saturating_sub(seen).min(n as u64) as usize;
-        if store_all || self.memories.len() > 1 || new_sinks + window >= n {
-            return (0..n, n..n);
+        if store_all || self.memories.len() > 1 {
+            return all;
         }
-        (0..new_sinks, n - window..n)
+        let new = |at: Position| at.saturating_sub(row.seen).min(n as u64) as usize;
+        let window = window - (row.pins.count_from(sinks as u64) as usize).min(window);
+        let always = Always { sinks: sinks as u64, pins: row.pins.ranges() };
+        let mut ranges = always.ranges().map(|range| new(range.start)..new(range.end));
+        let first = ranges.next().unwrap_or(0..0);
+        if first.end + window >= n {
+            return all;
+        }
+        let mut rest: Vec<_> = ranges.map(|r| r.start..r.end.min(n - window)).filter(|r| r.start < r.end).collect();
+        rest.push(n - window..n);
+        Stored { first, rest }
     }
 }
 
-fn append(
-    row: usize,
-    seen: Position,
-    table: &mut Table,
-    stored: (Range<usize>, Range<usize>),
-    edit: &mut Edit<'_>,
-    out: &mut Vec<Append>,
-) {
-    let mut new = stored.0.clone().chain(stored.1.clone());
-    let positions = stored.0.chain(stored.1).map(|i| seen + i as u64);
+/// The new tokens of a row that are stored, as ranges that ascend; the first one holds all of them where all are.
+struct Stored {
+    first: Range<usize>,
+    rest: Vec<Range<usize>>,
+}
+
+impl Stored {
+    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
+        self.first.clone().chain(self.rest.iter().cloned().flatten())
+    }
+}
+
+fn append(row: usize, seen: Position, table: &mut Table, stored: &Stored, edit: &mut Edit<'_>, out: &mut Vec<Append>) {
+    let mut new = stored.iter();
+    let positions = stored.iter().map(|i| seen + i as u64);
     for Run { block, lo, hi } in table.append(positions, edit) {
         for slot in lo..hi {
             let Some(new) = new.next() else { return };

@@ -5,7 +5,8 @@ pub mod surprisal;
 
 use crate::budget::Budget;
 use crate::error::{Error, Result};
-use crate::ids::BLOCK;
+use crate::ids::{BLOCK, Position};
+use crate::pins::Pins;
 use crate::store::table::Table;
 use std::ops::Range;
 
@@ -36,6 +37,8 @@ pub enum Decision {
     Nothing,
     /// Residents of this range go.
     Cut(Range<usize>),
+    /// Residents of these ranges go; they ascend.
+    Cuts(Vec<Range<usize>>),
     /// All but these residents go.
     Keep(Vec<usize>),
 }
@@ -65,28 +68,85 @@ impl Retain {
         }
     }
 
-    /// What goes now. Choosing by score moves tokens, so unless `force` it waits until a whole block can be won.
+    /// How many tokens there may be; none if there is no bound.
+    pub fn budget(&self) -> Option<Budget> {
+        match *self {
+            Retain::All => None,
+            Retain::Window { sinks, window } => Some(Budget { total: sinks + window, sinks, recent: 0 }),
+            Retain::Surprisal { budget, .. } | Retain::Manual { budget } => Some(budget),
+        }
+    }
+
+    /// What a later memory of a chain lets go now: its sinks are its first residents, its window the last ones. Choosing by score
+    /// moves tokens, so unless `force` it waits until a whole block can be won.
     pub fn decide(&self, table: &Table, force: bool) -> Result<Decision> {
         let n = table.len();
         match *self {
             Retain::All | Retain::Manual { .. } => Ok(Decision::Nothing),
             Retain::Window { sinks, window } if n > sinks + window => Ok(Decision::Cut(sinks..n - window)),
             Retain::Window { .. } => Ok(Decision::Nothing),
-            Retain::Surprisal { budget, published } => {
-                let due = n > budget.total && (force || n - budget.total >= BLOCK as usize);
-                if !due {
+            Retain::Surprisal { budget, published } => by_score(table, budget, published, &[], force),
+        }
+    }
+
+    /// What the first memory lets go now, of a row that has seen `seen` tokens. Its sinks are the first positions, its window the last
+    /// ones, whether or not all of them are held; what is pinned stays, and takes its places from the window, or from those for high
+    /// scores.
+    pub fn decide_first(&self, table: &Table, seen: Position, pins: &Pins, force: bool) -> Result<Decision> {
+        let below = |at: Position| table.positions().partition_point(|&p| p < at);
+        match *self {
+            Retain::All | Retain::Manual { .. } => Ok(Decision::Nothing),
+            Retain::Window { sinks, window } => {
+                let pinned = if pins.is_empty() { 0 } else { pins.count_from(sinks as Position) };
+                let edge = seen.saturating_sub((window as Position).saturating_sub(pinned));
+                let (lo, hi) = (below(sinks as Position), below(edge));
+                if lo >= hi {
                     return Ok(Decision::Nothing);
                 }
-                let kept = if published {
-                    let slots = budget.total - budget.sinks - budget.recent;
-                    surprisal::keep_published(table.scores(), budget.sinks, slots, budget.recent, 0)?
-                } else {
-                    surprisal::keep(table.scores(), budget, table.pending_tail())?
-                };
-                Ok(Decision::Keep(kept))
+                if pins.is_empty() {
+                    return Ok(Decision::Cut(lo..hi));
+                }
+                let cuts = gaps(lo..hi, pins.held_in(table.positions()));
+                Ok(if cuts.is_empty() { Decision::Nothing } else { Decision::Cuts(cuts) })
+            }
+            Retain::Surprisal { budget, published } => {
+                let held = Budget { sinks: below(budget.sinks as Position), ..budget };
+                let pinned: Vec<_> = pins.held_in(table.positions()).collect();
+                by_score(table, held, published, &pinned, force)
             }
         }
     }
+}
+
+fn by_score(table: &Table, budget: Budget, published: bool, pinned: &[Range<usize>], force: bool) -> Result<Decision> {
+    let n = table.len();
+    let due = n > budget.total && (force || n - budget.total >= BLOCK as usize);
+    if !due {
+        return Ok(Decision::Nothing);
+    }
+    let kept = if published {
+        let slots = budget.total - budget.sinks - budget.recent;
+        surprisal::keep_published(table.scores(), budget.sinks, slots, budget.recent, 0, pinned)?
+    } else {
+        surprisal::keep(table.scores(), budget, table.pending_tail(), pinned)?
+    };
+    Ok(Decision::Keep(kept))
+}
+
+/// `range` without `stay`, whose ranges ascend and do not overlap.
+fn gaps(range: Range<usize>, stay: impl Iterator<Item = Range<usize>>) -> Vec<Range<usize>> {
+    let mut out = Vec::new();
+    let mut from = range.start;
+    for held in stay {
+        if from < held.start.min(range.end) {
+            out.push(from..held.start.min(range.end));
+        }
+        from = from.max(held.end);
+    }
+    if from < range.end {
+        out.push(from..range.end);
+    }
+    out
 }
 
 /// The first `sinks` and the last `window` of `n`.

@@ -70,6 +70,12 @@ impl Table {
         self.runs.iter().take_while(|run| run.block.is_packed()).map(|run| run.len() as usize).sum()
     }
 
+    /// The residents at positions `range`, as a range of their numbers.
+    pub fn within(&self, range: &Range<Position>) -> Range<usize> {
+        let below = |at: Position| self.positions.partition_point(|&p| p < at);
+        below(range.start)..below(range.end)
+    }
+
     /// The blocks that this table holds a reference to. Runs of one block are neighbours, so each block comes once.
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         blocks_of(&self.runs)

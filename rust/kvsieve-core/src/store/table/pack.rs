@@ -6,6 +6,9 @@ use crate::ids::{BLOCK, Run};
 /// How many runs beyond the densest packing a table may keep before it is worth moving tokens.
 const LOOSE_RUNS: usize = 2;
 
+/// How many blocks beyond the densest packing a table may hold where tokens leave from between others.
+const LOOSE_BLOCKS: usize = 4;
+
 impl Table {
     /// Takes over tokens that another memory let go, and keeps text order even when they are older than some residents.
     pub fn receive(&mut self, tokens: &[Held], edit: &mut Edit<'_>) {
@@ -21,6 +24,23 @@ impl Table {
         let merged = merge(&places, tokens);
         let fresh_runs = self.grow_blocks(merged.len(), edit);
         self.write(&merged, &fresh_runs, edit);
+    }
+
+    /// Takes over tokens that a later memory gives back. What is fresh stays so.
+    pub fn receive_back(&mut self, tokens: &[Held], edit: &mut Edit<'_>) {
+        let Some(last) = tokens.last() else { return };
+        let fresh = self.fresh;
+        self.receive(tokens, edit);
+        // Only those behind all that came back are the latest step's alone.
+        self.fresh = fresh.min(self.len() - self.positions.partition_point(|&p| p <= last.position));
+    }
+
+    /// Moves residents together where tokens that left have left many blocks half empty.
+    pub fn close_up(&mut self, edit: &mut Edit<'_>) {
+        if self.blocks().count() > self.len().div_ceil(BLOCK as usize) + LOOSE_BLOCKS {
+            let all: Vec<usize> = (0..self.len()).collect();
+            self.keep(&all, edit);
+        }
     }
 
     /// Keeps the residents `keep` (ascending). Moves tokens only if leaving them in place would leave many short runs, and packed ones
