@@ -301,9 +301,10 @@ def _reading_verdict(found: dict[str, Any]) -> str:
     )
     if min(gaps) >= _APART:
         return f"{where} the full cache falls apart and every bounded memory reads on ({sizes})"
+    early = f"; the time was up before token {found['plan']['stop']:,}" if full["stop"] < found["plan"]["stop"] else ""
     if max(gaps) < 0:
-        return f"{where} the full cache still reads better than every bounded memory ({sizes})"
-    return f"{where} the full cache does not fall apart here ({sizes})"
+        return f"{where} the full cache still reads better than every bounded memory ({sizes}){early}"
+    return f"{where} the full cache does not fall apart here ({sizes}){early}"
 
 
 def _time_needed(found: dict[str, Any], reading: float) -> int:

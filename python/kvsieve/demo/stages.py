@@ -35,7 +35,7 @@ _PROMPT = "\n\nIn short, what matters most about names and values in Python is t
 _MIB = 2**20
 _MOST_DIALOGUES = 4
 _SHOPPING_SECONDS = 26.0  # from the start of the demo, loading included, until no further dialogue is begun
-_AFTERWARDS = 20.0  # seconds for what follows the reading: a continuation, a picture, the report
+_AFTERWARDS = 12.0  # seconds for what follows the reading: a continuation, a picture, the report
 
 
 @dataclass(frozen=True)
