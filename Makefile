@@ -12,6 +12,9 @@ DEMO_ARGS ?=
 
 OMP_NUM_THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS
+# Every worker of pytest has one core, and torch's threads would wait for each other on it; tests of threads ask for theirs.
+TEST_THREADS := $(shell n=$$(( $$(nproc) / $(PYTEST_JOBS) )); echo $$(( n > 1 ? n : 1 )))
+PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
@@ -21,7 +24,7 @@ HOUSE := scripts/in-house.sh
 .PHONY: help
 help: ## this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r habit what; do \
-		printf '  make %-10s %s\n' "$$habit" "$$what"; done
+		printf '  make %-17s %s\n' "$$habit" "$$what"; done
 
 .PHONY: setup
 setup: ## third-party packages, the built wheel and the small model, in .venv
@@ -35,20 +38,21 @@ demo: setup ## run the demonstration on the small model; pictures and text go to
 .PHONY: test
 test: setup ## every test that needs no card: the Rust core, then Python against the installed wheel (PYTEST_ARGS)
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
-	$(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
-# The seam with transformers and everything that `generate` does, without the real model and without the slow tests.
+# The seam with transformers and everything that `generate` does, without the real model and without the slow tests. What a backend
+# computes does not depend on transformers: one of them is enough here.
 RELEASE ?= oldest newest
-RELEASE_ARGS ?= -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
+RELEASE_ARGS ?= --backend cpu -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
 
 .PHONY: test-transformers
 test-transformers: setup ## the seam's and generate's tests on other releases (RELEASE="oldest newest", or 5.17.0, ...)
-	@PYTEST_JOBS=$(PYTEST_JOBS) scripts/test-transformers.sh $(RELEASE) -- $(RELEASE_ARGS) $(PYTEST_ARGS)
+	@OMP_NUM_THREADS=$(TEST_THREADS) PYTEST_JOBS=$(PYTEST_JOBS) scripts/test-transformers.sh $(RELEASE) -- $(RELEASE_ARGS) $(PYTEST_ARGS)
 
 .PHONY: test-fast
 test-fast: setup ## the same without doc tests and without the real model
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
-	$(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal -m "not model and not gpu" $(PYTEST_ARGS)
+	$(PYTEST) -m "not model and not gpu" $(PYTEST_ARGS)
 
 # The machine with the card may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
 GPU_PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
@@ -63,10 +67,14 @@ gpu: ## on a machine with an NVIDIA card: parity, times, sanitizer, from the whe
 cross: ## the core for 64-bit ARM: clippy, and its kernel tests under qemu where that is installed (some minutes)
 	@scripts/cross.sh $(CARGO_TEST_ARGS)
 
-.PHONY: lint
-lint: setup ## formatting, clippy, ruff, mypy, and the stubs of the extension against the extension
+.PHONY: lint lint-rust lint-python
+lint: lint-rust lint-python ## formatting, clippy, ruff, mypy, and the stubs of the extension against the extension (-j2 runs both sides at once)
+
+lint-rust: setup
 	$(HOUSE) cargo fmt --all --check
 	$(HOUSE) cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+
+lint-python: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy

@@ -18,7 +18,27 @@ def pytest_configure(config: pytest.Config) -> None:
         raise pytest.UsageError("kvsieve comes from python/, but the tests are for the built wheel: `make test`")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    only = "of the tests that are parametrised over backends, run those on this one only"
+    parser.addoption("--backend", choices=("cpu", "reference"), help=only)
+
+
+def on_other_backends(item: pytest.Item, backend: str) -> bool:
+    call = getattr(item, "callspec", None)
+    return call is not None and call.params.get("backend", backend) != backend
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    backend = config.getoption("--backend")
+    if backend is not None:
+        others = [item for item in items if on_other_backends(item, backend)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if not on_other_backends(item, backend)]
+    skip_without_a_card(items)
+
+
+def skip_without_a_card(items: list[pytest.Item]) -> None:
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

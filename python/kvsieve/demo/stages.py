@@ -22,7 +22,7 @@ from kvsieve.demo.plan import BUCKET, Plan, make_plan, measure_pace
 from kvsieve.demo.report import FULL, Recollection
 from kvsieve.errors import KvsieveError
 from kvsieve.evals import shopping, stream_nll
-from kvsieve.evals.models import fastest_dtype, load_smollm2, trained_length
+from kvsieve.evals.models import fastest_dtype, load_smollm2, quietly, trained_length
 from kvsieve.evals.stream_nll import Progress, Reading
 from kvsieve.evals.texts import read_text
 from kvsieve.view.live import LiveTable
@@ -257,7 +257,8 @@ def _continue(stream: Any, tokenizer: Any, settings: Settings) -> dict[str, Any]
     print(_PROMPT.strip(), end="", flush=True)
     ids = torch.as_tensor(tokenizer(_PROMPT, return_tensors="pt", add_special_tokens=False)["input_ids"])
     began = time.perf_counter()
-    text = print_while_generating(stream, tokenizer, ids, max_new_tokens=settings.new_tokens, repetition_penalty=1.1)
+    with quietly():  # transformers warns of texts beyond the trained length: that is what the memory is for
+        text = print_while_generating(stream, tokenizer, ids, max_new_tokens=settings.new_tokens, repetition_penalty=1.1)
     seconds = time.perf_counter() - began
     print()
     return {"prompt": _PROMPT, "text": text, "seconds": round(seconds, 2), "stats": stream.stats().as_dict()}
