@@ -72,6 +72,9 @@ def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int =
         # Random weights give nearly flat logits; larger ones make attention and argmax matter.
         if p.dim() > 1:
             p.data.mul_(4.0)
+    if getattr(made.config, "attn_logit_softcapping", None):
+        # Older releases choose `sdpa` by themselves, which leaves the cap on attention logits out.
+        made.set_attn_implementation("eager")
     made.generation_config.pad_token_id = 0
     made.generation_config.eos_token_id = None
     return made

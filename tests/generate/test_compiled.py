@@ -13,6 +13,8 @@ import tiny
 import torch
 
 logging.getLogger("torch._dynamo").setLevel(logging.ERROR)
+pytestmark = pytest.mark.slow
+
 TEXT, MORE = tiny.ids(1, 12), tiny.ids(1, 5, 1)
 
 

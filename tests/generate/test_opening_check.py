@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
@@ -151,3 +152,16 @@ def test_opening_runs_few_short_forwards() -> None:
         first = len(widths)
         with kvsieve.stream(model, kvsieve.Full()):
             assert len(widths) == first
+
+
+@torch.no_grad()
+def test_a_cap_on_attention_logits_is_applied_though_sdpa_leaves_it_out() -> None:
+    """Opening does not take that for a broken release: a cap so low that it decides what is said."""
+    model = tiny.model.__wrapped__("gemma2", attn_logit_softcapping=0.2)
+    want = model(TEXT).logits
+    with contextlib.suppress(ValueError):  # newer releases refuse it
+        model.set_attn_implementation("sdpa")
+    before = model.config._attn_implementation
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        torch.testing.assert_close(model(TEXT, past_key_values=stream.cache).logits, want, atol=1e-4, rtol=0)
+    assert model.config._attn_implementation == before

@@ -55,7 +55,14 @@ class Adapted(torch.nn.Module):
 
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
-@pytest.mark.parametrize("wrap", [Adapted, lambda m: Adapted(m, False), lambda m: torch.compile(Adapted(m), backend="eager")])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        pytest.param(Adapted, id="an adapter"),
+        pytest.param(lambda m: Adapted(m, False), id="with its configuration"),
+        pytest.param(lambda m: torch.compile(Adapted(m), backend="eager"), id="compiled", marks=pytest.mark.slow),
+    ],
+)
 def test_wrappers_that_change_nothing_are_looked_through(wrap: Callable[[Any], Any], policy: Any) -> None:
     model = copy.deepcopy(tiny.model())
     wrapped = wrap(model)

@@ -115,5 +115,7 @@ def _stock(module: Any, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.
 
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     name = original(module.config)._attn_implementation
+    if state.watch is not None and state.watch.implementation is not None:
+        name = state.watch.implementation
     result: tuple[torch.Tensor, torch.Tensor | None] = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)(module, *args, **kwargs)
     return result

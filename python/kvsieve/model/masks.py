@@ -117,4 +117,6 @@ def _stock(**kwargs: Any) -> Any:
     from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 
     name = original(kwargs["config"])._attn_implementation
+    if state.watch is not None and state.watch.implementation is not None:
+        name = state.watch.implementation
     return ALL_MASK_ATTENTION_FUNCTIONS[name](**kwargs) if name in ALL_MASK_ATTENTION_FUNCTIONS.valid_keys() else None

@@ -33,14 +33,15 @@ class Watch:
 
     Attributes:
         dispatch: whether the forward goes through kvsieve's attention function.
+        implementation: the attention that it falls back to; by default the one that the configuration names.
         seen: query, key and value of each attention module.
         answers: what the attention function answered, by module, one entry a forward.
         called: the arguments that modules with a layer index were called with.
         hidden: what the decoder returned, last.
     """
 
-    def __init__(self, dispatch: bool) -> None:
-        self.dispatch = dispatch
+    def __init__(self, dispatch: bool, implementation: str | None = None) -> None:
+        self.dispatch, self.implementation = dispatch, implementation
         self.seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
         self.answers: dict[torch.nn.Module, list[torch.Tensor]] = {}
         self.called: dict[torch.nn.Module, tuple[Any, dict[str, Any]]] = {}
@@ -124,7 +125,9 @@ class Probe:
     def run_stock(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The stock model's answer, and of its first piece hidden states and logits."""
         cache = self.stock_cache()
-        with watching(Watch(dispatch=False)) as watch:
+        # Some releases give a model with a cap on its attention logits `sdpa`, which leaves the cap out; a stream applies it.
+        exact = "eager" if getattr(self.config, "attn_logit_softcapping", None) else None
+        with watching(Watch(dispatch=exact is not None, implementation=exact)) as watch:
             first = self.forward(*PIECES[0], cache)
             hidden = watch.hidden
             self.stock = torch.cat([first, self.forward(*PIECES[1], cache)])
