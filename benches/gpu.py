@@ -691,7 +691,7 @@ def past(b: Bench, length: int, seed: int) -> tuple[Any, Any]:
 def fill(b: Bench, stream: Any, positions: list[int], seen: int) -> None:
     """Put tokens into a stream as if it had seen ``seen``."""
     engine = stream._engine
-    engine.planner.restore(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
+    engine.restore(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
     for layer in engine.facts.layers:
         k, v = past(b, len(positions), layer.index)
         store = engine.stores[layer.index] = engine.backend.make_store(k, v)

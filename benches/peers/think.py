@@ -244,7 +244,7 @@ def kvsieve(name: str, model: Any, ids: Any, filled: bool) -> tuple[Token, Calla
     head = ids.shape[1] - TAIL - 1 if filled else 0
     if filled:
         engine = stream._engine
-        engine.planner.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
+        engine.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
         for index, k, v in random_layers(model, head):
             store = engine.stores[index] = engine.backend.make_store(k, v)
             if engine.packer is not None:

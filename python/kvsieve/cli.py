@@ -45,8 +45,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 2
 
 
+class _Version(argparse.Action):
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from kvsieve import __version__
+
+        print(f"kvsieve {__version__}")
+        parser.exit()
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kvsieve", description="a KV cache with a budget around any generate loop")
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version")
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_generate(commands)
@@ -72,7 +81,7 @@ def _add_demo(commands: Any) -> None:
     demo.add_argument("--budget", type=_positive, default=1024, help="tokens that a bounded memory may hold")
     demo.add_argument("--dialogues", type=_positive, help="shopping lists; default: as many as half a minute allows, at most 4")
     demo.add_argument("--chunk", type=_positive, default=512, help="tokens per forward pass")
-    demo.add_argument("--seed", type=int, default=0, help="seed of the dialogues")
+    demo.add_argument("--seed", type=_whole, default=0, help="seed of the dialogues")
     demo.add_argument("--quick", action="store_true", help="a fraction of everything, to see that it runs")
     _add_machine(demo, dtype_help="default: the faster of float32 and bfloat16 here")
     demo.set_defaults(run=_demo)
@@ -86,7 +95,7 @@ def _add_generate(commands: Any) -> None:
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, help="a file with the text to continue")
     generate.add_argument("--max-new-tokens", type=_positive, required=True, help="tokens to generate")
-    generate.add_argument("--json", type=Path, help="also write prompt, text and stats to this file")
+    generate.add_argument("--json", type=_output, help="also write prompt, text and stats to this file")
     _add_machine(generate, dtype_help="default: float32")
     generate.set_defaults(run=_generate)
 
@@ -100,7 +109,7 @@ def _add_eval(commands: Any) -> None:
     packing.add_argument("--prompt", type=_positive, default=4000, help="tokens before packing")
     packing.add_argument("--continuation", type=_positive, default=1000, help="tokens to predict")
     packing.add_argument("--only", help="only policies with this in their name, and the full cache")
-    packing.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
+    packing.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
     packing.add_argument("--quick", action="store_true", help="one ratio of each kind")
     _add_machine(packing, dtype_help="default: float32")
     packing.set_defaults(run=_eval_packing)
@@ -116,7 +125,7 @@ def _add_eval(commands: Any) -> None:
     what.add_argument("--policy", nargs="+", help='only these, for example "hip(512, block=8)"; and the full cache')
     what.add_argument("--sweep", action="store_true", help="HiP's arguments, one at a time")
     search.add_argument("--only", nargs="+", default=[], help="only policies with one of these in their name, and the full cache")
-    search.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
+    search.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
     search.add_argument("--quick", action="store_true", help="one budget")
     _add_machine(search, dtype_help="default: float32")
     search.set_defaults(run=_eval_search)
@@ -125,8 +134,8 @@ def _add_eval(commands: Any) -> None:
     passkey.add_argument("--dense", nargs="*", help="policies that take over what the full cache has read; default: HiP, Quest")
     passkey.add_argument("--length", nargs="+", type=_positive, default=[4000, 7500], help="tokens of the text")
     passkey.add_argument("--depths", type=_positive, default=10, help="places of the key in each text")
-    passkey.add_argument("--seed", type=int, default=0, help="seed of texts and keys")
-    passkey.add_argument("--json", type=Path, help="also write everything to this file, after every policy")
+    passkey.add_argument("--seed", type=_whole, default=0, help="seed of texts and keys")
+    passkey.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
     _add_machine(passkey, dtype_help="default: float32")
     passkey.set_defaults(run=_eval_passkey)
 
@@ -165,7 +174,7 @@ def _add_bench(commands: Any) -> None:
         one.add_argument(
             "--threads", type=_positive, default=1, help="default: 1, pinned, in CPU time; more are measured in wall time"
         )
-        one.add_argument("--json", type=Path, help="also write everything to this file, after every row")
+        one.add_argument("--json", type=_output, help="also write everything to this file, after every row")
         one.add_argument("--quick", action="store_true", help="two lengths and five rounds")
     bench.set_defaults(run=_bench)
 
@@ -183,8 +192,25 @@ def _read_prompt(path: Path) -> str:
         raise KvsieveError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
 
 
+def _output(text: str) -> Path:
+    """A file that can be written when the work is done, as far as that can be known before."""
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder, give a file")
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} into")
+    return path
+
+
+def _whole(text: str) -> int:
+    try:
+        return int(text.replace("_", "").replace(",", ""))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+
+
 def _positive(text: str) -> int:
-    number = int(text.replace("_", ""))
+    number = _whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
     return number
@@ -213,6 +239,8 @@ def _demo(arguments: argparse.Namespace) -> int:
 
 def _generate(arguments: argparse.Namespace) -> int:
     prompt = arguments.prompt if arguments.prompt_file is None else _read_prompt(arguments.prompt_file)
+    if not prompt:
+        raise KvsieveError("the prompt is empty; give at least one character")
     _need_torch(arguments.threads)
     import torch
 

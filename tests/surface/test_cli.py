@@ -40,6 +40,10 @@ def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]
         ["juggle"],
         ["demo", "--tokens", "0"],
         ["demo", "--tokens", "many"],
+        ["demo", "--seed", "x"],
+        ["demo", "--seconds", "0"],
+        ["eval", "packing", "--json", "nowhere/out.json"],
+        ["bench", "decode", "--json", "."],
         ["generate", "--model", "smollm2", "--policy", "full()", "--max-new-tokens", "4"],
     ],
 )
@@ -47,7 +51,38 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
     with pytest.raises(SystemExit) as stop:
         main(argv)
     assert stop.value.code == 2
-    assert "usage: kvsieve" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "usage: kvsieve" in said
+    assert "_positive" not in said
+    assert "_whole" not in said
+
+
+def test_the_version_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    import kvsieve
+
+    with pytest.raises(SystemExit) as stop:
+        main(["--version"])
+    assert stop.value.code == 0
+    assert capsys.readouterr().out == f"kvsieve {kvsieve.__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["demo", "--budget", "9"], "budget"),
+        (["eval", "packing", "--only", "abacus"], "no policy has 'abacus' in its name"),
+        (["eval", "passkey", "--length", "4"], "a text with a passkey needs at least"),
+        (["generate", "--model", "smollm2", "--policy", "full()", "--max-new-tokens", "4", "--prompt", ""], "the prompt is empty"),
+    ],
+)
+def test_what_cannot_be_is_said_before_a_model_is_loaded(
+    argv: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    monkeypatch.setattr("kvsieve.evals.models.load_smollm2", lambda dtype=None: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("kvsieve.demo.stages.load_smollm2", lambda dtype=None: pytest.fail("the model was loaded"))
+    monkeypatch.chdir(tmp_path)
+    assert main(argv) == 2
+    assert said in one_line(capsys)
 
 
 def one_line(capsys: pytest.CaptureFixture[str]) -> str:
@@ -113,7 +148,7 @@ def test_a_folder_is_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert main(generate(prompt="the sea is", model=str(saved(tmp_path)), policy="sirllm(budget=64)")) == 0
     out = capsys.readouterr().out
     assert "tokens seen" in out
-    assert "MiB held, in blocks of 64 tokens" in out
+    assert "MiB held, in whole blocks of 64 tokens" in out
 
 
 def test_a_model_without_its_head_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import doctest
 import importlib
 import re
+import sys
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+README_FILE = Path(__file__).parents[2] / "README.md"
+README = README_FILE.read_text(encoding="utf-8")
 POLICIES = ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o", "hip", "think", "quantized")
 MODULES = [
     *(f"kvsieve.policies.{name}" for name in POLICIES),
@@ -25,14 +29,41 @@ def test_docstring_examples(name: str) -> None:
     assert result.failed == 0
 
 
+@pytest.fixture(scope="module")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small model as a folder in bfloat16, such as the Hub has it."""
+    from kvsieve.evals.models import load_smollm2
+
+    folder = tmp_path_factory.mktemp("smollm2")
+    model, tokenizer = load_smollm2(torch.bfloat16)
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop(
+        "quantization_config", None
+    )  # transformers refuses to save what it read from GGUF, although it dequantised it
+    plain = type(model)(config).to(torch.bfloat16)
+    plain.load_state_dict(model.state_dict())
+    plain.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 @pytest.mark.model
-def test_the_first_example_of_the_readme(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_first_example_of_the_readme_prints_what_it_says(
+    small_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.set_num_threads(1)
     code = re.findall(r"```python\n(.*?)```", README, re.DOTALL)[0]
-    exec(compile(code, "README.md", "exec"), {})
-    out = capsys.readouterr().out
-    assert "seen=" in out
-    assert "SirLLM(budget=256" in out
+    printed = re.findall(r"it prints\n\n```\n(.*?)```", README, re.DOTALL)[0]
+    hub = '"HuggingFaceTB/SmolLM2-135M-Instruct"'
+    assert code.count(hub) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        exec(compile(code.replace(hub, repr(str(small_model))), "README.md", "exec"), {})
+    assert capsys.readouterr().out.split() == printed.split()
+    example = README_FILE.parent / "examples" / "quickstart.py"
+    monkeypatch.setattr(sys, "argv", [str(example), str(small_model)])
+    exec(compile(example.read_text(encoding="utf-8"), str(example), "exec"), {"__name__": "__main__"})
+    assert capsys.readouterr().out.split() == printed.split()
 
 
 def test_the_policy_of_ones_own_in_the_readme() -> None:

@@ -77,7 +77,7 @@ def found(
     return {
         "settings": {"budget": 1024},
         "machine": {"trained_length": TRAINED},
-        "plan": {"needed": 200.0},
+        "plan": {"needed": 200.0, "stop": GOAL},
         "compared_positions": (stop - 1024, stop),
         "seconds": 150.0,
         "reading": rows,
@@ -105,6 +105,13 @@ def test_no_collapse_is_claimed_where_they_do_not(full: float, bounded: tuple[fl
     said = verdict(found(full, bounded))
     assert words in said
     assert "falls apart" not in said
+
+
+def test_a_text_that_ends_before_the_collapse_says_that_time_was_up() -> None:
+    said = verdict(found(1.81, (1.84, 1.89), stop=9728))
+    assert "over tokens 8,704 to 9,728, beyond the 8,192" in said
+    assert said.endswith("; the time was up before token 11,264.")
+    assert "time was up" not in verdict(found(2.4, (2.54, 2.5)))
 
 
 @pytest.mark.parametrize("stop", [2560, 8192, 9184])

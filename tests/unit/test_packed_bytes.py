@@ -34,7 +34,7 @@ model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.float32).
 ids = torch.randint(0, 128, (1, TAIL))
 with kvsieve.stream(model, kvsieve.policies.parse(sys.argv[1])) as stream:
     engine, head = stream._engine, TOKENS - TAIL
-    engine.planner.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
+    engine.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
     before = resident()
     rss = lambda: None if before is None else resident() - before
     for index in range(30):

@@ -232,8 +232,8 @@ def _marks(outcome: shopping.Outcome, tokenizer: Any) -> list[TokenMark]:
 def print_summary(found: dict[str, Any], settings: Settings) -> None:
     """The table, where the files lie, and the verdict as the last thing."""
     shopped = {row["memory"]: row for row in found["shopping"]}
-    (low, high), (start, stop) = found["within_positions"], found["compared_positions"]
-    header = ("memory", "up to", "tok/s", "MiB held", f"nll {low:,}-{high:,}", f"nll {start:,}-{stop:,}", "items kept", "answered")
+    (low, high), (since, stop) = found["within_positions"], found["compared_positions"]
+    header = ("memory", "up to", "tok/s", "MiB held", f"nll {low:,}-{high:,}", f"nll {since:,}-{stop:,}", "items kept", "answered")
     rows = []
     for row in found["reading"]:
         asked = shopped.get(row["memory"])
@@ -256,6 +256,10 @@ def print_summary(found: dict[str, Any], settings: Settings) -> None:
         f"{found['machine']['dtype']}, {found['machine']['threads']} threads, {found['seconds']:.0f} s in all, "
         f"{found['cpu_seconds']:.0f} s of CPU time."
     )
+    if start := found["plan"]["start"]:
+        print(
+            f"The full cache read from the first token, the bounded memories from token {start:,} on: they hold nothing before it."
+        )
     print("written: " + ", ".join(str(settings.out / name) for name in ("report.json", "curves.png", "tokens.html")))
     print("\n" + textwrap.fill(found["verdict"], 110))
 
@@ -301,9 +305,10 @@ def _reading_verdict(found: dict[str, Any]) -> str:
     )
     if min(gaps) >= _APART:
         return f"{where} the full cache falls apart and every bounded memory reads on ({sizes})"
+    early = f"; the time was up before token {found['plan']['stop']:,}" if full["stop"] < found["plan"]["stop"] else ""
     if max(gaps) < 0:
-        return f"{where} the full cache still reads better than every bounded memory ({sizes})"
-    return f"{where} the full cache does not fall apart here ({sizes})"
+        return f"{where} the full cache still reads better than every bounded memory ({sizes}){early}"
+    return f"{where} the full cache does not fall apart here ({sizes}){early}"
 
 
 def _time_needed(found: dict[str, Any], reading: float) -> int:

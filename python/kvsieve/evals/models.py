@@ -24,6 +24,7 @@ __all__ = [
     "fastest_dtype",
     "load_model",
     "load_smollm2",
+    "quietly",
     "smollm2_folder",
     "trained_length",
 ]
@@ -145,7 +146,7 @@ def _load(folder: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
 
     name = str(folder / kwargs.get("gguf_file", ""))
     try:
-        with _quietly():
+        with quietly():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, **kwargs)
             _check_causal(name, config)
             tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, **kwargs)
@@ -180,7 +181,7 @@ def _check_causal(name: str, config: Any) -> None:
 
 
 @contextlib.contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """No progress bars and warnings of transformers: a small model is there before they are read, and faults become errors."""
     from transformers.utils import logging
 

@@ -269,8 +269,11 @@ def run(settings: Settings) -> list[Price]:
         for name, policy in policies("few" if settings.quick else "all").items()
         if settings.only is None or settings.only.lower() in name.lower() or name == "Full()"
     }
+    if settings.only is not None and not any(settings.only.lower() in name.lower() for name in chosen):
+        raise KvsieveError(f"no policy has {settings.only!r} in its name")
+    source = read_text(settings.text)
     model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
-    ids = tokenizer(read_text(settings.text), return_tensors="pt", add_special_tokens=False)["input_ids"]
+    ids = tokenizer(source, return_tensors="pt", add_special_tokens=False)["input_ids"]
     head = max(settings.prompt - TAIL, 0)
     texts = windows(ids, settings.windows, settings.prompt + settings.continuation)
     prefixes = [read_prefix(model, text[:, :head], settings.backend) if head else None for text in texts]

@@ -34,6 +34,9 @@ _HAY = (
     " A fence runs along the side of the road.",
     " Now and then a bird sits on the fence.",
 )
+LEAST = 32
+"""Tokens of a text that has room for the sentence with the key, whatever tokens its digits are."""
+
 _QUESTION = "\nQuestion: what is the secret number?\nAnswer: the secret number is"
 
 
@@ -179,6 +182,8 @@ def run(settings: Settings) -> list[Answer]:
     dense = {text: kvsieve.policies.parse(text) for text in settings.dense}
     if not own and not dense:
         raise KvsieveError("name a policy at least")
+    if min(settings.lengths) < LEAST:
+        raise KvsieveError(f"a text with a passkey needs at least {LEAST} tokens, got --length {min(settings.lengths)}")
     model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
     answers: list[Answer] = []
 

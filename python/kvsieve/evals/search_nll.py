@@ -32,6 +32,7 @@ from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 from kvsieve.roles import Policy
+from kvsieve.transcript import Ids, Row, TranscriptState
 from kvsieve.view.live import plain_table
 
 __all__ = ["Cost", "Measured", "Prompts", "Settings", "compared", "continue_with", "exact_until", "read_prompts", "run", "swept"]
@@ -95,10 +96,12 @@ class Prompts:
     Attributes:
         count: tokens of each row.
         layers: keys ``[B, Hkv, n, D]``, as the model rotated them, and values ``[B, Hkv, n, Dv]`` of each layer, by its index.
+        ids: int64 ``[n]`` of each row.
     """
 
     count: int
     layers: dict[int, tuple[torch.Tensor, torch.Tensor]]
+    ids: list[torch.Tensor]
 
     @classmethod
     def of(cls, stream: kvsieve.Stream) -> Prompts:
@@ -109,7 +112,7 @@ class Prompts:
         for index, store in engine.stores.items():
             keys, values = zip(*(store.read(runs) for runs in rows))
             layers[index] = torch.stack(keys), torch.stack(values)
-        return cls(stream.seen, layers)
+        return cls(stream.seen, layers, [row.ids.tensor() for row in engine.transcript.rows])
 
     def into(self, stream: kvsieve.Stream, count: int | None = None) -> None:
         """Make these, or the first ``count`` tokens of them, what a stream has seen that has seen none.
@@ -122,7 +125,8 @@ class Prompts:
         engine, count = stream._engine, self.count if count is None else count
         kept, rows = _residents(stream, count), next(iter(self.layers.values()))[0].shape[0]
         positions = torch.tensor(kept)
-        engine.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows)
+        told = TranscriptState(count, tuple(Row(Ids().append(ids[:count])) for ids in self.ids), False)
+        engine.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows, told)
         for layer in engine.facts.layers:
             k, v = (x[:, :, positions] for x in self.layers[layer.index])
             if engine.frame == "raw" and layer.rope is not None:

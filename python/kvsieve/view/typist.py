@@ -31,5 +31,5 @@ def held(stats: Any) -> str:
 
     The allocator takes memory a block of 64 tokens at a time, in every layer, so a short text holds more than its own tokens.
     """
-    full = f"{stats.bytes_full / 2**20:.1f} MiB the tokens of a full cache"
-    return f"{stats.bytes_held / 2**20:.1f} MiB held, in blocks of 64 tokens; {full}"
+    mib = stats.bytes_held / 2**20, stats.bytes_full / 2**20
+    return f"{mib[0]:.1f} MiB held, in whole blocks of 64 tokens ({mib[1]:.1f} MiB would be the tokens of a full cache)"
