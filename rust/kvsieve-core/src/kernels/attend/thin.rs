@@ -10,6 +10,7 @@ use super::inner::Ahead;
 use crate::ids::BLOCK;
 use crate::kernels::simd::{Elem, Simd};
 
+/// Of a rotation.
 const SLOTS: usize = BLOCK as usize;
 
 /// Keys of a block, and which of them are meant.
@@ -18,6 +19,8 @@ pub(super) struct Columns<E> {
     /// Of the block.
     pub keys: *const E,
     pub kept: usize,
+    /// Tokens of the block that have memory: the numbers of a channel.
+    pub slots: usize,
     pub slot: usize,
     pub len: usize,
 }
@@ -32,10 +35,10 @@ impl<E: Elem> Columns<E> {
         // SAFETY: the column lies in the block.
         unsafe {
             if E::IS_BF16 && c / 2 < self.kept / 2 {
-                let (low, high) = S::pair_bf16(S::words(self.keys.add(c / 2 * 2 * SLOTS + 2 * at).cast()));
+                let (low, high) = S::pair_bf16(S::words(self.keys.add(c / 2 * 2 * self.slots + 2 * at).cast()));
                 if c.is_multiple_of(2) { low } else { high }
             } else {
-                E::load::<S>(self.keys.add(c * SLOTS + at))
+                E::load::<S>(self.keys.add(c * self.slots + at))
             }
         }
     }
@@ -58,16 +61,16 @@ pub(super) unsafe fn score_columns<S: Simd, E: Elem, const HB: usize>(
     scores: *mut f32,
     ahead: &mut Ahead,
 ) {
-    let Columns { keys, kept, slot, len } = *columns;
+    let Columns { keys, kept, slots, slot, len } = *columns;
     let (lo, hi) = (slot, slot + len);
     let mut at = lo / (2 * S::LANES) * (2 * S::LANES);
-    // SAFETY: columns have a number for each slot, and vectors begin at multiples of twice the lanes.
+    // SAFETY: columns have a number for each of `slots`, a multiple of twice the lanes, and vectors begin at multiples of that.
     unsafe {
         while at < hi {
             let mut acc = [[S::splat(0.0); 2]; HB];
             let mut c = 0;
             while E::IS_BF16 && c + 1 < kept {
-                let p = keys.add(c * SLOTS + 2 * at).cast();
+                let p = keys.add(c * slots + 2 * at).cast();
                 let w = [S::words(p), S::words(p.add(S::LANES))];
                 if S::DOTS
                     && let Some(dots) = dots
@@ -90,7 +93,7 @@ pub(super) unsafe fn score_columns<S: Simd, E: Elem, const HB: usize>(
                 c += 2;
             }
             while c < kept {
-                let p = keys.add(c * SLOTS + at);
+                let p = keys.add(c * slots + at);
                 let x = [E::load::<S>(p), E::load::<S>(p.add(S::LANES))];
                 for (h, acc) in acc.iter_mut().enumerate() {
                     let q = S::splat(*queries.add(h * width + c));

@@ -640,7 +640,8 @@ unsafe fn score_packed<'a, S: Codes, E: Elem>(
         }
         return;
     }
-    let columns = Columns { keys: piece.keys, kept, slot: piece.slot as usize, len: piece.len };
+    let have = packed.rows(piece.block, kv_head, 0).slots;
+    let columns = Columns { keys: piece.keys, kept, slots: have, slot: piece.slot as usize, len: piece.len };
     let dots = (use_dots && piece.variant == 0).then_some(dots.as_ptr().cast::<bf16>());
     // SAFETY: the piece lies in its block; queries and scores for the heads from `h` on, of which there are at least `HB`; `pairs`
     // rotations for each slot.
