@@ -411,6 +411,9 @@ class Engine:
             self.packer.commit(reading=step.num_queries > (MAX_CANDIDATES if self.recording else 1))
         if self.stepping or not self.recording:
             self.settle(force=step is not None and step.num_queries > 1)
+        # Among candidates some may still be taken back, so what is verified is packed when the next forward opens.
+        if self.packer is not None and self.packer.reading and self.packer.role.when == "prefill" and not self.recording:
+            self.pack(prompt_ended=True)
 
     # ---------------------------------------------------------------------------------------------------------------- letting go
 
