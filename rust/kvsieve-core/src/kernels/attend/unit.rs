@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::codes::{Codes, Keys, Values, code_passes, of_bits};
 use super::inner::{Ahead, LINE, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
-use super::thin::{Columns, asks, score_columns, score_columns_turned};
+use super::thin::{Columns, SLOTS, asks, score_columns, score_columns_turned};
 use super::{Common, TILE, Unit};
 use crate::ids::{BLOCK, BlockId};
 use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
@@ -649,13 +649,22 @@ unsafe fn score_packed<'a, S: Codes, E: Elem>(
         if rope.is_some() {
             let trig = (slots.as_ptr(), pairs);
             by_heads!(group, |h, HB| {
-                let queries = (queries(h), width);
-                score_columns_turned::<S, E, HB>(&columns, trig, queries, to.add(h * TILE), ahead);
+                let (queries, to) = ((queries(h), width), to.add(h * TILE));
+                if have == SLOTS {
+                    score_columns_turned::<S, E, HB, SLOTS>(&columns, trig, queries, to, ahead);
+                } else {
+                    score_columns_turned::<S, E, HB, 0>(&columns, trig, queries, to, ahead);
+                }
             });
         } else {
             by_heads!(group, |h, HB| {
                 let (queries, dots) = ((queries(h), width), dots.map(|dots| dots.wrapping_add(h * width)));
-                score_columns::<S, E, HB>(&columns, queries, dots, to.add(h * TILE), ahead);
+                let to = to.add(h * TILE);
+                if have == SLOTS {
+                    score_columns::<S, E, HB, SLOTS>(&columns, queries, dots, to, ahead);
+                } else {
+                    score_columns::<S, E, HB, 0>(&columns, queries, dots, to, ahead);
+                }
             });
         }
     }
