@@ -31,6 +31,8 @@ pub struct Arena {
 struct Place {
     keys: NonNull<u8>,
     values: NonNull<u8>,
+    /// Bytes from head to head, of keys and of values.
+    hops: (usize, usize),
     /// For each head.
     slots: usize,
 }
@@ -236,7 +238,10 @@ impl Arena {
         }
         let at = number(block);
         match (self.keys.get(at), self.values.get(at)) {
-            (Some((keys, slots)), Some((values, _))) => Ok(Place { keys, values, slots }),
+            (Some(keys), Some(values)) => {
+                let hops = (keys.hop, values.hop);
+                Ok(Place { keys: keys.start, values: values.start, hops, slots: keys.slots })
+            }
             _ => Err(self.bad_block(block.0)),
         }
     }
@@ -270,18 +275,18 @@ impl Arena {
         if self.holds_to(block, hi) { Ok(()) } else { Err(self.bad_block(block.0)) }
     }
 
-    /// Keys and values of `head` from `slot` of `block` on; the slots behind it that have memory follow at distances of the dims.
+    /// Keys and values of `head` from `slot` of `block` on; the slots behind it that have memory follow at distances of the dims. Heads lie
+    /// at equal distances.
     ///
     /// Panics when the slot has no memory, or the head does not exist.
     pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> (*const u8, *const u8) {
         let Ok(place) = self.place(block) else { panic!("{block:?} has no memory") };
         assert!(head < self.heads && (slot as usize) < place.slots, "head {head} or slot {slot} outside the arena");
-        let row = head * place.slots + slot as usize;
-        let es = self.dtype.size();
-        // SAFETY: `row` is below `heads * slots`, the rows that both slabs of the block were allocated for.
+        let (slot, es) = (slot as usize, self.dtype.size());
+        // SAFETY: both have memory for so many slots of every head.
         unsafe {
-            let keys = place.keys.as_ptr().add(row * self.key_dim * es);
-            let values = place.values.as_ptr().add(row * self.value_dim * es);
+            let keys = place.keys.as_ptr().add(head * place.hops.0 + slot * self.key_dim * es);
+            let values = place.values.as_ptr().add(head * place.hops.1 + slot * self.value_dim * es);
             (keys.cast_const(), values.cast_const())
         }
     }
@@ -419,27 +424,23 @@ impl Arena {
     fn move_tokens(&mut self, moves: &[Move]) {
         self.touch(moves.iter().map(|m| m.to));
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
-        // Where the first head's rows lie, and how many rows further on the next head's.
+        // Where the first head's rows lie, and how many bytes further on the next head's.
         let hops = moves.iter().filter(|m| m.len > 0).map(|m| {
-            let stride = |block: BlockId| self.place(block).map_or(0, |place| place.slots);
+            let hops = |block: BlockId| self.place(block).map_or((0, 0), |place| place.hops);
             let (from, to) = (self.rows(m.from, 0, m.from_slot), self.rows(m.to, 0, m.to_slot));
             // The buffers are raw memory owned through `&mut self`, so writing through their pointers is allowed.
             let to = (to.0.cast_mut(), to.1.cast_mut());
-            (from, to, stride(m.from), stride(m.to), m.len as usize)
+            (from, to, hops(m.from), hops(m.to), m.len as usize)
         });
         let hops: Vec<_> = hops.collect();
         for head in 0..self.heads {
-            for &(from, to, from_stride, to_stride, len) in &hops {
+            for &(from, to, from_hop, to_hop, len) in &hops {
                 // SAFETY: both ranges were checked to lie inside their blocks, which have memory; `copy` allows them to overlap.
-                unsafe {
-                    std::ptr::copy(from.0.add(head * from_stride * kb), to.0.add(head * to_stride * kb), len * kb)
-                };
+                unsafe { std::ptr::copy(from.0.add(head * from_hop.0), to.0.add(head * to_hop.0), len * kb) };
             }
-            for &(from, to, from_stride, to_stride, len) in &hops {
+            for &(from, to, from_hop, to_hop, len) in &hops {
                 // SAFETY: as above.
-                unsafe {
-                    std::ptr::copy(from.1.add(head * from_stride * vb), to.1.add(head * to_stride * vb), len * vb)
-                };
+                unsafe { std::ptr::copy(from.1.add(head * from_hop.1), to.1.add(head * to_hop.1), len * vb) };
             }
         }
     }

@@ -11,7 +11,6 @@ use crate::{Error, Result};
 /// Of each block `[heads][greatest of every channel, then least]`, of the arena's dtype.
 pub(super) struct Bounds {
     slabs: Slabs,
-    row_bytes: usize,
     /// By block.
     made: Vec<bool>,
 }
@@ -19,7 +18,7 @@ pub(super) struct Bounds {
 impl Bounds {
     pub fn new(heads: usize, key_dim: usize, dtype: Dtype) -> Self {
         let row_bytes = 2 * key_dim * dtype.size();
-        Bounds { slabs: Slabs::of_blocks(heads, row_bytes), row_bytes, made: Vec::new() }
+        Bounds { slabs: Slabs::of_blocks(heads, row_bytes), made: Vec::new() }
     }
 
     pub fn bytes(&self) -> usize {
@@ -43,8 +42,8 @@ impl Bounds {
     }
 
     fn row(&self, block: BlockId, head: usize) -> Option<*mut u8> {
-        let (start, _) = self.slabs.get(number(block))?;
-        Some(start.as_ptr().wrapping_add(head * self.row_bytes))
+        let held = self.slabs.get(number(block))?;
+        Some(held.start.as_ptr().wrapping_add(head * held.hop))
     }
 
     /// Gives a block memory.

@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::slabs::{COLUMN, Slabs, needs, number as number_of, reserve_all};
+use super::slabs::{COLUMN, Held, Slabs, needs, number as number_of, reserve_all};
 use crate::ids::{BLOCK, BlockId, PACKED};
 use crate::kernels::rotate::{Layout, Rope};
 use crate::kernels::view::Dtype;
@@ -220,8 +220,8 @@ fn thin_place(kept: usize, dtype: Dtype, slots: usize, slot: usize, c: usize) ->
 /// Memory for keys, which lie in columns. Where those are not all of one width, and where they are codes, a block has it as a whole.
 fn key_slabs(heads: usize, packing: &Packing, dtype: Dtype) -> Slabs {
     match (packing.key_bits, dtype) {
-        (0, Dtype::F32 | Dtype::F16) => Slabs::of_columns(heads * packing.key_kept, dtype.size()),
-        (0, Dtype::BF16) if packing.key_kept.is_multiple_of(2) => Slabs::of_columns(heads * packing.key_kept / 2, 4),
+        (0, Dtype::F32 | Dtype::F16) => Slabs::of_columns(heads, packing.key_kept, dtype.size()),
+        (0, Dtype::BF16) if packing.key_kept.is_multiple_of(2) => Slabs::of_columns(heads, packing.key_kept / 2, 4),
         _ => Slabs::of_blocks(heads, BLOCK as usize * row_bytes(packing.key_kept, packing.key_bits, dtype)),
     }
 }
@@ -431,28 +431,25 @@ impl Packed {
     /// One head of a block, from `slot` on. Panics when the block has no memory.
     pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> Rows<'_> {
         let at = number_of(block);
-        let Some(((keys, key_slots), (values, slots))) = self.keys.get(at).zip(self.values.get(at)) else {
+        let Some((keys, values)) = self.keys.get(at).zip(self.values.get(at)) else {
             panic!("{block:?} has no memory")
         };
         let Some(Some(channels)) = self.channels.get(at) else { panic!("{block:?} was never packed") };
-        assert!(head < self.heads && (slot as usize) < slots, "head {head} or slot {slot} outside the block");
-        let scales = |slabs: &Option<Slabs>, from: usize| match slabs.as_ref().and_then(|slabs| slabs.get(at)) {
-            // SAFETY: `from` is below the number of halves that the slab was made for.
-            Some((start, _)) => unsafe { start.as_ptr().cast::<u16>().add(from).cast_const() },
-            None => std::ptr::null(),
+        assert!(head < self.heads && (slot as usize) < values.slots, "head {head} or slot {slot} outside the block");
+        // SAFETY: the slab was made for so many heads.
+        let of_head = |held: Held| unsafe { held.start.as_ptr().add(head * held.hop).cast_const() };
+        let scales = |slabs: &Option<Slabs>| {
+            slabs.as_ref().and_then(|slabs| slabs.get(at)).map_or(std::ptr::null(), |held| of_head(held).cast::<u16>())
         };
-        let first = head * BLOCK as usize;
-        let value = head * slots + if self.packing.value_bits == 0 { slot as usize } else { 0 };
-        // SAFETY: the rows are below those that the slabs were made for.
-        unsafe {
-            Rows {
-                keys: keys.as_ptr().add(head * key_slots * self.key_bytes()).cast_const(),
-                slots: key_slots,
-                key_scales: scales(&self.key_scales, head * self.key_halves()),
-                values: values.as_ptr().add(value * self.value_bytes()).cast_const(),
-                value_scales: scales(&self.value_scales, first * self.value_halves()),
-                channels,
-            }
+        let value = if self.packing.value_bits == 0 { slot as usize * self.value_bytes() } else { 0 };
+        Rows {
+            keys: of_head(keys),
+            slots: keys.slots,
+            key_scales: scales(&self.key_scales),
+            // SAFETY: the slot has memory.
+            values: unsafe { of_head(values).add(value) },
+            value_scales: scales(&self.value_scales),
+            channels,
         }
     }
 

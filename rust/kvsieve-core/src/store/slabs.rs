@@ -1,7 +1,8 @@
 //! The memory of blocks: a slab a block, that comes and goes.
 //!
 //! A slab holds all 64 slots of its block, or only the first ones: the block at the end of a text takes memory as it fills, some slots
-//! at a time, and is copied when it grows. A whole slab never moves.
+//! at a time, and is copied when it grows. A whole slab never moves; where heads take whole pages, those of neighbouring blocks lie side
+//! by side head by head ([`GROUPS`]), so that reading a head goes through memory in long stretches.
 
 use std::ops::Range;
 use std::ptr::NonNull;
@@ -23,6 +24,15 @@ pub(crate) const COLUMN: u32 = 32;
 /// Slabs whose addresses are reserved together: those of the blocks before each of these, then of as many as the last at a time.
 const EXTENTS: [usize; 2] = [128, 1024];
 
+/// Below each of these block numbers so many blocks lie together.
+const GROUPS: [(usize, usize); 4] = [(32, 1), (128, 4), (1024, 16), (usize::MAX, 64)];
+
+/// The blocks that lie together with this one. All are of one extent.
+fn group(block: usize) -> Range<usize> {
+    let size = GROUPS.iter().find(|(end, _)| block < *end).map_or(1, |group| group.1);
+    block / size * size..block / size * size + size
+}
+
 /// The extent of a block, and the blocks of the extent.
 fn extent(block: usize) -> (usize, Range<usize>) {
     let [first, each] = EXTENTS;
@@ -39,8 +49,19 @@ pub(super) fn number(block: BlockId) -> usize {
 }
 
 /// Memory for the slots of a block.
+#[derive(Clone, Copy)]
+pub(super) struct Held {
+    /// Of head 0.
+    pub start: NonNull<u8>,
+    /// Bytes from head to head.
+    pub hop: usize,
+    /// Of each head.
+    pub slots: usize,
+}
+
 pub(super) struct Slab {
     start: NonNull<u8>,
+    hop: usize,
     slots: u32,
     /// Its memory, where it is not part of an extent's.
     own: Option<Buf>,
@@ -70,13 +91,15 @@ pub(super) fn needs(wanted: impl Iterator<Item = (BlockId, u32)>) -> Vec<(usize,
 /// A whole slab that is not made of huge pages by itself grows into them with its neighbours: their addresses are reserved together,
 /// their memory is not.
 pub(super) struct Slabs {
-    /// Stretches of memory in which all slots of a block lie side by side.
-    stretches: usize,
+    heads: usize,
+    /// Stretches of memory of each head in which all slots of a block lie side by side.
+    columns: usize,
     /// Of a slot in each of them.
     slot_bytes: usize,
     /// Slots come so many at a time.
     step: u32,
-    block_bytes: usize,
+    /// Of one head of a whole block.
+    head_bytes: usize,
     slabs: Vec<Option<Slab>>,
     extents: Vec<Option<Reservation>>,
 }
@@ -85,18 +108,19 @@ impl Slabs {
     /// For blocks of `[heads][slots][row]`.
     pub fn of_rows(heads: usize, row_bytes: usize) -> Self {
         let whole = Slabs::of_blocks(heads, BLOCK as usize * row_bytes);
-        Slabs { stretches: heads, slot_bytes: row_bytes, step: STEP, ..whole }
+        Slabs { columns: 1, slot_bytes: row_bytes, step: STEP, ..whole }
     }
 
-    /// For blocks of `[columns][slots][number]`.
-    pub fn of_columns(columns: usize, number_bytes: usize) -> Self {
-        Slabs { step: COLUMN, ..Slabs::of_rows(columns, number_bytes) }
+    /// For blocks of `[heads][columns][slots][number]`.
+    pub fn of_columns(heads: usize, columns: usize, number_bytes: usize) -> Self {
+        let whole = Slabs::of_blocks(heads, BLOCK as usize * columns * number_bytes);
+        Slabs { columns, slot_bytes: number_bytes, step: COLUMN, ..whole }
     }
 
     /// For blocks of `[heads][bytes]` that are always there as a whole.
     pub fn of_blocks(heads: usize, bytes: usize) -> Self {
         let (slabs, extents) = (Vec::new(), Vec::new());
-        Slabs { stretches: 0, slot_bytes: 0, step: BLOCK, block_bytes: heads * bytes, slabs, extents }
+        Slabs { heads, columns: 0, slot_bytes: 0, step: BLOCK, head_bytes: bytes, slabs, extents }
     }
 
     /// Blocks that may have memory: none from here on has.
@@ -104,9 +128,11 @@ impl Slabs {
         self.slabs.len()
     }
 
-    /// Where the slab of the block begins and how many slots it has, if it has memory.
-    pub fn get(&self, block: usize) -> Option<(NonNull<u8>, usize)> {
-        self.slabs.get(block)?.as_ref().map(|slab| (slab.start, slab.slots as usize))
+    /// Where the block lies, if it has memory.
+    #[inline]
+    pub fn get(&self, block: usize) -> Option<Held> {
+        let slab = self.slabs.get(block)?.as_ref()?;
+        Some(Held { start: slab.start, hop: slab.hop, slots: slab.slots as usize })
     }
 
     /// Slots of the block that have memory.
@@ -121,7 +147,11 @@ impl Slabs {
 
     /// Bytes of a slab of so many slots.
     fn bytes_of(&self, slots: u32) -> usize {
-        if slots == BLOCK { self.block_bytes } else { self.stretches * slots as usize * self.slot_bytes }
+        self.heads * self.head_bytes_of(slots)
+    }
+
+    fn head_bytes_of(&self, slots: u32) -> usize {
+        if slots == BLOCK { self.head_bytes } else { self.columns * slots as usize * self.slot_bytes }
     }
 
     /// Memory, zeroed, for those of `needs` that have too little; it counts once it is [adopted](Slabs::adopt). On failure nothing has
@@ -157,18 +187,25 @@ impl Slabs {
     /// Slabs for neighbours in one extent; on failure `made` is as it was.
     fn make(&mut self, blocks: Range<usize>, slots: u32, made: &mut Vec<(usize, Slab)>) -> Result<()> {
         let before = made.len();
-        if slots == BLOCK {
-            let (size, range) = (self.block_bytes, self.range(&blocks));
+        if slots == BLOCK && self.extent(blocks.start).is_some() {
+            let (ranges, places) = (self.ranges(&blocks), blocks.clone().map(|block| self.place(block)));
+            let places: Vec<_> = places.collect();
             if let Some(extent) = self.extent(blocks.start) {
-                extent.commit(range.clone())?;
-                let slab = |i: usize| Slab { start: extent.at(range.start + i * size), slots, own: None };
-                made.extend(blocks.enumerate().map(|(i, block)| (block, slab(i))));
+                for (i, range) in ranges.iter().enumerate() {
+                    if let Err(err) = extent.commit(range.clone()) {
+                        ranges[..i].iter().for_each(|range| extent.release(range.clone()));
+                        return Err(err);
+                    }
+                }
+                let slab = |(offset, hop)| Slab { start: extent.at(offset), hop, slots, own: None };
+                made.extend(blocks.zip(places.into_iter().map(slab)));
                 return Ok(());
             }
         }
+        let hop = self.head_bytes_of(slots);
         for block in blocks {
             match Buf::zeroed(self.bytes_of(slots)) {
-                Ok(buf) => made.push((block, Slab { start: buf.ptr(), slots, own: Some(buf) })),
+                Ok(buf) => made.push((block, Slab { start: buf.ptr(), hop, slots, own: Some(buf) })),
                 Err(err) => {
                     made.truncate(before);
                     return Err(err);
@@ -188,10 +225,11 @@ impl Slabs {
         for (block, slab) in prepared.0 {
             if let Some(old) = &self.slabs[block] {
                 let (have, more) = (old.slots as usize * self.slot_bytes, slab.slots as usize * self.slot_bytes);
-                for i in 0..self.stretches {
-                    // SAFETY: both have so many stretches, the new one longer ones; they are two memories.
+                for (head, i) in (0..self.heads).flat_map(|head| (0..self.columns).map(move |i| (head, i))) {
+                    // SAFETY: both have so many columns of every head, the new one longer ones; they are two memories.
                     unsafe {
-                        let (from, to) = (old.start.add(i * have), slab.start.add(i * more));
+                        let (from, to) =
+                            (old.start.add(head * old.hop + i * have), slab.start.add(head * slab.hop + i * more));
                         std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), have);
                     }
                 }
@@ -200,15 +238,44 @@ impl Slabs {
         }
     }
 
-    /// Bytes of the blocks, counted from the beginning of their extent.
-    fn range(&self, blocks: &Range<usize>) -> Range<usize> {
-        let first = extent(blocks.start).1.start;
-        (blocks.start - first) * self.block_bytes..(blocks.end - first) * self.block_bytes
+    /// The blocks that lie together with this one head by head. Only whole pages can come and go by themselves.
+    fn group(&self, block: usize) -> Range<usize> {
+        if Reservation::suits(self.head_bytes) { group(block) } else { block..block + 1 }
+    }
+
+    /// Where the block begins in its extent, and the bytes from head to head.
+    fn place(&self, block: usize) -> (usize, usize) {
+        let (group, first) = (self.group(block), extent(block).1.start);
+        let start = (group.start - first) * self.bytes_of(BLOCK) + (block - group.start) * self.head_bytes;
+        (start, group.len() * self.head_bytes)
+    }
+
+    /// What the blocks take of their extent: one range for neighbouring groups that are whole, one for each head of what is left.
+    fn ranges(&self, blocks: &Range<usize>) -> Vec<Range<usize>> {
+        let mut ranges: Vec<Range<usize>> = Vec::new();
+        let mut next = blocks.start;
+        while next < blocks.end {
+            let group = self.group(next);
+            let end = group.end.min(blocks.end);
+            let (start, hop) = self.place(next);
+            if next == group.start && end == group.end {
+                let whole = start..start + group.len() * self.bytes_of(BLOCK);
+                match ranges.last_mut() {
+                    Some(last) if last.end == whole.start => last.end = whole.end,
+                    _ => ranges.push(whole),
+                }
+            } else {
+                let (heads, bytes) = (0..self.heads, (end - next) * self.head_bytes);
+                ranges.extend(heads.map(|head| start + head * hop..start + head * hop + bytes));
+            }
+            next = end;
+        }
+        ranges
     }
 
     /// What the whole slab of the block shares with its neighbours, if it should.
     fn extent(&mut self, block: usize) -> Option<&mut Reservation> {
-        let bytes = self.block_bytes;
+        let bytes = self.bytes_of(BLOCK);
         // A large slab loses little at its end, and need not tie up addresses for others.
         let ragged = !bytes.is_multiple_of(HUGE) && bytes < 4 * HUGE;
         if !ragged || !Reservation::suits(bytes) {
@@ -232,11 +299,12 @@ impl Slabs {
     }
 
     fn release(&mut self, block: usize, slab: &Slab) {
-        let range = self.range(&(block..block + 1));
-        if slab.own.is_none()
-            && let Some(Some(reservation)) = self.extents.get_mut(extent(block).0)
-        {
-            reservation.release(range);
+        if slab.own.is_some() {
+            return;
+        }
+        let ranges = self.ranges(&(block..block + 1));
+        if let Some(Some(reservation)) = self.extents.get_mut(extent(block).0) {
+            ranges.into_iter().for_each(|range| reservation.release(range));
         }
     }
 }
@@ -273,6 +341,64 @@ mod tests {
     }
 
     #[test]
+    fn groups_tile_the_extents() {
+        let mut next = 0;
+        while next < 3000 {
+            let blocks = group(next);
+            assert_eq!(blocks.start, next);
+            assert!(blocks.clone().all(|block| group(block) == blocks && extent(block) == extent(next)));
+            next = blocks.end;
+        }
+        assert_eq!([31, 32, 128, 1024].map(|block| group(block).len()), [1, 4, 16, 64]);
+    }
+
+    /// Whichever blocks have memory, no two of them share a byte, and what is committed is what they are.
+    #[test]
+    fn blocks_of_a_group_come_and_go_by_themselves() {
+        let page = 1 << 12;
+        let mut slabs = Slabs::of_rows(3, page / 64 * 3);
+        let mut held: Vec<Option<u8>> = vec![None; 160];
+        let mut noise = 88_172_645_463_325_252u64;
+        for turn in 0..600u32 {
+            noise ^= noise << 13;
+            noise ^= noise >> 7;
+            noise ^= noise << 17;
+            let (at, len) = (noise as usize % 160, 1 + (noise >> 20) as usize % 9);
+            let blocks = at..(at + len).min(160);
+            if noise >> 40 & 3 > 0 {
+                let wanted = blocks.clone().map(|block| (BlockId(block as u32), BLOCK));
+                reserve_all([&mut slabs].into_iter(), &needs(wanted)).unwrap();
+                for block in blocks {
+                    let (mark, place) = (turn as u8 | 1, slabs.get(block).unwrap());
+                    let fresh = held[block].is_none();
+                    held[block] = Some(mark);
+                    for head in 0..3 {
+                        // SAFETY: a head of a block that was just given memory.
+                        let mine = unsafe {
+                            std::slice::from_raw_parts_mut(place.start.as_ptr().add(head * place.hop), 3 * page)
+                        };
+                        assert!(!fresh || mine.iter().all(|&x| x == 0), "new memory is zero");
+                        mine.fill(mark);
+                    }
+                }
+            } else {
+                for block in blocks {
+                    slabs.free(block);
+                    held[block] = None;
+                }
+            }
+            assert_eq!(slabs.bytes(), held.iter().flatten().count() * 9 * page);
+            for (block, mark) in held.iter().enumerate().filter_map(|(block, mark)| mark.map(|mark| (block, mark))) {
+                let place = slabs.get(block).unwrap();
+                for byte in (0..3).flat_map(|head| [0, 3 * page - 1].map(|at| head * place.hop + at)) {
+                    // SAFETY: the first and the last byte of each head.
+                    assert_eq!(unsafe { *place.start.as_ptr().add(byte) }, mark, "block {block} at turn {turn}");
+                }
+            }
+        }
+    }
+
+    #[test]
     fn needs_are_what_is_needed_most() {
         let wanted = [(7, 3), (2, 64), (7, 20), (2, 1), (PACKED + 5, 57)];
         let found = needs(wanted.iter().map(|&(block, end)| (BlockId(block), end)));
@@ -285,11 +411,11 @@ mod tests {
         // Sizes that whole pages hold, and that they do not.
         for row in [64, 24] {
             let mut slabs = Slabs::of_rows(3, row);
-            let (mut rest, mut columns) = (Slabs::of_blocks(3, 10), Slabs::of_columns(7, 4));
+            let (mut rest, mut columns) = (Slabs::of_blocks(3, 10), Slabs::of_columns(7, 1, 4));
             let mark = |slabs: &Slabs, block: usize, slot: usize, head: usize| {
-                let (start, slots) = slabs.get(block).expect("memory");
+                let place = slabs.get(block).expect("memory");
                 // SAFETY: rows of the slab.
-                unsafe { start.as_ptr().add((head * slots + slot) * row) }
+                unsafe { place.start.as_ptr().add(head * place.hop + slot * row) }
             };
             for end in 1..=BLOCK {
                 let wanted = needs([(BlockId(3), end)].into_iter());
