@@ -531,6 +531,9 @@ class Engine:
             self.packer.commit(reading=step.num_queries > (MAX_CANDIDATES if self.recording else 1))
         if self.stepping or not self.recording:
             self.settle(force=step is not None and step.num_queries > 1)
+        # Among candidates some may still be taken back, so what is verified is packed when the next forward opens.
+        if self.packer is not None and self.packer.reading and self.packer.role.when == "prefill" and not self.recording:
+            self.pack(prompt_ended=True)
 
     # ---------------------------------------------------------------------------------------------------------------- letting go
 
@@ -595,7 +598,7 @@ class Engine:
         due = [(row, packer.due(planner, row, prompt_ended)) for row in range(self.num_rows)]
         due = [(row, upto) for row, upto in due if upto > planner.num_packed(row)]
         if due:
-            self._pack(due, [packer.choose(planner, self.stores, row, upto) for row, upto in due], tidy=prompt_ended)
+            self._pack(due, [packer.choose(planner, self.stores, row, upto) for row, upto in due], prompt_ended)
         packer.reading = packer.reading and not prompt_ended
 
     def restore_packed(self, packed: list[int], reading: bool, saved: dict[str, torch.Tensor]) -> None:
@@ -603,17 +606,17 @@ class Engine:
         if self.packer is None:
             return
         due = [(row, count) for row, count in enumerate(packed) if count]
-        self._pack(due, [self.packer.restored(row, saved) for row, _ in due], tidy=True)
+        self._pack(due, [self.packer.restored(row, saved) for row, _ in due], prompt_ended=True)
         self.packer.restore(len(packed), reading, saved)
 
-    def _pack(self, due: list[tuple[int, int]], chosen: list[dict[int, Channels] | int], *, tidy: bool) -> None:
+    def _pack(self, due: list[tuple[int, int]], chosen: list[dict[int, Channels] | int], prompt_ended: bool) -> None:
         packer, planner = self.packer, self.planner
         if packer is None:
             return
         before, stores = planner.fork(), list(self.stores.items())
         with uninterrupted():
             try:
-                done = [(planner.pack(row, upto, packer.role.align), mine) for (row, upto), mine in zip(due, chosen)]
+                done = [(planner.pack(row, upto, packer.role.align, copies=1), mine) for (row, upto), mine in zip(due, chosen)]
                 packer.run(*stores[0], done)
             except BaseException:
                 # Nothing was taken from anywhere yet. The first layer is the one that may not find room: each gives back more than
@@ -623,15 +626,18 @@ class Engine:
             # Only now may plain blocks go.
             del before
             with self._all_layers("packing"):
-                moves = planner.tidy() if tidy else None
-                in_use, packed_in_use = planner.blocks_in_use(), planner.packed_in_use()
+                # What was freed is given back before tokens are moved there: a tail then takes the memory that it fills.
+                packed = planner.blocks_in_use(), planner.packed_in_use()
+                moves = planner.tidy()
+                tidied = planner.blocks_in_use(), planner.packed_in_use()
                 for index, store in stores:
                     if index != stores[0][0]:
                         packer.run(index, store, done)
-                    if moves is not None:
+                    store.free_unused(*packed)
+                    if len(moves):
                         store.apply(moves)
-                        store.free_unused(in_use, packed_in_use)
-        if tidy:
+                        store.free_unused(*tidied)
+        if prompt_ended:
             give_back()
 
     @contextmanager
@@ -656,7 +662,13 @@ class Engine:
 
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
-        self._apply(self.planner.tidy())
+        self._free()
+        moves = self.planner.tidy()
+        if len(moves):
+            self._apply(moves)
+            self._free()
+
+    def _free(self) -> None:
         in_use, packed = self.planner.blocks_in_use(), self.planner.packed_in_use()
         for store in self.stores.values():
             store.free_unused(in_use, packed)

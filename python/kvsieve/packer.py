@@ -1,7 +1,8 @@
 """When a stream's tokens are packed, and what is remembered until then.
 
 A prompt is packed when the first single token follows it, or its turn ends, so that its own attention, and with it the first
-generated token, is exact. A sequence chooses its channels once; what is packed later keeps the same ones.
+generated token, is exact. A role may ask for it after each piece of the prompt instead (``when="prefill"``): then no more than one
+piece is ever held as it came. A sequence chooses its channels once; what is packed later keeps the same ones.
 """
 
 from __future__ import annotations

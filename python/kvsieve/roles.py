@@ -61,6 +61,7 @@ __all__ = [
 ]
 
 Frame = Literal["rotated", "raw"]
+WHEN = ("decode", "prefill")
 
 
 @dataclass(frozen=True)
@@ -418,7 +419,8 @@ class Search(Select):
 
 
 class Pack:
-    """How tokens are stored once they have settled: when the prompt has been read, and then every ``flush_every`` tokens.
+    """How tokens are stored once they have settled: when the prompt, or a piece of it, has been read, and then every
+    ``flush_every`` tokens.
 
     Subclass and write :meth:`packing` and :meth:`choose` for a rule of one's own.
     """
@@ -431,6 +433,8 @@ class Pack:
     """Generated tokens that gather behind the recent ones before they are packed; None to leave them until the next prompt."""
     align: int = 1
     """Tokens are packed in multiples of this, a divisor of 64."""
+    when: Literal["decode", "prefill"] = "decode"
+    """Whether a prompt is packed once the first token is decoded after it, or its turn ends; or after each of its pieces."""
     keeps_pairs: bool = True
     """Whether what is kept of a key can still be rotated."""
 
@@ -476,6 +480,7 @@ class Thin(Pack):
     flush_every: int | None = None
     skip_layers: tuple[int, ...] = ()
     mode: Literal["slice", "zero"] = "slice"
+    when: Literal["decode", "prefill"] = "decode"
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0.0 <= self.ratio < 1.0:
@@ -486,6 +491,7 @@ class Thin(Pack):
             ("norm_over", self.norm_over, ("pruned", "all")),
             ("channels", self.channels, ("pairs", "single")),
             ("mode", self.mode, ("slice", "zero")),
+            ("when", self.when, WHEN),
         ):
             if value not in allowed:
                 raise PolicyError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}")
@@ -536,8 +542,11 @@ class Codes(Pack):
     value_bits: int = 4
     group: int = 32
     residual: int = 32
+    when: Literal["decode", "prefill"] = "decode"
 
     def __post_init__(self) -> None:
+        if self.when not in WHEN:
+            raise PolicyError(f"when must be {WHEN[0]!r} or {WHEN[1]!r}, got {self.when!r}")
         for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
             if isinstance(bits, bool) or bits not in (0, 2, 4, 8):
                 raise PolicyError(f"{name} must be 2, 4 or 8 (or 0 to leave them as they are), got {bits!r}")
@@ -573,7 +582,7 @@ class Codes(Pack):
 
 @dataclass(frozen=True)
 class ThinCodes(Pack):
-    """The heaviest channels of the keys, and codes of a few bits for what is kept."""
+    """The heaviest channels of the keys, and codes of a few bits for what is kept. Packed early if either is."""
 
     thin: Thin
     codes: Codes
@@ -593,6 +602,10 @@ class ThinCodes(Pack):
     @property
     def flush_every(self) -> int:  # type: ignore[override]
         return max(self.thin.flush_every or 0, self.codes.flush_every)
+
+    @property
+    def when(self) -> Literal["decode", "prefill"]:  # type: ignore[override]
+        return "prefill" if "prefill" in (self.thin.when, self.codes.when) else "decode"
 
     @property
     def keeps_pairs(self) -> bool:  # type: ignore[override]

@@ -317,7 +317,9 @@ def test_a_saved_stream_goes_on_where_it_was(make: Make, tmp_path: Path) -> None
     for backend in BACKENDS:
         with kvsieve.load(tmp_path / "turn", model, backend=backend) as again:
             assert packed(again) == before
-            assert again.stats().bytes_held <= held + full // 8
+            # The specification holds whole blocks, two of which may be there in part.
+            slack = full // 8 if backend == "cpu" else 2 * 64 * again._engine.facts.bytes_per_token
+            assert again.stats().bytes_held <= held + slack
             got = again.generate(more, max_new_tokens=10, do_sample=False)
             if "Quantized" not in repr(make()):
                 assert got.tolist() == want.tolist()

@@ -50,7 +50,7 @@ FEW = 64
 """Queries of a step, at most, whose chosen keys are shared out among thread blocks."""
 
 TIERS = ((32, 1), (128, 4), (1024, 16), (1 << 26, 64))
-"""Blocks per slab below each block number, as in the CPU's arena: small budgets cost what they hold, long ones need few slabs."""
+"""Blocks per slab below each block number: small budgets cost what they hold, long ones need few slabs."""
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 

@@ -1,7 +1,8 @@
 """What packing a prompt costs: the perplexity of the text that follows it.
 
-A prompt is read exactly, then packed; its continuation is given, so that every policy predicts the same words. A window of the text
-is compared with itself under the full cache: windows differ among themselves far more than policies do.
+A prompt is read exactly, then packed, or packed while it is read in pieces of 512 tokens (``when="prefill"``); its continuation is
+given, so that every policy predicts the same words. A window of the text is compared with itself under the full cache: windows
+differ among themselves far more than policies do.
 
 A continuation is read in chunks where that is the same as token by token: in any where generated tokens stay whole, and from one
 packing to the next where they are packed as they come.
@@ -87,6 +88,8 @@ def policies(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
     found.update({f"ThinK({r})": kvsieve.ThinK(r) for r in ratios})
     found.update({f"Quantized({bits})": kvsieve.Quantized(bits) for bits in ((8, 4, 2) if which == "all" else (4,))})
     found["ThinK(0.2) | Quantized(4)"] = kvsieve.ThinK(0.2) | kvsieve.Quantized(4)
+    early = [*(kvsieve.ThinK(r, when="prefill") for r in ratios), kvsieve.Quantized(4, when="prefill")]
+    found.update({repr(policy): policy for policy in early})
     found.update({f"by key norm, {r}": Memory(pack=ByKeyNorm(r)) for r in ratios})
     found.update({f"at random, {r}": Memory(pack=AtRandom(r)) for r in ratios})
     found.update({f"ThinK({r}, channels='single')": kvsieve.ThinK(r, channels="single") for r in ratios})
@@ -281,8 +284,11 @@ def run(settings: Settings) -> list[Price]:
     for name, policy in chosen.items():
         nll, held = [], []
         for prefix, text in zip(prefixes, texts):
-            prompt, continuation = text[:, head : settings.prompt], text[:, settings.prompt :]
-            one, share = losses(model, policy, prefix, prompt, continuation, backend=settings.backend)
+            # What was read exactly, once for all, is of no use to a policy that packs while it reads.
+            early = policy.packs is not None and policy.packs.when == "prefill"
+            known, first = (None, 0) if early else (prefix, head)
+            prompt, continuation = text[:, first : settings.prompt], text[:, settings.prompt :]
+            one, share = losses(model, policy, known, prompt, continuation, backend=settings.backend)
             nll.append(float(one.mean()))
             held.append(share)
         prices.append(price(name, statistics.fmean(held), nll, prices[0].nll if prices else nll))

@@ -11,6 +11,7 @@ Departures from the published code, and why:
   one goes; pads are no keys.
 * A further prompt is packed as well, with the channels that the first one chose; answers stay whole unless ``flush_every`` says
   otherwise.
+* ``when="prefill"`` compresses a prompt piece by piece while it is read, which the paper does not: it prunes once, at its end.
 """
 
 from __future__ import annotations
@@ -33,11 +34,13 @@ def ThinK(
     flush_every: int | None = None,
     skip_layers: Sequence[int] = (),
     mode: Literal["slice", "zero"] = "slice",
+    when: Literal["decode", "prefill"] = "decode",
 ) -> Memory:
     """Drop the share ``ratio`` of the channels of all keys of a prompt but the newest; combine it with other policies by ``|``.
 
-    A prompt's own attention is exact, and so is the first generated token. Nothing is dropped until ``observe`` queries were seen
-    and there are more than ``recent`` tokens.
+    By default a prompt is compressed once the first token is decoded after it, or its turn ends: its own attention is exact, and so
+    is the first generated token. Until then its keys are whole, in however many pieces it is fed. Nothing is dropped until
+    ``observe`` queries were seen and there are more than ``recent`` tokens.
 
     Args:
         ratio: share of key channels to drop, in [0, 1). What is saved of keys and values together is half of it, at most.
@@ -49,6 +52,8 @@ def ThinK(
         flush_every: pack generated tokens too, so many at a time.
         skip_layers: layers whose keys stay whole.
         mode: ``"zero"`` stores zeros for what is dropped and saves nothing: for comparison with libraries that do.
+        when: ``"prefill"`` to compress after each piece of a prompt, so that a long one never has all its keys whole. Then the last
+            queries of its first piece choose the channels, for the whole text, and later pieces read compressed keys.
 
     Raises:
         PolicyError: for a ratio outside [0, 1), or counts that are not.
@@ -56,10 +61,10 @@ def ThinK(
     >>> ThinK(0.5)
     ThinK(ratio=0.5)
     """
-    pack = Thin(ratio, recent, observe, norm_over, channels, round_to, flush_every, tuple(skip_layers), mode)
+    pack = Thin(ratio, recent, observe, norm_over, channels, round_to, flush_every, tuple(skip_layers), mode, when)
     text = f"ThinK(ratio={ratio!r}"
     defaults = Thin()
-    for name in ("recent", "observe", "norm_over", "channels", "round_to", "flush_every", "skip_layers", "mode"):
+    for name in ("recent", "observe", "norm_over", "channels", "round_to", "flush_every", "skip_layers", "mode", "when"):
         value = getattr(pack, name)
         text += "" if value == getattr(defaults, name) else f", {name}={value!r}"
     return Memory(pack=pack, text=text + ")")

@@ -69,12 +69,13 @@ impl Planner {
         edit(pool, |edit| rows.iter_mut().try_for_each(|row| row.settle(memories, 0, force, edit)))
     }
 
-    /// Moves the highest blocks into free lower ones, so that the stores can give memory back at their end. Blocks that a fork or
-    /// another row shares stay where they are.
+    /// Moves the highest blocks into free lower ones, so that the stores can give memory back at their end, and what was left of a
+    /// block when its other tokens were packed to the beginning of one. Blocks that a fork or another row shares stay where they are.
     pub fn tidy(&mut self) -> Result<Vec<Move>> {
         self.check_closed("tidy")?;
         let Self { rows, pool, .. } = self;
         edit(pool, |edit| {
+            rows.iter_mut().flat_map(|row| &mut row.tables).for_each(|table| table.pull_up(edit));
             let mut held: Vec<_> = rows
                 .iter()
                 .flat_map(|row| &row.tables)
@@ -108,8 +109,9 @@ impl Planner {
     }
 
     /// Moves the residents of the first memory up to number `upto` that are not packed yet into packed blocks, and returns the moves
-    /// that pack them. A packed block is entered only at slots that are multiples of `align`.
-    pub fn pack(&mut self, row: usize, upto: usize, align: u32) -> Result<Vec<Move>> {
+    /// that pack them. A packed block is entered only at slots that are multiples of `align`. `copies` forks of this planner, to return to
+    /// if packing fails, do not count as readers of a block that is not full.
+    pub fn pack(&mut self, row: usize, upto: usize, align: u32, copies: u32) -> Result<Vec<Move>> {
         self.check_closed("pack")?;
         let len = self.table(0, row)?.len();
         if upto > len {
@@ -129,7 +131,7 @@ impl Planner {
         }
         let Self { rows, pool, .. } = self;
         edit(pool, |edit| {
-            rows[row].tables[0].pack(upto, align, edit);
+            rows[row].tables[0].pack(upto, align, copies, edit);
             Ok(())
         })
     }

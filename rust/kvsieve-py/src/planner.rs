@@ -99,9 +99,11 @@ impl Planner {
         self.moves(py, planner::Planner::tidy)
     }
 
-    /// Residents up to number `upto` that are not packed yet go to packed blocks; the moves are for `Store.pack`.
-    fn pack(&self, py: Python<'_>, row: usize, upto: usize, align: u32) -> PyResult<Moves> {
-        self.moves(py, |p| p.pack(row, upto, align))
+    /// Residents up to number `upto` that are not packed yet go to packed blocks; the moves are for `Store.pack`. `copies` forks of this
+    /// planner do not count as readers.
+    #[pyo3(signature = (row, upto, align, copies=0))]
+    fn pack(&self, py: Python<'_>, row: usize, upto: usize, align: u32, copies: u32) -> PyResult<Moves> {
+        self.moves(py, |p| p.pack(row, upto, align, copies))
     }
 
     /// How many of a row's residents are packed: the first ones.

@@ -106,6 +106,14 @@ struct Residents {
 const SLIDES: Error = Error::Unsupported("a search needs a memory that shows every query all that stands before it");
 const UNORDERED: Error = Error::Unsupported("a search needs one memory, whose tokens stand in the order of the text");
 
+/// Where the step copies `tail` to, which others read too, so that `new` can stand behind it. Parts name the tail as it was before: read
+/// there, one block of the text would lie in two.
+fn copied(step: &plan::Step, tail: Run, new: &plan::Append) -> Option<Run> {
+    let mut mine = step.copies.iter().filter(|m| (m.from, m.from_slot, m.len) == (tail.block, tail.lo, tail.len()));
+    let copy = mine.find(|m| m.to == new.block && m.to_slot + m.len == new.slot)?;
+    Some(Run { block: copy.to, lo: copy.to_slot, hi: new.slot })
+}
+
 impl Residents {
     fn of(step: &plan::Step, row: usize) -> Result<Self> {
         if step.new_lens[row] == 0 {
@@ -162,6 +170,9 @@ impl Residents {
         }
         let mut whole = part.runs.clone();
         for new in step.appends.iter().filter(|a| a.row == row) {
+            if let Some(tail) = whole.last_mut() {
+                *tail = copied(step, *tail, new).unwrap_or(*tail);
+            }
             match whole.last_mut() {
                 Some(tail) if tail.block == new.block && tail.hi == new.slot => tail.hi += new.len,
                 _ => whole.push(Run { block: new.block, lo: new.slot, hi: new.slot + new.len }),

@@ -112,7 +112,7 @@ unsafe fn ask_columns<S: Simd, E: Elem>(making: &Making<'_>, source: &Source) {
         _ => (4, packed.key_bytes().div_ceil(4)),
     };
     for column in 0..columns {
-        let at = (column * BLOCK as usize + source.slot as usize) * width;
+        let at = (column * rows.slots + source.slot as usize) * width;
         // SAFETY: any address may be asked for.
         unsafe { S::prefetch(rows.keys.wrapping_add(at)) };
     }
@@ -154,13 +154,13 @@ unsafe fn unpack<S: Simd, E: Elem>(making: &Making<'_>, source: &Source, scratch
     let (pairs, rest) = index.split_at(in_words);
     for (word, pair) in pairs.chunks_exact(2).enumerate() {
         // SAFETY: a word of the block, which has so many for each slot.
-        let word = unsafe { *rows.keys.cast::<u32>().add(word * BLOCK as usize + slot) };
+        let word = unsafe { *rows.keys.cast::<u32>().add(word * rows.slots + slot) };
         row[usize::from(pair[0])] = f32::from_bits(word << 16);
         row[usize::from(pair[1])] = f32::from_bits(word & 0xffff_0000);
     }
     for (c, &channel) in rest.iter().enumerate() {
         // SAFETY: a number of the block, likewise.
-        let x = unsafe { *rows.keys.cast::<E>().add((in_words + c) * BLOCK as usize + slot) };
+        let x = unsafe { *rows.keys.cast::<E>().add((in_words + c) * rows.slots + slot) };
         row[usize::from(channel)] = x.to_f32();
     }
 }

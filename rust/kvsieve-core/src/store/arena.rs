@@ -1,6 +1,5 @@
 //! The keys and values of one layer, block by block, in memory that grows without ever moving.
 
-use std::ops::Range;
 use std::ptr::NonNull;
 
 use super::bounds::Bounds;
@@ -11,12 +10,12 @@ use crate::kernels::view::{Dtype, Elems, ElemsMut, View, check_dtype, check_len}
 use crate::plan::{Move, Step};
 use crate::{Error, Result};
 
-use super::slabs::{LARGEST, MAX_BLOCKS, Slabs, blocks, locate};
+use super::slabs::{MAX_BLOCKS, Slabs, needs, number, reserve_all};
 
 /// Keys and values of one layer.
 ///
-/// Which slot holds which token is not known here. A slab comes into being when one of its blocks is first written; it is head-major
-/// inside, `[heads][blocks * BLOCK][dim]`, so that neighbouring blocks of a head are one stretch of memory.
+/// Which slot holds which token is not known here. A block has memory from when it is first written, for the slots that were written
+/// and some more; it is head-major inside, `[heads][slots][dim]`.
 pub struct Arena {
     heads: usize,
     key_dim: usize,
@@ -28,25 +27,27 @@ pub struct Arena {
     pub(super) bounds: Option<Bounds>,
 }
 
-/// Where the tokens of one block lie: `(block, head, slot)` to byte offsets.
+/// Where the tokens of one block lie.
 struct Place {
     keys: NonNull<u8>,
     values: NonNull<u8>,
-    index: usize,
-    tokens: usize,
+    /// Bytes from head to head, of keys and of values.
+    hops: (usize, usize),
+    /// For each head.
+    slots: usize,
 }
 
 impl Arena {
     pub fn new(heads: usize, key_dim: usize, value_dim: usize, dtype: Dtype) -> Result<Self> {
-        let largest = LARGEST * BLOCK as usize;
+        let largest = BLOCK as usize;
         for (what, n) in [("num_kv_heads", heads), ("key_dim", key_dim), ("value_dim", value_dim)] {
             // Each below 2^20 keeps every product of a slab far inside 64 bits.
             if n == 0 || n >= 1 << 20 || largest.checked_mul(n * dtype.size()).is_none() {
                 return Err(Error::OutOfRange { what, expected: "between 1 and 2^20 - 1", got: n.to_string() });
             }
         }
-        let per_channel = heads * BLOCK as usize * dtype.size();
-        let (keys, values) = (Slabs::new(per_channel * key_dim), Slabs::new(per_channel * value_dim));
+        let rows = |dim: usize| Slabs::of_rows(heads, dim * dtype.size());
+        let (keys, values) = (rows(key_dim), rows(value_dim));
         Ok(Arena { heads, key_dim, value_dim, dtype, keys, values, packed: None, bounds: None })
     }
 
@@ -107,17 +108,17 @@ impl Arena {
 
     /// Gives the packed blocks of `to` memory and the channels of those of `from`.
     pub(super) fn share_channels(&mut self, from: &[Run], to: &[Run]) -> Result<()> {
-        let packed_of = |runs: &[Run]| runs.iter().map(|run| run.block).filter(|b| b.is_packed()).collect::<Vec<_>>();
-        let (from, to) = (packed_of(from), packed_of(to));
-        let (Some(packed), Some(&first)) = (&mut self.packed, from.first()) else {
+        let to: Vec<_> = to.iter().filter(|run| run.block.is_packed()).map(|run| (run.block, run.hi)).collect();
+        let first = from.iter().map(|run| run.block).find(|block| block.is_packed());
+        let (Some(packed), Some(first)) = (&mut self.packed, first) else {
             return match to.first() {
-                Some(block) => Err(self.bad_block(block.0)),
+                Some((block, _)) => Err(self.bad_block(block.0)),
                 None => Ok(()),
             };
         };
         let channels = std::sync::Arc::clone(packed.channels_of(first)?);
         packed.reserve(to.iter().copied())?;
-        packed.choose(to.into_iter(), &channels);
+        packed.choose(to.iter().map(|&(block, _)| block), &channels);
         Ok(())
     }
 
@@ -128,7 +129,7 @@ impl Arena {
         for m in moves {
             Self::check_slots("move", m.from_slot, m.from_slot.saturating_add(m.len))?;
             Self::check_slots("move", m.to_slot, m.to_slot.saturating_add(m.len))?;
-            if m.from.is_packed() || !self.holds(m.from) {
+            if m.from.is_packed() || !self.holds_to(m.from, m.from_slot + m.len) {
                 return Err(self.bad_block(m.from.0));
             }
             self.check_id(m.to.0)?;
@@ -150,7 +151,7 @@ impl Arena {
             let got = format!("[{}, {}]", channels.heads(), channels.kept());
             return Err(Error::Shape { what: "channels", expected, got });
         }
-        packed.reserve(moves.iter().map(|m| m.to))?;
+        packed.reserve(moves.iter().map(ends))?;
         packed.choose(moves.iter().map(|m| m.to), &channels);
         let mut packed = self.packed.take();
         for packed in packed.iter_mut() {
@@ -181,7 +182,7 @@ impl Arena {
 
     /// Blocks that have memory.
     pub fn num_blocks(&self) -> u32 {
-        (0..self.keys.len()).filter(|&slab| self.has(slab)).map(|slab| blocks(slab).len() as u32).sum()
+        (0..self.keys.len()).filter(|&block| self.keys.get(block).is_some()).count() as u32
     }
 
     /// Gives every block below `num_blocks` memory. Writing does so by itself, for the blocks it writes.
@@ -190,42 +191,12 @@ impl Arena {
             return Ok(());
         }
         self.check_id(num_blocks - 1)?;
-        let (last, _, _) = locate(num_blocks - 1);
-        self.reserve((0..=last).map(|slab| BlockId(blocks(slab).start as u32)))
+        self.reserve((0..num_blocks).map(|block| (BlockId(block), BLOCK)))
     }
 
-    fn has(&self, slab: usize) -> bool {
-        self.keys.start(slab).is_some()
-    }
-
-    /// Gives these blocks memory; on failure nothing has changed.
-    fn reserve(&mut self, blocks: impl Iterator<Item = BlockId>) -> Result<()> {
-        let mut missing: Vec<usize> = blocks.map(|block| locate(block.0).0).filter(|&slab| !self.has(slab)).collect();
-        missing.sort_unstable();
-        missing.dedup();
-        // Neighbours together: memory that fills a huge page at once needs no small ones before.
-        let mut made: Vec<usize> = Vec::new();
-        for slabs in missing.chunk_by(|a, b| a + 1 == *b) {
-            if let Err(err) = self.make(slabs[0]..slabs[slabs.len() - 1] + 1) {
-                made.into_iter().for_each(|slab| self.free(slab));
-                return Err(err);
-            }
-            made.extend(slabs);
-        }
-        Ok(())
-    }
-
-    fn make(&mut self, slabs: Range<usize>) -> Result<()> {
-        self.keys.make(slabs.clone())?;
-        self.values.make(slabs.clone()).inspect_err(|_| slabs.for_each(|slab| self.keys.free(slab)))
-    }
-
-    fn free(&mut self, slab: usize) {
-        self.keys.free(slab);
-        self.values.free(slab);
-        if let Some(bounds) = &mut self.bounds {
-            bounds.free(slab);
-        }
+    /// Gives these blocks memory up to a slot; on failure nothing has changed.
+    fn reserve(&mut self, wanted: impl Iterator<Item = (BlockId, u32)>) -> Result<()> {
+        reserve_all([&mut self.keys, &mut self.values].into_iter(), &needs(wanted))
     }
 
     /// What is known of these plain blocks no longer holds: they are written.
@@ -235,17 +206,19 @@ impl Arena {
         }
     }
 
-    /// Frees the slabs none of whose blocks is in use. `in_use` is indexed by block; blocks beyond its end are not in use.
+    /// Frees the blocks that are not in use. `in_use` is indexed by block; blocks beyond its end are not in use.
     /// `packed_in_use` is the same for packed blocks, counted from [`PACKED`].
     pub fn free_unused(&mut self, in_use: &[bool], packed_in_use: &[bool]) {
         if let Some(packed) = &mut self.packed {
             packed.free_unused(packed_in_use);
         }
-        for slab in 0..self.keys.len() {
-            let blocks = blocks(slab);
-            let used = in_use.iter().skip(blocks.start).take(blocks.len()).any(|&used| used);
-            if !used && self.has(slab) {
-                self.free(slab);
+        for block in 0..self.keys.len() {
+            if !in_use.get(block).copied().unwrap_or(false) {
+                self.keys.free(block);
+                self.values.free(block);
+                if let Some(bounds) = &mut self.bounds {
+                    bounds.free(block);
+                }
             }
         }
     }
@@ -263,9 +236,12 @@ impl Arena {
         if block.is_packed() {
             return Err(self.bad_block(block.0));
         }
-        let (slab, index, blocks) = locate(block.0);
-        match (self.keys.start(slab), self.values.start(slab)) {
-            (Some(keys), Some(values)) => Ok(Place { keys, values, index, tokens: blocks * BLOCK as usize }),
+        let at = number(block);
+        match (self.keys.get(at), self.values.get(at)) {
+            (Some(keys), Some(values)) => {
+                let hops = (keys.hop, values.hop);
+                Ok(Place { keys: keys.start, values: values.start, hops, slots: keys.slots })
+            }
             _ => Err(self.bad_block(block.0)),
         }
     }
@@ -278,6 +254,14 @@ impl Arena {
         self.place(block).is_ok()
     }
 
+    /// Whether the block's slots before `end` have memory.
+    fn holds_to(&self, block: BlockId, end: u32) -> bool {
+        if block.is_packed() {
+            return self.packed.as_ref().is_some_and(|packed| packed.holds_to(block, end));
+        }
+        self.place(block).is_ok_and(|place| end as usize <= place.slots)
+    }
+
     fn check_slots(what: &'static str, lo: u32, hi: u32) -> Result<()> {
         if lo <= hi && hi <= BLOCK {
             return Ok(());
@@ -285,24 +269,24 @@ impl Arena {
         Err(Error::OutOfRange { what, expected: "a range of slots inside one block", got: format!("{lo}..{hi}") })
     }
 
-    /// Refuses a span that lies outside its block or whose block has no memory.
+    /// Refuses a span that lies outside its block or has no memory.
     pub(crate) fn check_span(&self, block: BlockId, lo: u32, hi: u32) -> Result<()> {
         Self::check_slots("span", lo, hi)?;
-        if self.holds(block) { Ok(()) } else { Err(self.bad_block(block.0)) }
+        if self.holds_to(block, hi) { Ok(()) } else { Err(self.bad_block(block.0)) }
     }
 
-    /// Keys and values of `head` from `slot` of `block` on; the rest of the block follows at distances of the dims.
+    /// Keys and values of `head` from `slot` of `block` on; the slots behind it that have memory follow at distances of the dims. Heads lie
+    /// at equal distances.
     ///
-    /// Panics when the block has no memory, or the head or slot does not exist.
+    /// Panics when the slot has no memory, or the head does not exist.
     pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> (*const u8, *const u8) {
         let Ok(place) = self.place(block) else { panic!("{block:?} has no memory") };
-        assert!(head < self.heads && slot < BLOCK, "head {head} or slot {slot} outside the arena");
-        let row = head * place.tokens + place.index * BLOCK as usize + slot as usize;
-        let es = self.dtype.size();
-        // SAFETY: `row` is below `heads * tokens`, the rows that both buffers of the slab were allocated for.
+        assert!(head < self.heads && (slot as usize) < place.slots, "head {head} or slot {slot} outside the arena");
+        let (slot, es) = (slot as usize, self.dtype.size());
+        // SAFETY: both have memory for so many slots of every head.
         unsafe {
-            let keys = place.keys.as_ptr().add(row * self.key_dim * es);
-            let values = place.values.as_ptr().add(row * self.value_dim * es);
+            let keys = place.keys.as_ptr().add(head * place.hops.0 + slot * self.key_dim * es);
+            let values = place.values.as_ptr().add(head * place.hops.1 + slot * self.value_dim * es);
             (keys.cast_const(), values.cast_const())
         }
     }
@@ -313,10 +297,15 @@ impl Arena {
         (keys.cast_mut(), values.cast_mut())
     }
 
+    fn check_plain(&self, block: BlockId, slot: u32) -> Result<()> {
+        Self::check_slots("slot", slot, slot.saturating_add(1))?;
+        let place = self.place(block)?;
+        if (slot as usize) < place.slots { Ok(()) } else { Err(self.bad_block(block.0)) }
+    }
+
     /// The key of one token, for tests and for the reference.
     pub fn key(&self, block: BlockId, head: usize, slot: u32) -> Result<Elems<'_>> {
-        Self::check_slots("slot", slot, slot + 1)?;
-        self.place(block)?;
+        self.check_plain(block, slot)?;
         let (keys, _) = self.rows(block, head, slot);
         // SAFETY: a row of `key_dim` initialised elements starts here; they are aligned, for slabs are and rows are whole elements.
         Ok(unsafe { elems(self.dtype, keys, self.key_dim) })
@@ -324,8 +313,7 @@ impl Arena {
 
     /// The value of one token, for tests and for the reference.
     pub fn value(&self, block: BlockId, head: usize, slot: u32) -> Result<Elems<'_>> {
-        Self::check_slots("slot", slot, slot + 1)?;
-        self.place(block)?;
+        self.check_plain(block, slot)?;
         let (_, values) = self.rows(block, head, slot);
         // SAFETY: as in `key`, for `value_dim` elements.
         Ok(unsafe { elems(self.dtype, values, self.value_dim) })
@@ -389,7 +377,8 @@ impl Arena {
         if let Some(m) = step.copies.iter().find(|m| m.to.is_packed()) {
             return Err(self.bad_block(m.to.0));
         }
-        self.reserve(step.copies.iter().map(|m| m.to).chain(step.appends.iter().map(|a| a.block)))?;
+        let appended = step.appends.iter().map(|a| (a.block, a.slot + a.len));
+        self.reserve(step.copies.iter().map(ends).chain(appended))?;
 
         self.move_tokens(&step.copies);
         self.touch(step.appends.iter().map(|a| a.block));
@@ -420,7 +409,9 @@ impl Arena {
                 return Err(Error::Unsupported("tokens cannot be moved between plain and packed blocks; pack them"));
             }
             // What an earlier move fills may be moved on, though it has no memory yet.
-            if !self.holds(m.from) && !moves[..i].iter().any(|earlier| earlier.to == m.from) {
+            let end = m.from_slot + m.len;
+            let filled = |earlier: &Move| earlier.to == m.from && end <= earlier.to_slot + earlier.len;
+            if !self.holds_to(m.from, end) && !moves[..i].iter().any(filled) {
                 return Err(self.bad_block(m.from.0));
             }
         }
@@ -433,25 +424,23 @@ impl Arena {
     fn move_tokens(&mut self, moves: &[Move]) {
         self.touch(moves.iter().map(|m| m.to));
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
-        // Where the first head's rows lie, and how many rows further on the next head's.
+        // Where the first head's rows lie, and how many bytes further on the next head's.
         let hops = moves.iter().filter(|m| m.len > 0).map(|m| {
-            let stride = |block: BlockId| locate(block.0).2 * BLOCK as usize;
-            let (from, to) = (self.rows(m.from, 0, m.from_slot), self.rows_mut(m.to, 0, m.to_slot));
-            (from, to, stride(m.from), stride(m.to), m.len as usize)
+            let hops = |block: BlockId| self.place(block).map_or((0, 0), |place| place.hops);
+            let (from, to) = (self.rows(m.from, 0, m.from_slot), self.rows(m.to, 0, m.to_slot));
+            // The buffers are raw memory owned through `&mut self`, so writing through their pointers is allowed.
+            let to = (to.0.cast_mut(), to.1.cast_mut());
+            (from, to, hops(m.from), hops(m.to), m.len as usize)
         });
         let hops: Vec<_> = hops.collect();
         for head in 0..self.heads {
-            for &(from, to, from_stride, to_stride, len) in &hops {
+            for &(from, to, from_hop, to_hop, len) in &hops {
                 // SAFETY: both ranges were checked to lie inside their blocks, which have memory; `copy` allows them to overlap.
-                unsafe {
-                    std::ptr::copy(from.0.add(head * from_stride * kb), to.0.add(head * to_stride * kb), len * kb)
-                };
+                unsafe { std::ptr::copy(from.0.add(head * from_hop.0), to.0.add(head * to_hop.0), len * kb) };
             }
-            for &(from, to, from_stride, to_stride, len) in &hops {
+            for &(from, to, from_hop, to_hop, len) in &hops {
                 // SAFETY: as above.
-                unsafe {
-                    std::ptr::copy(from.1.add(head * from_stride * vb), to.1.add(head * to_stride * vb), len * vb)
-                };
+                unsafe { std::ptr::copy(from.1.add(head * from_hop.1), to.1.add(head * to_hop.1), len * vb) };
             }
         }
     }
@@ -460,11 +449,11 @@ impl Arena {
     pub fn apply(&mut self, moves: &[Move]) -> Result<()> {
         self.check_moves(moves)?;
         let (packed, plain): (Vec<Move>, Vec<Move>) = moves.iter().partition(|m| m.to.is_packed());
-        self.reserve(plain.iter().map(|m| m.to))?;
+        self.reserve(plain.iter().map(ends))?;
         if let Some(mine) = &mut self.packed
             && !packed.is_empty()
         {
-            mine.reserve(packed.iter().map(|m| m.to))?;
+            mine.reserve(packed.iter().map(ends))?;
             mine.move_tokens(&packed)?;
         }
         self.move_tokens(&plain);
@@ -523,7 +512,7 @@ impl Arena {
         total: usize,
     ) -> Result<()> {
         self.check_runs(runs, k.as_ref(), v.as_ref(), at, total)?;
-        if let Some(bad) = runs.iter().find(|run| !self.holds(run.block)) {
+        if let Some(bad) = runs.iter().find(|run| !self.holds_to(run.block, run.hi)) {
             return Err(self.bad_block(bad.block.0));
         }
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
@@ -554,7 +543,11 @@ impl Arena {
         if let Some(bad) = runs.iter().find(|run| run.block.is_packed() && !self.holds(run.block)) {
             return Err(self.bad_block(bad.block.0));
         }
-        self.reserve(runs.iter().map(|r| r.block).filter(|block| !block.is_packed()))?;
+        let (packed, plain): (Vec<&Run>, Vec<&Run>) = runs.iter().partition(|run| run.block.is_packed());
+        self.reserve(plain.iter().map(|run| (run.block, run.hi)))?;
+        if let Some(mine) = &mut self.packed {
+            mine.reserve(packed.iter().map(|run| (run.block, run.hi)))?;
+        }
         self.touch(runs.iter().map(|r| r.block));
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         let (k, v) = (k.as_bytes_ptr(), v.as_bytes_ptr());
@@ -576,6 +569,11 @@ impl Arena {
         self.packed = mine;
         Ok(())
     }
+}
+
+/// The block that a move writes, and up to which slot.
+fn ends(m: &Move) -> (BlockId, u32) {
+    (m.to, m.to_slot + m.len)
 }
 
 /// The moves, cut where one does not go on where the last one ended.

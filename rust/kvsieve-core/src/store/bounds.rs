@@ -1,17 +1,16 @@
 //! The greatest and the least number of every key channel of a block: what its keys can score at most, without reading them.
 
 use super::arena::Arena;
-use super::slabs::{Slabs, blocks, locate};
+use super::slabs::{Slabs, needs, number, reserve_all};
 use crate::ids::{BLOCK, BlockId, Run};
 use crate::kernels::view::Dtype;
 use crate::{Error, Result};
 
 /// Bounds of the blocks of one layer; made when asked for, and void as soon as the block is written again.
 ///
-/// `[heads][blocks][greatest of every channel, then least]` in a slab, of the arena's dtype.
+/// Of each block `[heads][greatest of every channel, then least]`, of the arena's dtype.
 pub(super) struct Bounds {
     slabs: Slabs,
-    row_bytes: usize,
     /// By block.
     made: Vec<bool>,
 }
@@ -19,7 +18,7 @@ pub(super) struct Bounds {
 impl Bounds {
     pub fn new(heads: usize, key_dim: usize, dtype: Dtype) -> Self {
         let row_bytes = 2 * key_dim * dtype.size();
-        Bounds { slabs: Slabs::new(heads * row_bytes), row_bytes, made: Vec::new() }
+        Bounds { slabs: Slabs::of_blocks(heads, row_bytes), made: Vec::new() }
     }
 
     pub fn bytes(&self) -> usize {
@@ -32,12 +31,10 @@ impl Bounds {
         }
     }
 
-    /// Takes back the memory of the blocks of a slab.
-    pub fn free(&mut self, slab: usize) {
-        if self.slabs.start(slab).is_some() {
-            self.slabs.free(slab);
-            blocks(slab).for_each(|block| self.touch(BlockId(block as u32)));
-        }
+    /// Takes back the memory of a block's bounds.
+    pub fn free(&mut self, block: usize) {
+        self.slabs.free(block);
+        self.touch(BlockId(block as u32));
     }
 
     fn has(&self, block: BlockId) -> bool {
@@ -45,17 +42,13 @@ impl Bounds {
     }
 
     fn row(&self, block: BlockId, head: usize) -> Option<*mut u8> {
-        let (slab, index, blocks) = locate(block.0);
-        let start = self.slabs.start(slab)?.as_ptr();
-        Some(start.wrapping_add((head * blocks + index) * self.row_bytes))
+        let held = self.slabs.get(number(block))?;
+        Some(held.start.as_ptr().wrapping_add(head * held.hop))
     }
 
     /// Gives a block memory.
     fn reserve(&mut self, block: BlockId) -> Result<()> {
-        let (slab, ..) = locate(block.0);
-        if self.slabs.start(slab).is_none() {
-            self.slabs.make(slab..slab + 1)?;
-        }
+        reserve_all(std::iter::once(&mut self.slabs), &needs(std::iter::once((block, BLOCK))))?;
         let end = block.0 as usize + 1;
         if self.made.len() < end {
             let more = end - self.made.len();

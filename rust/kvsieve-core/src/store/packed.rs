@@ -16,7 +16,7 @@ use std::sync::Arc;
 
 use half::{bf16, f16};
 
-use super::slabs::{Slabs, blocks, locate};
+use super::slabs::{COLUMN, Held, Slabs, needs, number as number_of, reserve_all};
 use crate::ids::{BLOCK, BlockId, PACKED};
 use crate::kernels::rotate::{Layout, Rope};
 use crate::kernels::view::Dtype;
@@ -197,6 +197,8 @@ pub struct Packed {
 pub(crate) struct Rows<'a> {
     /// Of the whole block.
     pub keys: *const u8,
+    /// Keys of a block that have memory: the numbers of a channel.
+    pub slots: usize,
     /// Of the whole block.
     pub key_scales: *const u16,
     /// From the slot on, but codes of the whole block.
@@ -206,13 +208,21 @@ pub(crate) struct Rows<'a> {
     pub channels: &'a Channels,
 }
 
-/// Where channel `c` of a key of `kept` numbers lies in its head's block. The numbers of all tokens are neighbours; in `bf16` two
-/// channels are, in words of all tokens, but for the last channel of an odd number.
-fn thin_place(kept: usize, dtype: Dtype, slot: usize, c: usize) -> usize {
-    let block = BLOCK as usize;
+/// Where channel `c` of a key of `kept` numbers lies in its head's block, which has memory for `slots` tokens. The numbers of all tokens
+/// are neighbours; in `bf16` two channels are, in words of all tokens, but for the last channel of an odd number.
+fn thin_place(kept: usize, dtype: Dtype, slots: usize, slot: usize, c: usize) -> usize {
     match dtype {
-        Dtype::BF16 if c / 2 < kept / 2 => c / 2 * 4 * block + slot * 4 + c % 2 * 2,
-        _ => (c * block + slot) * dtype.size(),
+        Dtype::BF16 if c / 2 < kept / 2 => c / 2 * 4 * slots + slot * 4 + c % 2 * 2,
+        _ => (c * slots + slot) * dtype.size(),
+    }
+}
+
+/// Memory for keys, which lie in columns. Where those are not all of one width, and where they are codes, a block has it as a whole.
+fn key_slabs(heads: usize, packing: &Packing, dtype: Dtype) -> Slabs {
+    match (packing.key_bits, dtype) {
+        (0, Dtype::F32 | Dtype::F16) => Slabs::of_columns(heads, packing.key_kept, dtype.size()),
+        (0, Dtype::BF16) if packing.key_kept.is_multiple_of(2) => Slabs::of_columns(heads, packing.key_kept / 2, 4),
+        _ => Slabs::of_blocks(heads, BLOCK as usize * row_bytes(packing.key_kept, packing.key_bits, dtype)),
     }
 }
 
@@ -297,22 +307,29 @@ fn row_bytes(n: usize, bits: u32, dtype: Dtype) -> usize {
     if bits == 0 { n * dtype.size() } else { (n * bits as usize).div_ceil(8) }
 }
 
+const _: () = assert!(BLOCK.is_multiple_of(COLUMN));
+
 impl Packed {
     pub(super) fn new(heads: usize, key_dim: usize, value_dim: usize, dtype: Dtype, packing: Packing) -> Result<Self> {
         packing.check(key_dim, value_dim)?;
-        let rows = heads * BLOCK as usize;
-        let key_scales = heads * BLOCK as usize / packing.group * 2 * packing.key_kept * 2;
-        let value_scales = rows * 2 * (value_dim / packing.group) * 2;
+        let slots = BLOCK as usize;
+        let key_scales = slots / packing.group * 2 * packing.key_kept * 2;
+        let value_scales = slots * 2 * (value_dim / packing.group) * 2;
+        let value_bytes = row_bytes(value_dim, packing.value_bits, dtype);
+        let values = match packing.value_bits {
+            0 => Slabs::of_rows(heads, value_bytes),
+            _ => Slabs::of_blocks(heads, slots * value_bytes),
+        };
         Ok(Packed {
             heads,
             key_dim,
             value_dim,
             dtype,
             packing,
-            keys: Slabs::new(rows * row_bytes(packing.key_kept, packing.key_bits, dtype)),
-            key_scales: (packing.key_bits > 0).then(|| Slabs::new(key_scales)),
-            values: Slabs::new(rows * row_bytes(value_dim, packing.value_bits, dtype)),
-            value_scales: (packing.value_bits > 0).then(|| Slabs::new(value_scales)),
+            keys: key_slabs(heads, &packing, dtype),
+            key_scales: (packing.key_bits > 0).then(|| Slabs::of_blocks(heads, key_scales)),
+            values,
+            value_scales: (packing.value_bits > 0).then(|| Slabs::of_blocks(heads, value_scales)),
             channels: Vec::new(),
         })
     }
@@ -364,9 +381,14 @@ impl Packed {
     }
 
     pub(super) fn holds(&self, block: BlockId) -> bool {
-        let index = (block.0 - PACKED) as usize;
-        let (slab, _, _) = locate(block.0 - PACKED);
-        self.has(slab) && self.channels.get(index).is_some_and(Option::is_some)
+        let at = number_of(block);
+        self.keys.get(at).is_some() && self.channels.get(at).is_some_and(Option::is_some)
+    }
+
+    /// Whether the block's slots before `end` have memory.
+    pub(super) fn holds_to(&self, block: BlockId, end: u32) -> bool {
+        let at = number_of(block);
+        self.holds(block) && end <= self.keys.slots(at).min(self.values.slots(at))
     }
 
     fn bad_block(&self, block: BlockId) -> Error {
@@ -379,91 +401,55 @@ impl Packed {
         self.channels.get(index).and_then(Option::as_ref).ok_or_else(|| self.bad_block(block))
     }
 
-    fn has(&self, slab: usize) -> bool {
-        self.keys.start(slab).is_some()
-    }
-
     fn sections(&mut self) -> impl Iterator<Item = &mut Slabs> {
         [Some(&mut self.keys), self.key_scales.as_mut(), Some(&mut self.values), self.value_scales.as_mut()]
             .into_iter()
             .flatten()
     }
 
-    /// Gives these blocks memory; on failure nothing has changed.
-    pub(super) fn reserve(&mut self, wanted: impl Iterator<Item = BlockId>) -> Result<()> {
-        let mut missing: Vec<usize> =
-            wanted.map(|block| locate(block.0 - PACKED).0).filter(|&slab| !self.has(slab)).collect();
-        missing.sort_unstable();
-        missing.dedup();
-        let Some(&last) = missing.last() else { return Ok(()) };
-        let more = blocks(last).end.saturating_sub(self.channels.len());
+    /// Gives these blocks memory up to a slot; on failure nothing has changed.
+    pub(super) fn reserve(&mut self, wanted: impl Iterator<Item = (BlockId, u32)>) -> Result<()> {
+        let needs = needs(wanted);
+        let Some(&(last, _)) = needs.last() else { return Ok(()) };
+        let more = (last + 1).saturating_sub(self.channels.len());
         let oom = |_| Error::OutOfMemory { bytes: more * size_of::<Option<Arc<Channels>>>() };
         self.channels.try_reserve(more).map_err(oom)?;
         self.channels.resize_with(self.channels.len() + more, || None);
-        let mut made: Vec<usize> = Vec::new();
-        for slabs in missing.chunk_by(|a, b| a + 1 == *b) {
-            let range = slabs[0]..slabs[slabs.len() - 1] + 1;
-            let mut done = 0;
-            let failed = self.sections().find_map(|section| {
-                let made = section.make(range.clone());
-                done += usize::from(made.is_ok());
-                made.err()
-            });
-            if let Some(err) = failed {
-                self.sections().take(done).for_each(|section| range.clone().for_each(|slab| section.free(slab)));
-                made.into_iter().for_each(|slab| self.free(slab));
-                return Err(err);
-            }
-            made.extend(slabs);
-        }
-        Ok(())
+        reserve_all(self.sections(), &needs)
     }
 
-    fn free(&mut self, slab: usize) {
-        self.sections().for_each(|section| section.free(slab));
-    }
-
-    /// Frees the slabs none of whose blocks is in use, and forgets the channels of blocks that are not.
+    /// Frees the blocks that are not in use, and forgets their channels.
     pub(super) fn free_unused(&mut self, in_use: &[bool]) {
-        let used = |block: usize| in_use.get(block).copied().unwrap_or(false);
-        for (block, channels) in self.channels.iter_mut().enumerate() {
-            if !used(block) {
-                *channels = None;
-            }
-        }
-        for slab in 0..self.keys.len() {
-            if self.has(slab) && !blocks(slab).any(used) {
-                self.free(slab);
+        for block in 0..self.channels.len() {
+            if !in_use.get(block).copied().unwrap_or(false) {
+                self.channels[block] = None;
+                self.sections().for_each(|section| section.free(block));
             }
         }
     }
 
     /// One head of a block, from `slot` on. Panics when the block has no memory.
     pub(crate) fn rows(&self, block: BlockId, head: usize, slot: u32) -> Rows<'_> {
-        let number = block.0 - PACKED;
-        let (slab, index, blocks) = locate(number);
-        let Some((keys, values)) = self.keys.start(slab).zip(self.values.start(slab)) else {
+        let at = number_of(block);
+        let Some((keys, values)) = self.keys.get(at).zip(self.values.get(at)) else {
             panic!("{block:?} has no memory")
         };
-        let Some(Some(channels)) = self.channels.get(number as usize) else { panic!("{block:?} was never packed") };
-        assert!(head < self.heads && slot < BLOCK, "head {head} or slot {slot} outside the block");
-        let in_slab = head * blocks + index;
-        let block = in_slab * BLOCK as usize;
-        let row = if self.packing.value_bits == 0 { block + slot as usize } else { block };
-        let scales = |slabs: &Option<Slabs>, at: usize| match slabs.as_ref().and_then(|slabs| slabs.start(slab)) {
-            // SAFETY: `at` is below the number of halves that the slab was made for.
-            Some(start) => unsafe { start.as_ptr().cast::<u16>().add(at).cast_const() },
-            None => std::ptr::null(),
+        let Some(Some(channels)) = self.channels.get(at) else { panic!("{block:?} was never packed") };
+        assert!(head < self.heads && (slot as usize) < values.slots, "head {head} or slot {slot} outside the block");
+        // SAFETY: the slab was made for so many heads.
+        let of_head = |held: Held| unsafe { held.start.as_ptr().add(head * held.hop).cast_const() };
+        let scales = |slabs: &Option<Slabs>| {
+            slabs.as_ref().and_then(|slabs| slabs.get(at)).map_or(std::ptr::null(), |held| of_head(held).cast::<u16>())
         };
-        // SAFETY: the rows are below those that the slabs were made for.
-        unsafe {
-            Rows {
-                keys: keys.as_ptr().add(block * self.key_bytes()).cast_const(),
-                key_scales: scales(&self.key_scales, in_slab * self.key_halves()),
-                values: values.as_ptr().add(row * self.value_bytes()).cast_const(),
-                value_scales: scales(&self.value_scales, block * self.value_halves()),
-                channels,
-            }
+        let value = if self.packing.value_bits == 0 { slot as usize * self.value_bytes() } else { 0 };
+        Rows {
+            keys: of_head(keys),
+            slots: keys.slots,
+            key_scales: scales(&self.key_scales),
+            // SAFETY: the slot has memory.
+            values: unsafe { of_head(values).add(value) },
+            value_scales: scales(&self.value_scales),
+            channels,
         }
     }
 
@@ -494,11 +480,11 @@ impl Packed {
                 for i in 0..n {
                     let from = keys.add(i * key_dim * es);
                     for (j, (&c, &zero)) in index.iter().zip(zeroed).enumerate() {
-                        let to = to.keys.cast_mut().add(thin_place(key_kept, dtype, slot as usize + i, j));
+                        let at = to.keys.cast_mut().add(thin_place(key_kept, dtype, to.slots, slot as usize + i, j));
                         if zero {
-                            to.write_bytes(0, es);
+                            at.write_bytes(0, es);
                         } else {
-                            std::ptr::copy_nonoverlapping(from.add(c as usize * es), to, es);
+                            std::ptr::copy_nonoverlapping(from.add(c as usize * es), at, es);
                         }
                     }
                 }
@@ -584,7 +570,7 @@ impl Packed {
                 let slot = slot as usize + i;
                 if bits == 0 {
                     for (c, x) in out.iter_mut().enumerate() {
-                        *x = element(self.dtype, rows.keys.add(thin_place(kept, self.dtype, slot, c)));
+                        *x = element(self.dtype, rows.keys.add(thin_place(kept, self.dtype, rows.slots, slot, c)));
                     }
                     continue;
                 }
@@ -647,7 +633,7 @@ impl Packed {
                 for i in 0..n {
                     let to = keys.add(i * self.key_dim * es);
                     for (j, &c) in index.iter().enumerate() {
-                        let from = rows.keys.add(thin_place(kept, self.dtype, slot as usize + i, j));
+                        let from = rows.keys.add(thin_place(kept, self.dtype, rows.slots, slot as usize + i, j));
                         std::ptr::copy_nonoverlapping(from, to.add(c as usize * es), es);
                     }
                 }
@@ -740,14 +726,15 @@ impl Packed {
             (0, _) => (4, 2),
             _ => (4, 1),
         };
-        let mut at = 0;
+        let (mut here, mut there) = (0, 0);
         for width in std::iter::repeat_n(width, bytes / width).chain(std::iter::repeat_n(rest, bytes % width / rest)) {
             // SAFETY: the columns lie in their blocks; `copy` allows the ranges to overlap.
             unsafe {
-                let (from, to) = (from.keys.add(at + first * width), to.keys.add(at + second * width));
+                let (from, to) = (from.keys.add(here + first * width), to.keys.add(there + second * width));
                 std::ptr::copy(from, to.cast_mut(), len * width);
             }
-            at += BLOCK as usize * width;
+            here += from.slots * width;
+            there += to.slots * width;
         }
     }
 

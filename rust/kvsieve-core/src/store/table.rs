@@ -160,6 +160,22 @@ impl Table {
         edit.retired.push(from);
     }
 
+    /// Moves the first plain run behind packed ones to the beginning of a block of its own, whose memory then ends where the run does.
+    ///
+    /// Nothing is done where others read the block, or another run lies in it.
+    pub fn pull_up(&mut self, edit: &mut Edit<'_>) {
+        let packed = self.runs.iter().take_while(|run| run.block.is_packed()).count();
+        let next = self.runs.get(packed + 1).map(|run| run.block);
+        let Some(run) = self.runs.get_mut(packed).filter(|run| packed > 0 && run.lo > 0) else { return };
+        if next == Some(run.block) || edit.pool.is_shared(run.block) {
+            return;
+        }
+        let to = edit.pool.alloc();
+        edit.moves.push(Move { from: run.block, from_slot: run.lo, to, to_slot: 0, len: run.len() });
+        edit.retired.push(run.block);
+        *run = Run { block: to, lo: 0, hi: run.len() };
+    }
+
     /// Residents `picked` (ascending) and where they sit.
     pub fn held(&self, picked: impl Iterator<Item = usize>) -> Vec<Held> {
         let mut out = Vec::with_capacity(picked.size_hint().0);

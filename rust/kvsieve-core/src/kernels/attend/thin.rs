@@ -10,7 +10,8 @@ use super::inner::Ahead;
 use crate::ids::BLOCK;
 use crate::kernels::simd::{Elem, Simd};
 
-const SLOTS: usize = BLOCK as usize;
+/// Tokens of a block that is full, and slots of a rotation.
+pub(super) const SLOTS: usize = BLOCK as usize;
 
 /// Keys of a block, and which of them are meant.
 #[derive(Clone, Copy)]
@@ -18,24 +19,32 @@ pub(super) struct Columns<E> {
     /// Of the block.
     pub keys: *const E,
     pub kept: usize,
+    /// Tokens of the block that have memory: the numbers of a channel.
+    pub slots: usize,
     pub slot: usize,
     pub len: usize,
 }
 
 impl<E: Elem> Columns<E> {
+    /// The numbers of a channel: `N` where that is known when the kernel is compiled, which full blocks are worth.
+    #[inline(always)]
+    fn stride<const N: usize>(&self) -> usize {
+        if N > 0 { N } else { self.slots }
+    }
+
     /// Channel `c` of the keys in slots `at..at + LANES`.
     ///
     /// # Safety
     /// As for [`Simd`]; the channel is kept; the slots lie in the block.
     #[inline(always)]
-    unsafe fn channel<S: Simd>(&self, c: usize, at: usize) -> S::V {
+    unsafe fn channel<S: Simd, const N: usize>(&self, c: usize, at: usize) -> S::V {
         // SAFETY: the column lies in the block.
         unsafe {
             if E::IS_BF16 && c / 2 < self.kept / 2 {
-                let (low, high) = S::pair_bf16(S::words(self.keys.add(c / 2 * 2 * SLOTS + 2 * at).cast()));
+                let (low, high) = S::pair_bf16(S::words(self.keys.add(c / 2 * 2 * self.stride::<N>() + 2 * at).cast()));
                 if c.is_multiple_of(2) { low } else { high }
             } else {
-                E::load::<S>(self.keys.add(c * SLOTS + at))
+                E::load::<S>(self.keys.add(c * self.stride::<N>() + at))
             }
         }
     }
@@ -49,25 +58,27 @@ pub(super) fn asks<S: Simd, E: Elem>(kept: usize, len: usize) -> usize {
 /// Scores keys against `HB` queries: `scores[h * TILE + i]`. Where the queries are there in `bf16` too, by products of that.
 ///
 /// # Safety
-/// As for [`Simd`]; the block is readable; `HB` queries of `width` elements; `dots` only if there are such products.
+/// As for [`Simd`]; the block is readable, and has memory for `N` tokens, or for some if that is 0; `HB` queries of `width` elements;
+/// `dots` only if there are such products.
 #[inline(always)]
-pub(super) unsafe fn score_columns<S: Simd, E: Elem, const HB: usize>(
+pub(super) unsafe fn score_columns<S: Simd, E: Elem, const HB: usize, const N: usize>(
     columns: &Columns<E>,
     (queries, width): (*const f32, usize),
     dots: Option<*const bf16>,
     scores: *mut f32,
     ahead: &mut Ahead,
 ) {
-    let Columns { keys, kept, slot, len } = *columns;
+    let Columns { keys, kept, slot, len, .. } = *columns;
+    let slots = columns.stride::<N>();
     let (lo, hi) = (slot, slot + len);
     let mut at = lo / (2 * S::LANES) * (2 * S::LANES);
-    // SAFETY: columns have a number for each slot, and vectors begin at multiples of twice the lanes.
+    // SAFETY: columns have a number for each of `slots`, a multiple of twice the lanes, and vectors begin at multiples of that.
     unsafe {
         while at < hi {
             let mut acc = [[S::splat(0.0); 2]; HB];
             let mut c = 0;
             while E::IS_BF16 && c + 1 < kept {
-                let p = keys.add(c * SLOTS + 2 * at).cast();
+                let p = keys.add(c * slots + 2 * at).cast();
                 let w = [S::words(p), S::words(p.add(S::LANES))];
                 if S::DOTS
                     && let Some(dots) = dots
@@ -90,7 +101,7 @@ pub(super) unsafe fn score_columns<S: Simd, E: Elem, const HB: usize>(
                 c += 2;
             }
             while c < kept {
-                let p = keys.add(c * SLOTS + at);
+                let p = keys.add(c * slots + at);
                 let x = [E::load::<S>(p), E::load::<S>(p.add(S::LANES))];
                 for (h, acc) in acc.iter_mut().enumerate() {
                     let q = S::splat(*queries.add(h * width + c));
@@ -111,7 +122,7 @@ pub(super) unsafe fn score_columns<S: Simd, E: Elem, const HB: usize>(
 /// # Safety
 /// As for [`score_columns`]; channel `i` pairs with `i + pairs`.
 #[inline(always)]
-pub(super) unsafe fn score_columns_turned<S: Simd, E: Elem, const HB: usize>(
+pub(super) unsafe fn score_columns_turned<S: Simd, E: Elem, const HB: usize, const N: usize>(
     columns: &Columns<E>,
     (trig, pairs): (*const f32, usize),
     (queries, width): (*const f32, usize),
@@ -129,7 +140,7 @@ pub(super) unsafe fn score_columns_turned<S: Simd, E: Elem, const HB: usize>(
                 let q = queries.add(i);
                 for half in 0..2 {
                     let at = at + half * S::LANES;
-                    let (a, b) = (columns.channel::<S>(i, at), columns.channel::<S>(i + pairs, at));
+                    let (a, b) = (columns.channel::<S, N>(i, at), columns.channel::<S, N>(i + pairs, at));
                     let t = trig.add(i * 2 * SLOTS + at);
                     let (cos, sin) = (S::load(t), S::load(t.add(SLOTS)));
                     let first = S::sub(S::mul(a, cos), S::mul(b, sin));
@@ -144,7 +155,7 @@ pub(super) unsafe fn score_columns_turned<S: Simd, E: Elem, const HB: usize>(
             }
             for c in 2 * pairs..kept {
                 for half in 0..2 {
-                    let x = columns.channel::<S>(c, at + half * S::LANES);
+                    let x = columns.channel::<S, N>(c, at + half * S::LANES);
                     for (h, acc) in acc.iter_mut().enumerate() {
                         acc[half] = S::fma(x, S::splat(*queries.add(h * width + c)), acc[half]);
                     }

@@ -4,7 +4,7 @@ use half::bf16;
 
 use super::codes::{Codes, Keys, Values, code_passes, of_bits};
 use super::inner::{Ahead, LINE, Rows, passes, score, score_dots, score_turned, softmax, weigh_all};
-use super::thin::{Columns, asks, score_columns, score_columns_turned};
+use super::thin::{Columns, SLOTS, asks, score_columns, score_columns_turned};
 use super::{Common, TILE, Unit};
 use crate::ids::{BLOCK, BlockId};
 use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
@@ -102,6 +102,8 @@ pub(super) struct Piece<E> {
     pub len: usize,
     block: BlockId,
     slot: u32,
+    /// Of a packed block, those that have memory.
+    slots: u32,
     variant: u32,
     rotate: bool,
 }
@@ -109,7 +111,7 @@ pub(super) struct Piece<E> {
 impl<E> Piece<E> {
     /// Rows of values that lie together.
     fn of_values(values: *const E, len: usize) -> Self {
-        Piece { keys: std::ptr::null(), values, len, block: BlockId(0), slot: 0, variant: 0, rotate: false }
+        Piece { keys: std::ptr::null(), values, len, block: BlockId(0), slot: 0, slots: 0, variant: 0, rotate: false }
     }
 }
 
@@ -141,14 +143,16 @@ impl<'a, E: Elem> Tile<'a, E> {
                 break;
             }
             if len > 0 {
-                let (keys, values, channels, bytes) = match arena.packed() {
+                let (keys, values, channels, bytes, slots) = match arena.packed() {
                     Some(packed) if D == 0 && span.block.is_packed() => {
                         let rows = packed.rows(span.block, kv_head, span.lo);
-                        (rows.keys, rows.values, Some(rows.channels), (packed.key_bytes(), packed.value_bytes()))
+                        let bytes = (packed.key_bytes(), packed.value_bytes());
+                        (rows.keys, rows.values, Some(rows.channels), bytes, rows.slots as u32)
                     }
                     _ => {
                         let (keys, values) = arena.rows(span.block, kv_head, span.lo);
-                        (keys, values, None, (arena.key_dim() * size_of::<E>(), arena.value_dim() * size_of::<E>()))
+                        let bytes = (arena.key_dim() * size_of::<E>(), arena.value_dim() * size_of::<E>());
+                        (keys, values, None, bytes, 0)
                     }
                 };
                 if self.num_pieces == 0 {
@@ -159,7 +163,8 @@ impl<'a, E: Elem> Tile<'a, E> {
                 let variant = common.args.trig.map_or(0, |trig| trig.variant[*next]);
                 let rotate = span.rotate_keys && common.args.trig.is_some();
                 let (keys, values, block) = (keys.cast(), values.cast(), span.block);
-                self.pieces[self.num_pieces] = Piece { keys, values, len, block, slot: span.lo, variant, rotate };
+                self.pieces[self.num_pieces] =
+                    Piece { keys, values, len, block, slot: span.lo, slots, variant, rotate };
                 self.num_pieces += 1;
                 self.len += len;
             }
@@ -640,7 +645,8 @@ unsafe fn score_packed<'a, S: Codes, E: Elem>(
         }
         return;
     }
-    let columns = Columns { keys: piece.keys, kept, slot: piece.slot as usize, len: piece.len };
+    let have = piece.slots as usize;
+    let columns = Columns { keys: piece.keys, kept, slots: have, slot: piece.slot as usize, len: piece.len };
     let dots = (use_dots && piece.variant == 0).then_some(dots.as_ptr().cast::<bf16>());
     // SAFETY: the piece lies in its block; queries and scores for the heads from `h` on, of which there are at least `HB`; `pairs`
     // rotations for each slot.
@@ -648,13 +654,22 @@ unsafe fn score_packed<'a, S: Codes, E: Elem>(
         if rope.is_some() {
             let trig = (slots.as_ptr(), pairs);
             by_heads!(group, |h, HB| {
-                let queries = (queries(h), width);
-                score_columns_turned::<S, E, HB>(&columns, trig, queries, to.add(h * TILE), ahead);
+                let (queries, to) = ((queries(h), width), to.add(h * TILE));
+                if have == SLOTS {
+                    score_columns_turned::<S, E, HB, SLOTS>(&columns, trig, queries, to, ahead);
+                } else {
+                    score_columns_turned::<S, E, HB, 0>(&columns, trig, queries, to, ahead);
+                }
             });
         } else {
             by_heads!(group, |h, HB| {
                 let (queries, dots) = ((queries(h), width), dots.map(|dots| dots.wrapping_add(h * width)));
-                score_columns::<S, E, HB>(&columns, queries, dots, to.add(h * TILE), ahead);
+                let to = to.add(h * TILE);
+                if have == SLOTS {
+                    score_columns::<S, E, HB, SLOTS>(&columns, queries, dots, to, ahead);
+                } else {
+                    score_columns::<S, E, HB, 0>(&columns, queries, dots, to, ahead);
+                }
             });
         }
     }

@@ -130,8 +130,9 @@ impl Table {
     }
 
     /// Moves the first residents up to number `upto` that are not packed yet into packed blocks. Those are filled in steps of `align`
-    /// slots: tokens that share a scale come together.
-    pub fn pack(&mut self, upto: usize, align: u32, edit: &mut Edit<'_>) {
+    /// slots: tokens that share a scale come together. A block that is not full is filled further if nobody reads it but this table and
+    /// `copies` of it, whose tokens end where the new ones begin.
+    pub fn pack(&mut self, upto: usize, align: u32, copies: u32, edit: &mut Edit<'_>) {
         let from = self.num_packed();
         if upto <= from {
             return;
@@ -142,7 +143,7 @@ impl Table {
         let mut places = Vec::new();
         if let Some(tail) = runs.last_mut()
             && tail.hi.is_multiple_of(align)
-            && !edit.pool.is_shared(tail.block)
+            && edit.pool.refs(tail.block) <= 1 + copies
         {
             let taken = slots.min(BLOCK - tail.hi);
             places.extend((tail.hi..tail.hi + taken).map(|slot| (tail.block, slot)));
