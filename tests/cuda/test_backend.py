@@ -44,8 +44,8 @@ def test_a_model_equals_the_reference(launcher: emulator.Emulator, family: str, 
 
 
 @pytest.mark.parametrize("policy", ["sirllm", *tiny.PER_HEAD])
-def test_streams_fork_crop_reorder_and_save(launcher: emulator.Emulator, policy: str, tmp_path: Any) -> None:
-    """What moves blocks about: a fork that writes, beams, a crop, a file."""
+def test_streams_fork_reorder_rewind_and_save(launcher: emulator.Emulator, policy: str, tmp_path: Any) -> None:
+    """What moves blocks about: a fork that writes, beams, going back, a file."""
     model, made = tiny.model(), tiny.POLICIES[policy](40)
     ids, tokens = tiny.ids(1, 70), {}
     for backend in ("cuda", "reference"):
@@ -54,7 +54,9 @@ def test_streams_fork_crop_reorder_and_save(launcher: emulator.Emulator, policy:
             with stream.fork() as child:
                 found = [child.generate(tiny.ids(1, 9, 3), max_new_tokens=6, do_sample=False)]
             found.append(stream.generate(tiny.ids(1, 9, 4), max_new_tokens=6, num_beams=3, do_sample=False))
-            stream.cache.crop(-2)
+            mark = stream.mark()
+            found.append(stream.generate(tiny.ids(1, 9, 6), max_new_tokens=6, do_sample=False))
+            stream.rewind(mark)
             stream.save(tmp_path / backend)
         with kvsieve.load(tmp_path / backend, model, backend=backend) as stream:
             found.append(stream.generate(tiny.ids(1, 5, 5), max_new_tokens=5, do_sample=False))

@@ -206,7 +206,9 @@ def test_options_by_default() -> None:
 
 
 def test_a_file_that_cannot_be_written_is_found_out_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main([*ATTEND, "--json", str(tmp_path / "no" / "where.json")]) == 2
+    with pytest.raises(SystemExit) as stop:
+        main([*ATTEND, "--json", str(tmp_path / "no" / "where.json")])
+    assert stop.value.code == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "where.json" in captured.err

@@ -111,7 +111,7 @@ def after_a_prompt(model: Any, policy: str, tokens: int) -> Iterator[kvsieve.Str
     """A stream that has read so many tokens. All but the last are put into its store: computing them is not what is tested."""
     with kvsieve.stream(model, parse(policy), "cpu") as stream:
         engine, head = stream._engine, tokens - 40
-        engine.planner.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
+        engine.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
         (layer,) = engine.facts.layers
         k, v = torch.randn(2, layer.num_kv_heads, head, layer.key_dim, dtype=layer.dtype)
         store = engine.make_store(layer.index, k[None], v[None])

@@ -159,7 +159,7 @@ def test_what_does_not_fit_together_is_not_drawn(tmp_path: Path) -> None:
     [
         (["--policy", "sirllm(64)"], "a search leaves out"),
         (["--prompt-file", "no-such-file.txt"], "no-such-file.txt"),
-        (["--model", "no-such-folder"], "no model folder"),
+        (["--model", "no-such-folder"], "no model at no-such-folder"),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
