@@ -625,6 +625,8 @@ class Engine:
                 raise
             # Only now may plain blocks go.
             del before
+            for row, _ in due:
+                packer.packed(row, planner)
             with self._all_layers("packing"):
                 # What was freed is given back before tokens are moved there: a tail then takes the memory that it fills.
                 packed = planner.blocks_in_use(), planner.packed_in_use()
@@ -683,8 +685,10 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------------------------- what callers do
 
-    def check_crop(self, count: int) -> None:
+    def check_crop(self, count: int, *, to_read_again: bool = False) -> None:
         """Refuse, before anything changes, to forget ``count`` columns if that cannot be exact.
+
+        ``to_read_again`` says that they are read again at once.
 
         Raises:
             CacheMismatchError, StateError: if there are not so many, or what came before them is gone.
@@ -696,20 +700,24 @@ class Engine:
         self.sliding.check_crop(self.transcript.seen(), counts)
         if self.observer is not None:
             self.observer.check_crop(self.planner, counts)
-            return
+        # The score of the token that comes next needs the logits of the last one that stays: it is read again where they are gone.
+        again = 0 if to_read_again or self.scorer is None or self.scorer.covers(count) else 1
+        if self.packer is not None:
+            self.packer.check_crop(self.planner, [gone + again if gone else 0 for gone in counts])
         for row, (gone, settled) in enumerate(zip(counts, self.evicted_at)):
             seen = self.planner.seen(row)
-            if gone and 0 < seen - gone < settled:
+            if gone and 0 < seen - gone < settled + again:
+                most = max(seen - settled - again, 0)
                 raise CacheMismatchError(
                     f"row {row}: cannot forget {gone} tokens: {self.policy!r} evicted others when the row had seen {settled}, "
-                    f"which a text of {seen - gone} tokens would still hold; at most {seen - settled} can be forgotten; "
+                    f"which a text of {seen - gone} tokens would still hold; at most {most} can be forgotten; "
                     "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
                 )
 
-    def crop(self, count: int) -> None:
+    def crop(self, count: int, *, to_read_again: bool = False) -> None:
         """Forget the newest ``count`` columns, and what was said after them."""
         self.idle()
-        self.check_crop(count)
+        self.check_crop(count, to_read_again=to_read_again)
         if 0 < count <= len(self._marks):
             self.return_to(self._marks[-count])
         elif count:
@@ -732,7 +740,7 @@ class Engine:
         if self.observer is not None:
             self.observer.crop(self.planner, counts)
         if self.packer is not None:
-            self.packer.crop(counts)
+            self.packer.crop(self.planner, counts)
 
     def crop_rows(self, counts: list[int]) -> None:
         """Forget the newest ``counts[row]`` tokens of each row, which it did not say."""
@@ -746,7 +754,7 @@ class Engine:
                 self.planner.crop_rows(counts)
         self.sliding.now = sliding
         if self.packer is not None:
-            self.packer.crop(counts)
+            self.packer.crop(self.planner, counts)
         if self.scorer is not None:
             self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
         self.transcript.forget(counts)

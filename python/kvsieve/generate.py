@@ -9,7 +9,7 @@ that apart from what is really read, decides which columns of a forward are real
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from kvsieve.engine import Engine
     from kvsieve.streams import Stream
 
-__all__ = ["Batch", "accept", "feed", "generate", "read_pieces", "unpack", "unread_of"]
+__all__ = ["Batch", "accept", "feed", "generate", "read_again", "read_pieces", "unpack", "unread_of"]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ input
@@ -130,24 +130,56 @@ def unread_of(stream: Stream, new: Sequence[torch.Tensor], unread: torch.Tensor 
 
 
 def _take_back_last(stream: Stream) -> None:
-    """Scores need the logits before a token. Where a crop took them away, each row's last token is read again."""
-    engine = stream._engine
-    transcript = engine.transcript
+    """Where a crop took the logits away that the next token's score needs, each row's last token is said, and read again."""
+    transcript, foreign = stream._engine.transcript, stream._engine.transcript.foreign
+    last = _without_last(stream.cache)
+    if last:
+        transcript.say([torch.cat([token, row.unread.to(token.device)]) for token, row in zip(last, transcript.rows)])
+        transcript.foreign = foreign
+
+
+def _without_last(cache: StreamCache) -> list[torch.Tensor]:
+    """Forget each row's last token, if the logits that follow it are not known, and return them, int64 ``[1]`` each."""
+    engine = cache.engine
+    transcript, planner = engine.transcript, engine.planner
     if engine.scorer is None or engine.scorer.tail is not None or not transcript.rows:
-        return
-    if min(transcript.seen()) < 2 or min(transcript.tokens_in_last(1)) < 1:
-        return
+        return []
+    if min(transcript.seen()) < 1 or min(transcript.tokens_in_last(1)) < 1:
+        return []
     try:
-        engine.check_crop(1)
-    except CacheMismatchError:
-        return
-    last = [torch.cat([row.ids.last(), row.unread.to(row.ids.last().device)]) for row in transcript.rows]
-    foreign, planner = transcript.foreign, engine.planner
+        engine.check_crop(1, to_read_again=True)
+    except (CacheMismatchError, StateError):
+        return []
+    rows = transcript.rows
     known = [planner.scores(0, row)[-1] if planner.resident(0, row) else np.nan for row in range(planner.num_rows)]
-    stream.cache.crop(-1)
+    engine.crop(1, to_read_again=True)
     engine.scorer.first = np.array(known, np.float32)
-    transcript.say(last)
-    transcript.foreign = foreign
+    transcript.rows = tuple(replace(now, unread=row.unread) for now, row in zip(transcript.rows, rows))
+    return [row.ids.last() for row in rows]
+
+
+def read_again(model: PreTrainedModel, cache: StreamCache) -> None:
+    """Before a caller's own forward: as :func:`_take_back_last`, but the tokens are read at once."""
+    engine = cache.engine
+    before = engine.state() if engine.scorer is not None and engine.scorer.tail is None and engine.columns else None
+    last = _without_last(cache)
+    if before is None or not last:
+        return
+    batch = Batch.of(last)
+    engine.turn = Turn(1, batch.counts, 1)
+    try:
+        with torch.no_grad():
+            model(
+                input_ids=batch.ids,
+                position_ids=batch.positions(_totals(engine, batch), engine.offsets(len(last))),
+                use_cache=True,
+                **{cache_name(model): cache},
+            )
+    except BaseException:
+        engine.return_to(before)
+        raise
+    finally:
+        engine.turn = None
 
 
 # ----------------------------------------------------------------------------------------------------------------------- pieces

@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from kvsieve.backends import AttendCall, Store
     from kvsieve.roles import Policy
 
+SPARE = 64
+"""Queries kept beyond those that a rule looks at, so that some tokens can be forgotten."""
+
 __all__ = ["LayerState", "Observation", "Observer", "RowState", "choose"]
 
 Scores: TypeAlias = "Mapping[int, torch.Tensor]"
@@ -163,8 +166,8 @@ class Observer:
         most = self.rule.observe
         if not most or not count:
             return held
-        pieces = [*held, q[:, -min(count, most) :].detach().clone()]
-        while sum(piece.shape[1] for piece in pieces[1:]) >= most:
+        pieces = [*held, q[:, -min(count, most + SPARE) :].detach().clone()]
+        while sum(piece.shape[1] for piece in pieces[1:]) >= most + SPARE:
             pieces.pop(0)
         return tuple(pieces)
 
@@ -337,21 +340,36 @@ class Observer:
         return union, np.full(len(union), np.nan, np.float32)
 
     def check_crop(self, planner: Planner, counts: Sequence[int]) -> None:
-        """Refuse to go back to where heads hold different tokens.
+        """Refuse to go back to where heads hold different tokens, or to before attention that cannot be taken back.
 
         Raises:
-            StateError: if a row would lose tokens that not all heads hold.
+            StateError: if what a shorter text would have left behind is not known any more.
         """
+        mark = "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
         for row, (state, count) in enumerate(zip(self.rows, counts)):
             left = planner.seen(row) - count
-            if 0 < left < state.since:
+            if not count or left <= 0:
+                continue
+            if left < state.since:
                 raise StateError(
                     f"row {row}: cannot forget {count} tokens: each head chose for itself among those before token {state.since}, "
-                    f"and what it let go cannot come back; at most {planner.seen(row) - state.since} can be forgotten"
+                    f"and what it evicted cannot come back; {mark}"
                 )
+            if self.rule.accumulates:
+                raise StateError(
+                    f"row {row}: cannot forget {count} tokens: the attention that they gave to others is part of the sums that "
+                    f"{type(self.rule).__name__} keeps; {mark}"
+                )
+            for held in state.layers.values():
+                spare = sum(piece.shape[1] for piece in held.queries) - min(self.rule.observe, left)
+                if count > spare:
+                    raise StateError(
+                        f"row {row}: cannot forget {count} tokens: of the queries before them too few are kept to choose by; "
+                        f"at most {max(spare, 0)} can be forgotten; {mark}"
+                    )
 
     def crop(self, planner: Planner, counts: Sequence[int]) -> None:
-        """The planner forgot the newest ``counts[row]`` tokens of each row. The attention that they gave stays counted."""
+        """The planner forgot the newest ``counts[row]`` tokens of each row. Attention that they gave stays counted."""
         self.rows = [_cropped(state, planner.seen(row), counts[row]) for row, state in enumerate(self.rows)]
 
     def crop_rows(self, planner: Planner, stores: Mapping[int, Store], counts: Sequence[int]) -> None:

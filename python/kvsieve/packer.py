@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvsieve._core import PACKED
+from kvsieve.errors import StateError
 from kvsieve.thin import Channels, LayerShape, Observed
 
 if TYPE_CHECKING:
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
     from kvsieve.roles import Pack
 
 __all__ = ["Packer", "make_packer", "shape_of"]
+
+SPARE = 64
+"""Queries kept beyond those that choose channels, so that some tokens can be forgotten."""
 
 Rings = dict[int, list[torch.Tensor]]
 
@@ -51,6 +55,8 @@ class Packer:
         self.packing = {layer.index: role.packing(shape_of(layer)) for layer in layers}
         self.reading = False
         """Whether the latest forward read part of a prompt."""
+        self.packed_at: list[int] = []
+        """Tokens that each row had seen when some of it was last packed."""
         self._rings: Rings = {}
         self._pending: Rings = {}
 
@@ -69,8 +75,9 @@ class Packer:
             if planner.num_packed(row):
                 new.append(ring[:, :0])
                 continue
-            fresh = q[row, :, q.shape[2] - min(count, self.role.observe) :]
-            new.append(torch.cat([ring, fresh.detach()], 1)[:, -self.role.observe :])
+            most = self.role.observe + SPARE
+            fresh = q[row, :, q.shape[2] - min(count, most) :]
+            new.append(torch.cat([ring, fresh.detach()], 1)[:, -most:])
         self._pending[index] = new
 
     def commit(self, reading: bool) -> None:
@@ -82,8 +89,38 @@ class Packer:
         """The forward never was."""
         self._pending = {}
 
-    def crop(self, counts: list[int]) -> None:
-        """Forget the newest ``counts[row]`` queries."""
+    def check_crop(self, planner: Planner, counts: list[int]) -> None:
+        """Refuse to go back to before tokens were packed: a shorter text would have chosen other channels, or packed fewer tokens.
+
+        Raises:
+            StateError: if that is asked of a row.
+        """
+        mark = "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
+        for row, count in enumerate(counts):
+            seen, at = planner.seen(row), self.packed_at[row] if self.packed_at else 0
+            left = seen - count
+            if not count or left <= 0:
+                continue
+            if left <= at:
+                raise StateError(
+                    f"row {row}: cannot forget {count} tokens: some were packed when the row had seen {at}; "
+                    f"at most {max(seen - at - 1, 0)} can be forgotten; {mark}"
+                )
+            spare = min((rings[row].shape[1] for rings in self._rings.values()), default=0) - min(self.role.observe, left)
+            if not at and self.role.observe and count > spare:
+                raise StateError(
+                    f"row {row}: cannot forget {count} tokens: of the queries before them too few are kept to choose channels by; "
+                    f"at most {max(spare, 0)} can be forgotten; {mark}"
+                )
+
+    def packed(self, row: int, planner: Planner) -> None:
+        """Some of a row was packed."""
+        self.packed_at += [0] * (planner.num_rows - len(self.packed_at))
+        self.packed_at[row] = planner.seen(row)
+
+    def crop(self, planner: Planner, counts: list[int]) -> None:
+        """The planner forgot the newest ``counts[row]`` tokens; so their queries are."""
+        self.packed_at = [min(at, planner.seen(row)) for row, at in enumerate(self.packed_at)]
         self._rings = {
             index: [ring[:, : max(ring.shape[1] - count, 0)] for ring, count in zip(rings, counts)]
             for index, rings in self._rings.items()
@@ -92,18 +129,19 @@ class Packer:
     def select_rows(self, rows: list[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was."""
         self._rings = {index: [rings[row] for row in rows] for index, rings in self._rings.items()}
+        self.packed_at = [self.packed_at[row] for row in rows] if self.packed_at else []
 
     def reset(self) -> None:
         """Forget everything."""
-        self._rings, self._pending, self.reading = {}, {}, False
+        self._rings, self._pending, self.reading, self.packed_at = {}, {}, False, []
 
-    def state(self) -> tuple[Rings, bool]:
+    def state(self) -> tuple[Rings, bool, list[int]]:
         """What it takes to return here."""
-        return dict(self._rings), self.reading
+        return dict(self._rings), self.reading, list(self.packed_at)
 
-    def return_to(self, state: tuple[Rings, bool]) -> None:
+    def return_to(self, state: tuple[Rings, bool, list[int]]) -> None:
         """Make ``state`` the present."""
-        self._rings, self.reading = dict(state[0]), state[1]
+        self._rings, self.reading, self.packed_at = dict(state[0]), state[1], list(state[2])
 
     # ------------------------------------------------------------------------------------------------------------------- on disk
 
@@ -172,7 +210,7 @@ class Packer:
     def _choose(self, index: int, store: Store, runs: list[tuple[int, int, int]], row: int, upto: int) -> Channels:
         layer, rings = self._layers[index], self._rings.get(index)
         keys, _ = store.read(runs)
-        queries = keys.new_zeros(0, 0, keys.shape[2]) if rings is None else rings[row]
+        queries = keys.new_zeros(0, 0, keys.shape[2]) if rings is None else rings[row][:, -self.role.observe :]
         return self.role.choose(Observed(shape_of(layer), queries.float(), keys, upto, layer.rope, self.raw))
 
     def run(self, index: int, store: Store, done: list[tuple[Moves, dict[int, Channels] | int]]) -> None:

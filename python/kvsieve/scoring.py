@@ -101,6 +101,10 @@ class Scorer:
         result: npt.NDArray[np.float32] = table.numpy()
         return result
 
+    def covers(self, count: int) -> bool:
+        """Whether the logits of what is left after the newest ``count`` columns are forgotten are carried."""
+        return not count or self._published or (self.tail is not None and count < self.tail.shape[1])
+
     def crop(self, count: int) -> None:
         """The newest ``count`` columns are forgotten; so are their logits."""
         if self.tail is not None:

@@ -11,7 +11,7 @@ import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, same_memory, snapshot
 from kvsieve.budget import BLOCK
-from kvsieve.errors import StateError, UnsupportedError
+from kvsieve.errors import KvsieveError, StateError, UnsupportedError
 from naive_heads import NaiveHeads
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -209,49 +209,68 @@ def test_a_forward_that_died_saw_nothing(policy: str, layer: int, backend: str, 
 
 
 @BACKEND
-@RULE
-def test_a_crop_among_what_all_heads_hold_is_exact(policy: str, backend: str) -> None:
-    """Back to before the last tokens and on with others: as if those had never been, as far as tokens go."""
-    model, ids = tiny.model(), tiny.ids(1, 60)
-    with kvsieve.stream(model, tiny.POLICIES[policy](40), backend) as stream:
-        forward(model, stream.cache, ids)
-        before, held = heads(stream), snapshot(stream)
-        forwards(model, stream.cache, tiny.ids(1, 9, 2), [1])
-        stream.cache.crop(-9)
-        assert heads(stream) == before
-        now = snapshot(stream)
-        for name in (n for n in held if n.startswith(("keys", "values", "chosen", "since"))):
-            assert torch.equal(now[name], held[name])
-        stream.cache.crop(-3)
-        assert heads(stream) == [k[:-3] for k in before]
-        with kvsieve.stream(model, tiny.POLICIES[policy](40), backend) as twin:
-            forward(model, twin.cache, ids)
-            twin.cache.crop(-3)
-            more = tiny.ids(1, 5, 4)
-            got, want = (forwards(model, one.cache, more, [1]) for one in (stream, twin))
-            torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+@pytest.mark.parametrize("decoded", [0, 20, 90])
+def test_a_crop_is_exact_or_refused(decoded: int, backend: str) -> None:
+    """Exact: as if the tokens had never been read, whichever are evicted later. Refused: nothing has changed."""
+    model, ids, more = tiny.model(), tiny.ids(1, 60 + decoded), tiny.ids(1, 150, 4)
+    policy, exact = kvsieve.SnapKV(40, observe=8, kernel=3), []
+    with kvsieve.stream(model, policy, backend) as stream:
+        forwards(model, stream.cache, ids[:, :30], [30])
+        stream.end_turn()
+        forwards(model, stream.cache, ids[:, 30:], [30, 1])
+        for count in (1, 5, 9, 19, 25, 40, 55):
+            left = 60 + decoded - count
+            with stream.fork() as fork:
+                try:
+                    fork.cache.crop(-count)
+                except KvsieveError:
+                    assert same_memory(stream, fork)
+                    continue
+                with kvsieve.stream(model, policy, backend) as twin:
+                    forwards(model, twin.cache, ids[:, : min(left, 30)], [30])
+                    twin.end_turn()
+                    if left > 30:
+                        forwards(model, twin.cache, ids[:, 30:left], [30, 1])
+                    got, want = (forwards(model, one.cache, more, [1]) for one in (fork, twin))
+                    assert heads(fork) == heads(twin)
+                    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+                exact.append(count)
+    # After 60 tokens, and after each whole block that follows, tokens were evicted; what came after can be forgotten.
+    assert exact == {0: [], 20: [1, 5, 9, 19], 90: [1, 5, 9, 19, 25]}[decoded]
 
 
 @BACKEND
 @RULE
-def test_a_crop_to_where_heads_differ_is_refused(policy: str, backend: str) -> None:
+def test_a_crop_to_what_is_not_known_any_more_is_refused(policy: str, backend: str) -> None:
     model = tiny.model()
     with kvsieve.stream(model, tiny.POLICIES[policy](40), backend) as stream:
         forward(model, stream.cache, tiny.ids(2, 60))
-        held = snapshot(stream)
-        for count in (5, 20, 59):
-            with pytest.raises(StateError, match="at most 4 can be forgotten"):
+        held, mark = snapshot(stream), stream.mark()
+        for count in (1, 4, 5, 20, 59):
+            with pytest.raises(KvsieveError, match="take a mark before"):
                 stream.cache.crop(-count)
         now = snapshot(stream)
         assert all(torch.equal(now[name], held[name]) for name in held)
         assert stream.seen == 60
-        stream.cache.crop(-4)
-        assert stream.seen == 56
-        stream.cache.crop(-56)
+        forwards(model, stream.cache, tiny.ids(2, 9, 2), [1])
+        stream.rewind(mark)
+        now = snapshot(stream)
+        assert all(torch.equal(now[name], held[name]) for name in held)
+        stream.cache.crop(-60)
         assert (stream.seen, stream.stats().resident) == (0, 0)
         got = forward(model, stream.cache, tiny.ids(2, 30))
         with torch.no_grad():
             torch.testing.assert_close(got, model(tiny.ids(2, 30)).logits, atol=1e-4, rtol=0)
+
+
+@BACKEND
+def test_sums_of_attention_cannot_forget_what_a_token_gave(backend: str) -> None:
+    """Even while everything is still held: who is evicted later depends on them."""
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.H2O(40), backend) as stream:
+        forward(model, stream.cache, tiny.ids(1, 20))
+        with pytest.raises(StateError, match="take a mark before"):
+            stream.cache.crop(-1)
 
 
 @BACKEND

@@ -10,6 +10,7 @@ import pytest
 import tiny
 import torch
 from drive import forward, forwards, greedy, positions
+from kvsieve.errors import StateError
 
 EVERY = pytest.mark.parametrize("policy", list(tiny.POLICIES))
 BOUNDED = pytest.mark.parametrize("policy", tiny.BOUNDED)
@@ -301,6 +302,10 @@ def test_crop_forgets_the_newest_tokens(policy: str, remove: int, backend: str) 
         want = model(torch.cat([ids[:, : 40 - remove], other], 1)).logits[:, 40 - remove :]
     with kvsieve.stream(model, tiny.POLICIES[policy](120), backend) as stream:
         forwards(model, stream.cache, ids, [15, 1])
+        if policy == "h2o":
+            with pytest.raises(StateError, match="sums"):
+                stream.cache.crop(-remove)
+            return
         stream.cache.crop(-remove)
         assert stream.cache.get_seq_length() == 40 - remove
         assert positions(stream)[0] == list(range(40 - remove))
@@ -322,9 +327,7 @@ def test_scores_after_a_crop_are_those_of_the_text_that_stayed(policy: str, back
         stream.cache.crop(-7)
         forward(model, stream.cache, other)
         got = stream.kept()[0].scores
-    # Cropping a whole forward away takes its carry too: one token's score may then be the largest of its chunk.
-    differs = [i for i in range(1, 45) if abs(got[i] - want[i]) > 1e-3]
-    assert differs in ([], [40])
+    torch.testing.assert_close(torch.tensor(got[1:45]), torch.tensor(want[1:45]), atol=1e-3, rtol=0)
 
 
 @BACKEND

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError, UnsupportedModelError
-from kvsieve.generate import read_pieces
+from kvsieve.generate import read_again, read_pieces
 from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
 from kvsieve.model.generation import driven_by_generate
@@ -214,6 +214,8 @@ class Attachment:
         ids = ids if ids is not None else next((a for a in args if isinstance(a, torch.Tensor)), None)
         foreign = engine.turn is None and not engine.inner and driven_by_generate(self.model)
         changed = None
+        if ids is not None and engine.turn is None and not engine.inner:
+            unrecorded(read_again, self.model, cache)
         if ids is not None and not args:
             pieces = engine.pieces(ids.shape[0], ids.shape[1], kwargs.get("logits_to_keep", 1))
             if pieces is not None:
