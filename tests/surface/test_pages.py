@@ -20,6 +20,7 @@ import pages
 import pytest
 import tiny
 from kvsieve import cli
+from kvsieve.model import support
 from pages import Block, Letters
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -238,6 +239,21 @@ def test_the_table_of_what_goes_together() -> None:
     ):
         with pytest.raises(kvsieve.errors.PolicyError):
             kvsieve.policies.parse(refused)
+
+
+# ------------------------------------------------------------------------------------------------------------------------ status
+
+
+def test_families_and_versions_are_those_that_are_tested() -> None:
+    status = pages.prose(pages.ROOT / "docs" / "status.md")
+    families = re.search(r"## Model families\n\n(.*?),\sas tiny", status, re.DOTALL)
+    assert families is not None
+    assert set(re.split(r",\s", families[1])) == set(tiny.FAMILIES)
+    readme = pages.README.read_text(encoding="utf-8")
+    assert f"{len(tiny.FAMILIES)} families" in readme
+    oldest, newest = (release.rpartition(".")[0] for release in (support.OLDEST, support.NEWEST))
+    for text in (readme, status):
+        assert f"{oldest} to {newest}" in text
 
 
 # ------------------------------------------------------------------------------------------------------------------------ figures
