@@ -1,4 +1,4 @@
-# The habits of the house; `make help` lists them. Each makes what it needs, and makes nothing twice.
+# The targets of the project; `make help` lists them. Each makes what it needs, and makes nothing twice.
 
 SHELL := bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -23,8 +23,8 @@ HOUSE := scripts/in-house.sh
 
 .PHONY: help
 help: ## this list
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r habit what; do \
-		printf '  make %-17s %s\n' "$$habit" "$$what"; done
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | while IFS=$$'\t' read -r target what; do \
+		printf '  make %-17s %s\n' "$$target" "$$what"; done
 
 .PHONY: setup
 setup: ## third-party packages, the built wheel and the small model, in .venv
@@ -36,7 +36,7 @@ demo: setup ## run the demonstration on the small model; pictures and text go to
 	.venv/bin/kvsieve demo --out out/demo $(DEMO_ARGS)
 
 .PHONY: test
-test: setup ## every test that needs no card: the Rust core, then Python against the installed wheel (PYTEST_ARGS)
+test: setup ## every test that needs no GPU: the Rust core, then Python against the installed wheel (PYTEST_ARGS)
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
 	$(PYTEST) $(PYTEST_ARGS)
 
@@ -54,12 +54,12 @@ test-fast: setup ## the same without doc tests and without the real model
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
 	$(PYTEST) -m "not model and not gpu" $(PYTEST_ARGS)
 
-# The machine with the card may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
+# The machine with the GPU may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
 GPU_PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
 GPU_ARGS ?=
 
 .PHONY: gpu
-gpu: ## on a machine with an NVIDIA card: parity, times, sanitizer, from the wheel in dist/ (GPU_PYTHON, GPU_ARGS)
+gpu: ## on a machine with an NVIDIA GPU: parity, times, sanitizer, from the wheel in dist/ (GPU_PYTHON, GPU_ARGS)
 	@compgen -G 'dist/*.whl' >/dev/null || $(MAKE) wheel
 	$(GPU_PYTHON) benches/gpu.py --wheel "$$(ls -t dist/*.whl | head -n 1)" $(GPU_ARGS)
 
@@ -81,7 +81,7 @@ lint-python: setup
 	if [ -e python/kvsieve/_core.pyi ]; then .venv/bin/stubtest kvsieve._core; fi
 
 .PHONY: fmt
-fmt: setup ## format everything, and mend what ruff can mend
+fmt: setup ## format everything, and fix what ruff can fix
 	cargo fmt --all
 	.venv/bin/ruff check --fix-only --quiet .
 	.venv/bin/ruff format .
@@ -94,7 +94,12 @@ bench: setup ## the measurements: out/bench.json, and criterion's report under c
 	$(HOUSE) cargo bench --locked --workspace --exclude kvsieve-py
 
 .PHONY: docs
-docs: setup ## the Rust side's reference, into out/docs
+docs: ## the documentation as a site, into out/site; a link or an anchor that leads nowhere is an error
+	@scripts/docs.sh build
+	@echo out/site/index.html
+
+.PHONY: docs-rust
+docs-rust: setup ## the Rust side's reference, into out/docs
 	RUSTDOCFLAGS='-D warnings' $(HOUSE) cargo doc --quiet --locked --no-deps -p kvsieve-core
 	@rm -rf out/docs && mkdir -p out/docs
 	@$(HOUSE) bash -c 'cp -r "$$CARGO_TARGET_DIR"/doc/. out/docs/'
@@ -119,9 +124,9 @@ lock: ## resolve the dependencies anew for PYTHON, and rewrite its lock file
 	@scripts/lock.sh
 
 .PHONY: check-locks
-check-locks: setup ## both lock files (Python 3.10, and 3.11 on) still resolve to themselves on the index; installs nothing
+check-locks: setup ## the lock files (Python 3.10, 3.11 on, and the documentation's) still resolve to themselves on the index; installs nothing
 	@.venv/bin/python scripts/check_locks.py
 
 .PHONY: clean
-clean: ## remove what the habits made in this clone; the shared cache stays
+clean: ## remove what the targets made in this clone; the shared cache stays
 	rm -rf .venv .venv.lock out dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

@@ -1,4 +1,4 @@
-"""Both lock files still resolve: what pyproject.toml asks for, held to a lock's versions, comes to exactly that lock.
+"""The lock files still resolve: what pyproject.toml asks for, held to a lock's versions, comes to exactly that lock.
 
 Nothing is installed; the index's metadata is enough (some seconds a lock). A lock is checked by an interpreter of its Python:
 PYTHON310 or PYTHON311, the running one, `python3.10` on PATH, or pyenv's. Without one, pip resolves for that version from here; it
@@ -20,7 +20,12 @@ from pathlib import Path
 from lock import wanted
 
 ROOT = Path(__file__).resolve().parent.parent
-LOCKS = {"3.10": "requirements-3.10.lock", "3.11": "requirements.lock"}
+LOCKS = (
+    ("3.10", "requirements-3.10.lock", "main"),
+    ("3.11", "requirements.lock", "main"),
+    ("3.11", "requirements-docs.lock", "docs"),
+)
+"""Python, file, and which of pyproject.toml's dependencies it holds."""
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
 
 
@@ -47,15 +52,15 @@ def pins(lock: Path) -> dict[str, str]:
     return dict(line.split("==") for line in lines if line)
 
 
-def resolved(release: str, lock: Path, python: str | None, scratch: Path) -> dict[str, str]:
+def resolved(release: str, lock: Path, which: str, python: str | None, scratch: Path) -> dict[str, str]:
     """Names and versions that pip comes to within the lock; raises CalledProcessError with pip's words where it comes to none."""
-    report = scratch / f"{release}.json"
+    report = scratch / f"{lock.name}.json"
     install = ["install", "--dry-run", "--quiet", "--ignore-installed", "--report", str(report), "--constraint", str(lock)]
     if python is None:
         command = [*PIP, *install, "--python-version", release, "--only-binary=:all:", "--target", str(scratch / "none")]
     else:
         command = [*PIP, "--python", python, *install]
-    subprocess.run([*command, *wanted()], check=True, capture_output=True, text=True)
+    subprocess.run([*command, *wanted(which)], check=True, capture_output=True, text=True)
     found = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     return {re.sub(r"[-_.]+", "-", item["name"]).lower(): item["version"] for item in found}
 
@@ -64,11 +69,11 @@ def reachable() -> bool:
     return subprocess.run([*PIP, "index", "versions", "pip"], capture_output=True).returncode == 0
 
 
-def complaint(release: str, name: str, scratch: Path) -> str | None:
+def complaint(release: str, name: str, which: str, scratch: Path) -> str | None:
     """What is wrong with one lock, in one sentence; None where nothing is."""
     locked, python = pins(ROOT / name), interpreter(release)
     try:
-        found = resolved(release, ROOT / name, python, scratch)
+        found = resolved(release, ROOT / name, which, python, scratch)
     except subprocess.CalledProcessError as error:
         if not reachable():
             print(f"kvsieve: {name} WAS NOT CHECKED: the index of packages cannot be reached", file=sys.stderr)
@@ -87,7 +92,7 @@ def complaint(release: str, name: str, scratch: Path) -> str | None:
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
-        wrong = [found for release, name in LOCKS.items() if (found := complaint(release, name, Path(scratch)))]
+        wrong = [found for lock in LOCKS if (found := complaint(*lock, Path(scratch)))]
     if wrong:
         raise SystemExit("kvsieve: " + "\n".join(wrong))
 

@@ -1,6 +1,7 @@
 # Where things live, and the hashes that say whether they are fresh. Sourced by the other scripts; bash only.
 #
 #   $KVSIEVE_CACHE/env-<hash>/     third-party packages; keyed by Python and lock files, shared by all clones
+#   $KVSIEVE_CACHE/docs-<hash>/    what builds the documentation; keyed by Python and requirements-docs.lock
 #   $KVSIEVE_CACHE/target-<hash>/  cargo's build outputs; keyed by rustc and Cargo.lock, shared by all clones
 #   .venv/                         this clone's thin layer over env-<hash>: kvsieve's own wheel and console scripts
 
@@ -38,6 +39,7 @@ case "$PYTHON_ID" in
 esac
 
 ENV="$CACHE/env-$({ printf '%s\n' "$PYTHON_ID"; cat "$LOCK" requirements-model.lock; } | hash16)"
+DOCS_ENV="$CACHE/docs-$({ printf '%s\n' "$PYTHON_ID"; cat requirements-docs.lock; } | hash16)"
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$CACHE/target-$({ rustc -vV; cat Cargo.lock; } | hash16)}"
 export PYO3_PYTHON="$ENV/bin/python"
 

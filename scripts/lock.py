@@ -1,6 +1,7 @@
-"""Resolve every dependency of pyproject.toml (runtime, demo, dev) for the running interpreter and print exact versions.
+"""Resolve dependencies of pyproject.toml for the running interpreter and print exact versions.
 
-Nothing is installed: pip resolves on paper (`--dry-run --report`). Run through `make lock`.
+Without an argument: what kvsieve runs, demonstrates and tests with. `lock.py docs`: what builds the documentation, which needs
+neither torch nor kvsieve. Nothing is installed: pip resolves on paper (`--dry-run --report`). Run through `make lock`.
 """
 
 from __future__ import annotations
@@ -20,27 +21,36 @@ except ModuleNotFoundError:  # Python 3.10
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTRAS = ("demo", "dev")
-HEADER = """\
+HEADERS = {
+    "main": """\
 # Exact versions of everything that kvsieve runs, demonstrates and tests with. Written by `make lock`; do not edit.
 # Resolved on {where}. The small model is pinned in requirements-model.lock, and installed without its dependencies.
-"""
+""",
+    "docs": """\
+# Exact versions of everything that builds the documentation. Written by `make lock`; do not edit.
+# Resolved on {where}.
+""",
+}
 
 
-def wanted() -> list[str]:
+def wanted(which: str = "main") -> list[str]:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project.get("optional-dependencies", {})
+    if which == "docs":
+        return list(extras["docs"])
     return [*project["dependencies"], *(line for extra in EXTRAS for line in extras[extra])]
 
 
 def main() -> None:
+    which = sys.argv[1] if len(sys.argv) > 1 else "main"
     with tempfile.TemporaryDirectory() as scratch:
         report = Path(scratch) / "report.json"
         pip = [sys.executable, "-m", "pip", "install", "--dry-run", "--quiet", "--ignore-installed"]
-        subprocess.run([*pip, "--report", str(report), *wanted()], check=True, stdout=sys.stderr)
+        subprocess.run([*pip, "--report", str(report), *wanted(which)], check=True, stdout=sys.stderr)
         found = json.loads(report.read_text())["install"]
     names = {re.sub(r"[-_.]+", "-", item["metadata"]["name"]).lower(): item["metadata"]["version"] for item in found}
     where = f"Python {'.'.join(platform.python_version_tuple()[:2])}, {sys.platform} {platform.machine()}"
-    print(HEADER.format(where=where) + "\n".join(f"{name}=={names[name]}" for name in sorted(names)))
+    print(HEADERS[which].format(where=where) + "\n".join(f"{name}=={names[name]}" for name in sorted(names)))
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Rewrite the lock file of $PYTHON: 3.10 has its own (the last releases that still support it), later ones share one.
+# Rewrite the lock file of $PYTHON: 3.10 has its own (the last releases that still support it), later ones share one, and so do
+# the packages that build the documentation.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
@@ -9,3 +10,8 @@ trap 'rm -rf "$scratch"' EXIT
 "$scratch/venv/bin/python" scripts/lock.py >"$scratch/lock"
 mv "$scratch/lock" "$LOCK"
 say "wrote $LOCK"
+if [ "$LOCK" = requirements.lock ]; then
+    "$scratch/venv/bin/python" scripts/lock.py docs >"$scratch/docs.lock"
+    mv "$scratch/docs.lock" requirements-docs.lock
+    say "wrote requirements-docs.lock"
+fi

@@ -56,7 +56,7 @@ def HiP(
         window: newest tokens, always read, the query's own among them.
         representative: which block of a branch is scored; ``"oracle"`` reads them all and is for comparison.
         refresh: search anew every so many generated tokens. The paper's 8 is some three times as fast at 128,000 tokens, and cost
-            the small model of the README's table five times as much in perplexity.
+            a small model five times as much in perplexity (docs/results/search-quality.md).
         dense_layers: the first so many layers of the model read everything.
         query_block: tokens of a prompt that share a search.
         query_stride: of these the last one is compared with keys, and every so many before it.
