@@ -1,7 +1,7 @@
 """A conversation's cost must not depend on what was seen: 1,000,000 tokens under a budget of 512, by `feed` and by `generate`.
 
-The model is so small that the stream's own work is measured. Time is CPU time a token, early (2 % of the text) and at its end; memory
-is what the process gained between the two. The ids are kept: 8 bytes a token, stated apart.
+The model is so small that the stream's own work is measured. Time is CPU time a token, early (2 % of the text) and at its end;
+memory is what the process gained between the two. The ids are kept: 8 bytes a token, stated apart.
 
     pytest benches/test_flat.py --tokens 1000000 --benchmark-json flat.json
 """
