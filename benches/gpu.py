@@ -102,7 +102,7 @@ class Bench:
 
 def rope(dim: int) -> Any:
     import torch
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
 
     return LayerRope(500000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim), "half")
 

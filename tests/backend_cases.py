@@ -13,7 +13,7 @@ import tiny
 import torch
 from drive import Layer, forwards, pad_left
 from kvsieve import thin
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 from kvsieve.thin import Packing
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}

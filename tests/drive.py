@@ -11,7 +11,7 @@ from kvsieve import backends
 from kvsieve._core import Planner
 from kvsieve.backends import AttendCall
 from kvsieve.backends.cpu import _view
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 
 # ------------------------------------------------------------------------------------------------------------------- with a model
 

@@ -18,7 +18,7 @@ from kvsieve.policies import H2O, Full, HiP, InfiniteHiP, LMInfinite, Quantized,
 from kvsieve.roles import Memory
 
 if TYPE_CHECKING:
-    from kvsieve.snapshot import load
+    from kvsieve.session import load
     from kvsieve.streams import Kept, Stats, Stream, stream
 
 __all__ = [
@@ -46,7 +46,7 @@ __all__ = [
     "stream",
 ]
 
-_LAZY = {"load": "snapshot", "Kept": "streams", "Stats": "streams", "Stream": "streams", "stream": "streams"}
+_LAZY = {"load": "session", "Kept": "streams", "Stats": "streams", "Stream": "streams", "stream": "streams"}
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ from kvsieve.errors import BudgetError, PolicyError
 if TYPE_CHECKING:
     import torch
 
-    from kvsieve.observe import Observation
+    from kvsieve.runtime.head_eviction import Observation
     from kvsieve.thin import Channels, LayerShape, Observed, Packing
 
 __all__ = [

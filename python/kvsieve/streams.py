@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve import backends, pins
+from kvsieve import backends
 from kvsieve import generate as turns
 from kvsieve.errors import (
     PolicyError,
@@ -23,16 +23,17 @@ from kvsieve.errors import (
     UnsupportedModelError,
 )
 from kvsieve.roles import Policy
+from kvsieve.runtime import pinning
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from transformers import PreTrainedModel
 
-    from kvsieve.cache import StreamCache
-    from kvsieve.engine import Engine, EngineState
     from kvsieve.facts import ModelFacts
     from kvsieve.model import Attachment
+    from kvsieve.model.cache import StreamCache
+    from kvsieve.runtime.engine import Engine, EngineState
 
 __all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Mark", "Parts", "Stats", "Stream", "stream"]
 
@@ -197,9 +198,9 @@ class Stream:
     def __init__(
         self, model: PreTrainedModel, policy: Policy, backend: str | None = None, *, _parent: Stream | None = None
     ) -> None:
-        from kvsieve.cache import StreamCache
-        from kvsieve.engine import Engine
         from kvsieve.model import attach, look_through
+        from kvsieve.model.cache import StreamCache
+        from kvsieve.runtime.engine import Engine
 
         if not isinstance(policy, Policy):
             raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024) second, got {type(policy).__name__}")
@@ -309,7 +310,7 @@ class Stream:
         Raises:
             StateError: for a policy that reads all it holds, or before the first token.
         """
-        from kvsieve.tracing import trace
+        from kvsieve.trace import trace
 
         return trace(self._check_open())
 
@@ -518,7 +519,7 @@ class Stream:
             path: the file to write; one that exists is replaced once the new one is complete.
             tokenizer: if given, its fingerprint is written, and compared when the file is loaded with a tokenizer.
         """
-        from kvsieve.snapshot import save
+        from kvsieve.session import save
 
         self._check_open()
         save(self, path, tokenizer)
@@ -530,7 +531,7 @@ class Stream:
     ) -> contextlib.AbstractContextManager[None]:
         if not pin:
             return contextlib.nullcontext()
-        return pins.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
+        return pinning.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
 
     def _chunk(self) -> int:
         """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 if TYPE_CHECKING:
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
 
 __all__ = ["Channels", "LayerShape", "Observed", "Packing", "choose", "kept", "scores"]
 

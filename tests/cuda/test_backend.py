@@ -18,7 +18,7 @@ from kvsieve import backends
 from kvsieve.backends import cuda, kernels
 from kvsieve.backends.nvrtc import Module
 from kvsieve.errors import BackendError, ShapeError
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 
 CPU = torch.device("cpu")
 

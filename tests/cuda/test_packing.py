@@ -16,7 +16,7 @@ from drive import Layer
 from kvsieve import thin
 from kvsieve.backends import cuda, kernels
 from kvsieve.errors import ShapeError, StateError, UnsupportedError
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 from kvsieve.thin import Channels, Packing
 
 CPU = torch.device("cpu")

@@ -330,7 +330,7 @@ def test_memories_that_cannot_be_searched(width: int) -> None:
 
 
 def tiny_rope() -> Any:
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
 
     return LayerRope(10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16), "half")
 

@@ -11,10 +11,10 @@ import pytest
 import tiny
 import torch
 from drive import Layer, attention, forward, forwards, greedy, pad_left, same_memory, snapshot
-from kvsieve import pins
 from kvsieve.errors import BudgetError, PolicyError, RangeError, StateError, UnsupportedError
+from kvsieve.facts import LayerRope
 from kvsieve.roles import AsRotated, Memory, Residents, Retain
-from kvsieve.rope import LayerRope
+from kvsieve.runtime import pinning
 from transformers import DynamicCache
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -407,12 +407,12 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](BUDGET), "cpu") as stream:
         engine = stream._engine
         stream.pin(5, 7)
-        with pins.coming(engine, [12, 6], [0, 0]):
+        with pinning.coming(engine, [12, 6], [0, 0]):
             stream.feed(*pad_left([tiny.ids(1, 12)[0], tiny.ids(1, 6)[0]]))
         assert stream.pins == [[(0, 12)], [(0, 7)]]
 
         def interrupted() -> None:
-            with pins.coming(engine, [9, 9], [0, 0]):
+            with pinning.coming(engine, [9, 9], [0, 0]):
                 stream.feed(tiny.ids(2, 4))
                 raise KeyError
 
@@ -421,7 +421,7 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         before = snapshot(stream)
         if policy in tiny.BOUNDED:
-            with pytest.raises(BudgetError), pins.coming(engine, [2, 40], [0, 0]):
+            with pytest.raises(BudgetError), pinning.coming(engine, [2, 40], [0, 0]):
                 pytest.fail("refused before anything is read")
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         assert all(torch.equal(now, before[name]) for name, now in snapshot(stream).items())
@@ -535,9 +535,9 @@ def test_a_mask_cannot_evict_but_evicting_can() -> None:
 
 def test_with_pinned_makes_room_from_the_oldest() -> None:
     stays = np.array([False, False, True, False, True, False])
-    assert pins.with_pinned([0, 1, 3, 5], {0, 5}, stays, 4) == [0, 2, 4, 5]
-    assert pins.with_pinned([0, 1, 3, 5], {0, 5}, stays, 5) == [0, 2, 3, 4, 5]
-    assert pins.with_pinned([0, 1], set(), np.zeros(6, np.bool_), 4) == [0, 1]
+    assert pinning.with_pinned([0, 1, 3, 5], {0, 5}, stays, 4) == [0, 2, 4, 5]
+    assert pinning.with_pinned([0, 1, 3, 5], {0, 5}, stays, 5) == [0, 2, 3, 4, 5]
+    assert pinning.with_pinned([0, 1], set(), np.zeros(6, np.bool_), 4) == [0, 1]
     assert issubclass(BudgetError, PolicyError)
 
 

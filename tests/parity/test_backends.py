@@ -10,8 +10,8 @@ import pytest
 import tiny
 import torch
 from drive import Layer, forwards, pad_left
+from kvsieve.facts import LayerRope
 from kvsieve.roles import AsRotated, Ceiling, Fixed, Memory, Slots, Surprisal, TopKTokens, Window
-from kvsieve.rope import LayerRope
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 

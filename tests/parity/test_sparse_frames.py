@@ -30,7 +30,7 @@ from kvsieve.backends.search import (
     sparse_attend,
 )
 from kvsieve.errors import ShapeError, UnsupportedError
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 from kvsieve.thin import Channels
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}

@@ -11,7 +11,7 @@ import torch
 from drive import Layer
 from kvsieve import thin
 from kvsieve.backends.packing import dequantize, quantize
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 from kvsieve.thin import Channels, Packing
 from tiny import BACKENDS
 

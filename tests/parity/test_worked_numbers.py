@@ -13,9 +13,9 @@ from drive import Layer, attention, forward, forwards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvsieve import _core, backends
+from kvsieve.facts import LayerRope
 from kvsieve.roles import AsRotated, Memory, Slots, Surprisal, Window
-from kvsieve.rope import LayerRope
-from kvsieve.scoring import published_scores, true_scores
+from kvsieve.runtime.surprisal import published_scores, true_scores
 
 ROPE = LayerRope(torch.tensor([1.0], dtype=torch.float64), "half")
 SCALE = 1 / math.sqrt(2)

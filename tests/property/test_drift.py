@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from drive import Layer, attention
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 
 TOKENS, SIZE, BUDGET = 100_000 + 400, 32, 128
 

@@ -15,9 +15,9 @@ from kvsieve._core import Planner
 from kvsieve.backends import AttendCall
 from kvsieve.backends.masses import mass
 from kvsieve.errors import BudgetError, PolicyError, StateError, UnsupportedError
-from kvsieve.observe import LayerState, Observation, Observer, RowState, choose
 from kvsieve.policies import parse
 from kvsieve.roles import AsRotated, Everything, HeavyHitters, Memory, ObservationWindow, PerHead, Plain, Slots, TopKTokens, Window
+from kvsieve.runtime.head_eviction import LayerState, Observation, Observer, RowState, choose
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 ONE = AttendCall(scale=1.0)

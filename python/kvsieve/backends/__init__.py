@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -17,7 +15,7 @@ if TYPE_CHECKING:
 
     from kvsieve import roles
     from kvsieve._core import Moves, Step
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
     from kvsieve.thin import Channels, Packing
 
 __all__ = [
@@ -31,7 +29,6 @@ __all__ = [
     "Store",
     "choose",
     "get",
-    "give_back",
 ]
 
 BACKENDS = ("reference", "cpu", "cuda")
@@ -251,15 +248,3 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     if dtype in (torch.float32, torch.bfloat16, torch.float16) and device.type in ("cpu", "cuda"):
         return device.type
     return "reference"
-
-
-def give_back() -> None:
-    """Return to the system what was freed in the middle of the heap.
-
-    glibc keeps it: what is smaller than the largest tensor freed so far comes from the heap, of which only the end ever shrinks.
-    Other allocators need not be told.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.nvrtc import Module
+    from kvsieve.facts import LayerRope
     from kvsieve.roles import Search
-    from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
 __all__ = ["CudaBackend", "CudaStore", "CupyLauncher", "require"]

@@ -29,8 +29,8 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.choices import ReferenceSearch
+    from kvsieve.facts import LayerRope
     from kvsieve.roles import Search
-    from kvsieve.rope import LayerRope
     from kvsieve.thin import Channels, Packing
 
 __all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge", "pick"]

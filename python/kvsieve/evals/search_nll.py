@@ -32,7 +32,7 @@ from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 from kvsieve.roles import Policy
-from kvsieve.transcript import Ids, Row, TranscriptState
+from kvsieve.runtime.transcript import Ids, Row, TranscriptState
 from kvsieve.view.live import plain_table
 
 __all__ = ["Cost", "Measured", "Prompts", "Settings", "compared", "continue_with", "exact_until", "read_prompts", "run", "swept"]

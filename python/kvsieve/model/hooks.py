@@ -21,17 +21,17 @@ from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
 from kvsieve.model.generation import driven_by_generate
 from kvsieve.model.handoff import state
+from kvsieve.model.modes import unrecorded
 from kvsieve.model.probe import Probe, with_identity
 from kvsieve.model.support import refuse
 from kvsieve.model.verify import verify
-from kvsieve.modes import unrecorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvsieve.cache import StreamCache
-    from kvsieve.engine import Engine
     from kvsieve.facts import ModelFacts
+    from kvsieve.model.cache import StreamCache
+    from kvsieve.runtime.engine import Engine
 
 __all__ = ["Attachment", "attach"]
 
@@ -179,7 +179,7 @@ class Attachment:
 
     def _cache_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StreamCache | None:
         """The stream's cache among a forward's arguments, whatever their names are in this release."""
-        from kvsieve.cache import StreamCache
+        from kvsieve.model.cache import StreamCache
 
         return next((value for value in (*kwargs.values(), *args) if isinstance(value, StreamCache)), None)
 

@@ -12,8 +12,8 @@ from kvsieve.streams import HeadTrace, LayerTrace
 
 if TYPE_CHECKING:
     from kvsieve.backends import HeadChoice
-    from kvsieve.engine import Engine
     from kvsieve.roles import Search
+    from kvsieve.runtime.engine import Engine
 
 __all__ = ["stretches", "trace"]
 

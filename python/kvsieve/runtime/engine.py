@@ -4,7 +4,7 @@ The order of one forward (the seam in :mod:`kvsieve.model` calls these):
 
     expect(ids)            the causal LM begins; the ids are remembered for scoring
     prepare()              its decoder begins; a forward that died half-way is undone here
-    attend(layer, ...)     once per layer; the first one makes the plan. Sliding layers read :mod:`kvsieve.sliding`, which follows
+    attend(layer, ...)     once per layer; the first one makes the plan. Sliding layers read :mod:`.sliding`
     complete(logits)       the causal LM returns; tokens are scored, the step is committed, the policy lets go
 
 The control plane (`_core.Planner`) is two-phase: until `commit` nothing was decided, so an exception anywhere loses nothing.
@@ -21,18 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve import _core
-from kvsieve import pins as pinning
-from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
+from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store
 from kvsieve.budget import BLOCK
-from kvsieve.critical import uninterrupted
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
-from kvsieve.observe import Observer, RowState
-from kvsieve.packer import make_packer
 from kvsieve.roles import All, Consecutive, Residents, TopKTokens
-from kvsieve.scoring import Scorer
-from kvsieve.sliding import SlidingLayers, SlidingState
-from kvsieve.transcript import Row, Transcript, TranscriptState
-from kvsieve.turn import Pieces, Turn
+from kvsieve.runtime import pinning
+from kvsieve.runtime.compression import make_packer
+from kvsieve.runtime.head_eviction import Observer, RowState
+from kvsieve.runtime.process import defer_sigint, trim_heap
+from kvsieve.runtime.sliding import SlidingLayers, SlidingState
+from kvsieve.runtime.surprisal import Scorer
+from kvsieve.runtime.transcript import Row, Transcript, TranscriptState
+from kvsieve.runtime.turn import Pieces, Turn
 
 if TYPE_CHECKING:
     import numpy as np
@@ -40,10 +40,10 @@ if TYPE_CHECKING:
 
     from kvsieve import roles
     from kvsieve._core import Moves, Planner, Step
-    from kvsieve.cache import StreamLayer
     from kvsieve.facts import ModelFacts
-    from kvsieve.pins import Rows
+    from kvsieve.model.cache import StreamLayer
     from kvsieve.roles import Policy
+    from kvsieve.runtime.pinning import Rows
     from kvsieve.thin import Channels
 
 __all__ = ["Engine", "EngineState"]
@@ -393,7 +393,7 @@ class Engine:
             return
         self.hidden = hidden
         if not self._whole_model and self._step is not None:
-            with uninterrupted():
+            with defer_sigint():
                 self._commit()
 
     def complete(self, logits: torch.Tensor) -> None:
@@ -405,11 +405,11 @@ class Engine:
         if self._step is None:
             return
         if self.scorer is None or self._ids is None or hidden is None:
-            with uninterrupted():
+            with defer_sigint():
                 self._commit()
             return
         scores, tail = self.scorer.score(self._ids, hidden, logits, self._step.new_lens, keep_rows=self.recording)
-        with uninterrupted():
+        with defer_sigint():
             self._commit(scores)
             self.scorer.tail = tail
 
@@ -614,7 +614,7 @@ class Engine:
         if packer is None:
             return
         before, stores = planner.fork(), list(self.stores.items())
-        with uninterrupted():
+        with defer_sigint():
             try:
                 done = [(planner.pack(row, upto, packer.role.align, copies=1), mine) for (row, upto), mine in zip(due, chosen)]
                 packer.run(*stores[0], done)
@@ -638,12 +638,12 @@ class Engine:
                         store.apply(moves)
                         store.free_unused(*tidied)
         if prompt_ended:
-            give_back()
+            trim_heap()
 
     @contextmanager
     def _all_layers(self, what: str) -> Iterator[None]:
         """A change that all layers must make. Ctrl-C waits until it is made; after any other error the stream is of no use."""
-        with uninterrupted():
+        with defer_sigint():
             try:
                 yield
             except BaseException as error:
@@ -848,7 +848,7 @@ class Engine:
         else:
             self.stores.clear()
         self.sliding.reset()
-        give_back()
+        trim_heap()
 
     def pins(self) -> list[list[tuple[int, int]]]:
         """Of each row the pinned positions, as ranges that ascend and do not touch."""

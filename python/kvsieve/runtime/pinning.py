@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kvsieve.errors import RangeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from kvsieve.engine import Engine
+    from kvsieve.runtime.engine import Engine
 
 __all__ = ["Rows", "coming", "evict", "keep_pins", "most", "pin", "pinned", "pins", "unpin", "with_pinned"]
 

@@ -12,18 +12,18 @@ import torch
 from kvsieve.backends import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
 from kvsieve.model import fingerprint
-from kvsieve.observe import LayerState, RowState
 from kvsieve.policies import parse
-from kvsieve.transcript import Ids, Row, TranscriptState
+from kvsieve.runtime.head_eviction import LayerState, RowState
+from kvsieve.runtime.transcript import Ids, Row, TranscriptState
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from transformers import PreTrainedModel
 
-    from kvsieve.engine import Engine
-    from kvsieve.observe import Observer
     from kvsieve.roles import Policy
+    from kvsieve.runtime.engine import Engine
+    from kvsieve.runtime.head_eviction import Observer
     from kvsieve.streams import Stream
 
 __all__ = ["load", "save"]
