@@ -324,7 +324,8 @@ def raw_error(b: Bench, held: Dense) -> float:
 def packed(b: Bench) -> dict[str, Any]:
     """Decode attention of one layer over packed tokens, against the same tokens as they came."""
     import torch
-    from kvsieve.thin import Packing, kept
+    from kvsieve.methods.think import kept
+    from kvsieve.policy.storage import Packing
 
     length = 300 if b.dry else 64 << 10
     group = 16 if b.dry else 32
@@ -359,11 +360,11 @@ def packed(b: Bench) -> dict[str, Any]:
 def pack_all(b: Bench, held: Dense, packing: Any) -> None:
     """Pack all but the newest 64 tokens, and plan the next one."""
     import torch
-    from kvsieve import thin
+    from kvsieve.methods import think
 
     queries = torch.randn(b.heads, 32, b.dim)
     keys = held.stores[0].read(held.runs[:2])[0].cpu()
-    channels = thin.choose(queries, keys, packing.key_kept, "pairs", rope(b.dim))
+    channels = think.choose(queries, keys, packing.key_kept, "pairs", rope(b.dim))
     moves = held.planner.pack(0, (held.length - 64) // 64 * 64, 64)
     in_use, packed_in_use = held.planner.blocks_in_use(), held.planner.packed_in_use()
     for store in held.stores:
@@ -527,7 +528,7 @@ def operations(b: Bench) -> dict[str, Any]:
     from kvsieve.backends import kernels
     from kvsieve.backends.cuda import Runs
     from kvsieve.backends.parts import columns
-    from kvsieve.thin import Packing
+    from kvsieve.policy.storage import Packing
 
     held = Dense(b, b.budget, raw=True)
     store, frequencies = held.stores[0], rope(b.dim).inv_freq.to(b.device)

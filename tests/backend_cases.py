@@ -12,9 +12,9 @@ import kvsieve
 import tiny
 import torch
 from drive import Layer, forwards, pad_left
-from kvsieve import thin
+from kvsieve.methods import think
+from kvsieve.policy.storage import Packing
 from kvsieve.rope import LayerRope
-from kvsieve.thin import Packing
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -154,7 +154,7 @@ def packed_layer(dtype: torch.dtype, bits: tuple[int, int], frame: str, device: 
         close(outs[0], outs[1].double(), TOLERANCE[dtype])
         at += width
         if at in (200, 292):
-            chosen = thin.choose(q[0, :, :200], k[0, :, :200], 20, "pairs", rope) if at == 200 else None
+            chosen = think.choose(q[0, :, :200], k[0, :, :200], 20, "pairs", rope) if at == 200 else None
             for layer in layers:
                 first = layer.planner.runs(0, 0)[0][0]
                 layer.pack(layer.planner.resident(0, 0) - 10, first if chosen is None else chosen, packing)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import kvsieve
-from kvsieve.roles import Codes
+from kvsieve.methods.quantized import Codes
 
 PROMPT = 300
 """Tokens of a prompt under which every system is at work."""

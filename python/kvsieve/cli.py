@@ -245,11 +245,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
     import kvsieve
-    from kvsieve import policies
     from kvsieve.evals.models import load_model
+    from kvsieve.methods import parse
     from kvsieve.view.typist import held, print_while_generating
 
-    policy = policies.parse(arguments.policy)
+    policy = parse(arguments.policy)
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with kvsieve.stream(model, policy, backend=arguments.backend) as stream:

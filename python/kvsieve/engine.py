@@ -28,7 +28,9 @@ from kvsieve.critical import uninterrupted
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
-from kvsieve.roles import All, Consecutive, Residents, TopKTokens
+from kvsieve.policy.evict import All, Residents
+from kvsieve.policy.position import Consecutive
+from kvsieve.policy.select import TopKTokens
 from kvsieve.scoring import Scorer
 from kvsieve.sliding import SlidingLayers, SlidingState
 from kvsieve.transcript import Row, Transcript, TranscriptState
@@ -38,13 +40,13 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvsieve import roles
     from kvsieve._core import Moves, Planner, Step
     from kvsieve.cache import StreamLayer
     from kvsieve.facts import ModelFacts
     from kvsieve.pins import Rows
-    from kvsieve.roles import Policy
-    from kvsieve.thin import Channels
+    from kvsieve.policy import select as selecting
+    from kvsieve.policy.compose import Policy
+    from kvsieve.policy.storage import Channels
 
 __all__ = ["Engine", "EngineState"]
 
@@ -92,7 +94,7 @@ class Engine:
         """Whether what it read stood side by side, because the text is longer than the model was trained for."""
         self._read: list[npt.NDArray[np.int64]] = []
         self._searched: set[int] = set()
-        self._rules: dict[tuple[int, bool], roles.Search | None] = {}
+        self._rules: dict[tuple[int, bool], selecting.Search | None] = {}
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""

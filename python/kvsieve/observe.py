@@ -24,12 +24,12 @@ import torch
 from kvsieve.backends.masses import mass
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, StateError
-from kvsieve.roles import PerHead
+from kvsieve.policy.evict import PerHead
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner, Step
     from kvsieve.backends import AttendCall, Store
-    from kvsieve.roles import Policy
+    from kvsieve.policy.compose import Policy
 
 __all__ = ["LayerState", "Observation", "Observer", "RowState", "choose"]
 

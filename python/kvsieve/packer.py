@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvsieve._core import PACKED
-from kvsieve.thin import Channels, LayerShape, Observed
+from kvsieve.policy.storage import Channels, LayerShape, Observed
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner
     from kvsieve.backends import Store
     from kvsieve.facts import AttentionLayer
-    from kvsieve.roles import Pack
+    from kvsieve.policy.storage import Pack
 
 __all__ = ["Packer", "make_packer", "shape_of"]
 

@@ -18,7 +18,7 @@ from kvsieve.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from kvsieve.backends import Backend
     from kvsieve.facts import ModelFacts
-    from kvsieve.roles import Policy
+    from kvsieve.policy.compose import Policy
 
 __all__ = ["Scorer", "published_scores", "true_scores"]
 

@@ -11,9 +11,9 @@ import torch
 
 from kvsieve.backends import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
+from kvsieve.methods.parser import parse
 from kvsieve.model import fingerprint
 from kvsieve.observe import LayerState, RowState
-from kvsieve.policies import parse
 from kvsieve.transcript import Ids, Row, TranscriptState
 
 if TYPE_CHECKING:
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from kvsieve.engine import Engine
     from kvsieve.observe import Observer
-    from kvsieve.roles import Policy
+    from kvsieve.policy.compose import Policy
     from kvsieve.streams import Stream
 
 __all__ = ["load", "save"]

@@ -22,7 +22,7 @@ from kvsieve.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
-from kvsieve.roles import Policy
+from kvsieve.policy.compose import Policy
 
 if TYPE_CHECKING:
     from os import PathLike

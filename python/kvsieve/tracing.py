@@ -13,7 +13,7 @@ from kvsieve.streams import HeadTrace, LayerTrace
 if TYPE_CHECKING:
     from kvsieve.backends import HeadChoice
     from kvsieve.engine import Engine
-    from kvsieve.roles import Search
+    from kvsieve.policy.select import Search
 
 __all__ = ["stretches", "trace"]
 

@@ -11,11 +11,16 @@ import pytest
 import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, same_memory
-from kvsieve import thin
 from kvsieve._core import PACKED
 from kvsieve.errors import PolicyError
-from kvsieve.roles import All, AsRotated, Codes, Memory, Pack, Slots, Thin, ThinCodes, Window
-from kvsieve.thin import Channels, LayerShape, Observed, Packing
+from kvsieve.methods import think
+from kvsieve.methods.quantized import Codes
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.methods.think import Thin
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import All
+from kvsieve.policy.position import AsRotated, Slots
+from kvsieve.policy.storage import Channels, LayerShape, Observed, Pack, Packing, ThinCodes
 from tiny import BACKENDS
 
 Make = Callable[[], kvsieve.Memory]
@@ -385,13 +390,13 @@ def test_skipped_layers_stay_whole() -> None:
 
 def test_norms_over_all_or_over_what_is_pruned() -> None:
     seen: list[int] = []
-    model, choose = tiny.model(), thin.choose
+    model, choose = tiny.model(), think.choose
     for norm_over, keys in (("pruned", 72), ("all", 80)):
         with (
             pytest.MonkeyPatch.context() as patch,
             kvsieve.stream(model, kvsieve.ThinK(0.5, recent=8, norm_over=norm_over)) as stream,
         ):
-            patch.setattr(thin, "choose", lambda q, k, *a, **kw: (seen.append(k.shape[1]), choose(q, k, *a, **kw))[1])
+            patch.setattr(think, "choose", lambda q, k, *a, **kw: (seen.append(k.shape[1]), choose(q, k, *a, **kw))[1])
             forwards(model, stream.cache, tiny.ids(1, 81), [80, 1])
             assert seen.pop() == keys
 
@@ -441,8 +446,8 @@ def test_a_group_that_does_not_divide_the_values_is_refused_when_the_stream_open
 def test_joined_text_is_read_back() -> None:
     policy = kvsieve.ThinK(0.4, skip_layers=(0, 1)) | kvsieve.Quantized(2)
     assert isinstance(policy.packs, ThinCodes)
-    assert repr(kvsieve.policies.parse(repr(policy))) == repr(policy)
-    assert kvsieve.policies.parse("quantized(2) | think(0.4, skip_layers=(0, 1))").packs == policy.packs
+    assert repr(kvsieve.methods.parse(repr(policy))) == repr(policy)
+    assert kvsieve.methods.parse("quantized(2) | think(0.4, skip_layers=(0, 1))").packs == policy.packs
     assert (kvsieve.Quantized(2) | kvsieve.Full()).packs == Codes(2, 2)
     assert kvsieve.Full().packs is None
 
@@ -464,5 +469,5 @@ def test_nan_keys_are_kept_in_sight(backend: str) -> None:
     """A channel with NaN weighs most, so that packing does not hide it."""
     keys = torch.randn(1, 50, 16, generator=torch.Generator().manual_seed(0))
     keys[0, 7, 3] = torch.nan
-    chosen = thin.choose(torch.ones(1, 4, 16), keys, 4, "single", None)
+    chosen = think.choose(torch.ones(1, 4, 16), keys, 4, "single", None)
     assert 3 in chosen.index[0].tolist()

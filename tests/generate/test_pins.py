@@ -13,7 +13,9 @@ import torch
 from drive import Layer, attention, forward, forwards, greedy, pad_left, same_memory, snapshot
 from kvsieve import pins
 from kvsieve.errors import BudgetError, PolicyError, RangeError, StateError, UnsupportedError
-from kvsieve.roles import AsRotated, Memory, Residents, Retain
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import Residents, Retain
+from kvsieve.policy.position import AsRotated
 from kvsieve.rope import LayerRope
 from transformers import DynamicCache
 

@@ -12,7 +12,7 @@ import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, same_memory
 from kvsieve.errors import PolicyError
-from kvsieve.policies import parse
+from kvsieve.methods.parser import parse
 from tiny import BACKENDS
 
 Make = Callable[..., Any]

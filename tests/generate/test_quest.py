@@ -13,8 +13,8 @@ import tiny
 import torch
 from drive import distinct, forward, forwards, greedy, pad_left, tokens_of
 from kvsieve.errors import BackendError, PolicyError
-from kvsieve.policies import parse
-from kvsieve.searches import StagedSearch
+from kvsieve.methods.infinite_hip import StagedSearch
+from kvsieve.methods.parser import parse
 from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)

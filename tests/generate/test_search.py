@@ -12,9 +12,12 @@ import tiny
 import torch
 from drive import distinct, forward, forwards, greedy, pad_left, tokens_of
 from kvsieve.errors import BudgetError, KvsieveError, PolicyError, StateError, UnsupportedError
-from kvsieve.policies import parse
-from kvsieve.roles import Consecutive, Fixed, Memory, Window
-from kvsieve.searches import StagedSearch, TreeSearch
+from kvsieve.methods.hip import TreeSearch
+from kvsieve.methods.infinite_hip import StagedSearch
+from kvsieve.methods.parser import parse
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import Consecutive, Fixed
 from tiny import BACKENDS
 
 Make = Callable[..., Any]

@@ -10,7 +10,11 @@ import pytest
 import tiny
 import torch
 from drive import Layer, forwards, pad_left
-from kvsieve.roles import AsRotated, Ceiling, Fixed, Memory, Slots, Surprisal, TopKTokens, Window
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import AsRotated, Ceiling, Fixed, Slots
+from kvsieve.policy.select import TopKTokens
 from kvsieve.rope import LayerRope
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}

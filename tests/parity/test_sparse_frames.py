@@ -14,7 +14,7 @@ import kvsieve
 import numpy as np
 import pytest
 import torch
-from kvsieve import _core, thin
+from kvsieve import _core
 from kvsieve.backends.cpu import _view
 from kvsieve.backends.search import (
     Selection,
@@ -30,8 +30,9 @@ from kvsieve.backends.search import (
     sparse_attend,
 )
 from kvsieve.errors import ShapeError, UnsupportedError
+from kvsieve.methods import think
+from kvsieve.policy.storage import Channels
 from kvsieve.rope import LayerRope
-from kvsieve.thin import Channels
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
@@ -434,10 +435,10 @@ class TestOtherPlaces:
 
 def channels_of(rng: random.Random, heads: int, dim: int, rope: LayerRope | None) -> tuple[int, Channels]:
     """Some channels of random keys: single ones, or whole pairs of a rotation."""
-    kept_ = thin.kept(dim, rng.choice([0.25, 0.5, 0.7]), "pairs")
+    kept_ = think.kept(dim, rng.choice([0.25, 0.5, 0.7]), "pairs")
     g = torch.Generator().manual_seed(rng.randint(0, 1 << 30))
     q, k = normal(g, heads, 8, dim), normal(g, heads, 30, dim)
-    return kept_, thin.choose(q, k, kept_, "single" if rope is None else "pairs", rope)
+    return kept_, think.choose(q, k, kept_, "single" if rope is None else "pairs", rope)
 
 
 class TestPacked:

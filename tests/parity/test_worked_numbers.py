@@ -13,7 +13,10 @@ from drive import Layer, attention, forward, forwards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvsieve import _core, backends
-from kvsieve.roles import AsRotated, Memory, Slots, Surprisal, Window
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import AsRotated, Slots
 from kvsieve.rope import LayerRope
 from kvsieve.scoring import published_scores, true_scores
 

@@ -12,13 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from kvsieve.methods import SYSTEMS
 
 README_FILE = Path(__file__).parents[2] / "README.md"
 README = README_FILE.read_text(encoding="utf-8")
-POLICIES = ("full", "streaming_llm", "lm_infinite", "sirllm", "snapkv", "h2o", "hip", "think", "quantized")
 MODULES = [
-    *(f"kvsieve.policies.{name}" for name in POLICIES),
-    *(f"kvsieve.{name}" for name in ("bench", "evals.packing_nll", "thin", "view.trace")),
+    *(system.make.__module__ for system in SYSTEMS),
+    *(f"kvsieve.{name}" for name in ("bench", "evals.packing_nll", "view.trace")),
 ]
 
 

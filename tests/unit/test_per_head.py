@@ -15,9 +15,16 @@ from kvsieve._core import Planner
 from kvsieve.backends import AttendCall
 from kvsieve.backends.masses import mass
 from kvsieve.errors import BudgetError, PolicyError, StateError, UnsupportedError
+from kvsieve.methods.h2o import HeavyHitters
+from kvsieve.methods.parser import parse
+from kvsieve.methods.snapkv import ObservationWindow
+from kvsieve.methods.streaming_llm import Window
 from kvsieve.observe import LayerState, Observation, Observer, RowState, choose
-from kvsieve.policies import parse
-from kvsieve.roles import AsRotated, Everything, HeavyHitters, Memory, ObservationWindow, PerHead, Plain, Slots, TopKTokens, Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import PerHead
+from kvsieve.policy.position import AsRotated, Slots
+from kvsieve.policy.select import Everything, TopKTokens
+from kvsieve.policy.storage import Plain
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 ONE = AttendCall(scale=1.0)
@@ -243,7 +250,7 @@ class TestRefused:
         with pytest.raises(PolicyError, match=r"positions differ per head.*AsRotated, not with Slots"):
             retain | Memory(place=Slots())
         with pytest.raises(PolicyError, match="positions differ per head"):
-            Memory(retain=policy.retain, place=kvsieve.roles.Fixed(3))
+            Memory(retain=policy.retain, place=kvsieve.policy.Fixed(3))
         with pytest.raises(PolicyError, match="goes with Everything"):
             retain | Memory(select=TopKTokens(3))
         for chain in (lambda: policy >> kvsieve.SirLLM(64), lambda: kvsieve.StreamingLLM(64) >> policy):
@@ -252,7 +259,7 @@ class TestRefused:
         whole = retain | Memory(place=AsRotated(), select=Everything(), pack=Plain())
         assert (whole.frame, whole.moves) == ("rotated", False)
         with pytest.raises(PolicyError, match="chain"):
-            Observer.of(kvsieve.roles.Chain((Memory(retain=Window(9)), whole)), 1)
+            Observer.of(kvsieve.policy.Chain((Memory(retain=Window(9)), whole)), 1)
 
     def test_keep_has_no_one_answer(self) -> None:
         none: Any = None

@@ -8,8 +8,14 @@ import kvsieve
 import pytest
 import tiny
 from kvsieve.errors import BudgetError, PolicyError
-from kvsieve.policies import POLICIES, parse
-from kvsieve.roles import All, AsRotated, Ceiling, Chain, Fixed, Slots, Surprisal, TopKTokens, Window
+from kvsieve.methods.parser import parse
+from kvsieve.methods.registry import SYSTEMS
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Chain
+from kvsieve.policy.evict import All
+from kvsieve.policy.position import AsRotated, Ceiling, Fixed, Slots
+from kvsieve.policy.select import TopKTokens
 
 WELL = [
     "Full()",
@@ -87,7 +93,7 @@ def test_parse_refuses_with_a_policy_error(text: str, match: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("make", list(POLICIES.values()), ids=list(POLICIES))
+@pytest.mark.parametrize("make", [system.make for system in SYSTEMS], ids=lambda make: make.__name__)
 def test_policies_are_frozen_and_hashable(make: Any) -> None:
     known = {kvsieve.Full: (), kvsieve.ThinK: (0.4,), kvsieve.Quantized: (4,), kvsieve.InfiniteHiP: ("fast",)}
     args = known.get(make, (64,))

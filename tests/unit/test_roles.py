@@ -12,22 +12,13 @@ import tiny
 import torch
 from drive import forward, forwards, positions
 from kvsieve.errors import PolicyError
-from kvsieve.roles import (
-    All,
-    AsRotated,
-    Ceiling,
-    Chain,
-    Everything,
-    Fixed,
-    Memory,
-    Plain,
-    Residents,
-    Retain,
-    Slots,
-    Surprisal,
-    TopKTokens,
-    Window,
-)
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Chain, Memory
+from kvsieve.policy.evict import All, Residents, Retain
+from kvsieve.policy.position import AsRotated, Ceiling, Fixed, Slots
+from kvsieve.policy.select import Everything, TopKTokens
+from kvsieve.policy.storage import Plain
 
 
 class TestJoining:

@@ -28,8 +28,9 @@ from kvsieve.backends.search import (
 )
 
 if TYPE_CHECKING:
-    from kvsieve.roles import Search
-    from kvsieve.searches import StagedSearch, TreeSearch
+    from kvsieve.methods.hip import TreeSearch
+    from kvsieve.methods.infinite_hip import StagedSearch
+    from kvsieve.policy.select import Search
 
 __all__ = ["ReferenceSearch", "RowChoice", "side_by_side"]
 

@@ -24,13 +24,13 @@ from kvsieve.backends.parts import BAND, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, visibility
 from kvsieve.errors import BackendError
-from kvsieve.thin import Channels
+from kvsieve.policy.storage import Channels
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
-    from kvsieve.roles import Search
-    from kvsieve.thin import Packing
+    from kvsieve.policy.select import Search
+    from kvsieve.policy.storage import Packing
 
 __all__ = ["CpuBackend", "CpuSearch", "CpuStore"]
 

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.nvrtc import Module
-    from kvsieve.roles import Search
+    from kvsieve.policy.select import Search
+    from kvsieve.policy.storage import Channels, Packing
     from kvsieve.rope import LayerRope
-    from kvsieve.thin import Channels, Packing
 
 __all__ = ["CudaBackend", "CudaStore", "CupyLauncher", "require"]
 

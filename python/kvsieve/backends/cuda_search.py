@@ -23,7 +23,7 @@ from kvsieve.errors import ShapeError, StateError
 
 if TYPE_CHECKING:
     from kvsieve.backends import AttendCall
-    from kvsieve.roles import Search
+    from kvsieve.policy.select import Search
 
 __all__ = ["CudaSearch", "StepRows"]
 

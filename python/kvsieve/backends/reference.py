@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.choices import ReferenceSearch
-    from kvsieve.roles import Search
+    from kvsieve.policy.select import Search
+    from kvsieve.policy.storage import Channels, Packing
     from kvsieve.rope import LayerRope
-    from kvsieve.thin import Channels, Packing
 
 __all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge", "pick"]
 

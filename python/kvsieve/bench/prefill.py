@@ -18,7 +18,7 @@ from kvsieve.backends.reference import merge, rotate_part
 from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.measure import Clock, Ring, Run, copies, figure, interleaved, quickest, readers, steady
 from kvsieve.bench.report import TOLERANCE, Report, check
-from kvsieve.roles import Policy
+from kvsieve.policy.compose import Policy
 from kvsieve.rope import LayerRope
 
 __all__ = ["run"]

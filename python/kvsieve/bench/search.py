@@ -21,7 +21,7 @@ from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.attend import off
 from kvsieve.bench.measure import Clock, Run, copies, figure, interleaved, readers, steady
 from kvsieve.bench.report import Report, check
-from kvsieve.roles import Search
+from kvsieve.policy.select import Search
 
 __all__ = ["POLICIES", "run"]
 

@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 import kvsieve
-from kvsieve import thin
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.texts import read_text
+from kvsieve.methods import think
 from kvsieve.model.support import cache_name
-from kvsieve.roles import Memory, Pack, Policy
-from kvsieve.thin import Channels, LayerShape, Observed, Packing
+from kvsieve.policy.compose import Memory, Policy
+from kvsieve.policy.storage import Channels, LayerShape, Observed, Pack, Packing
 from kvsieve.view.live import plain_table
 
 __all__ = ["AtRandom", "ByKeyNorm", "Prefix", "Price", "Settings", "losses", "policies", "price", "read_prefix", "run", "windows"]
@@ -56,12 +56,12 @@ class ByKeyNorm(Pack):
     recent: int = 32
 
     def packing(self, layer: LayerShape) -> Packing:
-        return Packing(thin.kept(layer.key_dim, self.ratio, "pairs"))
+        return Packing(think.kept(layer.key_dim, self.ratio, "pairs"))
 
     def choose(self, seen: Observed) -> Channels:
         keys = seen.keys[:, : seen.settled]
         alike = torch.ones(keys.shape[0], 1, keys.shape[2])  # queries that weigh all channels alike
-        return thin.choose(alike, keys, self.packing(seen.layer).key_kept, "pairs", seen.rope, raw=seen.raw)
+        return think.choose(alike, keys, self.packing(seen.layer).key_kept, "pairs", seen.rope, raw=seen.raw)
 
 
 @dataclass(frozen=True)
@@ -73,12 +73,12 @@ class AtRandom(Pack):
     seed: int = 0
 
     def packing(self, layer: LayerShape) -> Packing:
-        return Packing(thin.kept(layer.key_dim, self.ratio, "pairs"))
+        return Packing(think.kept(layer.key_dim, self.ratio, "pairs"))
 
     def choose(self, seen: Observed) -> Channels:
         generator = torch.Generator().manual_seed(self.seed * 1009 + seen.layer.index)
         lots = torch.rand(seen.keys.shape[0], 1, seen.keys.shape[2], generator=generator)
-        return thin.choose(lots, torch.ones_like(lots), self.packing(seen.layer).key_kept, "pairs", seen.rope)
+        return think.choose(lots, torch.ones_like(lots), self.packing(seen.layer).key_kept, "pairs", seen.rope)
 
 
 def policies(which: Literal["all", "few"] = "all") -> dict[str, Policy]:

@@ -110,11 +110,11 @@ class Settings:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Reads the first ``tokens`` of a text, goes on writing, draws what was read, and writes the numbers beside the picture."""
-    from kvsieve import policies
     from kvsieve.evals.models import load_model
     from kvsieve.evals.texts import read_text
+    from kvsieve.methods import parse
 
-    policy = policies.parse(settings.policy)
+    policy = parse(settings.policy)
     if policy.searches is None:
         raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a search leaves out: try 'hip(512)'")
     text = read_text(settings.text)

@@ -31,7 +31,7 @@ from kvsieve.errors import KvsieveError
 from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
-from kvsieve.roles import Policy
+from kvsieve.policy.compose import Policy
 from kvsieve.transcript import Ids, Row, TranscriptState
 from kvsieve.view.live import plain_table
 
@@ -262,7 +262,7 @@ class Settings:
     def chosen(self) -> dict[str, Policy]:
         """The policies by name, without the full cache."""
         if self.policies:
-            return {text: kvsieve.policies.parse(text) for text in self.policies}
+            return {text: kvsieve.methods.parse(text) for text in self.policies}
         found = swept() if self.sweep else compared("few" if self.quick else "all")
         wanted = [text.lower() for text in self.only] or [""]
         return {name: policy for name, policy in found.items() if any(text in name.lower() for text in wanted)}

@@ -34,7 +34,7 @@ def verify(probe: Probe, facts: ModelFacts) -> None:
     from kvsieve import backends
     from kvsieve.cache import StreamCache
     from kvsieve.engine import Engine
-    from kvsieve.policies import Full
+    from kvsieve.methods.registry import Full
 
     policy = Full()
     cache = StreamCache(Engine(policy, facts, backends.get("reference"), policy.frame))

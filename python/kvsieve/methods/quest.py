@@ -14,11 +14,11 @@ The definition: :mod:`kvsieve.backends.search`.
 
 from __future__ import annotations
 
-from kvsieve.budget import BLOCK
+from kvsieve.budget import BLOCK, check_count
 from kvsieve.errors import PolicyError
-from kvsieve.policies.hip import memory_of
-from kvsieve.roles import Memory, _check_count
-from kvsieve.searches import StagedSearch
+from kvsieve.methods.hip import memory_of
+from kvsieve.methods.infinite_hip import StagedSearch
+from kvsieve.policy.compose import Memory
 
 __all__ = ["Quest"]
 
@@ -57,7 +57,7 @@ def Quest(
     Quest(budget=512)
     """
     for name, count in (("budget", budget), ("block", block), ("candidates", candidates)):
-        _check_count(name, count, least=1)
+        check_count(name, count, least=1)
     if BLOCK % block:
         raise PolicyError(f"block must divide {BLOCK}, got {block}")
     if budget % block or budget * candidates % BLOCK:

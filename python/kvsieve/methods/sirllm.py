@@ -11,11 +11,47 @@ Departures from the published code, and why:
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
-from kvsieve.roles import Memory, Slots, Surprisal
+from kvsieve.budget import check_budget, check_count, tokens_for
+from kvsieve.errors import PolicyError
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import Retain
+from kvsieve.policy.position import Slots
 
-__all__ = ["SirLLM"]
+__all__ = ["SirLLM", "Surprisal"]
+
+
+@dataclass(frozen=True)
+class Surprisal(Retain):
+    """The sinks, the newest ``recent`` and the most surprising tokens stay; scores decay by ``decay`` at each end of turn."""
+
+    budget: int | str
+    sinks: int = 4
+    recent: int | None = None  # type: ignore[assignment]
+    decay: float = 1.0
+    score: Literal["surprisal", "published"] = "surprisal"
+    needs_surprisal: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("sinks", self.sinks)
+        if self.recent is not None:
+            check_count("recent", self.recent)
+        if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)) or not 0.0 < self.decay <= 1.0:
+            raise PolicyError(f"decay must lie in (0, 1], got {self.decay!r}")
+        if self.score not in ("surprisal", "published"):
+            raise PolicyError(f"score must be 'surprisal' or 'published', got {self.score!r}")
+        check_budget(self.budget, sinks=self.sinks, recent=self.recent or 0, name="Surprisal")
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        budget = tokens_for(self.budget, bytes_per_token)
+        recent = (budget - self.sinks) // 2 if self.recent is None else self.recent
+        if self.score == "published" and self.recent is None:
+            recent = 0
+        check_budget(budget, sinks=self.sinks, recent=recent, name="Surprisal")
+        published = self.score == "published"
+        return {"retain": "surprisal", "budget": budget, "sinks": self.sinks, "recent": recent, "published": published}
 
 
 def SirLLM(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvsieve.roles import All, AsRotated, Memory
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import All
+from kvsieve.policy.position import AsRotated
 
 __all__ = ["Full"]
 

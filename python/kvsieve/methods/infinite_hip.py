@@ -1,54 +1,29 @@
-"""Which of many tokens a query reads, found by a search: HiP, InfiniteHiP and Quest as select roles.
-
-Every query reads the first ``sinks`` residents, the newest ``window`` and, of those between them, what a search through a few
-representative keys, or bounds of keys, finds. `kvsieve.backends.search` is the definition.
-"""
+"""InfiniteHiP (Lee et al., 2025, arXiv 2502.08910)."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from kvsieve.budget import BLOCK
+from kvsieve.budget import BLOCK, check_count
 from kvsieve.errors import PolicyError
-from kvsieve.roles import Search, _check_count
+from kvsieve.methods.hip import changed, memory_of
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.select import Search
 
-__all__ = ["STAGES", "StagedSearch", "TreeSearch"]
+__all__ = ["PRESETS", "STAGES", "InfiniteHiP", "StagedSearch"]
 
 STAGES = ((256, 32768), (32, 8192), (8, 2048))
 """InfiniteHiP's stages: tokens of a chunk, and tokens that stay."""
 
-
-@dataclass(frozen=True)
-class TreeSearch(Search):
-    """A beam search over an implicit binary tree of blocks (HiP); see :func:`kvsieve.HiP`."""
-
-    budget: int = 1024
-    block: int = 2
-    sinks: int = 16
-    window: int = 256
-    representative: Literal["centre", "first", "last", "oracle"] = "centre"
-    refresh: int = 1
-    dense_layers: int = 3
-    query_block: int = 64
-    query_stride: int = 8
-    kind: ClassVar[str] = "hip"
-
-    def __post_init__(self) -> None:
-        for name in ("budget", "block", "window", "refresh", "query_block", "query_stride"):
-            _check_count(name, getattr(self, name), least=1)
-        for name in ("sinks", "dense_layers"):
-            _check_count(name, getattr(self, name))
-        allowed = ("centre", "first", "last", "oracle")
-        if self.representative not in allowed:
-            raise PolicyError(f"representative must be one of {', '.join(allowed)}, got {self.representative!r}")
-
-    @property
-    def dense_until(self) -> int:
-        return self.sinks + self.window + self.budget
-
-    def for_layer(self, index: int, beyond: bool = False) -> TreeSearch | None:
-        return None if index < self.dense_layers and not beyond else self
+PRESETS: dict[str, dict[str, Any]] = {
+    "3k": {"stages": STAGES, "refresh": (16, 8, 4)},
+    "fast": {"stages": STAGES, "refresh": (32, 16, 8)},
+    "flash": {"stages": STAGES, "refresh": (96, 24, 8)},
+    "5k": {"stages": ((64, 32768), (32, 16384), (16, 4096)), "refresh": (16, 8, 4)},
+}
+"""InfiniteHiP's published settings."""
 
 
 @dataclass(frozen=True)
@@ -70,12 +45,13 @@ class StagedSearch(Search):
     query_stride: int = 8
     bounded: bool = False
     kind: ClassVar[str] = "infinite"
+    algorithm: ClassVar[Literal["tree", "stages"]] = "stages"
 
     def __post_init__(self) -> None:
         for name in ("window", "wide", "query_block", "query_stride"):
-            _check_count(name, getattr(self, name), least=1)
+            check_count(name, getattr(self, name), least=1)
         for name in ("sinks", "dense_layers", "wide_layers"):
-            _check_count(name, getattr(self, name))
+            check_count(name, getattr(self, name))
         for name in ("stages", "refresh"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
@@ -85,12 +61,12 @@ class StagedSearch(Search):
             if not isinstance(stage, (tuple, list)) or len(stage) != 2:
                 raise PolicyError(f"a stage is a pair of the tokens of a chunk and the tokens that stay, got {stage!r}")
             for count in stage:
-                _check_count("stages", count, least=1)
+                check_count("stages", count, least=1)
             stages.append((stage[0], stage[1]))
         object.__setattr__(self, "stages", tuple(stages))
         object.__setattr__(self, "refresh", tuple(self.refresh))
         for steps in self.refresh:
-            _check_count("refresh", steps, least=1)
+            check_count("refresh", steps, least=1)
         if len(self.refresh) != len(stages):
             raise PolicyError(f"refresh must name a pace for each of the {len(stages)} stages, got {self.refresh!r}")
         for (chunk, keep), finer in zip(stages, [*stages[1:], (1, 1)]):
@@ -113,6 +89,10 @@ class StagedSearch(Search):
                 raise PolicyError(f"window must be at least {BLOCK}: bounds are kept of whole blocks only; got {self.window}")
 
     @property
+    def paces(self) -> tuple[int, ...]:
+        return self.refresh
+
+    @property
     def dense_until(self) -> int:
         return self.sinks + self.window + self.stages[-1][1]
 
@@ -124,3 +104,57 @@ class StagedSearch(Search):
         chunk = self.stages[-1][0]
         stages = tuple((size, max(keep, -(-self.wide // size) * size)) for size, keep in self.stages[:-1])
         return replace(self, stages=(*stages, (chunk, self.wide)), wide_layers=0)
+
+
+def InfiniteHiP(
+    preset: Literal["3k", "fast", "flash", "5k"] = "3k",
+    stages: Sequence[tuple[int, int]] | None = None,
+    refresh: Sequence[int] | None = None,
+    sinks: int = 256,
+    window: int = 1024,
+    representative: Literal["first", "centre"] = "first",
+    dense_layers: int = 0,
+    wide_layers: int = 3,
+    wide: int = 4096,
+    query_block: int = 64,
+    query_stride: int = 8,
+    extend: bool | int = False,
+) -> Memory:
+    """As :func:`HiP`, with a search in stages: each cuts what is left into chunks and keeps the best of them.
+
+    Args:
+        preset: published stages and paces: about 3,000 tokens read (``"3k"``), the same with rarer searches (``"fast"``,
+            ``"flash"``), or about 5,000 (``"5k"``).
+        stages: (tokens of a chunk, tokens that stay) of each stage, instead of the preset's. A stage keeps a multiple of its
+            chunk, and its chunk is a multiple of the next one's.
+        refresh: compute each stage anew, and all later ones, every so many generated tokens; instead of the preset's.
+        sinks, window, dense_layers, query_block, query_stride, extend: as of :func:`HiP`.
+        representative: whether the first or the middle key of each half of a chunk is compared.
+        wide_layers: the first so many layers keep ``wide`` tokens in the last stage.
+        wide: what they keep.
+
+    Raises:
+        PolicyError: for an unknown preset, or stages that do not fit together.
+
+    >>> InfiniteHiP("fast", window=512)
+    InfiniteHiP(preset='fast', window=512)
+    """
+    if preset not in PRESETS:
+        raise PolicyError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    if stages is not None and refresh is None and len(stages) != len(PRESETS[preset]["refresh"]):
+        raise PolicyError(f"give a refresh for each of the {len(stages)} stages")
+    stages = PRESETS[preset]["stages"] if stages is None else stages
+    refresh = PRESETS[preset]["refresh"] if refresh is None else refresh
+    select = StagedSearch(
+        stages,  # type: ignore[arg-type]
+        sinks,
+        window,
+        refresh,  # type: ignore[arg-type]
+        representative,
+        dense_layers,
+        wide_layers,
+        wide,
+        query_block,
+        query_stride,
+    )
+    return memory_of("InfiniteHiP", changed(select, {"preset": preset}, **PRESETS[preset]), select, extend)

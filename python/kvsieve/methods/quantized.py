@@ -12,11 +12,57 @@ Departures from the published code, and why:
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
-from kvsieve.roles import Codes, Memory
+from kvsieve.budget import check_count
+from kvsieve.errors import PolicyError
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.storage import WHEN, LayerShape, Pack, Packing
 
-__all__ = ["Quantized"]
+__all__ = ["Codes", "Quantized"]
+
+
+@dataclass(frozen=True)
+class Codes(Pack):
+    """Keys and values as codes of a few bits (KIVI); see :func:`kvsieve.Quantized`."""
+
+    key_bits: int = 4
+    value_bits: int = 4
+    group: int = 32
+    residual: int = 32
+    when: Literal["decode", "prefill"] = "decode"
+    makes_codes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.when not in WHEN:
+            raise PolicyError(f"when must be {WHEN[0]!r} or {WHEN[1]!r}, got {self.when!r}")
+        for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
+            if isinstance(bits, bool) or bits not in (0, 2, 4, 8):
+                raise PolicyError(f"{name} must be 2, 4 or 8 (or 0 to leave them as they are), got {bits!r}")
+        if isinstance(self.group, bool) or self.group not in (8, 16, 32, 64):
+            raise PolicyError(f"group must be 8, 16, 32 or 64, got {self.group!r}")
+        check_count("residual", self.residual)
+
+    @property
+    def recent(self) -> int:  # type: ignore[override]
+        return self.residual
+
+    @property
+    def align(self) -> int:  # type: ignore[override]
+        return self.group if self.key_bits else 1
+
+    @property
+    def flush_every(self) -> int:  # type: ignore[override]
+        return self.group
+
+    def packing(self, layer: LayerShape) -> Packing:
+        if self.value_bits and layer.value_dim % self.group:
+            raise PolicyError(
+                f"layer {layer.index} has values of {layer.value_dim} channels, which groups of {self.group} do not divide; "
+                "choose another group"
+            )
+        return Packing(layer.key_dim, self.key_bits, self.value_bits, self.group)
 
 
 def Quantized(

@@ -10,9 +10,46 @@ Departures from the published code, and why:
 
 from __future__ import annotations
 
-from kvsieve.roles import AsRotated, HeavyHitters, Memory
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["H2O"]
+from kvsieve.budget import check_budget, check_count, tokens_for
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import Observation, PerHead
+from kvsieve.policy.position import AsRotated
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["H2O", "HeavyHitters"]
+
+
+@dataclass(frozen=True)
+class HeavyHitters(PerHead):
+    """The first ``sinks``, the newest ``recent`` and the tokens that were given the most attention by all queries so far stay.
+    Zhang et al., NeurIPS 2023, arXiv 2306.14048.
+    """
+
+    budget: int | str
+    recent: int | None = None  # type: ignore[assignment]
+    sinks: int = 0
+    accumulates: bool = field(default=True, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        check_count("sinks", self.sinks)
+        if self.recent is not None:
+            check_count("recent", self.recent)
+        check_budget(self.budget, sinks=self.sinks, recent=self.recent or 0, name="HeavyHitters")
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        budget = tokens_for(self.budget, bytes_per_token)
+        recent = budget // 2 if self.recent is None else self.recent
+        check_budget(budget, sinks=self.sinks, recent=recent, name="HeavyHitters")
+        return {"retain": "manual", "budget": budget, "sinks": self.sinks, "recent": recent}
+
+    def scores(self, observation: Observation) -> torch.Tensor:
+        assert observation.mass is not None
+        return observation.mass
 
 
 def H2O(budget: int | str, recent: int | None = None, sinks: int = 0) -> Memory:

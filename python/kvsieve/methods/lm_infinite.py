@@ -11,7 +11,11 @@ Departures from the published code, and why:
 from __future__ import annotations
 
 from kvsieve.errors import PolicyError
-from kvsieve.roles import All, Ceiling, Chain, Fixed, Memory, Policy, TopKTokens, Window
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Chain, Memory, Policy
+from kvsieve.policy.evict import All
+from kvsieve.policy.position import Ceiling, Fixed
+from kvsieve.policy.select import TopKTokens
 
 __all__ = ["LMInfinite"]
 

@@ -9,9 +9,34 @@ Departures from the published code, and why:
 
 from __future__ import annotations
 
-from kvsieve.roles import Memory, Slots, Window
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
-__all__ = ["StreamingLLM"]
+from kvsieve.budget import check_budget, check_count, tokens_for
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import Retain
+from kvsieve.policy.position import Slots
+
+__all__ = ["StreamingLLM", "Window"]
+
+
+@dataclass(frozen=True)
+class Window(Retain):
+    """The first ``sinks`` tokens and the newest ``budget - sinks`` stay. A query sees them and itself."""
+
+    budget: int | str
+    sinks: int = 4
+    contiguous: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        check_count("sinks", self.sinks)
+        check_budget(self.budget, sinks=self.sinks, recent=1, name="Window")
+
+    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+        budget = tokens_for(self.budget, bytes_per_token)
+        check_budget(budget, sinks=self.sinks, recent=1, name="Window")
+        window = budget - self.sinks
+        return {"retain": "window", "sinks": self.sinks, "window": window, "visible": window + 1}
 
 
 def StreamingLLM(budget: int | str, sinks: int = 4) -> Memory:

@@ -14,22 +14,53 @@ The definition, and further points that the papers leave open: :mod:`kvsieve.bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
+from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
-from kvsieve.roles import Consecutive, Memory, Search
-from kvsieve.searches import STAGES, StagedSearch, TreeSearch
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import Consecutive
+from kvsieve.policy.select import Search
 
-__all__ = ["PRESETS", "HiP", "InfiniteHiP"]
+__all__ = ["HiP", "TreeSearch", "changed", "memory_of"]
 
-PRESETS: dict[str, dict[str, Any]] = {
-    "3k": {"stages": STAGES, "refresh": (16, 8, 4)},
-    "fast": {"stages": STAGES, "refresh": (32, 16, 8)},
-    "flash": {"stages": STAGES, "refresh": (96, 24, 8)},
-    "5k": {"stages": ((64, 32768), (32, 16384), (16, 4096)), "refresh": (16, 8, 4)},
-}
-"""InfiniteHiP's published settings."""
+
+@dataclass(frozen=True)
+class TreeSearch(Search):
+    """A beam search over an implicit binary tree of blocks (HiP); see :func:`kvsieve.HiP`."""
+
+    budget: int = 1024
+    block: int = 2
+    sinks: int = 16
+    window: int = 256
+    representative: Literal["centre", "first", "last", "oracle"] = "centre"
+    refresh: int = 1
+    dense_layers: int = 3
+    query_block: int = 64
+    query_stride: int = 8
+    kind: ClassVar[str] = "hip"
+    algorithm: ClassVar[Literal["tree", "stages"]] = "tree"
+
+    def __post_init__(self) -> None:
+        for name in ("budget", "block", "window", "refresh", "query_block", "query_stride"):
+            check_count(name, getattr(self, name), least=1)
+        for name in ("sinks", "dense_layers"):
+            check_count(name, getattr(self, name))
+        allowed = ("centre", "first", "last", "oracle")
+        if self.representative not in allowed:
+            raise PolicyError(f"representative must be one of {', '.join(allowed)}, got {self.representative!r}")
+
+    @property
+    def paces(self) -> tuple[int, ...]:
+        return (self.refresh,)
+
+    @property
+    def dense_until(self) -> int:
+        return self.sinks + self.window + self.budget
+
+    def for_layer(self, index: int, beyond: bool = False) -> TreeSearch | None:
+        return None if index < self.dense_layers and not beyond else self
 
 
 def HiP(
@@ -70,68 +101,13 @@ def HiP(
     HiP(budget=512)
     """
     select = TreeSearch(budget, block, sinks, window, representative, refresh, dense_layers, query_block, query_stride)
-    return _memory("HiP", select, {"budget": budget}, extend)
+    return memory_of("HiP", changed(select, {"budget": budget}), select, extend)
 
 
-def InfiniteHiP(
-    preset: Literal["3k", "fast", "flash", "5k"] = "3k",
-    stages: Sequence[tuple[int, int]] | None = None,
-    refresh: Sequence[int] | None = None,
-    sinks: int = 256,
-    window: int = 1024,
-    representative: Literal["first", "centre"] = "first",
-    dense_layers: int = 0,
-    wide_layers: int = 3,
-    wide: int = 4096,
-    query_block: int = 64,
-    query_stride: int = 8,
-    extend: bool | int = False,
-) -> Memory:
-    """As :func:`HiP`, with a search in stages: each cuts what is left into chunks and keeps the best of them.
-
-    Args:
-        preset: published stages and paces: about 3,000 tokens read (``"3k"``), the same with rarer searches (``"fast"``,
-            ``"flash"``), or about 5,000 (``"5k"``).
-        stages: (tokens of a chunk, tokens that stay) of each stage, instead of the preset's. A stage keeps a multiple of its
-            chunk, and its chunk is a multiple of the next one's.
-        refresh: compute each stage anew, and all later ones, every so many generated tokens; instead of the preset's.
-        sinks, window, dense_layers, query_block, query_stride, extend: as of :func:`HiP`.
-        representative: whether the first or the middle key of each half of a chunk is compared.
-        wide_layers: the first so many layers keep ``wide`` tokens in the last stage.
-        wide: what they keep.
-
-    Raises:
-        PolicyError: for an unknown preset, or stages that do not fit together.
-
-    >>> InfiniteHiP("fast", window=512)
-    InfiniteHiP(preset='fast', window=512)
-    """
-    if preset not in PRESETS:
-        raise PolicyError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if stages is not None and refresh is None and len(stages) != len(PRESETS[preset]["refresh"]):
-        raise PolicyError(f"give a refresh for each of the {len(stages)} stages")
-    stages = PRESETS[preset]["stages"] if stages is None else stages
-    refresh = PRESETS[preset]["refresh"] if refresh is None else refresh
-    select = StagedSearch(
-        stages,  # type: ignore[arg-type]
-        sinks,
-        window,
-        refresh,  # type: ignore[arg-type]
-        representative,
-        dense_layers,
-        wide_layers,
-        wide,
-        query_block,
-        query_stride,
-    )
-    return _memory("InfiniteHiP", select, {"preset": preset}, extend, **PRESETS[preset])
-
-
-def _memory(name: str, select: TreeSearch | StagedSearch, first: dict[str, Any], extend: bool | int, **known: Any) -> Memory:
-    """The policy, written so that :func:`kvsieve.policies.parse` reads it."""
+def changed(select: Search, first: dict[str, Any], **known: Any) -> dict[str, Any]:
+    """The arguments to write for ``select``: ``first``, and what differs from ``known`` or from its class's defaults."""
     defaults = {**vars(type(select)()), **known}
-    parts = first | {key: value for key, value in vars(select).items() if value != defaults[key] and key not in first}
-    return memory_of(name, parts, select, extend)
+    return first | {key: value for key, value in vars(select).items() if value != defaults[key] and key not in first}
 
 
 def memory_of(name: str, parts: dict[str, Any], select: Search, extend: bool | int) -> Memory:
