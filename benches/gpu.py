@@ -114,12 +114,12 @@ class Dense:
         import kvsieve
         import torch
         from kvsieve import backends
-        from kvsieve._core import Planner
         from kvsieve.backends import AttendCall
+        from kvsieve.policy.specs import make_planner
 
         policy = kvsieve.SirLLM(length + 1, sinks=4, recent=8) if raw else kvsieve.Full()
         self.backend, self.length = backends.get("cuda"), length
-        self.planner = Planner(policy.specs(1), "raw" if raw else "rotated")
+        self.planner = make_planner(policy.specs(1), "pre_rope" if raw else "post_rope")
         self.planner.restore(length, [(length, [(list(range(length)), [0.0] * length)])])
         self.bytes = 2 * length * b.kv_heads * b.dim * b.dtype.itemsize
         self.q = torch.randn(1, b.heads, 1, b.dim, device=b.device).to(b.dtype)
@@ -364,7 +364,7 @@ def pack_all(b: Bench, held: Dense, packing: Any) -> None:
 
     queries = torch.randn(b.heads, 32, b.dim)
     keys = held.stores[0].read(held.runs[:2])[0].cpu()
-    channels = think.choose(queries, keys, packing.key_kept, "pairs", rope(b.dim))
+    channels = think.heaviest_channels(queries, keys, packing.key_kept, "pairs", rope(b.dim))
     moves = held.planner.pack(0, (held.length - 64) // 64 * 64, 64)
     in_use, packed_in_use = held.planner.blocks_in_use(), held.planner.packed_in_use()
     for store in held.stores:

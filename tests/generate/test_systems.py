@@ -59,8 +59,8 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         read(stream)
         engine = stream._engine
         assert ("evicts" in SYSTEMS[name].doing) == (engine.resident < stream.seen)
-        assert ("searches" in SYSTEMS[name].doing) == (engine.searching or engine._selects)
-        assert ("packs" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
+        assert ("selects" in SYSTEMS[name].doing) == (engine.searching or engine._selects)
+        assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
 
 
 @BACKEND

@@ -15,6 +15,7 @@ import torch
 from kvsieve.methods import SYSTEMS
 
 README_FILE = Path(__file__).parents[2] / "README.md"
+PAGES = README_FILE.parent / "docs" / "policies"
 README = README_FILE.read_text(encoding="utf-8")
 MODULES = [
     *(system.make.__module__ for system in SYSTEMS),
@@ -27,6 +28,11 @@ def test_docstring_examples(name: str) -> None:
     result = doctest.testmod(importlib.import_module(name))
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.skipif(not PAGES.is_dir(), reason="docs/policies/ is not there yet")
+def test_every_published_system_has_its_page_and_every_page_its_system() -> None:
+    assert {page.stem for page in PAGES.glob("*.md")} - {"index"} == {system.page for system in SYSTEMS}
 
 
 @pytest.fixture(scope="module")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.choices import ReferenceSearch
-    from kvsieve.policy.select import Search
+    from kvsieve.policy.select import SparseSelection
     from kvsieve.policy.storage import Channels, Packing
     from kvsieve.rope import LayerRope
 
@@ -332,7 +332,7 @@ class ReferenceBackend:
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> ReferenceStore:
         return ReferenceStore(k, v)
 
-    def make_search(self, rule: Search) -> ReferenceSearch:
+    def make_search(self, rule: SparseSelection) -> ReferenceSearch:
         from kvsieve.backends.choices import ReferenceSearch
 
         return ReferenceSearch(rule)

@@ -115,7 +115,7 @@ def run(settings: Settings) -> dict[str, Any]:
     from kvsieve.methods import parse
 
     policy = parse(settings.policy)
-    if policy.searches is None:
+    if policy.selection is None:
         raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a search leaves out: try 'hip(512)'")
     text = read_text(settings.text)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
@@ -123,7 +123,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with kvsieve.stream(model, policy, backend=settings.backend) as stream:
         reads, new = record(stream, ids, settings.max_new_tokens)
         backend = stream.stats().backend
-    rule = policy.searches
+    rule = policy.selection
     panels = reads.panels(rule.sinks, rule.window)
     kv_heads = len(reads.heads[0]) // reads.layers
     dense = f"; {reads.dense} more layers read everything" if reads.dense else ""

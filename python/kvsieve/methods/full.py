@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.evict import All
-from kvsieve.policy.position import AsRotated
+from kvsieve.policy.evict import KeepAll
+from kvsieve.policy.position import Original
 
 __all__ = ["Full"]
 
@@ -17,4 +17,4 @@ def Full() -> Memory:
     >>> Full()
     Full()
     """
-    return Memory(retain=All(), place=AsRotated(), text="Full()")
+    return Memory(evict=KeepAll(), position=Original(), text="Full()")

@@ -11,12 +11,13 @@ Departures from the published code, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvsieve.budget import check_budget, check_count, tokens_for
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.evict import Observation, PerHead
-from kvsieve.policy.position import AsRotated
+from kvsieve.policy.evict import HeadObservation, PerHeadEviction
+from kvsieve.policy.position import Original
+from kvsieve.policy.specs import EvictionSpec
 
 if TYPE_CHECKING:
     import torch
@@ -25,7 +26,7 @@ __all__ = ["H2O", "HeavyHitters"]
 
 
 @dataclass(frozen=True)
-class HeavyHitters(PerHead):
+class HeavyHitters(PerHeadEviction):
     """The first ``sinks``, the newest ``recent`` and the tokens that were given the most attention by all queries so far stay.
     Zhang et al., NeurIPS 2023, arXiv 2306.14048.
     """
@@ -41,15 +42,15 @@ class HeavyHitters(PerHead):
             check_count("recent", self.recent)
         check_budget(self.budget, sinks=self.sinks, recent=self.recent or 0, name="HeavyHitters")
 
-    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+    def spec(self, bytes_per_token: int) -> EvictionSpec:
         budget = tokens_for(self.budget, bytes_per_token)
         recent = budget // 2 if self.recent is None else self.recent
         check_budget(budget, sinks=self.sinks, recent=recent, name="HeavyHitters")
-        return {"retain": "manual", "budget": budget, "sinks": self.sinks, "recent": recent}
+        return EvictionSpec("own", budget=budget, sinks=self.sinks, recent=recent)
 
-    def scores(self, observation: Observation) -> torch.Tensor:
-        assert observation.mass is not None
-        return observation.mass
+    def scores(self, observation: HeadObservation) -> torch.Tensor:
+        assert observation.accumulated_scores is not None
+        return observation.accumulated_scores
 
 
 def H2O(budget: int | str, recent: int | None = None, sinks: int = 0) -> Memory:
@@ -61,7 +62,7 @@ def H2O(budget: int | str, recent: int | None = None, sinks: int = 0) -> Memory:
     Args:
         budget: residents per sequence and head, in tokens, or in bytes such as ``"64MiB"``.
         recent: newest tokens that always stay; half of the budget by default.
-        sinks: first real tokens of each sequence that are never let go.
+        sinks: first real tokens of each sequence that are never evicted.
 
     Raises:
         BudgetError: if the budget does not hold the sinks and the recent tokens.
@@ -70,8 +71,8 @@ def H2O(budget: int | str, recent: int | None = None, sinks: int = 0) -> Memory:
     >>> H2O(1024)
     H2O(budget=1024)
     """
-    retain = HeavyHitters(budget=budget, recent=recent, sinks=sinks)
+    evict = HeavyHitters(budget=budget, recent=recent, sinks=sinks)
     text = f"H2O(budget={budget!r}"
     text += "" if recent is None else f", recent={recent}"
     text += "" if sinks == 0 else f", sinks={sinks}"
-    return Memory(retain=retain, place=AsRotated(), text=text + ")")
+    return Memory(evict=evict, position=Original(), text=text + ")")

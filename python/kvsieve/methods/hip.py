@@ -20,14 +20,14 @@ from typing import Any, ClassVar, Literal
 from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.position import Consecutive
-from kvsieve.policy.select import Search
+from kvsieve.policy.position import Rebased
+from kvsieve.policy.select import SparseSelection
 
-__all__ = ["HiP", "TreeSearch", "changed", "memory_of"]
+__all__ = ["HiP", "HiPSelection", "changed", "memory_of"]
 
 
 @dataclass(frozen=True)
-class TreeSearch(Search):
+class HiPSelection(SparseSelection):
     """A beam search over an implicit binary tree of blocks (HiP); see :func:`kvsieve.HiP`."""
 
     budget: int = 1024
@@ -59,7 +59,7 @@ class TreeSearch(Search):
     def dense_until(self) -> int:
         return self.sinks + self.window + self.budget
 
-    def for_layer(self, index: int, beyond: bool = False) -> TreeSearch | None:
+    def for_layer(self, index: int, beyond: bool = False) -> HiPSelection | None:
         return None if index < self.dense_layers and not beyond else self
 
 
@@ -100,20 +100,20 @@ def HiP(
     >>> HiP(512)
     HiP(budget=512)
     """
-    select = TreeSearch(budget, block, sinks, window, representative, refresh, dense_layers, query_block, query_stride)
+    select = HiPSelection(budget, block, sinks, window, representative, refresh, dense_layers, query_block, query_stride)
     return memory_of("HiP", changed(select, {"budget": budget}), select, extend)
 
 
-def changed(select: Search, first: dict[str, Any], **known: Any) -> dict[str, Any]:
+def changed(select: SparseSelection, first: dict[str, Any], **known: Any) -> dict[str, Any]:
     """The arguments to write for ``select``: ``first``, and what differs from ``known`` or from its class's defaults."""
     defaults = {**vars(type(select)()), **known}
     return first | {key: value for key, value in vars(select).items() if value != defaults[key] and key not in first}
 
 
-def memory_of(name: str, parts: dict[str, Any], select: Search, extend: bool | int) -> Memory:
+def memory_of(name: str, parts: dict[str, Any], select: SparseSelection, extend: bool | int) -> Memory:
     """``name(parts)`` as a policy: everything is kept, ``select`` reads, side by side beyond the length if ``extend`` says so."""
     if extend is not False:
         parts = parts | {"extend": extend}
     text = ", ".join(f"{key}={value!r}" for key, value in parts.items())
-    place = None if extend is False else Consecutive(None if extend is True else extend)
-    return Memory(place=place, select=select, text=f"{name}({text})")
+    position = None if extend is False else Rebased(None if extend is True else extend)
+    return Memory(position=position, select=select, text=f"{name}({text})")

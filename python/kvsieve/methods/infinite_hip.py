@@ -10,9 +10,9 @@ from kvsieve.budget import BLOCK, check_count
 from kvsieve.errors import PolicyError
 from kvsieve.methods.hip import changed, memory_of
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.select import Search
+from kvsieve.policy.select import SparseSelection
 
-__all__ = ["PRESETS", "STAGES", "InfiniteHiP", "StagedSearch"]
+__all__ = ["PRESETS", "STAGES", "InfiniteHiP", "InfiniteHiPSelection"]
 
 STAGES = ((256, 32768), (32, 8192), (8, 2048))
 """InfiniteHiP's stages: tokens of a chunk, and tokens that stay."""
@@ -27,10 +27,10 @@ PRESETS: dict[str, dict[str, Any]] = {
 
 
 @dataclass(frozen=True)
-class StagedSearch(Search):
+class InfiniteHiPSelection(SparseSelection):
     """Stages that narrow the tokens down, each judging chunks on their own; see :func:`kvsieve.InfiniteHiP`.
 
-    If ``bounded`` the first one judges blocks by the bounds of their keys; see :func:`kvsieve.Quest`.
+    If ``page_bounds`` the first one judges blocks by the bounds of their keys; see :func:`kvsieve.Quest`.
     """
 
     stages: tuple[tuple[int, int], ...] = STAGES
@@ -43,7 +43,7 @@ class StagedSearch(Search):
     wide: int = 4096
     query_block: int = 64
     query_stride: int = 8
-    bounded: bool = False
+    page_bounds: bool = False
     kind: ClassVar[str] = "infinite"
     algorithm: ClassVar[Literal["tree", "stages"]] = "stages"
 
@@ -78,7 +78,7 @@ class StagedSearch(Search):
             raise PolicyError(f"wide must be a multiple of the last stage's chunk of {stages[-1][0]}, got {self.wide}")
         if self.representative not in ("first", "centre"):
             raise PolicyError(f"representative must be first or centre, got {self.representative!r}")
-        if self.bounded:
+        if self.page_bounds:
             if stages[0][0] != BLOCK:
                 raise PolicyError(
                     f"bounds are kept of {BLOCK} tokens, so the first stage's chunk must be {BLOCK}, got {stages[0][0]}"
@@ -96,7 +96,7 @@ class StagedSearch(Search):
     def dense_until(self) -> int:
         return self.sinks + self.window + self.stages[-1][1]
 
-    def for_layer(self, index: int, beyond: bool = False) -> StagedSearch | None:
+    def for_layer(self, index: int, beyond: bool = False) -> InfiniteHiPSelection | None:
         if index < self.dense_layers and not beyond:
             return None
         if index >= self.wide_layers or self.wide <= self.stages[-1][1]:
@@ -145,7 +145,7 @@ def InfiniteHiP(
         raise PolicyError(f"give a refresh for each of the {len(stages)} stages")
     stages = PRESETS[preset]["stages"] if stages is None else stages
     refresh = PRESETS[preset]["refresh"] if refresh is None else refresh
-    select = StagedSearch(
+    select = InfiniteHiPSelection(
         stages,  # type: ignore[arg-type]
         sinks,
         window,

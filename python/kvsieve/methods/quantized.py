@@ -18,13 +18,13 @@ from typing import ClassVar, Literal
 from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.storage import WHEN, LayerShape, Pack, Packing
+from kvsieve.policy.storage import WHEN, LayerShape, Packing, StorageRule
 
-__all__ = ["Codes", "Quantized"]
+__all__ = ["Quantized", "QuantizedStorage"]
 
 
 @dataclass(frozen=True)
-class Codes(Pack):
+class QuantizedStorage(StorageRule):
     """Keys and values as codes of a few bits (KIVI); see :func:`kvsieve.Quantized`."""
 
     key_bits: int = 4
@@ -32,7 +32,7 @@ class Codes(Pack):
     group: int = 32
     residual: int = 32
     when: Literal["decode", "prefill"] = "decode"
-    makes_codes: ClassVar[bool] = True
+    quantizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.when not in WHEN:
@@ -93,7 +93,9 @@ def Quantized(
     Quantized(bits=4)
     """
     bits = 4 if bits is None else bits
-    pack = Codes(bits if key_bits is None else key_bits, bits if value_bits is None else value_bits, group, residual, when)
+    storage = QuantizedStorage(
+        bits if key_bits is None else key_bits, bits if value_bits is None else value_bits, group, residual, when
+    )
     text = f"Quantized(bits={bits}"
     given = (
         ("group", group, 32),
@@ -103,4 +105,4 @@ def Quantized(
         ("when", when, "decode"),
     )
     text += "".join(f", {name}={value!r}" for name, value, default in given if value != default)
-    return Memory(pack=pack, text=text + ")")
+    return Memory(storage=storage, text=text + ")")

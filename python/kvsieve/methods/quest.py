@@ -17,7 +17,7 @@ from __future__ import annotations
 from kvsieve.budget import BLOCK, check_count
 from kvsieve.errors import PolicyError
 from kvsieve.methods.hip import memory_of
-from kvsieve.methods.infinite_hip import StagedSearch
+from kvsieve.methods.infinite_hip import InfiniteHiPSelection
 from kvsieve.policy.compose import Memory
 
 __all__ = ["Quest"]
@@ -66,7 +66,7 @@ def Quest(
         )
     if isinstance(refresh, int):
         refresh = (refresh, refresh)
-    select = StagedSearch(
+    select = InfiniteHiPSelection(
         ((BLOCK, budget * candidates), (block, budget)),
         sinks,
         window,
@@ -75,7 +75,7 @@ def Quest(
         wide_layers=0,
         query_block=query_block,
         query_stride=query_stride,
-        bounded=True,
+        page_bounds=True,
     )
     paces = select.refresh[0] if len(set(select.refresh)) == 1 else select.refresh
     given = {

@@ -64,8 +64,8 @@ class System:
 
     @property
     def page(self) -> str:
-        """The name of its file here and of its page in the documentation."""
-        return self.make.__module__.rsplit(".", 1)[1]
+        """The name of its page in the documentation, ``policies/<page>.md``: that of its file here, with hyphens."""
+        return self.make.__module__.rsplit(".", 1)[1].replace("_", "-")
 
 
 SYSTEMS: tuple[System, ...] = (

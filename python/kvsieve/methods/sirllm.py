@@ -12,19 +12,20 @@ Departures from the published code, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from kvsieve.budget import check_budget, check_count, tokens_for
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.evict import Retain
-from kvsieve.policy.position import Slots
+from kvsieve.policy.evict import EvictionRule
+from kvsieve.policy.position import InCache
+from kvsieve.policy.specs import EvictionSpec
 
 __all__ = ["SirLLM", "Surprisal"]
 
 
 @dataclass(frozen=True)
-class Surprisal(Retain):
+class Surprisal(EvictionRule):
     """The sinks, the newest ``recent`` and the most surprising tokens stay; scores decay by ``decay`` at each end of turn."""
 
     budget: int | str
@@ -44,14 +45,14 @@ class Surprisal(Retain):
             raise PolicyError(f"score must be 'surprisal' or 'published', got {self.score!r}")
         check_budget(self.budget, sinks=self.sinks, recent=self.recent or 0, name="Surprisal")
 
-    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+    def spec(self, bytes_per_token: int) -> EvictionSpec:
         budget = tokens_for(self.budget, bytes_per_token)
         recent = (budget - self.sinks) // 2 if self.recent is None else self.recent
         if self.score == "published" and self.recent is None:
             recent = 0
         check_budget(budget, sinks=self.sinks, recent=recent, name="Surprisal")
         published = self.score == "published"
-        return {"retain": "surprisal", "budget": budget, "sinks": self.sinks, "recent": recent, "published": published}
+        return EvictionSpec("surprisal", budget=budget, sinks=self.sinks, recent=recent, published=published)
 
 
 def SirLLM(
@@ -67,7 +68,7 @@ def SirLLM(
 
     Args:
         budget: residents per sequence, in tokens, or in bytes such as ``"64MiB"``.
-        sinks: first real tokens of each sequence that are never let go.
+        sinks: first real tokens of each sequence that are never evicted.
         recent: newest tokens that always stay; half of what the sinks leave by default.
         decay: factor in (0, 1] on every score at each end of turn.
         score: ``"surprisal"``, or ``"published"`` for the score of the published code.
@@ -79,9 +80,9 @@ def SirLLM(
     >>> SirLLM(1024, decay=0.9)
     SirLLM(budget=1024, sinks=4, decay=0.9)
     """
-    retain = Surprisal(budget=budget, sinks=sinks, recent=recent, decay=decay, score=score)
+    evict = Surprisal(budget=budget, sinks=sinks, recent=recent, decay=decay, score=score)
     text = f"SirLLM(budget={budget!r}, sinks={sinks}"
     text += "" if recent is None else f", recent={recent}"
     text += "" if decay == 1.0 else f", decay={decay}"
     text += "" if score == "surprisal" else f", score={score!r}"
-    return Memory(retain=retain, place=Slots(), text=text + ")")
+    return Memory(evict=evict, position=InCache(), text=text + ")")

@@ -13,13 +13,14 @@ Departures from the published method, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvsieve.budget import check_budget, check_count, tokens_for
 from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.evict import Observation, PerHead
-from kvsieve.policy.position import AsRotated
+from kvsieve.policy.evict import HeadObservation, PerHeadEviction
+from kvsieve.policy.position import Original
+from kvsieve.policy.specs import EvictionSpec
 
 if TYPE_CHECKING:
     import torch
@@ -28,7 +29,7 @@ __all__ = ["ObservationWindow", "SnapKV"]
 
 
 @dataclass(frozen=True)
-class ObservationWindow(PerHead):
+class ObservationWindow(PerHeadEviction):
     """The newest ``observe`` tokens stay; their queries vote for the others, by softmax probability, with neighbours of up to
     ``kernel // 2`` tokens sharing the highest vote. Li et al., NeurIPS 2024, arXiv 2404.14469.
     """
@@ -52,15 +53,15 @@ class ObservationWindow(PerHead):
                 f"give it at least {self.observe + 1}, or observe fewer"
             )
 
-    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+    def spec(self, bytes_per_token: int) -> EvictionSpec:
         budget = tokens_for(self.budget, bytes_per_token)
         self._check(budget)
-        return {"retain": "manual", "budget": budget, "sinks": 0, "recent": self.observe}
+        return EvictionSpec("own", budget=budget, sinks=0, recent=self.observe)
 
-    def scores(self, observation: Observation) -> torch.Tensor:
+    def scores(self, observation: HeadObservation) -> torch.Tensor:
         from torch.nn.functional import max_pool1d, pad
 
-        others = observation.votes()[:, : -self.observe]
+        others = observation.attention_scores()[:, : -self.observe]
         return pad(max_pool1d(others, self.kernel, stride=1, padding=self.kernel // 2), (0, self.observe))
 
 
@@ -82,5 +83,5 @@ def SnapKV(budget: int | str, observe: int = 32, kernel: int = 7) -> Memory:
     >>> SnapKV(1024)
     SnapKV(budget=1024, observe=32, kernel=7)
     """
-    retain = ObservationWindow(budget=budget, observe=observe, kernel=kernel)
-    return Memory(retain=retain, place=AsRotated(), text=f"SnapKV(budget={budget!r}, observe={observe}, kernel={kernel})")
+    evict = ObservationWindow(budget=budget, observe=observe, kernel=kernel)
+    return Memory(evict=evict, position=Original(), text=f"SnapKV(budget={budget!r}, observe={observe}, kernel={kernel})")

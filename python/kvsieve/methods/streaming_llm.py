@@ -10,18 +10,19 @@ Departures from the published code, and why:
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from kvsieve.budget import check_budget, check_count, tokens_for
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.evict import Retain
-from kvsieve.policy.position import Slots
+from kvsieve.policy.evict import EvictionRule
+from kvsieve.policy.position import InCache
+from kvsieve.policy.specs import EvictionSpec
 
 __all__ = ["StreamingLLM", "Window"]
 
 
 @dataclass(frozen=True)
-class Window(Retain):
+class Window(EvictionRule):
     """The first ``sinks`` tokens and the newest ``budget - sinks`` stay. A query sees them and itself."""
 
     budget: int | str
@@ -32,11 +33,11 @@ class Window(Retain):
         check_count("sinks", self.sinks)
         check_budget(self.budget, sinks=self.sinks, recent=1, name="Window")
 
-    def spec(self, bytes_per_token: int) -> dict[str, Any]:
+    def spec(self, bytes_per_token: int) -> EvictionSpec:
         budget = tokens_for(self.budget, bytes_per_token)
         check_budget(budget, sinks=self.sinks, recent=1, name="Window")
         window = budget - self.sinks
-        return {"retain": "window", "sinks": self.sinks, "window": window, "visible": window + 1}
+        return EvictionSpec("window", sinks=self.sinks, window=window)
 
 
 def StreamingLLM(budget: int | str, sinks: int = 4) -> Memory:
@@ -44,7 +45,7 @@ def StreamingLLM(budget: int | str, sinks: int = 4) -> Memory:
 
     Args:
         budget: residents per sequence, in tokens, or in bytes such as ``"64MiB"``.
-        sinks: first real tokens of each sequence that are never let go.
+        sinks: first real tokens of each sequence that are never evicted.
 
     Raises:
         BudgetError: if the budget does not hold the sinks and one more token.
@@ -52,5 +53,5 @@ def StreamingLLM(budget: int | str, sinks: int = 4) -> Memory:
     >>> StreamingLLM(1024)
     StreamingLLM(budget=1024, sinks=4)
     """
-    retain = Window(budget=budget, sinks=sinks)
-    return Memory(retain=retain, place=Slots(), text=f"StreamingLLM(budget={budget!r}, sinks={sinks})")
+    evict = Window(budget=budget, sinks=sinks)
+    return Memory(evict=evict, position=InCache(), text=f"StreamingLLM(budget={budget!r}, sinks={sinks})")

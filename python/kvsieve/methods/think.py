@@ -23,16 +23,26 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.storage import WHEN, Channels, LayerShape, Observed, Pack, Packing, RotaryPairs, in_order, pairs_of
+from kvsieve.policy.storage import (
+    WHEN,
+    Channels,
+    LayerShape,
+    Packing,
+    RotaryPairs,
+    StorageObservation,
+    StorageRule,
+    in_order,
+    pairs_of,
+)
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Thin", "ThinK", "choose", "kept", "scores"]
+__all__ = ["ChannelPruned", "ThinK", "channel_scores", "heaviest_channels", "num_kept_channels"]
 
 
 @dataclass(frozen=True)
-class Thin(Pack):
+class ChannelPruned(StorageRule):
     """Keys keep their heaviest channels (ThinK); see :func:`kvsieve.ThinK`."""
 
     ratio: float = 0.4
@@ -45,7 +55,7 @@ class Thin(Pack):
     skip_layers: tuple[int, ...] = ()
     mode: Literal["slice", "zero"] = "slice"
     when: Literal["decode", "prefill"] = "decode"
-    chooses_channels: ClassVar[bool] = True
+    prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0.0 <= self.ratio < 1.0:
@@ -73,18 +83,21 @@ class Thin(Pack):
 
     def packing(self, layer: LayerShape) -> Packing:
         whole = self.mode == "zero" or layer.index in self.skip_layers
-        count = layer.key_dim if whole else kept(layer.key_dim, self.ratio, self.channels, self.round_to)
+        count = layer.key_dim if whole else num_kept_channels(layer.key_dim, self.ratio, self.channels, self.round_to)
         return Packing(count)
 
     def idle(self, layer: LayerShape) -> bool:
-        return layer.index in self.skip_layers or kept(layer.key_dim, self.ratio, self.channels, self.round_to) == layer.key_dim
+        return (
+            layer.index in self.skip_layers
+            or num_kept_channels(layer.key_dim, self.ratio, self.channels, self.round_to) == layer.key_dim
+        )
 
-    def choose(self, seen: Observed) -> Channels:
+    def choose_channels(self, seen: StorageObservation) -> Channels:
         if seen.layer.index in self.skip_layers:
             return Channels.all(seen.keys, seen.rope)
-        count = kept(seen.layer.key_dim, self.ratio, self.channels, self.round_to)
-        keys = seen.keys if self.norm_over == "all" else seen.keys[:, : seen.settled]
-        chosen = choose(seen.queries, keys, count, self.channels, seen.rope, raw=seen.raw)
+        count = num_kept_channels(seen.layer.key_dim, self.ratio, self.channels, self.round_to)
+        keys = seen.keys if self.norm_over == "all" else seen.keys[:, : seen.count]
+        chosen = heaviest_channels(seen.queries, keys, count, self.channels, seen.rope, pre_rope=seen.pre_rope)
         return chosen.with_zeros(seen.keys, seen.rope) if self.mode == "zero" else chosen
 
 
@@ -125,21 +138,21 @@ def ThinK(
     >>> ThinK(0.5)
     ThinK(ratio=0.5)
     """
-    pack = Thin(ratio, recent, observe, norm_over, channels, round_to, flush_every, tuple(skip_layers), mode, when)
+    storage = ChannelPruned(ratio, recent, observe, norm_over, channels, round_to, flush_every, tuple(skip_layers), mode, when)
     text = f"ThinK(ratio={ratio!r}"
-    defaults = Thin()
+    defaults = ChannelPruned()
     for name in ("recent", "observe", "norm_over", "channels", "round_to", "flush_every", "skip_layers", "mode", "when"):
-        value = getattr(pack, name)
+        value = getattr(storage, name)
         text += "" if value == getattr(defaults, name) else f", {name}={value!r}"
-    return Memory(pack=pack, text=text + ")")
+    return Memory(storage=storage, text=text + ")")
 
 
-def kept(dim: int, ratio: float, channels: Literal["pairs", "single"] = "single", round_to: int | None = None) -> int:
+def num_kept_channels(dim: int, ratio: float, channels: Literal["pairs", "single"] = "single", round_to: int | None = None) -> int:
     """How many of ``dim`` channels stay when the share ``ratio`` is dropped, rounded down to whole channels, or whole pairs.
 
     ``round_to`` rounds what stays up to a multiple, ``dim`` at most.
 
-    >>> kept(128, 0.4), kept(128, 0.4, "pairs"), kept(128, 0.4, round_to=8)
+    >>> num_kept_channels(128, 0.4), num_kept_channels(128, 0.4, "pairs"), num_kept_channels(128, 0.4, round_to=8)
     (77, 78, 80)
     """
     size = 2 if channels == "pairs" else 1
@@ -150,43 +163,43 @@ def kept(dim: int, ratio: float, channels: Literal["pairs", "single"] = "single"
     return count
 
 
-def scores(queries: torch.Tensor, keys: torch.Tensor, *, raw_pairs: RotaryPairs | None = None) -> torch.Tensor:
+def channel_scores(queries: torch.Tensor, keys: torch.Tensor, *, rotated_by: RotaryPairs | None = None) -> torch.Tensor:
     """Weight of each channel: float32 ``[Hkv, D]``, ``sum(q**2)`` over queries and the heads of a group times ``sum(k**2)``.
 
     Args:
         queries: ``[H, m, D]``; keys: ``[Hkv, n, D]``.
-        raw_pairs: where both were not rotated yet, their rotation. Each channel then gets its pair's mean energy, which does not
+        rotated_by: where both were not rotated yet, their rotation. Each channel then gets its pair's mean energy, which does not
             depend on the angle: what the product is on average over positions.
     """
     group = queries.shape[0] // keys.shape[0]
     energy = [queries.float().square().sum(1).view(keys.shape[0], group, -1).sum(1), keys.float().square().sum(1)]
-    if raw_pairs is not None:
-        a, b = pairs_of(raw_pairs)
+    if rotated_by is not None:
+        a, b = pairs_of(rotated_by)
         for x in energy:
             mean = (x[:, a] + x[:, b]) / 2
             x[:, a], x[:, b] = mean, mean
     return energy[0] * energy[1]
 
 
-def choose(
+def heaviest_channels(
     queries: torch.Tensor,
     keys: torch.Tensor,
     count: int,
     channels: Literal["pairs", "single"],
     rope: RotaryPairs | None,
     *,
-    raw: bool = False,
+    pre_rope: bool = False,
 ) -> Channels:
     """The ``count`` heaviest channels of each KV head, or as many in whole pairs; of equals, the higher channel stays.
 
     Args:
         queries: ``[H, m, D]``; keys: ``[Hkv, n, D]``, those that will lose channels.
         rope: says which channels are a pair; halves of the head where there is none.
-        raw: whether both are as they were before rotation.
+        pre_rope: whether both are as they were before rotation.
     """
     import torch
 
-    weight = scores(queries, keys, raw_pairs=rope if raw else None).cpu()
+    weight = channel_scores(queries, keys, rotated_by=rope if pre_rope else None).cpu()
     weight = torch.nan_to_num(weight, nan=torch.inf)
     dim = weight.shape[1]
     if channels == "single":

@@ -37,7 +37,7 @@ def verify(probe: Probe, facts: ModelFacts) -> None:
     from kvsieve.methods.registry import Full
 
     policy = Full()
-    cache = StreamCache(Engine(policy, facts, backends.get("reference"), policy.frame))
+    cache = StreamCache(Engine(policy, facts, backends.get("reference"), policy.stored_keys))
     try:
         got, watch = probe.pieces(cache, dispatch=True)
     except Exception as err:

@@ -3,35 +3,35 @@
 from __future__ import annotations
 
 from kvsieve.policy.compose import Chain, Memory, Policy
-from kvsieve.policy.evict import All, Observation, PerHead, Residents, Retain
-from kvsieve.policy.position import AsRotated, Ceiling, Consecutive, Fixed, Place, Slots
-from kvsieve.policy.select import Everything, Search, Select, TopKTokens
-from kvsieve.policy.storage import Channels, LayerShape, Observed, Pack, Packing, Plain, ThinCodes
+from kvsieve.policy.evict import EvictionRule, HeadObservation, KeepAll, PerHeadEviction, Residents
+from kvsieve.policy.position import Capped, FixedDistance, InCache, Original, PositionRule, Rebased
+from kvsieve.policy.select import Dense, SelectionRule, SparseSelection, TopKTokens
+from kvsieve.policy.storage import Channels, LayerShape, Packing, Plain, PrunedAndQuantized, StorageObservation, StorageRule
 
 __all__ = [
-    "All",
-    "AsRotated",
-    "Ceiling",
+    "Capped",
     "Chain",
     "Channels",
-    "Consecutive",
-    "Everything",
-    "Fixed",
+    "Dense",
+    "EvictionRule",
+    "FixedDistance",
+    "HeadObservation",
+    "InCache",
+    "KeepAll",
     "LayerShape",
     "Memory",
-    "Observation",
-    "Observed",
-    "Pack",
+    "Original",
     "Packing",
-    "PerHead",
-    "Place",
+    "PerHeadEviction",
     "Plain",
     "Policy",
+    "PositionRule",
+    "PrunedAndQuantized",
+    "Rebased",
     "Residents",
-    "Retain",
-    "Search",
-    "Select",
-    "Slots",
-    "ThinCodes",
+    "SelectionRule",
+    "SparseSelection",
+    "StorageObservation",
+    "StorageRule",
     "TopKTokens",
 ]

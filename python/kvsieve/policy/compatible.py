@@ -10,35 +10,39 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvsieve.errors import PolicyError
-from kvsieve.policy.evict import Retain
-from kvsieve.policy.position import Place
-from kvsieve.policy.select import Select
-from kvsieve.policy.storage import Pack, join
+from kvsieve.policy.evict import EvictionRule
+from kvsieve.policy.position import PositionRule
+from kvsieve.policy.select import SelectionRule
+from kvsieve.policy.storage import StorageRule, join
 
-__all__ = ["CHAIN", "MEMORY", "Refusal", "Roles", "check_chain", "check_join", "check_memory"]
+__all__ = ["CHAIN", "MEMORY", "NAMES", "Refusal", "Roles", "check_chain", "check_join", "check_memory"]
+
+
+NAMES = ("evict", "position", "select", "storage")
+"""The roles of a memory."""
 
 
 @dataclass(frozen=True)
 class Roles:
     """One rule for each role of a memory; what it left open is filled in."""
 
-    retain: Retain
-    place: Place
-    select: Select
-    pack: Pack
+    evict: EvictionRule
+    position: PositionRule
+    select: SelectionRule
+    storage: StorageRule
 
 
 class HasRoles(Protocol):
     """A memory, as this table sees it: what was claimed, and all roles."""
 
     @property
-    def retain(self) -> Retain | None: ...
+    def evict(self) -> EvictionRule | None: ...
     @property
-    def place(self) -> Place | None: ...
+    def position(self) -> PositionRule | None: ...
     @property
-    def select(self) -> Select | None: ...
+    def select(self) -> SelectionRule | None: ...
     @property
-    def pack(self) -> Pack | None: ...
+    def storage(self) -> StorageRule | None: ...
     @property
     def roles(self) -> Roles: ...
 
@@ -49,7 +53,7 @@ class Refusal:
 
     Attributes:
         refused: whether these roles are such a combination.
-        why: the sentence, in which ``{memory}`` and the roles ``{retain}``, ``{place}``, ``{select}`` and ``{pack}`` are filled in.
+        why: the sentence; in it ``{memory}`` and the roles ``{evict}``, ``{position}``, ``{select}``, ``{storage}`` are filled in.
         where: of a chain, which memories it is about.
     """
 
@@ -60,65 +64,65 @@ class Refusal:
 
 MEMORY: tuple[Refusal, ...] = (
     Refusal(
-        lambda r: r.retain.per_head and r.place.moves,
-        "{retain} keeps other tokens for each head, so their positions differ per head; it goes with AsRotated, not with {place}",
+        lambda r: r.evict.per_head and r.position.moves,
+        "{evict} keeps other tokens for each head, so their positions differ per head; it goes with Original, not with {position}",
     ),
     Refusal(
-        lambda r: r.retain.per_head and not r.select.reads_all,
-        "{retain} keeps other tokens for each head, so there is no one token to read for all of them; it goes with Everything, "
+        lambda r: r.evict.per_head and not r.select.reads_all,
+        "{evict} keeps other tokens for each head, so there is no one token to read for all of them; it goes with Dense, "
         "not with {select}",
     ),
     Refusal(
-        lambda r: r.place.renumbers and not r.select.searches,
-        "{place} renumbers what a search found; it goes with a select role that searches, not with {select}",
+        lambda r: r.position.renumbers and not r.select.searches,
+        "{position} renumbers what a sparse selection found; it goes with a SparseSelection, not with {select}",
     ),
     Refusal(
-        lambda r: r.select.searches and r.retain.evicts and r.retain.contiguous,
-        "{retain} lets the text between its sinks and its window go, which is what {select} would search; keep everything, or what "
-        "scores highest",
+        lambda r: r.select.searches and r.evict.evicts and r.evict.contiguous,
+        "{memory}: {evict} evicts the text between its sinks and its window, which is what the selection would search; keep "
+        "everything, or what scores highest",
     ),
     Refusal(
-        lambda r: r.select.searches and r.place.collapses,
-        "{select} reads tokens at their own distances; it does not go with {place}",
+        lambda r: r.select.searches and r.position.collapses,
+        "{memory}: the selection reads tokens at their own distances; it does not go with {position}",
     ),
     Refusal(
-        lambda r: r.select.needs_all_tokens and r.retain.evicts,
-        "{memory}: the search judges whole blocks of the text, of which {retain} lets tokens go; one that reads keys goes with it",
+        lambda r: r.select.needs_all_tokens and r.evict.evicts,
+        "{memory}: the selection judges whole blocks of the text, of which {evict} evicts some; one that reads keys goes with it",
     ),
     Refusal(
-        lambda r: r.select.needs_plain_storage and not r.pack.plain,
-        "{memory}: the search judges blocks by keys as they came, and {pack} stores them otherwise; one that reads keys goes "
+        lambda r: r.select.needs_plain_storage and not r.storage.plain,
+        "{memory}: the selection judges blocks by keys as they came, and {storage} stores them otherwise; one that reads keys goes "
         "with it",
     ),
     Refusal(
-        lambda r: r.place.moves and not r.pack.keeps_pairs,
-        "{place} shows tokens at other distances, which rotates their keys again, and keys whose channels were dropped one by one "
-        "cannot be rotated; drop whole rotary pairs: channels='pairs'",
+        lambda r: r.position.moves and not r.storage.keeps_pairs,
+        "{position} shows tokens at other distances, which rotates their keys again, and keys whose channels were dropped one by "
+        "one cannot be rotated; drop whole rotary pairs: channels='pairs'",
     ),
 )
 """Roles that cannot be one memory."""
 
 CHAIN: tuple[Refusal, ...] = (
     Refusal(
-        lambda r: r.retain.per_head,
-        "{memory} keeps other tokens for each head, so what it lets go has no one position; it cannot be part of a chain",
+        lambda r: r.evict.per_head,
+        "{memory} keeps other tokens for each head, so what it evicts has no one position; it cannot be part of a chain",
     ),
     Refusal(
         lambda r: r.select.searches,
         "{memory} searches all that a query may read, so it cannot be one part of a chain",
     ),
     Refusal(
-        lambda r: not r.retain.evicts,
-        "{memory} lets nothing go, so nothing can flow into what follows it; put it last",
+        lambda r: not r.evict.evicts,
+        "{memory} evicts nothing, so nothing can flow into what follows it; put it last",
         where="all but the last",
     ),
     Refusal(
-        lambda r: not r.pack.plain,
-        "{memory} packs its tokens; in a chain they would have to be unpacked to flow on, so it stands alone",
+        lambda r: not r.storage.plain,
+        "{memory} compresses its tokens; in a chain they would have to be decompressed to flow on, so it stands alone",
     ),
     Refusal(
-        lambda r: r.place.needs_window,
-        "{memory}: a ceiling is relative to a window's edge and belongs to the first memory; use Fixed",
+        lambda r: r.position.needs_window,
+        "{memory}: a cap on distances is relative to a window's edge and belongs to the first memory; use FixedDistance",
         where="all but the first",
     ),
 )
@@ -153,10 +157,10 @@ def check_join(left: HasRoles, right: HasRoles) -> None:
     Raises:
         PolicyError: naming the role.
     """
-    for name in ("retain", "place", "select", "pack"):
+    for name in NAMES:
         mine, theirs = getattr(left, name), getattr(right, name)
         both = mine is not None and theirs is not None
-        if both and not (isinstance(mine, Pack) and join(mine, theirs) is not None):
+        if both and not (isinstance(mine, StorageRule) and join(mine, theirs) is not None):
             raise PolicyError(
                 f"both {left!r} and {right!r} decide {name}; a memory has one {name} role: chain them with >> instead"
             )

@@ -1,29 +1,31 @@
 """The four roles of a memory, and the operators that combine them.
 
-A *memory* answers four questions, one role each: which tokens stay (:class:`Retain`), at which distance a query sees them
-(:class:`Place`), which of them it reads (:class:`Select`), and how they are stored (:class:`Pack`). A *policy* is a chain of
-memories: what one lets go flows into the next, and their answers merge exactly, by log-sum-exp.
+A *memory* answers four questions, one role each: which tokens stay (:class:`EvictionRule`), at which distance a query sees them
+(:class:`PositionRule`), which of them it reads (:class:`SelectionRule`), and how they are stored (:class:`StorageRule`). A *policy*
+is a chain of memories: what one evicts flows into the next, and their answers merge exactly, by log-sum-exp.
 
 * ``a | b`` joins the roles of two parts in one memory; claiming a role twice is an error.
-* ``a >> b`` chains: what ``a`` lets go, ``b`` keeps.
+* ``a >> b`` chains: what ``a`` evicts, ``b`` keeps.
 
 Python binds ``>>`` tighter than ``|``, so ``a | b >> c`` joins ``a`` to ``b`` and ``a >> b | c`` joins ``c`` to ``b``.
 
-A role of one's own is a small class: subclass :class:`Retain` and write :meth:`Retain.keep`, or :class:`PerHead` and write
-:meth:`PerHead.scores`.
+A rule of one's own is a small class: subclass :class:`EvictionRule` and write :meth:`EvictionRule.keep`, or
+:class:`PerHeadEviction` and write :meth:`PerHeadEviction.scores`.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
+from functools import cached_property
 from typing import Any
 
 from kvsieve.errors import PolicyError
-from kvsieve.policy.compatible import Roles, check_chain, check_join, check_memory
-from kvsieve.policy.evict import All, Retain
-from kvsieve.policy.position import AsRotated, Frame, Place
-from kvsieve.policy.select import Everything, Search, Select
-from kvsieve.policy.storage import Pack, Plain, join
+from kvsieve.policy.compatible import NAMES, Roles, check_chain, check_join, check_memory
+from kvsieve.policy.evict import EvictionRule, KeepAll
+from kvsieve.policy.position import Original, PositionRule
+from kvsieve.policy.select import Dense, SelectionRule, SparseSelection
+from kvsieve.policy.specs import MemorySpec, StoredKeys
+from kvsieve.policy.storage import Plain, StorageRule, join
 
 __all__ = ["Chain", "Memory", "Policy"]
 
@@ -37,35 +39,35 @@ class Policy:
         raise NotImplementedError
 
     @property
-    def frame(self) -> Frame:
-        """The frame in which every memory of the chain stores keys."""
-        frames = {memory.frame for memory in self.memories}
-        return "raw" if "raw" in frames else "rotated"
+    def stored_keys(self) -> StoredKeys:
+        """How every memory of the chain stores keys."""
+        stored = {memory.stored_keys for memory in self.memories}
+        return "pre_rope" if "pre_rope" in stored else "post_rope"
 
     @property
     def moves(self) -> bool:
         """Whether a token may be seen at another distance than its true one."""
-        return any(memory.place_or_default.moves for memory in self.memories)
+        return any(memory.roles.position.moves for memory in self.memories)
 
     @property
-    def packs(self) -> Pack | None:
-        """How the policy packs tokens; None if it leaves them as they come."""
-        roles = [memory.pack_or_default for memory in self.memories]
-        return None if len(roles) > 1 or roles[0].plain else roles[0]
+    def compression(self) -> StorageRule | None:
+        """How the policy stores tokens; None if it leaves them as they come."""
+        rules = [memory.roles.storage for memory in self.memories]
+        return None if len(rules) > 1 or rules[0].plain else rules[0]
 
     @property
-    def searches(self) -> Search | None:
-        """The search that decides what queries read; None if there is none."""
+    def selection(self) -> SparseSelection | None:
+        """What decides for each layer and KV head what queries read; None if there is no such rule."""
         select = self.memories[0].select
-        return select if isinstance(select, Search) else None
+        return select if isinstance(select, SparseSelection) else None
 
     @property
     def needs_surprisal(self) -> bool:
         """Whether the policy scores tokens by the model's own logits."""
-        return any(memory.retain_or_default.needs_surprisal for memory in self.memories)
+        return any(memory.roles.evict.needs_surprisal for memory in self.memories)
 
-    def specs(self, bytes_per_token: int) -> list[dict[str, Any]]:
-        """Each memory in the control plane's terms; byte budgets become tokens."""
+    def specs(self, bytes_per_token: int) -> list[MemorySpec]:
+        """What the planner is told of each memory; byte budgets become tokens."""
         return [memory.spec(bytes_per_token) for memory in self.memories]
 
     def __or__(self, other: object) -> Policy:
@@ -87,20 +89,25 @@ class Policy:
 class Memory(Policy):
     """One choice for each role; None leaves a role unclaimed, and open to ``|``.
 
-    Unclaimed roles default to: everything stays, as rotated, everything is read, plain.
+    Unclaimed roles default to: every token stays, at its original position, everything is read, stored as it came.
 
     Raises:
         PolicyError: for a part in the wrong role.
     """
 
-    retain: Retain | None = None
-    place: Place | None = None
-    select: Select | None = None
-    pack: Pack | None = None
+    evict: EvictionRule | None = None
+    position: PositionRule | None = None
+    select: SelectionRule | None = None
+    storage: StorageRule | None = None
     text: str | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
-        for name, kind in (("retain", Retain), ("place", Place), ("select", Select), ("pack", Pack)):
+        for name, kind in (
+            ("evict", EvictionRule),
+            ("position", PositionRule),
+            ("select", SelectionRule),
+            ("storage", StorageRule),
+        ):
             part = getattr(self, name)
             if part is not None and not isinstance(part, kind):
                 raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
@@ -110,34 +117,19 @@ class Memory(Policy):
     def memories(self) -> tuple[Memory, ...]:
         return (self,)
 
-    @property
-    def retain_or_default(self) -> Retain:
-        """The retain role, or :class:`All`."""
-        return self.retain or All()
-
-    @property
-    def place_or_default(self) -> Place:
-        """The place role, or :class:`AsRotated`."""
-        return self.place or AsRotated()
-
-    @property
-    def pack_or_default(self) -> Pack:
-        """The pack role, or :class:`Plain`."""
-        return self.pack or Plain()
-
-    @property
+    @cached_property
     def roles(self) -> Roles:
         """A rule for each role; those that were left open are filled in."""
-        return Roles(self.retain_or_default, self.place_or_default, self.select or Everything(), self.pack_or_default)
+        return Roles(self.evict or KeepAll(), self.position or Original(), self.select or Dense(), self.storage or Plain())
 
     @property
-    def frame(self) -> Frame:
-        return self.place_or_default.frame(self.retain_or_default)
+    def stored_keys(self) -> StoredKeys:
+        return self.roles.position.stored_keys(self.roles.evict)
 
-    def spec(self, bytes_per_token: int) -> dict[str, Any]:
-        """This memory in the control plane's terms."""
-        select = self.select or Everything()
-        return {**self.retain_or_default.spec(bytes_per_token), **self.place_or_default.spec(), **select.spec()}
+    def spec(self, bytes_per_token: int) -> MemorySpec:
+        """What the planner is told of this memory."""
+        roles = self.roles
+        return MemorySpec(roles.evict.spec(bytes_per_token), roles.position.spec(), roles.select.top_k)
 
     def __repr__(self) -> str:
         if self.text is not None:
@@ -148,7 +140,7 @@ class Memory(Policy):
 
 @dataclass(frozen=True, repr=False)
 class Chain(Policy):
-    """Two or more memories; what one lets go flows into the next."""
+    """Two or more memories; what one evicts flows into the next."""
 
     parts: tuple[Memory, ...]
     text: str | None = field(default=None, compare=False)
@@ -173,9 +165,9 @@ def _chain(memories: tuple[Memory, ...]) -> Policy:
 def _join(left: Memory, right: Memory) -> Memory:
     check_join(left, right)
     roles: dict[str, Any] = {}
-    for name in ("retain", "place", "select", "pack"):
+    for name in NAMES:
         mine, theirs = getattr(left, name), getattr(right, name)
         roles[name] = theirs if mine is None else mine
-    if left.pack is not None and right.pack is not None:
-        roles["pack"] = join(left.pack, right.pack)
+    if left.storage is not None and right.storage is not None:
+        roles["storage"] = join(left.storage, right.storage)
     return Memory(**roles, text=f"{left!r} | {right!r}")

@@ -4,23 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from kvsieve.budget import check_budget, tokens_for
 from kvsieve.errors import PolicyError
+from kvsieve.policy.specs import EvictionSpec
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["All", "Observation", "PerHead", "Residents", "Retain"]
+__all__ = ["EvictionRule", "HeadObservation", "KeepAll", "PerHeadEviction", "Residents"]
 
 
 @dataclass(frozen=True)
 class Residents:
-    """What a retain role sees of one sequence: its resident tokens, in text order.
+    """What an eviction rule sees of one sequence: its resident tokens, in text order.
 
     Attributes:
         positions: int64 ``[n]``, the number of each token in its sequence.
@@ -38,7 +39,7 @@ class Residents:
     pinned: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
 
 
-class Observation(Protocol):
+class HeadObservation(Protocol):
     """What a rule per head sees of one layer of one sequence when its heads must choose."""
 
     @property
@@ -62,18 +63,18 @@ class Observation(Protocol):
         ...
 
     @property
-    def mass(self) -> torch.Tensor | None:
+    def accumulated_scores(self) -> torch.Tensor | None:
         """float32 ``[Hkv, n]``, the probability that each resident was given by every query since it came, summed over queries and
         over the query heads of a group; None unless the rule accumulates.
         """
         ...
 
-    def votes(self) -> torch.Tensor:
-        """The probability that the newest queries give to each resident now, summed as ``mass`` is: float32 ``[Hkv, n]``."""
+    def attention_scores(self) -> torch.Tensor:
+        """The probability that the newest queries give each resident now, summed as the accumulated: float32 ``[Hkv, n]``."""
         ...
 
 
-class Retain:
+class EvictionRule:
     """Which tokens stay resident. Subclass and write :meth:`keep` for a rule of one's own."""
 
     budget: int | str | None = None
@@ -83,7 +84,7 @@ class Retain:
     recent: int = 0
     """Newest tokens, in every keep."""
     evicts: ClassVar[bool] = True
-    """Whether any token is ever let go."""
+    """Whether any token is ever evicted."""
     per_head: ClassVar[bool] = False
     """Whether each key-value head of each layer keeps tokens of its own."""
     contiguous: ClassVar[bool] = False
@@ -94,45 +95,45 @@ class Retain:
         """Indices of the residents that stay, ascending; the sinks, the recent ones and at most ``budget`` in all."""
         raise NotImplementedError(f"{type(self).__name__} does not define keep()")
 
-    def spec(self, bytes_per_token: int) -> dict[str, Any]:
-        """This rule in the control plane's terms."""
+    def spec(self, bytes_per_token: int) -> EvictionSpec:
+        """What the planner is told of this rule; a budget in bytes becomes tokens."""
         if self.budget is None:
             raise PolicyError(f"{type(self).__name__} needs a budget: set the attribute `budget` to a count of tokens")
         check_budget(self.budget, sinks=self.sinks, recent=self.recent, name=type(self).__name__)
         budget = tokens_for(self.budget, bytes_per_token)
         check_budget(budget, sinks=self.sinks, recent=self.recent, name=type(self).__name__)
-        return {"retain": "manual", "budget": budget, "sinks": self.sinks, "recent": self.recent}
+        return EvictionSpec("own", budget=budget, sinks=self.sinks, recent=self.recent)
 
 
 @dataclass(frozen=True)
-class All(Retain):
+class KeepAll(EvictionRule):
     """Every token stays."""
 
     evicts: ClassVar[bool] = False
     contiguous: ClassVar[bool] = True
 
-    def spec(self, bytes_per_token: int) -> dict[str, Any]:
-        return {"retain": "all"}
+    def spec(self, bytes_per_token: int) -> EvictionSpec:
+        return EvictionSpec("keep_all")
 
 
-class PerHead(Retain):
+class PerHeadEviction(EvictionRule):
     """Which tokens each key-value head of each layer keeps. Subclass and write :meth:`scores` for a rule of one's own.
 
     Every head keeps equally many: the first ``sinks`` and the newest ``recent`` residents, and of the others those that it scores
     highest. The rule acts when it is a whole block over budget, after every longer forward that left it over budget, and at the end
-    of a turn. Tokens are seen at their true distance (:class:`AsRotated`).
+    of a turn. Tokens are seen at their true distance (:class:`Original`).
     """
 
     per_head: ClassVar[bool] = True
     observe: int = 0
     """Newest queries that are kept for the rule to look at."""
     accumulates: bool = False
-    """Whether the probability that each token was ever given is added up, at every forward."""
+    """Whether attention scores are added up, at every forward."""
 
-    def scores(self, observation: Observation) -> torch.Tensor:
+    def scores(self, observation: HeadObservation) -> torch.Tensor:
         """A score for every resident of every head: float ``[Hkv, n]``, on any device.
 
-        Equal scores prefer the earlier token; nan comes last. What is given to sinks and recent tokens is not looked at.
+        Equal scores prefer the earlier token; nan comes last. The scores of sinks and recent tokens are not looked at.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define scores()")
 

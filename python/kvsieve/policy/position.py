@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar
 
 from kvsieve.budget import check_count
-from kvsieve.policy.evict import Retain
+from kvsieve.policy.evict import EvictionRule
+from kvsieve.policy.specs import PositionSpec, StoredKeys
 
-__all__ = ["AsRotated", "Ceiling", "Consecutive", "Fixed", "Frame", "Place", "Slots"]
-
-Frame = Literal["rotated", "raw"]
+__all__ = ["Capped", "FixedDistance", "InCache", "Original", "PositionRule", "Rebased"]
 
 
-class Place:
+class PositionRule:
     """At which distance a query sees each resident token."""
 
     moves: ClassVar[bool] = True
@@ -23,43 +22,43 @@ class Place:
     needs_window: ClassVar[bool] = False
     """Whether it is relative to the edge of a window, which only the first memory of a chain has."""
     renumbers: ClassVar[bool] = False
-    """Whether it numbers what a search found."""
+    """Whether it numbers what a sparse selection found."""
 
-    def frame(self, retain: Retain) -> Frame:
-        """The frame in which keys must be stored for this rule to be exact."""
-        return "raw"
+    def stored_keys(self, evict: EvictionRule) -> StoredKeys:
+        """How keys must be stored for this rule to be exact."""
+        return "pre_rope"
 
-    def spec(self) -> dict[str, Any]:
-        """This rule in the control plane's terms."""
-        raise NotImplementedError
+    def spec(self) -> PositionSpec:
+        """What the planner is told of this rule."""
+        raise NotImplementedError(f"{type(self).__name__} does not define spec()")
 
 
 @dataclass(frozen=True)
-class AsRotated(Place):
+class Original(PositionRule):
     """At its true distance, as the model rotated it."""
 
     moves: ClassVar[bool] = False
 
-    def frame(self, retain: Retain) -> Frame:
-        return "rotated"
+    def stored_keys(self, evict: EvictionRule) -> StoredKeys:
+        return "post_rope"
 
-    def spec(self) -> dict[str, Any]:
-        return {"place": "true"}
+    def spec(self) -> PositionSpec:
+        return PositionSpec("original")
 
 
 @dataclass(frozen=True)
-class Slots(Place):
+class InCache(PositionRule):
     """As if the residents stood side by side: the distance counts residents, not tokens of the text."""
 
-    def frame(self, retain: Retain) -> Frame:
-        return "rotated" if retain.contiguous else "raw"
+    def stored_keys(self, evict: EvictionRule) -> StoredKeys:
+        return "post_rope" if evict.contiguous else "pre_rope"
 
-    def spec(self) -> dict[str, Any]:
-        return {"place": "slots"}
+    def spec(self) -> PositionSpec:
+        return PositionSpec("in_cache")
 
 
 @dataclass(frozen=True)
-class Ceiling(Place):
+class Capped(PositionRule):
     """At its true distance inside the window; the sinks beyond it at ``distance``."""
 
     distance: int
@@ -69,15 +68,15 @@ class Ceiling(Place):
     def __post_init__(self) -> None:
         check_count("ceiling", self.distance, least=1)
 
-    def spec(self) -> dict[str, Any]:
-        return {"place": "ceiling", "distance": self.distance}
+    def spec(self) -> PositionSpec:
+        return PositionSpec("capped", self.distance)
 
 
 @dataclass(frozen=True)
-class Consecutive(Place):
+class Rebased(PositionRule):
     """At its true distance while all that was seen lies within ``after`` tokens, by default the model's trained length.
 
-    Beyond, what a query reads stands side by side, ending at the query, in every layer, and a :class:`Search` compares by content
+    Beyond, what a query reads stands side by side, ending at the query, in every layer, and a sparse selection compares by content
     alone, all keys at one distance. The longest row of a batch decides for all. Lee et al., 2025, arXiv 2502.08910.
     """
 
@@ -88,12 +87,12 @@ class Consecutive(Place):
         if self.after is not None:
             check_count("after", self.after)
 
-    def spec(self) -> dict[str, Any]:
-        return {"place": "true"}
+    def spec(self) -> PositionSpec:
+        return PositionSpec("original")
 
 
 @dataclass(frozen=True)
-class Fixed(Place):
+class FixedDistance(PositionRule):
     """Every token at one ``distance``."""
 
     distance: int
@@ -102,5 +101,5 @@ class Fixed(Place):
     def __post_init__(self) -> None:
         check_count("distance", self.distance)
 
-    def spec(self) -> dict[str, Any]:
-        return {"place": "fixed", "distance": self.distance}
+    def spec(self) -> PositionSpec:
+        return PositionSpec("fixed", self.distance)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from kvsieve.budget import check_count
 
-__all__ = ["Everything", "Search", "Select", "TopKTokens"]
+__all__ = ["Dense", "SelectionRule", "SparseSelection", "TopKTokens"]
 
 
-class Select:
+class SelectionRule:
     """Which resident tokens a query reads."""
 
     reads_all: ClassVar[bool] = False
@@ -26,23 +26,16 @@ class Select:
     from_layer: int = 0
     """The first layer of such a rule."""
 
-    def spec(self) -> dict[str, Any]:
-        """This rule in the control plane's terms."""
-        raise NotImplementedError
-
 
 @dataclass(frozen=True)
-class Everything(Select):
+class Dense(SelectionRule):
     """Every resident token."""
 
     reads_all: ClassVar[bool] = True
 
-    def spec(self) -> dict[str, Any]:
-        return {}
-
 
 @dataclass(frozen=True)
-class TopKTokens(Select):
+class TopKTokens(SelectionRule):
     """The ``k`` tokens with the highest logits, per head, for the last query of each forward, in layers from ``from_layer`` on."""
 
     k: int
@@ -56,11 +49,8 @@ class TopKTokens(Select):
     def top_k(self) -> int:  # type: ignore[override]
         return self.k
 
-    def spec(self) -> dict[str, Any]:
-        return {"top_k": self.k}
 
-
-class Search(Select):
+class SparseSelection(SelectionRule):
     """What a query reads is searched for, per layer and key-value head: sinks, window and what was found between them.
 
     Residents are counted in text order; ``sinks`` and ``window`` are counts of residents.
@@ -68,7 +58,7 @@ class Search(Select):
 
     searches: ClassVar[bool] = True
     kind: ClassVar[str]
-    """``"hip"`` or ``"infinite"``: which search of :mod:`kvsieve.backends.search`."""
+    """Which search of :mod:`kvsieve.backends.search`, by the name that backends read: ``algorithm`` says the same."""
     algorithm: ClassVar[Literal["tree", "stages"]]
     """How a backend finds it: by a beam search in one tree, or by stages that narrow the tokens down."""
     sinks: int
@@ -77,16 +67,21 @@ class Search(Select):
     """Queries of a prompt that share a choice: those of equal ``position // query_block``."""
     query_stride: int
     """Of those the last one searches, and every so many before it."""
-    bounded: bool = False
-    """Whether blocks are judged by the bounds of their keys, which are kept of whole, plain blocks of an unbroken text only."""
+    page_bounds: bool = False
+    """Whether pages are judged by the bounds of their keys, which are kept of whole, plain blocks of an unbroken text only."""
+
+    @property
+    def bounded(self) -> bool:
+        """``page_bounds``, by the name that backends read."""
+        return self.page_bounds
 
     @property
     def needs_all_tokens(self) -> bool:  # type: ignore[override]
-        return self.bounded
+        return self.page_bounds
 
     @property
     def needs_plain_storage(self) -> bool:  # type: ignore[override]
-        return self.bounded
+        return self.page_bounds
 
     @property
     def paces(self) -> tuple[int, ...]:
@@ -103,9 +98,6 @@ class Search(Select):
         """Everything is read while no more tokens than these are resident."""
         raise NotImplementedError
 
-    def for_layer(self, index: int, beyond: bool = False) -> Search | None:
+    def for_layer(self, index: int, beyond: bool = False) -> SparseSelection | None:
         """The rule of layer ``index``; None if the layer reads everything, as none does ``beyond`` the trained length."""
         raise NotImplementedError
-
-    def spec(self) -> dict[str, Any]:
-        return {}

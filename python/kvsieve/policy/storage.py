@@ -11,7 +11,18 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["WHEN", "Channels", "LayerShape", "Observed", "Pack", "Packing", "Plain", "RotaryPairs", "ThinCodes", "join"]
+__all__ = [
+    "WHEN",
+    "Channels",
+    "LayerShape",
+    "Packing",
+    "Plain",
+    "PrunedAndQuantized",
+    "RotaryPairs",
+    "StorageObservation",
+    "StorageRule",
+    "join",
+]
 
 WHEN = ("decode", "prefill")
 
@@ -32,7 +43,7 @@ class RotaryPairs(Protocol):
 
 @dataclass(frozen=True)
 class LayerShape:
-    """A layer as a pack role sees it: its index, KV heads, and channels of a key and of a value."""
+    """A layer as a storage rule sees it: its index, KV heads, and channels of a key and of a value."""
 
     index: int
     num_kv_heads: int
@@ -47,7 +58,7 @@ class Packing:
     Attributes:
         key_kept: channels of a key that are kept, the same number in each head.
         key_bits, value_bits: bits of a code, 2, 4 or 8; 0 for numbers as they came.
-        group: numbers that share a step and a least value, float16 each: tokens of one key channel, channels of one value.
+        group: numbers that share a scale and a zero point, float16 each: tokens of one key channel, channels of one value.
     """
 
     key_kept: int
@@ -101,23 +112,23 @@ class Channels:
 
 
 @dataclass(frozen=True, eq=False)
-class Observed:
-    """What a pack role sees of one sequence in one layer.
+class StorageObservation:
+    """What a storage rule sees of one sequence in one layer.
 
     Attributes:
         layer: the layer.
         queries: float32 ``[H, m, D]``, the newest queries; keys: ``[Hkv, n, D]``, all residents.
-        settled: how many of the first keys are about to be packed.
+        count: how many of the first keys are about to be compressed.
         rope: the layer's rotation; None where it has none.
-        raw: whether queries and keys are as they were before rotation.
+        pre_rope: whether queries and keys are as they were before rotation.
     """
 
     layer: LayerShape
     queries: torch.Tensor
     keys: torch.Tensor
-    settled: int
+    count: int
     rope: RotaryPairs | None
-    raw: bool
+    pre_rope: bool
 
 
 def pairs_of(rope: RotaryPairs) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,17 +158,17 @@ def in_order(mask: torch.Tensor, rope: RotaryPairs | None, whole_pairs: bool) ->
     return Channels(torch.stack(rows), tuple(pairs))
 
 
-class Pack:
-    """How tokens are stored once they have settled: when the prompt, or a piece of it, has been read, and then every
+class StorageRule:
+    """How tokens are stored once they are compressed: when the prompt, or a piece of it, has been read, and then every
     ``flush_every`` tokens.
 
-    Subclass and write :meth:`packing` and :meth:`choose` for a rule of one's own.
+    Subclass and write :meth:`packing` and :meth:`choose_channels` for a rule of one's own.
     """
 
     recent: int = 0
     """Newest tokens, stored as they came."""
     observe: int = 0
-    """How many of a prompt's last queries :meth:`choose` looks at."""
+    """How many of a prompt's last queries :meth:`choose_channels` looks at."""
     flush_every: int | None = None
     """Generated tokens that gather behind the recent ones before they are packed; None to leave them until the next prompt."""
     align: int = 1
@@ -168,9 +179,9 @@ class Pack:
     """Whether what is kept of a key can still be rotated."""
     plain: ClassVar[bool] = False
     """Whether tokens stay as they came."""
-    chooses_channels: ClassVar[bool] = False
+    prunes: ClassVar[bool] = False
     """Whether it keeps some channels of the keys, so that a rule that makes codes of them can be joined to it by ``|``."""
-    makes_codes: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = False
     """Whether it stores codes of a few bits, so that it can be joined to a rule that keeps some channels."""
 
     def packing(self, layer: LayerShape) -> Packing:
@@ -186,60 +197,60 @@ class Pack:
         packing = self.packing(layer)
         return packing.key_kept == layer.key_dim and not packing.key_bits and not packing.value_bits
 
-    def choose(self, seen: Observed) -> Channels:
+    def choose_channels(self, seen: StorageObservation) -> Channels:
         """The channels of one sequence's keys that are kept; asked once per sequence and layer."""
         return Channels.all(seen.keys, seen.rope)
 
 
 @dataclass(frozen=True)
-class Plain(Pack):
+class Plain(StorageRule):
     """As it came, in the model's dtype."""
 
     plain: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
-class ThinCodes(Pack):
-    """Some channels of the keys by one rule, and codes of a few bits for what is kept by another. Packed early if either is."""
+class PrunedAndQuantized(StorageRule):
+    """Some channels of the keys by one rule, and codes of a few bits for what is kept by another. Compressed early if either is."""
 
-    thin: Pack
-    codes: Pack
+    pruned: StorageRule
+    quantized: StorageRule
 
     @property
     def recent(self) -> int:  # type: ignore[override]
-        return max(self.thin.recent, self.codes.recent)
+        return max(self.pruned.recent, self.quantized.recent)
 
     @property
     def observe(self) -> int:  # type: ignore[override]
-        return self.thin.observe
+        return self.pruned.observe
 
     @property
     def align(self) -> int:  # type: ignore[override]
-        return self.codes.align
+        return self.quantized.align
 
     @property
     def flush_every(self) -> int:  # type: ignore[override]
-        return max(self.thin.flush_every or 0, self.codes.flush_every or 0)
+        return max(self.pruned.flush_every or 0, self.quantized.flush_every or 0)
 
     @property
     def when(self) -> Literal["decode", "prefill"]:  # type: ignore[override]
-        return "prefill" if "prefill" in (self.thin.when, self.codes.when) else "decode"
+        return "prefill" if "prefill" in (self.pruned.when, self.quantized.when) else "decode"
 
     @property
     def keeps_pairs(self) -> bool:  # type: ignore[override]
-        return self.thin.keeps_pairs
+        return self.pruned.keeps_pairs
 
     def packing(self, layer: LayerShape) -> Packing:
-        codes = self.codes.packing(layer)
-        return Packing(self.thin.packing(layer).key_kept, codes.key_bits, codes.value_bits, codes.group)
+        codes = self.quantized.packing(layer)
+        return Packing(self.pruned.packing(layer).key_kept, codes.key_bits, codes.value_bits, codes.group)
 
-    def choose(self, seen: Observed) -> Channels:
-        return self.thin.choose(seen)
+    def choose_channels(self, seen: StorageObservation) -> Channels:
+        return self.pruned.choose_channels(seen)
 
 
-def join(left: Pack, right: Pack) -> Pack | None:
+def join(left: StorageRule, right: StorageRule) -> StorageRule | None:
     """Both rules as one; None if they cannot both be."""
-    for thin, codes in ((left, right), (right, left)):
-        if thin.chooses_channels and codes.makes_codes:
-            return ThinCodes(thin, codes)
+    for pruned, quantized in ((left, right), (right, left)):
+        if pruned.prunes and quantized.quantizes:
+            return PrunedAndQuantized(pruned, quantized)
     return None
