@@ -467,8 +467,8 @@ class Stream:
 
         Raises:
             RangeError: for a range or a row that is none, or tokens that were not read yet.
-            UnsupportedError: under a selection by page bounds, and for tokens that the model's own sliding layers still see. After each
-                of these, nothing has changed.
+            UnsupportedError: under a selection by page bounds, and for tokens that the model's own sliding layers still see. After
+                each of these, nothing has changed.
         """
         self._check_open().evict(start, stop, rows)
 

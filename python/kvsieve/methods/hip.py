@@ -1,15 +1,14 @@
-"""HiP attention (Lee et al., ICLR 2025, arXiv 2406.09827) and InfiniteHiP (Lee et al., 2025, arXiv 2502.08910).
+"""HiP attention (Lee et al., ICLR 2025, arXiv 2406.09827).
 
-Departures from the papers and the published code, and why:
+Departures from the paper and the published code, and why:
 
 * One search for each key-value head, by the best score in its group: keys are read once for the group. HiP's is for each query
   head; published code also shares one over all heads of a layer, which loses what single heads look for.
 * The window's start is frozen until the next search, so that no token falls between what was found and the window.
 * Scores are plain products: no sigmoid, which ties great logits, and a product of exactly zero counts.
-* Within the trained length tokens are scored and read at their true positions; the papers' other distances are ``extend``.
-* InfiniteHiP: a chunk is judged by the best key met on the way, never by a mean of queries.
+* Within the trained length tokens are scored and read at their true positions; the paper's other distances are ``extend``.
 
-The definition, and further points that the papers leave open: :mod:`kvsieve.backends.search`.
+The definition, and further points that the paper leaves open: :mod:`kvsieve.backends.search`.
 """
 
 from __future__ import annotations

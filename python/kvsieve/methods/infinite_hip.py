@@ -1,4 +1,11 @@
-"""InfiniteHiP (Lee et al., 2025, arXiv 2502.08910)."""
+"""InfiniteHiP (Lee et al., 2025, arXiv 2502.08910): a search in stages, each narrowing the tokens down.
+
+It departs from the paper and the published code as :mod:`kvsieve.methods.hip` does, and in this:
+
+* A chunk is judged by the best key met on the way, never by a mean of queries.
+
+The definition, and further points that the paper leaves open: :mod:`kvsieve.backends.search`.
+"""
 
 from __future__ import annotations
 

@@ -4,9 +4,9 @@ Keys are grouped by channel over tokens, because a few channels carry large numb
 
 Departures from the published code, and why:
 
-* Least values are rounded down and steps to the nearest float16, so that every number is within half a step of what is stored.
+* Zero points are rounded down and scales to the nearest float16, so that every number is within half a scale of what is stored.
 * A group with a number that is not finite becomes NaN, so that it is seen.
-* Where a score-based policy moves tokens together, keys that come to share a scale with others are coded again: up to half a step
+* Where a score-based policy moves tokens together, keys that come to share a scale with others are coded again: up to half a scale
   more each time.
 """
 
@@ -73,17 +73,17 @@ def Quantized(
     value_bits: int | None = None,
     when: Literal["decode", "prefill"] = "decode",
 ) -> Memory:
-    """Store settled tokens as codes of ``bits`` bits; combine it with other policies by ``|``.
+    """Store all but the newest tokens as codes of ``bits`` bits; combine it with other policies by ``|``.
 
-    Codes are read where they lie; there is never a full copy. A prompt is packed in multiples of ``group`` tokens, by default once
+    Codes are read where they lie; there is never a full copy. A prompt is quantized in multiples of ``group`` tokens, by default once
     the first token is decoded after it or its turn ends, and generated tokens as each group fills.
 
     Args:
         bits: 2, 4 or 8 for keys and values; 4 by default.
-        group: numbers that share a step and a least value (float16 each): 8, 16, 32 or 64. It must divide the channels of a value.
+        group: numbers that share a scale and a zero point (float16 each): 8, 16, 32 or 64. It must divide the channels of a value.
         residual: newest tokens that stay as they came.
         key_bits, value_bits: the same for keys or for values alone; 0 leaves them as they are.
-        when: ``"prefill"`` to pack after each piece of a prompt, so that a long one is never held in full; later pieces then read
+        when: ``"prefill"`` to quantize after each piece of a prompt, so that a long one is never held in full; later pieces then read
             codes.
 
     Raises:

@@ -1,6 +1,6 @@
-"""Quest (Tang et al., ICML 2024, arXiv 2406.10774): blocks are judged by the greatest and the least number of every key channel.
+"""Quest (Tang et al., ICML 2024, arXiv 2406.10774): blocks are judged by the maximum and the minimum of every key channel.
 
-No key is read to see which blocks matter: ``sum over channels of max(q * greatest, q * least)`` is what the block's keys can score
+No key is read to see which blocks matter: ``sum over channels of max(q * maximum, q * minimum)`` is what the block's keys can score
 at most, and the two rows of each block lie side by side, to be read as fast as memory goes. Departures from the paper, and why:
 
 * The best blocks are candidates, of which the best few keys are read: a bound says that there may be something, not where, and the

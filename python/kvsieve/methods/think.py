@@ -9,7 +9,7 @@ Departures from the published code, and why:
 * One set of channels per KV head, by the summed energy of its group's queries. Keys are never repeated for query heads.
 * The weights use the keys that will be pruned (``norm_over="all"`` also the recent ones, as published); of equal channels the lower
   one goes; pads are no keys.
-* A further prompt is packed as well, with the channels that the first one chose; answers stay whole unless ``flush_every`` says
+* A further prompt is compressed as well, with the channels that the first one chose; answers stay whole unless ``flush_every`` says
   otherwise.
 * ``when="prefill"`` compresses a prompt piece by piece while it is read, which the paper does not: it prunes once, at its end.
 """
@@ -126,7 +126,7 @@ def ThinK(
         norm_over: whether the keys' norms are taken over those that will be pruned or over all.
         channels: ``"pairs"`` to drop rotary pairs, ``"single"`` for single channels, which no rule that moves tokens can read.
         round_to: round the number of kept channels up to a multiple of this, for aligned rows.
-        flush_every: pack generated tokens too, so many at a time.
+        flush_every: compress generated tokens too, so many at a time.
         skip_layers: layers whose keys stay whole.
         mode: ``"zero"`` stores zeros for what is dropped and saves nothing: for comparison with libraries that do.
         when: ``"prefill"`` to compress after each piece of a prompt, so that a long one never has all its keys whole. Then the last

@@ -1,4 +1,4 @@
-"""How settled tokens are stored: the base of such rules, the format and the channels that they decide on, and two of them as one.
+"""How tokens are stored: the base of such rules, the format and the channels that they decide on, and two of them as one.
 
 torch is imported where tensors are made, so that naming a policy does not load it.
 """
@@ -53,7 +53,7 @@ class LayerShape:
 
 @dataclass(frozen=True)
 class Packing:
-    """The format of a layer's packed tokens.
+    """The format of a layer's compressed tokens.
 
     Attributes:
         key_kept: channels of a key that are kept, the same number in each head.
@@ -170,11 +170,11 @@ class StorageRule:
     observe: int = 0
     """How many of a prompt's last queries :meth:`choose_channels` looks at."""
     flush_every: int | None = None
-    """Generated tokens that gather behind the recent ones before they are packed; None to leave them until the next prompt."""
+    """Generated tokens that gather behind the recent ones before they are compressed; None to leave them until the next prompt."""
     align: int = 1
-    """Tokens are packed in multiples of this, a divisor of 64."""
+    """Tokens are compressed in multiples of this, a divisor of 64."""
     when: Literal["decode", "prefill"] = "decode"
-    """Whether a prompt is packed once the first token is decoded after it, or its turn ends; or after each of its pieces."""
+    """Whether a prompt is compressed once the first token is decoded after it, or its turn ends; or after each of its pieces."""
     keeps_pairs: bool = True
     """Whether what is kept of a key can still be rotated."""
     plain: ClassVar[bool] = False
@@ -185,15 +185,15 @@ class StorageRule:
     """Whether it stores codes of a few bits, so that it can be joined to a rule that keeps some channels."""
 
     def packing(self, layer: LayerShape) -> Packing:
-        """The format of a layer's packed tokens.
+        """The format of a layer's compressed tokens.
 
         Raises:
-            PolicyError: if such a layer cannot be packed so.
+            PolicyError: if such a layer cannot be stored so.
         """
         raise NotImplementedError(f"{type(self).__name__} does not define packing()")
 
     def idle(self, layer: LayerShape) -> bool:
-        """Whether packing would leave such a layer's tokens as they are."""
+        """Whether compression would leave such a layer's tokens as they are."""
         packing = self.packing(layer)
         return packing.key_kept == layer.key_dim and not packing.key_bits and not packing.value_bits
 
