@@ -75,16 +75,16 @@ def Quantized(
 ) -> Memory:
     """Store all but the newest tokens as codes of ``bits`` bits; combine it with other policies by ``|``.
 
-    Codes are read where they lie; there is never a full copy. A prompt is quantized in multiples of ``group`` tokens, by default once
-    the first token is decoded after it or its turn ends, and generated tokens as each group fills.
+    Codes are read where they lie; there is never a full copy. A prompt is quantized in multiples of ``group`` tokens, by default
+    once the first token is decoded after it or its turn ends, and generated tokens as each group fills.
 
     Args:
         bits: 2, 4 or 8 for keys and values; 4 by default.
         group: numbers that share a scale and a zero point (float16 each): 8, 16, 32 or 64. It must divide the channels of a value.
         residual: newest tokens that stay as they came.
         key_bits, value_bits: the same for keys or for values alone; 0 leaves them as they are.
-        when: ``"prefill"`` to quantize after each piece of a prompt, so that a long one is never held in full; later pieces then read
-            codes.
+        when: ``"prefill"`` to quantize after each piece of a prompt, so that a long one is never held in full; later pieces then
+            read codes.
 
     Raises:
         PolicyError: for another number of bits or group; when a stream opens, if the group does not divide the values.
