@@ -1,8 +1,8 @@
-"""Every published system and what it joins, sized so that a tiny model's memory is at work: tokens are evicted, selected or compressed.
+"""Every published system and what it joins, so small that a tiny model's memory is at work: tokens are evicted, selected, compressed.
 
 The registry's row of a system is its row here; beside them stand other settings and what systems join. The tests that hold for
-all run over this table (`tests/generate/test_systems.py`), so that a new system is tried with forks, rows and reorders by its row in
-the registry alone.
+every system run over this table (`tests/generate/test_systems.py`), so that a new one is tried with forks, rows and reorders by its
+row in the registry alone.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ if TYPE_CHECKING:
     from kvsieve.cache import StreamLayer
     from kvsieve.facts import ModelFacts
     from kvsieve.pins import Rows
-    from kvsieve.policy import select as selecting
     from kvsieve.policy.compose import Policy
+    from kvsieve.policy.select import SparseSelection
     from kvsieve.policy.specs import EvictionSpec
     from kvsieve.policy.storage import Channels
 
@@ -96,7 +96,7 @@ class Engine:
         """Whether what it read stood side by side, because the text is longer than the model was trained for."""
         self._read: list[npt.NDArray[np.int64]] = []
         self._searched: set[int] = set()
-        self._rules: dict[tuple[int, bool], selecting.SparseSelection | None] = {}
+        self._rules: dict[tuple[int, bool], SparseSelection | None] = {}
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""

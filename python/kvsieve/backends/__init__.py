@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
 
     from kvsieve._core import Moves, Step
-    from kvsieve.policy import select as selecting
+    from kvsieve.policy.select import SparseSelection
     from kvsieve.policy.storage import Channels, Packing
     from kvsieve.rope import LayerRope
 
@@ -198,7 +198,7 @@ class Backend(Protocol):
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> Store:
         """An empty store for keys and values like these (``[B, Hkv, q, D]``)."""
 
-    def make_search(self, rule: selecting.SparseSelection) -> Search:
+    def make_search(self, rule: SparseSelection) -> Search:
         """The choices of one layer under ``rule``, for stores of this backend.
 
         Raises:
@@ -216,7 +216,7 @@ class Choosy(Protocol):
     def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
         """Raise BackendError if a layer like this cannot be held."""
 
-    def check_search(self, rule: selecting.SparseSelection, frame: str, packs: bool) -> None:
+    def check_search(self, rule: SparseSelection, frame: str, packs: bool) -> None:
         """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or over packed ones."""
 
 
