@@ -1,4 +1,4 @@
-"""Every published system and what it joins, so small that a tiny model's memory is at work: tokens are evicted, selected, compressed.
+"""Every published system and what it joins, so small that a tiny model evicts, selects or compresses under it.
 
 The registry's row of a system is its row here; beside them stand other settings and what systems join. The tests that hold for
 every system run over this table (`tests/generate/test_systems.py`), so that a new one is tried with forks, rows and reorders by its

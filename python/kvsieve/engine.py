@@ -29,7 +29,7 @@ from kvsieve.observe import Observer, RowState
 from kvsieve.packer import make_packer
 from kvsieve.policy.evict import Residents
 from kvsieve.policy.position import Rebased
-from kvsieve.policy.specs import make_planner
+from kvsieve.policy.specs import core_frame, make_planner
 from kvsieve.scoring import Scorer
 from kvsieve.sliding import SlidingLayers, SlidingState
 from kvsieve.transcript import Row, Transcript, TranscriptState
@@ -122,7 +122,7 @@ class Engine:
             for layer in facts.layers:
                 backend.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
             if self.search is not None:
-                backend.check_search(self.search, stored_keys, self.packer is not None)
+                backend.check_search(self.search, core_frame(stored_keys), self.packer is not None)
         self.sliding = SlidingLayers.of(facts)
         self._first = min([facts.layers[0].index, *self.sliding.windows])
         self._step: Step | None = None

@@ -375,4 +375,4 @@ def test_a_card_refuses_it_when_the_stream_opens() -> None:
     from kvsieve.backends.cuda import CudaBackend
 
     with pytest.raises(BackendError, match="bounds"):
-        CudaBackend.check_search(object.__new__(CudaBackend), kvsieve.Quest().selection, "post_rope", False)
+        CudaBackend.check_search(object.__new__(CudaBackend), kvsieve.Quest().selection, "rotated", False)

@@ -464,7 +464,7 @@ def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
                     assert not layer.dense
                     assert layer.read == sum(len(tokens) for tokens in read)
                     most = rule.budget if rule.kind == "hip" else rule.stages[-1][1]
-                    slack = max(policy.selection.refresh) if rule.kind == "infinite" else policy.selection.refresh
+                    slack = max(policy.selection.paces)
                     assert all(len(tokens) <= 2 + 8 + most + slack - 1 + 4 for tokens in read)
                     assert layer.searched <= sum(head.searched for row in layer.rows for head in row)
 

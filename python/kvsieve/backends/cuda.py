@@ -1104,7 +1104,7 @@ class CudaBackend:
         if rule.bounded:
             raise BackendError("backend 'cuda' keeps no bounds of blocks; use HiP or InfiniteHiP, or backend='reference'")
         CudaSearch(rule)
-        if frame == "pre_rope":
+        if frame == "raw":
             raise BackendError(
                 "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; leave out "
                 "extend= and policies that move tokens, such as SirLLM, or use backend='reference'"

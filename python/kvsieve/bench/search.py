@@ -134,7 +134,7 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
         if length <= rule.dense_until:
             report.note(f"{shape} {dtype} {length} {name}: read whole, nothing to measure")
             continue
-        paces = rule.refresh if isinstance(rule.refresh, tuple) else (rule.refresh,)
+        paces = rule.paces
         cycle = max(paces)
         every = dataclasses.replace(rule, refresh=(1,) * len(paces) if isinstance(rule.refresh, tuple) else 1)
         once = layers.steps(every, 1)

@@ -39,7 +39,6 @@ class HiPSelection(SparseSelection):
     query_block: int = 64
     query_stride: int = 8
     kind: ClassVar[str] = "hip"
-    algorithm: ClassVar[Literal["tree", "stages"]] = "tree"
 
     def __post_init__(self) -> None:
         for name in ("budget", "block", "window", "refresh", "query_block", "query_stride"):

@@ -52,7 +52,6 @@ class InfiniteHiPSelection(SparseSelection):
     query_stride: int = 8
     page_bounds: bool = False
     kind: ClassVar[str] = "infinite"
-    algorithm: ClassVar[Literal["tree", "stages"]] = "stages"
 
     def __post_init__(self) -> None:
         for name in ("window", "wide", "query_block", "query_stride"):

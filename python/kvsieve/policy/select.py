@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from kvsieve.budget import check_count
 
@@ -58,9 +58,7 @@ class SparseSelection(SelectionRule):
 
     searches: ClassVar[bool] = True
     kind: ClassVar[str]
-    """Which search of :mod:`kvsieve.backends.search`, by the name that backends read: ``algorithm`` says the same."""
-    algorithm: ClassVar[Literal["tree", "stages"]]
-    """How a backend finds it: by a beam search in one tree, or by stages that narrow the tokens down."""
+    """The name by which a backend finds the algorithm."""
     sinks: int
     window: int
     query_block: int
