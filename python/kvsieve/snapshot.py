@@ -12,9 +12,9 @@ import torch
 from kvsieve.backends import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
 from kvsieve.methods.parser import parse
-from kvsieve.policy.specs import core_frame
 from kvsieve.model import fingerprint
 from kvsieve.observe import LayerState, RowState
+from kvsieve.policy.specs import core_frame
 from kvsieve.transcript import Ids, Row, TranscriptState
 
 if TYPE_CHECKING:
