@@ -10,7 +10,7 @@ from kvsieve._core import PACKED
 from kvsieve.backends import kernels, reference
 from kvsieve.backends.packing import PackedBlock
 from kvsieve.facts import LayerRope
-from kvsieve.thin import Channels, Packing
+from kvsieve.policy.storage import Channels, Packing
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 

@@ -13,7 +13,9 @@ import torch
 from drive import Layer, attention, forward, forwards, greedy, pad_left, same_memory, snapshot
 from kvsieve.errors import BudgetError, PolicyError, RangeError, StateError, UnsupportedError
 from kvsieve.facts import LayerRope
-from kvsieve.roles import AsRotated, Memory, Residents, Retain
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import EvictionRule, Residents
+from kvsieve.policy.position import Original
 from kvsieve.runtime import pinning
 from transformers import DynamicCache
 
@@ -121,7 +123,7 @@ def test_heads_that_lose_different_numbers_keep_equally_many(policy: str, backen
             assert {p for p in old if p < sinks or 5 <= p < 9 or p >= stream.seen - 4} <= set(new)
 
 
-class Oldest(Retain):
+class Oldest(EvictionRule):
     """Keeps the sinks, the oldest and the newest, whatever is pinned."""
 
     budget, sinks, recent = 24, 1, 3
@@ -134,7 +136,7 @@ class Oldest(Retain):
 
 def test_a_rule_of_ones_own_cannot_drop_what_is_pinned() -> None:
     rule = Oldest()
-    with kvsieve.stream(tiny.model(), Memory(retain=rule, place=AsRotated()), "reference") as stream:
+    with kvsieve.stream(tiny.model(), Memory(evict=rule, position=Original()), "reference") as stream:
         stream.feed(tiny.ids(1, 24))
         stream.feed(tiny.ids(1, 8), chunk=8)
         stream.reset()
@@ -464,9 +466,9 @@ def unchanged(stream: kvsieve.Stream, call: Any, error: type[Exception], match: 
 def test_a_budget_that_cannot_hold_the_pins_is_refused(policy: str) -> None:
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](BUDGET), "cpu") as stream:
         stream.feed(tiny.ids(2, 20))
-        spec = stream.policy.specs(1)[0]
-        sinks, recent = spec["sinks"], spec.get("recent", 0)
-        budget = spec.get("budget", sinks + spec.get("window", 0))
+        spec = stream.policy.specs(1)[0].evict
+        sinks, recent = spec.sinks, spec.recent
+        budget = spec.budget or sinks + spec.window
         most = budget - sinks - recent - 1
         stream.pin(sinks, sinks + most - 1, rows=1)
         message = rf"row 1: a budget of {budget} tokens cannot hold {sinks} sinks, {most + 1} pinned and {recent} recent"

@@ -69,7 +69,7 @@ def test_attention_after_a_hundred_thousand_evictions(backend: str, policy: str,
     kept = layer.positions()
     keys, values = layer.store.read(layer.planner.runs(0, 0))
     assert torch.equal(values, v[0, :, kept])
-    if layer.frame == "raw":
+    if layer.stored_keys == "pre_rope":
         assert torch.equal(keys, k[0, :, kept])
     else:
         assert torch.equal(keys[0], rope.rotate(k[0, 0, kept].double(), torch.tensor(kept)).to(dtype))

@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from kvsieve import roles
     from kvsieve._core import Moves, Step
     from kvsieve.facts import LayerRope
-    from kvsieve.thin import Channels, Packing
+    from kvsieve.policy.select import SparseSelection
+    from kvsieve.policy.storage import Channels, Packing
 
 __all__ = [
     "BACKENDS",
@@ -195,7 +195,7 @@ class Backend(Protocol):
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> Store:
         """An empty store for keys and values like these (``[B, Hkv, q, D]``)."""
 
-    def make_search(self, rule: roles.Search) -> Search:
+    def make_search(self, rule: SparseSelection) -> Search:
         """The choices of one layer under ``rule``, for stores of this backend.
 
         Raises:
@@ -213,7 +213,7 @@ class Choosy(Protocol):
     def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
         """Raise BackendError if a layer like this cannot be held."""
 
-    def check_search(self, rule: roles.Search, frame: str, packs: bool) -> None:
+    def check_search(self, rule: SparseSelection, frame: str, packs: bool) -> None:
         """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or over packed ones."""
 
 

@@ -277,7 +277,7 @@ class Attachment:
     def _before_attention(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Raw keys: the module's own rotation becomes the identity."""
         cache = state.cache
-        if cache is None or cache.engine.frame != "raw":
+        if cache is None or cache.engine.stored_keys != "pre_rope":
             return None
         return args, with_identity(kwargs)
 
@@ -349,7 +349,7 @@ def _check_axes(engine: Engine, positions: Any) -> None:
     axes = positions[-3:]
     if not bool((axes != axes[:1]).any()):
         return
-    if engine.policy.moves or engine.frame == "raw":
+    if engine.policy.moves or engine.stored_keys == "pre_rope":
         raise UnsupportedError(
             f"the positions of an image have three axes, and {engine.policy!r} moves tokens along one; "
             "use a policy that leaves tokens where they are, such as kvsieve.Full() or kvsieve.SnapKV(...), or pass text only"
