@@ -102,7 +102,7 @@ class Bench:
 
 def rope(dim: int) -> Any:
     import torch
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
 
     return LayerRope(500000.0 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim), "half")
 
@@ -114,12 +114,12 @@ class Dense:
         import kvsieve
         import torch
         from kvsieve import backends
-        from kvsieve._core import Planner
         from kvsieve.backends import AttendCall
+        from kvsieve.policy.specs import make_planner
 
         policy = kvsieve.SirLLM(length + 1, sinks=4, recent=8) if raw else kvsieve.Full()
         self.backend, self.length = backends.get("cuda"), length
-        self.planner = Planner(policy.specs(1), "raw" if raw else "rotated")
+        self.planner = make_planner(policy.specs(1), "pre_rope" if raw else "post_rope")
         self.planner.restore(length, [(length, [(list(range(length)), [0.0] * length)])])
         self.bytes = 2 * length * b.kv_heads * b.dim * b.dtype.itemsize
         self.q = torch.randn(1, b.heads, 1, b.dim, device=b.device).to(b.dtype)
@@ -324,7 +324,8 @@ def raw_error(b: Bench, held: Dense) -> float:
 def packed(b: Bench) -> dict[str, Any]:
     """Decode attention of one layer over packed tokens, against the same tokens as they came."""
     import torch
-    from kvsieve.thin import Packing, kept
+    from kvsieve.methods.think import kept
+    from kvsieve.policy.storage import Packing
 
     length = 300 if b.dry else 64 << 10
     group = 16 if b.dry else 32
@@ -359,11 +360,11 @@ def packed(b: Bench) -> dict[str, Any]:
 def pack_all(b: Bench, held: Dense, packing: Any) -> None:
     """Pack all but the newest 64 tokens, and plan the next one."""
     import torch
-    from kvsieve import thin
+    from kvsieve.methods import think
 
     queries = torch.randn(b.heads, 32, b.dim)
     keys = held.stores[0].read(held.runs[:2])[0].cpu()
-    channels = thin.choose(queries, keys, packing.key_kept, "pairs", rope(b.dim))
+    channels = think.heaviest_channels(queries, keys, packing.key_kept, "pairs", rope(b.dim))
     moves = held.planner.pack(0, (held.length - 64) // 64 * 64, 64)
     in_use, packed_in_use = held.planner.blocks_in_use(), held.planner.packed_in_use()
     for store in held.stores:
@@ -527,7 +528,7 @@ def operations(b: Bench) -> dict[str, Any]:
     from kvsieve.backends import kernels
     from kvsieve.backends.cuda import Runs
     from kvsieve.backends.parts import columns
-    from kvsieve.thin import Packing
+    from kvsieve.policy.storage import Packing
 
     held = Dense(b, b.budget, raw=True)
     store, frequencies = held.stores[0], rope(b.dim).inv_freq.to(b.device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kvsieve import _core
 from kvsieve.backends import AttendCall, get
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 from rounds import interleaved, read_bandwidth, record
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "f16": torch.float16}

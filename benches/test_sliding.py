@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kvsieve.backends import AttendCall
-from kvsieve.sliding import SlidingLayers
+from kvsieve.runtime.sliding import SlidingLayers
 from rounds import interleaved, record
 from transformers.cache_utils import DynamicSlidingWindowLayer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward

@@ -27,6 +27,7 @@ from kvsieve.backends.search import (
     region,
     sparse_attend,
 )
+from kvsieve.policy.specs import make_planner
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
 NAMES = {"f32": "float32", "bf16": "bfloat16"}
@@ -76,7 +77,7 @@ def read(
 ) -> tuple[float, torch.Tensor]:
     """Seconds of attention of the whole prompt, storing not counted; and the last chunk's result."""
     q = x[0]
-    planner = _core.Planner(kvsieve.Full().specs(1), "rotated")
+    planner = make_planner(kvsieve.Full().specs(1), "post_rope")
     store, sparse = _core.Store(1, q.shape[3], q.shape[3], NAMES[dtype]), made(search)
     call, seconds, out = AttendCall(q.shape[3] ** -0.5), 0.0, q
     for at in range(0, q.shape[2], chunk):

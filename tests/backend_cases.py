@@ -12,9 +12,9 @@ import kvsieve
 import tiny
 import torch
 from drive import Layer, forwards, pad_left
-from kvsieve import thin
-from kvsieve.rope import LayerRope
-from kvsieve.thin import Packing
+from kvsieve.facts import LayerRope
+from kvsieve.methods import think
+from kvsieve.policy.storage import Packing
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
@@ -42,7 +42,7 @@ def layer(policy: str, dtype: torch.dtype, device: torch.device, size: int = 16,
         begin = (first, [rng.randint(1, first) for _ in range(rows)])
         for width, lens in [begin, *((n, [n] * rows) for n in (1, 1, 17, 1, 5, 40, 1, 70, 1))]:
             q, k, v = (torch.randn(rows, h, width, size, generator=generator) for h in (heads * group, heads, heads))
-            if tested.frame == "rotated":
+            if tested.stored_keys == "post_rope":
                 seen = [exact.planner.seen(r) if exact.planner.num_rows else 0 for r in range(rows)]
                 exact.rope = rope
                 q, k = (exact.rotated(x, [s - (width - n) for s, n in zip(seen, lens)]) for x in (q, k))
@@ -154,7 +154,7 @@ def packed_layer(dtype: torch.dtype, bits: tuple[int, int], frame: str, device: 
         close(outs[0], outs[1].double(), TOLERANCE[dtype])
         at += width
         if at in (200, 292):
-            chosen = thin.choose(q[0, :, :200], k[0, :, :200], 20, "pairs", rope) if at == 200 else None
+            chosen = think.heaviest_channels(q[0, :, :200], k[0, :, :200], 20, "pairs", rope) if at == 200 else None
             for layer in layers:
                 first = layer.planner.runs(0, 0)[0][0]
                 layer.pack(layer.planner.resident(0, 0) - 10, first if chosen is None else chosen, packing)

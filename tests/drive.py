@@ -8,10 +8,10 @@ import kvsieve
 import numpy as np
 import torch
 from kvsieve import backends
-from kvsieve._core import Planner
 from kvsieve.backends import AttendCall
 from kvsieve.backends.cpu import _view
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
+from kvsieve.policy.specs import make_planner
 
 # ------------------------------------------------------------------------------------------------------------------- with a model
 
@@ -107,11 +107,11 @@ class Layer:
     ) -> None:
         self.backend = backends.get(backend)
         self.policy, self.rope, self.dtype = policy, rope, dtype
-        self.frame = policy.frame
-        self.planner = Planner(policy.specs(1), self.frame)
+        self.stored_keys = policy.stored_keys
+        self.planner = make_planner(policy.specs(1), self.stored_keys)
         self.call = AttendCall(scale, softcap, sinks, rope if policy.moves else None, top_k)
         self.store: Any = None
-        self.selects = any("top_k" in spec for spec in policy.specs(1))
+        self.selects = any(spec.top_k for spec in policy.specs(1))
 
     def rotated(self, x: torch.Tensor, first: list[int]) -> torch.Tensor:
         """``x`` ``[B, H, q, D]``, row ``r`` rotated as positions ``first[r], first[r] + 1, ...``, in its own dtype."""
@@ -132,7 +132,7 @@ class Layer:
         """One forward; the last ``lens[row]`` columns of each row are real. Returns ``[B, q, H, Dv]``."""
         batch, width = q.shape[0], q.shape[2]
         lens = [width] * batch if lens is None else lens
-        if self.frame == "rotated":
+        if self.stored_keys == "post_rope":
             seen = [self.planner.seen(row) if self.planner.num_rows else 0 for row in range(batch)]
             first = [s - (width - n) for s, n in zip(seen, lens)]
             q, k = self.rotated(q, first), self.rotated(k, first)

@@ -9,8 +9,8 @@ import torch
 from kvsieve._core import PACKED
 from kvsieve.backends import kernels, reference
 from kvsieve.backends.packing import PackedBlock
-from kvsieve.rope import LayerRope
-from kvsieve.thin import Channels, Packing
+from kvsieve.facts import LayerRope
+from kvsieve.policy.storage import Channels, Packing
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 

@@ -18,7 +18,6 @@ from backend_cases import on
 from drive import forwards, pad_left
 from kernel_cases import Blocks
 from kvsieve import backends
-from kvsieve._core import Planner
 from kvsieve.backends import AttendCall, kernels
 from kvsieve.backends.search import (
     Selection,
@@ -30,6 +29,7 @@ from kvsieve.backends.search import (
     region,
     sparse_attend,
 )
+from kvsieve.policy.specs import make_planner
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -136,7 +136,7 @@ class Searching:
     ) -> None:
         self.backend: Any = backends.get("cuda")
         self.search = self.backend.make_search(rule)
-        self.planner = Planner(kvsieve.Full().specs(1), "rotated")
+        self.planner = make_planner(kvsieve.Full().specs(1), "post_rope")
         self.shape, self.dtype, self.device = (rows, heads, group, size), dtype, torch.device(device)
         self.call = AttendCall(size**-0.5, softcap, None if sinks is None else sinks.to(device))
         self.rows = [Row(rule, size**-0.5, softcap, sinks) for _ in range(rows)]

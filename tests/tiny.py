@@ -95,12 +95,17 @@ POLICIES: dict[str, Any] = {
     "h2o": lambda budget: kvsieve.H2O(budget, recent=4, sinks=2),
     "chain": lambda budget: kvsieve.StreamingLLM(budget // 2, sinks=2) >> kvsieve.SirLLM(budget // 2, sinks=0, recent=0),
 }
-"""Every policy by name, as a function of the tokens it may hold."""
+"""Every policy by name, as a function of the tokens it may hold. An eviction system without a row is tried by its defaults."""
 
-BOUNDED = [name for name in POLICIES if name not in ("full", "lm_infinite_middle")]
+_rows = [repr(make(64)) for make in POLICIES.values()]
+for _system in kvsieve.methods.SYSTEMS:
+    if _system.does == "evicts" and not any(row.startswith(f"{_system.name}(") for row in _rows):
+        POLICIES[_system.page] = _system.make
+
+BOUNDED = [name for name, make in POLICIES.items() if make(64).memories[-1].roles.evict.evicts]
 """The policies whose memory is bounded."""
 
-PER_HEAD = ["snapkv", "h2o"]
+PER_HEAD = [name for name, make in POLICIES.items() if make(64).memories[0].roles.evict.per_head]
 """The policies under which the heads of a row hold different tokens."""
 
 BACKENDS = ["reference", "cpu"]

@@ -11,42 +11,33 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvsieve import errors, policies, roles
+from kvsieve import errors, methods, policy
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
-from kvsieve.policies import H2O, Full, HiP, InfiniteHiP, LMInfinite, Quantized, Quest, SirLLM, SnapKV, StreamingLLM, ThinK
-from kvsieve.roles import Memory
+from kvsieve.methods import registry
+from kvsieve.methods.registry import *  # noqa: F403
+from kvsieve.policy.compose import Memory
 
 if TYPE_CHECKING:
-    from kvsieve.snapshot import load
+    from kvsieve.session import load
     from kvsieve.streams import Kept, Stats, Stream, stream
 
 __all__ = [
-    "H2O",
-    "Full",
-    "HiP",
-    "InfiniteHiP",
     "Kept",
     "KvsieveError",
-    "LMInfinite",
     "Memory",
-    "Quantized",
-    "Quest",
-    "SirLLM",
-    "SnapKV",
     "Stats",
     "Stream",
-    "StreamingLLM",
-    "ThinK",
     "__version__",
     "errors",
     "load",
-    "policies",
-    "roles",
+    "methods",
+    "policy",
     "stream",
 ]
+__all__ += registry.__all__
 
-_LAZY = {"load": "snapshot", "Kept": "streams", "Stats": "streams", "Stream": "streams", "stream": "streams"}
+_LAZY = {"load": "session", "Kept": "streams", "Stats": "streams", "Stream": "streams", "stream": "streams"}
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,12 @@
-"""Budgets are counts: of tokens (an int) or of bytes (a string such as ``"64MiB"``). Never ratios."""
+"""Budgets are counts: of tokens (an int) or of bytes (a string such as ``"64MiB"``). Never ratios. And what is a count at all."""
 
 from __future__ import annotations
 
 import re
 
-from kvsieve.errors import BudgetError
+from kvsieve.errors import BudgetError, PolicyError
 
-__all__ = ["BLOCK", "check_budget", "parse_bytes", "tokens_for"]
+__all__ = ["BLOCK", "check_budget", "check_count", "parse_bytes", "tokens_for"]
 
 BLOCK = 64
 """Tokens in one block, the unit of allocation."""
@@ -49,6 +49,16 @@ def check_budget(budget: int | str, *, sinks: int, recent: int, name: str) -> in
             f"give it at least {sinks + max(recent, 1)}"
         )
     return budget
+
+
+def check_count(name: str, value: object, least: int = 0) -> None:
+    """Refuse what is not an int of at least ``least``.
+
+    Raises:
+        PolicyError: with the name of the parameter and what was given.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise PolicyError(f"{name} must be an int of at least {least}, got {value!r}")
 
 
 def tokens_for(budget: int | str, bytes_per_token: int) -> int:

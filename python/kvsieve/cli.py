@@ -18,11 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from kvsieve.errors import BackendError, KvsieveError
+from kvsieve.methods.registry import SYSTEMS
 
 __all__ = ["main"]
 
 _BEGAN = time.perf_counter()
 _MODEL = "smollm2, a local model folder, or a GGUF file"
+_POLICIES = "known: " + ", ".join(system.text_name for system in SYSTEMS)
 _BACKENDS = ("reference", "cpu", "cuda")
 _DTYPES = ("float32", "bfloat16", "float16")
 
@@ -90,7 +92,7 @@ def _add_demo(commands: Any) -> None:
 def _add_generate(commands: Any) -> None:
     generate = commands.add_parser("generate", help="continue a prompt with a bounded memory")
     generate.add_argument("--model", required=True, help=_MODEL)
-    generate.add_argument("--policy", required=True, help='for example "sirllm(budget=1024, decay=0.9)"')
+    generate.add_argument("--policy", required=True, help=f'for example "sirllm(budget=1024, decay=0.9)"; {_POLICIES}')
     prompt = generate.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue")
     prompt.add_argument("--prompt-file", type=Path, help="a file with the text to continue")
@@ -245,11 +247,11 @@ def _generate(arguments: argparse.Namespace) -> int:
     import torch
 
     import kvsieve
-    from kvsieve import policies
     from kvsieve.evals.models import load_model
+    from kvsieve.methods import parse
     from kvsieve.view.typist import held, print_while_generating
 
-    policy = policies.parse(arguments.policy)
+    policy = parse(arguments.policy)
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with kvsieve.stream(model, policy, backend=arguments.backend) as stream:

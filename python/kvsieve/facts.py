@@ -3,15 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 if TYPE_CHECKING:
-    from kvsieve.rope import LayerRope
+    from kvsieve._core import Rope
 
-__all__ = ["AttentionLayer", "ModelFacts"]
+__all__ = ["AttentionLayer", "LayerRope", "ModelFacts"]
+
+Layout = Literal["half", "interleaved"]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerRope:
+    """The rotation of one layer.
+
+    Attributes:
+        inv_freq: float64 ``[R/2]``, radians per position.
+        layout: ``"half"`` pairs channel ``i`` with ``i + R/2``; ``"interleaved"`` pairs ``2i`` with ``2i + 1``. The first
+            R channels rotate, the rest pass through.
+        factor: what the model multiplies cosines and sines by (YaRN and longrope; 1 otherwise).
+    """
+
+    inv_freq: torch.Tensor = field(repr=False)
+    layout: Layout
+    factor: float = 1.0
+
+    @property
+    def rotary_dim(self) -> int:
+        """Channels that rotate."""
+        return 2 * self.inv_freq.numel()
+
+    @cached_property
+    def core(self) -> Rope:
+        """The same rotation for the Rust kernels."""
+        from kvsieve._core import Rope
+
+        return Rope(self.inv_freq.tolist(), self.layout, self.factor)
+
+    def table(self, positions: torch.Tensor, dtype: torch.dtype, *, factor: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines and sines ``[n, R/2]`` of int64 ``positions`` ``[n]``; the phases are exact for any position."""
+        angle = positions.to(torch.float64)[:, None] * self.inv_freq.to(positions.device)[None, :]
+        scale = self.factor if factor else 1.0
+        return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
+
+    def turn(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        """``x`` ``[..., n, D]`` rotated by a table of :meth:`table`."""
+        cos, sin = table
+        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        if self.layout == "half":
+            a, b = turned.chunk(2, -1)
+            turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+        else:
+            a, b = turned[..., 0::2], turned[..., 1::2]
+            turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+
+    def rotate(self, x: torch.Tensor, positions: torch.Tensor, *, factor: bool = True) -> torch.Tensor:
+        """``x`` ``[..., n, D]`` rotated by ``positions`` (int64 ``[n]``), in ``x``'s dtype."""
+        return self.turn(x, self.table(positions, x.dtype, factor=factor))
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,13 +18,13 @@ import torch
 from kvsieve.errors import CacheMismatchError, PaddingError, ShapeError, StateError, UnsupportedError
 from kvsieve.model.generation import Settings, StreamerProxy, Watch, stopping_list
 from kvsieve.model.support import cache_name
-from kvsieve.turn import Pieces, Turn
+from kvsieve.runtime.turn import Pieces, Turn
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvsieve.cache import StreamCache
-    from kvsieve.engine import Engine
+    from kvsieve.model.cache import StreamCache
+    from kvsieve.runtime.engine import Engine
     from kvsieve.streams import Stream
 
 __all__ = ["Batch", "accept", "feed", "generate", "read_again", "read_pieces", "unpack", "unread_of"]

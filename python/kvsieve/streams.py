@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve import backends, pins
+from kvsieve import backends
 from kvsieve import generate as turns
 from kvsieve.errors import (
     PolicyError,
@@ -22,17 +22,18 @@ from kvsieve.errors import (
     UnsupportedError,
     UnsupportedModelError,
 )
-from kvsieve.roles import Policy
+from kvsieve.policy.compose import Policy
+from kvsieve.runtime import pinning
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from transformers import PreTrainedModel
 
-    from kvsieve.cache import StreamCache
-    from kvsieve.engine import Engine, EngineState
     from kvsieve.facts import ModelFacts
     from kvsieve.model import Attachment
+    from kvsieve.model.cache import StreamCache
+    from kvsieve.runtime.engine import Engine, EngineState
 
 __all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Mark", "Parts", "Stats", "Stream", "stream"]
 
@@ -58,7 +59,7 @@ class Parts:
         scales: steps and least values of codes.
         channels: which channels of keys were kept.
         tail: keys and values that are not packed yet.
-        bounds: what :func:`kvsieve.Quest` knows of blocks.
+        bounds: what a selection by page bounds knows of blocks.
     """
 
     keys: int
@@ -83,7 +84,7 @@ class Stats:
         parts: the bytes by what they hold.
         backend: name of the backend.
         policy: the policy, as text.
-        frame: how keys are stored, ``"rotated"`` or ``"raw"``.
+        stored_keys: how keys are stored, ``"post_rope"`` (as the model rotated them) or ``"pre_rope"``.
         layers: one entry per full-attention layer.
     """
 
@@ -96,7 +97,7 @@ class Stats:
     parts: Parts
     backend: str
     policy: str
-    frame: str
+    stored_keys: str
     layers: tuple[LayerStats, ...]
 
     def as_dict(self) -> dict[str, Any]:
@@ -197,9 +198,9 @@ class Stream:
     def __init__(
         self, model: PreTrainedModel, policy: Policy, backend: str | None = None, *, _parent: Stream | None = None
     ) -> None:
-        from kvsieve.cache import StreamCache
-        from kvsieve.engine import Engine
         from kvsieve.model import attach, look_through
+        from kvsieve.model.cache import StreamCache
+        from kvsieve.runtime.engine import Engine
 
         if not isinstance(policy, Policy):
             raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024) second, got {type(policy).__name__}")
@@ -210,7 +211,7 @@ class Stream:
             if _parent is None:
                 facts = self._attachment.facts
                 name = backend or backends.choose(facts.layers[0].device, facts.layers[0].dtype)
-                self._engine = Engine(policy, facts, backends.get(name), _frame(type(self.model).__name__, policy, facts))
+                self._engine = Engine(policy, facts, backends.get(name), _stored_keys(type(self.model).__name__, policy, facts))
             else:
                 self._engine = _parent._engine.fork()
             self._cache = StreamCache(self._engine, weakref.ref(self))
@@ -272,7 +273,7 @@ class Stream:
             parts=_parts(engine),
             backend=engine.backend.name,
             policy=repr(self.policy),
-            frame=engine.frame,
+            stored_keys=engine.stored_keys,
             layers=layers,
         )
 
@@ -309,7 +310,7 @@ class Stream:
         Raises:
             StateError: for a policy that reads all it holds, or before the first token.
         """
-        from kvsieve.tracing import trace
+        from kvsieve.trace import trace
 
         return trace(self._check_open())
 
@@ -467,8 +468,8 @@ class Stream:
 
         Raises:
             RangeError: for a range or a row that is none, or tokens that were not read yet.
-            UnsupportedError: under Quest, and for tokens that the model's own sliding layers still see. After each of these,
-                nothing has changed.
+            UnsupportedError: under a selection by page bounds, and for tokens that the model's own sliding layers still see. After
+                each of these, nothing has changed.
         """
         self._check_open().evict(start, stop, rows)
 
@@ -518,7 +519,7 @@ class Stream:
             path: the file to write; one that exists is replaced once the new one is complete.
             tokenizer: if given, its fingerprint is written, and compared when the file is loaded with a tokenizer.
         """
-        from kvsieve.snapshot import save
+        from kvsieve.session import save
 
         self._check_open()
         save(self, path, tokenizer)
@@ -530,12 +531,12 @@ class Stream:
     ) -> contextlib.AbstractContextManager[None]:
         if not pin:
             return contextlib.nullcontext()
-        return pins.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
+        return pinning.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
 
     def _chunk(self) -> int:
         """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""
         specs = self.policy.specs(self._engine.facts.bytes_per_token)
-        sizes = [spec.get("budget", 0) for spec in specs] + [spec.get("window", 0) for spec in specs[:-1]]
+        sizes = [spec.evict.budget for spec in specs] + [spec.evict.window for spec in specs[:-1]]
         chunk: int = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
         trained = self._engine.facts.trained_length
         return chunk if trained is None else max(min(chunk, trained // 2), 1)
@@ -560,17 +561,17 @@ def _check_head(engine: Engine, layer: int | None, head: int | None) -> None:
         raise StateError(f"layer {layer} has key-value heads 0 to {known[layer] - 1}, not {head!r}")
 
 
-def _frame(name: str, policy: Policy, facts: ModelFacts) -> str:
-    """The frame of the keys, if this model's positions allow the policy at all."""
+def _stored_keys(name: str, policy: Policy, facts: ModelFacts) -> str:
+    """How keys are stored, if this model's positions allow the policy at all."""
     if not policy.moves:
-        return policy.frame
+        return policy.stored_keys
     if facts.dynamic_rope:
         raise UnsupportedModelError(
             f"{name} scales its rotary frequencies with the length (dynamic NTK), so {policy!r} cannot re-place its keys"
         )
     if not facts.has_rope and not _mixes_positions(facts):
         raise UnsupportedModelError(f"{name} has no rotary positions, so {policy!r} cannot re-place its keys; use kvsieve.Full()")
-    return "raw" if facts.longrope else policy.frame
+    return "pre_rope" if facts.longrope else policy.stored_keys
 
 
 def _mixes_positions(facts: ModelFacts) -> bool:

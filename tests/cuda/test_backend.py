@@ -18,7 +18,7 @@ from kvsieve import backends
 from kvsieve.backends import cuda, kernels
 from kvsieve.backends.nvrtc import Module
 from kvsieve.errors import BackendError, ShapeError
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 
 CPU = torch.device("cpu")
 
@@ -113,7 +113,7 @@ def test_recorded_launches_run_the_next_steps_plan(
     for step in range(150):  # more than two blocks' worth
         given, scores = draw(1)
         want = exact.feed(*given, scores=scores)
-        if tested.frame == "rotated":
+        if tested.stored_keys == "post_rope":
             given[:2] = [tested.rotated(x, [tested.planner.seen(0)]) for x in given[:2]]
         for place, x in zip(fixed, given):
             place.copy_(x)

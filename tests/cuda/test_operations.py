@@ -12,7 +12,7 @@ import torch
 from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, rope_of, table_of
 from kvsieve.backends import kernels
 from kvsieve.errors import BackendError, ShapeError
-from kvsieve.thin import Channels, Packing
+from kvsieve.policy.storage import Channels, Packing
 
 CPU = torch.device("cpu")
 

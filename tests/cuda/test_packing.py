@@ -13,11 +13,11 @@ import pytest
 import torch
 from backend_cases import PACKINGS, close
 from drive import Layer
-from kvsieve import thin
 from kvsieve.backends import cuda, kernels
 from kvsieve.errors import ShapeError, StateError, UnsupportedError
-from kvsieve.rope import LayerRope
-from kvsieve.thin import Channels, Packing
+from kvsieve.facts import LayerRope
+from kvsieve.methods import think
+from kvsieve.policy.storage import Channels, Packing
 
 CPU = torch.device("cpu")
 
@@ -63,7 +63,7 @@ def test_bytes_are_the_formula_and_given_back() -> None:
         layer.feed(x, x, x)
         full = layer.store.bytes_held
         assert full == 2 * 2 * count * dim * heads
-        layer.pack(count - recent, thin.choose(x[0], x[0], kept, "single", None), packing)
+        layer.pack(count - recent, think.heaviest_channels(x[0], x[0], kept, "single", None), packing)
         layer.store.apply(layer.planner.tidy())
         layer.store.free_unused(layer.planner.blocks_in_use(), layer.planner.packed_in_use())
         held, tokens = layer.store.held(), (count - recent) * heads
@@ -107,7 +107,7 @@ def test_single_channels_cannot_turn() -> None:
     layer = Layer("cuda", kvsieve.SirLLM(300, sinks=2, recent=8), rope=rope, scale=1.0)
     q, k = torch.randn(1, 4, 101, 16), torch.randn(1, 2, 101, 16)
     layer.feed(q[:, :, :100], k[:, :, :100], k[:, :, :100], scores=[np.zeros(100, np.float32)])
-    layer.pack(64, thin.choose(q[0], k[0], 9, "single", None), Packing(9))
+    layer.pack(64, think.heaviest_channels(q[0], k[0], 9, "single", None), Packing(9))
     with pytest.raises(UnsupportedError, match="pair"):
         layer.feed(q[:, :, 100:], k[:, :, 100:], k[:, :, 100:], scores=[np.zeros(1, np.float32)])
 
@@ -124,7 +124,7 @@ def test_recorded_launches_read_what_was_packed_meanwhile(launcher: emulator.Emu
         return [torch.randn(1, h, width, 16, generator=generator) for h in (4, 2, 2)]
 
     first = draw(150)
-    chosen = thin.choose(first[0][0], first[1][0], 10, "single", None)
+    chosen = think.heaviest_channels(first[0][0], first[1][0], 10, "single", None)
     for layer in layers:
         layer.feed(*first)
         layer.pack(96, chosen, packing)
@@ -169,7 +169,7 @@ def test_a_table_that_grows_makes_a_graph_out_of_date() -> None:
     plan = layer.planner.begin([1], 1, True, False)
     before = layer.store.addresses(plan)
     layer.planner.rollback()
-    layer.pack(64 * 70 - 8, thin.choose(x[0], x[0], 8, "single", None), Packing(8))
+    layer.pack(64 * 70 - 8, think.heaviest_channels(x[0], x[0], 8, "single", None), Packing(8))
     plan = layer.planner.begin([1], 1, True, False)
     assert layer.store.addresses(plan) != before
     assert cuda.locate(69)[1] >= 64

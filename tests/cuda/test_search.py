@@ -310,7 +310,7 @@ def refused(layer: Layer, width: int = 1) -> None:
 
 @pytest.mark.parametrize("width", [1, 20])
 def test_memories_that_cannot_be_searched(width: int) -> None:
-    from kvsieve.thin import Channels, Packing
+    from kvsieve.policy.storage import Channels, Packing
 
     def fed(policy: Any, tokens: int = 80) -> Layer:
         layer = Layer("cuda", policy, scale=0.25)
@@ -330,7 +330,7 @@ def test_memories_that_cannot_be_searched(width: int) -> None:
 
 
 def tiny_rope() -> Any:
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
 
     return LayerRope(10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16), "half")
 

@@ -13,8 +13,8 @@ import pytest
 import tiny
 import torch
 from drive import forward, forwards, snapshot
-from kvsieve.critical import uninterrupted
 from kvsieve.errors import StateError
+from kvsieve.runtime.process import defer_sigint
 
 POLICIES = {
     "think": (lambda: kvsieve.ThinK(0.5, recent=8, observe=8, flush_every=8), "pack"),
@@ -131,7 +131,7 @@ def test_signals_that_wait_arrive() -> None:
     done = []
 
     def work() -> None:
-        with uninterrupted():
+        with defer_sigint():
             os.kill(os.getpid(), signal.SIGINT)
             done.append(1)
 
@@ -142,7 +142,7 @@ def test_signals_that_wait_arrive() -> None:
     seen = []
 
     def run() -> None:
-        with uninterrupted():
+        with defer_sigint():
             seen.append(1)
 
     thread = threading.Thread(target=run)
@@ -154,7 +154,7 @@ def test_signals_that_wait_arrive() -> None:
 def test_a_handler_that_is_not_pythons_is_left_alone() -> None:
     before = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        with uninterrupted():
+        with defer_sigint():
             assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGINT, before)

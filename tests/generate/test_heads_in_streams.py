@@ -384,9 +384,9 @@ def test_a_file_holds_what_was_seen(family: str, policy: str, backend: str, tmp_
 
 
 def test_a_rule_of_ones_own_is_not_written(tmp_path: Path) -> None:
-    from kvsieve.roles import HeavyHitters
+    from kvsieve.methods.h2o import HeavyHitters
 
-    own = kvsieve.Memory(retain=HeavyHitters(24))
+    own = kvsieve.Memory(evict=HeavyHitters(24))
     with kvsieve.stream(tiny.model(), own, "reference") as stream:
         forward(tiny.model(), stream.cache, tiny.ids(1, 50))
         with pytest.raises(UnsupportedError, match="cannot be written as text"):

@@ -86,7 +86,7 @@ class Shifted(LlamaModel):
     """A decoder that tells its layers other positions than it is told."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(next((v for v in kwargs.values() if isinstance(v, Cache)), None), kvsieve.cache.StreamCache):
+        if isinstance(next((v for v in kwargs.values() if isinstance(v, Cache)), None), kvsieve.model.cache.StreamCache):
             kwargs["position_ids"] = kwargs["position_ids"] * 7
         return super().forward(*args, **kwargs)
 

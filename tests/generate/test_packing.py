@@ -11,11 +11,16 @@ import pytest
 import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, same_memory
-from kvsieve import thin
 from kvsieve._core import PACKED
 from kvsieve.errors import KvsieveError, PolicyError
-from kvsieve.roles import All, AsRotated, Codes, Memory, Pack, Slots, Thin, ThinCodes, Window
-from kvsieve.thin import Channels, LayerShape, Observed, Packing
+from kvsieve.methods import think
+from kvsieve.methods.quantized import QuantizedStorage
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.methods.think import ChannelPruned
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import KeepAll
+from kvsieve.policy.position import InCache, Original
+from kvsieve.policy.storage import Channels, LayerShape, Packing, PrunedAndQuantized, StorageObservation, StorageRule
 from tiny import BACKENDS
 
 Make = Callable[[], kvsieve.Memory]
@@ -361,7 +366,7 @@ def test_reset_gives_everything_back(make: Make) -> None:
 # -------------------------------------------------------------------------------------------------------------- roles of one's own
 
 
-class Halves(Pack):
+class Halves(StorageRule):
     """The first half of the channels, whatever they hold."""
 
     recent = 4
@@ -370,14 +375,14 @@ class Halves(Pack):
     def packing(self, layer: LayerShape) -> Packing:
         return Packing(layer.key_dim // 2)
 
-    def choose(self, seen: Observed) -> Channels:
-        assert seen.keys.shape[1] - seen.settled == 4
+    def choose_channels(self, seen: StorageObservation) -> Channels:
+        assert seen.keys.shape[1] - seen.count == 4
         return Channels(torch.arange(seen.layer.key_dim // 2).expand(seen.layer.num_kv_heads, -1).contiguous(), (0, 0))
 
 
 def test_a_role_of_ones_own() -> None:
     model = tiny.model()
-    with kvsieve.stream(model, Memory(retain=All(), place=AsRotated(), pack=Halves())) as stream:
+    with kvsieve.stream(model, Memory(evict=KeepAll(), position=Original(), storage=Halves())) as stream:
         stream.generate(tiny.ids(1, 80), max_new_tokens=5, do_sample=False)
         assert packed(stream) == [76]
         runs = stream._engine.planner.runs(0, 0)
@@ -397,13 +402,13 @@ def test_skipped_layers_stay_whole() -> None:
 
 def test_norms_over_all_or_over_what_is_pruned() -> None:
     seen: list[int] = []
-    model, choose = tiny.model(), thin.choose
+    model, choose = tiny.model(), think.heaviest_channels
     for norm_over, keys in (("pruned", 72), ("all", 80)):
         with (
             pytest.MonkeyPatch.context() as patch,
             kvsieve.stream(model, kvsieve.ThinK(0.5, recent=8, norm_over=norm_over)) as stream,
         ):
-            patch.setattr(thin, "choose", lambda q, k, *a, **kw: (seen.append(k.shape[1]), choose(q, k, *a, **kw))[1])
+            patch.setattr(think, "heaviest_channels", lambda q, k, *a, **kw: (seen.append(k.shape[1]), choose(q, k, *a, **kw))[1])
             forwards(model, stream.cache, tiny.ids(1, 81), [80, 1])
             assert seen.pop() == keys
 
@@ -433,11 +438,11 @@ def test_norms_over_all_or_over_what_is_pruned() -> None:
         (lambda: kvsieve.Quantized(4, residual=-1), "residual"),
         (lambda: kvsieve.SirLLM(64) | kvsieve.ThinK(channels="single"), "channels='pairs'"),
         (lambda: kvsieve.StreamingLLM(64) | kvsieve.ThinK(channels="single"), "channels='pairs'"),
-        (lambda: kvsieve.ThinK(0.4) | kvsieve.ThinK(0.2), "decide pack"),
-        (lambda: kvsieve.Quantized(4) | kvsieve.Quantized(2), "decide pack"),
+        (lambda: kvsieve.ThinK(0.4) | kvsieve.ThinK(0.2), "decide storage"),
+        (lambda: kvsieve.Quantized(4) | kvsieve.Quantized(2), "decide storage"),
         (lambda: kvsieve.StreamingLLM(64) >> (kvsieve.SirLLM(64) | kvsieve.ThinK()), "chain"),
         (lambda: (kvsieve.StreamingLLM(64) | kvsieve.ThinK()) >> kvsieve.SirLLM(64), "chain"),
-        (lambda: Memory(retain=Window(64), place=Slots(), pack=Thin(channels="single")), "channels='pairs'"),
+        (lambda: Memory(evict=Window(64), position=InCache(), storage=ChannelPruned(channels="single")), "channels='pairs'"),
     ],
 )
 def test_what_cannot_be_right_is_refused_when_it_is_built(build: Callable[[], Any], match: str) -> None:
@@ -452,11 +457,11 @@ def test_a_group_that_does_not_divide_the_values_is_refused_when_the_stream_open
 
 def test_joined_text_is_read_back() -> None:
     policy = kvsieve.ThinK(0.4, skip_layers=(0, 1)) | kvsieve.Quantized(2)
-    assert isinstance(policy.packs, ThinCodes)
-    assert repr(kvsieve.policies.parse(repr(policy))) == repr(policy)
-    assert kvsieve.policies.parse("quantized(2) | think(0.4, skip_layers=(0, 1))").packs == policy.packs
-    assert (kvsieve.Quantized(2) | kvsieve.Full()).packs == Codes(2, 2)
-    assert kvsieve.Full().packs is None
+    assert isinstance(policy.compression, PrunedAndQuantized)
+    assert repr(kvsieve.methods.parse(repr(policy))) == repr(policy)
+    assert kvsieve.methods.parse("quantized(2) | think(0.4, skip_layers=(0, 1))").compression == policy.compression
+    assert (kvsieve.Quantized(2) | kvsieve.Full()).compression == QuantizedStorage(2, 2)
+    assert kvsieve.Full().compression is None
 
 
 def test_too_little_to_observe_packs_nothing_yet() -> None:
@@ -476,5 +481,5 @@ def test_nan_keys_are_kept_in_sight(backend: str) -> None:
     """A channel with NaN weighs most, so that packing does not hide it."""
     keys = torch.randn(1, 50, 16, generator=torch.Generator().manual_seed(0))
     keys[0, 7, 3] = torch.nan
-    chosen = thin.choose(torch.ones(1, 4, 16), keys, 4, "single", None)
+    chosen = think.heaviest_channels(torch.ones(1, 4, 16), keys, 4, "single", None)
     assert 3 in chosen.index[0].tolist()

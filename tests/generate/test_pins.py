@@ -11,10 +11,12 @@ import pytest
 import tiny
 import torch
 from drive import Layer, attention, forward, forwards, greedy, pad_left, same_memory, snapshot
-from kvsieve import pins
 from kvsieve.errors import BudgetError, PolicyError, RangeError, StateError, UnsupportedError
-from kvsieve.roles import AsRotated, Memory, Residents, Retain
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import EvictionRule, Residents
+from kvsieve.policy.position import Original
+from kvsieve.runtime import pinning
 from transformers import DynamicCache
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -121,7 +123,7 @@ def test_heads_that_lose_different_numbers_keep_equally_many(policy: str, backen
             assert {p for p in old if p < sinks or 5 <= p < 9 or p >= stream.seen - 4} <= set(new)
 
 
-class Oldest(Retain):
+class Oldest(EvictionRule):
     """Keeps the sinks, the oldest and the newest, whatever is pinned."""
 
     budget, sinks, recent = 24, 1, 3
@@ -134,7 +136,7 @@ class Oldest(Retain):
 
 def test_a_rule_of_ones_own_cannot_drop_what_is_pinned() -> None:
     rule = Oldest()
-    with kvsieve.stream(tiny.model(), Memory(retain=rule, place=AsRotated()), "reference") as stream:
+    with kvsieve.stream(tiny.model(), Memory(evict=rule, position=Original()), "reference") as stream:
         stream.feed(tiny.ids(1, 24))
         stream.feed(tiny.ids(1, 8), chunk=8)
         stream.reset()
@@ -411,12 +413,12 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](BUDGET), "cpu") as stream:
         engine = stream._engine
         stream.pin(5, 7)
-        with pins.coming(engine, [12, 6], [0, 0]):
+        with pinning.coming(engine, [12, 6], [0, 0]):
             stream.feed(*pad_left([tiny.ids(1, 12)[0], tiny.ids(1, 6)[0]]))
         assert stream.pins == [[(0, 12)], [(0, 7)]]
 
         def interrupted() -> None:
-            with pins.coming(engine, [9, 9], [0, 0]):
+            with pinning.coming(engine, [9, 9], [0, 0]):
                 stream.feed(tiny.ids(2, 4))
                 raise KeyError
 
@@ -425,7 +427,7 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         before = snapshot(stream)
         if policy in tiny.BOUNDED:
-            with pytest.raises(BudgetError), pins.coming(engine, [2, 40], [0, 0]):
+            with pytest.raises(BudgetError), pinning.coming(engine, [2, 40], [0, 0]):
                 pytest.fail("refused before anything is read")
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         assert all(torch.equal(now, before[name]) for name, now in snapshot(stream).items())
@@ -468,9 +470,9 @@ def unchanged(stream: kvsieve.Stream, call: Any, error: type[Exception], match: 
 def test_a_budget_that_cannot_hold_the_pins_is_refused(policy: str) -> None:
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](BUDGET), "cpu") as stream:
         stream.feed(tiny.ids(2, 20))
-        spec = stream.policy.specs(1)[0]
-        sinks, recent = spec["sinks"], spec.get("recent", 0)
-        budget = spec.get("budget", sinks + spec.get("window", 0))
+        spec = stream.policy.specs(1)[0].evict
+        sinks, recent = spec.sinks, spec.recent
+        budget = spec.budget or sinks + spec.window
         most = budget - sinks - recent - 1
         stream.pin(sinks, sinks + most - 1, rows=1)
         message = rf"row 1: a budget of {budget} tokens cannot hold {sinks} sinks, {most + 1} pinned and {recent} recent"
@@ -539,9 +541,9 @@ def test_a_mask_cannot_evict_but_evicting_can() -> None:
 
 def test_with_pinned_makes_room_from_the_oldest() -> None:
     stays = np.array([False, False, True, False, True, False])
-    assert pins.with_pinned([0, 1, 3, 5], {0, 5}, stays, 4) == [0, 2, 4, 5]
-    assert pins.with_pinned([0, 1, 3, 5], {0, 5}, stays, 5) == [0, 2, 3, 4, 5]
-    assert pins.with_pinned([0, 1], set(), np.zeros(6, np.bool_), 4) == [0, 1]
+    assert pinning.with_pinned([0, 1, 3, 5], {0, 5}, stays, 4) == [0, 2, 4, 5]
+    assert pinning.with_pinned([0, 1, 3, 5], {0, 5}, stays, 5) == [0, 2, 3, 4, 5]
+    assert pinning.with_pinned([0, 1], set(), np.zeros(6, np.bool_), 4) == [0, 1]
     assert issubclass(BudgetError, PolicyError)
 
 

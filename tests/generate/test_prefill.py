@@ -12,7 +12,7 @@ import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, same_memory
 from kvsieve.errors import PolicyError
-from kvsieve.policies import parse
+from kvsieve.methods.parser import parse
 from tiny import BACKENDS
 
 Make = Callable[..., Any]
@@ -174,11 +174,11 @@ def test_a_stream_saved_between_pieces_goes_on(make: Make, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("make", [kvsieve.ThinK, kvsieve.Quantized])
 def test_when_is_one_of_two(make: Make) -> None:
-    assert make().packs.when == make(when="decode").packs.when == "decode"
+    assert make().compression.when == make(when="decode").compression.when == "decode"
     assert repr(make(when="decode")) == repr(make())
     policy = make(when="prefill")
     assert parse(repr(policy)) == policy
-    assert parse(repr(policy)).packs.when == "prefill"
+    assert parse(repr(policy)).compression.when == "prefill"
     with pytest.raises(PolicyError, match="when must be 'decode' or 'prefill', got 'never'"):
         make(when="never")
 
@@ -186,6 +186,6 @@ def test_when_is_one_of_two(make: Make) -> None:
 def test_joined_formats_are_packed_early_if_either_is() -> None:
     for early in ((think(when="prefill"), codes()), (think(), codes(when="prefill"))):
         policy = early[0] | early[1]
-        assert policy.packs.when == "prefill"
+        assert policy.compression.when == "prefill"
         assert parse(repr(policy)) == policy
-    assert (think() | codes()).packs.when == "decode"
+    assert (think() | codes()).compression.when == "decode"

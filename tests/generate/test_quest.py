@@ -13,8 +13,8 @@ import tiny
 import torch
 from drive import distinct, forward, forwards, greedy, pad_left, tokens_of
 from kvsieve.errors import BackendError, PolicyError
-from kvsieve.policies import parse
-from kvsieve.searches import StagedSearch
+from kvsieve.methods.infinite_hip import InfiniteHiPSelection
+from kvsieve.methods.parser import parse
 from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -42,7 +42,7 @@ LONG = 420
 @pytest.mark.parametrize("family", ["llama", "gpt_oss"])
 def test_a_text_that_fits_is_the_full_cache_bit_for_bit(family: str, name: str, backend: str) -> None:
     policy, got = KINDS[name](), []
-    model, ids = tiny.model(family), tiny.ids(2, policy.searches.dense_until)
+    model, ids = tiny.model(family), tiny.ids(2, policy.selection.dense_until)
     for each in (kvsieve.Full(), policy):
         with kvsieve.stream(model, each, backend) as stream:
             got.append(forwards(model, stream.cache, ids, [60, 1]))
@@ -75,7 +75,7 @@ def test_the_backends_agree(family: str, name: str, dtype: torch.dtype) -> None:
 def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
     """Sinks, a window, and from the candidates' blocks what was found; in all much less than there is."""
     model, policy = tiny.model(), KINDS[name]()
-    rule, ids = policy.searches, tiny.ids(2, LONG)
+    rule, ids = policy.selection, tiny.ids(2, LONG)
     with kvsieve.stream(model, policy, backend) as stream:
         forward(model, stream.cache, ids[:, :400])
         for at in range(400, LONG):
@@ -259,7 +259,7 @@ def test_turns_and_what_is_saved(backend: str, tmp_path: Path) -> None:
 @EVERY
 def test_what_fits_is_read_whole_with_an_extension_too(name: str, backend: str) -> None:
     policy = KINDS[name]()
-    model, ids, got = tiny.model(), tiny.ids(2, policy.searches.dense_until), []
+    model, ids, got = tiny.model(), tiny.ids(2, policy.selection.dense_until), []
     for extend in (False, True):
         with kvsieve.stream(model, KINDS[name](extend=extend), backend) as stream:
             got.append(forwards(model, stream.cache, ids, [64, 1]))
@@ -352,11 +352,11 @@ def test_a_block_with_a_key_of_nan_is_not_found(sign: float, backend: str) -> No
         (lambda: kvsieve.Quest(window=63), "window"),
         (lambda: kvsieve.Quest(refresh=0), "refresh"),
         (lambda: kvsieve.Quest(refresh=(8, 4, 1)), "refresh"),
-        (lambda: StagedSearch(((32, 64), (2, 32)), 64, 64, (1, 1), wide_layers=0, bounded=True), "chunk must be 64"),
-        (lambda: kvsieve.SirLLM(1024) | kvsieve.Quest(), "of which .* lets tokens go"),
+        (lambda: InfiniteHiPSelection(((32, 64), (2, 32)), 64, 64, (1, 1), wide_layers=0, page_bounds=True), "chunk must be 64"),
+        (lambda: kvsieve.SirLLM(1024) | kvsieve.Quest(), "of which .* evicts some"),
         (lambda: kvsieve.Quest() | kvsieve.ThinK(0.5), "Thin"),
-        (lambda: kvsieve.Quantized(4) | kvsieve.Quest(), "Codes"),
-        (lambda: kvsieve.StreamingLLM(256) | kvsieve.Quest(), "lets the text"),
+        (lambda: kvsieve.Quantized(4) | kvsieve.Quest(), "QuantizedStorage"),
+        (lambda: kvsieve.StreamingLLM(256) | kvsieve.Quest(), "evicts the text"),
         (lambda: kvsieve.Quest() >> kvsieve.StreamingLLM(256), "chain"),
     ],
 )
@@ -375,4 +375,4 @@ def test_a_card_refuses_it_when_the_stream_opens() -> None:
     from kvsieve.backends.cuda import CudaBackend
 
     with pytest.raises(BackendError, match="bounds"):
-        CudaBackend.check_search(object.__new__(CudaBackend), kvsieve.Quest().searches, "rotated", False)
+        CudaBackend.check_search(object.__new__(CudaBackend), kvsieve.Quest().selection, "rotated", False)

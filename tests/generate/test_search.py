@@ -12,9 +12,12 @@ import tiny
 import torch
 from drive import distinct, forward, forwards, greedy, pad_left, tokens_of
 from kvsieve.errors import BudgetError, KvsieveError, PolicyError, StateError, UnsupportedError
-from kvsieve.policies import parse
-from kvsieve.roles import Consecutive, Fixed, Memory, Window
-from kvsieve.searches import StagedSearch, TreeSearch
+from kvsieve.methods.hip import HiPSelection
+from kvsieve.methods.infinite_hip import InfiniteHiPSelection
+from kvsieve.methods.parser import parse
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import FixedDistance, Rebased
 from tiny import BACKENDS
 
 Make = Callable[..., Any]
@@ -42,7 +45,7 @@ BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def dense(name: str) -> int:
-    search = SEARCHES[name]().searches
+    search = SEARCHES[name]().selection
     return max(search.dense_until, search.for_layer(1).dense_until)
 
 
@@ -167,7 +170,7 @@ def test_a_search_over_what_sirllm_retained(family: str, name: str) -> None:
     for backend in BACKENDS:
         with kvsieve.stream(model, with_sirllm(name, 100), backend) as stream:
             got.append(forwards(model, stream.cache, ids, [40, 40, 40, 40, 1]))
-            assert stream.stats().frame == "raw"
+            assert stream.stats().stored_keys == "pre_rope"
             layers = stream.trace()
             kept = [set(kept.positions.tolist()) for kept in stream.kept()]
             for layer in layers[1:]:
@@ -270,7 +273,7 @@ def test_within_the_trained_length_an_extension_changes_nothing(name: str, backe
     model, ids, got = tiny.model(), tiny.ids(2, 120), []
     for extend in (False, True, 120):
         with kvsieve.stream(model, SEARCHES[name](extend=extend), backend) as stream:
-            assert stream.stats().frame == ("raw" if extend else "rotated")
+            assert stream.stats().stored_keys == ("pre_rope" if extend else "post_rope")
             got.append(forwards(model, stream.cache, ids, [100, 1]))
     for other in got[1:]:
         assert float((other - got[0]).abs().max()) <= 1e-3 * float(got[0].abs().max())
@@ -450,7 +453,7 @@ def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
         for at in range(100, 120):
             forward(model, stream.cache, ids[:, at : at + 1])
             for layer in stream.trace():
-                rule = policy.searches.for_layer(layer.index)
+                rule = policy.selection.for_layer(layer.index)
                 read = [{*tokens_of(head.read)} for row in layer.rows for head in row]
                 assert all({*range(2), *range(at + 1 - 8, at + 1)} <= tokens for tokens in read)
                 assert all({*tokens_of(head.found)} <= {*tokens_of(head.read)} for row in layer.rows for head in row)
@@ -461,7 +464,7 @@ def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
                     assert not layer.dense
                     assert layer.read == sum(len(tokens) for tokens in read)
                     most = rule.budget if rule.kind == "hip" else rule.stages[-1][1]
-                    slack = max(policy.searches.refresh) if rule.kind == "infinite" else policy.searches.refresh
+                    slack = max(policy.selection.paces)
                     assert all(len(tokens) <= 2 + 8 + most + slack - 1 + 4 for tokens in read)
                     assert layer.searched <= sum(head.searched for row in layer.rows for head in row)
 
@@ -504,10 +507,10 @@ def test_a_policy_that_reads_everything_has_no_trace() -> None:
         (lambda: kvsieve.HiP(8) >> kvsieve.SirLLM(64), "chain"),
         (lambda: kvsieve.StreamingLLM(64) >> kvsieve.HiP(8), "chain"),
         (lambda: kvsieve.HiP(8) | kvsieve.InfiniteHiP(), "both .* decide select"),
-        (lambda: kvsieve.HiP(8, extend=True) | kvsieve.SirLLM(64), "both .* decide place"),
-        (lambda: Memory(place=Consecutive()), "HiP"),
-        (lambda: Memory(place=Fixed(3), select=TreeSearch()), "does not go with"),
-        (lambda: Memory(retain=Window(64), select=StagedSearch()), "search"),
+        (lambda: kvsieve.HiP(8, extend=True) | kvsieve.SirLLM(64), "both .* decide position"),
+        (lambda: Memory(position=Rebased()), "SparseSelection"),
+        (lambda: Memory(position=FixedDistance(3), select=HiPSelection()), "does not go with"),
+        (lambda: Memory(evict=Window(64), select=InfiniteHiPSelection()), "search"),
     ],
 )
 def test_what_cannot_be_right_is_refused_when_it_is_built(build: Callable[[], Any], match: str) -> None:
@@ -599,10 +602,10 @@ def test_a_graph_is_refused() -> None:
 
 
 def test_layers_have_rules_of_their_own() -> None:
-    search = infinite(dense_layers=1, wide_layers=3).searches
+    search = infinite(dense_layers=1, wide_layers=3).selection
     assert search.for_layer(0) is None
     assert search.for_layer(1).stages == ((16, 48), (4, 24), (2, 16))
     assert search.for_layer(3) is search
-    assert StagedSearch(wide=65536).for_layer(0).stages == ((256, 65536), (32, 65536), (8, 65536))
+    assert InfiniteHiPSelection(wide=65536).for_layer(0).stages == ((256, 65536), (32, 65536), (8, 65536))
     with pytest.raises(KvsieveError):
-        TreeSearch(window=0)
+        HiPSelection(window=0)

@@ -10,7 +10,7 @@ import tiny
 import torch
 from drive import forward, forwards, pad_left, same_memory
 from kvsieve.errors import KvsieveError
-from kvsieve.policies import POLICIES
+from kvsieve.methods import SYSTEMS as PUBLISHED
 from systems import PROMPT, SYSTEMS
 from tiny import BACKENDS
 
@@ -48,7 +48,7 @@ def alone(name: str, backend: str, at: int) -> list[torch.Tensor]:
 
 def test_the_table_has_every_system() -> None:
     text = " ".join(repr(system.make()).lower() for system in SYSTEMS.values())
-    assert all(f"{name}(" in text for name in POLICIES)
+    assert all(f"{system.text_name}(" in text for system in PUBLISHED)
 
 
 @BACKEND
@@ -59,8 +59,8 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         read(stream)
         engine = stream._engine
         assert ("evicts" in SYSTEMS[name].doing) == (engine.resident < stream.seen)
-        assert ("searches" in SYSTEMS[name].doing) == (engine.searching or engine._selects)
-        assert ("packs" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
+        assert ("selects" in SYSTEMS[name].doing) == (engine.searching or engine._selects)
+        assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
 
 
 @BACKEND

@@ -366,7 +366,7 @@ def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: py
 
 
 def test_what_cannot_be_saved_says_so(tmp_path: Path) -> None:
-    own = kvsieve.Memory(retain=kvsieve.roles.Window(20), place=kvsieve.roles.Slots())
+    own = kvsieve.Memory(evict=kvsieve.methods.streaming_llm.Window(20), position=kvsieve.policy.InCache())
     with kvsieve.stream(tiny.model(), own, "reference") as stream:
         stream.feed(tiny.ids(1, 10))
         with pytest.raises(UnsupportedError, match="cannot be written as text"):

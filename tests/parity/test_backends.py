@@ -10,23 +10,28 @@ import pytest
 import tiny
 import torch
 from drive import Layer, forwards, pad_left
-from kvsieve.roles import AsRotated, Ceiling, Fixed, Memory, Slots, Surprisal, TopKTokens, Window
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import Capped, FixedDistance, InCache, Original
+from kvsieve.policy.select import TopKTokens
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-2}
 
 PARTS: dict[str, Any] = {
     **tiny.POLICIES,
-    "window_true": lambda b: Memory(retain=Window(b, sinks=3), place=AsRotated()),
-    "window_ceiling_below": lambda b: Memory(retain=Window(b, sinks=3), place=Ceiling(7)),
-    "window_fixed": lambda b: Memory(retain=Window(b, sinks=1), place=Fixed(5)),
+    "window_true": lambda b: Memory(evict=Window(b, sinks=3), position=Original()),
+    "window_ceiling_below": lambda b: Memory(evict=Window(b, sinks=3), position=Capped(7)),
+    "window_fixed": lambda b: Memory(evict=Window(b, sinks=1), position=FixedDistance(5)),
     "no_sinks": lambda b: kvsieve.StreamingLLM(b, sinks=0),
-    "scored_true": lambda b: Memory(retain=Surprisal(b, sinks=2, recent=5), place=AsRotated()),
+    "scored_true": lambda b: Memory(evict=Surprisal(b, sinks=2, recent=5), position=Original()),
     "scored_fixed_tail": lambda b: (
-        Memory(retain=Window(b // 2, sinks=2), place=Slots()) >> Memory(retain=Surprisal(b // 2, sinks=0, recent=0), place=Fixed(9))
+        Memory(evict=Window(b // 2, sinks=2), position=InCache())
+        >> Memory(evict=Surprisal(b // 2, sinks=0, recent=0), position=FixedDistance(9))
     ),
     "top_k_tail": lambda b: (
-        Memory(retain=Window(b // 2, sinks=2), place=Ceiling(11)) >> Memory(place=Fixed(4), select=TopKTokens(2))
+        Memory(evict=Window(b // 2, sinks=2), position=Capped(11)) >> Memory(position=FixedDistance(4), select=TopKTokens(2))
     ),
 }
 
@@ -71,7 +76,7 @@ def test_attention_of_a_layer(backend: str, policy: str, dtype: torch.dtype, gro
     for width, lens in calls:
         q, k, v = (torch.randn(rows, h, width, size, generator=generator) for h in (heads * group, heads, heads))
         # Both are given the very numbers that the dtype can hold, rotated keys included.
-        if tested.frame == "rotated":
+        if tested.stored_keys == "post_rope":
             seen = [tested.planner.seen(r) if tested.planner.num_rows else 0 for r in range(rows)]
             first = [s - (width - n) for s, n in zip(seen, lens)]
             q, k = tested.rotated(q, first), tested.rotated(k, first)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from kvsieve import _core
 from kvsieve.backends import AttendCall, get
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 
 FAR = 2**31 + 192
 """Elements between neighbours along the far axis: the second lies past 2^31 and, at index 2, the third past 2^32."""

@@ -26,6 +26,7 @@ from kvsieve.backends.search import (
     sparse_attend,
 )
 from kvsieve.errors import KvsieveError, PolicyError, ShapeError, UnsupportedError
+from kvsieve.policy.specs import make_planner
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
@@ -98,7 +99,7 @@ class Fast:
 
     def __init__(self, kind: str, rule: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> None:
         self.sparse = getattr(_core.Sparse, kind)(**rule)
-        self.planner = _core.Planner(kvsieve.Full().specs(1), "rotated")
+        self.planner = make_planner(kvsieve.Full().specs(1), "post_rope")
         self.store = _core.Store(shape[0], shape[1], shape[1], DTYPES[dtype])
         self.scale, self.softcap = shape[1] ** -0.5, None
 

@@ -26,6 +26,7 @@ from kvsieve.backends.search import (
     sparse_attend,
 )
 from kvsieve.errors import PolicyError, ShapeError, UnsupportedError
+from kvsieve.policy.specs import make_planner
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -46,7 +47,7 @@ class Layer:
 
     def __init__(self, kind: str, rule: dict[str, Any], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
         self.sparse = getattr(_core.Sparse, kind)(**rule)
-        self.planner = _core.Planner(kvsieve.Full().specs(1), "rotated")
+        self.planner = make_planner(kvsieve.Full().specs(1), "post_rope")
         self.store = _core.Store(*shape, DTYPES[dtype])
         self.call = AttendCall(shape[1] ** -0.5)
 
@@ -307,7 +308,7 @@ class TestErrors:
     def test_a_memory_that_moves_keys(self) -> None:
         policy = kvsieve.StreamingLLM(budget=8, sinks=2)
         layer, generator = Layer("hip", HIP, (2, 16, 16), torch.float32), torch.Generator().manual_seed(0)
-        layer.planner = _core.Planner(policy.specs(1), policy.frame)
+        layer.planner = make_planner(policy.specs(1), policy.stored_keys)
         for width in (6, 6):
             q, k, v = new_tokens(generator, 1, 2, 2, width, (16, 16), torch.float32)
             step = layer.begin(k, v, [width])

@@ -14,7 +14,7 @@ import kvsieve
 import numpy as np
 import pytest
 import torch
-from kvsieve import _core, thin
+from kvsieve import _core
 from kvsieve.backends.cpu import _view
 from kvsieve.backends.search import (
     Selection,
@@ -30,8 +30,10 @@ from kvsieve.backends.search import (
     sparse_attend,
 )
 from kvsieve.errors import ShapeError, UnsupportedError
-from kvsieve.rope import LayerRope
-from kvsieve.thin import Channels
+from kvsieve.facts import LayerRope
+from kvsieve.methods import think
+from kvsieve.policy.specs import make_planner
+from kvsieve.policy.storage import Channels
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
@@ -344,7 +346,7 @@ class TestOtherPlaces:
         """A window that has let tokens go shows them elsewhere, by turning the query; single queries only."""
         policy = kvsieve.StreamingLLM(budget=64, sinks=2)
         rope, g = model_rope(random.Random(3), 16), torch.Generator().manual_seed(0)
-        planner = _core.Planner(policy.specs(1), "rotated")
+        planner = make_planner(policy.specs(1), "post_rope")
         store, sparse = _core.Store(2, 16, 16, "float32"), _core.Sparse.hip(**{**HIP, "budget": 512})
         for width in (60, 60, 1, 1):
             q, k, v = normal(g, 1, 4, width, 16), normal(g, 1, 2, width, 16), normal(g, 1, 2, width, 16)
@@ -378,7 +380,7 @@ class TestOtherPlaces:
     @pytest.mark.parametrize("width", [6, 40])
     def test_a_window_that_slides_over_several_queries(self, width: int) -> None:
         policy, g = kvsieve.StreamingLLM(budget=8, sinks=2), torch.Generator().manual_seed(0)
-        planner, store = _core.Planner(policy.specs(1), policy.frame), _core.Store(2, 16, 16, "float32")
+        planner, store = make_planner(policy.specs(1), policy.stored_keys), _core.Store(2, 16, 16, "float32")
         sparse = _core.Sparse.hip(**HIP)
         for _ in range(2):
             q, k, v = normal(g, 1, 4, width, 16), normal(g, 1, 2, width, 16), normal(g, 1, 2, width, 16)
@@ -434,10 +436,10 @@ class TestOtherPlaces:
 
 def channels_of(rng: random.Random, heads: int, dim: int, rope: LayerRope | None) -> tuple[int, Channels]:
     """Some channels of random keys: single ones, or whole pairs of a rotation."""
-    kept_ = thin.kept(dim, rng.choice([0.25, 0.5, 0.7]), "pairs")
+    kept_ = think.num_kept_channels(dim, rng.choice([0.25, 0.5, 0.7]), "pairs")
     g = torch.Generator().manual_seed(rng.randint(0, 1 << 30))
     q, k = normal(g, heads, 8, dim), normal(g, heads, 30, dim)
-    return kept_, thin.choose(q, k, kept_, "single" if rope is None else "pairs", rope)
+    return kept_, think.heaviest_channels(q, k, kept_, "single" if rope is None else "pairs", rope)
 
 
 class TestPacked:

@@ -9,10 +9,10 @@ import kvsieve
 import pytest
 import torch
 from drive import Layer
-from kvsieve import thin
 from kvsieve.backends.packing import dequantize, quantize
-from kvsieve.rope import LayerRope
-from kvsieve.thin import Channels, Packing
+from kvsieve.facts import LayerRope
+from kvsieve.methods import think
+from kvsieve.policy.storage import Channels, Packing
 from tiny import BACKENDS
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -30,40 +30,40 @@ def rope(dim: int, rotary: int | None = None, layout: Any = "half") -> LayerRope
 
 
 def test_scores_of_the_worked_example() -> None:
-    mean = thin.scores(Q, K) / 8  # two queries, four keys
+    mean = think.channel_scores(Q, K) / 8  # two queries, four keys
     assert mean[0].tolist() == pytest.approx([0.375, 0.875, 0.1125, 0.6375])
     norms = [float(torch.linalg.norm(torch.outer(Q[0, :, j], K[0, :, j]))) for j in range(4)]
     assert norms == pytest.approx([1.732051, 2.645751, 0.948683, 2.258318], abs=1e-6)
-    assert thin.scores(Q, K)[0].sqrt().tolist() == pytest.approx(norms)
-    assert thin.choose(Q, K, 2, "single", None).index.tolist() == [[1, 3]]
-    assert thin.choose(torch.ones(1, 1, 4), K, 2, "single", None).index.tolist() == [[1, 3]]
+    assert think.channel_scores(Q, K)[0].sqrt().tolist() == pytest.approx(norms)
+    assert think.heaviest_channels(Q, K, 2, "single", None).index.tolist() == [[1, 3]]
+    assert think.heaviest_channels(torch.ones(1, 1, 4), K, 2, "single", None).index.tolist() == [[1, 3]]
     assert K[0].square().sum(0).argsort(descending=True).tolist() == [3, 1, 0, 2]
     assert mean[0].argsort(descending=True).tolist() == [1, 3, 0, 2]
 
 
 def test_greedy_choice_is_by_weight_not_by_error() -> None:
     q, k = torch.ones(1, 1, 3), torch.tensor([[[3, -2.9, 1]]])
-    assert thin.choose(q, k, 1, "single", None).index.tolist() == [[0]]
+    assert think.heaviest_channels(q, k, 1, "single", None).index.tolist() == [[0]]
     g = torch.Generator().manual_seed(0)
     for _ in range(20):
         q, k = torch.randn(1, 5, 6, generator=g), torch.randn(1, 9, 6, generator=g)
-        weight = thin.scores(q, k)[0]
+        weight = think.channel_scores(q, k)[0]
         best = max(itertools.combinations(range(6), 3), key=lambda subset: float(weight[list(subset)].sum()))
-        assert thin.choose(q, k, 3, "single", None).index[0].tolist() == list(best)
+        assert think.heaviest_channels(q, k, 3, "single", None).index[0].tolist() == list(best)
 
 
 def test_one_choice_for_a_group() -> None:
     q = torch.tensor([[[4, 0.1, 1, 1]], [[0.1, 3, 1, 1]]])
     k = torch.tensor([[[1, 1, 1, 0.9], [1, 1, 1, 0.9]]])
-    assert thin.choose(q[:1], k, 2, "single", None).index.tolist() == [[0, 2]]
-    assert thin.choose(q[1:], k, 2, "single", None).index.tolist() == [[1, 2]]
-    assert thin.choose(q, k, 2, "single", None).index.tolist() == [[0, 1]]
-    assert (thin.scores(q, k)[0] / 4).tolist() == pytest.approx([8.005, 4.505, 1, 0.81])
+    assert think.heaviest_channels(q[:1], k, 2, "single", None).index.tolist() == [[0, 2]]
+    assert think.heaviest_channels(q[1:], k, 2, "single", None).index.tolist() == [[1, 2]]
+    assert think.heaviest_channels(q, k, 2, "single", None).index.tolist() == [[0, 1]]
+    assert (think.channel_scores(q, k)[0] / 4).tolist() == pytest.approx([8.005, 4.505, 1, 0.81])
 
 
 def test_of_equals_the_higher_channel_stays() -> None:
-    assert thin.choose(torch.ones(1, 1, 6), torch.ones(1, 3, 6), 2, "single", None).index.tolist() == [[4, 5]]
-    assert thin.choose(torch.ones(1, 1, 6), torch.ones(1, 3, 6), 2, "pairs", rope(6)).index.tolist() == [[2, 5]]
+    assert think.heaviest_channels(torch.ones(1, 1, 6), torch.ones(1, 3, 6), 2, "single", None).index.tolist() == [[4, 5]]
+    assert think.heaviest_channels(torch.ones(1, 1, 6), torch.ones(1, 3, 6), 2, "pairs", rope(6)).index.tolist() == [[2, 5]]
 
 
 @pytest.mark.parametrize(
@@ -75,11 +75,11 @@ def test_of_equals_the_higher_channel_stays() -> None:
     ],
 )  # fmt: skip
 def test_how_many_channels_stay(dim: int, ratio: float, single: int) -> None:
-    assert thin.kept(dim, ratio) == single
-    assert thin.kept(dim, ratio, "pairs") == dim - 2 * int(ratio * dim / 2 + 1e-9)
-    assert thin.kept(dim, 0.0) == dim
+    assert think.num_kept_channels(dim, ratio) == single
+    assert think.num_kept_channels(dim, ratio, "pairs") == dim - 2 * int(ratio * dim / 2 + 1e-9)
+    assert think.num_kept_channels(dim, 0.0) == dim
     for to in (8, 32):
-        rounded = thin.kept(dim, ratio, round_to=to)
+        rounded = think.num_kept_channels(dim, ratio, round_to=to)
         assert rounded % to == 0
         assert 0 <= rounded - single < to
 
@@ -90,7 +90,7 @@ def test_pairs_are_those_of_the_rotation(layout: str, rotary: int) -> None:
     g = torch.Generator().manual_seed(rotary)
     q, k = torch.randn(4, 8, 16, generator=g), torch.randn(2, 20, 16, generator=g)
     turn = rope(16, rotary, layout) if rotary else None
-    chosen = thin.choose(q, k, 10, "pairs", turn)
+    chosen = think.heaviest_channels(q, k, 10, "pairs", turn)
     assert chosen.index.shape == (2, 10)
     for row, pairs in zip(chosen.index.tolist(), chosen.pairs):
         assert len(set(row)) == 10
@@ -107,9 +107,9 @@ def test_pairs_are_those_of_the_rotation(layout: str, rotary: int) -> None:
 def test_unrotated_pairs_are_weighed_by_what_no_angle_changes() -> None:
     g = torch.Generator().manual_seed(1)
     q, k, turn = torch.randn(2, 8, 16, generator=g), torch.randn(1, 30, 16, generator=g), rope(16)
-    chosen = thin.choose(q, k, 8, "pairs", turn, raw=True)
+    chosen = think.heaviest_channels(q, k, 8, "pairs", turn, pre_rope=True)
     at = torch.randint(0, 10_000, (8,), generator=g)
-    turned = thin.choose(turn.rotate(q, at), turn.rotate(k, torch.arange(30)), 8, "pairs", turn, raw=True)
+    turned = think.heaviest_channels(turn.rotate(q, at), turn.rotate(k, torch.arange(30)), 8, "pairs", turn, pre_rope=True)
     assert chosen.index.tolist() == turned.index.tolist()
 
 
@@ -168,7 +168,7 @@ def test_attention_equals_the_definition_over_what_is_stored(backend: str, dtype
     layer = Layer(backend, kvsieve.Full(), scale=0.3, dtype=dtype)
     q, k, v = (torch.randn(1, heads, 150, 16, generator=g) for heads in (6, 2, 2))
     layer.feed(q[:, :, :140], k[:, :, :140], v[:, :, :140])
-    channels = thin.choose(q[0, :, 100:140], k[0, :, :140], kept, "single", None)
+    channels = think.heaviest_channels(q[0, :, 100:140], k[0, :, :140], kept, "single", None)
     layer.pack(128, channels, Packing(kept, *bits, 16))
     for at in range(140, 150):
         now = slice(at, at + 1)
@@ -196,7 +196,7 @@ def test_every_backend_stores_the_same(bits: Any, dtype: torch.dtype) -> None:
     for backend in BACKENDS:
         layer = Layer(backend, kvsieve.Full(), dtype=dtype)
         layer.feed(q, k, v)
-        layer.pack(192, thin.choose(q[0], k[0], 20, "pairs", rope(32)), Packing(20, *bits))
+        layer.pack(192, think.heaviest_channels(q[0], k[0], 20, "pairs", rope(32)), Packing(20, *bits))
         moves = layer.planner.keep(0, 0, [i for i in range(200) if i % 7])
         layer.store.apply(moves)
         read.append(layer.store.read(layer.planner.runs(0, 0)))
@@ -214,7 +214,7 @@ def test_bytes_are_the_formula(backend: str) -> None:
     layer.feed(x, x, x)
     full = layer.store.bytes_held
     assert full == 2 * 2 * count * dim * heads
-    layer.pack(count - recent, thin.choose(x[0], x[0], kept, "pairs", rope(dim)), Packing(kept))
+    layer.pack(count - recent, think.heaviest_channels(x[0], x[0], kept, "pairs", rope(dim)), Packing(kept))
     layer.store.apply(layer.planner.tidy())
     layer.store.free_unused(layer.planner.blocks_in_use(), layer.planner.packed_in_use())
     held = layer.store.held()

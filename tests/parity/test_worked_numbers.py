@@ -13,9 +13,12 @@ from drive import Layer, attention, forward, forwards
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kvsieve import _core, backends
-from kvsieve.roles import AsRotated, Memory, Slots, Surprisal, Window
-from kvsieve.rope import LayerRope
-from kvsieve.scoring import published_scores, true_scores
+from kvsieve.facts import LayerRope
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import InCache, Original
+from kvsieve.runtime.surprisal import published_scores, true_scores
 
 ROPE = LayerRope(torch.tensor([1.0], dtype=torch.float64), "half")
 SCALE = 1 / math.sqrt(2)
@@ -69,7 +72,7 @@ class TestThreeRotaryRules:
 
     def test_original_distances_are_another_policy(self, backend: str) -> None:
         """What forgetting to re-place the keys would give, and what `AsRotated` says that it gives."""
-        policy = Memory(retain=Window(budget=5, sinks=2), place=AsRotated())
+        policy = Memory(evict=Window(budget=5, sinks=2), position=Original())
         assert play(policy, backend, 1)[9, 0] == pytest.approx(6.340546, abs=2e-6)
 
     def test_slot_distances_of_a_scored_memory(self, backend: str) -> None:
@@ -396,7 +399,7 @@ def test_slots_of_scored_residents_follow_the_definition(backend: str, data: st.
     old, new = data.draw(st.integers(1, 90), label="old"), data.draw(st.integers(1, 20), label="new")
     generator = torch.Generator().manual_seed(seed)
     rope = LayerRope(torch.tensor([1.0, 0.1, 0.01, 0.001], dtype=torch.float64), "half")
-    policy = Memory(retain=Surprisal(budget=30, sinks=2, recent=3), place=Slots())
+    policy = Memory(evict=Surprisal(budget=30, sinks=2, recent=3), position=InCache())
     layer = Layer(backend, policy, rope=rope, scale=0.35)
     q, k, v = (torch.randn(1, h, old + new, 8, generator=generator) for h in (4, 2, 2))
     layer.feed(q[:, :, :old], k[:, :, :old], v[:, :, :old], scores=[torch.rand(old, generator=generator).numpy()], settle=True)

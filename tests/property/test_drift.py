@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from drive import Layer, attention
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 
 TOKENS, SIZE, BUDGET = 100_000 + 400, 32, 128
 
@@ -69,7 +69,7 @@ def test_attention_after_a_hundred_thousand_evictions(backend: str, policy: str,
     kept = layer.positions()
     keys, values = layer.store.read(layer.planner.runs(0, 0))
     assert torch.equal(values, v[0, :, kept])
-    if layer.frame == "raw":
+    if layer.stored_keys == "pre_rope":
         assert torch.equal(keys, k[0, :, kept])
     else:
         assert torch.equal(keys[0], rope.rotate(k[0, 0, kept].double(), torch.tensor(kept)).to(dtype))

@@ -20,6 +20,7 @@ import pages
 import pytest
 import tiny
 from kvsieve import cli
+from kvsieve.methods import SYSTEMS
 from kvsieve.model import support
 from pages import Block, Letters
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,7 +159,7 @@ def test_files_that_are_named_exist(page: Path) -> None:
 
 def constructors() -> dict[str, Any]:
     """The public policies, by name."""
-    return {made.__name__: made for made in kvsieve.policies.POLICIES.values()}  # type: ignore[attr-defined]
+    return {system.make.__name__: system.make for system in SYSTEMS}
 
 
 def page_of(policy: str) -> Path:
@@ -186,11 +187,11 @@ def test_a_policys_page_has_its_parameters_and_their_defaults(policy: str) -> No
 
 
 def test_every_public_policy_is_in_the_tables_and_the_reference() -> None:
-    assert set(constructors()) == {name for name in kvsieve.policies.__all__ if name[0].isupper() and not name.isupper()} | {"H2O"}
+    assert set(constructors()) == {system.name for system in SYSTEMS}
     reference = (pages.ROOT / "docs" / "reference" / "policies.md").read_text(encoding="utf-8")
     index = (pages.ROOT / "docs" / "policies" / "index.md").read_text(encoding="utf-8")
     for policy in constructors():
-        assert re.search(rf"::: kvsieve\.policies\.\w+\.{policy}$", reference, re.MULTILINE), policy
+        assert re.search(rf"::: kvsieve\.methods\.\w+\.{policy}$", reference, re.MULTILINE), policy
         assert f"[`{policy}`]({page_of(policy).name})" in index, policy
         assert re.search(rf"\[`{policy}\(\w*\)`\]\({pages.name(page_of(policy))}\)", pages.README.read_text(encoding="utf-8")), (
             policy
@@ -208,7 +209,7 @@ def is_policy(code: str) -> bool:
 @by_name([page for page in pages.PAGES if any(map(is_policy, pages.inline_code(page)))])
 def test_policies_that_are_named_can_be_built(page: Path) -> None:
     for code in filter(is_policy, pages.inline_code(page)):
-        kvsieve.policies.parse(code)
+        kvsieve.methods.parse(code)
 
 
 def test_the_table_of_what_goes_together() -> None:
@@ -231,14 +232,14 @@ def test_the_table_of_what_goes_together() -> None:
             for policy in made[name]:
                 for how in made[column]:
                     with contextlib.nullcontext() if answer.startswith("yes") else pytest.raises(kvsieve.errors.PolicyError):
-                        kvsieve.policies.parse(how.format(policy))
+                        kvsieve.methods.parse(how.format(policy))
     for refused in (
         "lminfinite(508, middle_top_k=8) | think()",
         "lminfinite(508, middle_top_k=8) >> full()",
         "sirllm(512) | hip(extend=True)",
     ):
         with pytest.raises(kvsieve.errors.PolicyError):
-            kvsieve.policies.parse(refused)
+            kvsieve.methods.parse(refused)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ status

@@ -28,7 +28,7 @@ def test_a_cache_layer_must_define_what_ours_defines() -> None:
 
 def test_generate_acts_on_a_cache_through_the_methods_ours_overrides() -> None:
     acts = {"reset", "crop", "reorder_cache", "batch_repeat_interleave", "batch_select_indices", "activate_past_recording"}
-    from kvsieve.cache import StreamCache
+    from kvsieve.model.cache import StreamCache
 
     assert acts <= {name for name, _ in inspect.getmembers(Cache, inspect.isfunction)}
     assert acts <= set(vars(StreamCache))

@@ -394,6 +394,6 @@ def test_models_without_positions_take_only_policies_that_do_not_move() -> None:
 
 
 def test_what_is_no_policy_is_refused() -> None:
-    for thing in ("sirllm(64)", 64, None, kvsieve.SirLLM, kvsieve.roles.Window(64)):
+    for thing in ("sirllm(64)", 64, None, kvsieve.SirLLM, kvsieve.methods.streaming_llm.Window(64)):
         with pytest.raises(PolicyError, match="a stream needs a policy such as"):
             kvsieve.stream(tiny.model(), thing, "reference")  # type: ignore[arg-type]

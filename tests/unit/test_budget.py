@@ -43,7 +43,9 @@ BAD: list[Any] = [0, -1, 0.5, 1.0, 1024.0, True, False, None, [64], float("nan")
 
 
 @pytest.mark.parametrize("budget", BAD, ids=repr)
-@pytest.mark.parametrize("make", [kvsieve.StreamingLLM, kvsieve.SirLLM, kvsieve.roles.Window, kvsieve.roles.Surprisal])
+@pytest.mark.parametrize(
+    "make", [kvsieve.StreamingLLM, kvsieve.SirLLM, kvsieve.methods.streaming_llm.Window, kvsieve.methods.sirllm.Surprisal]
+)
 def test_what_is_not_a_count_is_refused(make: Any, budget: Any) -> None:
     with pytest.raises(BudgetError) as caught:
         make(budget)

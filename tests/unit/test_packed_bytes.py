@@ -14,7 +14,7 @@ from typing import Any
 import kvsieve
 import pytest
 import torch
-from kvsieve.policies import parse
+from kvsieve.methods.parser import parse
 
 FULL = 8000 * 30 * 2 * 3 * 64 * 4
 """Bytes of keys and values: tokens, layers, keys and values, heads, channels, float32."""
@@ -38,7 +38,7 @@ config = transformers.LlamaConfig(
 )
 model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.float32).eval()
 ids = torch.randint(0, 128, (1, TAIL))
-with kvsieve.stream(model, kvsieve.policies.parse(sys.argv[1])) as stream:
+with kvsieve.stream(model, kvsieve.methods.parse(sys.argv[1])) as stream:
     engine, head = stream._engine, TOKENS - TAIL
     engine.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
     before = resident()

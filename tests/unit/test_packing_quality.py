@@ -11,21 +11,22 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from kvsieve import roles, thin
+from kvsieve import policy as roles
 from kvsieve.cli import main
 from kvsieve.errors import KvsieveError
 from kvsieve.evals import packing_nll
 from kvsieve.evals.models import load_smollm2
 from kvsieve.evals.packing_nll import AtRandom, ByKeyNorm
 from kvsieve.evals.shopping_text import FILLERS
+from kvsieve.methods.think import ChannelPruned
 
 # ----------------------------------------------------------------------------------------------------------------- the measure
 
 PACKED = {
     "think": kvsieve.ThinK(0.5),
     "single": kvsieve.ThinK(0.4, channels="single"),
-    "key_norm": roles.Memory(pack=ByKeyNorm(0.5)),
-    "random": roles.Memory(pack=AtRandom(0.5)),
+    "key_norm": roles.Memory(storage=ByKeyNorm(0.5)),
+    "random": roles.Memory(storage=AtRandom(0.5)),
     "codes": kvsieve.Quantized(4, group=8),
     "think_codes": kvsieve.ThinK(0.5) | kvsieve.Quantized(2, group=16),
     "flushed": kvsieve.ThinK(0.5, flush_every=24),
@@ -52,7 +53,7 @@ def test_a_continuation_in_chunks_is_the_one_token_by_token(name: str, prompt: i
 def test_thinking_of_nothing_changes_nothing() -> None:
     model, ids = tiny.model(), tiny.ids(1, 200)
     full, _ = packing_nll.losses(model, kvsieve.Full(), None, ids[:, :130], ids[:, 130:])
-    for policy in (kvsieve.ThinK(0.0), roles.Memory(pack=ByKeyNorm(0.0)), roles.Memory(pack=AtRandom(0.0))):
+    for policy in (kvsieve.ThinK(0.0), roles.Memory(storage=ByKeyNorm(0.0)), roles.Memory(storage=AtRandom(0.0))):
         same, _ = packing_nll.losses(model, policy, None, ids[:, :130], ids[:, 130:])
         torch.testing.assert_close(same, full, rtol=0, atol=1e-5)
 
@@ -77,12 +78,12 @@ def test_windows_do_not_overlap() -> None:
 
 
 def test_lots_are_drawn_anew_for_each_layer_and_seed() -> None:
-    shape = thin.LayerShape(0, 2, 16, 16)
+    shape = roles.LayerShape(0, 2, 16, 16)
     keys = torch.randn(2, 40, 16)
 
     def drawn(layer: int, seed: int) -> list[list[int]]:
-        seen = thin.Observed(thin.LayerShape(layer, 2, 16, 16), keys[:, :0], keys, 40, None, raw=False)
-        return AtRandom(0.5, seed=seed).choose(seen).index.tolist()
+        seen = roles.StorageObservation(roles.LayerShape(layer, 2, 16, 16), keys[:, :0], keys, 40, None, pre_rope=False)
+        return AtRandom(0.5, seed=seed).choose_channels(seen).index.tolist()
 
     assert AtRandom(0.5).packing(shape).key_kept == 8
     assert drawn(0, 0) == drawn(0, 0)
@@ -93,9 +94,9 @@ def test_key_norm_looks_at_settled_keys_only() -> None:
     keys = torch.ones(1, 10, 8)
     keys[:, :8, [1, 3]] = 2.0
     keys[:, 8:, [0, 2]] = 99.0
-    seen = thin.Observed(thin.LayerShape(0, 1, 8, 8), keys[:, :0], keys, 8, None, raw=False)
+    seen = roles.StorageObservation(roles.LayerShape(0, 1, 8, 8), keys[:, :0], keys, 8, None, pre_rope=False)
     # Without a rotation, the channels of a pair are half a head apart.
-    assert ByKeyNorm(0.5).choose(seen).index.tolist() == [[1, 3, 5, 7]]
+    assert ByKeyNorm(0.5).choose_channels(seen).index.tolist() == [[1, 3, 5, 7]]
 
 
 @pytest.mark.parametrize("argv", [["eval"], ["eval", "juggling"], ["eval", "packing", "--windows", "0"]])
@@ -109,27 +110,27 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
 # -------------------------------------------------------------------------------------------------------------- on the real model
 
 
-class Spy(roles.Pack):
+class Spy(roles.StorageRule):
     """Keeps what a pack role is shown, and packs with every channel."""
 
     def __init__(self, observe: int) -> None:
-        self.observe, self.seen = observe, dict[int, thin.Observed]()
+        self.observe, self.seen = observe, dict[int, roles.StorageObservation]()
 
-    def packing(self, layer: thin.LayerShape) -> thin.Packing:
-        return thin.Packing(layer.key_dim)
+    def packing(self, layer: roles.LayerShape) -> roles.Packing:
+        return roles.Packing(layer.key_dim)
 
-    def idle(self, layer: thin.LayerShape) -> bool:
+    def idle(self, layer: roles.LayerShape) -> bool:
         return False
 
-    def choose(self, seen: thin.Observed) -> thin.Channels:
+    def choose_channels(self, seen: roles.StorageObservation) -> roles.Channels:
         self.seen[seen.layer.index] = seen
-        return super().choose(seen)
+        return super().choose_channels(seen)
 
 
 PROMPT, AFTER, RECENT, OBSERVE = 1024, 64, 32, 32
 
 
-def total_variation(seen: thin.Observed, channels: torch.Tensor) -> float:
+def total_variation(seen: roles.StorageObservation, channels: torch.Tensor) -> float:
     """How far the weights of the queries after the prompt move when all keys of the prompt but the newest keep ``channels``
     ``[Hkv, kept]`` only: the mean total variation, 0 to 1."""
     heads, dim = seen.keys.shape[0], seen.keys.shape[2]
@@ -160,7 +161,7 @@ def real() -> tuple[Any, torch.Tensor]:
 @pytest.mark.parametrize("policy", ["ThinK(0.4)", "ThinK(0.2) | Quantized(4)"])
 def test_a_real_continuation_in_chunks_is_the_one_token_by_token(real: tuple[Any, torch.Tensor], policy: str) -> None:
     model, ids = real
-    made = kvsieve.policies.parse(policy)
+    made = kvsieve.methods.parse(policy)
     prompt, continuation = ids[:, :330], ids[:, 330:370]
     chunks, _ = packing_nll.losses(model, made, None, prompt, continuation)
     tokens, _ = packing_nll.losses(model, made, None, prompt, continuation, by_token=True)
@@ -172,27 +173,27 @@ def test_think_errs_least_on_a_real_model_then_key_norm_then_lots(real: tuple[An
     """By the weights of the queries that come after the prompt, all layers and heads, at ratio 0.4 and above."""
     model, ids = real
     spy = Spy(AFTER + OBSERVE)
-    with kvsieve.stream(model, roles.Memory(pack=spy)) as stream:
+    with kvsieve.stream(model, roles.Memory(storage=spy)) as stream:
         stream.feed(ids)
         stream.end_turn()
     assert len(spy.seen) == 30
 
-    def mean(rule: roles.Pack) -> float:
+    def mean(rule: roles.StorageRule) -> float:
         errors = []
         for seen in spy.seen.values():
             # What the rule would have been shown when the prompt ended.
-            then = thin.Observed(
-                seen.layer, seen.queries[:, :OBSERVE], seen.keys[:, :PROMPT], PROMPT - RECENT, seen.rope, raw=False
+            then = roles.StorageObservation(
+                seen.layer, seen.queries[:, :OBSERVE], seen.keys[:, :PROMPT], PROMPT - RECENT, seen.rope, pre_rope=False
             )
-            errors.append(total_variation(seen, rule.choose(then).index))
+            errors.append(total_variation(seen, rule.choose_channels(then).index))
         return sum(errors) / len(errors)
 
-    assert mean(roles.Thin(0.0)) == 0.0
+    assert mean(ChannelPruned(0.0)) == 0.0
     for ratio in (0.4, 0.5, 0.6):
-        think, norm, lots = mean(roles.Thin(ratio)), mean(ByKeyNorm(ratio)), mean(AtRandom(ratio))
+        think, norm, lots = mean(ChannelPruned(ratio)), mean(ByKeyNorm(ratio)), mean(AtRandom(ratio))
         print(f"ratio {ratio}: ThinK {think:.4f}, key norm {norm:.4f}, at random {lots:.4f}")
         assert 0.0 < think < norm < lots < 1.0
-    assert mean(roles.Thin(0.4)) < mean(roles.Thin(0.6))
+    assert mean(ChannelPruned(0.4)) < mean(ChannelPruned(0.6))
 
 
 @pytest.mark.model

@@ -15,9 +15,17 @@ from kvsieve._core import Planner
 from kvsieve.backends import AttendCall
 from kvsieve.backends.masses import mass
 from kvsieve.errors import BudgetError, PolicyError, StateError, UnsupportedError
-from kvsieve.observe import LayerState, Observation, Observer, RowState, choose
-from kvsieve.policies import parse
-from kvsieve.roles import AsRotated, Everything, HeavyHitters, Memory, ObservationWindow, PerHead, Plain, Slots, TopKTokens, Window
+from kvsieve.methods.h2o import HeavyHitters
+from kvsieve.methods.parser import parse
+from kvsieve.methods.snapkv import ObservationWindow
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import PerHeadEviction
+from kvsieve.policy.position import InCache, Original
+from kvsieve.policy.select import Dense, TopKTokens
+from kvsieve.policy.specs import EvictionSpec, MemorySpec, PositionSpec
+from kvsieve.policy.storage import Plain
+from kvsieve.runtime.head_eviction import LayerState, Observation, Observer, RowState, choose
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 ONE = AttendCall(scale=1.0)
@@ -82,7 +90,15 @@ class TestWorkedNumbers:
     @staticmethod
     def observation(**given: Any) -> Observation:
         none: Any = None
-        empty = {"positions": none, "queries": none, "query_positions": none, "mass": none, "call": ONE, "store": none, "runs": []}
+        empty = {
+            "positions": none,
+            "queries": none,
+            "query_positions": none,
+            "accumulated_scores": none,
+            "call": ONE,
+            "store": none,
+            "runs": [],
+        }
         return Observation(**{**empty, **given})
 
     def test_snapkv_pools_votes_and_leaves_the_window_out(self) -> None:
@@ -96,7 +112,7 @@ class TestWorkedNumbers:
         found = self.observation(
             positions=torch.arange(8)[None], queries=logs(*weights)[None], query_positions=torch.tensor([6, 7]), store=Read()
         )
-        torch.testing.assert_close(found.votes(), torch.tensor([[0.1, 0.2, 0, 1.2, 0, 0.1, 0.3, 0.1]]))
+        torch.testing.assert_close(found.attention_scores(), torch.tensor([[0.1, 0.2, 0, 1.2, 0, 0.1, 0.3, 0.1]]))
         pooled = ObservationWindow(budget=5, observe=2, kernel=3).scores(found)
         # Each takes the highest of itself and its neighbours; 6, in the window, lends nothing to 5.
         torch.testing.assert_close(pooled, torch.tensor([[0.2, 0.2, 1.2, 1.2, 1.2, 0.1, 0.0, 0.0]]))
@@ -115,7 +131,7 @@ class TestWorkedNumbers:
         total = first + last
         torch.testing.assert_close(total[0], torch.tensor([2.35, 0.9, 0.65, 0.1]))
         rule = HeavyHitters(budget=3, recent=1)
-        assert torch.equal(rule.scores(self.observation(mass=total)), total)
+        assert torch.equal(rule.scores(self.observation(accumulated_scores=total)), total)
         assert choose(total[:, :3], 2, 0).tolist() == [[0, 1]]
 
     def test_choosing(self) -> None:
@@ -185,13 +201,13 @@ def test_permute_refuses_what_does_not_fit(backend: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------- bad input
 
 
-class NewestOnly(PerHead):
+class NewestOnly(PerHeadEviction):
     """What the newest query looks at."""
 
     budget, observe, recent = 20, 1, 1
 
     def scores(self, observation: Observation) -> torch.Tensor:
-        return observation.votes()
+        return observation.attention_scores()
 
 
 class TestRefused:
@@ -236,30 +252,30 @@ class TestRefused:
             kvsieve.stream(tiny.model(), kvsieve.H2O(f"{5 * 64 * token}B", recent=193), "reference")
 
     @pytest.mark.parametrize(
-        "policy", [kvsieve.SnapKV(64), kvsieve.H2O(64), Memory(retain=NewestOnly())], ids=["SnapKV", "H2O", "own"]
+        "policy", [kvsieve.SnapKV(64), kvsieve.H2O(64), Memory(evict=NewestOnly())], ids=["SnapKV", "H2O", "own"]
     )
     def test_places_and_chains_that_need_one_position_for_all_heads(self, policy: Memory) -> None:
-        retain = Memory(retain=policy.retain)
-        with pytest.raises(PolicyError, match=r"positions differ per head.*AsRotated, not with Slots"):
-            retain | Memory(place=Slots())
+        retain = Memory(evict=policy.evict)
+        with pytest.raises(PolicyError, match=r"positions differ per head.*Original, not with InCache"):
+            retain | Memory(position=InCache())
         with pytest.raises(PolicyError, match="positions differ per head"):
-            Memory(retain=policy.retain, place=kvsieve.roles.Fixed(3))
-        with pytest.raises(PolicyError, match="goes with Everything"):
+            Memory(evict=policy.evict, position=kvsieve.policy.FixedDistance(3))
+        with pytest.raises(PolicyError, match="goes with Dense"):
             retain | Memory(select=TopKTokens(3))
         for chain in (lambda: policy >> kvsieve.SirLLM(64), lambda: kvsieve.StreamingLLM(64) >> policy):
             with pytest.raises(PolicyError, match="cannot be part of a chain"):
                 chain()
-        whole = retain | Memory(place=AsRotated(), select=Everything(), pack=Plain())
-        assert (whole.frame, whole.moves) == ("rotated", False)
+        whole = retain | Memory(position=Original(), select=Dense(), storage=Plain())
+        assert (whole.stored_keys, whole.moves) == ("post_rope", False)
         with pytest.raises(PolicyError, match="chain"):
-            Observer.of(kvsieve.roles.Chain((Memory(retain=Window(9)), whole)), 1)
+            Observer.of(kvsieve.policy.Chain((Memory(evict=Window(9)), whole)), 1)
 
     def test_keep_has_no_one_answer(self) -> None:
         none: Any = None
         with pytest.raises(PolicyError, match="each head"):
             HeavyHitters(9).keep(none)
         with pytest.raises(NotImplementedError, match="scores"):
-            PerHead().scores(none)
+            PerHeadEviction().scores(none)
 
     @pytest.mark.parametrize(
         "bad",
@@ -277,7 +293,7 @@ class TestRefused:
                 return bad(observation)  # type: ignore[no-any-return]
 
         model = tiny.model()
-        with kvsieve.stream(model, Memory(retain=Wrong()), "reference") as stream:
+        with kvsieve.stream(model, Memory(evict=Wrong()), "reference") as stream:
             with pytest.raises(PolicyError, match=r"Wrong.scores must return floats of shape \(2, 30\), got"):
                 forward(model, stream.cache, tiny.ids(1, 30))
             assert stream.seen == 30
@@ -290,7 +306,7 @@ class TestRefused:
 
         Wrong.observe = observe
         with pytest.raises(PolicyError, match="observe must be an int"):
-            kvsieve.stream(tiny.model(), Memory(retain=Wrong()), "reference")
+            kvsieve.stream(tiny.model(), Memory(evict=Wrong()), "reference")
 
     def test_graphs(self) -> None:
         from kvsieve.graphs import GraphDecoder
@@ -320,10 +336,10 @@ def test_policies_parse_and_print(text: str, want: str) -> None:
 
 def test_parts() -> None:
     snapkv, h2o = kvsieve.SnapKV(64), kvsieve.H2O(64)
-    assert (snapkv.retain, snapkv.place, snapkv.frame) == (ObservationWindow(64, 32, 7), AsRotated(), "rotated")
-    assert snapkv.specs(1) == [{"retain": "manual", "budget": 64, "sinks": 0, "recent": 32, "place": "true"}]
-    assert h2o.specs(1) == [{"retain": "manual", "budget": 64, "sinks": 0, "recent": 32, "place": "true"}]
-    assert kvsieve.H2O(64, recent=0).specs(1)[0]["recent"] == 0
+    assert (snapkv.evict, snapkv.position, snapkv.stored_keys) == (ObservationWindow(64, 32, 7), Original(), "post_rope")
+    assert snapkv.specs(1) == [MemorySpec(EvictionSpec("own", budget=64, sinks=0, recent=32), PositionSpec("original"))]
+    assert h2o.specs(1) == [MemorySpec(EvictionSpec("own", budget=64, sinks=0, recent=32), PositionSpec("original"))]
+    assert kvsieve.H2O(64, recent=0).specs(1)[0].evict.recent == 0
     assert (snapkv.needs_surprisal, h2o.needs_surprisal) == (False, False)
 
 
@@ -372,7 +388,7 @@ def test_kept_refuses_layers_and_heads_that_are_not_there() -> None:
 # --------------------------------------------------------------------------------------------------------- a rule of one's own
 
 
-class LargestKeys(PerHead):
+class LargestKeys(PerHeadEviction):
     """Looks at keys only, and at positions."""
 
     budget, sinks, recent = 24, 2, 3
@@ -387,12 +403,12 @@ class LargestKeys(PerHead):
 def test_a_rule_of_ones_own(backend: str) -> None:
     model, rule = tiny.model(), LargestKeys()
     LargestKeys.found = []
-    with kvsieve.stream(model, Memory(retain=rule), backend) as stream:
+    with kvsieve.stream(model, Memory(evict=rule), backend) as stream:
         forward(model, stream.cache, tiny.ids(1, 40))
         keys = {index: store.read(stream._engine.planner.runs(0, 0))[0] for index, store in stream._engine.stores.items()}
         assert len(rule.found) == 3
         for layer, seen in enumerate(rule.found):
-            assert (seen.queries.shape[1], seen.mass) == (0, None)
+            assert (seen.queries.shape[1], seen.accumulated_scores) == (0, None)
             assert seen.positions.tolist() == [list(range(40))] * 2
             for head in range(2):
                 kept = stream.kept(layer, head)[0].positions.tolist()
@@ -411,11 +427,11 @@ def test_what_a_rule_sees_after_its_first_choice(backend: str) -> None:
 
         def scores(self, observation: Observation) -> torch.Tensor:
             found.append(observation)
-            assert observation.mass is not None
-            return observation.mass + observation.votes()
+            assert observation.accumulated_scores is not None
+            return observation.accumulated_scores + observation.attention_scores()
 
     model = tiny.model()
-    with kvsieve.stream(model, Memory(retain=Both()), backend) as stream:
+    with kvsieve.stream(model, Memory(evict=Both()), backend) as stream:
         forward(model, stream.cache, tiny.ids(1, 30))
         before = [stream.kept(layer, 1)[0].positions.tolist() for layer in range(3)]
         found.clear()
@@ -424,12 +440,12 @@ def test_what_a_rule_sees_after_its_first_choice(backend: str) -> None:
         seen = found[-3:]
         assert [x.queries.shape for x in seen] == [(4, 6, 16)] * 3
         assert all(x.query_positions.tolist() == list(range(30, 36)) for x in seen)
-        assert all(x.mass is not None and x.mass.shape == (2, 22) for x in seen)
+        assert all(x.accumulated_scores is not None and x.accumulated_scores.shape == (2, 22) for x in seen)
         assert all(x.positions.shape == (2, 22) for x in seen)
         assert all(x.positions[1, -6:].tolist() == list(range(30, 36)) for x in seen)
         for layer, x in enumerate(found[:3]):
             assert x.positions[1].tolist() == [*before[layer], 30, 31]
-            assert float(x.votes().sum()) == pytest.approx(24.0, rel=1e-4)  # four heads, six queries
+            assert float(x.attention_scores().sum()) == pytest.approx(24.0, rel=1e-4)  # four heads, six queries
 
 
 @BACKEND
@@ -437,7 +453,7 @@ def test_what_is_kept_holds_no_graph(backend: str) -> None:
     """A forward with gradients on leaves nothing that would keep its activations alive."""
     model, rule = tiny.model(), NewestOnly()
     rule.accumulates = True
-    with kvsieve.stream(model, Memory(retain=rule), backend) as stream, torch.enable_grad():
+    with kvsieve.stream(model, Memory(evict=rule), backend) as stream, torch.enable_grad():
         for width in (30, 1, 5):
             model(tiny.ids(1, width), past_key_values=stream.cache)
             assert stream._engine.observer is not None

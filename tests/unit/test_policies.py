@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import kvsieve
 import pytest
+import systems
 import tiny
 from kvsieve.errors import BudgetError, PolicyError
-from kvsieve.policies import POLICIES, parse
-from kvsieve.roles import All, AsRotated, Ceiling, Chain, Fixed, Slots, Surprisal, TopKTokens, Window
+from kvsieve.methods import registry
+from kvsieve.methods.parser import parse
+from kvsieve.methods.registry import SYSTEMS
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Chain
+from kvsieve.policy.evict import KeepAll
+from kvsieve.policy.position import Capped, FixedDistance, InCache, Original
+from kvsieve.policy.select import TopKTokens
+from kvsieve.policy.specs import EvictionSpec, MemorySpec, PositionSpec
 
 WELL = [
     "Full()",
@@ -78,8 +88,8 @@ def test_parse_is_lenient_about_case_and_underscores(text: str, want: str) -> No
         ("sirllm(1024, **{'decay': 0.5})", "sirllm"),
         ("full() & full()", "cannot read"),
         ("sirllm(budget=0)", "positive"),
-        ("full() >> sirllm(10)", "lets nothing go"),
-        ("streamingllm(64) | sirllm(64)", "retain"),
+        ("full() >> sirllm(10)", "evicts nothing"),
+        ("streamingllm(64) | sirllm(64)", "decide evict"),
     ],
 )
 def test_parse_refuses_with_a_policy_error(text: str, match: str) -> None:
@@ -87,7 +97,38 @@ def test_parse_refuses_with_a_policy_error(text: str, match: str) -> None:
         parse(text)
 
 
-@pytest.mark.parametrize("make", list(POLICIES.values()), ids=list(POLICIES))
+class TestRegistry:
+    def test_it_feeds_the_public_names(self) -> None:
+        assert sorted(system.name for system in SYSTEMS) == sorted(registry.__all__)
+        for system in SYSTEMS:
+            assert getattr(kvsieve, system.name) is system.make
+            assert system.name in kvsieve.__all__
+
+    def test_a_system_is_one_file(self) -> None:
+        files = {path.stem for path in Path(registry.__file__).parent.glob("*.py")} - {"__init__", "registry", "parser"}
+        assert {system.make.__module__ for system in SYSTEMS} == {f"kvsieve.methods.{name}" for name in files}
+        assert all(system.paper for system in SYSTEMS if system.does != "nothing")
+
+    @pytest.mark.parametrize("system", SYSTEMS, ids=lambda system: system.name)
+    def test_it_feeds_the_parser_and_the_tables_of_the_tests(self, system: registry.System) -> None:
+        policy = parse(system.small)
+        assert repr(policy).startswith(f"{system.name}(")
+        assert policy in [row.make() for row in systems.SYSTEMS.values()]
+        tried = [repr(make(64)) for make in tiny.POLICIES.values()]
+        assert system.does != "evicts" or any(text.startswith(f"{system.name}(") for text in tried)
+
+    def test_it_says_what_a_system_decides(self) -> None:
+        for system in SYSTEMS:
+            (memory,) = parse(system.small).memories
+            does = {
+                "evicts": memory.roles.evict.evicts,
+                "selects": memory.roles.select.searches,
+                "stores": not memory.roles.storage.plain,
+            }
+            assert [name for name, found in does.items() if found] == ([] if system.does == "nothing" else [system.does])
+
+
+@pytest.mark.parametrize("make", [system.make for system in SYSTEMS], ids=lambda make: make.__name__)
 def test_policies_are_frozen_and_hashable(make: Any) -> None:
     known = {kvsieve.Full: (), kvsieve.ThinK: (0.4,), kvsieve.Quantized: (4,), kvsieve.InfiniteHiP: ("fast",)}
     args = known.get(make, (64,))
@@ -95,45 +136,45 @@ def test_policies_are_frozen_and_hashable(make: Any) -> None:
     assert policy == make(*args)
     assert hash(policy) == hash(make(*args))
     with pytest.raises(AttributeError):
-        policy.memories[0].retain = None
+        policy.memories[0].evict = None
 
 
 class TestParts:
     def test_full(self) -> None:
         memory = kvsieve.Full()
-        assert (memory.retain, memory.place) == (All(), AsRotated())
-        assert (memory.frame, memory.moves, memory.needs_surprisal) == ("rotated", False, False)
+        assert (memory.evict, memory.position) == (KeepAll(), Original())
+        assert (memory.stored_keys, memory.moves, memory.needs_surprisal) == ("post_rope", False, False)
 
     def test_streaming(self) -> None:
         memory = kvsieve.StreamingLLM(100)
-        assert (memory.retain, memory.place) == (Window(budget=100, sinks=4), Slots())
-        assert (memory.frame, memory.moves, memory.needs_surprisal) == ("rotated", True, False)
-        spec = memory.specs(1)[0]
-        assert spec == {"retain": "window", "sinks": 4, "window": 96, "visible": 97, "place": "slots"}
+        assert (memory.evict, memory.position) == (Window(budget=100, sinks=4), InCache())
+        assert (memory.stored_keys, memory.moves, memory.needs_surprisal) == ("post_rope", True, False)
+        assert memory.specs(1) == [MemorySpec(EvictionSpec("window", sinks=4, window=96), PositionSpec("in_cache"))]
+        assert memory.specs(1)[0].evict.visible == 97
 
     def test_infinite(self) -> None:
         memory = kvsieve.LMInfinite(window=100)
-        assert (memory.retain, memory.place) == (Window(budget=109, sinks=10), Ceiling(100))
-        assert (memory.frame, memory.moves) == ("raw", True)
+        assert (memory.evict, memory.position) == (Window(budget=109, sinks=10), Capped(100))
+        assert (memory.stored_keys, memory.moves) == ("pre_rope", True)
         spec = memory.specs(1)[0]
-        assert (spec["window"], spec["visible"], spec["distance"]) == (99, 100, 100)
-        assert kvsieve.LMInfinite(window=100, ceiling=33).place == Ceiling(33)
+        assert (spec.evict.window, spec.evict.visible, spec.position.distance) == (99, 100, 100)
+        assert kvsieve.LMInfinite(window=100, ceiling=33).position == Capped(33)
 
     def test_infinite_with_a_middle(self) -> None:
         chain = kvsieve.LMInfinite(window=100, middle_top_k=5)
         assert isinstance(chain, Chain)
         near, middle = chain.memories
-        assert (middle.retain, middle.place, middle.select) == (All(), Fixed(50), TopKTokens(5, 4))
+        assert (middle.evict, middle.position, middle.select) == (KeepAll(), FixedDistance(50), TopKTokens(5, 4))
         assert near == kvsieve.LMInfinite(window=100)
-        assert kvsieve.LMInfinite(100, middle_top_k=5, middle_distance=9).memories[1].place == Fixed(9)
+        assert kvsieve.LMInfinite(100, middle_top_k=5, middle_distance=9).memories[1].position == FixedDistance(9)
 
     def test_sirllm(self) -> None:
         memory = kvsieve.SirLLM(104)
-        assert (memory.retain, memory.place) == (Surprisal(budget=104, sinks=4), Slots())
-        assert (memory.frame, memory.moves, memory.needs_surprisal) == ("raw", True, True)
-        assert memory.specs(1)[0]["recent"] == 50
-        assert kvsieve.SirLLM(104, score="published").specs(1)[0]["recent"] == 0
-        assert kvsieve.SirLLM(104, recent=7, score="published").specs(1)[0]["recent"] == 7
+        assert (memory.evict, memory.position) == (Surprisal(budget=104, sinks=4), InCache())
+        assert (memory.stored_keys, memory.moves, memory.needs_surprisal) == ("pre_rope", True, True)
+        assert memory.specs(1)[0].evict.recent == 50
+        assert kvsieve.SirLLM(104, score="published").specs(1)[0].evict.recent == 0
+        assert kvsieve.SirLLM(104, recent=7, score="published").specs(1)[0].evict.recent == 7
 
 
 @pytest.mark.parametrize(

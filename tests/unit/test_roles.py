@@ -12,47 +12,38 @@ import tiny
 import torch
 from drive import forward, forwards, positions
 from kvsieve.errors import PolicyError
-from kvsieve.roles import (
-    All,
-    AsRotated,
-    Ceiling,
-    Chain,
-    Everything,
-    Fixed,
-    Memory,
-    Plain,
-    Residents,
-    Retain,
-    Slots,
-    Surprisal,
-    TopKTokens,
-    Window,
-)
+from kvsieve.methods.sirllm import Surprisal
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Chain, Memory
+from kvsieve.policy.evict import EvictionRule, KeepAll, Residents
+from kvsieve.policy.position import Capped, FixedDistance, InCache, Original
+from kvsieve.policy.select import Dense, TopKTokens
+from kvsieve.policy.storage import Plain
 
 
 class TestJoining:
     def test_parts_join_in_one_memory(self) -> None:
-        joined = Memory(retain=Window(64)) | Memory(place=Slots())
-        assert joined == Memory(retain=Window(64), place=Slots())
+        joined = Memory(evict=Window(64)) | Memory(position=InCache())
+        assert joined == Memory(evict=Window(64), position=InCache())
         assert joined.specs(1) == kvsieve.StreamingLLM(64).specs(1)
 
     @pytest.mark.parametrize(
         ("left", "right", "role"),
         [
-            (kvsieve.SirLLM(64), kvsieve.StreamingLLM(64), "retain"),
-            (Memory(retain=All()), Memory(retain=All()), "retain"),
-            (Memory(place=Slots()), kvsieve.Full(), "place"),
-            (Memory(select=Everything()), Memory(select=TopKTokens(3)), "select"),
-            (Memory(pack=Plain()), Memory(pack=Plain()), "pack"),
+            (kvsieve.SirLLM(64), kvsieve.StreamingLLM(64), "evict"),
+            (Memory(evict=KeepAll()), Memory(evict=KeepAll()), "evict"),
+            (Memory(position=InCache()), kvsieve.Full(), "position"),
+            (Memory(select=Dense()), Memory(select=TopKTokens(3)), "select"),
+            (Memory(storage=Plain()), Memory(storage=Plain()), "storage"),
         ],
     )
     def test_a_role_claimed_twice_is_refused(self, left: Memory, right: Memory, role: str) -> None:
         with pytest.raises(PolicyError, match=f"decide {role}.*chain them with >>"):
             left | right
 
-    @pytest.mark.parametrize("role", ["retain", "place", "select", "pack"])
+    @pytest.mark.parametrize("role", ["evict", "position", "select", "storage"])
     def test_a_part_in_the_wrong_role_is_refused(self, role: str) -> None:
-        wrong = Slots() if role == "retain" else Window(64)
+        wrong = InCache() if role == "evict" else Window(64)
         with pytest.raises(PolicyError, match=f"{role} must be a"):
             Memory(**{role: wrong})
 
@@ -64,7 +55,7 @@ class TestJoining:
 
     def test_unclaimed_roles_keep_everything_as_it_was(self) -> None:
         assert Memory().specs(1) == kvsieve.Full().specs(1)
-        assert (Memory().frame, Memory().moves, Memory().needs_surprisal) == ("rotated", False, False)
+        assert (Memory().stored_keys, Memory().moves, Memory().needs_surprisal) == ("post_rope", False, False)
 
 
 class TestChaining:
@@ -76,36 +67,36 @@ class TestChaining:
 
     def test_the_chain_is_raw_if_any_memory_is(self) -> None:
         chain = kvsieve.StreamingLLM(64) >> kvsieve.SirLLM(64, sinks=0)
-        assert chain.frame == "raw"
+        assert chain.stored_keys == "pre_rope"
         assert chain.moves
         assert chain.needs_surprisal
-        assert (kvsieve.StreamingLLM(64) >> kvsieve.Full()).frame == "rotated"
+        assert (kvsieve.StreamingLLM(64) >> kvsieve.Full()).stored_keys == "post_rope"
 
     def test_python_binds_chains_tighter_than_joins(self) -> None:
-        one = Memory(place=Slots()) | Memory(retain=Window(64)) >> Memory(retain=All())
-        assert one.memories == (Memory(retain=Window(64), place=Slots()), Memory(retain=All()))
-        two = kvsieve.StreamingLLM(64) >> Memory(retain=All()) | Memory(place=Fixed(3))
-        assert two.memories[1] == Memory(retain=All(), place=Fixed(3))
+        one = Memory(position=InCache()) | Memory(evict=Window(64)) >> Memory(evict=KeepAll())
+        assert one.memories == (Memory(evict=Window(64), position=InCache()), Memory(evict=KeepAll()))
+        two = kvsieve.StreamingLLM(64) >> Memory(evict=KeepAll()) | Memory(position=FixedDistance(3))
+        assert two.memories[1] == Memory(evict=KeepAll(), position=FixedDistance(3))
 
-    @pytest.mark.parametrize("first", [kvsieve.Full(), Memory(place=Slots()), kvsieve.LMInfinite(64, middle_top_k=2)])
+    @pytest.mark.parametrize("first", [kvsieve.Full(), Memory(position=InCache()), kvsieve.LMInfinite(64, middle_top_k=2)])
     def test_nothing_can_follow_what_lets_nothing_go(self, first: Any) -> None:
-        with pytest.raises(PolicyError, match="lets nothing go"):
+        with pytest.raises(PolicyError, match="evicts nothing"):
             first >> kvsieve.SirLLM(64)
 
     def test_a_ceiling_belongs_to_the_first_memory(self) -> None:
-        with pytest.raises(PolicyError, match="ceiling"):
+        with pytest.raises(PolicyError, match="cap on distances"):
             kvsieve.StreamingLLM(64) >> kvsieve.LMInfinite(64)
-        with pytest.raises(PolicyError, match="ceiling"):
-            kvsieve.StreamingLLM(64) >> Memory(retain=All(), place=Ceiling(3))
+        with pytest.raises(PolicyError, match="cap on distances"):
+            kvsieve.StreamingLLM(64) >> Memory(evict=KeepAll(), position=Capped(3))
 
     def test_two_chains_do_not_join(self) -> None:
-        chain = kvsieve.StreamingLLM(64) >> Memory(retain=Window(8))
+        chain = kvsieve.StreamingLLM(64) >> Memory(evict=Window(8))
         with pytest.raises(PolicyError, match="two chains"):
-            chain | (Memory(place=Slots()) | Memory(retain=Window(9))) >> Memory(retain=All())
+            chain | (Memory(position=InCache()) | Memory(evict=Window(9))) >> Memory(evict=KeepAll())
 
     def test_a_chain_prints_what_it_is(self) -> None:
-        chain = kvsieve.StreamingLLM(64, sinks=2) >> (Memory(retain=All()) | Memory(place=Fixed(3)))
-        assert repr(chain).startswith("StreamingLLM(budget=64, sinks=2) >> (Memory(retain=All()) | ")
+        chain = kvsieve.StreamingLLM(64, sinks=2) >> (Memory(evict=KeepAll()) | Memory(position=FixedDistance(3)))
+        assert repr(chain).startswith("StreamingLLM(budget=64, sinks=2) >> (Memory(evict=KeepAll()) | ")
         assert isinstance(chain, Chain)
 
 
@@ -113,8 +104,8 @@ class TestChaining:
 def test_counts_of_roles_are_checked(value: Any) -> None:
     for call in (
         lambda: Window(64, sinks=value),
-        lambda: Ceiling(value),
-        lambda: Fixed(value),
+        lambda: Capped(value),
+        lambda: FixedDistance(value),
         lambda: TopKTokens(value),
         lambda: TopKTokens(1, value),
         lambda: Surprisal(64, sinks=value),
@@ -126,7 +117,7 @@ def test_counts_of_roles_are_checked(value: Any) -> None:
 # ------------------------------------------------------------------------------------------------------------ a rule of one's own
 
 
-class EveryOther(Retain):
+class EveryOther(EvictionRule):
     """Sinks, recent ones, and of the rest every other token, the newest first."""
 
     budget, sinks, recent = 24, 2, 6
@@ -142,14 +133,14 @@ class EveryOther(Retain):
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)
-@pytest.mark.parametrize("place", [Slots(), AsRotated(), Fixed(5)], ids=repr)
+@pytest.mark.parametrize("place", [InCache(), Original(), FixedDistance(5)], ids=repr)
 def test_a_rule_of_ones_own_works_end_to_end(place: Any, backend: str) -> None:
     model, rule, ids = tiny.model(), EveryOther(), tiny.ids(2, 60)
     with torch.no_grad():
         stock = model(ids[:, :24]).logits
-    with kvsieve.stream(model, Memory(retain=rule, place=place), backend) as stream:
+    with kvsieve.stream(model, Memory(evict=rule, position=place), backend) as stream:
         first = forward(model, stream.cache, ids[:, :24])
-        if not isinstance(place, Fixed):
+        if not isinstance(place, FixedDistance):
             torch.testing.assert_close(first, stock, atol=1e-4, rtol=0)
         assert rule.calls == []
         forward(model, stream.cache, ids[:, 24:54])
@@ -172,7 +163,7 @@ def test_a_rule_of_ones_own_works_end_to_end(place: Any, backend: str) -> None:
 @pytest.mark.parametrize("backend", tiny.BACKENDS)
 def test_a_rule_of_ones_own_hands_on_what_it_lets_go(backend: str) -> None:
     model = tiny.model()
-    policy = Memory(retain=EveryOther(), place=Slots()) >> Memory(retain=All(), place=Fixed(9))
+    policy = Memory(evict=EveryOther(), position=InCache()) >> Memory(evict=KeepAll(), position=FixedDistance(9))
     with kvsieve.stream(model, policy, backend) as stream:
         forwards(model, stream.cache, tiny.ids(1, 100), [40, 30, 1])
         assert positions(stream) == [list(range(100))]
@@ -200,7 +191,7 @@ def test_a_rule_that_answers_wrongly_is_refused(keep: Any, backend: str) -> None
             return list(keep(len(residents.positions)))
 
     model = tiny.model()
-    with kvsieve.stream(model, Memory(retain=Wrong(), place=Slots()), backend) as stream:
+    with kvsieve.stream(model, Memory(evict=Wrong(), position=InCache()), backend) as stream:
         with pytest.raises((PolicyError, ValueError)) as caught:
             forward(model, stream.cache, tiny.ids(1, 60))
         assert isinstance(caught.value, PolicyError)
@@ -209,16 +200,16 @@ def test_a_rule_that_answers_wrongly_is_refused(keep: Any, backend: str) -> None
 
 
 def test_a_rule_without_keep_or_budget_says_so() -> None:
-    class Nothing(Retain):
+    class Nothing(EvictionRule):
         pass
 
-    class NoKeep(Retain):
+    class NoKeep(EvictionRule):
         budget = 16
 
     with pytest.raises(PolicyError, match="needs a budget"):
-        kvsieve.stream(tiny.model(), Memory(retain=Nothing()), "reference")
+        kvsieve.stream(tiny.model(), Memory(evict=Nothing()), "reference")
     with (
-        kvsieve.stream(tiny.model(), Memory(retain=NoKeep()), "reference") as stream,
+        kvsieve.stream(tiny.model(), Memory(evict=NoKeep()), "reference") as stream,
         pytest.raises(NotImplementedError, match="NoKeep does not define keep"),
     ):
         forward(tiny.model(), stream.cache, tiny.ids(1, 60))
@@ -231,4 +222,4 @@ def test_a_rule_with_a_wrong_budget_is_refused_on_opening(budget: Any) -> None:
 
     Wrong.budget = budget
     with pytest.raises(PolicyError):
-        kvsieve.stream(tiny.model(), Memory(retain=Wrong()), "reference")
+        kvsieve.stream(tiny.model(), Memory(evict=Wrong()), "reference")

@@ -150,7 +150,7 @@ def test_policies_that_are_compared_read_as_much() -> None:
         assert len(until) == 5
         # A window's query sees itself besides what stays resident.
         assert {count + (name.startswith(("Str", "LM"))) for name, count in until.items()} == {16 + 256 + budget}
-    assert {repr(kvsieve.policies.parse(repr(p))) for p in search_nll.swept().values()} == {
+    assert {repr(kvsieve.methods.parse(repr(p))) for p in search_nll.swept().values()} == {
         repr(p) for p in search_nll.swept().values()
     }
 

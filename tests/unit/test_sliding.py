@@ -9,7 +9,7 @@ import pytest
 import torch
 from kvsieve.backends import AttendCall
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError
-from kvsieve.sliding import QUERIES, SlidingLayers
+from kvsieve.runtime.sliding import QUERIES, SlidingLayers
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 CALLS = {

@@ -114,7 +114,7 @@ def test_a_stream_is_looked_at_at_every_step(backend: str, tmp_path: Path) -> No
     # The choice of the prompt's last block is the first of four steps.
     assert [count > 0 for count in reads.searched] == [step % 4 == 0 for step in range(9)]
     assert all(2 + 8 < read <= 2 + 8 + 3 + 16 for read in reads.read)
-    sinks, between, window = reads.panels(policy.searches.sinks, policy.searches.window)
+    sinks, between, window = reads.panels(policy.selection.sinks, policy.selection.window)
     assert (sinks.share == 1.0).all()
     assert 0.0 < between.share.mean() < 0.5
     assert between.edges[-1] == window.edges[0] == 82

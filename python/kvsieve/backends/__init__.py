@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -15,10 +13,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-    from kvsieve import roles
     from kvsieve._core import Moves, Step
-    from kvsieve.rope import LayerRope
-    from kvsieve.thin import Channels, Packing
+    from kvsieve.facts import LayerRope
+    from kvsieve.policy.select import SparseSelection
+    from kvsieve.policy.storage import Channels, Packing
 
 __all__ = [
     "BACKENDS",
@@ -31,7 +29,6 @@ __all__ = [
     "Store",
     "choose",
     "get",
-    "give_back",
 ]
 
 BACKENDS = ("reference", "cpu", "cuda")
@@ -198,7 +195,7 @@ class Backend(Protocol):
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> Store:
         """An empty store for keys and values like these (``[B, Hkv, q, D]``)."""
 
-    def make_search(self, rule: roles.Search) -> Search:
+    def make_search(self, rule: SparseSelection) -> Search:
         """The choices of one layer under ``rule``, for stores of this backend.
 
         Raises:
@@ -216,7 +213,7 @@ class Choosy(Protocol):
     def check_layer(self, device: torch.device, dtype: torch.dtype, key_dim: int, value_dim: int) -> None:
         """Raise BackendError if a layer like this cannot be held."""
 
-    def check_search(self, rule: roles.Search, frame: str, packs: bool) -> None:
+    def check_search(self, rule: SparseSelection, frame: str, packs: bool) -> None:
         """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or over packed ones."""
 
 
@@ -251,15 +248,3 @@ def choose(device: torch.device, dtype: torch.dtype) -> str:
     if dtype in (torch.float32, torch.bfloat16, torch.float16) and device.type in ("cpu", "cuda"):
         return device.type
     return "reference"
-
-
-def give_back() -> None:
-    """Return to the system what was freed in the middle of the heap.
-
-    glibc keeps it: what is smaller than the largest tensor freed so far comes from the heap, of which only the end ever shrinks.
-    Other allocators need not be told.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

@@ -28,8 +28,9 @@ from kvsieve.backends.search import (
 )
 
 if TYPE_CHECKING:
-    from kvsieve.roles import Search
-    from kvsieve.searches import StagedSearch, TreeSearch
+    from kvsieve.methods.hip import HiPSelection
+    from kvsieve.methods.infinite_hip import InfiniteHiPSelection
+    from kvsieve.policy.select import SparseSelection
 
 __all__ = ["ReferenceSearch", "RowChoice", "side_by_side"]
 
@@ -54,7 +55,7 @@ class RowChoice:
 class ReferenceSearch:
     """One layer's searches."""
 
-    def __init__(self, rule: Search) -> None:
+    def __init__(self, rule: SparseSelection) -> None:
         self.rule: Any = rule
         self.rows: list[RowChoice] = []
         self.work = (0, 0)
@@ -175,7 +176,9 @@ def side_by_side(
     return out, lse
 
 
-def _search(rule: TreeSearch | StagedSearch, scores: Any, bounds: Any, lo: int, hi: int, start: int, inputs: Any) -> Selection:
+def _search(
+    rule: HiPSelection | InfiniteHiPSelection, scores: Any, bounds: Any, lo: int, hi: int, start: int, inputs: Any
+) -> Selection:
     if rule.kind == "hip":
         return hip_search(scores, lo, hi, rule.budget, rule.block, rule.representative)  # type: ignore[union-attr]
     chunks, keep = zip(*rule.stages)  # type: ignore[union-attr]

@@ -24,13 +24,13 @@ from kvsieve.backends.parts import BAND, PartPlan, columns
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import join, merge, visibility
 from kvsieve.errors import BackendError
-from kvsieve.thin import Channels
+from kvsieve.policy.storage import Channels
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
-    from kvsieve.roles import Search
-    from kvsieve.thin import Packing
+    from kvsieve.policy.select import SparseSelection
+    from kvsieve.policy.storage import Packing
 
 __all__ = ["CpuBackend", "CpuSearch", "CpuStore"]
 
@@ -304,7 +304,7 @@ class CpuStore:
 class CpuSearch:
     """One layer's choices, in Rust."""
 
-    def __init__(self, rule: Search) -> None:
+    def __init__(self, rule: SparseSelection) -> None:
         same: Any = rule
         shared = same.representative, same.sinks, same.window
         queries = same.query_block, same.query_stride
@@ -356,7 +356,7 @@ class CpuBackend:
             )
         return CpuStore(self, k, v)
 
-    def make_search(self, rule: Search) -> CpuSearch:
+    def make_search(self, rule: SparseSelection) -> CpuSearch:
         return CpuSearch(rule)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

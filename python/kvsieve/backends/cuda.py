@@ -37,9 +37,9 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.nvrtc import Module
-    from kvsieve.roles import Search
-    from kvsieve.rope import LayerRope
-    from kvsieve.thin import Channels, Packing
+    from kvsieve.facts import LayerRope
+    from kvsieve.policy.select import SparseSelection
+    from kvsieve.policy.storage import Channels, Packing
 
 __all__ = ["CudaBackend", "CudaStore", "CupyLauncher", "require"]
 
@@ -1099,7 +1099,7 @@ class CudaBackend:
         self.check_layer(k.device, k.dtype, k.shape[3], v.shape[3])
         return CudaStore(self, k, v)
 
-    def check_search(self, rule: Search, frame: str, packs: bool) -> None:
+    def check_search(self, rule: SparseSelection, frame: str, packs: bool) -> None:
         """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or over packed ones."""
         if rule.bounded:
             raise BackendError("backend 'cuda' keeps no bounds of blocks; use HiP or InfiniteHiP, or backend='reference'")
@@ -1115,7 +1115,7 @@ class CudaBackend:
                 "backend='reference'"
             )
 
-    def make_search(self, rule: Search) -> CudaSearch:
+    def make_search(self, rule: SparseSelection) -> CudaSearch:
         """The choices of one layer under ``rule``, for stores of this backend.
 
         Raises:

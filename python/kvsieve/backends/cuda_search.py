@@ -23,7 +23,7 @@ from kvsieve.errors import ShapeError, StateError
 
 if TYPE_CHECKING:
     from kvsieve.backends import AttendCall
-    from kvsieve.roles import Search
+    from kvsieve.policy.select import SparseSelection
 
 __all__ = ["CudaSearch", "StepRows"]
 
@@ -122,7 +122,7 @@ class StepRows:
 class CudaSearch:
     """One layer's search: its rule and what its rows have chosen."""
 
-    def __init__(self, rule: Search) -> None:
+    def __init__(self, rule: SparseSelection) -> None:
         self.rule = Rule.of(rule)
         self._choices: list[Choice | None] = []
         self._before: list[Choice | None] | None = None

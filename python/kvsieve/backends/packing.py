@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from kvsieve.budget import BLOCK
-from kvsieve.thin import Channels, Packing
+from kvsieve.policy.storage import Channels, Packing
 
 __all__ = ["PackedBlock", "dequantize", "quantize"]
 

@@ -11,7 +11,7 @@ import torch
 
 if TYPE_CHECKING:
     from kvsieve._core import Part
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
 
 __all__ = ["BAND", "Columns", "PartPlan", "columns"]
 

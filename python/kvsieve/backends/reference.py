@@ -29,9 +29,9 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Step
     from kvsieve.backends import AttendCall
     from kvsieve.backends.choices import ReferenceSearch
-    from kvsieve.roles import Search
-    from kvsieve.rope import LayerRope
-    from kvsieve.thin import Channels, Packing
+    from kvsieve.facts import LayerRope
+    from kvsieve.policy.select import SparseSelection
+    from kvsieve.policy.storage import Channels, Packing
 
 __all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge", "pick"]
 
@@ -332,7 +332,7 @@ class ReferenceBackend:
     def make_store(self, k: torch.Tensor, v: torch.Tensor) -> ReferenceStore:
         return ReferenceStore(k, v)
 
-    def make_search(self, rule: Search) -> ReferenceSearch:
+    def make_search(self, rule: SparseSelection) -> ReferenceSearch:
         from kvsieve.backends.choices import ReferenceSearch
 
         return ReferenceSearch(rule)

@@ -78,7 +78,7 @@ from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, ShapeError
 
 if TYPE_CHECKING:
-    from kvsieve.rope import LayerRope
+    from kvsieve.facts import LayerRope
 
 __all__ = [
     "REPRESENTATIVES",

@@ -16,7 +16,7 @@ from kvsieve.backends import AttendCall, get
 from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, figure, interleaved, quickest, readers, steady
 from kvsieve.bench.report import TOLERANCE, Report, check
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
 
 __all__ = ["run"]
 

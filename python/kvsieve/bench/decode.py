@@ -24,7 +24,7 @@ from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, stea
 from kvsieve.bench.report import Report
 from kvsieve.errors import AccuracyError
 from kvsieve.model.support import cache_name
-from kvsieve.roles import Policy
+from kvsieve.policy.compose import Policy
 
 __all__ = ["BOUNDED", "BUDGET", "LAYERS", "SHAPE", "fill", "model", "past", "run", "stock_cache", "token"]
 

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 import kvsieve
-from kvsieve import _core
 from kvsieve.backends import AttendCall, get
 from kvsieve.backends.reference import attend as naive_attend
 from kvsieve.backends.reference import merge, rotate_part
 from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.measure import Clock, Ring, Run, copies, figure, interleaved, quickest, readers, steady
 from kvsieve.bench.report import TOLERANCE, Report, check
-from kvsieve.roles import Policy
-from kvsieve.rope import LayerRope
+from kvsieve.facts import LayerRope
+from kvsieve.policy.compose import Policy
+from kvsieve.policy.specs import make_planner
 
 __all__ = ["run"]
 
@@ -97,7 +97,7 @@ class Case:
     def ours(self, policy: Policy) -> tuple[Run, Any, AttendCall]:
         """The call, its step, and what the layer adds to it."""
         backend = get("cpu")
-        planner = _core.Planner(policy.specs(1), policy.frame)
+        planner = make_planner(policy.specs(1), policy.stored_keys)
         step = planner.begin([self.length], self.length, False, False)
         call = AttendCall(scale=self.scale, rope=self.rope if policy.moves else None)
         store = backend.make_store(self.chunk[1], self.chunk[2])

@@ -15,13 +15,13 @@ import numpy as np
 import torch
 
 import kvsieve
-from kvsieve import _core
 from kvsieve.backends import AttendCall, get
 from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.attend import off
 from kvsieve.bench.measure import Clock, Run, copies, figure, interleaved, readers, steady
 from kvsieve.bench.report import Report, check
-from kvsieve.roles import Search
+from kvsieve.policy.select import SparseSelection
+from kvsieve.policy.specs import make_planner
 
 __all__ = ["POLICIES", "run"]
 
@@ -79,7 +79,7 @@ class Layers:
         self.scale = shape.dim**-0.5
         self.new = self.k[:, :, -1:].contiguous(), self.v[:, :, -1:].contiguous()
         self.call, self.backend = AttendCall(scale=self.scale), get("cpu")
-        self.planner = _core.Planner(kvsieve.Full().specs(1), "rotated")
+        self.planner = make_planner(kvsieve.Full().specs(1), "post_rope")
         held = list(range(length - 1))
         self.planner.restore(length - 1, [(length - 1, [(held, [0.0] * len(held))])])
         runs = self.planner.runs(0, 0)
@@ -89,7 +89,7 @@ class Layers:
             store.write(runs, self.k[0, :, :-1], self.v[0, :, :-1])
             self.stores.append(store)
 
-    def steps(self, rule: Search | None, count: int) -> Callable[[], torch.Tensor]:
+    def steps(self, rule: SparseSelection | None, count: int) -> Callable[[], torch.Tensor]:
         """``count`` tokens through all layers, of which none is left afterwards; gives the last layer's last answer."""
         searches = [self.backend.make_search(rule) for _ in self.stores] if rule is not None else None
 
@@ -110,7 +110,7 @@ class Layers:
 
         return run
 
-    def exact(self, rule: Search) -> torch.Tensor:
+    def exact(self, rule: SparseSelection) -> torch.Tensor:
         """What the last search should have given: softmax over what it chose, in float64. ``[1, 1, H, D]``."""
         parts = []
         length, group = self.k.shape[2], self.q.shape[1] // self.k.shape[1]
@@ -130,13 +130,13 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
     """The rows of one case: checks every answer, then measures."""
     layers = Layers(shape, dtype, length)
     for name, policy in POLICIES.items():
-        rule: Any = policy.searches
+        rule: Any = policy.selection
         if length <= rule.dense_until:
             report.note(f"{shape} {dtype} {length} {name}: read whole, nothing to measure")
             continue
-        paces = rule.refresh if isinstance(rule.refresh, tuple) else (rule.refresh,)
+        paces = rule.paces
         cycle = max(paces)
-        every = dataclasses.replace(rule, refresh=1 if rule.kind == "hip" else (1,) * len(paces))
+        every = dataclasses.replace(rule, refresh=(1,) * len(paces) if isinstance(rule.refresh, tuple) else 1)
         once = layers.steps(every, 1)
         answer = once()
         scored, read = layers.found.work

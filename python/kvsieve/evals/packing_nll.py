@@ -24,12 +24,12 @@ import torch
 import torch.nn.functional as F
 
 import kvsieve
-from kvsieve import thin
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.texts import read_text
+from kvsieve.methods import think
 from kvsieve.model.support import cache_name
-from kvsieve.roles import Memory, Pack, Policy
-from kvsieve.thin import Channels, LayerShape, Observed, Packing
+from kvsieve.policy.compose import Memory, Policy
+from kvsieve.policy.storage import Channels, LayerShape, Packing, StorageObservation, StorageRule
 from kvsieve.view.live import plain_table
 
 __all__ = ["AtRandom", "ByKeyNorm", "Prefix", "Price", "Settings", "losses", "policies", "price", "read_prefix", "run", "windows"]
@@ -49,23 +49,23 @@ _ROWS = 128  # rows of logits that are cast to float32 at a time
 
 
 @dataclass(frozen=True)
-class ByKeyNorm(Pack):
+class ByKeyNorm(StorageRule):
     """Keys keep the rotary pairs in which they are longest, whatever the queries are."""
 
     ratio: float
     recent: int = 32
 
     def packing(self, layer: LayerShape) -> Packing:
-        return Packing(thin.kept(layer.key_dim, self.ratio, "pairs"))
+        return Packing(think.num_kept_channels(layer.key_dim, self.ratio, "pairs"))
 
-    def choose(self, seen: Observed) -> Channels:
-        keys = seen.keys[:, : seen.settled]
+    def choose_channels(self, seen: StorageObservation) -> Channels:
+        keys = seen.keys[:, : seen.count]
         alike = torch.ones(keys.shape[0], 1, keys.shape[2])  # queries that weigh all channels alike
-        return thin.choose(alike, keys, self.packing(seen.layer).key_kept, "pairs", seen.rope, raw=seen.raw)
+        return think.heaviest_channels(alike, keys, self.packing(seen.layer).key_kept, "pairs", seen.rope, pre_rope=seen.pre_rope)
 
 
 @dataclass(frozen=True)
-class AtRandom(Pack):
+class AtRandom(StorageRule):
     """Keys keep rotary pairs drawn by lot, for each layer and head anew, the same ones for the same ``seed``."""
 
     ratio: float
@@ -73,12 +73,12 @@ class AtRandom(Pack):
     seed: int = 0
 
     def packing(self, layer: LayerShape) -> Packing:
-        return Packing(thin.kept(layer.key_dim, self.ratio, "pairs"))
+        return Packing(think.num_kept_channels(layer.key_dim, self.ratio, "pairs"))
 
-    def choose(self, seen: Observed) -> Channels:
+    def choose_channels(self, seen: StorageObservation) -> Channels:
         generator = torch.Generator().manual_seed(self.seed * 1009 + seen.layer.index)
         lots = torch.rand(seen.keys.shape[0], 1, seen.keys.shape[2], generator=generator)
-        return thin.choose(lots, torch.ones_like(lots), self.packing(seen.layer).key_kept, "pairs", seen.rope)
+        return think.heaviest_channels(lots, torch.ones_like(lots), self.packing(seen.layer).key_kept, "pairs", seen.rope)
 
 
 def policies(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
@@ -90,8 +90,8 @@ def policies(which: Literal["all", "few"] = "all") -> dict[str, Policy]:
     found["ThinK(0.2) | Quantized(4)"] = kvsieve.ThinK(0.2) | kvsieve.Quantized(4)
     early = [*(kvsieve.ThinK(r, when="prefill") for r in ratios), kvsieve.Quantized(4, when="prefill")]
     found.update({repr(policy): policy for policy in early})
-    found.update({f"by key norm, {r}": Memory(pack=ByKeyNorm(r)) for r in ratios})
-    found.update({f"at random, {r}": Memory(pack=AtRandom(r)) for r in ratios})
+    found.update({f"by key norm, {r}": Memory(storage=ByKeyNorm(r)) for r in ratios})
+    found.update({f"at random, {r}": Memory(storage=AtRandom(r)) for r in ratios})
     found.update({f"ThinK({r}, channels='single')": kvsieve.ThinK(r, channels="single") for r in ratios})
     return found
 
@@ -165,7 +165,7 @@ def losses(
             last = model(part, **{cache_name(model): stream.cache}, logits_to_keep=1).logits[0]
         stream.end_turn()
         stats = stream.stats()
-        for part, packs in _parts(policy.packs, stats.seen, continuation, by_token):
+        for part, packs in _parts(policy.compression, stats.seen, continuation, by_token):
             logits = model(part, **{cache_name(model): stream.cache}).logits[0]
             found.append(_nll(torch.cat([last, logits[:-1]]), part[0]))
             last = logits[-1:]
@@ -174,7 +174,7 @@ def losses(
     return torch.cat(found), stats.bytes_held / stats.bytes_full
 
 
-def _parts(pack: Pack | None, prompt: int, ids: torch.Tensor, by_token: bool) -> Iterator[tuple[torch.Tensor, bool]]:
+def _parts(pack: StorageRule | None, prompt: int, ids: torch.Tensor, by_token: bool) -> Iterator[tuple[torch.Tensor, bool]]:
     """The continuation in pieces, and whether what has settled is packed after each, as it would be token by token."""
     every = None if pack is None else pack.flush_every
     if by_token or not every or pack is None:
@@ -285,7 +285,7 @@ def run(settings: Settings) -> list[Price]:
         nll, held = [], []
         for prefix, text in zip(prefixes, texts):
             # What was read exactly, once for all, is of no use to a policy that packs while it reads.
-            early = policy.packs is not None and policy.packs.when == "prefill"
+            early = policy.compression is not None and policy.compression.when == "prefill"
             known, first = (None, 0) if early else (prefix, head)
             prompt, continuation = text[:, first : settings.prompt], text[:, settings.prompt :]
             one, share = losses(model, policy, known, prompt, continuation, backend=settings.backend)

@@ -22,7 +22,7 @@ import kvsieve
 from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.search_nll import Prompts
-from kvsieve.roles import Policy
+from kvsieve.policy.compose import Policy
 from kvsieve.view.live import plain_table
 from kvsieve.view.trace import share_read
 
@@ -150,7 +150,7 @@ def ask(stream: kvsieve.Stream, tokenizer: Any, key: Passkey) -> tuple[str, floa
     shares: list[float] = []
 
     def look(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if stream.policy.searches is not None:
+        if stream.policy.selection is not None:
             heads = [head.read for layer in stream.trace() if not layer.dense for head in layer.rows[0]]
             shares.append(float(share_read(heads, edges, stream.seen)[0]) if heads else 1.0)
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
@@ -178,8 +178,8 @@ def run(settings: Settings) -> list[Answer]:
     """Asks SmolLM2-135M-Instruct; prints a line for each policy and length, and writes JSON after every one if asked to."""
     from kvsieve.evals.models import load_smollm2
 
-    own = {text: kvsieve.policies.parse(text) for text in settings.policies}
-    dense = {text: kvsieve.policies.parse(text) for text in settings.dense}
+    own = {text: kvsieve.methods.parse(text) for text in settings.policies}
+    dense = {text: kvsieve.methods.parse(text) for text in settings.dense}
     if not own and not dense:
         raise KvsieveError("name a policy at least")
     if min(settings.lengths) < LEAST:

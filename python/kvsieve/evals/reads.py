@@ -110,12 +110,12 @@ class Settings:
 
 def run(settings: Settings) -> dict[str, Any]:
     """Reads the first ``tokens`` of a text, goes on writing, draws what was read, and writes the numbers beside the picture."""
-    from kvsieve import policies
     from kvsieve.evals.models import load_model
     from kvsieve.evals.texts import read_text
+    from kvsieve.methods import parse
 
-    policy = policies.parse(settings.policy)
-    if policy.searches is None:
+    policy = parse(settings.policy)
+    if policy.selection is None:
         raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a search leaves out: try 'hip(512)'")
     text = read_text(settings.text)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
@@ -123,7 +123,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with kvsieve.stream(model, policy, backend=settings.backend) as stream:
         reads, new = record(stream, ids, settings.max_new_tokens)
         backend = stream.stats().backend
-    rule = policy.searches
+    rule = policy.selection
     panels = reads.panels(rule.sinks, rule.window)
     kv_heads = len(reads.heads[0]) // reads.layers
     dense = f"; {reads.dense} more layers read everything" if reads.dense else ""

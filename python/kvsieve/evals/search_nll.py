@@ -31,8 +31,8 @@ from kvsieve.errors import KvsieveError
 from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
-from kvsieve.roles import Policy
-from kvsieve.transcript import Ids, Row, TranscriptState
+from kvsieve.policy.compose import Policy
+from kvsieve.runtime.transcript import Ids, Row, TranscriptState
 from kvsieve.view.live import plain_table
 
 __all__ = ["Cost", "Measured", "Prompts", "Settings", "compared", "continue_with", "exact_until", "read_prompts", "run", "swept"]
@@ -129,7 +129,7 @@ class Prompts:
         engine.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows, told)
         for layer in engine.facts.layers:
             k, v = (x[:, :, positions] for x in self.layers[layer.index])
-            if engine.frame == "raw" and layer.rope is not None:
+            if engine.stored_keys == "pre_rope" and layer.rope is not None:
                 k = layer.rope.rotate(k, -positions, factor=False) / layer.rope.factor
             store = engine.make_store(layer.index, k, v)
             for row in range(rows):
@@ -138,20 +138,20 @@ class Prompts:
 
 def _residents(stream: kvsieve.Stream, count: int) -> list[int]:
     (spec, *others) = stream.policy.specs(stream._engine.facts.bytes_per_token)
-    if spec["retain"] == "all" and not others:
+    if spec.evict.rule == "keep_all" and not others:
         return list(range(count))
-    if spec["retain"] == "window" and not others:
-        sinks = min(spec["sinks"], count)
-        return [*range(sinks), *range(max(sinks, count - spec["window"]), count)]
+    if spec.evict.rule == "window" and not others:
+        sinks = min(spec.evict.sinks, count)
+        return [*range(sinks), *range(max(sinks, count - spec.evict.window), count)]
     raise KvsieveError(f"{stream.policy!r} keeps neither everything nor sinks and a window: it must read the prompt itself")
 
 
 def exact_until(policy: Policy) -> int:
     """Tokens up to which a policy reads all that came before, so that a full cache can read them for it; 0 if unknown."""
-    if policy.searches is not None:
-        return int(policy.searches.dense_until)
+    if policy.selection is not None:
+        return int(policy.selection.dense_until)
     (spec, *others) = policy.specs(1)
-    return int(spec["sinks"] + spec["window"]) if spec["retain"] == "window" and not others else 0
+    return int(spec.evict.sinks + spec.evict.window) if spec.evict.rule == "window" and not others else 0
 
 
 def read_prompts(model: Any, stream: kvsieve.Stream, ids: torch.Tensor, skip: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
@@ -199,7 +199,7 @@ def _work(stream: kvsieve.Stream) -> tuple[float, float]:
     engine = stream._engine
     (spec, *_) = stream.policy.specs(engine.facts.bytes_per_token)
     seen = [engine.planner.seen(row) for row in range(engine.num_rows)]
-    whole = statistics.fmean(min(n, spec["sinks"] + spec["visible"]) if spec["retain"] == "window" else n for n in seen)
+    whole = statistics.fmean(min(n, spec.evict.sinks + spec.evict.visible) if spec.evict.rule == "window" else n for n in seen)
     found = []
     for layer in engine.facts.layers:
         search = engine.searches.get(layer.index) if engine.searching else None
@@ -262,7 +262,7 @@ class Settings:
     def chosen(self) -> dict[str, Policy]:
         """The policies by name, without the full cache."""
         if self.policies:
-            return {text: kvsieve.policies.parse(text) for text in self.policies}
+            return {text: kvsieve.methods.parse(text) for text in self.policies}
         found = swept() if self.sweep else compared("few" if self.quick else "all")
         wanted = [text.lower() for text in self.only] or [""]
         return {name: policy for name, policy in found.items() if any(text in name.lower() for text in wanted)}

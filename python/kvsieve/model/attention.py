@@ -10,7 +10,7 @@ import torch
 from kvsieve.errors import StateError
 from kvsieve.model.configs import original
 from kvsieve.model.handoff import HandedLayer, state, take
-from kvsieve.modes import autocast_enabled, refuse_backward, without_modes
+from kvsieve.model.modes import autocast_enabled, refuse_backward, without_modes
 
 __all__ = ["attention_forward"]
 

@@ -15,7 +15,7 @@ import torch
 from kvsieve.errors import StateError
 
 if TYPE_CHECKING:
-    from kvsieve.cache import StreamCache
+    from kvsieve.model.cache import StreamCache
     from kvsieve.model.probe import Watch
 
 __all__ = ["HandedLayer", "Pass", "enter", "hand_over", "leave", "state", "take"]

@@ -21,17 +21,17 @@ from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
 from kvsieve.model.generation import driven_by_generate
 from kvsieve.model.handoff import state
+from kvsieve.model.modes import unrecorded
 from kvsieve.model.probe import Probe, with_identity
 from kvsieve.model.support import refuse
 from kvsieve.model.verify import verify
-from kvsieve.modes import unrecorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from kvsieve.cache import StreamCache
-    from kvsieve.engine import Engine
     from kvsieve.facts import ModelFacts
+    from kvsieve.model.cache import StreamCache
+    from kvsieve.runtime.engine import Engine
 
 __all__ = ["Attachment", "attach"]
 
@@ -179,7 +179,7 @@ class Attachment:
 
     def _cache_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StreamCache | None:
         """The stream's cache among a forward's arguments, whatever their names are in this release."""
-        from kvsieve.cache import StreamCache
+        from kvsieve.model.cache import StreamCache
 
         return next((value for value in (*kwargs.values(), *args) if isinstance(value, StreamCache)), None)
 
@@ -279,7 +279,7 @@ class Attachment:
     def _before_attention(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         """Raw keys: the module's own rotation becomes the identity."""
         cache = state.cache
-        if cache is None or cache.engine.frame != "raw":
+        if cache is None or cache.engine.stored_keys != "pre_rope":
             return None
         return args, with_identity(kwargs)
 
@@ -351,7 +351,7 @@ def _check_axes(engine: Engine, positions: Any) -> None:
     axes = positions[-3:]
     if not bool((axes != axes[:1]).any()):
         return
-    if engine.policy.moves or engine.frame == "raw":
+    if engine.policy.moves or engine.stored_keys == "pre_rope":
         raise UnsupportedError(
             f"the positions of an image have three axes, and {engine.policy!r} moves tokens along one; "
             "use a policy that leaves tokens where they are, such as kvsieve.Full() or kvsieve.SnapKV(...), or pass text only"

@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.errors import UnsupportedModelError
-from kvsieve.facts import AttentionLayer, ModelFacts
+from kvsieve.facts import AttentionLayer, LayerRope, ModelFacts
 from kvsieve.model.handoff import state
 from kvsieve.model.head import find_head
+from kvsieve.model.rope import measure
 from kvsieve.model.support import cache_name, layer_types, versions
-from kvsieve.rope import LayerRope, measure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

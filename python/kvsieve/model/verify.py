@@ -32,12 +32,12 @@ def verify(probe: Probe, facts: ModelFacts) -> None:
         UnsupportedModelError: if they differ, or the stream's cache did not see them; names both versions and the supported range.
     """
     from kvsieve import backends
-    from kvsieve.cache import StreamCache
-    from kvsieve.engine import Engine
-    from kvsieve.policies import Full
+    from kvsieve.methods.registry import Full
+    from kvsieve.model.cache import StreamCache
+    from kvsieve.runtime.engine import Engine
 
     policy = Full()
-    cache = StreamCache(Engine(policy, facts, backends.get("reference"), policy.frame))
+    cache = StreamCache(Engine(policy, facts, backends.get("reference"), policy.stored_keys))
     try:
         got, watch = probe.pieces(cache, dispatch=True)
     except Exception as err:

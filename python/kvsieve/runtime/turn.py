@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from kvsieve.engine import EngineState
+    from kvsieve.runtime.engine import EngineState
 
 __all__ = ["Pieces", "Turn"]
 

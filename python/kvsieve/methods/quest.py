@@ -1,6 +1,6 @@
-"""Quest (Tang et al., ICML 2024, arXiv 2406.10774): blocks are judged by the greatest and the least number of every key channel.
+"""Quest (Tang et al., ICML 2024, arXiv 2406.10774): blocks are judged by the maximum and the minimum of every key channel.
 
-No key is read to see which blocks matter: ``sum over channels of max(q * greatest, q * least)`` is what the block's keys can score
+No key is read to see which blocks matter: ``sum over channels of max(q * maximum, q * minimum)`` is what the block's keys can score
 at most, and the two rows of each block lie side by side, to be read as fast as memory goes. Departures from the paper, and why:
 
 * The best blocks are candidates, of which the best few keys are read: a bound says that there may be something, not where, and the
@@ -14,11 +14,11 @@ The definition: :mod:`kvsieve.backends.search`.
 
 from __future__ import annotations
 
-from kvsieve.budget import BLOCK
+from kvsieve.budget import BLOCK, check_count
 from kvsieve.errors import PolicyError
-from kvsieve.policies.hip import memory_of
-from kvsieve.roles import Memory, _check_count
-from kvsieve.searches import StagedSearch
+from kvsieve.methods.hip import memory_of
+from kvsieve.methods.infinite_hip import InfiniteHiPSelection
+from kvsieve.policy.compose import Memory
 
 __all__ = ["Quest"]
 
@@ -57,7 +57,7 @@ def Quest(
     Quest(budget=512)
     """
     for name, count in (("budget", budget), ("block", block), ("candidates", candidates)):
-        _check_count(name, count, least=1)
+        check_count(name, count, least=1)
     if BLOCK % block:
         raise PolicyError(f"block must divide {BLOCK}, got {block}")
     if budget % block or budget * candidates % BLOCK:
@@ -66,7 +66,7 @@ def Quest(
         )
     if isinstance(refresh, int):
         refresh = (refresh, refresh)
-    select = StagedSearch(
+    select = InfiniteHiPSelection(
         ((BLOCK, budget * candidates), (block, budget)),
         sinks,
         window,
@@ -75,7 +75,7 @@ def Quest(
         wide_layers=0,
         query_block=query_block,
         query_stride=query_stride,
-        bounded=True,
+        page_bounds=True,
     )
     paces = select.refresh[0] if len(set(select.refresh)) == 1 else select.refresh
     given = {

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from kvsieve.errors import RangeError, UnsupportedError
 
 if TYPE_CHECKING:
-    from kvsieve.engine import Engine
+    from kvsieve.runtime.engine import Engine
 
 __all__ = ["Rows", "coming", "evict", "keep_pins", "most", "pin", "pinned", "pins", "unpin", "with_pinned"]
 
@@ -176,8 +176,8 @@ def _check_evictable(engine: Engine, start: int, stop: int, rows: Sequence[int])
         raise RangeError(f"cannot evict tokens {start} to {stop}: the stream has seen none")
     if engine.search is not None and engine.search.bounded:
         raise UnsupportedError(
-            "Quest judges whole blocks of an unbroken text by bounds of their keys, so no tokens can be taken out of it; use HiP, "
-            "or go back to a mark taken before these tokens"
+            f"{engine.policy!r} judges whole blocks of an unbroken text by bounds of their keys, so no tokens can be taken out of "
+            "it; go back to a mark taken before these tokens"
         )
     widest = max(engine.sliding.windows.values(), default=1)
     for row in rows:

@@ -13,13 +13,13 @@ import torch
 
 from kvsieve._core import PACKED
 from kvsieve.errors import StateError
-from kvsieve.thin import Channels, LayerShape, Observed
+from kvsieve.policy.storage import Channels, LayerShape, StorageObservation
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner
     from kvsieve.backends import Store
     from kvsieve.facts import AttentionLayer
-    from kvsieve.roles import Pack
+    from kvsieve.policy.storage import StorageRule
 
 __all__ = ["Packer", "make_packer", "shape_of"]
 
@@ -34,7 +34,7 @@ def shape_of(layer: AttentionLayer) -> LayerShape:
     return LayerShape(layer.index, layer.num_kv_heads, layer.key_dim, layer.value_dim)
 
 
-def make_packer(role: Pack | None, layers: tuple[AttentionLayer, ...], *, raw: bool) -> Packer | None:
+def make_packer(role: StorageRule | None, layers: tuple[AttentionLayer, ...], *, raw: bool) -> Packer | None:
     """The packer of a stream; None if there is nothing to pack, so that what would be left as it is costs nothing.
 
     Raises:
@@ -49,7 +49,7 @@ def make_packer(role: Pack | None, layers: tuple[AttentionLayer, ...], *, raw: b
 class Packer:
     """What a pack role of one stream has seen, and the order in which it acts."""
 
-    def __init__(self, role: Pack, layers: tuple[AttentionLayer, ...], raw: bool) -> None:
+    def __init__(self, role: StorageRule, layers: tuple[AttentionLayer, ...], raw: bool) -> None:
         self.role, self.raw = role, raw
         self._layers = {layer.index: layer for layer in layers}
         self.packing = {layer.index: role.packing(shape_of(layer)) for layer in layers}
@@ -211,7 +211,7 @@ class Packer:
         layer, rings = self._layers[index], self._rings.get(index)
         keys, _ = store.read(runs)
         queries = keys.new_zeros(0, 0, keys.shape[2]) if rings is None else rings[row][:, -self.role.observe :]
-        return self.role.choose(Observed(shape_of(layer), queries.float(), keys, upto, layer.rope, self.raw))
+        return self.role.choose_channels(StorageObservation(shape_of(layer), queries.float(), keys, upto, layer.rope, self.raw))
 
     def run(self, index: int, store: Store, done: list[tuple[Moves, dict[int, Channels] | int]]) -> None:
         """Pack in one layer what was planned for each row."""

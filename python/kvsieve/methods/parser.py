@@ -1,53 +1,16 @@
-"""The published systems, one a file. Each is a choice of roles; see :mod:`kvsieve.roles`."""
+"""Policies as text: what :func:`repr` of a policy writes is read back."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Callable
 
 from kvsieve.errors import PolicyError
-from kvsieve.policies.full import Full
-from kvsieve.policies.h2o import H2O
-from kvsieve.policies.hip import HiP, InfiniteHiP
-from kvsieve.policies.lm_infinite import LMInfinite
-from kvsieve.policies.quantized import Quantized
-from kvsieve.policies.quest import Quest
-from kvsieve.policies.sirllm import SirLLM
-from kvsieve.policies.snapkv import SnapKV
-from kvsieve.policies.streaming_llm import StreamingLLM
-from kvsieve.policies.think import ThinK
-from kvsieve.roles import Policy
+from kvsieve.methods.registry import SYSTEMS
+from kvsieve.policy.compose import Policy
 
-__all__ = [
-    "H2O",
-    "POLICIES",
-    "Full",
-    "HiP",
-    "InfiniteHiP",
-    "LMInfinite",
-    "Quantized",
-    "Quest",
-    "SirLLM",
-    "SnapKV",
-    "StreamingLLM",
-    "ThinK",
-    "parse",
-]
+__all__ = ["parse"]
 
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "full": Full,
-    "streamingllm": StreamingLLM,
-    "lminfinite": LMInfinite,
-    "sirllm": SirLLM,
-    "snapkv": SnapKV,
-    "h2o": H2O,
-    "think": ThinK,
-    "quantized": Quantized,
-    "hip": HiP,
-    "infinitehip": InfiniteHiP,
-    "quest": Quest,
-}
-"""Every published system by its name in lower case."""
+_MAKERS = {system.text_name: system.make for system in SYSTEMS}
 
 
 def parse(text: str) -> Policy:
@@ -74,9 +37,9 @@ def _build(node: ast.expr, text: str) -> Policy:
         node = ast.Call(func=node, args=[], keywords=[])
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
         raise PolicyError(f"cannot read the policy {text!r}; write for example 'sirllm(budget=1024)'")
-    make = POLICIES.get(node.func.id.lower().replace("_", ""))
+    make = _MAKERS.get(node.func.id.lower().replace("_", ""))
     if make is None:
-        raise PolicyError(f"unknown policy {node.func.id!r}; known: {', '.join(sorted(POLICIES))}")
+        raise PolicyError(f"unknown policy {node.func.id!r}; known: {', '.join(sorted(_MAKERS))}")
     try:
         args = [ast.literal_eval(a) for a in node.args]
         kwargs = {k.arg or "**": ast.literal_eval(k.value) for k in node.keywords}

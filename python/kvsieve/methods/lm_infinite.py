@@ -2,7 +2,7 @@
 
 Departures from the published code, and why:
 
-* Tokens that neither the window nor the sinks can ever show again are let go (the published code keeps them all). With the middle
+* Tokens that neither the window nor the sinks can ever show again are evicted (the published code keeps them all). With the middle
   on they are kept, because any of them may be chosen.
 * Chunks of any size give the same answer as one, a second turn works, padding is honoured, KV heads are shared without a copy.
 * The middle is read by the last query of each forward only, as published: every generated token, and a prompt's last one.
@@ -11,7 +11,11 @@ Departures from the published code, and why:
 from __future__ import annotations
 
 from kvsieve.errors import PolicyError
-from kvsieve.roles import All, Ceiling, Chain, Fixed, Memory, Policy, TopKTokens, Window
+from kvsieve.methods.streaming_llm import Window
+from kvsieve.policy.compose import Chain, Memory, Policy
+from kvsieve.policy.evict import KeepAll
+from kvsieve.policy.position import Capped, FixedDistance
+from kvsieve.policy.select import TopKTokens
 
 __all__ = ["LMInfinite"]
 
@@ -30,7 +34,7 @@ def LMInfinite(
         window: tokens seen at their true distance, the query included.
         sinks: first real tokens of each sequence, seen from everywhere.
         ceiling: the distance of every sink beyond the window; the window by default.
-        middle_top_k: how many tokens of the middle each head may choose; 0 lets the middle go. A positive number keeps every token.
+        middle_top_k: how many tokens of the middle each head may choose; 0 evicts the middle. A positive number keeps every token.
         middle_from_layer: first layer that reads the middle.
         middle_distance: the one distance of every middle token; half the window by default.
 
@@ -49,15 +53,15 @@ def LMInfinite(
         extra += "" if middle_distance is None else f", middle_distance={middle_distance}"
     text = f"LMInfinite(window={window}, sinks={sinks}{extra})"
     near = Memory(
-        retain=Window(budget=sinks + window - 1, sinks=sinks),
-        place=Ceiling(window if ceiling is None else ceiling),
+        evict=Window(budget=sinks + window - 1, sinks=sinks),
+        position=Capped(window if ceiling is None else ceiling),
         text=text,
     )
     if not middle_top_k:
         return near
     middle = Memory(
-        retain=All(),
-        place=Fixed(window // 2 if middle_distance is None else middle_distance),
+        evict=KeepAll(),
+        position=FixedDistance(window // 2 if middle_distance is None else middle_distance),
         select=TopKTokens(middle_top_k, middle_from_layer),
     )
     return Chain((near, middle), text=text)

@@ -11,19 +11,20 @@ import torch
 
 from kvsieve.backends import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
+from kvsieve.methods.parser import parse
 from kvsieve.model import fingerprint
-from kvsieve.observe import LayerState, RowState
-from kvsieve.policies import parse
-from kvsieve.transcript import Ids, Row, TranscriptState
+from kvsieve.policy.specs import core_frame
+from kvsieve.runtime.head_eviction import LayerState, RowState
+from kvsieve.runtime.transcript import Ids, Row, TranscriptState
 
 if TYPE_CHECKING:
     from os import PathLike
 
     from transformers import PreTrainedModel
 
-    from kvsieve.engine import Engine
-    from kvsieve.observe import Observer
-    from kvsieve.roles import Policy
+    from kvsieve.policy.compose import Policy
+    from kvsieve.runtime.engine import Engine
+    from kvsieve.runtime.head_eviction import Observer
     from kvsieve.streams import Stream
 
 __all__ = ["load", "save"]
@@ -84,7 +85,7 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         "model": _fingerprint(stream),
         "weights": fingerprint.weights(stream.model),
         "tokenizer": None if tokenizer is None else fingerprint.tokenizer(tokenizer),
-        "frame": engine.frame,
+        "frame": core_frame(engine.stored_keys),
         "columns": engine.transcript.columns,
         "pads": [row.pads for row in engine.transcript.rows],
         "foreign": engine.transcript.foreign,
@@ -166,8 +167,8 @@ def _check_model(stream: Stream, header: dict[str, Any], tokenizer: Any) -> None
 
 def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
     engine, names = stream._engine, set(file.keys())
-    if header["frame"] != engine.frame:
-        raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.frame} ones")
+    if header["frame"] != core_frame(engine.stored_keys):
+        raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.stored_keys} ones")
     engine.sliding.restore(header["sliding"], file.get_tensor)
     for row, start, stop, add in header.get("early", []):
         rows_named = None if row is None else [row]

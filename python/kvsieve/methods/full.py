@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from kvsieve.roles import All, AsRotated, Memory
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.evict import KeepAll
+from kvsieve.policy.position import Original
 
 __all__ = ["Full"]
 
@@ -15,4 +17,4 @@ def Full() -> Memory:
     >>> Full()
     Full()
     """
-    return Memory(retain=All(), place=AsRotated(), text="Full()")
+    return Memory(evict=KeepAll(), position=Original(), text="Full()")

@@ -12,8 +12,8 @@ from kvsieve.streams import HeadTrace, LayerTrace
 
 if TYPE_CHECKING:
     from kvsieve.backends import HeadChoice
-    from kvsieve.engine import Engine
-    from kvsieve.roles import Search
+    from kvsieve.policy.select import SparseSelection
+    from kvsieve.runtime.engine import Engine
 
 __all__ = ["stretches", "trace"]
 
@@ -48,7 +48,7 @@ def _everything(positions: Ints, heads: int) -> tuple[HeadTrace, ...]:
     return (HeadTrace(stretches(positions), np.empty((0, 2), np.int64), 0, 0),) * heads
 
 
-def _head(positions: Ints, choice: HeadChoice, rule: Search) -> HeadTrace:
+def _head(positions: Ints, choice: HeadChoice, rule: SparseSelection) -> HeadTrace:
     count = len(positions)
     start = min(choice.end, max(count - rule.window, 0))
     chosen = np.zeros(count, bool)

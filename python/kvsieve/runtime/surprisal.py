@@ -18,7 +18,7 @@ from kvsieve.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from kvsieve.backends import Backend
     from kvsieve.facts import ModelFacts
-    from kvsieve.roles import Policy
+    from kvsieve.policy.compose import Policy
 
 __all__ = ["Scorer", "published_scores", "true_scores"]
 
@@ -36,8 +36,8 @@ class Scorer:
                 "its output differs from its head applied to its last hidden state"
             )
         self._logits_of, self._backend = facts.logits_of, backend
-        retain = next(m.retain_or_default for m in policy.memories if m.retain_or_default.needs_surprisal)
-        self._published = getattr(retain, "score", "surprisal") == "published"
+        rule = next(m.roles.evict for m in policy.memories if m.roles.evict.needs_surprisal)
+        self._published = getattr(rule, "score", "surprisal") == "published"
         self.tail: torch.Tensor | None = None
         """Logits ``[B, r, V]`` of the last columns seen; the last row is the carry."""
         self.first: npt.NDArray[np.float32] | None = None

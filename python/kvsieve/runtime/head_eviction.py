@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -24,12 +24,13 @@ import torch
 from kvsieve.backends.masses import mass
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, StateError
-from kvsieve.roles import PerHead
+from kvsieve.policy.evict import PerHeadEviction
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner, Step
     from kvsieve.backends import AttendCall, Store
-    from kvsieve.roles import Policy
+    from kvsieve.policy.compose import Policy
+    from kvsieve.policy.specs import EvictionSpec
 
 SPARE = 64
 """Queries kept beyond those that a rule looks at, so that some tokens can be forgotten."""
@@ -79,15 +80,15 @@ class Observation:
         positions: int64 ``[Hkv, n]``, the true position of each resident of each head, ascending.
         queries: ``[H, m, D]``, the newest queries, as the model rotated them: as many as the rule observes, or as there are.
         query_positions: int64 ``[m]``.
-        mass: float32 ``[Hkv, n]``, the probability that each resident was given by every query since it came, summed over queries
-            and over the query heads of a group; None unless the rule accumulates.
+        accumulated_scores: float32 ``[Hkv, n]``, the probability that each resident was given by every query since it came, summed
+            over queries and over the query heads of a group; None unless the rule accumulates.
         call: the numbers that this layer's attention adds: scale, cap of the logits, learned sinks.
     """
 
     positions: torch.Tensor
     queries: torch.Tensor
     query_positions: torch.Tensor
-    mass: torch.Tensor | None
+    accumulated_scores: torch.Tensor | None
     call: AttendCall
     store: Store = field(repr=False)
     runs: list[tuple[int, int, int]] = field(repr=False)
@@ -97,8 +98,8 @@ class Observation:
         """Keys ``[Hkv, n, D]`` of the residents, as the model rotated them; copied at first use."""
         return self.store.read(self.runs)[0]
 
-    def votes(self) -> torch.Tensor:
-        """The probability that the newest queries give to each resident now, summed as ``mass`` is: float32 ``[Hkv, n]``."""
+    def attention_scores(self) -> torch.Tensor:
+        """The probability that the newest queries give to each resident now, summed as those accumulated: float32 ``[Hkv, n]``."""
         return mass(self.queries, self.keys, self.query_positions, self.positions, self.call)
 
 
@@ -120,9 +121,9 @@ def choose(scores: torch.Tensor, count: int, sinks: int, classes: torch.Tensor |
 class Observer:
     """Watches the attention of one stream, and lets its heads choose."""
 
-    def __init__(self, rule: PerHead, spec: dict[str, Any]) -> None:
+    def __init__(self, rule: PerHeadEviction, spec: EvictionSpec) -> None:
         self.rule = rule
-        self.budget, self.sinks, self.recent = (int(spec[name]) for name in ("budget", "sinks", "recent"))
+        self.budget, self.sinks, self.recent = spec.budget, spec.sinks, spec.recent
         if isinstance(rule.observe, bool) or not isinstance(rule.observe, int) or rule.observe < 0:
             raise PolicyError(f"{type(rule).__name__}.observe must be an int of at least 0, got {rule.observe!r}")
         self.rows: list[RowState] = []
@@ -134,12 +135,12 @@ class Observer:
     @classmethod
     def of(cls, policy: Policy, bytes_per_token: int) -> Observer | None:
         """The observer that ``policy`` needs; None if all heads keep the same tokens."""
-        rules = [m.retain_or_default for m in policy.memories if isinstance(m.retain_or_default, PerHead)]
+        rules = [m.evict for m in policy.memories if isinstance(m.evict, PerHeadEviction)]
         if not rules:
             return None
         if len(policy.memories) > 1:
             raise PolicyError(f"{policy!r}: what is chosen per head cannot be part of a chain")
-        return cls(rules[0], policy.specs(bytes_per_token)[0])
+        return cls(rules[0], policy.specs(bytes_per_token)[0].evict)
 
     # ------------------------------------------------------------------------------------------------------------- one forward
 
@@ -218,7 +219,7 @@ class Observer:
             positions=self.positions(planner, row, layer),
             queries=queries,
             query_positions=torch.arange(last - queries.shape[1], last),
-            mass=state.mass,
+            accumulated_scores=state.mass,
             call=self.calls[layer],
             store=store,
             runs=planner.runs(0, row),

@@ -4,7 +4,7 @@ The order of one forward (the seam in :mod:`kvsieve.model` calls these):
 
     expect(ids)            the causal LM begins; the ids are remembered for scoring
     prepare()              its decoder begins; a forward that died half-way is undone here
-    attend(layer, ...)     once per layer; the first one makes the plan. Sliding layers read :mod:`kvsieve.sliding`, which follows
+    attend(layer, ...)     once per layer; the first one makes the plan. Sliding layers read :mod:`.sliding`
     complete(logits)       the causal LM returns; tokens are scored, the step is committed, the policy lets go
 
 The control plane (`_core.Planner`) is two-phase: until `commit` nothing was decided, so an exception anywhere loses nothing.
@@ -20,31 +20,33 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve import _core
-from kvsieve import pins as pinning
-from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store, give_back
+from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store
 from kvsieve.budget import BLOCK
-from kvsieve.critical import uninterrupted
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
-from kvsieve.observe import Observer, RowState
-from kvsieve.packer import make_packer
-from kvsieve.roles import All, Consecutive, Residents, TopKTokens
-from kvsieve.scoring import Scorer
-from kvsieve.sliding import SlidingLayers, SlidingState
-from kvsieve.transcript import Row, Transcript, TranscriptState
-from kvsieve.turn import Pieces, Turn
+from kvsieve.policy.evict import Residents
+from kvsieve.policy.position import Rebased
+from kvsieve.policy.specs import core_frame, make_planner
+from kvsieve.runtime import pinning
+from kvsieve.runtime.compression import make_packer
+from kvsieve.runtime.head_eviction import Observer, RowState
+from kvsieve.runtime.process import defer_sigint, trim_heap
+from kvsieve.runtime.sliding import SlidingLayers, SlidingState
+from kvsieve.runtime.surprisal import Scorer
+from kvsieve.runtime.transcript import Row, Transcript, TranscriptState
+from kvsieve.runtime.turn import Pieces, Turn
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvsieve import roles
     from kvsieve._core import Moves, Planner, Step
-    from kvsieve.cache import StreamLayer
     from kvsieve.facts import ModelFacts
-    from kvsieve.pins import Rows
-    from kvsieve.roles import Policy
-    from kvsieve.thin import Channels
+    from kvsieve.model.cache import StreamLayer
+    from kvsieve.policy.compose import Policy
+    from kvsieve.policy.select import SparseSelection
+    from kvsieve.policy.specs import EvictionSpec
+    from kvsieve.policy.storage import Channels
+    from kvsieve.runtime.pinning import Rows
 
 __all__ = ["Engine", "EngineState"]
 
@@ -74,16 +76,18 @@ MAX_CANDIDATES = 16
 class Engine:
     """The memory of one stream: a planner, one store per layer, and a scorer if the policy needs one."""
 
-    def __init__(self, policy: Policy, facts: ModelFacts, backend: Backend, frame: str, planner: Planner | None = None) -> None:
-        self.policy, self.facts, self.backend, self.frame = policy, facts, backend, frame
-        self.planner = planner or _core.Planner(policy.specs(facts.bytes_per_token), frame)
+    def __init__(
+        self, policy: Policy, facts: ModelFacts, backend: Backend, stored_keys: str, planner: Planner | None = None
+    ) -> None:
+        self.policy, self.facts, self.backend, self.stored_keys = policy, facts, backend, stored_keys
+        self.planner = planner or make_planner(policy.specs(facts.bytes_per_token), stored_keys)
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
-        self.packer = make_packer(policy.packs, facts.layers, raw=frame == "raw")
+        self.packer = make_packer(policy.compression, facts.layers, raw=stored_keys == "pre_rope")
         self.observer = Observer.of(policy, facts.bytes_per_token)
         if self.observer is not None:
             self.observer.all_layers = self._all_layers
-        self.search = policy.searches
+        self.search = policy.selection
         self.searches: dict[int, Search] = {}
         """Of each layer that has searched, what its rows have chosen."""
         self.searching = False
@@ -92,7 +96,7 @@ class Engine:
         """Whether what it read stood side by side, because the text is longer than the model was trained for."""
         self._read: list[npt.NDArray[np.int64]] = []
         self._searched: set[int] = set()
-        self._rules: dict[tuple[int, bool], roles.Search | None] = {}
+        self._rules: dict[tuple[int, bool], SparseSelection | None] = {}
         self.recording = False
         self.replaying = False
         """Whether :mod:`kvsieve.graphs` plans and commits; the forward itself then only computes."""
@@ -101,7 +105,7 @@ class Engine:
         """Tokens that each row had seen when it last evicted some: a crop to before that moment would not be exact."""
         self.axes = False
         """Whether an image was read whose positions have several axes: where text goes on then, only the model knows."""
-        self._bounded = any(spec["retain"] != "all" for spec in policy.specs(facts.bytes_per_token))
+        self._bounded = any(memory.roles.evict.evicts for memory in policy.memories)
         self.turn: Turn | None = None
         """The stream's own call that feeds the model now; None while a caller's own loop does."""
         self.inner = False
@@ -118,15 +122,15 @@ class Engine:
             for layer in facts.layers:
                 backend.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
             if self.search is not None:
-                backend.check_search(self.search, frame, self.packer is not None)
+                backend.check_search(self.search, core_frame(stored_keys), self.packer is not None)
         self.sliding = SlidingLayers.of(facts)
         self._first = min([facts.layers[0].index, *self.sliding.windows])
         self._step: Step | None = None
         self._ids: torch.Tensor | None = None
         self._whole_model = self._foreign = False
         self._offsets: list[int | None] | None = None
-        self._top_k_from = [m.select.from_layer if isinstance(m.select, TopKTokens) else 0 for m in policy.memories]
-        self._selects = any(isinstance(m.select, TopKTokens) for m in policy.memories)
+        self._top_k_from = [m.roles.select.from_layer if m.roles.select.top_k else 0 for m in policy.memories]
+        self._selects = any(m.roles.select.top_k for m in policy.memories)
 
     # ------------------------------------------------------------------------------------------------------------ what is held
 
@@ -236,8 +240,8 @@ class Engine:
         resident = self.resident + width
         specs = self.policy.specs(self.facts.bytes_per_token)
         if len(specs) > 1:
-            return resident > int(specs[0].get("window", specs[0].get("budget", 0))) - pinning.most(self)
-        limits = [spec["budget"] for spec in specs if spec["retain"] in ("surprisal", "manual")]
+            return resident > (specs[0].evict.window or specs[0].evict.budget) - pinning.most(self)
+        limits = [spec.evict.budget for spec in specs if spec.evict.budget]
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
 
@@ -354,7 +358,7 @@ class Engine:
             self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
         rope = facts.rope if self.policy.moves else None
-        by_content = self.frame == "raw" and (self.beyond or not isinstance(self.policy.memories[0].place, Consecutive))
+        by_content = self.stored_keys == "pre_rope" and (self.beyond or not isinstance(self.policy.memories[0].position, Rebased))
         call = AttendCall(scale, softcap, sinks, rope, top_k, by_content, self.beyond)
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
@@ -393,7 +397,7 @@ class Engine:
             return
         self.hidden = hidden
         if not self._whole_model and self._step is not None:
-            with uninterrupted():
+            with defer_sigint():
                 self._commit()
 
     def complete(self, logits: torch.Tensor) -> None:
@@ -405,11 +409,11 @@ class Engine:
         if self._step is None:
             return
         if self.scorer is None or self._ids is None or hidden is None:
-            with uninterrupted():
+            with defer_sigint():
                 self._commit()
             return
         scores, tail = self.scorer.score(self._ids, hidden, logits, self._step.new_lens, keep_rows=self.recording)
-        with uninterrupted():
+        with defer_sigint():
             self._commit(scores)
             self.scorer.tail = tail
 
@@ -438,8 +442,8 @@ class Engine:
             held = [self.planner.resident(0, row) if self.num_rows else 0 for row in range(len(lens))]
             longest = max(old + new for old, new in zip(held, lens))
             self.searching = longest > self.search.dense_until
-            place = self.policy.memories[0].place
-            if isinstance(place, Consecutive):
+            place = self.policy.memories[0].position
+            if isinstance(place, Rebased):
                 after = self.facts.trained_length if place.after is None else place.after
                 seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
                 self.beyond = after is not None and max(old + new for old, new in zip(seen, lens)) > after
@@ -516,7 +520,7 @@ class Engine:
         self.sliding.commit(sliding)
         if self.search is not None:
             # What is let go below was read all the same.
-            evicts = not isinstance(self.policy.memories[0].retain_or_default, All)
+            evicts = self.policy.memories[0].roles.evict.evicts
             self._read = [self.planner.positions(0, row).copy() for row in range(self.num_rows if evicts else 0)]
         if self.observer is not None:
             self.observer.commit()
@@ -563,12 +567,12 @@ class Engine:
         if self.observer is not None:
             self.observer.settle(self.planner, self.stores, force)
         for index, memory in enumerate(self.policy.memories):
-            spec = memory.retain_or_default.spec(self.facts.bytes_per_token)
-            if spec["retain"] == "manual" and self.observer is None:
+            spec = memory.roles.evict.spec(self.facts.bytes_per_token)
+            if spec.rule == "own" and self.observer is None:
                 self._settle_own(index, spec, force, turn_ended)
 
-    def _settle_own(self, index: int, spec: dict[str, Any], force: bool, turn_ended: bool) -> None:
-        rule, budget = self.policy.memories[index].retain_or_default, spec["budget"]
+    def _settle_own(self, index: int, spec: EvictionSpec, force: bool, turn_ended: bool) -> None:
+        rule, budget = self.policy.memories[index].roles.evict, spec.budget
         for row in range(self.num_rows):
             count = self.planner.resident(index, row)
             if count <= budget or (not force and count < budget + BLOCK):
@@ -580,12 +584,12 @@ class Engine:
             if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < count):
                 raise PolicyError(f"{type(rule).__name__}.keep must return ascending indices below {count}, got {kept[:4]}...")
             # Of the first memory the sinks are positions: some may have been evicted by name.
-            sinks = int((positions < spec["sinks"]).sum()) if first else spec["sinks"]
-            must = {*range(sinks), *range(count - spec["recent"], count)}
+            sinks = int((positions < spec.sinks).sum()) if first else spec.sinks
+            must = {*range(sinks), *range(count - spec.recent, count)}
             if len(kept) > budget or not must <= set(kept):
                 raise PolicyError(
                     f"{type(rule).__name__}.keep returned {len(kept)} of {count} residents; it must return at most {budget}, "
-                    f"the first {sinks} and the last {spec['recent']} among them"
+                    f"the first {sinks} and the last {spec.recent} among them"
                 )
             self._apply(self.planner.keep(index, row, pinning.with_pinned(kept, must, pinned, budget)))
 
@@ -614,7 +618,7 @@ class Engine:
         if packer is None:
             return
         before, stores = planner.fork(), list(self.stores.items())
-        with uninterrupted():
+        with defer_sigint():
             try:
                 done = [(planner.pack(row, upto, packer.role.align, copies=1), mine) for (row, upto), mine in zip(due, chosen)]
                 packer.run(*stores[0], done)
@@ -640,12 +644,12 @@ class Engine:
                         store.apply(moves)
                         store.free_unused(*tidied)
         if prompt_ended:
-            give_back()
+            trim_heap()
 
     @contextmanager
     def _all_layers(self, what: str) -> Iterator[None]:
         """A change that all layers must make. Ctrl-C waits until it is made; after any other error the stream is of no use."""
-        with uninterrupted():
+        with defer_sigint():
             try:
                 yield
             except BaseException as error:
@@ -678,7 +682,7 @@ class Engine:
     def end_turn(self) -> None:
         """Scores decay, the budget holds exactly, memory is given back."""
         self._check_whole()
-        self.planner.decay([getattr(m.retain_or_default, "decay", 1.0) for m in self.policy.memories])
+        self.planner.decay([getattr(m.roles.evict, "decay", 1.0) for m in self.policy.memories])
         self.settle(force=True, turn_ended=True)
         if self.packer is not None:
             self.pack(prompt_ended=self.packer.reading)
@@ -831,7 +835,7 @@ class Engine:
     def fork(self) -> Engine:
         """A second engine over the same blocks, which are copied when one of the two writes."""
         self.idle()
-        child = Engine(self.policy, self.facts, self.backend, self.frame, planner=self.planner.fork())
+        child = Engine(self.policy, self.facts, self.backend, self.stored_keys, planner=self.planner.fork())
         child.stores = self.stores
         child.return_to(self.state())
         child._read = list(self._read)
@@ -856,7 +860,7 @@ class Engine:
         else:
             self.stores.clear()
         self.sliding.reset()
-        give_back()
+        trim_heap()
 
     def pins(self) -> list[list[tuple[int, int]]]:
         """Of each row the pinned positions, as ranges that ascend and do not touch."""

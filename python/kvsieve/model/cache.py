@@ -13,7 +13,7 @@ from kvsieve.model.handoff import hand_over
 from kvsieve.model.masks import check_dimensions
 
 if TYPE_CHECKING:
-    from kvsieve.engine import Engine
+    from kvsieve.runtime.engine import Engine
     from kvsieve.streams import Stream
 
 __all__ = ["SlidingLayer", "StreamCache", "StreamLayer"]
@@ -35,7 +35,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         known = {layer.index: layer.dtype for layer in owner.facts.layers}
         self.stored_dtype = known.get(index, owner.facts.layers[0].dtype)
         self.had_gradients = False
-        """Whether what was stored could have been differentiated through: see :mod:`kvsieve.modes`."""
+        """Whether what was stored could have been differentiated through: see :mod:`kvsieve.model.modes`."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
@@ -99,7 +99,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
 
 
 class SlidingLayer(StreamLayer):
-    """A layer that sees its last tokens only; :mod:`kvsieve.sliding` holds them. To `generate` it looks like any other."""
+    """A layer that sees its last tokens only; :mod:`kvsieve.runtime.sliding` holds them. To `generate` it looks like any other."""
 
     is_sliding = True
 

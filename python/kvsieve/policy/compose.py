@@ -1,0 +1,173 @@
+"""The four roles of a memory, and the operators that combine them.
+
+A *memory* answers four questions, one role each: which tokens stay (:class:`EvictionRule`), at which distance a query sees them
+(:class:`PositionRule`), which of them it reads (:class:`SelectionRule`), and how they are stored (:class:`StorageRule`). A *policy*
+is a chain of memories: what one evicts flows into the next, and their answers merge exactly, by log-sum-exp.
+
+* ``a | b`` joins the roles of two parts in one memory; claiming a role twice is an error.
+* ``a >> b`` chains: what ``a`` evicts, ``b`` keeps.
+
+Python binds ``>>`` tighter than ``|``, so ``a | b >> c`` joins ``a`` to ``b`` and ``a >> b | c`` joins ``c`` to ``b``.
+
+A rule of one's own is a small class: subclass :class:`EvictionRule` and write :meth:`EvictionRule.keep`, or
+:class:`PerHeadEviction` and write :meth:`PerHeadEviction.scores`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from typing import Any
+
+from kvsieve.errors import PolicyError
+from kvsieve.policy.compatible import NAMES, Roles, check_chain, check_join, check_memory
+from kvsieve.policy.evict import EvictionRule, KeepAll
+from kvsieve.policy.position import Original, PositionRule
+from kvsieve.policy.select import Dense, SelectionRule, SparseSelection
+from kvsieve.policy.specs import MemorySpec, StoredKeys
+from kvsieve.policy.storage import Plain, StorageRule, join
+
+__all__ = ["Chain", "Memory", "Policy"]
+
+
+class Policy:
+    """A chain of one or more memories."""
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        """The memories of the chain, the first one first."""
+        raise NotImplementedError
+
+    @property
+    def stored_keys(self) -> StoredKeys:
+        """How every memory of the chain stores keys."""
+        stored = {memory.stored_keys for memory in self.memories}
+        return "pre_rope" if "pre_rope" in stored else "post_rope"
+
+    @property
+    def moves(self) -> bool:
+        """Whether a token may be seen at another distance than its true one."""
+        return any(memory.roles.position.moves for memory in self.memories)
+
+    @property
+    def compression(self) -> StorageRule | None:
+        """How the policy stores tokens; None if it leaves them as they come."""
+        rules = [memory.roles.storage for memory in self.memories]
+        return None if len(rules) > 1 or rules[0].plain else rules[0]
+
+    @property
+    def selection(self) -> SparseSelection | None:
+        """What decides for each layer and KV head what queries read; None if there is no such rule."""
+        select = self.memories[0].select
+        return select if isinstance(select, SparseSelection) else None
+
+    @property
+    def needs_surprisal(self) -> bool:
+        """Whether the policy scores tokens by the model's own logits."""
+        return any(memory.roles.evict.needs_surprisal for memory in self.memories)
+
+    def specs(self, bytes_per_token: int) -> list[MemorySpec]:
+        """What the planner is told of each memory; byte budgets become tokens."""
+        return [memory.spec(bytes_per_token) for memory in self.memories]
+
+    def __or__(self, other: object) -> Policy:
+        if not isinstance(other, Policy):
+            return NotImplemented
+        left, right = self.memories, other.memories
+        if len(left) > 1 and len(right) > 1:
+            raise PolicyError(f"cannot join two chains, {self} and {other}; join the memories first, then chain with >>")
+        joined = _join(left[-1], right[0])
+        return _chain((*left[:-1], joined, *right[1:]))
+
+    def __rshift__(self, other: object) -> Policy:
+        if not isinstance(other, Policy):
+            return NotImplemented
+        return _chain((*self.memories, *other.memories))
+
+
+@dataclass(frozen=True, repr=False)
+class Memory(Policy):
+    """One choice for each role; None leaves a role unclaimed, and open to ``|``.
+
+    Unclaimed roles default to: every token stays, at its original position, everything is read, stored as it came.
+
+    Raises:
+        PolicyError: for a part in the wrong role.
+    """
+
+    evict: EvictionRule | None = None
+    position: PositionRule | None = None
+    select: SelectionRule | None = None
+    storage: StorageRule | None = None
+    text: str | None = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, kind in (
+            ("evict", EvictionRule),
+            ("position", PositionRule),
+            ("select", SelectionRule),
+            ("storage", StorageRule),
+        ):
+            part = getattr(self, name)
+            if part is not None and not isinstance(part, kind):
+                raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
+        check_memory(self)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        return (self,)
+
+    @cached_property
+    def roles(self) -> Roles:
+        """A rule for each role; those that were left open are filled in."""
+        return Roles(self.evict or KeepAll(), self.position or Original(), self.select or Dense(), self.storage or Plain())
+
+    @property
+    def stored_keys(self) -> StoredKeys:
+        return self.roles.position.stored_keys(self.roles.evict)
+
+    def spec(self, bytes_per_token: int) -> MemorySpec:
+        """What the planner is told of this memory."""
+        roles = self.roles
+        return MemorySpec(roles.evict.spec(bytes_per_token), roles.position.spec(), roles.select.top_k)
+
+    def __repr__(self) -> str:
+        if self.text is not None:
+            return self.text
+        parts = ", ".join(f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)[:4] if getattr(self, f.name) is not None)
+        return f"Memory({parts})"
+
+
+@dataclass(frozen=True, repr=False)
+class Chain(Policy):
+    """Two or more memories; what one evicts flows into the next."""
+
+    parts: tuple[Memory, ...]
+    text: str | None = field(default=None, compare=False)
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        return self.parts
+
+    def __repr__(self) -> str:
+        if self.text is not None:
+            return self.text
+        return " >> ".join(f"({m!r})" if " | " in repr(m) else repr(m) for m in self.parts)
+
+
+def _chain(memories: tuple[Memory, ...]) -> Policy:
+    if len(memories) == 1:
+        return memories[0]
+    check_chain(memories)
+    return Chain(memories)
+
+
+def _join(left: Memory, right: Memory) -> Memory:
+    check_join(left, right)
+    roles: dict[str, Any] = {}
+    for name in NAMES:
+        mine, theirs = getattr(left, name), getattr(right, name)
+        roles[name] = theirs if mine is None else mine
+    if left.storage is not None and right.storage is not None:
+        roles["storage"] = join(left.storage, right.storage)
+    return Memory(**roles, text=f"{left!r} | {right!r}")

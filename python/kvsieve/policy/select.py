@@ -1,0 +1,101 @@
+"""Which resident tokens a query reads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvsieve.budget import check_count
+
+__all__ = ["Dense", "SelectionRule", "SparseSelection", "TopKTokens"]
+
+
+class SelectionRule:
+    """Which resident tokens a query reads."""
+
+    reads_all: ClassVar[bool] = False
+    """Whether every resident token is read."""
+    searches: ClassVar[bool] = False
+    """Whether what is read is searched for, per layer and key-value head."""
+    needs_all_tokens: bool = False
+    """Whether it goes only with a memory that keeps every token."""
+    needs_plain_storage: bool = False
+    """Whether it goes only with keys that are stored as they came."""
+    top_k: int = 0
+    """Tokens with the highest logits that the last query of a forward reads; 0 for a rule that does not count them so."""
+    from_layer: int = 0
+    """The first layer of such a rule."""
+
+
+@dataclass(frozen=True)
+class Dense(SelectionRule):
+    """Every resident token."""
+
+    reads_all: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class TopKTokens(SelectionRule):
+    """The ``k`` tokens with the highest logits, per head, for the last query of each forward, in layers from ``from_layer`` on."""
+
+    k: int
+    from_layer: int = 0
+
+    def __post_init__(self) -> None:
+        check_count("k", self.k, least=1)
+        check_count("from_layer", self.from_layer)
+
+    @property
+    def top_k(self) -> int:  # type: ignore[override]
+        return self.k
+
+
+class SparseSelection(SelectionRule):
+    """What a query reads is searched for, per layer and key-value head: sinks, window and what was found between them.
+
+    Residents are counted in text order; ``sinks`` and ``window`` are counts of residents.
+    """
+
+    searches: ClassVar[bool] = True
+    kind: ClassVar[str]
+    """The name by which a backend finds the algorithm."""
+    sinks: int
+    window: int
+    query_block: int
+    """Queries of a prompt that share a choice: those of equal ``position // query_block``."""
+    query_stride: int
+    """Of those the last one searches, and every so many before it."""
+    page_bounds: bool = False
+    """Whether pages are judged by the bounds of their keys, which are kept of whole, plain blocks of an unbroken text only."""
+
+    @property
+    def bounded(self) -> bool:
+        """``page_bounds``, by the name that backends read."""
+        return self.page_bounds
+
+    @property
+    def needs_all_tokens(self) -> bool:  # type: ignore[override]
+        return self.page_bounds
+
+    @property
+    def needs_plain_storage(self) -> bool:  # type: ignore[override]
+        return self.page_bounds
+
+    @property
+    def paces(self) -> tuple[int, ...]:
+        """Generated tokens between two searches, of each stage."""
+        raise NotImplementedError
+
+    @property
+    def num_found(self) -> int:
+        """Most tokens that are read between the sinks and the window."""
+        return self.dense_until - self.sinks - self.window
+
+    @property
+    def dense_until(self) -> int:
+        """Everything is read while no more tokens than these are resident."""
+        raise NotImplementedError
+
+    def for_layer(self, index: int, beyond: bool = False) -> SparseSelection | None:
+        """The rule of layer ``index``; None if the layer reads everything, as none does ``beyond`` the trained length."""
+        raise NotImplementedError

@@ -1,0 +1,256 @@
+"""How tokens are stored: the base of such rules, the format and the channels that they decide on, and two of them as one.
+
+torch is imported where tensors are made, so that naming a policy does not load it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "WHEN",
+    "Channels",
+    "LayerShape",
+    "Packing",
+    "Plain",
+    "PrunedAndQuantized",
+    "RotaryPairs",
+    "StorageObservation",
+    "StorageRule",
+    "join",
+]
+
+WHEN = ("decode", "prefill")
+
+
+class RotaryPairs(Protocol):
+    """Which channels of a head rotate together."""
+
+    @property
+    def rotary_dim(self) -> int:
+        """The first so many channels rotate, the rest pass through."""
+        ...
+
+    @property
+    def layout(self) -> Literal["half", "interleaved"]:
+        """``"half"`` pairs channel ``i`` with ``i + rotary_dim / 2``; ``"interleaved"`` pairs ``2i`` with ``2i + 1``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerShape:
+    """A layer as a storage rule sees it: its index, KV heads, and channels of a key and of a value."""
+
+    index: int
+    num_kv_heads: int
+    key_dim: int
+    value_dim: int
+
+
+@dataclass(frozen=True)
+class Packing:
+    """The format of a layer's compressed tokens.
+
+    Attributes:
+        key_kept: channels of a key that are kept, the same number in each head.
+        key_bits, value_bits: bits of a code, 2, 4 or 8; 0 for numbers as they came.
+        group: numbers that share a scale and a zero point, float16 each: tokens of one key channel, channels of one value.
+    """
+
+    key_kept: int
+    key_bits: int = 0
+    value_bits: int = 0
+    group: int = 32
+
+    def bits_per_token(self, value_dim: int, dtype: torch.dtype) -> tuple[float, float, float]:
+        """Bits of one token of one head: its key, its value, and its share of scales. Rows are whole bytes."""
+        wide = dtype.itemsize * 8
+        key = -(-self.key_kept * self.key_bits // 8) * 8 if self.key_bits else self.key_kept * wide
+        value = -(-value_dim * self.value_bits // 8) * 8 if self.value_bits else value_dim * wide
+        scales = (self.key_kept if self.key_bits else 0) + (value_dim if self.value_bits else 0)
+        return key, value, scales * 32 / self.group
+
+
+@dataclass(frozen=True, eq=False)
+class Channels:
+    """The channels of its keys that a sequence keeps in one layer.
+
+    Attributes:
+        index: int64 ``[Hkv, kept]``: the first channels of the kept rotary pairs, then their second ones, then the others.
+            ``-1 - c`` stands for channel ``c`` stored as zero.
+        pairs: how many rotary pairs each head keeps; 0 where channels were chosen one by one.
+    """
+
+    index: torch.Tensor
+    pairs: tuple[int, ...]
+
+    @classmethod
+    def all(cls, keys: torch.Tensor, rope: RotaryPairs | None) -> Channels:
+        """Every channel of ``keys`` ``[Hkv, n, D]``."""
+        import torch
+
+        heads, dim = keys.shape[0], keys.shape[2]
+        return in_order(torch.ones(heads, dim, dtype=torch.bool), rope, whole_pairs=True)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the numbers of the channels, 16 bits each."""
+        return 2 * self.index.numel()
+
+    def with_zeros(self, keys: torch.Tensor, rope: RotaryPairs | None) -> Channels:
+        """Every channel of ``keys`` ``[Hkv, n, D]``, those not kept here stored as zero."""
+        import torch
+
+        every = Channels.all(keys, rope)
+        kept = [set(row) for row in self.index.tolist()]
+        index = [[c if c in mine else -1 - c for c in row] for mine, row in zip(kept, every.index.tolist())]
+        return Channels(torch.tensor(index), every.pairs)
+
+
+@dataclass(frozen=True, eq=False)
+class StorageObservation:
+    """What a storage rule sees of one sequence in one layer.
+
+    Attributes:
+        layer: the layer.
+        queries: float32 ``[H, m, D]``, the newest queries; keys: ``[Hkv, n, D]``, all residents.
+        count: how many of the first keys are about to be compressed.
+        rope: the layer's rotation; None where it has none.
+        pre_rope: whether queries and keys are as they were before rotation.
+    """
+
+    layer: LayerShape
+    queries: torch.Tensor
+    keys: torch.Tensor
+    count: int
+    rope: RotaryPairs | None
+    pre_rope: bool
+
+
+def pairs_of(rope: RotaryPairs) -> tuple[torch.Tensor, torch.Tensor]:
+    """The channels that rotate together."""
+    import torch
+
+    half = rope.rotary_dim // 2
+    if rope.layout == "half":
+        return torch.arange(half), torch.arange(half, 2 * half)
+    return torch.arange(0, 2 * half, 2), torch.arange(1, 2 * half, 2)
+
+
+def in_order(mask: torch.Tensor, rope: RotaryPairs | None, whole_pairs: bool) -> Channels:
+    """The channels of ``mask`` (bool ``[Hkv, D]``) in the order of :class:`Channels`."""
+    import torch
+
+    if rope is None or not whole_pairs:
+        return Channels(torch.stack([row.nonzero()[:, 0] for row in mask]), (0,) * len(mask))
+    first, second = pairs_of(rope)
+    rows, pairs = [], []
+    for row in mask:
+        own = row[first]
+        others = row.clone()
+        others[: rope.rotary_dim] = False
+        rows.append(torch.cat([first[own], second[own], others.nonzero()[:, 0]]))
+        pairs.append(int(own.sum()))
+    return Channels(torch.stack(rows), tuple(pairs))
+
+
+class StorageRule:
+    """How tokens are stored once they are compressed: when the prompt, or a piece of it, has been read, and then every
+    ``flush_every`` tokens.
+
+    Subclass and write :meth:`packing` and :meth:`choose_channels` for a rule of one's own.
+    """
+
+    recent: int = 0
+    """Newest tokens, stored as they came."""
+    observe: int = 0
+    """How many of a prompt's last queries :meth:`choose_channels` looks at."""
+    flush_every: int | None = None
+    """Generated tokens that gather behind the recent ones before they are compressed; None to leave them until the next prompt."""
+    align: int = 1
+    """Tokens are compressed in multiples of this, a divisor of 64."""
+    when: Literal["decode", "prefill"] = "decode"
+    """Whether a prompt is compressed once the first token is decoded after it, or its turn ends; or after each of its pieces."""
+    keeps_pairs: bool = True
+    """Whether what is kept of a key can still be rotated."""
+    plain: ClassVar[bool] = False
+    """Whether tokens stay as they came."""
+    prunes: ClassVar[bool] = False
+    """Whether it keeps some channels of the keys, so that a rule that makes codes of them can be joined to it by ``|``."""
+    quantizes: ClassVar[bool] = False
+    """Whether it stores codes of a few bits, so that it can be joined to a rule that keeps some channels."""
+
+    def packing(self, layer: LayerShape) -> Packing:
+        """The format of a layer's compressed tokens.
+
+        Raises:
+            PolicyError: if such a layer cannot be stored so.
+        """
+        raise NotImplementedError(f"{type(self).__name__} does not define packing()")
+
+    def idle(self, layer: LayerShape) -> bool:
+        """Whether compression would leave such a layer's tokens as they are."""
+        packing = self.packing(layer)
+        return packing.key_kept == layer.key_dim and not packing.key_bits and not packing.value_bits
+
+    def choose_channels(self, seen: StorageObservation) -> Channels:
+        """The channels of one sequence's keys that are kept; asked once per sequence and layer."""
+        return Channels.all(seen.keys, seen.rope)
+
+
+@dataclass(frozen=True)
+class Plain(StorageRule):
+    """As it came, in the model's dtype."""
+
+    plain: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class PrunedAndQuantized(StorageRule):
+    """Some channels of the keys by one rule, and codes of a few bits for what is kept by another. Compressed early if either is."""
+
+    pruned: StorageRule
+    quantized: StorageRule
+
+    @property
+    def recent(self) -> int:  # type: ignore[override]
+        return max(self.pruned.recent, self.quantized.recent)
+
+    @property
+    def observe(self) -> int:  # type: ignore[override]
+        return self.pruned.observe
+
+    @property
+    def align(self) -> int:  # type: ignore[override]
+        return self.quantized.align
+
+    @property
+    def flush_every(self) -> int:  # type: ignore[override]
+        return max(self.pruned.flush_every or 0, self.quantized.flush_every or 0)
+
+    @property
+    def when(self) -> Literal["decode", "prefill"]:  # type: ignore[override]
+        return "prefill" if "prefill" in (self.pruned.when, self.quantized.when) else "decode"
+
+    @property
+    def keeps_pairs(self) -> bool:  # type: ignore[override]
+        return self.pruned.keeps_pairs
+
+    def packing(self, layer: LayerShape) -> Packing:
+        codes = self.quantized.packing(layer)
+        return Packing(self.pruned.packing(layer).key_kept, codes.key_bits, codes.value_bits, codes.group)
+
+    def choose_channels(self, seen: StorageObservation) -> Channels:
+        return self.pruned.choose_channels(seen)
+
+
+def join(left: StorageRule, right: StorageRule) -> StorageRule | None:
+    """Both rules as one; None if they cannot both be."""
+    for pruned, quantized in ((left, right), (right, left)):
+        if pruned.prunes and quantized.quantizes:
+            return PrunedAndQuantized(pruned, quantized)
+    return None
