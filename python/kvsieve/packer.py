@@ -16,7 +16,7 @@ from kvsieve.thin import Channels, LayerShape, Observed
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner
-    from kvsieve.backends import Store
+    from kvsieve.backends.base import Store
     from kvsieve.facts import AttentionLayer
     from kvsieve.roles import Pack
 

@@ -392,7 +392,7 @@ class Search(Select):
     """
 
     kind: ClassVar[str]
-    """``"hip"`` or ``"infinite"``: which search of :mod:`kvsieve.backends.search`."""
+    """``"hip"`` or ``"infinite"``: which search of :mod:`kvsieve.backends.reference.definition`."""
     sinks: int
     window: int
     query_block: int

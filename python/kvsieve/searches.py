@@ -1,7 +1,7 @@
 """Which of many tokens a query reads, found by a search: HiP, InfiniteHiP and Quest as select roles.
 
 Every query reads the first ``sinks`` residents, the newest ``window`` and, of those between them, what a search through a few
-representative keys, or bounds of keys, finds. `kvsieve.backends.search` is the definition.
+representative keys, or bounds of keys, finds. `kvsieve.backends.reference.definition` is the definition.
 """
 
 from __future__ import annotations

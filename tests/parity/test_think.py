@@ -10,7 +10,7 @@ import pytest
 import torch
 from drive import Layer
 from kvsieve import thin
-from kvsieve.backends.packing import dequantize, quantize
+from kvsieve.backends.reference.storage import dequantize, quantize
 from kvsieve.rope import LayerRope
 from kvsieve.thin import Channels, Packing
 from tiny import BACKENDS

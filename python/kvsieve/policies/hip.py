@@ -9,7 +9,7 @@ Departures from the papers and the published code, and why:
 * Within the trained length tokens are scored and read at their true positions; the papers' other distances are ``extend``.
 * InfiniteHiP: a chunk is judged by the best key met on the way, never by a mean of queries.
 
-The definition, and further points that the papers leave open: :mod:`kvsieve.backends.search`.
+The definition, and further points that the papers leave open: :mod:`kvsieve.backends.reference.definition`.
 """
 
 from __future__ import annotations
