@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from kvsieve.backends.cuda.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda.ops.launch import values_of
 
 SHIM = Path(__file__).resolve().parent / "cuda"
 CACHE = Path(tempfile.gettempdir()) / f"kvsieve-emulator-{os.getuid()}"
@@ -48,6 +49,7 @@ class Emulator:
 
     def launch(self, module: Module, grid: tuple[int, int, int], block: int, args: Sequence[Any], device: torch.device) -> None:
         assert device.type == "cpu"
+        args = values_of(args)
         if self.launches is not None:
             self.launches.append((module, grid, block, list(args)))
         self.run(module, grid, block, args)

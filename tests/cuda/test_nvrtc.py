@@ -10,7 +10,7 @@ import pytest
 import torch
 from kvsieve.backends.cuda import nvrtc
 from kvsieve.backends.cuda.nvrtc import SOURCES, Module
-from kvsieve.backends.cuda.ops.attend import Instantiation
+from kvsieve.backends.cuda.ops.attend import attend_module
 from kvsieve.backends.cuda.ops.launch import DTYPES
 from kvsieve.errors import BackendError
 
@@ -50,11 +50,11 @@ def attend_modules() -> list[tuple[Module, int]]:
         for dtype in DTYPES:
             for dim in DIMS:
                 for raw in (False, True):
-                    out.append((Instantiation(dtype, dim, dim, 4, raw).module(), arch))
+                    out.append((attend_module(dtype, dim, dim, 4, raw), arch))
     for dim in (64, 128):
         for group in (1, 3, 8, 16):
             for raw in (False, True):
-                out.append((Instantiation(torch.bfloat16, dim, dim, group, raw).module(), 90))
+                out.append((attend_module(torch.bfloat16, dim, dim, group, raw), 90))
     return out
 
 
@@ -62,12 +62,12 @@ def packed_modules() -> list[tuple[Module, int]]:
     """`attend` over packed blocks: every pair of bits once, and the common ones for every size, frame and kind of group."""
     bf16, out = torch.bfloat16, []
     for bits in ((a, b) for a in (0, 2, 4, 8) for b in (0, 2, 4, 8)):
-        out.append((Instantiation(bf16, 128, 128, 4, False, bits).module(), 90))
+        out.append((attend_module(bf16, 128, 128, 4, False, bits), 90))
     for bits in ((0, 0), (4, 4)):
         for raw in (False, True):
-            out += [(Instantiation(bf16, 128, 128, group, raw, bits).module(), 90) for group in (1, 8, 16)]
-            out += [(Instantiation(dtype, 128, 128, 4, raw, bits).module(), 80) for dtype in DTYPES]
-            out += [(Instantiation(bf16, dim, dim, 4, raw, bits).module(), 90) for dim in (64, 256)]
+            out += [(attend_module(bf16, 128, 128, group, raw, bits), 90) for group in (1, 8, 16)]
+            out += [(attend_module(dtype, 128, 128, 4, raw, bits), 80) for dtype in DTYPES]
+            out += [(attend_module(bf16, dim, dim, 4, raw, bits), 90) for dim in (64, 256)]
     return out
 
 

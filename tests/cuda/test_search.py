@@ -237,7 +237,7 @@ def test_an_error_leaves_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     tested.feed(150)
     before = choices(tested, 0)
     with monkeypatch.context() as patched:
-        patched.setattr(selection, "sparse", lambda **given: 1 / 0)
+        patched.setattr(selection, "Sparse", lambda **given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tested.run(*tested.draw(1))
     assert choices(tested, 0) == before

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvsieve import _core
+from kvsieve._core import surprisal
 from kvsieve.backends.cpu.capabilities import CAPABILITIES
 from kvsieve.backends.cpu.selection import CpuSelection
 from kvsieve.backends.cpu.store import CpuStore, Plans
@@ -36,4 +36,4 @@ class CpuBackend:
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         targets = ids.detach().contiguous().numpy()
-        return torch.from_numpy(_core.surprisal(view(logits), targets, DTYPES[logits.dtype], torch.get_num_threads()))
+        return torch.from_numpy(surprisal(view(logits), targets, DTYPES[logits.dtype], torch.get_num_threads()))

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve import _core
+from kvsieve._core import Store
 from kvsieve.backends.attention import Partial, attend, merge, visibility
 from kvsieve.backends.attention_scores import of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
@@ -54,7 +54,7 @@ class CpuStore:
     def __init__(self, plans: Plans, k: torch.Tensor, v: torch.Tensor) -> None:
         self._plans = plans
         self._dtype = k.dtype
-        self._core = _core.Store(k.shape[1], k.shape[3], v.shape[3], DTYPES[k.dtype])
+        self._core = Store(k.shape[1], k.shape[3], v.shape[3], DTYPES[k.dtype])
         self._shape = (k.shape[1], k.shape[3], v.shape[3])
 
     @property

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.backends.cuda import nvrtc
-from kvsieve.backends.cuda.ops.launch import Size, _launchers, register
+from kvsieve.backends.cuda.ops.launch import Argument, Size, _launchers, register, values_of
 from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:
@@ -57,13 +57,13 @@ class CupyLauncher:
             self._processors[index] = torch.cuda.get_device_properties(index).multi_processor_count
         return self._processors[index]
 
-    def launch(self, module: Module, grid: Size, block: int, args: Sequence[int | float | None], device: torch.device) -> None:
+    def launch(self, module: Module, grid: Size, block: int, args: Sequence[Argument], device: torch.device) -> None:
         function = self._functions.get((module, device.index)) or self._load(module, device)
         address = torch.cuda.current_stream(device).cuda_stream
         stream = self._streams.get(address)
         if stream is None:
             stream = self._streams[address] = self._cupy.cuda.Stream.from_external(_Stream(address))
-        values = tuple([0 if a is None else a for a in args])
+        values = values_of(args)
         if device.index == torch.cuda.current_device():
             function(grid, (block, 1, 1), values, stream=stream)
         else:

@@ -22,7 +22,7 @@ from kvsieve.backends.cuda import select
 from kvsieve.backends.cuda.ops import residents
 from kvsieve.backends.cuda.ops.launch import aligned
 from kvsieve.backends.cuda.ops.residents import Residents, slot_width
-from kvsieve.backends.cuda.ops.sparse import RESIDENT, heads_together, sparse
+from kvsieve.backends.cuda.ops.sparse import RESIDENT, Sparse, heads_together
 from kvsieve.backends.cuda.schedule import Choosing, Schedule
 from kvsieve.backends.rules import implementation
 from kvsieve.errors import ShapeError, StateError
@@ -259,7 +259,7 @@ class CudaSelection:
 
     def _attend(self, searching: Searching, value_dim: int, asked: StepResidents, call: AttendCall, work: Work) -> torch.Tensor:
         rule, schedule, kv_heads = self.rule, searching.schedule, searching.kv_heads
-        out, read = sparse(
+        out, read = Sparse(
             q=searching.q,
             residents=asked.residents,
             queries=searching.table,
@@ -278,7 +278,7 @@ class CudaSelection:
             scale=call.scale,
             softcap=call.softcap or 0.0,
             sink_logits=None if call.sink_logits is None else call.sink_logits.detach().float().contiguous(),
-        )
+        ).launch()
         work.read.append(read)
         work.shorten()
         return out

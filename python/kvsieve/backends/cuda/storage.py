@@ -194,7 +194,7 @@ class PackedChannels:
         self._legal: dict[LayerRope, bool] = {}
 
     def keeps_pairs_of(self, rope: LayerRope) -> bool:
-        """Whether the first channels are whole pairs of ``rope``, and the others do not turn."""
+        """Whether the first channels are whole pairs of ``rope``, and the others do not rotate."""
         if rope not in self._legal:
             half, index = rope.rotary_dim // 2, self.channels.index.cpu()
             index = torch.where(index < 0, -1 - index, index)

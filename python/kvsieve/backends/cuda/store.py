@@ -46,23 +46,11 @@ SpansResult = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Out ``[B, q, H, Dv]``; lse float32 ``[B, q, H]``; attention scores float32 ``[Hkv, keys]``."""
 
 
-class Wanted(NamedTuple):
-    """What is asked of attention beside its output.
+class Keys(NamedTuple):
+    """Where each item's keys begin among all of them, int64 ``[items + 1]``, and how many there are: for attention scores."""
 
-    Attributes:
-        sink_logits: that join the softmax, float32 ``[H]``.
-        key_starts, total_keys: for attention scores, where each item's keys begin, and how many keys there are.
-        lse: whether the log-sum-exp is needed.
-    """
-
-    sink_logits: torch.Tensor | None = None
-    key_starts: torch.Tensor | None = None
-    total_keys: int = 0
-    lse: bool = False
-
-
-PLAIN = Wanted()
-"""Nothing but the output."""
+    starts: torch.Tensor
+    total: int
 
 
 class CudaStore:
@@ -102,7 +90,9 @@ class CudaStore:
 
         A captured graph of :meth:`run` can then be replayed, if no buffer had to grow meanwhile (see :meth:`addresses`).
         """
-        plan = self._context.plan(step, self.device)
+        self._prepare(self._context.plan(step, self.device))
+
+    def _prepare(self, plan: Plan) -> None:
         if self._prepared is plan:
             return
         self.plain.reserve(plan.written)
@@ -153,28 +143,30 @@ class CudaStore:
         return selection.run(q, (self._shape[0], self._shape[2]), asked, call)
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        heads, key_dim, value_dim = self._shape
-        for name, x, want in (("keys", k, (heads, key_dim)), ("values", v, (heads, value_dim))):
-            if (x.shape[1], x.shape[3], x.dtype, x.device) != (*want, self.dtype, self.device):
+        (heads, key_dim, value_dim), dtype, device = self._shape, self.dtype, self.device
+        for name, x, dim in (("keys", k, key_dim), ("values", v, value_dim)):
+            _, its_heads, _, its_dim = x.shape
+            if its_heads != heads or its_dim != dim or x.dtype is not dtype or x.device != device:
                 raise ShapeError(
-                    f"this layer holds {name} of {want[0]} heads of size {want[1]} in {self.dtype} on {self.device}, "
-                    f"got {x.shape[1]} heads of size {x.shape[3]} in {x.dtype} on {x.device}"
+                    f"this layer holds {name} of {heads} heads of size {dim} in {dtype} on {device}, "
+                    f"got {its_heads} heads of size {its_dim} in {x.dtype} on {x.device}"
                 )
-        if q.dtype != self.dtype or q.device != self.device or q.shape[3] != key_dim or q.shape[1] % heads:
+        _, query_heads, _, its_dim = q.shape
+        if q.dtype is not dtype or q.device != device or its_dim != key_dim or query_heads % heads:
             raise ShapeError(
-                f"queries must be [rows, a multiple of {heads}, queries, {key_dim}] in {self.dtype} on {self.device}, "
+                f"queries must be [rows, a multiple of {heads}, queries, {key_dim}] in {dtype} on {device}, "
                 f"got {tuple(q.shape)} in {q.dtype} on {q.device}"
             )
 
     def _append(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
-        self.prepare(plan.step)
+        self._prepare(plan)
         buffer = plan.buffer
         Append(k, v, self.plain.table.tensor, buffer.appends, buffer.counts, buffer.tokens).launch()
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
         chosen = [p for p in plan.parts if p.part.top_k] if call.top_k else []
         sink_logits = None if call.sink_logits is None or chosen else call.sink_logits.detach().float().contiguous()
-        out, lse, _ = self.attend_spans(q, plan, call, Wanted(sink_logits, lse=bool(chosen)))
+        out, lse, _ = self.attend_spans(q, plan, call, sink_logits, with_lse=bool(chosen))
         if lse is None:
             return out
         for row in range(q.shape[0]):
@@ -185,7 +177,15 @@ class CudaStore:
             out[row] = merge(parts, call.sink_logits).transpose(0, 1).to(out.dtype)
         return out
 
-    def attend_spans(self, q: torch.Tensor, plan: Plan, call: AttendCall, wanted: Wanted = PLAIN) -> SpansResult:
+    def attend_spans(
+        self,
+        q: torch.Tensor,
+        plan: Plan,
+        call: AttendCall,
+        sink_logits: torch.Tensor | None = None,
+        keys: Keys | None = None,
+        with_lse: bool = False,
+    ) -> SpansResult:
         """Attention of a step whose tokens are stored: out, and lse and attention scores where they are wanted."""
         heads, _, value_dim = self._shape
         raw, rope, buffer, packed = plan.step.frame == "raw", call.rope, plan.buffer, self._packed
@@ -214,12 +214,12 @@ class CudaStore:
             layout=0 if rope is None else LAYOUTS[rope.layout],
             factor=rope.factor**2 if rope is not None and raw else 1.0,
             raw=rotates,
-            sink_logits=wanted.sink_logits,
-            key_starts=wanted.key_starts,
-            total_keys=wanted.total_keys,
+            sink_logits=sink_logits,
+            key_starts=None if keys is None else keys.starts,
+            total_keys=0 if keys is None else keys.total,
             packed=None if packed is None else packed.table.tensor,
             format=None if packed is None else packed.format,
-        ).run(with_lse=wanted.lse)
+        ).run(with_lse=with_lse)
 
     def attend_with_scores(
         self, q: torch.Tensor, step: Step, call: AttendCall
@@ -235,7 +235,7 @@ class CudaStore:
             raise ShapeError("this step is for prefill: it has no spans")
         sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().contiguous()
         starts = upload(plan.key_starts, self.device)
-        out, lse, scores = self.attend_spans(q, plan, call, Wanted(sink_logits, starts, int(plan.key_starts[-1]), lse=True))
+        out, lse, scores = self.attend_spans(q, plan, call, sink_logits, Keys(starts, int(plan.key_starts[-1])), with_lse=True)
         assert lse is not None
         assert scores is not None
         return out, lse, list(torch.split(scores, np.diff(plan.key_starts).tolist(), 1))

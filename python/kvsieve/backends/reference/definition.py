@@ -23,7 +23,7 @@ The last two are InfiniteHiP's way beyond the trained length. With a budget for 
 
 *HiP* (Lee et al., ICLR 2025) is a beam search of ``m`` nodes over an implicit binary tree of blocks:
 
-    nodes = m equal stretches of the region's blocks
+    nodes = m equal ranges of the region's blocks
     while a node has more than one block:
         children = halves of the nodes (the right one is never the shorter)
         score(child) = best key of its representative block
@@ -33,7 +33,7 @@ The last two are InfiniteHiP's way beyond the trained length. With a budget for 
 
     chunks = [region]
     for each stage (length l, keep k):
-        chunks = stretches of at most l tokens of the chunks
+        chunks = ranges of at most l tokens of the chunks
         score(chunk) = best of the keys met on the way down, by halves, always to the half of the better representative
         chunks = the k / l best chunks
 
@@ -114,7 +114,7 @@ class Selection:
     rounds: tuple[int, ...]
     """Levels of the tree, or stages, that were scored."""
     inputs: tuple[tuple[Ints, ...], ...] = field(default=(), repr=False)
-    """InfiniteHiP: for each stage and KV head the stretches ``[c, 2]`` that went into it. A later search can begin there."""
+    """InfiniteHiP: for each stage and KV head the ranges ``[c, 2]`` that went into it. A later search can begin there."""
 
     def tokens(self, head: int) -> Ints:
         """The chosen tokens of a KV head, ascending."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from kvsieve import _core
+from kvsieve._core import Sparse
 
 __all__ = ["make"]
 
 
-def make(rule: Any) -> _core.Sparse:
+def make(rule: Any) -> Sparse:
     """The core's implementation of ``rule``."""
-    return _core.Sparse.hip(
+    return Sparse.hip(
         rule.budget,
         rule.block,
         rule.representative,

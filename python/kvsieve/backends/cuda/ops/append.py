@@ -45,7 +45,8 @@ class Append(NamedTuple):
         k, v = aligned(self.k), aligned(self.v)
         pieces = (k.shape[3] + v.shape[3]) * k.element_size() // 16
         grid = min(-(-self.tokens * k.shape[1] * pieces // THREADS), 1024)
-        args: list[Argument] = [k, *k.stride()[:3], v, *v.stride()[:3], self.blocks, self.appends, self.counts, k.shape[1]]
+        tokens = (k.data_ptr(), *k.stride()[:3], v.data_ptr(), *v.stride()[:3])
+        args: list[Argument] = [*tokens, self.blocks, self.appends, self.counts, k.shape[1]]
         start(module("append", "append", k.dtype, k.shape[3], v.shape[3]), (grid, 1, 1), args, k.device)
 
 

@@ -12,14 +12,18 @@ from kvsieve.backends.cuda.nvrtc import Module
 from kvsieve.backends.cuda.ops.declare import Shaped, Table, Vector, check_heads, operation, require
 from kvsieve.backends.cuda.ops.format import PACKED_COLUMNS, Format
 from kvsieve.backends.cuda.ops.launch import THREADS, Argument, module, start
-from kvsieve.backends.cuda.ops.merge import Partials, merge_partials
+from kvsieve.backends.cuda.ops.merge import merge_partials, scratch
 from kvsieve.errors import ShapeError
 
-__all__ = ["Attend", "Instantiation", "attend", "heads_of", "resident"]
+__all__ = ["Attend", "attend", "attend_module", "heads_of", "resident"]
+
+NOT_PACKED = (None, 0, 0, 0, 0)
+"""What the kernel is told where no block is packed."""
 
 Result = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 
 
+@cache
 def heads_of(group: int, key_dim: int) -> tuple[int, int]:
     """Query heads per warp, and how many such sets a thread block of `attend` serves, for a group of ``group`` heads."""
     most = 4 if key_dim <= 128 else 2
@@ -27,31 +31,13 @@ def heads_of(group: int, key_dim: int) -> tuple[int, int]:
     return min(-(-group // subsets), 4), subsets
 
 
-class Instantiation(NamedTuple):
-    """Sizes that `attend` is compiled for.
-
-    Attributes:
-        group: query heads of a key-value head; raw: whether keys may have to be rotated.
-        bits: of key and value codes of packed blocks; None where there are none.
-    """
-
-    dtype: torch.dtype
-    key_dim: int
-    value_dim: int
-    group: int
-    raw: bool
-    bits: tuple[int, int] | None = None
-
-    def module(self) -> Module:
-        """The kernel."""
-        return _module_of(self)
-
-
 @cache
-def _module_of(sizes: Instantiation) -> Module:
-    heads, subsets = heads_of(sizes.group, sizes.key_dim)
-    numbers = sizes.key_dim, sizes.value_dim, heads, subsets, sizes.raw, *(sizes.bits or ())
-    return module("attend", "attend", sizes.dtype, *numbers)
+def attend_module(
+    dtype: torch.dtype, key_dim: int, value_dim: int, group: int, raw: bool, bits: tuple[int, int] | None = None
+) -> Module:
+    """The instantiation of `attend` for these sizes, and for packed blocks of ``bits`` (of key and value codes), if any."""
+    heads, subsets = heads_of(group, key_dim)
+    return module("attend", "attend", dtype, key_dim, value_dim, heads, subsets, raw, *(bits or ()))
 
 
 def resident(group: int, key_dim: int, raw: bool, bits: tuple[int, int] | None) -> int:
@@ -143,30 +129,30 @@ class Attend(NamedTuple):
 
     def run(self, with_lse: bool = True) -> Result:
         """As :meth:`launch`, with None for what was not asked for."""
-        q, (rows, heads, queries, key_dim), device, items = self.q, self.q.shape, self.q.device, self.items
-        group = heads // self.kv_heads
+        q, kv_heads, splits, value_dim = self.q, self.kv_heads, self.splits, self.value_dim
+        (rows, heads, queries, key_dim), device, dtype = q.shape, q.device, q.dtype
+        items, group = rows * queries, heads // kv_heads
         per_warp, subsets = heads_of(group, key_dim)
-        held = Partials.scratch(q, items, heads, self.splits, self.value_dim)
+        held = scratch(items * heads, splits, heads, value_dim, device)
         logits = norms = None
         if self.key_starts is not None:
             logits = torch.empty(heads, self.total_keys, dtype=torch.float32, device=device)
             norms = torch.empty(items, heads, dtype=torch.float32, device=device)
-        args: list[Argument] = [q, *q.stride()[:3], self.blocks, self.starts, self.spans]
-        args += [self.rotations, self.in_block, self.pairs, self.layout, float(self.factor), float(self.scale)]
-        args += [float(self.softcap), queries, group, held.out, held.lse, logits, self.key_starts, self.total_keys]
         bits, packed = self._packed()
-        kernel = Instantiation(q.dtype, key_dim, self.value_dim, group, self.raw, bits).module()
-        grid = (self.splits, self.kv_heads * -(-group // (per_warp * subsets)), items)
-        start(kernel, grid, [*args, *packed], device)
-        out = torch.empty(rows, queries, heads, self.value_dim, dtype=q.dtype, device=device)
+        args: list[Argument] = [q.data_ptr(), *q.stride()[:3], self.blocks, self.starts, self.spans, self.rotations, self.in_block]
+        args += (self.pairs, self.layout, float(self.factor), float(self.scale), float(self.softcap), queries, group)
+        args += (held.out, held.lse, logits, self.key_starts, self.total_keys, *packed)
+        kernel = attend_module(dtype, key_dim, value_dim, group, self.raw, bits)
+        start(kernel, (splits, kv_heads * -(-group // (per_warp * subsets)), items), args, device)
+        out = torch.empty(rows, queries, heads, value_dim, dtype=dtype, device=device)
         lse = torch.empty(rows, queries, heads, dtype=torch.float32, device=device) if with_lse else None
         merge_partials(held, self.sink_logits, out, lse, norms)
         return out, lse, None if logits is None or norms is None else self._scores(logits, norms)
 
-    def _packed(self) -> tuple[tuple[int, int] | None, list[Argument]]:
+    def _packed(self) -> tuple[tuple[int, int] | None, Sequence[Argument]]:
         """Bits of packed blocks' codes, and what the kernel is told of them."""
         if self.packed is None or self.format is None:
-            return None, [None, 0, 0, 0, 0]
+            return None, NOT_PACKED
         made, dtype, dims = Format(*self.format), self.q.dtype, (self.q.shape[3], self.value_dim)
         return made[1:3], [self.packed, made.kept, made.wide(dtype), made.log_group, made.tile(dtype, *dims)]
 

@@ -57,7 +57,7 @@ class Hip(NamedTuple):
     def launch(self) -> torch.Tensor:
         q, heads, count, scored = self.q, self.kv_heads, self.queries.shape[0], self.outputs()
         kernel = module("search", "hip", q.dtype, q.shape[3], queries_together(self))
-        head: list[Argument] = [q, *q.stride()[:3], *self.residents]
+        head: list[Argument] = [q.data_ptr(), *q.stride()[:3], *self.residents]
         middle: list[Argument] = [
             q.shape[1] // heads,
             self.window,

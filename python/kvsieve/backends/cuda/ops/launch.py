@@ -7,7 +7,8 @@ one that runs the same sources on the CPU. One launcher serves one type of devic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, reduce
+from operator import or_
 from typing import Protocol
 
 import torch
@@ -28,6 +29,7 @@ __all__ = [
     "module",
     "register",
     "start",
+    "values_of",
 ]
 
 DTYPES = {torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "f16"}
@@ -46,10 +48,10 @@ Size = tuple[int, int, int]
 class Launcher(Protocol):
     """Runs kernels on one type of device."""
 
-    def launch(self, module: Module, grid: Size, block: int, args: Sequence[int | float | None], device: torch.device) -> None:
+    def launch(self, module: Module, grid: Size, block: int, args: Sequence[Argument], device: torch.device) -> None:
         """Start ``module``'s first instantiation on the device's current stream.
 
-        Every argument is 8 bytes: an address or a count (int; None for null), or a double (float).
+        Every argument is 8 bytes, see :func:`values_of`: an address or a count (int), or a double (float).
         """
 
     def processors(self, device: torch.device) -> int:
@@ -83,23 +85,25 @@ def module(file: str, template: str, *parameters: object) -> Module:
     return Module(f"{file}.cu", (f"{template}<{', '.join(values)}>" if values else template,))
 
 
-_SCALARS = frozenset({int, float, bool, type(None)})
-
-
 def start(kernel: Module, grid: Size, args: Sequence[Argument], device: torch.device, block: int = THREADS) -> None:
-    """Start a kernel; tensors among ``args`` go as their addresses. Nothing happens where the grid is empty."""
+    """Start a kernel. Nothing happens where the grid is empty."""
     if 0 not in grid:
-        values = [a if type(a) in _SCALARS else a.data_ptr() for a in args]  # type: ignore[union-attr]
-        launcher_of(device).launch(kernel, grid, block, values, device)  # type: ignore[arg-type]
+        (_launchers.get(device.type) or launcher_of(device)).launch(kernel, grid, block, args, device)
+
+
+def values_of(args: Sequence[Argument]) -> tuple[int | float, ...]:
+    """Arguments as a kernel takes them: tensors as their addresses, None as 0.
+
+    This runs for every launch. A subclass of Tensor is not seen as one: what a caller hands in goes by its address.
+    """
+    tensor = torch.Tensor
+    return tuple([0 if a is None else a.data_ptr() if type(a) is tensor else a for a in args])  # type: ignore[misc]
 
 
 def is_aligned(x: torch.Tensor) -> bool:
     """Whether rows of ``x`` are contiguous and begin at multiples of 16 bytes."""
-    together = 0
     *outer, last = x.stride()
-    for stride in outer:
-        together |= stride
-    return last == 1 and not x.data_ptr() & 15 and not together * x.element_size() & 15
+    return last == 1 and not x.data_ptr() & 15 and not reduce(or_, outer, 0) * x.element_size() & 15
 
 
 def aligned(x: torch.Tensor) -> torch.Tensor:

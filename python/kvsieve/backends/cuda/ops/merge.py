@@ -9,7 +9,7 @@ import torch
 from kvsieve.backends.cuda.ops.declare import Shaped, Vector, check_heads, operation, require
 from kvsieve.backends.cuda.ops.launch import Argument, module, start
 
-__all__ = ["Merge", "Partials", "merge", "merge_partials"]
+__all__ = ["Merge", "Partials", "merge", "merge_partials", "scratch"]
 
 
 class Partials(NamedTuple):
@@ -25,13 +25,13 @@ class Partials(NamedTuple):
     heads: int
     memory: torch.Tensor
 
-    @classmethod
-    def scratch(cls, like: torch.Tensor, items: int, heads: int, splits: int, value_dim: int) -> Partials:
-        """Room on the device of ``like``, not written."""
-        parts = items * heads * splits
-        memory = torch.empty(parts * (value_dim + 1), dtype=torch.float32, device=like.device)
-        address = memory.data_ptr()
-        return cls(address, address + 4 * parts * value_dim, splits, heads, memory)
+
+def scratch(results: int, splits: int, heads: int, value_dim: int, device: torch.device) -> Partials:
+    """Room for ``splits`` parts of each of ``results`` results, ``heads`` of them an item; not written."""
+    parts = results * splits
+    memory = torch.empty(parts * (value_dim + 1), dtype=torch.float32, device=device)
+    address = memory.data_ptr()
+    return Partials(address, address + 4 * parts * value_dim, splits, heads, memory)
 
 
 def merge_partials(

@@ -78,7 +78,7 @@ class Narrow(NamedTuple):
         fill = launcher_of(q.device).processors(q.device) * 4 // max(heads * min(band, count), 1)
         splits = max(1, min(fill, -(-candidates // 64)))
         kernel = module("search", "narrow", q.dtype, q.shape[3], queries_together(self))
-        head: list[Argument] = [q, *q.stride()[:3], *self.residents]
+        head: list[Argument] = [q.data_ptr(), *q.stride()[:3], *self.residents]
         middle: list[Argument] = [
             q.shape[1] // heads,
             self.window,

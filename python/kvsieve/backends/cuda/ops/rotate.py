@@ -40,19 +40,8 @@ class Rotate(NamedTuple):
     def launch(self) -> torch.Tensor:
         x, out, pairs = self.x, self.outputs(), self.frequencies.shape[0]
         heads, tokens, dim = x.shape
-        args: list[Argument] = [
-            x,
-            *x.stride()[:2],
-            self.positions,
-            self.frequencies,
-            pairs,
-            self.layout,
-            float(self.factor),
-            heads,
-            tokens,
-            dim,
-            out,
-        ]
+        args: list[Argument] = [x.data_ptr(), *x.stride()[:2], self.positions, self.frequencies, pairs, self.layout]
+        args += (float(self.factor), heads, tokens, dim, out)
         grid = min(-(-tokens * (dim - pairs) // THREADS), 4096) if heads else 0
         start(module("rotate", "rotate", x.dtype, out.dtype), (grid, 1, 1), args, x.device)
         return out

@@ -10,7 +10,7 @@ from kvsieve.backends.cuda.nvrtc import Module
 from kvsieve.backends.cuda.ops import residents as shared
 from kvsieve.backends.cuda.ops.declare import Shaped, Table, Vector, operation, require
 from kvsieve.backends.cuda.ops.launch import THREADS, Argument, module, start
-from kvsieve.backends.cuda.ops.merge import Partials, merge_partials
+from kvsieve.backends.cuda.ops.merge import merge_partials, scratch
 from kvsieve.backends.cuda.ops.residents import QUERY_COLUMNS, Residents, check_queries, check_slots
 
 __all__ = ["RESIDENT", "Sparse", "heads_together", "sparse"]
@@ -86,7 +86,7 @@ class Sparse(NamedTuple):
         """Each query's keys are shared out among thread blocks."""
         q, num = self.q, read.shape[0]
         kernel, head, middle, sets = self._kernel()
-        held = Partials.scratch(q, num, q.shape[1], self.splits, self.value_dim)
+        held = scratch(num * q.shape[1], self.splits, q.shape[1], self.value_dim, q.device)
         args: list[Argument] = [*head, self.queries, self.at, *middle, held.out, held.lse, None, None, read]
         start(kernel, (self.splits, self.kv_heads * sets, num), args, q.device)
         merge_partials(held, self.sink_logits, out, None, None)
@@ -106,7 +106,7 @@ class Sparse(NamedTuple):
         q, group = self.q, self.q.shape[1] // self.kv_heads
         together = heads_together(group)
         kernel = module("sparse", "sparse", q.dtype, q.shape[3], self.value_dim, together, self.at is None)
-        head: list[Argument] = [q, *q.stride()[:3], *self.residents]
+        head: list[Argument] = [q.data_ptr(), *q.stride()[:3], *self.residents]
         middle: list[Argument] = [q.shape[2], group, self.sinks, self.window, self.stage, self.length, self.most]
         middle += [self.held, self.spare, float(self.scale), float(self.softcap)]
         return kernel, head, middle, -(-group // together)

@@ -31,7 +31,7 @@ class Surprisal(NamedTuple):
         out, logits, ids = self.outputs(), self.logits, self.ids.contiguous()
         if logits.stride(1) != 1:
             logits = logits.contiguous()
-        args: list[Argument] = [logits, logits.stride(0), logits.shape[1], ids, out]
+        args: list[Argument] = [logits.data_ptr(), logits.stride(0), logits.shape[1], ids.data_ptr(), out]
         start(module("surprisal", "surprisal", logits.dtype), (logits.shape[0], 1, 1), args, logits.device)
         return out
 

@@ -30,7 +30,7 @@ class TopK(NamedTuple):
     def launch(self) -> tuple[torch.Tensor, torch.Tensor]:
         columns, kth = self.outputs()
         x = self.x if self.x.stride(1) == 1 else self.x.contiguous()
-        start(module("top_k", "top_k"), (x.shape[0], 1, 1), [x, x.stride(0), x.shape[1], self.k, columns, kth], x.device)
+        start(module("top_k", "top_k"), (x.shape[0], 1, 1), [x.data_ptr(), x.stride(0), x.shape[1], self.k, columns, kth], x.device)
         return columns, kth
 
 

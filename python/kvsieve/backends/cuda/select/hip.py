@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvsieve.backends.cuda.ops.hip import REPRESENTATIVES, hip
+from kvsieve.backends.cuda.ops.hip import REPRESENTATIVES, Hip
 from kvsieve.backends.cuda.ops.residents import NODES
 from kvsieve.backends.cuda.staged import StagedRule, at_least_one
 from kvsieve.errors import BackendError
@@ -38,7 +38,7 @@ def rule_of(rule: Any) -> StagedRule:
 def search(asked: Searching, stage: int) -> torch.Tensor:
     """Compute a stage; keys scored, int32 ``[n, Hkv]``."""
     rule = asked.rule
-    return hip(
+    return Hip(
         q=asked.q,
         residents=asked.residents,
         queries=asked.table,
@@ -51,4 +51,4 @@ def search(asked: Searching, stage: int) -> torch.Tensor:
         representative=REPRESENTATIVES[rule.representative],
         held=asked.held[stage],
         spare=asked.spares[stage],
-    )
+    ).launch()

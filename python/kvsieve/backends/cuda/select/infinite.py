@@ -7,7 +7,7 @@ from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 from kvsieve.backends.cuda.ops.hip import REPRESENTATIVES
-from kvsieve.backends.cuda.ops.narrow import narrow
+from kvsieve.backends.cuda.ops.narrow import Narrow
 from kvsieve.backends.cuda.staged import StagedRule
 from kvsieve.errors import PolicyError
 
@@ -40,7 +40,7 @@ def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
 def search(asked: Searching, stage: int) -> torch.Tensor:
     """Compute a stage; keys scored, int32 ``[n, Hkv]``."""
     rule = asked.rule
-    return narrow(
+    return Narrow(
         q=asked.q,
         residents=asked.residents,
         queries=asked.table,
@@ -60,4 +60,4 @@ def search(asked: Searching, stage: int) -> torch.Tensor:
         held=asked.held[stage],
         spare=asked.spares[stage],
         arrivals=asked.arrivals(asked.schedule.num_blocks),
-    )
+    ).launch()

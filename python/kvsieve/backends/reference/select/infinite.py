@@ -60,9 +60,9 @@ def best_on_the_way(scores: Floats, chunks: Ints, representative: str) -> tuple[
     return best, lo, reads
 
 
-def _cut(stretches: Ints, length: int) -> Ints:
-    """Stretches ``[c, 2]`` cut into pieces of at most ``length`` tokens."""
-    pieces = [(at, min(at + length, hi)) for lo, hi in stretches.tolist() for at in range(lo, hi, length)]
+def _cut(ranges: Ints, length: int) -> Ints:
+    """Ranges ``[c, 2]`` cut into pieces of at most ``length`` tokens."""
+    pieces = [(at, min(at + length, hi)) for lo, hi in ranges.tolist() for at in range(lo, hi, length)]
     return np.array(pieces, np.int64).reshape(-1, 2)
 
 
