@@ -9,10 +9,10 @@ import emulator
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, rope_of, table_of
+from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, operations
 from kvsieve.backends.cuda.ops.hip import hip
 from kvsieve.backends.cuda.ops.launch import _launchers
-from kvsieve.backends.cuda.ops.residents import Residents, slot_width
+from kvsieve.backends.cuda.ops.residents import Residents
 from kvsieve.backends.cuda.ops.surprisal import surprisal
 from kvsieve.errors import BackendError, ShapeError
 from kvsieve.thin import Channels, Packing
@@ -128,44 +128,6 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
 
 def queries_of(given: dict[str, tuple[Any, ...]]) -> torch.Tensor:
     return given["hip"][5]
-
-
-def operations() -> dict[str, tuple[Any, ...]]:
-    held = Blocks(2, 16, 8, torch.float32, 0)
-    ints = torch.int32
-    runs = torch.tensor([[5, 3, 64, 0]], dtype=ints)
-    spans = torch.tensor([[5, 3 | 64 << 8 | 1 << 16, 0, 1]], dtype=ints)
-    starts, rope = torch.tensor([0, 1], dtype=ints), rope_of(16, "half")
-    turned = table_of(rope, [9]), table_of(rope, list(range(64)))
-    rest = (2, 8, 1, 0.25, 0.0, 1, 1.0, True, None, torch.tensor([0, 61]), 61)
-    k, v = torch.randn(2, 61, 16), torch.randn(2, 61, 8)
-    tokens = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8)
-    packed = PackedBlocks(Packing(8, 4, 4, 8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 8, torch.float32, 0)
-    form, moves = list(packed.format), torch.tensor([[1, 2, 0, 5]], dtype=ints)
-    packed_runs = torch.tensor([[4, 3, 64, 0]], dtype=ints)
-    plain, slots = torch.tensor([[5, 3 | 64 << 8, 0, 0]], dtype=ints), torch.zeros(1, 2, slot_width(4), dtype=ints)
-    queries = torch.tensor([[0, 0, 1, 60, 2, 57, 0, 0, 0, *[-1] * 7]], dtype=ints)
-    asked = (torch.randn(1, 4, 1, 16), held.table, starts, plain, 1, queries, 1)
-    at = torch.zeros(1, 2, dtype=ints)
-    return {
-        "hip": (*asked, 2, 4, 1, 2, 4, 0, slots, slots[:0].clone()),
-        "narrow": (*asked, 2, 4, 1, 0, 2, 4, 28, 1, 0, 0, None, None, slots, slots[:0].clone(), torch.zeros(4, dtype=ints)),
-        "sparse": (*asked, at, 2, 8, 2, 4, 0, 2, 4, slots, slots[:0].clone(), 2, 0.25, 0.0, None),
-        "append": (*tokens, held.table, torch.tensor([[0, 0, 1, 1]], dtype=ints), torch.tensor([1], dtype=ints), 1),
-        "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest, packed.table, form),
-        "pack": (held.table, packed.table, moves, torch.tensor([0, 1], dtype=ints), 2, 16, 8, torch.float32, form, False),
-        "unpack": (packed.table, packed_runs, torch.zeros(2, 61, 16), torch.zeros(2, 61, 8), 16, 8, torch.float32, form),
-        "carry": (packed.table, moves, 2, 8, torch.float32, form),
-        "merge": (torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3), None, torch.float32),
-        "gather": (held.table, runs, 61, 2, 16, 8, torch.float32),
-        "scatter": (k, v, held.table, runs),
-        "move": (held.table, torch.tensor([[1, 2, 0, 5]], dtype=ints), 2, 16, 8, torch.float32),
-        "rotations": (torch.tensor([5]), None, rope.inv_freq, torch.zeros(1, 16)),
-        "rotate": (k, torch.arange(61), rope.inv_freq, 1, 1.0, None),
-        "surprisal": (torch.randn(3, 50), torch.tensor([1, 2, 3])),
-        "top_k": (torch.randn(3, 50), 7),
-        "_keep": (held, packed),
-    }
 
 
 @pytest.mark.parametrize("name", [name for name in operations() if name != "_keep"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kernel_cases
 import kvsieve
 import pytest
 import tiny
@@ -71,6 +72,7 @@ def test_an_operation_is_a_file_of_its_name() -> None:
         if module.name not in ("declare", "format", "launch", "residents"):
             assert callable(getattr(found, module.name))
             assert getattr(torch.ops.kvsieve, module.name).default._schema.name == f"kvsieve::{module.name}"
+            assert module.name in kernel_cases.operations(), "it has no row of arguments"
 
 
 RULE: Any = kvsieve.HiP().searches
