@@ -219,10 +219,7 @@ class CudaSelection:
             choices = self._choices
         if not self._pools:
             self._pools = [SlotPool(kv_heads, most, q.device) for most in rule.most]
-        known = tuple(None if choice is None else choice.facts for choice in choices)
-        schedule = asked.schedules.get((rule, known))
-        if schedule is None:
-            schedule = asked.schedules[rule, known] = Schedule(rule, known, asked.first, asked.lens, q.shape[2])
+        schedule = self._schedule(choices, asked, q.shape[2])
         slots = {
             row * rule.stages + stage: slot
             for row, choice in enumerate(choices)
@@ -236,26 +233,39 @@ class CudaSelection:
         q, work = aligned(q), Work()
         if schedule.num_blocks:
             table = asked.upload(schedule.table({symbol: slot.number for symbol, slot in slots.items()}))
-            spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
-            held = [pool.tensor for pool in self._pools]
-            searching = Searching(
-                rule=rule,
-                schedule=schedule,
-                q=q,
-                residents=asked.residents,
-                table=table,
-                kv_heads=kv_heads,
-                held=held,
-                spares=spares,
-                arrived=self._arrived,
-            )
-            work.spares = spares
-            work.searched += [self._rule_file.search(searching, i) for i, n in enumerate(schedule.candidates) if n]
+            searching = self._search(q, kv_heads, schedule, asked, table, work)
             out = self._attend(searching, value_dim, asked, call, work)
         else:
             out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], value_dim)
         self._before, self._choices, self._work = choices, after, work
         return out
+
+    def _schedule(self, choices: list[RowChoice | None], asked: StepResidents, columns: int) -> Schedule:
+        """Who searches in this step: decided by the first layer whose rows have chosen alike."""
+        known = tuple(None if choice is None else choice.facts for choice in choices)
+        schedule = asked.schedules.get((self.rule, known))
+        if schedule is None:
+            schedule = asked.schedules[self.rule, known] = Schedule(self.rule, known, asked.first, asked.lens, columns)
+        return schedule
+
+    def _search(
+        self, q: torch.Tensor, kv_heads: int, schedule: Schedule, asked: StepResidents, table: torch.Tensor, work: Work
+    ) -> Searching:
+        """Compute the stages that are due."""
+        work.spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
+        searching = Searching(
+            rule=self.rule,
+            schedule=schedule,
+            q=q,
+            residents=asked.residents,
+            table=table,
+            kv_heads=kv_heads,
+            held=[pool.tensor for pool in self._pools],
+            spares=work.spares,
+            arrived=self._arrived,
+        )
+        work.searched += [self._rule_file.search(searching, stage) for stage, n in enumerate(schedule.candidates) if n]
+        return searching
 
     def _attend(self, searching: Searching, value_dim: int, asked: StepResidents, call: AttendCall, work: Work) -> torch.Tensor:
         rule, schedule, kv_heads = self.rule, searching.schedule, searching.kv_heads
