@@ -59,7 +59,7 @@ def require(good: bool, what: str) -> None:
 
 # ---------------------------------------------------------------------------------------------------------- checks of one argument
 
-# These run for every layer of every token: messages are made only where something is wrong.
+# Messages are made only where something is wrong.
 
 
 def _misfit(name: str, x: torch.Tensor, dtype: torch.dtype, shape: str, device: torch.device) -> ShapeError:
