@@ -36,8 +36,8 @@ def attend_module(
     dtype: torch.dtype, key_dim: int, value_dim: int, group: int, raw: bool, bits: tuple[int, int] | None = None
 ) -> Module:
     """The instantiation of `attend` for these sizes, and for packed blocks of ``bits`` (of key and value codes), if any."""
-    heads, subsets = heads_of(group, key_dim)
-    return module("attend", "attend", dtype, key_dim, value_dim, heads, subsets, raw, *(bits or ()))
+    numbers = key_dim, value_dim, *heads_of(group, key_dim), raw, *(bits or ())
+    return module("attend", "attend", dtype, *numbers)
 
 
 def resident(group: int, key_dim: int, raw: bool, bits: tuple[int, int] | None) -> int:
