@@ -114,9 +114,8 @@ class Dense:
         import kvsieve
         import torch
         from kvsieve import backends
-        from kvsieve.backends import AttendCall
+        from kvsieve.backends.base import AttendCall
         from kvsieve.policy.specs import make_planner
-
         policy = kvsieve.SirLLM(length + 1, sinks=4, recent=8) if raw else kvsieve.Full()
         self.backend, self.length = backends.get("cuda"), length
         self.planner = make_planner(policy.specs(1), "pre_rope" if raw else "post_rope")
@@ -129,8 +128,8 @@ class Dense:
         self.step = self.planner.begin([1], 1, True, False)
         self.stores = [self.backend.make_store(self.k, self.v) for _ in range(max(1, math.ceil(b.beyond_cache / self.bytes)))]
         for store in self.stores:
-            store.reserve(blocks)
-            for slab in store._slabs.values():
+            store.plain.reserve(blocks)
+            for slab in store.plain.slabs.values():
                 for x in slab:
                     x.normal_()
             self.out = store.run(self.q, self.k, self.v, self.step, self.call)
@@ -139,7 +138,7 @@ class Dense:
 
     def attend(self, i: int) -> Any:
         store = self.stores[i % len(self.stores)]
-        return store._attend_spans(self.q, self.backend.plan(self.step, store.device), self.call, None)[0]
+        return store.attend_spans(self.q, self.backend.context.plan(self.step, store.device), self.call)[0]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- sections
@@ -149,7 +148,7 @@ def about(b: Bench) -> dict[str, Any]:
     import kvsieve
     import torch
     import transformers
-    from kvsieve.backends import nvrtc
+    from kvsieve.backends.cuda import nvrtc
 
     found: dict[str, Any] = {
         "kvsieve": kvsieve.__version__,
@@ -243,9 +242,9 @@ def small() -> None:
     import kernel_cases
     import search_cases
     import torch
-    from kvsieve.backends import cuda
+    from kvsieve.backends.cuda import launcher
 
-    cuda.require()
+    launcher.require()
     for case in (kernel_cases.CASES[1], kernel_cases.CASES[3], kernel_cases.CASES[-4]):
         kernel_cases.attend(case, torch.device("cuda", 0))
     for run in kernel_cases.every(torch.device("cuda", 0)).values():
@@ -448,14 +447,14 @@ def searches(b: Bench) -> dict[str, Any]:
 
 def sparse_row(b: Bench, held: Dense, rule: Any) -> dict[str, Any]:
     """Error against attention over what was chosen; then the time of each kind of step, and of the rule's mixture of them."""
-    from kvsieve.backends.cuda_search import Choice
+    from kvsieve.backends.cuda.selection import RowChoice
 
-    shape, found = (b.kv_heads, b.dim), [held.backend.make_search(rule) for _ in held.stores]
-    asked = held.backend.plan(held.step, b.device).rows()
+    shape, found = (b.kv_heads, b.dim), [held.backend.make_selection(rule) for _ in held.stores]
+    asked = held.backend.context.plan(held.step, b.device).residents()
 
     def run(i: int) -> Any:
         store, search = held.stores[i % len(held.stores)], found[i % len(held.stores)]
-        asked.rows = asked.rows._replace(blocks=store.table)
+        asked.residents = asked.residents._replace(blocks=store.table)
         return search.run(held.q, shape, asked, held.call)
 
     outs = [run(i) for i in range(len(found))]
@@ -475,7 +474,7 @@ def sparse_row(b: Bench, held: Dense, rule: Any) -> dict[str, Any]:
     for kind in dict.fromkeys(kinds):
         for search, choice in zip(found, chosen):
             facts = choice.facts._replace(next=held.length, step=kinds.index(kind))
-            search._choices = [Choice(facts, choice.slots)]
+            search._choices = [RowChoice(facts, choice.slots)]
         row["choice stands" if kind is None else f"from stage {kind + 1}"] = b.microseconds(again)
     times = {kind: row["choice stands" if kind is None else f"from stage {kind + 1}"]["us"] for kind in kinds}
     row["scheduled"] = round(sum(times[kind] for kind in kinds) / cycle, 2)
@@ -493,7 +492,7 @@ def sparse_error(held: Dense, search: Any, out: Any) -> float:
         kept = torch.zeros(k.shape[1], dtype=torch.bool)
         kept[: min(rule.sinks, facts.hi)] = True
         kept[facts.hi :] = True
-        for lo, hi in mine.stretches.tolist():
+        for lo, hi in mine.ranges.tolist():
             kept[lo:hi] = True
         at = kept.nonzero()[:, 0].to(k.device)
         q = held.q[0, head * group : (head + 1) * group, 0].float()
@@ -514,8 +513,8 @@ def sparse_chunk(b: Bench, held: Dense) -> dict[str, Any]:
     try:
         row["dense_us"] = round(b.wall(lambda: store.run(q, k, v, step, held.call), 3), 1)
         for name, rule in searches(b).items():
-            search = held.backend.make_search(rule)
-            taken = b.wall(lambda s=search: store.run_sparse(q, k, v, step, held.call, s), 3)
+            search = held.backend.make_selection(rule)
+            taken = b.wall(lambda s=search: store.run_selected(q, k, v, step, held.call, s), 3)
             row[f"{name}_us"], row[f"{name}_times_as_fast"] = round(taken, 1), round(row["dense_us"] / taken, 2)
     finally:
         held.planner.rollback()
@@ -525,43 +524,43 @@ def sparse_chunk(b: Bench, held: Dense) -> dict[str, Any]:
 def operations(b: Bench) -> dict[str, Any]:
     """The other kernels, once each in a size that decoding with a budget of 4,096 meets."""
     import torch
-    from kvsieve.backends import kernels
-    from kvsieve.backends.cuda import Runs
-    from kvsieve.backends.parts import columns
+    from kvsieve.backends.cuda.buffers import DeviceRuns
+    from kvsieve.backends.runs import columns
     from kvsieve.policy.storage import Packing
+    from operations import ops
 
     held = Dense(b, b.budget, raw=True)
     store, frequencies = held.stores[0], rope(b.dim).inv_freq.to(b.device)
-    buffer, table = held.backend.plan(held.step, b.device).buffer, store.table
+    buffer, table = held.backend.context.plan(held.step, b.device).buffer, store.table
     moves = torch.tensor([[i, i, 1, 63] for i in range(b.budget // 64)], dtype=torch.int32, device=b.device)
     runs = torch.tensor([[i, 0, 64, 64 * i] for i in range(b.budget // 64)], dtype=torch.int32, device=b.device)
-    k, _ = kernels.gather(table, runs, b.budget, b.kv_heads, b.dim, b.dim, b.dtype)
+    k, _ = ops.gather(table, runs, b.budget, b.kv_heads, b.dim, b.dim, b.dtype)
     at, turned = torch.arange(b.budget, device=b.device), torch.empty(b.budget, b.dim, device=b.device)
     logits = torch.randn(1, 500 if b.dry else 128256, device=b.device).to(b.dtype)
     mine = Dense(b, b.budget, raw=False)
     pack_all(b, mine, Packing(b.dim, 4, 4, 16 if b.dry else 32))
     codes, half = mine.stores[0], b.budget // 128
     again = torch.tensor([[i, i, 0, 64] for i in range(half)], dtype=torch.int32, device=b.device)
-    each, read_runs = torch.arange(half + 1, dtype=torch.int32, device=b.device), Runs(columns(mine.runs), b.device)
+    each, read_runs = torch.arange(half + 1, dtype=torch.int32, device=b.device), DeviceRuns(columns(mine.runs), b.device)
     packing = codes._packed.format
     scores = torch.randn(b.heads, 1000 if b.dry else 131072, device=b.device)
     token = torch.tensor([7], device=b.device)
     part = torch.randn(1, b.heads, 49, b.dim, device=b.device)
     sizes = (b.kv_heads, b.dim, b.dim, b.dtype)
     runs_of: dict[str, Callable[[int], Any]] = {
-        "append, 1 token": lambda i: kernels.append(held.k, held.v, table, buffer.appends, buffer.counts, 1),
+        "append, 1 token": lambda i: ops.append(held.k, held.v, table, buffer.appends, buffer.counts, 1),
         f"attend, {b.budget} raw keys": held.attend,
-        "merge, 49 parts": lambda i: kernels.merge(part, part[..., 0].contiguous(), None, b.dtype),
-        f"move, {len(moves)} of 63 tokens": lambda i: kernels.move(table, moves, *sizes),
-        f"pack to 4 bits, {64 * half} tokens": lambda i: kernels.pack(
+        "merge, 49 parts": lambda i: ops.merge(part, part[..., 0].contiguous(), None, b.dtype),
+        f"move, {len(moves)} of 63 tokens": lambda i: ops.move(table, moves, *sizes),
+        f"pack to 4 bits, {64 * half} tokens": lambda i: ops.pack(
             table, codes._packed.table.tensor, again, each, *sizes, packing, False
         ),
         f"read back from 4 bits, {b.budget} tokens": lambda i: codes._read(read_runs),
-        f"gather, {b.budget} tokens": lambda i: kernels.gather(table, runs, b.budget, *sizes),
-        f"rotate, {b.budget} tokens": lambda i: kernels.rotate(k, at, frequencies, 1),
-        f"turns, {b.budget} positions": lambda i: kernels.turns(at, None, frequencies, turned),
-        f"surprisal, 1 x {logits.shape[1]}": lambda i: kernels.surprisal(logits, token),
-        f"top_k, 256 of {b.heads} x {scores.shape[1]}": lambda i: kernels.top_k(scores, 256),
+        f"gather, {b.budget} tokens": lambda i: ops.gather(table, runs, b.budget, *sizes),
+        f"rotate, {b.budget} tokens": lambda i: ops.rotate(k, at, frequencies, 1),
+        f"rotations, {b.budget} positions": lambda i: ops.rotations(at, None, frequencies, turned),
+        f"surprisal, 1 x {logits.shape[1]}": lambda i: ops.surprisal(logits, token),
+        f"top_k, 256 of {b.heads} x {scores.shape[1]}": lambda i: ops.top_k(scores, 256),
         f"torch.topk, 256 of {b.heads} x {scores.shape[1]}": lambda i: torch.topk(scores, 256),
     }
     rows: dict[str, Any] = {}
@@ -866,7 +865,7 @@ def rehearsing() -> Iterator[None]:
     """The emulator in the place of a card, and replays that run again what they would have captured."""
     import emulator
     import pytest
-    from kvsieve import graphs
+    from kvsieve.backends.cuda import graphs
 
     def record(run: Callable[[], None]) -> Callable[[], None]:
         run()

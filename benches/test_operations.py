@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 from kvsieve import _core
-from kvsieve.backends import AttendCall, get
+from kvsieve.backends import get
+from kvsieve.backends.base import AttendCall
 from kvsieve.facts import LayerRope
 from rounds import interleaved, read_bandwidth, record
 

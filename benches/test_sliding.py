@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvsieve.backends import AttendCall
+from kvsieve.backends.base import AttendCall
 from kvsieve.runtime.sliding import SlidingLayers
 from rounds import interleaved, record
 from transformers.cache_utils import DynamicSlidingWindowLayer

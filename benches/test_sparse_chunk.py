@@ -16,17 +16,11 @@ import pytest
 import torch
 from drive import attend_chunk
 from kvsieve import _core
-from kvsieve.backends import AttendCall
-from kvsieve.backends.cpu import _view
-from kvsieve.backends.search import (
-    bound_scores,
-    group_scores,
-    hip_search,
-    infinite_hip_search,
-    kept,
-    region,
-    sparse_attend,
-)
+from kvsieve.backends.base import AttendCall
+from kvsieve.backends.cpu.tensors import view
+from kvsieve.backends.reference.definition import bound_scores, group_scores, kept, region, sparse_attend
+from kvsieve.backends.reference.select.hip import hip_search
+from kvsieve.backends.reference.select.infinite import infinite_hip_search
 from kvsieve.policy.specs import make_planner
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -84,7 +78,7 @@ def read(
         mine = [y[:, :, at : at + chunk] for y in x]
         width = mine[0].shape[2]
         step = planner.begin([width], width, True, False)
-        store.append(_view(mine[1]), _view(mine[2]), step)
+        store.append(view(mine[1]), view(mine[2]), step)
         start = time.perf_counter()
         out = attend_chunk(store, sparse, mine[0], step, call, THREADS)
         seconds += time.perf_counter() - start

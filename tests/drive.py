@@ -8,8 +8,8 @@ import kvsieve
 import numpy as np
 import torch
 from kvsieve import backends
-from kvsieve.backends import AttendCall
-from kvsieve.backends.cpu import _view
+from kvsieve.backends.base import AttendCall
+from kvsieve.backends.cpu.tensors import view
 from kvsieve.facts import LayerRope
 from kvsieve.policy.specs import make_planner
 
@@ -142,7 +142,7 @@ class Layer:
             self.store = self.backend.make_store(k, v)
         scored = self.policy.needs_surprisal
         store_all = scored or width <= 16 or len(self.policy.memories) > 1
-        parts = getattr(self.backend, "wants_parts", False) or self.selects
+        parts = self.backend.capabilities.needs_parts or self.selects
         step = self.planner.begin(lens, width, store_all, parts)
         out = self.store.run(q, k, v, step, self.call)
         self.planner.commit()
@@ -187,8 +187,8 @@ def attention(
 def attend_chunk(core: Any, sparse: Any, q: torch.Tensor, step: Any, call: AttendCall, threads: int) -> torch.Tensor:
     """A searching layer's prompt as the CPU's store runs it, over tokens that ``core`` holds already: ``[rows, q, heads, Dv]``."""
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], core.value_dim, dtype=q.dtype)
-    sinks = None if call.sinks is None else call.sinks.detach().float().numpy()
-    sparse.attend(core, _view(q), step, call.scale, call.softcap, sinks, _view(out), None, threads, chunk=True)
+    sinks = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
+    sparse.attend(core, view(q), step, call.scale, call.softcap, sinks, view(out), None, threads, chunk=True)
     return out
 
 

@@ -8,14 +8,17 @@ import os
 import re
 import struct
 import subprocess
+import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from kvsieve.backends.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda.ops.launch import values_of
 
 SHIM = Path(__file__).resolve().parent / "cuda"
 CACHE = Path(tempfile.gettempdir()) / f"kvsieve-emulator-{os.getuid()}"
@@ -46,6 +49,7 @@ class Emulator:
 
     def launch(self, module: Module, grid: tuple[int, int, int], block: int, args: Sequence[Any], device: torch.device) -> None:
         assert device.type == "cpu"
+        args = values_of(args)
         if self.launches is not None:
             self.launches.append((module, grid, block, list(args)))
         self.run(module, grid, block, args)
@@ -112,10 +116,21 @@ def without(folder: Path, file: str, pattern: str, which: int, to: Path) -> Path
     return to
 
 
+def refuse_uploads(monkeypatch: Any, refuse: Any) -> None:
+    """Let ``refuse`` stand for every upload to the device."""
+    from kvsieve.backends.cuda.buffers import upload
+
+    for name, module in list(sys.modules.items()):
+        if name.startswith("kvsieve.backends.cuda.") and getattr(module, "upload", None) is upload:
+            monkeypatch.setattr(module, "upload", refuse)
+
+
 def install(monkeypatch: Any, emulator: Emulator) -> None:
     """Make ``backends.get("cuda")`` the emulated one, for tensors on the CPU."""
-    from kvsieve.backends import cuda, kernels
+    from kvsieve.backends.cuda import launcher
+    from kvsieve.backends.cuda.backend import CudaBackend
+    from kvsieve.backends.cuda.ops import launch
 
-    monkeypatch.setattr(cuda, "require", lambda: None)
-    monkeypatch.setattr(cuda.CudaBackend, "device_type", "cpu")
-    monkeypatch.setitem(kernels._launchers, "cpu", emulator)
+    monkeypatch.setattr(launcher, "require", lambda: None)
+    monkeypatch.setattr(CudaBackend, "capabilities", replace(CudaBackend.capabilities, devices=frozenset({"cpu"})))
+    monkeypatch.setitem(launch._launchers, "cpu", emulator)

@@ -7,10 +7,15 @@ from typing import Any
 
 import torch
 from kvsieve._core import PACKED
-from kvsieve.backends import kernels, reference
-from kvsieve.backends.packing import PackedBlock
+from kvsieve.backends import attention
+from kvsieve.backends.cuda.ops.format import Format
+from kvsieve.backends.cuda.ops.launch import LAYOUTS
+from kvsieve.backends.cuda.ops.residents import slot_width
+from kvsieve.backends.reference.backend import ReferenceBackend
+from kvsieve.backends.reference.storage import PackedBlock
 from kvsieve.facts import LayerRope
 from kvsieve.policy.storage import Channels, Packing
+from operations import ops
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 6e-3, torch.float16: 8e-4}
 
@@ -83,7 +88,7 @@ class PackedBlocks:
         generator = torch.Generator().manual_seed(seed)
         heads = sets[0].index.shape[0]
         self.heads, self.dims, self.dtype, self.packing = heads, (key_dim, value_dim), dtype, packing
-        self.format = kernels.Format(packing.key_kept, packing.key_bits, packing.value_bits, packing.group)
+        self.format = Format(packing.key_kept, packing.key_bits, packing.value_bits, packing.group)
         self.places = [(slab, i) for slab, n in enumerate(sizes) for i in range(n)]
         self.blocks, self.sets = [], []
         for number in range(len(self.places)):
@@ -186,12 +191,12 @@ def defined(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-    """Attention, key by key, in float64: out ``[B, q, H, Dv]``, lse ``[B, q, H]``, mass per item ``[Hkv, keys]``."""
+    """Attention, key by key, in float64: out ``[B, q, H, Dv]``, lse ``[B, q, H]``, attention scores per item ``[Hkv, keys]``."""
     rows, heads, queries, _ = q.shape
     group = heads // held.heads
     out = torch.zeros(rows, queries, heads, held.dims[1], dtype=torch.float64)
     lse = torch.full((rows, queries, heads), -torch.inf, dtype=torch.float64)
-    masses = []
+    scores = []
     for item, mine in enumerate(spans):
         row, query = item // queries, item % queries
         base = q[row, :, query].double() * scale
@@ -212,14 +217,14 @@ def defined(
         if softcap:
             x = softcap * torch.tanh(x / softcap)
         if x.shape[1] == 0:
-            masses.append(torch.zeros(held.heads, 0, dtype=torch.float64))
+            scores.append(torch.zeros(held.heads, 0, dtype=torch.float64))
             continue
         lse[row, query] = x.logsumexp(1)
         norm = lse[row, query] if sinks is None else torch.logaddexp(lse[row, query], sinks.double())
         weights = torch.exp(x - norm[:, None])
         out[row, query] = torch.einsum("hn,hnd->hd", weights, torch.cat(values, 1))
-        masses.append(weights.view(held.heads, group, -1).sum(1))
-    return out, lse, masses
+        scores.append(weights.view(held.heads, group, -1).sum(1))
+    return out, lse, scores
 
 
 def close(got: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
@@ -281,27 +286,27 @@ def attend(case: Case, device: torch.device) -> None:
         spans = random_spans(rng, rows * queries, len(held.places), len(shifts), raw)
         softcap, factor, scale = rng.choice([None, 3.0]), rng.choice([1.0, 1.44]) if raw else 1.0, key_dim**-0.5
         sinks = torch.randn(heads, generator=torch.Generator().manual_seed(seed)) if rng.random() < 0.5 else None
-        out, lse, masses = defined(q, held, spans, rope, shifts, factor, scale, softcap, sinks)
-        key_starts = torch.tensor([0, *(m.shape[1] for m in masses)]).cumsum(0)
+        out, lse, scores = defined(q, held, spans, rope, shifts, factor, scale, softcap, sinks)
+        key_starts = torch.tensor([0, *(m.shape[1] for m in scores)]).cumsum(0)
         starts, table = flat(spans)
-        got = kernels.attend(
-            q.to(device),
-            held.table,
-            starts.to(device),
-            table.to(device),
-            None if rope is None else table_of(rope, shifts).to(device),
-            None if rope is None else table_of(rope, list(range(64))).to(device),
-            held.heads,
-            value_dim,
-            rng.choice([1, 2, 5]),
-            scale,
-            softcap or 0.0,
-            0 if rope is None else kernels.LAYOUTS[layout],
-            factor if rope is not None else 1.0,
-            raw,
-            None if sinks is None else sinks.to(device),
-            key_starts.to(device) if seed % 2 else None,
-            int(key_starts[-1]) if seed % 2 else 0,
+        got = ops.attend(
+            q=q.to(device),
+            blocks=held.table,
+            starts=starts.to(device),
+            spans=table.to(device),
+            rotations=None if rope is None else table_of(rope, shifts).to(device),
+            in_block=None if rope is None else table_of(rope, list(range(64))).to(device),
+            kv_heads=held.heads,
+            value_dim=value_dim,
+            splits=rng.choice([1, 2, 5]),
+            scale=scale,
+            softcap=softcap or 0.0,
+            layout=0 if rope is None else LAYOUTS[layout],
+            factor=factor if rope is not None else 1.0,
+            raw=raw,
+            sink_logits=None if sinks is None else sinks.to(device),
+            key_starts=key_starts.to(device) if seed % 2 else None,
+            total_keys=int(key_starts[-1]) if seed % 2 else 0,
         )
         assert got[0].dtype == dtype
         close(got[0], out, TOLERANCE[dtype])
@@ -310,7 +315,7 @@ def attend(case: Case, device: torch.device) -> None:
         seen = lse > -torch.inf
         torch.testing.assert_close(found[seen], lse[seen], atol=3e-5, rtol=1e-5)
         if seed % 2:
-            close(got[2], torch.cat(masses, 1), 1e-5)
+            close(got[2], torch.cat(scores, 1), 1e-5)
 
 
 PackedCase = tuple[torch.dtype, int, int, int, str, int, bool, int, int, int, int]
@@ -359,36 +364,36 @@ def packed_attend(case: PackedCase, device: torch.device) -> None:
             [(b if b < len(plain.places) else PACKED + b - len(plain.places), *rest) for b, *rest in mine] for mine in spans
         ]  # fmt: skip
         softcap, factor, scale = rng.choice([None, 3.0]), rng.choice([1.0, 1.44]) if raw else 1.0, key_dim**-0.5
-        out, lse, masses = defined(q, held, spans, rope, shifts, factor, scale, softcap, None)
-        key_starts = torch.tensor([0, *(m.shape[1] for m in masses)]).cumsum(0)
+        out, lse, scores = defined(q, held, spans, rope, shifts, factor, scale, softcap, None)
+        key_starts = torch.tensor([0, *(m.shape[1] for m in scores)]).cumsum(0)
         starts, table = flat(spans)
-        got = kernels.attend(
-            q.to(device),
-            plain.table,
-            starts.to(device),
-            table.to(device),
-            None if rope is None else table_of(rope, shifts).to(device),
-            None if rope is None else table_of(rope, list(range(64))).to(device),
-            heads,
-            value_dim,
-            rng.choice([1, 2, 5]),
-            scale,
-            softcap or 0.0,
-            0 if rope is None else kernels.LAYOUTS[layout],
-            factor if rope is not None else 1.0,
-            raw,
-            None,
-            key_starts.to(device),
-            int(key_starts[-1]),
-            packed.table,
-            packed.format,
+        got = ops.attend(
+            q=q.to(device),
+            blocks=plain.table,
+            starts=starts.to(device),
+            spans=table.to(device),
+            rotations=None if rope is None else table_of(rope, shifts).to(device),
+            in_block=None if rope is None else table_of(rope, list(range(64))).to(device),
+            kv_heads=heads,
+            value_dim=value_dim,
+            splits=rng.choice([1, 2, 5]),
+            scale=scale,
+            softcap=softcap or 0.0,
+            layout=0 if rope is None else LAYOUTS[layout],
+            factor=factor if rope is not None else 1.0,
+            raw=raw,
+            sink_logits=None,
+            key_starts=key_starts.to(device),
+            total_keys=int(key_starts[-1]),
+            packed=packed.table,
+            format=packed.format,
         )
         close(got[0], out, max(TOLERANCE[dtype], 5e-6))
         found = got[1].cpu().double()
         assert torch.equal(found == -torch.inf, lse == -torch.inf)
         seen = lse > -torch.inf
         torch.testing.assert_close(found[seen], lse[seen], atol=1e-4, rtol=1e-5)
-        close(got[2], torch.cat(masses, 1), 5e-5)
+        close(got[2], torch.cat(scores, 1), 5e-5)
 
 
 def packed_tokens(dtype: torch.dtype, key_bits: int, value_bits: int, group: int, kept: int, device: torch.device) -> None:
@@ -422,12 +427,12 @@ def packed_tokens(dtype: torch.dtype, key_bits: int, value_bits: int, group: int
             slot += rng.choice([3, 20])
     starts = [i for i, m in enumerate(moves) if i == 0 or moves[i - 1][1] != m[1]] + [len(moves)]
     up = (torch.tensor(x, dtype=torch.int32).to(device) for x in (moves, starts))
-    kernels.pack(plain.table, packed.table, *up, heads, key_dim, value_dim, dtype, packed.format, False)
+    ops.pack(plain.table, packed.table, *up, heads, key_dim, value_dim, dtype, packed.format, False)
     packed.check()
 
     runs = [[4, 3, 64, 0], [0, 0, 1, 61], [2, 10, 10, 62], [1, 0, 30, 62]]
     k, v = (torch.full((heads, 92, d), 9.0, dtype=dtype, device=device) for d in (key_dim, value_dim))
-    kernels.unpack(packed.table, torch.tensor(runs, dtype=torch.int32).to(device), k, v, key_dim, value_dim, dtype, packed.format)
+    ops.unpack(packed.table, torch.tensor(runs, dtype=torch.int32).to(device), k, v, key_dim, value_dim, dtype, packed.format)
     want = [torch.cat([packed.read(b, lo, hi)[i] for b, lo, hi, _ in runs], 1).to(dtype) for i in range(2)]
     for got, exact in zip((k.cpu(), v.cpu()), want):
         torch.testing.assert_close(got, exact, rtol=0, atol=0, equal_nan=True)
@@ -445,7 +450,7 @@ def packed_tokens(dtype: torch.dtype, key_bits: int, value_bits: int, group: int
             parts += list(zip(packed.blocks[block].value_scales or (), packed.blocks[to].value_scales or ()))
         for source, target in parts:
             target[:, b : b + length] = source[:, a : a + length].clone()
-    kernels.carry(packed.table, torch.tensor(moves, dtype=torch.int32).to(device), heads, value_dim, dtype, packed.format)
+    ops.carry(packed.table, torch.tensor(moves, dtype=torch.int32).to(device), heads, value_dim, dtype, packed.format)
     packed.check()
 
 
@@ -469,7 +474,8 @@ def nan_is_seen(where: str, slot: int, device: torch.device) -> None:
         held.slabs[0][where == "value"][0, 64 + slot] = torch.nan
     starts, spans = flat([[(1, 1, 3, 0, False)]])
     q = torch.randn(1, 1, 1, 16).to(device)
-    out, _, _ = kernels.attend(q, held.table, starts.to(device), spans.to(device), None, None, 1, 16, 3, 0.25)
+    given = {"rotations": None, "in_block": None, "kv_heads": 1, "value_dim": 16, "splits": 3, "scale": 0.25}
+    out, _, _ = ops.attend(q, held.table, starts.to(device), spans.to(device), **given)
     assert bool(out.isnan().any()) == (where == "every key" or slot in (1, 2))
 
 
@@ -481,9 +487,9 @@ def merge(device: torch.device) -> None:
         lse[torch.rand(lse.shape, generator=generator) < 0.3] = -torch.inf
         lse[0] = -torch.inf
         part[lse == -torch.inf] = torch.nan  # a part without keys is never read
-        out, total = kernels.merge(part.to(device), lse.to(device), None if sinks is None else sinks.to(device), torch.float32)
+        out, total = ops.merge(part.to(device), lse.to(device), None if sinks is None else sinks.to(device), torch.float32)
         clean = part.nan_to_num(0.0).double()
-        want = reference.merge([(clean[:, :, s].transpose(0, 1), lse[:, :, s].double().T) for s in range(parts)], sinks)
+        want = attention.merge([(clean[:, :, s].transpose(0, 1), lse[:, :, s].double().T) for s in range(parts)], sinks)
         close(out, want.transpose(0, 1), 1e-6)
         torch.testing.assert_close(total.cpu(), lse.double().logsumexp(-1).float(), atol=1e-5, rtol=1e-6)
         assert out[0].abs().sum() == 0
@@ -499,7 +505,7 @@ def append(dtype: torch.dtype, device: torch.device) -> None:
     appends = torch.full((8, 4), 1 << 30, dtype=torch.int32)  # what lies beyond the count must not be looked at
     appends[: len(wanted)] = torch.tensor(wanted, dtype=torch.int32)
     counts = torch.tensor([len(wanted), 0], dtype=torch.int32)
-    kernels.append(k, v, held.table, appends.to(device), counts.to(device), 8)
+    ops.append(k, v, held.table, appends.to(device), counts.to(device), 8)
     for row, column, block, slot in wanted:
         stored = held.read(block, slot, slot + 1)
         assert torch.equal(stored[0][:, 0], k[row, :, column].cpu())
@@ -524,7 +530,7 @@ def move(dtype: torch.dtype, device: torch.device) -> None:
         moves.append([block, to, a | b << 16, length])
         for which in range(2):
             model[to][which][:, b : b + length] = model[block][which][:, a : a + length].clone()
-    kernels.move(held.table, torch.tensor(moves, dtype=torch.int32).to(device), 2, 16, 8, dtype)
+    ops.move(held.table, torch.tensor(moves, dtype=torch.int32).to(device), 2, 16, 8, dtype)
     for block in range(7):
         assert all(torch.equal(x, y) for x, y in zip(held.read(block, 0, 64), model[block]))
 
@@ -533,14 +539,14 @@ def gather(device: torch.device) -> None:
     """Gather reads the runs in their order; scatter is its inverse."""
     held, other = Blocks(2, 16, 8, torch.float16, 0, device), Blocks(2, 16, 8, torch.float16, 1, device)
     runs = torch.tensor([[5, 3, 64, 0], [0, 0, 1, 61], [2, 10, 10, 62], [6, 0, 30, 62]], dtype=torch.int32)
-    k, v = kernels.gather(held.table, runs.to(device), 92, 2, 16, 8, torch.float16)
+    k, v = ops.gather(held.table, runs.to(device), 92, 2, 16, 8, torch.float16)
     want = [torch.cat([held.read(b, lo, hi)[i] for b, lo, hi, _ in runs.tolist()], 1) for i in range(2)]
     assert torch.equal(k.cpu(), want[0])
     assert torch.equal(v.cpu(), want[1])
-    kernels.scatter(k, v, other.table, runs.to(device))
+    ops.scatter(k, v, other.table, runs.to(device))
     for block, lo, hi, _ in runs.tolist():
         assert all(torch.equal(x, y) for x, y in zip(other.read(block, lo, hi), held.read(block, lo, hi)))
-    assert kernels.gather(held.table, runs[:0].to(device), 0, 2, 16, 8, torch.float16)[0].shape == (2, 0, 16)
+    assert ops.gather(held.table, runs[:0].to(device), 0, 2, 16, 8, torch.float16)[0].shape == (2, 0, 16)
 
 
 def rotate(layout: str, dtype: torch.dtype, to: torch.dtype | None, device: torch.device) -> None:
@@ -548,11 +554,11 @@ def rotate(layout: str, dtype: torch.dtype, to: torch.dtype | None, device: torc
     x = torch.randn(7, 3, 24).to(dtype).transpose(0, 1)
     at = torch.tensor([0, 1, -5, 1_000_003, 2, 90_000, 7])
     frequencies = rope.inv_freq.to(device)
-    got = kernels.rotate(x.to(device), at.to(device), frequencies, kernels.LAYOUTS[layout], rope.factor, to)
+    got = ops.rotate(x.to(device), at.to(device), frequencies, LAYOUTS[layout], rope.factor, to)
     assert got.dtype == (to or dtype)
     close(got, rope.rotate(x.double(), at), 1e-6 if got.dtype == torch.float32 else TOLERANCE[dtype])
     table = torch.full((8, 16), torch.nan).to(device)
-    kernels.turns(at.to(device), torch.tensor([5], dtype=torch.int32).to(device), frequencies, table)
+    ops.rotations(at.to(device), torch.tensor([5], dtype=torch.int32).to(device), frequencies, table)
     torch.testing.assert_close(table[:5].cpu(), table_of(rope, at[:5].tolist()), atol=2e-7, rtol=0)
     assert table[5:].isnan().all(), "more positions than count were turned"
 
@@ -561,13 +567,13 @@ def surprisal(dtype: torch.dtype, device: torch.device) -> None:
     generator = torch.Generator().manual_seed(0)
     wide = (torch.randn(7, 1003, generator=generator) * 8).to(dtype)
     ids = torch.randint(0, 1002, (7,), generator=generator)
-    want = reference.ReferenceBackend().surprisal(wide[:, 1:].double(), ids)
-    got = kernels.surprisal(wide.to(device)[:, 1:], ids.to(device))  # rows that begin anywhere
+    want = ReferenceBackend().surprisal(wide[:, 1:].double(), ids)
+    got = ops.surprisal(wide.to(device)[:, 1:], ids.to(device))  # rows that begin anywhere
     torch.testing.assert_close(got.cpu(), want.float(), atol=2e-5, rtol=2e-6)
     inf, odd = torch.inf, torch.zeros(6, 5)
     odd[0, 2], odd[1, 2], odd[2, 3], odd[4], odd[5, 1] = torch.nan, -inf, inf, -inf, inf
     odd[5, 0] = torch.nan
-    got = kernels.surprisal(odd.to(device, dtype), torch.tensor([0, 2, 3, 9, 0, 2]).to(device)).cpu()
+    got = ops.surprisal(odd.to(device, dtype), torch.tensor([0, 2, 3, 9, 0, 2]).to(device)).cpu()
     most = torch.finfo(torch.float32).max
     assert got[0].isnan()
     assert got[1:3].tolist() == [most, 0.0]
@@ -580,7 +586,7 @@ def top_k(device: torch.device) -> None:
     for n, k in ((1, 1), (5, 2), (130, 130), (1000, 37), (777, 1)):
         x = torch.randn(3, n, generator=generator)
         x[1] = torch.randint(-2, 3, (n,), generator=generator).float()  # many ties
-        columns, kth = (y.cpu() for y in kernels.top_k(x.to(device), k))
+        columns, kth = (y.cpu() for y in ops.top_k(x.to(device), k))
         want = x.topk(k, 1).values
         assert torch.equal(x.gather(1, columns).sort(1, descending=True).values, want)
         assert torch.equal(kth, want[:, -1])
@@ -588,12 +594,12 @@ def top_k(device: torch.device) -> None:
         first = (x[1] == kth[1]).nonzero().flatten()[: int((x[1][columns[1]] == kth[1]).sum())]
         assert set(first.tolist()) <= set(columns[1].tolist()), "of equal values the first are taken"
     x = torch.tensor([[torch.nan, -torch.inf, 2.0, torch.nan, -0.0]])
-    assert kernels.top_k(x.to(device), 3)[0].tolist() == [[1, 2, 4]]
+    assert ops.top_k(x.to(device), 3)[0].tolist() == [[1, 2, 4]]
 
 
 def every(device: torch.device) -> dict[str, Any]:
     """All small cases but those of `attend`, by name, as functions without arguments."""
-    layouts = [(layout, *pair) for layout in kernels.LAYOUTS for pair in ((torch.float32, None), (torch.bfloat16, torch.float32))]
+    layouts = [(layout, *pair) for layout in LAYOUTS for pair in ((torch.float32, None), (torch.bfloat16, torch.float32))]
     return {
         **{
             f"nan-{where}-{slot}": lambda w=where, s=slot: nan_is_seen(w, s, device)
@@ -608,4 +614,43 @@ def every(device: torch.device) -> dict[str, Any]:
         **{f"surprisal-{d}": lambda d=d: surprisal(d, device) for d in (torch.float32, torch.bfloat16)},
         "top_k": lambda: top_k(device),
         **{f"packed-{'-'.join(map(str, a))}": lambda a=a: packed_tokens(*a, device) for a in PACKED_TOKENS},
+    }
+
+
+def operations() -> dict[str, tuple[Any, ...]]:
+    """Arguments of every operation, flat, on the CPU; `_keep` is what they point into."""
+    held = Blocks(2, 16, 8, torch.float32, 0)
+    ints = torch.int32
+    runs = torch.tensor([[5, 3, 64, 0]], dtype=ints)
+    spans = torch.tensor([[5, 3 | 64 << 8 | 1 << 16, 0, 1]], dtype=ints)
+    starts, rope = torch.tensor([0, 1], dtype=ints), rope_of(16, "half")
+    turned = table_of(rope, [9]), table_of(rope, list(range(64)))
+    rest = (2, 8, 1, 0.25, 0.0, 1, 1.0, True, None, torch.tensor([0, 61]), 61)
+    k, v = torch.randn(2, 61, 16), torch.randn(2, 61, 8)
+    tokens = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8)
+    packed = PackedBlocks(Packing(8, 4, 4, 8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 8, torch.float32, 0)
+    form, moves = list(packed.format), torch.tensor([[1, 2, 0, 5]], dtype=ints)
+    packed_runs = torch.tensor([[4, 3, 64, 0]], dtype=ints)
+    plain, slots = torch.tensor([[5, 3 | 64 << 8, 0, 0]], dtype=ints), torch.zeros(1, 2, slot_width(4), dtype=ints)
+    queries = torch.tensor([[0, 0, 1, 60, 2, 57, 0, 0, 0, *[-1] * 7]], dtype=ints)
+    asked = (torch.randn(1, 4, 1, 16), held.table, starts, plain, 1, queries, 1)
+    at = torch.zeros(1, 2, dtype=ints)
+    return {
+        "hip": (*asked, 2, 4, 1, 2, 4, 0, slots, slots[:0].clone()),
+        "narrow": (*asked, 2, 4, 1, 0, 2, 4, 28, 1, 0, 0, None, None, slots, slots[:0].clone(), torch.zeros(4, dtype=ints)),
+        "sparse": (*asked, at, 2, 8, 2, 4, 0, 2, 4, slots, slots[:0].clone(), 2, 0.25, 0.0, None),
+        "append": (*tokens, held.table, torch.tensor([[0, 0, 1, 1]], dtype=ints), torch.tensor([1], dtype=ints), 1),
+        "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest, packed.table, form),
+        "pack": (held.table, packed.table, moves, torch.tensor([0, 1], dtype=ints), 2, 16, 8, torch.float32, form, False),
+        "unpack": (packed.table, packed_runs, torch.zeros(2, 61, 16), torch.zeros(2, 61, 8), 16, 8, torch.float32, form),
+        "carry": (packed.table, moves, 2, 8, torch.float32, form),
+        "merge": (torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3), None, torch.float32),
+        "gather": (held.table, runs, 61, 2, 16, 8, torch.float32),
+        "scatter": (k, v, held.table, runs),
+        "move": (held.table, torch.tensor([[1, 2, 0, 5]], dtype=ints), 2, 16, 8, torch.float32),
+        "rotations": (torch.tensor([5]), None, rope.inv_freq, torch.zeros(1, 16)),
+        "rotate": (k, torch.arange(61), rope.inv_freq, 1, 1.0, None),
+        "surprisal": (torch.randn(3, 50), torch.tensor([1, 2, 3])),
+        "top_k": (torch.randn(3, 50), 7),
+        "_keep": (held, packed),
     }

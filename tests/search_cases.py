@@ -18,18 +18,13 @@ from backend_cases import on
 from drive import forwards, pad_left
 from kernel_cases import Blocks
 from kvsieve import backends
-from kvsieve.backends import AttendCall, kernels
-from kvsieve.backends.search import (
-    Selection,
-    first_stage,
-    group_scores,
-    hip_search,
-    infinite_hip_search,
-    kept,
-    region,
-    sparse_attend,
-)
+from kvsieve.backends.base import AttendCall
+from kvsieve.backends.cuda.ops.residents import Residents, slot_width
+from kvsieve.backends.reference.definition import Selection, first_stage, group_scores, kept, region, sparse_attend
+from kvsieve.backends.reference.select.hip import hip_search
+from kvsieve.backends.reference.select.infinite import infinite_hip_search
 from kvsieve.policy.specs import make_planner
+from operations import ops
 
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
@@ -108,8 +103,8 @@ class Row:
         assert self.found is not None
         assert len(choice) == len(self.found.starts)
         for head, mine in enumerate(choice):
-            assert mine.stretches[:, 0].tolist() == self.found.starts[head].tolist(), f"head {head}"
-            assert mine.stretches[:, 1].tolist() == self.found.ends[head].tolist()
+            assert mine.ranges[:, 0].tolist() == self.found.starts[head].tolist(), f"head {head}"
+            assert mine.ranges[:, 1].tolist() == self.found.ends[head].tolist()
             assert (mine.end, mine.reads, mine.rounds) == (self.found.hi, self.found.reads[head], self.found.rounds[head])
 
 
@@ -135,7 +130,7 @@ class Searching:
         seed: int = 0,
     ) -> None:
         self.backend: Any = backends.get("cuda")
-        self.search = self.backend.make_search(rule)
+        self.search = self.backend.make_selection(rule)
         self.planner = make_planner(kvsieve.Full().specs(1), "post_rope")
         self.shape, self.dtype, self.device = (rows, heads, group, size), dtype, torch.device(device)
         self.call = AttendCall(size**-0.5, softcap, None if sinks is None else sinks.to(device))
@@ -159,7 +154,7 @@ class Searching:
         self.store = self.store or self.backend.make_store(k, v)
         step = self.planner.begin([width] * q.shape[0] if lens is None else lens, width, width <= 16, False)
         try:
-            out = self.store.run_sparse(q, k, v, step, self.call, self.search)
+            out = self.store.run_selected(q, k, v, step, self.call, self.search)
         except BaseException:
             self.planner.rollback()
             raise
@@ -227,9 +222,10 @@ def uneven(device: torch.device) -> None:
     lo, hi = region([n - 1], sinks, window)
     found = hip_search(group_scores(q[0].double(), k.double(), [n - 1], window), lo, hi, budget, block)
     table = torch.tensor([[0, 0, 1, n - 1, lo, hi, 0, 0, 0, *[-1] * 7]], dtype=torch.int32).to(device)
-    slots = torch.zeros(1, 2, kernels.slot_width(6), dtype=torch.int32, device=device)
-    rows = (held.table, starts.to(device), spans.to(device), 1, table, 1)
-    searched = kernels.hip(q.to(device), *rows, 2, window, 1, block, 6, 0, slots, slots[:0])
+    slots = torch.zeros(1, 2, slot_width(6), dtype=torch.int32, device=device)
+    asked = {"q": q.to(device), "residents": Residents(held.table, starts.to(device), spans.to(device), 1)}
+    asked |= {"queries": table, "most_queries": 1, "kv_heads": 2, "window": window, "held": slots, "spare": slots[:0]}
+    searched = ops.hip(**asked, stride=1, block=block, most=6, representative=0)
     assert searched.tolist() == [list(found.reads)]
     for head in range(2):
         count = int(slots[0, head, 0])
@@ -237,9 +233,8 @@ def uneven(device: torch.device) -> None:
     visible = kept(found, [n - 1], n, sinks, window)
     want, _ = sparse_attend(q[0].double(), k.double(), v.double(), visible, 0.25)
     for at, splits in ((torch.zeros(1, 2, dtype=torch.int32, device=device), 3), (None, 1)):
-        out, read = kernels.sparse(
-            q.to(device), *rows, at, 2, 24, sinks, window, 0, block, 6, slots, slots[:0], splits, 0.25
-        )  # fmt: skip
+        chosen = {"sinks": sinks, "stage": 0, "length": block, "most": 6}
+        out, read = ops.sparse(**asked, **chosen, at=at, value_dim=24, splits=splits, scale=0.25)
         assert read.sum() == visible.sum()
         assert float((out[0, 0].cpu().double() - want[:, 0]).abs().max()) < 1e-5
 
@@ -249,8 +244,8 @@ def filled(rule: Any, tokens: int, device: torch.device, dtype: torch.dtype = to
     tested = Searching(rule, 1, 1, 1, size, dtype, device)
     tested.planner.restore(tokens - 1, [(tokens - 1, [(list(range(tokens - 1)), [0.0] * (tokens - 1))])])
     tested.store = tested.backend.make_store(*(torch.zeros(1, 1, 1, size, dtype=dtype, device=device) for _ in "kv"))
-    tested.store.reserve(sorted({block for block, _, _ in tested.planner.runs(0, 0)}))
-    for slab in tested.store._slabs.values():
+    tested.store.plain.reserve(sorted({block for block, _, _ in tested.planner.runs(0, 0)}))
+    for slab in tested.store.plain.slabs.values():
         for x in slab:
             x.copy_(torch.randint(-16, 17, x.shape, device=device) / 8)
     return tested

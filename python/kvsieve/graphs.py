@@ -9,12 +9,13 @@ The host never waits for the step that runs: a score-based policy's one float pe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.backends.cuda import CudaBackend, CudaStore
+from kvsieve.backends.cuda.backend import CudaBackend
+from kvsieve.backends.cuda.graphs import CapturedForward
+from kvsieve.backends.cuda.store import CudaStore
 from kvsieve.errors import StateError, UnsupportedError
 from kvsieve.model.support import cache_name
 
@@ -23,19 +24,6 @@ if TYPE_CHECKING:
     from kvsieve.streams import Stream
 
 __all__ = ["GraphDecoder"]
-
-
-def record(run: Callable[[], None]) -> Callable[[], None]:
-    """Capture what ``run`` launches; the result launches it again. ``run`` may be called any number of times."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()  # whatever is made at first use is made outside the graph
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    return graph.replay
 
 
 class GraphDecoder:
@@ -78,11 +66,13 @@ class GraphDecoder:
         self._ids = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._positions = torch.zeros(rows, 1, dtype=torch.int64, device=device)
         self._logits: torch.Tensor | None = None
-        self._replay: Callable[[], None] | None = None
-        self._addresses: list[tuple[int, ...]] = []
+        self._captured = CapturedForward(self._stores, self._forward)
         self._unread: tuple[Any, torch.Tensor] | None = None
-        self.captures = 0
+
+    @property
+    def captures(self) -> int:
         """How often the graph was captured."""
+        return self._captured.captures
 
     @torch.no_grad()
     def step(self, ids: torch.Tensor) -> torch.Tensor:
@@ -153,24 +143,13 @@ class GraphDecoder:
                 )
 
     def _run(self, step: Step) -> None:
-        for store in self._stores:
-            store.prepare(step)
-        addresses = [store.addresses(step) for store in self._stores]
         self._engine.replaying = True
         try:
-            if self._replay is None or addresses != self._addresses:
-                self._replay = record(self._forward)
-                self._addresses = addresses
-                self.captures += 1
-            self._replay()
+            self._captured.run(step)
         finally:
             self._engine.replaying = False
 
     def _forward(self) -> None:
-        step = self._engine._step
-        assert step is not None
-        for device in {store.device for store in self._stores}:
-            self._backend.plan(step, device).buffer.forget_turns()
         out = self.stream.model(
             input_ids=self._ids, position_ids=self._positions, use_cache=True, **{cache_name(self.stream.model): self.stream.cache}
         ).logits

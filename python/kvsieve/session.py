@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.backends import AttendCall
+from kvsieve.backends.base import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
 from kvsieve.methods.parser import parse
 from kvsieve.model import fingerprint
@@ -225,8 +225,8 @@ def _observed(observer: Observer) -> dict[str, torch.Tensor]:
             if held.mass is not None:
                 tensors[f"mass.{layer}.{row}"] = held.mass.clone(memory_format=torch.contiguous_format)
     for layer, call in observer.calls.items():
-        if call.sinks is not None:
-            tensors[f"sinks.{layer}"] = call.sinks.detach().clone()
+        if call.sink_logits is not None:
+            tensors[f"sinks.{layer}"] = call.sink_logits.detach().clone()
     return tensors
 
 

@@ -11,7 +11,7 @@ from kvsieve.errors import StateError
 from kvsieve.streams import HeadTrace, LayerTrace
 
 if TYPE_CHECKING:
-    from kvsieve.backends import HeadChoice
+    from kvsieve.backends.base import HeadChoice
     from kvsieve.policy.select import SparseSelection
     from kvsieve.runtime.engine import Engine
 
@@ -52,7 +52,7 @@ def _head(positions: Ints, choice: HeadChoice, rule: SparseSelection) -> HeadTra
     count = len(positions)
     start = min(choice.end, max(count - rule.window, 0))
     chosen = np.zeros(count, bool)
-    for lo, hi in choice.stretches:
+    for lo, hi in choice.ranges:
         chosen[lo:hi] = True
     read = chosen.copy()
     read[: min(rule.sinks, start)] = True

@@ -15,8 +15,10 @@ import torch
 from backend_cases import close
 from drive import Layer, forwards
 from kvsieve import backends
-from kvsieve.backends import cuda, kernels
-from kvsieve.backends.nvrtc import Module
+from kvsieve.backends.cuda import buffers
+from kvsieve.backends.cuda.backend import CudaBackend
+from kvsieve.backends.cuda.launcher import CupyLauncher
+from kvsieve.backends.cuda.nvrtc import Module
 from kvsieve.errors import BackendError, ShapeError
 from kvsieve.facts import LayerRope
 
@@ -94,7 +96,7 @@ def test_recorded_launches_run_the_next_steps_plan(
     """What replaying a captured graph does: the same launches and addresses, another plan and other tensors in their place."""
     made = tiny.POLICIES[policy](100)
     tested, exact = (Layer(name, made, rope=rope16(), scale=0.25) for name in ("cuda", "reference"))
-    assert isinstance(tested.backend, cuda.CudaBackend)
+    assert isinstance(tested.backend, CudaBackend)
     generator, scored = torch.Generator().manual_seed(0), made.needs_surprisal
     fixed = [torch.zeros(1, h, 1, 16) for h in (4, 2, 2)]  # the graph's inputs
 
@@ -143,14 +145,14 @@ def test_bytes_reported_are_bytes_held_and_given_back(launcher: emulator.Emulato
     q, k, v = torch.randn(1, 4, 700, 16), torch.randn(1, 2, 700, 16), torch.randn(1, 2, 700, 16)
     for lo in range(0, 700, 100):
         layer.feed(*(x[:, :, lo : lo + 100] for x in (q, k, v)))
-        slabs = layer.store._slabs.values()
+        slabs = layer.store.plain.slabs.values()
         assert layer.store.bytes_held == sum(x.untyped_storage().nbytes() for pair in slabs for x in pair)
     block = 64 * 2 * (16 + 16) * 4
     assert layer.store.bytes_held <= 4 * block
     layer.planner.reset()
     layer.store.free_unused(layer.planner.blocks_in_use(), layer.planner.packed_in_use())
     assert layer.store.bytes_held == 0
-    assert not layer.store._table.host.any()
+    assert not layer.store.plain.table.host.any()
 
 
 def test_probabilities_of_keys(launcher: emulator.Emulator) -> None:
@@ -159,7 +161,7 @@ def test_probabilities_of_keys(launcher: emulator.Emulator) -> None:
     layer.feed(q[:, :, :88], k[:, :, :88], v[:, :, :88])
     step = layer.planner.begin([2, 2], 2, True, False)
     layer.store.run(q[:, :, 88:], k[:, :, 88:], v[:, :, 88:], step, layer.call)
-    out, lse, mass = layer.store.attend_mass(q[:, :, 88:], step, layer.call)
+    out, lse, mass = layer.store.attend_with_scores(q[:, :, 88:], step, layer.call)
     for item in range(4):
         row, query = divmod(item, 2)
         keys, values = (x[row, :, : 89 + query].double().repeat_interleave(2, 0) for x in (k, v))
@@ -170,10 +172,10 @@ def test_probabilities_of_keys(launcher: emulator.Emulator) -> None:
 
 
 def test_a_step_uploads_once_for_all_layers(launcher: emulator.Emulator, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One plan, one upload, one table of turns; per layer append, attend and merge, and nothing else."""
+    """One plan, one upload, one table of rotations; per layer append, attend and merge, and nothing else."""
     fills = []
-    fill = cuda.StepBuffer.fill
-    monkeypatch.setattr(cuda.StepBuffer, "fill", lambda self, *args: (fills.append(1), fill(self, *args))[1])
+    fill = buffers.StepBuffer.fill
+    monkeypatch.setattr(buffers.StepBuffer, "fill", lambda self, *args: (fills.append(1), fill(self, *args))[1])
     model = tiny.model()
     with kvsieve.stream(model, kvsieve.StreamingLLM(200), "cuda") as stream:
         stream.feed(tiny.ids(1, 150))
@@ -227,7 +229,7 @@ def test_without_a_card_the_message_says_what_to_use() -> None:
 def test_without_cupy_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setitem(sys.modules, "cupy", None)
-    monkeypatch.setattr(kernels, "_launchers", {})
+    monkeypatch.setattr("kvsieve.backends.cuda.launcher._launchers", {})
     with pytest.raises(BackendError, match=r"pip install cupy-cuda1\dx.*reference"):
         backends.get("cuda")
 
@@ -273,7 +275,7 @@ def test_the_launcher_loads_once_and_starts_on_torchs_stream(monkeypatch: pytest
         "device": FakeDevice,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    launcher, card = cuda.CupyLauncher(), torch.device("cuda", 0)
+    launcher, card = CupyLauncher(), torch.device("cuda", 0)
     module = Module("top_k.cu", ("top_k",))
     for _ in range(2):
         launcher.launch(module, (1, 2, 3), 128, [7, 2.5, None], card)

@@ -11,8 +11,9 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from kvsieve import graphs
-from kvsieve.backends import cuda
+from kvsieve.backends.cuda import graphs
+from kvsieve.backends.cuda.buffers import StepBuffer
+from kvsieve.backends.cuda.storage import PackedStore, PlainStore
 from kvsieve.errors import StateError, UnsupportedError
 from kvsieve.graphs import GraphDecoder
 
@@ -27,10 +28,10 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
 
         def replay() -> None:
             with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(cuda.StepBuffer, "fill", refuse)
-                patched.setattr(cuda.CudaStore, "reserve", refuse)
-                patched.setattr(cuda.PackedStore, "reserve", refuse)
-                patched.setattr(cuda, "_upload", refuse)
+                patched.setattr(StepBuffer, "fill", refuse)
+                patched.setattr(PlainStore, "reserve", refuse)
+                patched.setattr(PackedStore, "reserve", refuse)
+                emulator.refuse_uploads(patched, refuse)
                 run()
 
         return replay
@@ -93,7 +94,7 @@ def test_a_forward_that_fails_leaves_the_stream_as_it_was(launcher: emulator.Emu
         want = decoder.step(tiny.ids(1, 1)).clone()
         stream.cache.crop(-1)
         with monkeypatch.context() as patched:
-            patched.setattr(decoder, "_replay", refuse)
+            patched.setattr(decoder._captured, "_replay", refuse)
             with pytest.raises(AssertionError):
                 decoder.step(tiny.ids(1, 1))
         assert stream.seen == 30

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from kvsieve.backends import kernels, nvrtc
-from kvsieve.backends.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda import nvrtc
+from kvsieve.backends.cuda.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda.ops.attend import attend_module
+from kvsieve.backends.cuda.ops.launch import DTYPES
 from kvsieve.errors import BackendError
 
 ARCHS = [80, 90]
@@ -45,14 +47,14 @@ def attend_modules() -> list[tuple[Module, int]]:
     """Every dtype, head size and frame; with one set of heads, and for the common sizes with every kind of group."""
     out = []
     for arch in ARCHS:
-        for dtype in kernels.DTYPES:
+        for dtype in DTYPES:
             for dim in DIMS:
                 for raw in (False, True):
-                    out.append((kernels.attend_module(dtype, dim, dim, 4, raw), arch))
+                    out.append((attend_module(dtype, dim, dim, 4, raw), arch))
     for dim in (64, 128):
         for group in (1, 3, 8, 16):
             for raw in (False, True):
-                out.append((kernels.attend_module(torch.bfloat16, dim, dim, group, raw), 90))
+                out.append((attend_module(torch.bfloat16, dim, dim, group, raw), 90))
     return out
 
 
@@ -60,12 +62,12 @@ def packed_modules() -> list[tuple[Module, int]]:
     """`attend` over packed blocks: every pair of bits once, and the common ones for every size, frame and kind of group."""
     bf16, out = torch.bfloat16, []
     for bits in ((a, b) for a in (0, 2, 4, 8) for b in (0, 2, 4, 8)):
-        out.append((kernels.attend_module(bf16, 128, 128, 4, False, bits), 90))
+        out.append((attend_module(bf16, 128, 128, 4, False, bits), 90))
     for bits in ((0, 0), (4, 4)):
         for raw in (False, True):
-            out += [(kernels.attend_module(bf16, 128, 128, group, raw, bits), 90) for group in (1, 8, 16)]
-            out += [(kernels.attend_module(dtype, 128, 128, 4, raw, bits), 80) for dtype in kernels.DTYPES]
-            out += [(kernels.attend_module(bf16, dim, dim, 4, raw, bits), 90) for dim in (64, 256)]
+            out += [(attend_module(bf16, 128, 128, group, raw, bits), 90) for group in (1, 8, 16)]
+            out += [(attend_module(dtype, 128, 128, 4, raw, bits), 80) for dtype in DTYPES]
+            out += [(attend_module(bf16, dim, dim, 4, raw, bits), 90) for dim in (64, 256)]
     return out
 
 
@@ -83,7 +85,7 @@ def test_attend_compiles_without_spills(module: Module, arch: int) -> None:
 
 
 def other_modules() -> list[Module]:
-    names, flags = list(kernels.DTYPES.values()), ("false", "true")
+    names, flags = list(DTYPES.values()), ("false", "true")
     sized = [f"{name}, {dim}, {dim}" for name in names for dim in DIMS]
     return [
         Module("append.cu", tuple(f"append<{s}>" for s in sized)),

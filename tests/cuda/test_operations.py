@@ -9,10 +9,14 @@ import emulator
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, rope_of, table_of
-from kvsieve.backends import kernels
+from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, operations
+from kvsieve.backends.cuda.ops.hip import hip
+from kvsieve.backends.cuda.ops.launch import _launchers
+from kvsieve.backends.cuda.ops.residents import Residents
+from kvsieve.backends.cuda.ops.surprisal import surprisal
 from kvsieve.errors import BackendError, ShapeError
 from kvsieve.policy.storage import Channels, Packing
+from operations import ops
 
 CPU = torch.device("cpu")
 
@@ -21,7 +25,7 @@ CPU = torch.device("cpu")
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
     """The emulator, and memory that is nan until it is written."""
     made = emulator.Emulator(processors=1)
-    monkeypatch.setitem(kernels._launchers, "cpu", made)
+    monkeypatch.setitem(_launchers, "cpu", made)
     torch.use_deterministic_algorithms(True)
     yield made
     torch.use_deterministic_algorithms(False)
@@ -48,8 +52,8 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
     q, starts, spans = torch.randn(1, 4, 1, 16), torch.zeros(2, dtype=torch.int32), torch.zeros(0, 4, dtype=torch.int32)
 
     def attend(**changes: Any) -> Any:
-        given = {"q": q, "blocks": held.table, "starts": starts, "spans": spans, "turns": None, "in_block": None}
-        return kernels.attend(**{**given, "kv_heads": 2, "value_dim": 16, "splits": 1, "scale": 1.0, **changes})
+        given = {"q": q, "blocks": held.table, "starts": starts, "spans": spans, "rotations": None, "in_block": None}
+        return ops.attend(**{**given, "kv_heads": 2, "value_dim": 16, "splits": 1, "scale": 1.0, **changes})
 
     attend()
     count = len(launched.launches)
@@ -60,7 +64,7 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
         {"starts": starts.long()},
         {"spans": spans.float()},
         {"blocks": held.table[:, :2]},
-        {"sinks": torch.zeros(3)},
+        {"sink_logits": torch.zeros(3)},
         {"layout": 1},
         {"q": q[0]},
         {"format": [8, 0, 0, 32]},
@@ -75,9 +79,9 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
     with pytest.raises(BackendError, match="reference"):
         attend(q=q.double())
     with pytest.raises(ShapeError, match="16 bytes"):
-        kernels.scatter(*(torch.randn(2 * 16 + 1)[1:].view(2, 1, 16) for _ in "kv"), held.table, spans)
+        ops.scatter(*(torch.randn(2 * 16 + 1)[1:].view(2, 1, 16) for _ in "kv"), held.table, spans)
     with pytest.raises(ShapeError, match="capacity"):
-        kernels.append(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), held.table, spans, starts, 1)
+        ops.append(torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 16), held.table, spans, starts, 1)
     packed = PackedBlocks(Packing(8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 16, torch.float32, 0)
     for k, v in (
         (torch.zeros(2, 3, 16), torch.zeros(2, 4, 16)),
@@ -87,14 +91,16 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
         if v is None:
             k = k[:, :, :7]
         with pytest.raises(ShapeError):
-            kernels.unpack(packed.table, spans, k, v, 16, 16, torch.float32, packed.format)
+            ops.unpack(packed.table, spans, k, v, 16, 16, torch.float32, packed.format)
     with pytest.raises(ShapeError, match="moves"):
-        kernels.carry(packed.table, spans.long(), 2, 16, torch.float32, packed.format)
+        ops.carry(packed.table, spans.long(), 2, 16, torch.float32, packed.format)
     with pytest.raises(ShapeError, match="packed"):
-        kernels.pack(held.table, held.table, spans, starts, 2, 16, 16, torch.float32, packed.format, False)
+        ops.pack(held.table, held.table, spans, starts, 2, 16, 16, torch.float32, packed.format, False)
     with pytest.raises(ShapeError):
-        kernels.top_k(torch.zeros(2, 3), 4)
+        ops.top_k(torch.zeros(2, 3), 4)
     given = operations()
+    for name in ("hip", "narrow", "sparse"):
+        getattr(ops, name)  # defines it
     for name, at, bad in (
         ("hip", 0, torch.randn(1, 3, 1, 16)),
         ("hip", 5, queries_of(given)[:, :8].contiguous()),
@@ -114,52 +120,14 @@ def test_what_does_not_fit_is_refused_before_anything_runs(launched: emulator.Em
         args = list(given[name])
         args[at] = bad
         with pytest.raises(ShapeError):
-            getattr(kernels, name)(*args)
+            getattr(torch.ops.kvsieve, name)(*args)
     assert len(launched.launches) == count
     with pytest.raises(BackendError, match="meta"):
-        kernels.top_k(torch.zeros(2, 3, device="meta"), 1)
+        ops.top_k(torch.zeros(2, 3, device="meta"), 1)
 
 
 def queries_of(given: dict[str, tuple[Any, ...]]) -> torch.Tensor:
     return given["hip"][5]
-
-
-def operations() -> dict[str, tuple[Any, ...]]:
-    held = Blocks(2, 16, 8, torch.float32, 0)
-    ints = torch.int32
-    runs = torch.tensor([[5, 3, 64, 0]], dtype=ints)
-    spans = torch.tensor([[5, 3 | 64 << 8 | 1 << 16, 0, 1]], dtype=ints)
-    starts, rope = torch.tensor([0, 1], dtype=ints), rope_of(16, "half")
-    turned = table_of(rope, [9]), table_of(rope, list(range(64)))
-    rest = (2, 8, 1, 0.25, 0.0, 1, 1.0, True, None, torch.tensor([0, 61]), 61)
-    k, v = torch.randn(2, 61, 16), torch.randn(2, 61, 8)
-    tokens = torch.randn(1, 2, 1, 16), torch.randn(1, 2, 1, 8)
-    packed = PackedBlocks(Packing(8, 4, 4, 8), [Channels(torch.arange(8).expand(2, 8), (0, 0))], 16, 8, torch.float32, 0)
-    form, moves = list(packed.format), torch.tensor([[1, 2, 0, 5]], dtype=ints)
-    packed_runs = torch.tensor([[4, 3, 64, 0]], dtype=ints)
-    plain, slots = torch.tensor([[5, 3 | 64 << 8, 0, 0]], dtype=ints), torch.zeros(1, 2, kernels.slot_width(4), dtype=ints)
-    queries = torch.tensor([[0, 0, 1, 60, 2, 57, 0, 0, 0, *[-1] * 7]], dtype=ints)
-    asked = (torch.randn(1, 4, 1, 16), held.table, starts, plain, 1, queries, 1)
-    at = torch.zeros(1, 2, dtype=ints)
-    return {
-        "hip": (*asked, 2, 4, 1, 2, 4, 0, slots, slots[:0].clone()),
-        "narrow": (*asked, 2, 4, 1, 0, 2, 4, 28, 1, 0, 0, None, None, slots, slots[:0].clone(), torch.zeros(4, dtype=ints)),
-        "sparse": (*asked, at, 2, 8, 2, 4, 0, 2, 4, slots, slots[:0].clone(), 2, 0.25, 0.0, None),
-        "append": (*tokens, held.table, torch.tensor([[0, 0, 1, 1]], dtype=ints), torch.tensor([1], dtype=ints), 1),
-        "attend": (torch.randn(1, 4, 1, 16), held.table, starts, spans, *turned, *rest, packed.table, form),
-        "pack": (held.table, packed.table, moves, torch.tensor([0, 1], dtype=ints), 2, 16, 8, torch.float32, form, False),
-        "unpack": (packed.table, packed_runs, torch.zeros(2, 61, 16), torch.zeros(2, 61, 8), 16, 8, torch.float32, form),
-        "carry": (packed.table, moves, 2, 8, torch.float32, form),
-        "merge": (torch.randn(1, 2, 3, 16), torch.randn(1, 2, 3), None, torch.float32),
-        "gather": (held.table, runs, 61, 2, 16, 8, torch.float32),
-        "scatter": (k, v, held.table, runs),
-        "move": (held.table, torch.tensor([[1, 2, 0, 5]], dtype=ints), 2, 16, 8, torch.float32),
-        "turns": (torch.tensor([5]), None, rope.inv_freq, torch.zeros(1, 16)),
-        "rotate": (k, torch.arange(61), rope.inv_freq, 1, 1.0, None),
-        "surprisal": (torch.randn(3, 50), torch.tensor([1, 2, 3])),
-        "top_k": (torch.randn(3, 50), 7),
-        "_keep": (held, packed),
-    }
 
 
 @pytest.mark.parametrize("name", [name for name in operations() if name != "_keep"])
@@ -167,6 +135,7 @@ def test_torch_knows_the_operation(name: str) -> None:
     """Its schema says what it changes, and its fake gives the shapes and dtypes that running gives."""
     every = operations()
     torch.use_deterministic_algorithms(False)
+    getattr(ops, name)
     torch.library.opcheck(getattr(torch.ops.kvsieve, name).default, every[name], test_utils=("test_schema", "test_faketensor"))
     del every
 
@@ -175,8 +144,23 @@ def test_operations_pass_through_torch_compile() -> None:
     logits, ids = torch.randn(4, 50), torch.arange(4)
 
     def score(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        return kernels.surprisal(logits * 2.0, ids) + 1.0
+        return surprisal(logits * 2.0, ids) + 1.0
 
     torch._dynamo.reset()
     compiled = torch.compile(score, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(logits, ids), score(logits, ids))
+
+
+def test_operations_with_groups_of_arguments_pass_through_torch_compile() -> None:
+    every = operations()
+    q, blocks, starts, spans, items, queries, *numbers, held, spare = every["hip"]
+
+    def search(
+        q: torch.Tensor, residents: Residents, queries: torch.Tensor, held: torch.Tensor, spare: torch.Tensor
+    ) -> torch.Tensor:
+        return hip(q, residents, queries, *numbers, held, spare) + 1
+
+    torch._dynamo.reset()
+    given = q, Residents(blocks, starts, spans, items), queries, held, spare
+    torch.testing.assert_close(torch.compile(search, backend="aot_eager", fullgraph=True)(*given), search(*given))
+    del every

@@ -13,7 +13,9 @@ import pytest
 import torch
 from backend_cases import PACKINGS, close
 from drive import Layer
-from kvsieve.backends import cuda, kernels
+from kvsieve.backends.cuda.ops.format import Format
+from kvsieve.backends.cuda.ops.launch import DTYPES
+from kvsieve.backends.cuda.storage import locate
 from kvsieve.errors import ShapeError, StateError, UnsupportedError
 from kvsieve.facts import LayerRope
 from kvsieve.methods import think
@@ -72,7 +74,7 @@ def test_bytes_are_the_formula_and_given_back() -> None:
         assert held.scales == (tokens // 32 * (wide + dim) * 4 if of_codes else 0)
         assert held.channels == 2 * heads * (1 + wide)
         assert held.plain_keys == held.plain_values == 2 * recent * dim * heads
-        slabs = [*layer.store._slabs.values(), *layer.store._packed._slabs.values()]
+        slabs = [*layer.store.plain.slabs.values(), *layer.store._packed._slabs.values()]
         assert layer.store.bytes_held == held.channels + sum(x.untyped_storage().nbytes() for slab in slabs for x in slab)
         layer.planner.reset()
         layer.store.free_unused(layer.planner.blocks_in_use(), layer.planner.packed_in_use())
@@ -172,18 +174,18 @@ def test_a_table_that_grows_makes_a_graph_out_of_date() -> None:
     layer.pack(64 * 70 - 8, think.heaviest_channels(x[0], x[0], 8, "single", None), Packing(8))
     plan = layer.planner.begin([1], 1, True, False)
     assert layer.store.addresses(plan) != before
-    assert cuda.locate(69)[1] >= 64
+    assert locate(69)[1] >= 64
 
 
 def test_a_format_fits_the_stages_of_attend() -> None:
     """Every format finds a tile; its rows are whole vectors."""
-    for dtype in kernels.DTYPES:
+    for dtype in DTYPES:
         for dim in range(16 // dtype.itemsize, 257, 16 // dtype.itemsize):
             for bits in ((a, b) for a in (0, 2, 4, 8) for b in (0, 2, 4, 8)):
                 for group in (8, 16, 32, 64):
                     if bits[1] and dim % group:
                         continue
-                    made = kernels.Format(dim, *bits, group)
+                    made = Format(dim, *bits, group)
                     tile = made.tile(dtype, dim, dim)
                     room = min(64, 1 << ((16384 // (2 * dim * dtype.itemsize)).bit_length() - 1)) * 2 * dim * dtype.itemsize
                     assert made._stage(tile, dtype, dim) <= room

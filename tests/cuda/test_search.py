@@ -14,7 +14,10 @@ import search_cases
 import tiny
 import torch
 from drive import Layer
-from kvsieve.backends import AttendCall, cuda, kernels
+from kvsieve.backends.base import AttendCall
+from kvsieve.backends.cuda import plan, selection
+from kvsieve.backends.cuda.backend import CudaBackend
+from kvsieve.backends.cuda.ops import residents
 from kvsieve.errors import BackendError, PolicyError, ShapeError, StateError, UnsupportedError
 from kvsieve.graphs import GraphDecoder
 from search_cases import Searching, hip, infinite
@@ -60,8 +63,8 @@ def test_more_blocks_of_queries_than_a_launch_takes(
 ) -> None:
     tested = Searching(rule, 2, 1, 3, 16)
     tested.feed(150)
-    monkeypatch.setattr(kernels, "BAND", 5)
-    monkeypatch.setattr(kernels, "SCRATCH", 4 * 3 * 40)
+    monkeypatch.setattr(residents, "BAND", 5)
+    monkeypatch.setattr(residents, "SCRATCH", 4 * 3 * 40)
     launcher.launches = []
     tested.feed(41)
     grids = [grid for module, grid, *_ in launcher.launches if module.file in ("search.cu", "sparse.cu")]
@@ -88,7 +91,7 @@ def sixteen(rule: Any) -> tuple[list[int], int, int, float]:
     tested.run(q[:, :, :15], k[:, :, :15], v[:, :, :15])
     out = tested.run(q[:, :, 15:], k[:, :, 15:], v[:, :, 15:])
     (head,) = tested.search.choice(0)
-    return head.stretches[:, 0].tolist(), head.reads, head.rounds, out[0, 0, 0, 0].item()
+    return head.ranges[:, 0].tolist(), head.reads, head.rounds, out[0, 0, 0, 0].item()
 
 
 @pytest.mark.parametrize(
@@ -175,16 +178,16 @@ def test_layers_share_a_schedule_and_its_upload(monkeypatch: pytest.MonkeyPatch)
     one, two = (Searching(hip(refresh=2, query_block=8), 2, 1, 3, 16, seed=seed) for seed in (0, 1))
     two.backend, two.planner = one.backend, one.planner
     uploads: list[Any] = []
-    upload = cuda._upload
-    monkeypatch.setattr(cuda, "_upload", lambda x, device: (uploads.append(x.shape), upload(x, device))[1])
+    upload = plan.upload
+    monkeypatch.setattr(plan, "upload", lambda x, device: (uploads.append(x.shape), upload(x, device))[1])
     for width in (79, 1, 1, 1, 5, 1):
         given = [tested.draw(width) for tested in (one, two)]
         step = one.planner.begin([width] * 2, width, width <= 16, False)
         for tested, (q, k, v) in zip((one, two), given):
             tested.store = tested.store or tested.backend.make_store(k, v)
             uploads.clear()
-            tested.store.run_sparse(q, k, v, step, tested.call, tested.search)
-        assert [shape for shape in uploads if shape[1] == kernels.QUERY_COLUMNS] == [], (
+            tested.store.run_selected(q, k, v, step, tested.call, tested.search)
+        assert [shape for shape in uploads if shape[1] == residents.QUERY_COLUMNS] == [], (
             "the second layer uploads nothing of its own"
         )
         one.planner.commit()
@@ -217,7 +220,7 @@ def test_undo_runs_the_same_step_again() -> None:
         before = [choices(tested, row) for row in range(2)]
         given = tested.draw(width)
         step = tested.planner.begin([width] * 2, width, width <= 16, False)
-        tested.store.run_sparse(*given, step, tested.call, tested.search)
+        tested.store.run_selected(*given, step, tested.call, tested.search)
         tested.planner.rollback()
         tested.search.undo()
         tested.search.undo()
@@ -226,7 +229,7 @@ def test_undo_runs_the_same_step_again() -> None:
 
 
 def choices(tested: Searching, row: int) -> list[Any]:
-    return [(head.stretches.tolist(), head.end, head.reads, head.rounds) for head in tested.search.choice(row)]
+    return [(head.ranges.tolist(), head.end, head.reads, head.rounds) for head in tested.search.choice(row)]
 
 
 def test_an_error_leaves_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,7 +237,7 @@ def test_an_error_leaves_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     tested.feed(150)
     before = choices(tested, 0)
     with monkeypatch.context() as patched:
-        patched.setattr(kernels, "sparse", lambda *args: 1 / 0)
+        patched.setattr(selection, "Sparse", lambda **given: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             tested.run(*tested.draw(1))
     assert choices(tested, 0) == before
@@ -271,7 +274,7 @@ def test_a_state_is_returned_to_here_and_elsewhere(rule: Any) -> None:
     tested.feed(1)
     state, planner, rows = tested.search.state(), tested.planner.fork(), [search_cases.copied(row) for row in tested.rows]
     before = [choices(tested, row) for row in range(2)]
-    other = tested.backend.make_search(rule)
+    other = tested.backend.make_selection(rule)
     other.return_to(state)
     for _ in range(5):
         tested.feed(1)
@@ -299,11 +302,11 @@ def test_slots_are_used_again() -> None:
 
 
 def refused(layer: Layer, width: int = 1) -> None:
-    search = layer.backend.make_search(hip())  # type: ignore[attr-defined]
+    search = layer.backend.make_selection(hip())  # type: ignore[attr-defined]
     step = layer.planner.begin([width], width, width <= 16, True)
     given = (torch.randn(1, heads, width, 16) for heads in (4, 2, 2))
     try:
-        layer.store.run_sparse(*given, step, layer.call, search)
+        layer.store.run_selected(*given, step, layer.call, search)
     finally:
         layer.planner.rollback()
 
@@ -356,17 +359,17 @@ def tiny_rope() -> Any:
 )
 def test_rules_that_cannot_be_right(rule: Any) -> None:
     with pytest.raises(PolicyError):
-        cuda.CudaBackend().make_search(rule)
+        CudaBackend().make_selection(rule)
 
 
 def test_more_than_a_search_can_follow() -> None:
-    backend = cuda.CudaBackend()
-    backend.make_search(hip(budget=2048))
+    backend = CudaBackend()
+    backend.make_selection(hip(budget=2048))
     with pytest.raises(BackendError, match=r"1024.*larger blocks"):
-        backend.make_search(hip(budget=2049))
+        backend.make_selection(hip(budget=2049))
     stages = tuple((1 << 8 - i, 1 << 8) for i in range(9))
     with pytest.raises(BackendError, match="8 stages"):
-        backend.make_search(infinite(stages=stages, refresh=(1,) * 9))
+        backend.make_selection(infinite(stages=stages, refresh=(1,) * 9))
 
 
 def test_a_state_of_another_rule() -> None:

@@ -16,8 +16,8 @@ import kernel_cases
 import pytest
 import search_cases
 import torch
-from kvsieve.backends import kernels
-from kvsieve.backends.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda.ops.launch import _launchers
 
 CPU = torch.device("cpu")
 
@@ -68,7 +68,7 @@ def case_of(run: Callable[[], None]) -> Callable[[emulator.Emulator], None]:
 
     def once(launcher: emulator.Emulator) -> None:
         with pytest.MonkeyPatch.context() as patched:
-            patched.setitem(kernels._launchers, "cpu", launcher)
+            patched.setitem(_launchers, "cpu", launcher)
             run()
 
     return once

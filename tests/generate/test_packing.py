@@ -315,7 +315,7 @@ def test_a_forward_that_died_leaves_nothing_behind(make: Make, monkeypatch: pyte
             forwards(model, one.cache, ids[:, :80], [80])
         store = next(iter(stream._engine.stores.values()))
         with monkeypatch.context() as patch:
-            for name in ("run", "run_mass"):
+            for name in ("run", "run_with_scores"):
                 patch.setattr(type(store), name, lambda *a: (_ for _ in ()).throw(RuntimeError("the device is on fire")))
             with pytest.raises(RuntimeError, match="on fire"):
                 forward(model, stream.cache, ids[:, 80:81])

@@ -97,7 +97,8 @@ def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
 
 def test_bounds_find_what_walks_miss() -> None:
     """One key in 2,000 that answers the query: it makes its block's bound the greatest, wherever in the block it is."""
-    from kvsieve.backends.search import bound_scores, group_scores, infinite_hip_search
+    from kvsieve.backends.reference.definition import bound_scores, group_scores
+    from kvsieve.backends.reference.select.infinite import infinite_hip_search
 
     rng = torch.Generator().manual_seed(0)
     found = walked = 0
@@ -372,7 +373,7 @@ def test_its_text_is_read_back(policy: Any) -> None:
 
 
 def test_a_card_refuses_it_when_the_stream_opens() -> None:
-    from kvsieve.backends.cuda import CudaBackend
+    from kvsieve.backends.cuda.capabilities import CAPABILITIES
 
     with pytest.raises(BackendError, match="bounds"):
-        CudaBackend.check_search(object.__new__(CudaBackend), kvsieve.Quest().selection, "rotated", False)
+        CAPABILITIES.check_selection(kvsieve.Quest().selection, "rotated", False)

@@ -14,7 +14,7 @@ import tiny
 import torch
 from backend_cases import on
 from kvsieve import graphs
-from kvsieve.backends import cuda
+from kvsieve.backends.cuda import launcher
 
 pytestmark = pytest.mark.gpu
 
@@ -32,7 +32,7 @@ MORE: list[kernel_cases.Case] = [
 
 @pytest.fixture(autouse=True)
 def kernels_can_run() -> None:
-    cuda.require()
+    launcher.require()
 
 
 @pytest.mark.parametrize("case", [*kernel_cases.CASES, *MORE], ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
@@ -113,7 +113,7 @@ def test_a_searching_step_never_waits_for_the_card() -> None:
     try:
         for q, k, v in given:
             step = tested.planner.begin([1, 1], 1, True, False)
-            tested.store.run_sparse(q, k, v, step, tested.call, tested.search)
+            tested.store.run_selected(q, k, v, step, tested.call, tested.search)
             tested.planner.commit()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 import torch
 from kvsieve import _core
-from kvsieve.backends import AttendCall, get
+from kvsieve.backends import get
+from kvsieve.backends.base import AttendCall
 from kvsieve.facts import LayerRope
 
 FAR = 2**31 + 192

@@ -8,19 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvsieve.backends.reference import attend, merge
-from kvsieve.backends.search import (
-    REPRESENTATIVES,
-    Selection,
-    best_on_the_way,
-    first_stage,
-    group_scores,
-    hip_search,
-    infinite_hip_search,
-    kept,
-    region,
-    sparse_attend,
-)
+from kvsieve.backends.attention import attend, merge
+from kvsieve.backends.reference.definition import Selection, first_stage, group_scores, kept, region, sparse_attend
+from kvsieve.backends.reference.select.hip import REPRESENTATIVES, hip_search
+from kvsieve.backends.reference.select.infinite import best_on_the_way, infinite_hip_search
 from kvsieve.errors import PolicyError, ShapeError
 
 Scores = npt.NDArray[np.float64]

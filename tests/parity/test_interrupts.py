@@ -123,17 +123,17 @@ def test_surprisal_stops_at_a_signal(bell: None) -> None:
 def test_a_torch_chunk_is_cut_where_one_call_would_be_long(monkeypatch: pytest.MonkeyPatch) -> None:
     """A long prompt in pieces is the prompt in one: between the pieces Python answers signals."""
     import torch
-    from kvsieve.backends import cpu
+    from kvsieve.backends.cpu import prefill
 
     torch.manual_seed(0)
     for old, count, own in [(0, 300, True), (130, 70, True), (500, 33, True), (200, 40, False)]:
         q, k, v = torch.randn(6, count, 32), torch.randn(2, old + count * own, 32), torch.randn(2, old + count * own, 32)
-        monkeypatch.setattr(cpu, "WORK", 1 << 60)
-        whole = cpu._dense(q, k, v, old, 0.2)
-        monkeypatch.setattr(cpu, "WORK", 4 * 3 * 32 * 32 * 64)
-        monkeypatch.setattr(cpu, "QUERIES", 16)
-        with unittest.mock.patch.object(cpu, "_flash", wraps=cpu._flash) as flash:
-            pieces = cpu._dense(q, k, v, old, 0.2)
+        monkeypatch.setattr(prefill, "WORK", 1 << 60)
+        whole = prefill._dense(q, k, v, old, 0.2)
+        monkeypatch.setattr(prefill, "WORK", 4 * 3 * 32 * 32 * 64)
+        monkeypatch.setattr(prefill, "QUERIES", 16)
+        with unittest.mock.patch.object(prefill, "_flash", wraps=prefill._flash) as flash:
+            pieces = prefill._dense(q, k, v, old, 0.2)
         assert flash.call_count > 4
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 

@@ -14,17 +14,10 @@ import numpy as np
 import pytest
 import torch
 from kvsieve import _core
-from kvsieve.backends.cpu import _view
-from kvsieve.backends.search import (
-    Selection,
-    first_stage,
-    group_scores,
-    hip_search,
-    infinite_hip_search,
-    kept,
-    region,
-    sparse_attend,
-)
+from kvsieve.backends.cpu.tensors import view
+from kvsieve.backends.reference.definition import Selection, first_stage, group_scores, kept, region, sparse_attend
+from kvsieve.backends.reference.select.hip import hip_search
+from kvsieve.backends.reference.select.infinite import infinite_hip_search
 from kvsieve.errors import KvsieveError, PolicyError, ShapeError, UnsupportedError
 from kvsieve.policy.specs import make_planner
 
@@ -107,10 +100,10 @@ class Fast:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: list[int], threads: int = 1
     ) -> tuple[torch.Tensor, np.ndarray, tuple[int, int]]:
         step = self.planner.begin(lens, q.shape[2], True, False)
-        self.store.append(_view(k), _view(v), step)
+        self.store.append(view(k), view(v), step)
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
         lse = np.empty(q.shape[:3], np.float32)
-        work = self.sparse.attend(self.store, _view(q), step, self.scale, self.softcap, None, _view(out), lse, threads)
+        work = self.sparse.attend(self.store, view(q), step, self.scale, self.softcap, None, view(out), lse, threads)
         self.planner.commit()
         return out, lse, work
 
@@ -178,12 +171,12 @@ def test_a_budget_for_all_is_the_dense_answer(kind: str) -> None:
     for width in (200, 1, 1, 7, 1):
         q, k, v = step_of(fast, generator, width)
         step = fast.planner.begin([width], width, True, False)
-        fast.store.append(_view(k), _view(v), step)
+        fast.store.append(view(k), view(v), step)
         out, dense = torch.empty(1, width, 4, 16), torch.empty(1, width, 4, 16)
-        searched, _ = fast.sparse.attend(fast.store, _view(q), step, 0.25, None, None, _view(out))
+        searched, _ = fast.sparse.attend(fast.store, view(q), step, 0.25, None, None, view(out))
         assert searched == 0
         if step.has_spans:
-            fast.store.attend(_view(q), step, None, 0.25, None, None, _view(dense))
+            fast.store.attend(view(q), step, None, 0.25, None, None, view(dense))
             assert float((out - dense).abs().max()) <= 1e-6
         fast.planner.commit()
 
@@ -195,9 +188,9 @@ def test_learned_sinks_and_soft_caps() -> None:
     for width in (150, 1, 1):
         q, k, v = step_of(fast, generator, width)
         step = fast.planner.begin([width], width, True, False)
-        fast.store.append(_view(k), _view(v), step)
+        fast.store.append(view(k), view(v), step)
         out, lse = torch.empty(1, width, 4, 16), np.empty((1, 4, width), np.float32)
-        fast.sparse.attend(fast.store, _view(q), step, 0.25, 3.0, sinks, _view(out), lse)
+        fast.sparse.attend(fast.store, view(q), step, 0.25, 3.0, sinks, view(out), lse)
         fast.planner.commit()
         want = naive.feed(q[0], k[0], v[0]).transpose(0, 1)
         total = np.logaddexp(lse[0], sinks[:, None])
@@ -277,8 +270,8 @@ class TestState:
         for width in (1, 1, 9, 1, 1, 1, 1, 1):
             q, k, v = pair.data(width)
             step = pair.fast.planner.begin([width] * 2, width, True, False)
-            pair.fast.store.append(_view(k), _view(v), step)
-            pair.fast.sparse.attend(pair.fast.store, _view(q), step, 0.25, None, None, _view(torch.empty(2, width, 4, 16)))
+            pair.fast.store.append(view(k), view(v), step)
+            pair.fast.sparse.attend(pair.fast.store, view(q), step, 0.25, None, None, view(torch.empty(2, width, 4, 16)))
             pair.fast.planner.rollback()
             for _ in range(2):
                 pair.fast.sparse.undo()
@@ -362,12 +355,12 @@ class TestErrors:
         fast, generator = Fast("hip", HIP, (2, 16), torch.float32), torch.Generator().manual_seed(0)
         q, k, v = step_of(fast, generator, 3)
         step = fast.planner.begin([3], 3, True, False)
-        fast.store.append(_view(k), _view(v), step)
+        fast.store.append(view(k), view(v), step)
         out = torch.empty(1, 3, 4, 16)
         for bad_q, bad_out in ((q[:, :, :2], out), (q[..., :8], out), (q[:, :3], out[:, :, :3].contiguous()), (q, out[:, :2])):
             with pytest.raises(ShapeError):
-                fast.sparse.attend(fast.store, _view(bad_q), step, 1.0, None, None, _view(bad_out))
+                fast.sparse.attend(fast.store, view(bad_q), step, 1.0, None, None, view(bad_out))
         with pytest.raises(ShapeError):
-            fast.sparse.attend(fast.store, _view(q), step, 1.0, None, None, _view(out), np.empty((1, 4, 2), np.float32))
+            fast.sparse.attend(fast.store, view(q), step, 1.0, None, None, view(out), np.empty((1, 4, 2), np.float32))
         with pytest.raises(KvsieveError):
-            fast.sparse.attend(fast.store, _view(q), step, 1.0, None, None, _view(out), None, 0)
+            fast.sparse.attend(fast.store, view(q), step, 1.0, None, None, view(out), None, 0)

@@ -14,17 +14,11 @@ import pytest
 import torch
 from drive import attend_chunk
 from kvsieve import _core
-from kvsieve.backends import AttendCall
-from kvsieve.backends.cpu import _view
-from kvsieve.backends.search import (
-    Selection,
-    group_scores,
-    hip_search,
-    infinite_hip_search,
-    kept,
-    region,
-    sparse_attend,
-)
+from kvsieve.backends.base import AttendCall
+from kvsieve.backends.cpu.tensors import view
+from kvsieve.backends.reference.definition import Selection, group_scores, kept, region, sparse_attend
+from kvsieve.backends.reference.select.hip import hip_search
+from kvsieve.backends.reference.select.infinite import infinite_hip_search
 from kvsieve.errors import PolicyError, ShapeError, UnsupportedError
 from kvsieve.policy.specs import make_planner
 
@@ -53,7 +47,7 @@ class Layer:
 
     def begin(self, k: torch.Tensor, v: torch.Tensor, lens: list[int]) -> _core.Step:
         step = self.planner.begin(lens, k.shape[2], True, False)
-        self.store.append(_view(k), _view(v), step)
+        self.store.append(view(k), view(v), step)
         return step
 
     def feed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: list[int], threads: int = 1) -> torch.Tensor:
@@ -69,7 +63,7 @@ class Layer:
         out = torch.full((q.shape[0], q.shape[2], q.shape[1], v.shape[3]), 7.0, dtype=q.dtype)
         lse = np.full(q.shape[:3], 7, np.float32)
         work = self.sparse.attend(
-            self.store, _view(q), step, self.call.scale, self.call.softcap, None, _view(out), lse, 1, chunk=chunk
+            self.store, view(q), step, self.call.scale, self.call.softcap, None, view(out), lse, 1, chunk=chunk
         )
         self.planner.commit()
         return out, lse, work

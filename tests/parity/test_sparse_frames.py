@@ -15,20 +15,20 @@ import numpy as np
 import pytest
 import torch
 from kvsieve import _core
-from kvsieve.backends.cpu import _view
-from kvsieve.backends.search import (
+from kvsieve.backends.cpu.tensors import view
+from kvsieve.backends.reference.definition import (
     Selection,
     consecutive_attend,
     first_stage,
     group_scores,
-    hip_search,
-    infinite_hip_search,
     kept,
     placed,
     region,
     relative,
     sparse_attend,
 )
+from kvsieve.backends.reference.select.hip import hip_search
+from kvsieve.backends.reference.select.infinite import infinite_hip_search
 from kvsieve.errors import ShapeError, UnsupportedError
 from kvsieve.facts import LayerRope
 from kvsieve.methods import think
@@ -194,7 +194,7 @@ class Rows:
         k = self.make(self.generator, self.rows, self.heads, width, self.dim).to(self.dtype)
         v = torch.randn(self.rows, self.heads, width, self.dim, generator=self.generator).to(self.dtype)
         step = self.planner.begin(lens, width, True, False)
-        self.store.append(_view(k), _view(v), step)
+        self.store.append(view(k), view(v), step)
         out, lse = torch.empty(self.rows, width, q.shape[1], self.dim, dtype=q.dtype), np.empty(q.shape[:3], np.float32)
         rope = None if self.rope is None else self.rope.core
         raw, relative_, consecutive = (
@@ -203,7 +203,7 @@ class Rows:
             self.mode == "consecutive",
         )
         work = self.sparse.attend(
-            self.store, _view(q), step, self.scale, None, None, _view(out), lse, threads, rope, raw, relative_, consecutive
+            self.store, view(q), step, self.scale, None, None, view(out), lse, threads, rope, raw, relative_, consecutive
         )
         self.planner.commit()
         before = [(one.searched, one.read) for one in self.naive]
@@ -243,7 +243,7 @@ class Rows:
             runs = [np.array(column, np.int64) for column in zip(*self.planner.runs(0, row))]
             shape = (self.heads, self.planner.resident(0, row), self.dim)
             k, v = torch.empty(shape, dtype=self.dtype), torch.empty(shape, dtype=self.dtype)
-            self.store.gather(*runs, _view(k), _view(v))
+            self.store.gather(*runs, view(k), view(v))
             naive.k, naive.v = k, v
 
 
@@ -319,13 +319,13 @@ class TestRawFrame:
             rows.step(width)
         q, step = normal(rows.generator, 1, 4, 1, 16), rows.planner.begin([1], 1, True, False)
         k, v = (normal(rows.generator, 1, 2, 1, 16) for _ in range(2))
-        rows.store.append(_view(k), _view(v), step)
+        rows.store.append(view(k), view(v), step)
         out, dense = torch.empty(1, 1, 4, 16), torch.empty(1, 1, 4, 16)
         relative_, consecutive = mode != "placed", mode == "consecutive"
         work = rows.sparse.attend(
-            rows.store, _view(q), step, 0.25, None, None, _view(out), None, 1, rope.core, True, relative_, consecutive
+            rows.store, view(q), step, 0.25, None, None, view(out), None, 1, rope.core, True, relative_, consecutive
         )
-        rows.store.attend(_view(q), step, rope.core, 0.25, None, None, _view(dense), None, 1, True)
+        rows.store.attend(view(q), step, rope.core, 0.25, None, None, view(dense), None, 1, True)
         assert work[0] == 0
         assert float((out - dense).abs().max()) <= 1e-5
 
@@ -351,11 +351,11 @@ class TestOtherPlaces:
         for width in (60, 60, 1, 1):
             q, k, v = normal(g, 1, 4, width, 16), normal(g, 1, 2, width, 16), normal(g, 1, 2, width, 16)
             step = planner.begin([width], width, True, False)
-            store.append(_view(k), _view(v), step)
+            store.append(view(k), view(v), step)
             if width == 1:
                 out, dense = torch.empty(1, 1, 4, 16), torch.empty(1, 1, 4, 16)
-                sparse.attend(store, _view(q), step, 0.25, None, None, _view(out), None, 1, rope.core)
-                store.attend(_view(q), step, rope.core, 0.25, None, None, _view(dense))
+                sparse.attend(store, view(q), step, 0.25, None, None, view(out), None, 1, rope.core)
+                store.attend(view(q), step, rope.core, 0.25, None, None, view(dense))
                 assert float((out - dense).abs().max()) <= 1e-5
             planner.commit()
             store.apply(planner.settle(False))
@@ -369,11 +369,11 @@ class TestOtherPlaces:
         for width in (60, 1, 1):
             q, k, v = normal(g, 1, 2, width, 16), normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16)
             step = planner.begin([width], width, True, False)
-            store.append(_view(k), _view(v), step)
+            store.append(view(k), view(v), step)
             if width == 1:
                 out, dense = torch.empty(1, 1, 2, 16), torch.empty(1, 1, 2, 16)
-                sparse.attend(store, _view(q), step, 0.25, None, None, _view(out), None, 1, rope.core, True)
-                store.attend(_view(q), step, rope.core, 0.25, None, None, _view(dense), None, 1, True)
+                sparse.attend(store, view(q), step, 0.25, None, None, view(out), None, 1, rope.core, True)
+                store.attend(view(q), step, rope.core, 0.25, None, None, view(dense), None, 1, True)
                 assert float((out - dense).abs().max()) <= 1e-5
             planner.commit()
 
@@ -385,10 +385,10 @@ class TestOtherPlaces:
         for _ in range(2):
             q, k, v = normal(g, 1, 4, width, 16), normal(g, 1, 2, width, 16), normal(g, 1, 2, width, 16)
             step = planner.begin([width], width, True, False)
-            store.append(_view(k), _view(v), step)
+            store.append(view(k), view(v), step)
             planner.commit()
         with pytest.raises(UnsupportedError, match="shows every query all"):
-            sparse.attend(store, _view(q), step, 1.0, None, None, _view(torch.empty(1, width, 4, 16)))
+            sparse.attend(store, view(q), step, 1.0, None, None, view(torch.empty(1, width, 4, 16)))
 
     def test_a_chain(self) -> None:
         specs = [{"retain": "manual", "budget": 10, "place": "slots"}, {"retain": "all", "place": "slots"}]
@@ -397,10 +397,10 @@ class TestOtherPlaces:
         for width in (70, 1):
             q, k, v = normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16)
             step = planner.begin([width], width, True, False)
-            store.append(_view(k), _view(v), step)
+            store.append(view(k), view(v), step)
             if width == 1:
                 with pytest.raises(UnsupportedError, match="one memory"):
-                    sparse.attend(store, _view(q), step, 1.0, None, None, _view(torch.empty(1, 1, 1, 16)), None, 1, rope.core, True)
+                    sparse.attend(store, view(q), step, 1.0, None, None, view(torch.empty(1, 1, 1, 16)), None, 1, rope.core, True)
             planner.commit()
             if width > 1:
                 store.apply(planner.keep(0, 0, list(range(30, 40))))
@@ -416,21 +416,21 @@ class TestOtherPlaces:
     def test_what_does_not_go_together(self, frame: str, change: tuple[bool, bool], match: str) -> None:
         planner, store = _core.Planner([TRUE], frame), _core.Store(1, 16, 16, "float32")
         step, x = planner.begin([1], 1, True, False), torch.zeros(1, 1, 1, 16)
-        store.append(_view(x), _view(x), step)
+        store.append(view(x), view(x), step)
         rope = model_rope(random.Random(0), 16).core
         with pytest.raises(UnsupportedError, match=match):
-            _core.Sparse.hip(**HIP).attend(store, _view(x), step, 1.0, None, None, _view(x.clone()), None, 1, rope, True, *change)
+            _core.Sparse.hip(**HIP).attend(store, view(x), step, 1.0, None, None, view(x.clone()), None, 1, rope, True, *change)
 
     @pytest.mark.parametrize("relative_", [False, True])
     def test_a_rotation_wider_than_the_keys(self, relative_: bool) -> None:
         planner, store, g = _core.Planner([TRUE], "raw"), _core.Store(1, 16, 16, "float32"), torch.Generator().manual_seed(0)
         q = normal(g, 1, 1, 99, 16)
         step = planner.begin([99], 99, True, False)
-        store.append(_view(q), _view(q), step)
+        store.append(view(q), view(q), step)
         rope = _core.Rope([0.5] * 9)
         with pytest.raises(ShapeError):
             _core.Sparse.hip(**HIP).attend(
-                store, _view(q), step, 1.0, None, None, _view(torch.empty(1, 99, 1, 16)), None, 1, rope, True, relative_
+                store, view(q), step, 1.0, None, None, view(torch.empty(1, 99, 1, 16)), None, 1, rope, True, relative_
             )
 
 

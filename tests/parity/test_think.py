@@ -9,7 +9,7 @@ import kvsieve
 import pytest
 import torch
 from drive import Layer
-from kvsieve.backends.packing import dequantize, quantize
+from kvsieve.backends.reference.storage import dequantize, quantize
 from kvsieve.facts import LayerRope
 from kvsieve.methods import think
 from kvsieve.policy.storage import Channels, Packing

@@ -12,8 +12,8 @@ import torch
 from drive import forward
 from kvsieve import backends
 from kvsieve._core import Planner
-from kvsieve.backends import AttendCall
-from kvsieve.backends.masses import mass
+from kvsieve.backends.attention_scores import attention_scores
+from kvsieve.backends.base import AttendCall
 from kvsieve.errors import BudgetError, PolicyError, StateError, UnsupportedError
 from kvsieve.methods.h2o import HeavyHitters
 from kvsieve.methods.parser import parse
@@ -51,39 +51,39 @@ class TestWorkedNumbers:
         # Head 0 weighs the five tokens 1 1 2 4 2, head 1 weighs them 5 1 1 1 2: tenths, both.
         q = torch.stack([logs([1, 1, 2, 4, 2]), logs([5, 1, 1, 1, 2])])
         at = torch.arange(5)
-        got = mass(q, identity(5), at[4:], at[None], ONE)
+        got = attention_scores(q, identity(5), at[4:], at[None], ONE)
         torch.testing.assert_close(got, torch.tensor([[0.6, 0.2, 0.3, 0.5, 0.4]]))
 
     def test_a_query_gives_nothing_to_what_comes_after_it(self) -> None:
         # The query at position 1 sees two tokens only: 3 / 4 and 1 / 4. The one at 2 sees three: 1 / 2, 1 / 4, 1 / 4.
         q = torch.stack([logs([3, 1, 9, 9], [2, 1, 1, 9])])
-        got = mass(q[:1], identity(4), torch.tensor([1, 2]), torch.arange(4)[None], ONE)
+        got = attention_scores(q[:1], identity(4), torch.tensor([1, 2]), torch.arange(4)[None], ONE)
         torch.testing.assert_close(got, torch.tensor([[1.25, 0.5, 0.25, 0.0]]))
 
     def test_a_learned_sink_keeps_its_share(self) -> None:
-        call = AttendCall(scale=1.0, sinks=logs([4])[0])
-        got = mass(logs([1, 3])[None], identity(2), torch.tensor([1]), torch.arange(2)[None], call)
+        call = AttendCall(scale=1.0, sink_logits=logs([4])[0])
+        got = attention_scores(logs([1, 3])[None], identity(2), torch.tensor([1]), torch.arange(2)[None], call)
         torch.testing.assert_close(got, torch.tensor([[0.125, 0.375]]))
 
     def test_a_cap_bends_the_logits(self) -> None:
         call = AttendCall(scale=0.5, softcap=2.0)
         q = torch.tensor([[[0.0, 1.0]]])
-        got = mass(q, identity(2), torch.tensor([1]), torch.arange(2)[None], call)
+        got = attention_scores(q, identity(2), torch.tensor([1]), torch.arange(2)[None], call)
         share = 1 / (1 + math.exp(-2 * math.tanh(0.25)))
         torch.testing.assert_close(got, torch.tensor([[1 - share, share]]))
 
     def test_a_query_that_sees_nothing_gives_nothing(self) -> None:
-        got = mass(torch.ones(1, 1, 2), identity(2), torch.tensor([0]), torch.tensor([[3, 4]]), ONE)
+        got = attention_scores(torch.ones(1, 1, 2), identity(2), torch.tensor([0]), torch.tensor([[3, 4]]), ONE)
         assert got.tolist() == [[0.0, 0.0]]
 
     def test_many_queries_in_blocks_equal_one_by_one(self, monkeypatch: pytest.MonkeyPatch) -> None:
         generator = torch.Generator().manual_seed(0)
         q, k = torch.randn(6, 50, 8, generator=generator), torch.randn(2, 60, 8, generator=generator)
         at, keys_at = torch.arange(10, 60), torch.arange(60).expand(2, -1)
-        whole = mass(q, k, at, keys_at, ONE)
-        monkeypatch.setattr("kvsieve.backends.masses.CELLS", 3 * 60 * 7)
-        torch.testing.assert_close(mass(q, k, at, keys_at, ONE), whole)
-        one = sum(mass(q[:, i : i + 1], k, at[i : i + 1], keys_at, ONE) for i in range(50))
+        whole = attention_scores(q, k, at, keys_at, ONE)
+        monkeypatch.setattr("kvsieve.backends.attention_scores.CELLS", 3 * 60 * 7)
+        torch.testing.assert_close(attention_scores(q, k, at, keys_at, ONE), whole)
+        one = sum(attention_scores(q[:, i : i + 1], k, at[i : i + 1], keys_at, ONE) for i in range(50))
         torch.testing.assert_close(one, whole)
         torch.testing.assert_close(whole.sum(1), torch.full((2,), 150.0))
 
@@ -123,11 +123,11 @@ class TestWorkedNumbers:
 
     def test_h2o_adds_up_what_every_query_gave(self) -> None:
         # Three queries, one after another, then the fourth by itself: columns are tokens.
-        first = mass(
+        first = attention_scores(
             torch.stack([logs([1, 9, 9, 9], [3, 1, 9, 9], [2, 1, 1, 9])]), identity(4), torch.arange(3), torch.arange(4)[None], ONE
         )
         torch.testing.assert_close(first[0], torch.tensor([1 + 0.75 + 0.5, 0.25 + 0.25, 0.25, 0.0]))
-        last = mass(torch.stack([logs([1, 4, 4, 1])]), identity(4), torch.tensor([3]), torch.arange(4)[None], ONE)
+        last = attention_scores(torch.stack([logs([1, 4, 4, 1])]), identity(4), torch.tensor([3]), torch.arange(4)[None], ONE)
         total = first + last
         torch.testing.assert_close(total[0], torch.tensor([2.35, 0.9, 0.65, 0.1]))
         rule = HeavyHitters(budget=3, recent=1)
@@ -148,7 +148,7 @@ def test_stores_agree_about_mass_and_permute(dtype: torch.dtype, backend: str) -
     """A chunk, few queries, single tokens and a row of pads, beside the definition in float64; then every head keeps its own."""
     generator = torch.Generator().manual_seed(1)
     sinks = torch.randn(6, generator=generator)
-    call = AttendCall(scale=0.4, softcap=8.0, sinks=sinks)
+    call = AttendCall(scale=0.4, softcap=8.0, sink_logits=sinks)
     wants_parts = backend == "reference"
     planner = Planner([{"retain": "manual", "budget": 500, "place": "true"}], "rotated")
     store: Any = None
@@ -157,7 +157,7 @@ def test_stores_agree_about_mass_and_permute(dtype: torch.dtype, backend: str) -
         q, k, v = (torch.randn(2, h, width, d, generator=generator).to(dtype) for h, d in ((6, 16), (2, 16), (2, 12)))
         store = store or backends.get(backend).make_store(k, v)
         step = planner.begin(lens, width, True, wants_parts)
-        out, masses = store.run_mass(q, k, v, step, call)
+        out, masses = store.run_with_scores(q, k, v, step, call)
         planner.commit()
         for row, count in enumerate(lens):
             if count == 0:
@@ -167,10 +167,10 @@ def test_stores_agree_about_mass_and_permute(dtype: torch.dtype, backend: str) -
             new = [x[row, :, width - count :].float() for x in (k, v)]
             held[row] = [torch.cat(pair, 1) for pair in zip(held[row], new)]
             n = held[row][0].shape[1]
-            exact = AttendCall(scale=0.4, softcap=8.0, sinks=sinks.double())
+            exact = AttendCall(scale=0.4, softcap=8.0, sink_logits=sinks.double())
             at = torch.arange(n)
             mine = q[row, :, width - count :].double()
-            want = mass(mine, held[row][0].double(), at[n - count :], at.expand(2, -1), exact)
+            want = attention_scores(mine, held[row][0].double(), at[n - count :], at.expand(2, -1), exact)
             torch.testing.assert_close(masses[row].double(), want, atol=1e-5 * count, rtol=1e-5)
     for row in range(2):
         n = planner.resident(0, row)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kvsieve.backends import AttendCall
+from kvsieve.backends.base import AttendCall
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError
 from kvsieve.runtime.sliding import QUERIES, SlidingLayers
 
@@ -15,8 +15,8 @@ HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 CALLS = {
     "plain": AttendCall(0.3),
     "softcap": AttendCall(0.3, softcap=2.0),
-    "sinks": AttendCall(0.3, sinks=torch.tensor([-1.0, 0.5, 2.0, 8.0])),
-    "both": AttendCall(0.3, softcap=2.0, sinks=torch.tensor([-1.0, 0.5, 2.0, 8.0])),
+    "sinks": AttendCall(0.3, sink_logits=torch.tensor([-1.0, 0.5, 2.0, 8.0])),
+    "both": AttendCall(0.3, softcap=2.0, sink_logits=torch.tensor([-1.0, 0.5, 2.0, 8.0])),
 }
 
 
@@ -49,7 +49,7 @@ class Naive:
             if self.call.softcap is not None:
                 logits = torch.tanh(logits / self.call.softcap) * self.call.softcap
             weights = logits.exp()
-            below = weights.sum() + (0 if self.call.sinks is None else self.call.sinks[head].double().exp())
+            below = weights.sum() + (0 if self.call.sink_logits is None else self.call.sink_logits[head].double().exp())
             out.append(weights / below @ values)
         return torch.stack(out)
 

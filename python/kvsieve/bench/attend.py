@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from kvsieve import _core
-from kvsieve.backends import AttendCall, get
+from kvsieve.backends import get
+from kvsieve.backends.base import AttendCall
 from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, figure, interleaved, quickest, readers, steady
 from kvsieve.bench.report import TOLERANCE, Report, check

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 
 import kvsieve
-from kvsieve.backends import AttendCall, get
-from kvsieve.backends.reference import attend as naive_attend
-from kvsieve.backends.reference import merge, rotate_part
+from kvsieve.backends import get
+from kvsieve.backends.attention import attend as naive_attend
+from kvsieve.backends.attention import merge, rotate_part
+from kvsieve.backends.base import AttendCall
 from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.measure import Clock, Ring, Run, copies, figure, interleaved, quickest, readers, steady
 from kvsieve.bench.report import TOLERANCE, Report, check

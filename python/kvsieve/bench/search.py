@@ -15,7 +15,8 @@ import numpy as np
 import torch
 
 import kvsieve
-from kvsieve.backends import AttendCall, get
+from kvsieve.backends import get
+from kvsieve.backends.base import AttendCall
 from kvsieve.bench import DTYPES, Options, Shape, rivals
 from kvsieve.bench.attend import off
 from kvsieve.bench.measure import Clock, Run, copies, figure, interleaved, readers, steady
@@ -91,7 +92,7 @@ class Layers:
 
     def steps(self, rule: SparseSelection | None, count: int) -> Callable[[], torch.Tensor]:
         """``count`` tokens through all layers, of which none is left afterwards; gives the last layer's last answer."""
-        searches = [self.backend.make_search(rule) for _ in self.stores] if rule is not None else None
+        searches = [self.backend.make_selection(rule) for _ in self.stores] if rule is not None else None
 
         def run() -> torch.Tensor:
             out = self.q
@@ -101,7 +102,7 @@ class Layers:
                     if searches is None:
                         out = store.run(self.q, *self.new, step, self.call)
                     else:
-                        out = store.run_sparse(self.q, *self.new, step, self.call, searches[i])
+                        out = store.run_selected(self.q, *self.new, step, self.call, searches[i])
                 self.planner.commit()
             self.planner.crop(count)
             if searches is not None:
@@ -116,7 +117,7 @@ class Layers:
         length, group = self.k.shape[2], self.q.shape[1] // self.k.shape[1]
         for head, choice in enumerate(self.found.choice(0)):
             read = np.zeros(length, bool)
-            for lo, hi in choice.stretches:
+            for lo, hi in choice.ranges:
                 read[lo:hi] = True
             read[: rule.sinks] = read[length - rule.window :] = True
             keep = torch.from_numpy(read)

@@ -8,7 +8,7 @@ Departures from the paper and the published code, and why:
 * Scores are plain products: no sigmoid, which ties great logits, and a product of exactly zero counts.
 * Within the trained length tokens are scored and read at their true positions; the paper's other distances are ``extend``.
 
-The definition, and further points that the paper leaves open: :mod:`kvsieve.backends.search`.
+The definition, and further points that the paper leaves open: :mod:`kvsieve.backends.reference.definition`.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ It departs from the paper and the published code as :mod:`kvsieve.methods.hip` d
 
 * A chunk is judged by the best key met on the way, never by a mean of queries.
 
-The definition, and further points that the paper leaves open: :mod:`kvsieve.backends.search`.
+The definition, and further points that the paper leaves open: :mod:`kvsieve.backends.reference.definition`.
 """
 
 from __future__ import annotations

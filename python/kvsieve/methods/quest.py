@@ -9,7 +9,7 @@ at most, and the two rows of each block lie side by side, to be read as fast as 
 * Pages are the blocks of the memory, 64 tokens; the paper's have 16.
 * Prompts are read the same way, a choice for each block of queries; the paper reads them whole.
 
-The definition: :mod:`kvsieve.backends.search`.
+The definition: :mod:`kvsieve.backends.reference.definition`.
 """
 
 from __future__ import annotations

@@ -69,11 +69,6 @@ class SparseSelection(SelectionRule):
     """Whether pages are judged by the bounds of their keys, which are kept of whole, plain blocks of an unbroken text only."""
 
     @property
-    def bounded(self) -> bool:
-        """``page_bounds``, by the name that backends read."""
-        return self.page_bounds
-
-    @property
     def needs_all_tokens(self) -> bool:  # type: ignore[override]
         return self.page_bounds
 

@@ -17,7 +17,7 @@ from kvsieve.policy.storage import Channels, LayerShape, StorageObservation
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner
-    from kvsieve.backends import Store
+    from kvsieve.backends.base import Store
     from kvsieve.facts import AttentionLayer
     from kvsieve.policy.storage import StorageRule
 

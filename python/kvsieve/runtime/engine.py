@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.backends import AttendCall, Backend, Choosy, Search, Store
+from kvsieve.backends.base import AttendCall, Backend, SelectionState, Store, check_stream
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.policy.evict import Residents
@@ -88,7 +88,7 @@ class Engine:
         if self.observer is not None:
             self.observer.all_layers = self._all_layers
         self.search = policy.selection
-        self.searches: dict[int, Search] = {}
+        self.searches: dict[int, SelectionState] = {}
         """Of each layer that has searched, what its rows have chosen."""
         self.searching = False
         """Whether the last forward searched, in the layers that do."""
@@ -118,11 +118,9 @@ class Engine:
         self.broken: str | None = None
         """What went wrong half-way through a change that all layers must make together; the stream is then of no use."""
         self._layers = {layer.index: layer for layer in facts.layers}
-        if isinstance(backend, Choosy) and planner is None:
-            for layer in facts.layers:
-                backend.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
-            if self.search is not None:
-                backend.check_search(self.search, core_frame(stored_keys), self.packer is not None)
+        if planner is None:
+            packings = () if self.packer is None else self.packer.packing.values()
+            check_stream(backend, facts.layers, core_frame(stored_keys), packings, self.search)
         self.sliding = SlidingLayers.of(facts)
         self._first = min([facts.layers[0].index, *self.sliding.windows])
         self._step: Step | None = None
@@ -363,13 +361,13 @@ class Engine:
         if self.observer is not None:
             return self.observer.run(layer.index, store, q, k, v, step, call)
         if self.searching and (search := self._search_of(layer.index)) is not None:
-            out = store.run_sparse(q, k, v, step, call, search)
+            out = store.run_selected(q, k, v, step, call, search)
             # Only now is there something to undo.
             self._searched.add(layer.index)
             return out
         return store.run(q, k, v, step, call)
 
-    def _search_of(self, index: int) -> Search | None:
+    def _search_of(self, index: int) -> SelectionState | None:
         """The choices of layer ``index``; None if it reads everything."""
         if self.search is None:
             return None
@@ -380,7 +378,7 @@ class Engine:
         if rule is None:
             return None
         if index not in self.searches:
-            self.searches[index] = self.backend.make_search(rule)
+            self.searches[index] = self.backend.make_selection(rule)
         return self.searches[index]
 
     def make_store(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Store:
@@ -435,7 +433,7 @@ class Engine:
         """Plan a forward over ``width`` columns, of which the last ``lens[row]`` of each row are real tokens."""
         if self.packer is not None and (width == 1 or self.recording):
             self.pack(prompt_ended=self.packer.reading)
-        parts = getattr(self.backend, "wants_parts", False) or self._selects
+        parts = self.backend.capabilities.needs_parts or self._selects
         store_all = self.scorer is not None or width <= 16 or len(self.policy.memories) > 1 or self.recording
         if self.search is not None:
             store_all = True

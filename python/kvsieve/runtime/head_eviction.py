@@ -21,14 +21,14 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.backends.masses import mass
+from kvsieve.backends.attention_scores import attention_scores
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, StateError
 from kvsieve.policy.evict import PerHeadEviction
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner, Step
-    from kvsieve.backends import AttendCall, Store
+    from kvsieve.backends.base import AttendCall, Store
     from kvsieve.policy.compose import Policy
     from kvsieve.policy.specs import EvictionSpec
 
@@ -100,7 +100,7 @@ class Observation:
 
     def attention_scores(self) -> torch.Tensor:
         """The probability that the newest queries give to each resident now, summed as those accumulated: float32 ``[Hkv, n]``."""
-        return mass(self.queries, self.keys, self.query_positions, self.positions, self.call)
+        return attention_scores(self.queries, self.keys, self.query_positions, self.positions, self.call)
 
 
 def choose(scores: torch.Tensor, count: int, sinks: int, classes: torch.Tensor | None = None) -> torch.Tensor:
@@ -150,7 +150,7 @@ class Observer:
         """Attention of one layer, watched: as :meth:`Store.run`. What was seen counts from :meth:`commit` on."""
         masses: list[torch.Tensor | None] = [None] * q.shape[0]
         if self.rule.accumulates:
-            out, masses = store.run_mass(q, k, v, step, call)
+            out, masses = store.run_with_scores(q, k, v, step, call)
         else:
             out = store.run(q, k, v, step, call)
         none = torch.zeros(k.shape[1], 0, dtype=torch.int64)

@@ -174,7 +174,7 @@ def _rows(engine: Engine, rows: Rows) -> list[int] | None:
 def _check_evictable(engine: Engine, start: int, stop: int, rows: Sequence[int]) -> None:
     if not engine.num_rows:
         raise RangeError(f"cannot evict tokens {start} to {stop}: the stream has seen none")
-    if engine.search is not None and engine.search.bounded:
+    if engine.search is not None and engine.search.page_bounds:
         raise UnsupportedError(
             f"{engine.policy!r} judges whole blocks of an unbroken text by bounds of their keys, so no tokens can be taken out of "
             "it; go back to a mark taken before these tokens"

@@ -25,7 +25,7 @@ import torch
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError
 
 if TYPE_CHECKING:
-    from kvsieve.backends import AttendCall
+    from kvsieve.backends.base import AttendCall
     from kvsieve.facts import ModelFacts
 
 __all__ = ["SlidingLayers", "SlidingState", "windowed"]
@@ -402,7 +402,7 @@ def windowed(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: _Piece, c
     if not q.dtype == k.dtype == v.dtype:
         common = torch.promote_types(torch.promote_types(q.dtype, k.dtype), v.dtype)
         q, k, v = q.to(common), k.to(common), v.to(common)
-    plain = call.softcap is None and call.sinks is None
+    plain = call.softcap is None and call.sink_logits is None
     out = _fused(q, k, v, piece, call.scale) if plain else _explicit(q, k, v, piece, call)
     return out.transpose(1, 2).contiguous()
 
@@ -434,9 +434,9 @@ def _explicit(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, piece: _Piece, 
     if mask is not None:
         logits = logits.masked_fill(~mask[:, :, None], float("-inf"))
     weights = logits.softmax(-1)
-    if call.sinks is not None:
+    if call.sink_logits is not None:
         # exp(sink) joins the denominator: every weight shrinks by what the sink takes.
-        sinks = call.sinks.float().view(1, kv_heads, group, 1, 1)
+        sinks = call.sink_logits.float().view(1, kv_heads, group, 1, 1)
         weights = weights * torch.sigmoid(logits.logsumexp(-1, keepdim=True) - sinks)
     out = weights.to(v.dtype).view(batch, kv_heads, group * count, -1) @ v
     return out.view(batch, heads, count, -1)

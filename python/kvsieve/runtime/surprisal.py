@@ -16,7 +16,7 @@ import torch
 from kvsieve.errors import UnsupportedModelError
 
 if TYPE_CHECKING:
-    from kvsieve.backends import Backend
+    from kvsieve.backends.base import Backend
     from kvsieve.facts import ModelFacts
     from kvsieve.policy.compose import Policy
 

@@ -1,14 +1,4 @@
-"""The specification: plain torch, any device, any float dtype. Slow and obvious on purpose.
-
-For one row and one memory (a *part* of the step):
-
-    keys     = the memory's residents, then the new tokens, in text order
-    visible  = 0 <= d < near and d >= far          with d = true position of the query - true position of the key
-    logits   = scale * <rotate(q), rotate(k)>      rotated to the positions the policy assigns
-    lse      = logsumexp(logits), out = softmax(logits) @ v
-
-and the parts merge by ``softmax`` over their ``lse``, which equals one softmax over all their keys.
-"""
+"""One layer's blocks in plain tensors. Slow and obvious on purpose; what it computes is :mod:`kvsieve.backends.attention`."""
 
 from __future__ import annotations
 
@@ -19,108 +9,21 @@ import numpy.typing as npt
 import torch
 
 from kvsieve._core import PACKED
-from kvsieve.backends import HeldBytes
-from kvsieve.backends.masses import of_chunk
-from kvsieve.backends.packing import PackedBlock
+from kvsieve.backends.attention import Partial, attend, merge, rotate_part, visibility
+from kvsieve.backends.attention_scores import of_prefill
+from kvsieve.backends.base import HeldBytes, Runs
+from kvsieve.backends.reference.selection import Asking, ReferenceSelection
+from kvsieve.backends.reference.storage import PackedBlock
+from kvsieve.backends.runs import pick
 from kvsieve.budget import BLOCK
 from kvsieve.errors import ShapeError, StateError
 
 if TYPE_CHECKING:
-    from kvsieve._core import Moves, Part, Step
-    from kvsieve.backends import AttendCall
-    from kvsieve.backends.choices import ReferenceSearch
-    from kvsieve.facts import LayerRope
-    from kvsieve.policy.select import SparseSelection
+    from kvsieve._core import Moves, Step
+    from kvsieve.backends.base import AttendCall
     from kvsieve.policy.storage import Channels, Packing
 
-__all__ = ["ReferenceBackend", "ReferenceStore", "attend", "join", "merge", "pick"]
-
-
-def attend(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    visible: torch.Tensor,
-    scale: float,
-    softcap: float | None = None,
-    top_k: int = 0,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The primitive: softmax attention, and the log-sum-exp that lets results merge.
-
-    Args:
-        q: ``[H, m, D]``; k: ``[Hkv, n, D]``; v: ``[Hkv, n, Dv]``, already rotated. ``H`` is a multiple of ``Hkv``.
-        visible: bool ``[m, n]``.
-        scale: factor on the logits; softcap: their cap; top_k: keep only the best so many keys per head (0 for all).
-
-    Returns:
-        out ``[H, m, Dv]`` (zero where nothing is visible) and lse ``[H, m]`` (-inf there).
-    """
-    group = q.shape[0] // k.shape[0]
-    k, v = (x.repeat_interleave(group, 0) for x in (k, v))
-    logits = (q @ k.transpose(-1, -2)) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~visible, -torch.inf)
-    if 0 < top_k < logits.shape[-1]:
-        kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    lse = torch.logsumexp(logits, -1)
-    weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None])
-    return weights @ v, lse
-
-
-def merge(parts: list[tuple[torch.Tensor, torch.Tensor]], sinks: torch.Tensor | None = None) -> torch.Tensor:
-    """One softmax over the union of the parts' keys: ``[H, m, Dv]`` from pairs (out ``[H, m, Dv]``, lse ``[H, m]``).
-
-    ``sinks`` (``[H]``) are learned logits that take part in the softmax without a value.
-    """
-    lse = torch.stack([part[1] for part in parts])
-    every = lse if sinks is None else torch.cat([lse, sinks.to(lse.dtype)[None, :, None].expand(1, *lse.shape[1:])])
-    total = torch.logsumexp(every, 0)
-    weights = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))
-    return sum((w[..., None] * part[0] for w, part in zip(weights, parts)), torch.zeros_like(parts[0][0]))
-
-
-def join(pieces: list[tuple[torch.Tensor, torch.Tensor]]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Out ``[H, m, Dv]`` and lse ``[H, m]`` over the union of the pieces' keys, which are disjoint."""
-    if len(pieces) == 1:
-        return pieces[0]
-    return merge(pieces), torch.logsumexp(torch.stack([lse for _, lse in pieces]), 0)
-
-
-def pick(x: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:
-    """Tokens ``keep`` (int64 ``[Hkv, m]``) of each head of ``x`` ``[Hkv, n, D]``: ``[Hkv, m, D]``."""
-    return x.gather(1, keep.to(x.device)[..., None].expand(-1, -1, x.shape[2]))
-
-
-def _long(values: npt.NDArray[np.int64], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(values).to(device)
-
-
-def rotate_part(
-    q: torch.Tensor, k: torch.Tensor, part: Part, frame: str, rope: LayerRope | None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """``q`` ``[H, m, D]`` and ``k`` ``[Hkv, n, D]`` rotated to the distances that ``part`` assigns."""
-    if rope is None:
-        return q, k
-    q_at, k_at = (_long(p, q.device) for p in (part.query_positions(), part.key_positions()))
-    if part.fixed is not None:
-        return rope.rotate(q, torch.full_like(q_at, part.fixed)), rope.rotate(k, torch.zeros_like(k_at))
-    if frame == "rotated":
-        q_at, k_at = q_at - _long(part.query_true(), q.device), k_at - _long(part.key_true(), q.device)
-        return rope.rotate(q, q_at, factor=False), rope.rotate(k, k_at, factor=False)
-    return rope.rotate(q, q_at), rope.rotate(k, k_at)
-
-
-def visibility(part: Part, device: torch.device) -> torch.Tensor:
-    """Which key each query of ``part`` sees: bool ``[m, n]``."""
-    distance = _long(part.query_true(), device)[:, None] - _long(part.key_true(), device)[None, :]
-    visible = (distance >= 0) & (distance >= part.far)
-    if part.near is not None:
-        visible &= distance < part.near
-    if part.top_k:
-        visible[:-1] = False
-    return visible
+__all__ = ["ReferenceStore"]
 
 
 class ReferenceStore:
@@ -134,8 +37,7 @@ class ReferenceStore:
 
     @property
     def bytes_held(self) -> int:
-        held = self.held()
-        return held.plain_keys + held.plain_values + held.keys + held.values + held.scales + held.channels
+        return self.held().total
 
     def held(self) -> HeldBytes:
         blocks = list(self._packed.values())
@@ -147,7 +49,7 @@ class ReferenceStore:
         self._check(k, v)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-        rows: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(q.shape[0])]
+        rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
         for part in step.parts():
             if part.top_k and not call.top_k:
                 continue
@@ -163,17 +65,17 @@ class ReferenceStore:
         for row, parts in enumerate(rows):
             if parts:
                 m = step.new_lens[row]
-                out[row, q.shape[2] - m :] = merge(parts, call.sinks).transpose(0, 1).to(out.dtype)
+                out[row, q.shape[2] - m :] = merge(parts, call.sink_logits).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out
 
-    def run_sparse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, search: ReferenceSearch
+    def run_selected(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: ReferenceSelection
     ) -> torch.Tensor:
         self._check(k, v)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
-        search.begin(q.shape[0])
+        selection.begin(q.shape[0])
         for part in step.parts():
             m = step.new_lens[part.row]
             if not m:
@@ -185,24 +87,24 @@ class ReferenceStore:
             queries = q[part.row, :, new].to(wide)
             placed = rotate_part(queries, keys, part, step.frame, call.rope)
             content = placed
-            if step.frame == "raw" and call.rope is not None and (call.by_content or search.rule.bounded):
-                content = call.rope.rotate(queries, torch.full((m,), search.rule.window, device=q.device)), keys
-            compared = content if call.by_content else placed
-            if call.side_by_side:
+            if step.frame == "raw" and call.rope is not None and (call.relative or selection.rule.page_bounds):
+                content = call.rope.rotate(queries, torch.full((m,), selection.rule.window, device=q.device)), keys
+            compared = content if call.relative else placed
+            if call.consecutive:
                 placed = queries, keys
-            piece = search.attend(part.row, compared, content, *placed, values, call)
-            out[part.row, q.shape[2] - m :] = merge([piece], call.sinks).transpose(0, 1).to(out.dtype)
+            piece = selection.attend(part.row, Asking(compared, content, placed), values, call)
+            out[part.row, q.shape[2] - m :] = merge([piece], call.sink_logits).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out
 
-    def run_mass(
+    def run_with_scores(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
     ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
         self._check(k, v)
-        masses = of_chunk(self, q, k, step, call)
-        return self.run(q, k, v, step, call), masses
+        scores = of_prefill(self, q, k, step, call)
+        return self.run(q, k, v, step, call), scores
 
-    def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
+    def permute(self, source: Runs, keep: torch.Tensor, to: Runs) -> None:
         chosen = [pick(x, keep) for x in self.read(source)]
         packed = [block for block, _, _ in source if block >= PACKED]
         for block, _, _ in to:
@@ -297,7 +199,7 @@ class ReferenceStore:
         packed = {PACKED + int(i) for i in np.flatnonzero(packed_in_use)}
         self._packed = {block: held for block, held in self._packed.items() if block in packed}
 
-    def read(self, runs: list[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    def read(self, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
         heads, key_dim, value_dim = self._k.shape[1], self._k.shape[3], self._v.shape[3]
         keys, values = [self._k.new_zeros(heads, 0, key_dim)], [self._v.new_zeros(heads, 0, value_dim)]
         for block, lo, hi in runs:
@@ -310,7 +212,7 @@ class ReferenceStore:
         # Codes read as float32, and stay that precise beside tokens of fewer bits.
         return torch.cat(keys, 1), torch.cat(values, 1)
 
-    def write(self, runs: list[tuple[int, int, int]], k: torch.Tensor, v: torch.Tensor) -> None:
+    def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
         at = 0
         for block, lo, hi in runs:
             new = slice(at, at + hi - lo)
@@ -321,23 +223,3 @@ class ReferenceStore:
                 self._k[block, :, lo:hi] = k[:, new]
                 self._v[block, :, lo:hi] = v[:, new]
             at += hi - lo
-
-
-class ReferenceBackend:
-    """Plain torch on any device."""
-
-    name = "reference"
-    wants_parts = True
-
-    def make_store(self, k: torch.Tensor, v: torch.Tensor) -> ReferenceStore:
-        return ReferenceStore(k, v)
-
-    def make_search(self, rule: SparseSelection) -> ReferenceSearch:
-        from kvsieve.backends.choices import ReferenceSearch
-
-        return ReferenceSearch(rule)
-
-    def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        wide = logits.float()
-        score = torch.logsumexp(wide, -1) - wide.gather(-1, ids[:, None])[:, 0]
-        return score.clamp(max=torch.finfo(torch.float32).max)

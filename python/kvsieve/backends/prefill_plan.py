@@ -1,36 +1,29 @@
-"""A part of a step in the form that chunks want; made once, used by all layers of the step, on any backend."""
+"""What a prefill reads of one part of its step: made once, used by all layers of the step, on any backend."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
-import numpy.typing as npt
 import torch
+
+from kvsieve.backends.runs import Columns
 
 if TYPE_CHECKING:
     from kvsieve._core import Part
     from kvsieve.facts import LayerRope
 
-__all__ = ["BAND", "Columns", "PartPlan", "columns"]
+__all__ = ["BAND", "PrefillPlan"]
 
 BAND = 128
 """Queries that share one band of keys."""
 
 Table = tuple[torch.Tensor, torch.Tensor]
-Columns = tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], npt.NDArray[np.int64]]
-
-
-def columns(runs: list[tuple[int, int, int]]) -> Columns:
-    """Runs (block, lo, hi) as three int64 arrays."""
-    table = np.asarray(runs, np.int64).reshape(-1, 3)
-    return np.ascontiguousarray(table[:, 0]), np.ascontiguousarray(table[:, 1]), np.ascontiguousarray(table[:, 2])
 
 
 @dataclass
-class PartPlan:
-    """A part of a step, in the form the chunk path wants; shared by all layers of the step."""
+class PrefillPlan:
+    """A part of a step, in the form that prefill wants; shared by all layers of the step."""
 
     part: Part
     runs: Columns
@@ -41,12 +34,12 @@ class PartPlan:
     visible: torch.Tensor | None = None
 
     @classmethod
-    def of(cls, part: Part, num_queries: int) -> PartPlan:
+    def of(cls, part: Part, num_queries: int) -> PrefillPlan:
         runs = part.runs()
         return cls(part, runs, int((runs[2] - runs[1]).sum()), num_queries)
 
     def rotation(self, rope: LayerRope | None, frame: str) -> tuple[Table, Table] | None:
-        """Tables for queries and keys, or None if nothing turns."""
+        """Tables for queries and keys, or None if nothing rotates."""
         if rope is None:
             return None
         if id(rope) not in self.tables:
@@ -54,7 +47,7 @@ class PartPlan:
         return self.tables[id(rope)]
 
     def positions(self, frame: str) -> Table | None:
-        """Where to rotate queries and keys to, int64, from where the frame has them; None if nothing turns."""
+        """Where to rotate queries and keys to, int64, from where the frame has them; None if nothing rotates."""
         part = self.part
         q_at, k_at = torch.from_numpy(part.query_positions()), torch.from_numpy(part.key_positions())
         if part.fixed is not None:

@@ -1,7 +1,7 @@
-"""Searches on a card: what each row of a layer has chosen, and the launches that choose and attend.
+"""Selections on a GPU: what each row of a layer has chosen, and the launches that choose and attend.
 
 Choices stay on the device, in *slots*. A slot belongs to one stage and holds, for each key-value head, the first tokens of the
-stretches that the stage chose. A choice of a row is a value: its slots are not written again while anything refers to them, so
+ranges that the stage chose. A choice of a row is a value: its slots are not written again while anything refers to them, so
 undoing, marks and reordered beams copy references.
 
 Layers of a model decide alike: a schedule is made by the first one that asks for it, and its table is uploaded once.
@@ -11,24 +11,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.backends import HeadChoice, kernels
-from kvsieve.backends.schedule import Facts, Rule, Schedule
+from kvsieve.backends.base import HeadChoice
+from kvsieve.backends.cuda import select
+from kvsieve.backends.cuda.ops import residents
+from kvsieve.backends.cuda.ops.launch import aligned
+from kvsieve.backends.cuda.ops.residents import Residents, slot_width
+from kvsieve.backends.cuda.ops.sparse import RESIDENT, Sparse, heads_together
+from kvsieve.backends.cuda.schedule import Choosing, Schedule
+from kvsieve.backends.rules import implementation
 from kvsieve.errors import ShapeError, StateError
+from kvsieve.policy.select import SparseSelection
 
 if TYPE_CHECKING:
-    from kvsieve.backends import AttendCall
-    from kvsieve.policy.select import SparseSelection
+    from kvsieve.backends.base import AttendCall
+    from kvsieve.backends.cuda.staged import StagedRule
+    from kvsieve.backends.cuda.step_residents import StepResidents
 
-__all__ = ["CudaSearch", "StepRows"]
+__all__ = ["CudaSelection", "RowChoice", "Searching"]
 
 Ints = npt.NDArray[np.int64]
-Upload = Callable[[npt.NDArray[np.int32]], torch.Tensor]
 
 
 # ------------------------------------------------------------------------------------------------------------------ what was chosen
@@ -39,18 +46,18 @@ class Slot:
 
     __slots__ = ("number", "pool")
 
-    def __init__(self, pool: Slots, number: int) -> None:
+    def __init__(self, pool: SlotPool, number: int) -> None:
         self.pool, self.number = pool, number
 
     def __del__(self) -> None:
         self.pool.free.append(self.number)
 
 
-class Slots:
+class SlotPool:
     """The slots of one stage: int32 ``[slots, Hkv, slot_width(most)]`` on the device. It grows."""
 
     def __init__(self, kv_heads: int, most: int, device: torch.device) -> None:
-        self.tensor = torch.zeros(0, kv_heads, kernels.slot_width(most), dtype=torch.int32, device=device)
+        self.tensor = torch.zeros(0, kv_heads, slot_width(most), dtype=torch.int32, device=device)
         self.free: list[int] = []
 
     def take(self) -> Slot:
@@ -71,10 +78,10 @@ class Slots:
 
 
 @dataclass(frozen=True)
-class Choice:
+class RowChoice:
     """The choice of one row, and where it lies: a slot for each stage, none where the region is read whole."""
 
-    facts: Facts
+    facts: Choosing
     slots: tuple[Slot, ...]
 
 
@@ -93,40 +100,45 @@ class Work:
             counts[:] = [x if x.numel() <= 4096 else x.sum() for x in counts]
 
 
-State = tuple[list["Choice | None"], "list[Slots]"]
+State = tuple[list["RowChoice | None"], "list[SlotPool]"]
 
 
 # -------------------------------------------------------------------------------------------------------------------------- a layer
 
 
-@dataclass
-class StepRows:
-    """What a step's layers share.
+class Searching(NamedTuple):
+    """A step's search in one layer, as the file of a rule sees it.
 
     Attributes:
-        rows: where the residents lie; first: each row's first new position; lens: its new tokens.
-        few: whether queries are so few that their keys are shared out.
-        schedules: those of this step so far; upload: a table to the device, once for equal ones.
-        processors: of the device.
+        rule: its stages; schedule: who searches, and from how many candidates.
+        q: ``[B, H, q, D]``; residents: where the keys lie; table: blocks of queries.
+        held, spares: of each stage, slots that outlive the step and slots that only it needs.
     """
 
-    rows: kernels.Rows
-    first: list[int]
-    lens: list[int]
-    few: bool
-    schedules: dict[Any, Schedule]
-    upload: Upload
-    processors: int
+    rule: StagedRule
+    schedule: Schedule
+    q: torch.Tensor
+    residents: Residents
+    table: torch.Tensor
+    kv_heads: int
+    held: list[torch.Tensor]
+    spares: list[torch.Tensor]
+    arrived: Callable[[int, int, torch.device], torch.Tensor]
+
+    def arrivals(self, blocks: int) -> torch.Tensor:
+        """Zeros int32 for the arrivals of so many blocks of queries; to be left zero."""
+        return self.arrived(blocks, self.kv_heads, self.q.device)
 
 
-class CudaSearch:
-    """One layer's search: its rule and what its rows have chosen."""
+class CudaSelection:
+    """One layer's choices: its rule and what its rows have chosen."""
 
     def __init__(self, rule: SparseSelection) -> None:
-        self.rule = Rule.of(rule)
-        self._choices: list[Choice | None] = []
-        self._before: list[Choice | None] | None = None
-        self._pools: list[Slots] = []
+        self._rule_file = implementation(select, rule)
+        self.rule: StagedRule = self._rule_file.rule_of(rule)
+        self._choices: list[RowChoice | None] = []
+        self._before: list[RowChoice | None] | None = None
+        self._pools: list[SlotPool] = []
         self._arrivals: torch.Tensor | None = None
         self._work = Work()
 
@@ -164,12 +176,12 @@ class CudaSearch:
             raise StateError("these choices are of another rule's search")
         if pools is not self._pools and pools:
             if not self._pools:
-                self._pools = [Slots(x.tensor.shape[1], most, x.tensor.device) for x, most in zip(pools, self.rule.most)]
+                self._pools = [SlotPool(x.tensor.shape[1], most, x.tensor.device) for x, most in zip(pools, self.rule.most)]
             choices = [c if c is None else self._adopt(c) for c in choices]
         self._choices, self._before = list(choices), None
 
-    def _adopt(self, choice: Choice) -> Choice:
-        return Choice(choice.facts, tuple(pool.copy(slot) for pool, slot in zip(self._pools, choice.slots)))
+    def _adopt(self, choice: RowChoice) -> RowChoice:
+        return RowChoice(choice.facts, tuple(pool.copy(slot) for pool, slot in zip(self._pools, choice.slots)))
 
     def choice(self, row: int) -> list[HeadChoice]:
         """What each key-value head of a row has chosen; empty before it has. Waits for the device."""
@@ -196,22 +208,19 @@ class CudaSearch:
 
     # ------------------------------------------------------------------------------------------------------------------ one step
 
-    def run(self, q: torch.Tensor, shape: tuple[int, int], asked: StepRows, call: AttendCall) -> torch.Tensor:
+    def run(self, q: torch.Tensor, shape: tuple[int, int], asked: StepResidents, call: AttendCall) -> torch.Tensor:
         """Search where it is due, and attend: out ``[B, q, H, Dv]``. The new tokens are stored.
 
         Args:
             q: ``[B, H, q, D]``; shape: key-value heads, and the size of a value.
         """
         rule, (kv_heads, value_dim) = self.rule, shape
-        choices: list[Choice | None] = [None] * q.shape[0]
+        choices: list[RowChoice | None] = [None] * q.shape[0]
         if len(self._choices) == len(choices):
             choices = self._choices
         if not self._pools:
-            self._pools = [Slots(kv_heads, most, q.device) for most in rule.most]
-        known = tuple(None if choice is None else choice.facts for choice in choices)
-        schedule = asked.schedules.get((rule, known))
-        if schedule is None:
-            schedule = asked.schedules[rule, known] = Schedule(rule, known, asked.first, asked.lens, q.shape[2])
+            self._pools = [SlotPool(kv_heads, most, q.device) for most in rule.most]
+        schedule = self._schedule(choices, asked, q.shape[2])
         slots = {
             row * rule.stages + stage: slot
             for row, choice in enumerate(choices)
@@ -219,90 +228,80 @@ class CudaSearch:
         }
         slots |= {symbol: self._pools[stage].take() for symbol, stage in schedule.kept}
         after = [
-            old if new is None else Choice(new[0], tuple(slots[symbol] for symbol in new[1]))
+            old if new is None else RowChoice(new[0], tuple(slots[symbol] for symbol in new[1]))
             for old, new in zip(choices, schedule.after)
         ]
-        q, work = kernels.aligned(q), Work()
+        q, work = aligned(q), Work()
         if schedule.num_blocks:
             table = asked.upload(schedule.table({symbol: slot.number for symbol, slot in slots.items()}))
-            self._search(q, kv_heads, table, asked, schedule, work)
-            out = self._attend(q, kv_heads, value_dim, table, asked, schedule, call, work)
+            searching = self._search(q, kv_heads, schedule, asked, table, work)
+            out = self._attend(searching, value_dim, asked, call, work)
         else:
             out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], value_dim)
         self._before, self._choices, self._work = choices, after, work
         return out
 
-    def _search(self, q: torch.Tensor, kv_heads: int, table: torch.Tensor, asked: StepRows, schedule: Schedule, work: Work) -> None:
-        rule = self.rule
-        work.spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
-        tensors = [pool.tensor for pool in self._pools]
-        common = (q, *asked.rows, table, schedule.most_queries, kv_heads, rule.window, rule.query_stride)
-        representative = kernels.REPRESENTATIVES[rule.representative]
-        for i, candidates in enumerate(schedule.candidates):
-            if candidates and rule.kind == "hip":
-                sizes = rule.chunks[0], rule.most[0], representative
-                work.searched.append(kernels.hip(*common, *sizes, tensors[0], work.spares[0]))
-            elif candidates:
-                found = kernels.narrow(
-                    *common,
-                    i,
-                    rule.chunks[i],
-                    rule.most[i],
-                    candidates,
-                    representative,
-                    rule.chunks[i - 1] if i else 0,
-                    rule.most[i - 1] if i else 0,
-                    tensors[i - 1] if i else None,
-                    work.spares[i - 1] if i else None,
-                    tensors[i],
-                    work.spares[i],
-                    self._arrived(2 * min(schedule.num_blocks, kernels.BAND) * kv_heads, q.device),
-                )
-                work.searched.append(found)
+    def _schedule(self, choices: list[RowChoice | None], asked: StepResidents, columns: int) -> Schedule:
+        """Who searches in this step: decided by the first layer whose rows have chosen alike."""
+        known = tuple(None if choice is None else choice.facts for choice in choices)
+        schedule = asked.schedules.get((self.rule, known))
+        if schedule is None:
+            schedule = asked.schedules[self.rule, known] = Schedule(self.rule, known, asked.first, asked.lens, columns)
+        return schedule
 
-    def _attend(
-        self,
-        q: torch.Tensor,
-        kv_heads: int,
-        value_dim: int,
-        table: torch.Tensor,
-        asked: StepRows,
-        schedule: Schedule,
-        call: AttendCall,
-        work: Work,
-    ) -> torch.Tensor:
-        rule = self.rule
-        out, read = kernels.sparse(
-            q,
-            *asked.rows,
-            table,
-            schedule.most_queries,
-            asked.upload(schedule.at) if asked.few else None,
-            kv_heads,
-            value_dim,
-            rule.sinks,
-            rule.window,
-            rule.stages - 1,
-            rule.chunks[-1],
-            rule.most[-1],
-            self._pools[-1].tensor,
-            work.spares[-1],
-            self._splits(schedule, asked, kv_heads, q.shape[1] // kv_heads),
-            call.scale,
-            call.softcap or 0.0,
-            None if call.sinks is None else call.sinks.detach().float().contiguous(),
+    def _search(
+        self, q: torch.Tensor, kv_heads: int, schedule: Schedule, asked: StepResidents, table: torch.Tensor, work: Work
+    ) -> Searching:
+        """Compute the stages that are due."""
+        work.spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
+        searching = Searching(
+            rule=self.rule,
+            schedule=schedule,
+            q=q,
+            residents=asked.residents,
+            table=table,
+            kv_heads=kv_heads,
+            held=[pool.tensor for pool in self._pools],
+            spares=work.spares,
+            arrived=self._arrived,
         )
+        work.searched += [self._rule_file.search(searching, stage) for stage, n in enumerate(schedule.candidates) if n]
+        return searching
+
+    def _attend(self, searching: Searching, value_dim: int, asked: StepResidents, call: AttendCall, work: Work) -> torch.Tensor:
+        rule, schedule, kv_heads = self.rule, searching.schedule, searching.kv_heads
+        out, read = Sparse(
+            q=searching.q,
+            residents=asked.residents,
+            queries=searching.table,
+            most_queries=schedule.most_queries,
+            at=asked.upload(schedule.at) if asked.decode else None,
+            kv_heads=kv_heads,
+            value_dim=value_dim,
+            sinks=rule.sinks,
+            window=rule.window,
+            stage=rule.stages - 1,
+            length=rule.chunks[-1],
+            most=rule.most[-1],
+            held=searching.held[-1],
+            spare=searching.spares[-1],
+            splits=self._splits(schedule, asked, kv_heads, searching.q.shape[1] // kv_heads),
+            scale=call.scale,
+            softcap=call.softcap or 0.0,
+            sink_logits=None if call.sink_logits is None else call.sink_logits.detach().float().contiguous(),
+        ).launch()
         work.read.append(read)
         work.shorten()
         return out
 
-    def _splits(self, schedule: Schedule, asked: StepRows, kv_heads: int, group: int) -> int:
-        """Thread blocks for each query and key-value head: as many as fill the card, each with 64 keys or more."""
-        sets = -(-group // kernels.sparse_heads(group))
-        fill = asked.processors * kernels.SPARSE_RESIDENT // max(len(schedule.at) * kv_heads * sets, 1)
+    def _splits(self, schedule: Schedule, asked: StepResidents, kv_heads: int, group: int) -> int:
+        """Thread blocks for each query and key-value head: as many as fill the GPU, each with 64 keys or more."""
+        sets = -(-group // heads_together(group))
+        fill = asked.processors * RESIDENT // max(len(schedule.at) * kv_heads * sets, 1)
         return max(1, min(fill, -(-schedule.longest // 64)))
 
-    def _arrived(self, count: int, device: torch.device) -> torch.Tensor:
+    def _arrived(self, blocks: int, kv_heads: int, device: torch.device) -> torch.Tensor:
+        count = 2 * min(blocks, residents.BAND) * kv_heads
         if self._arrivals is None or self._arrivals.shape[0] < count:
             self._arrivals = torch.zeros(count, dtype=torch.int32, device=device)
         return self._arrivals

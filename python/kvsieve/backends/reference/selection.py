@@ -1,4 +1,4 @@
-"""What each row has chosen to read, and when it chooses anew: the specification, beside :mod:`kvsieve.backends.search`.
+"""What each row has chosen to read, and when it chooses anew, by :mod:`kvsieve.backends.reference.definition`.
 
 A choice stands until a stage is due again, or a query comes that does not follow the last one. Several queries of one forward
 choose together, by blocks of equal ``position // query_block``, and always anew.
@@ -8,31 +8,65 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 
-from kvsieve.backends import AttendCall, HeadChoice
-from kvsieve.backends.reference import attend
-from kvsieve.backends.search import (
+from kvsieve.backends.attention import Partial, attend, concatenate
+from kvsieve.backends.base import AttendCall, HeadChoice
+from kvsieve.backends.reference import select
+from kvsieve.backends.reference.definition import (
+    Floats,
+    Ints,
     Selection,
     bound_scores,
     first_stage,
     group_scores,
-    hip_search,
-    infinite_hip_search,
     kept,
     region,
     sparse_attend,
 )
+from kvsieve.backends.rules import implementation
+from kvsieve.policy.select import SparseSelection
 
-if TYPE_CHECKING:
-    from kvsieve.methods.hip import HiPSelection
-    from kvsieve.methods.infinite_hip import InfiniteHiPSelection
-    from kvsieve.policy.select import SparseSelection
+__all__ = ["Asked", "ReferenceSelection", "RowChoice", "consecutive"]
 
-__all__ = ["ReferenceSearch", "RowChoice", "side_by_side"]
+
+@dataclass(frozen=True)
+class Asked:
+    """What a rule chooses from.
+
+    Attributes:
+        scores: ``[Hkv, n]``, see :func:`kvsieve.backends.reference.definition.group_scores`; bounds: of blocks, or None.
+        lo, hi: the region.
+        start: the first stage to compute; inputs: what went into each stage of the choice that stood.
+    """
+
+    scores: Floats
+    bounds: Floats | None
+    lo: int
+    hi: int
+    start: int
+    inputs: tuple[tuple[Ints, ...], ...]
+
+
+@dataclass(frozen=True)
+class Asking:
+    """Queries ``[H, m, D]`` and keys ``[Hkv, n, D]`` of a row, once for each purpose.
+
+    Attributes:
+        compared: rotated for the selection; content: the same for bounds of blocks, whose keys are as they are stored.
+        read: rotated to where the policy places them; not rotated if the call is consecutive.
+    """
+
+    compared: Partial
+    content: Partial
+    read: Partial
+
+    def queries(self, mine: slice) -> Asking:
+        """The same for some of the queries."""
+        return Asking(*((q[:, mine], k) for q, k in (self.compared, self.content, self.read)))
 
 
 @dataclass(frozen=True)
@@ -52,11 +86,12 @@ class RowChoice:
     since: int = 0
 
 
-class ReferenceSearch:
-    """One layer's searches."""
+class ReferenceSelection:
+    """One layer's choices."""
 
     def __init__(self, rule: SparseSelection) -> None:
         self.rule: Any = rule
+        self._definition = implementation(select, rule)
         self.rows: list[RowChoice] = []
         self.work = (0, 0)
         self._before: list[RowChoice] | None = None
@@ -90,74 +125,51 @@ class ReferenceSearch:
         heads = zip(found.starts, found.ends, found.reads, found.rounds)
         return [HeadChoice(np.stack([lo, hi], 1), found.hi, reads, rounds) for lo, hi, reads, rounds in heads]
 
-    def attend(
-        self,
-        row: int,
-        compared: tuple[torch.Tensor, torch.Tensor],
-        content: tuple[torch.Tensor, torch.Tensor],
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        call: AttendCall,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Out ``[H, m, Dv]`` and lse ``[H, m]`` of a row's ``m`` new queries over its ``n`` residents, of which they are the last.
-
-        Args:
-            compared: queries and keys for the search, like ``q`` ``[H, m, D]`` and ``k`` ``[Hkv, n, D]``, rotated for it.
-            content: the same for bounds of blocks, whose keys are as they are stored.
-            q, k: rotated to where the policy places them; not rotated if ``call.side_by_side``.
-        """
-        pieces, n, m = [], k.shape[1], q.shape[1]
+    def attend(self, row: int, asking: Asking, v: torch.Tensor, call: AttendCall) -> Partial:
+        """Attention of a row's ``m`` new queries over its ``n`` residents, of which they are the last."""
+        pieces, n, m = [], v.shape[1], asking.read[0].shape[1]
         lo = 0
         while lo < m:
             first = n - m + lo
             count = min(m - lo, self.rule.query_block - first % self.rule.query_block)
             positions = list(range(first, first + count))
-            mine = slice(lo, lo + count)
-            choice = self._choose(self.rows[row], (compared[0][:, mine], compared[1]), (content[0][:, mine], content[1]), positions)
+            mine = asking.queries(slice(lo, lo + count))
+            choice = self._choose(self.rows[row], mine, positions)
             assert choice.found is not None
             window = self.rule.window + positions[-1] - choice.since
             visible = kept(choice.found, positions, n, self.rule.sinks, window)
             self.work = self.work[0], self.work[1] + int(visible.sum())
-            queries, visible = q[:, mine], visible.to(q.device)
-            if call.side_by_side and call.rope is not None:
-                pieces.append(side_by_side(queries, k, v, visible, call))
+            visible = visible.to(v.device)
+            if call.consecutive and call.rope is not None:
+                pieces.append(consecutive(*mine.read, v, visible, call))
             else:
-                pieces.append(sparse_attend(queries, k, v, visible, call.scale, call.softcap))
+                pieces.append(sparse_attend(*mine.read, v, visible, call.scale, call.softcap))
             self.rows[row] = RowChoice(choice.found, first + count, choice.step + 1, choice.since)
             lo += count
-        return torch.cat([out for out, _ in pieces], 1), torch.cat([lse for _, lse in pieces], 1)
+        return concatenate(pieces)
 
-    def _choose(
-        self,
-        row: RowChoice,
-        compared: tuple[torch.Tensor, torch.Tensor],
-        content: tuple[torch.Tensor, torch.Tensor],
-        positions: list[int],
-    ) -> RowChoice:
+    def _choose(self, row: RowChoice, asking: Asking, positions: list[int]) -> RowChoice:
         """The choice for queries at ``positions``: as it stands, or made anew from a stage on."""
-        rule = self.rule
+        rule, definition = self.rule, self._definition
         most = rule.dense_until - rule.sinks - rule.window
         # A region that was read whole was not searched, and that is no choice to stand by.
         stands = row.found is not None and row.found.hi - row.found.lo > most
         follows = stands and len(positions) == 1 and row.next == positions[0] > 0
-        refresh = rule.refresh if rule.kind == "infinite" else (rule.refresh,)
-        start = first_stage(row.step, refresh) if follows else 0
+        start = first_stage(row.step, definition.refresh(rule)) if follows else 0
         if start is None:
             return row
         whole = start == 0 or row.found is None
         lo, hi = region(positions, rule.sinks, rule.window) if whole else (row.found.lo, row.found.hi)  # type: ignore[union-attr]
-        scores = group_scores(*compared, positions, rule.window, rule.query_stride)
-        judged = start == 0 and rule.bounded and hi - lo > most
-        bounds = bound_scores(*content, positions, rule.window, rule.query_stride) if judged else None
-        found = _search(rule, scores, bounds, lo, hi, start, () if row.found is None else row.found.inputs)
+        scores = group_scores(*asking.compared, positions, rule.window, rule.query_stride)
+        judged = start == 0 and rule.page_bounds and hi - lo > most
+        bounds = bound_scores(*asking.content, positions, rule.window, rule.query_stride) if judged else None
+        asked = Asked(scores, bounds, lo, hi, start, () if row.found is None else row.found.inputs)
+        found: Selection = definition.choose(rule, asked)
         self.work = self.work[0] + sum(found.reads), self.work[1]
         return RowChoice(found, 0, 0, positions[-1]) if whole else RowChoice(found, 0, row.step, row.since)
 
 
-def side_by_side(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, call: AttendCall
-) -> tuple[torch.Tensor, torch.Tensor]:
+def consecutive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, call: AttendCall) -> Partial:
     """:func:`sparse_attend` before rotation: what a query reads of a head is numbered ``0, 1, ..``, the query itself last."""
     rope, group = call.rope, q.shape[0] // k.shape[0]
     assert rope is not None
@@ -174,13 +186,3 @@ def side_by_side(
                 query, keys, v[head : head + 1, read], every, call.scale, call.softcap
             )
     return out, lse
-
-
-def _search(
-    rule: HiPSelection | InfiniteHiPSelection, scores: Any, bounds: Any, lo: int, hi: int, start: int, inputs: Any
-) -> Selection:
-    if rule.kind == "hip":
-        return hip_search(scores, lo, hi, rule.budget, rule.block, rule.representative)  # type: ignore[union-attr]
-    chunks, keep = zip(*rule.stages)  # type: ignore[union-attr]
-    inputs = inputs if start else ()
-    return infinite_hip_search(scores, lo, hi, chunks, keep, rule.representative, start=start, inputs=inputs, bounds=bounds)

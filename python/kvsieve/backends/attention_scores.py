@@ -1,11 +1,11 @@
 """How much attention each key gets: probabilities summed over queries, and over the query heads of a key-value head's group.
 
     logits[h, i, j] = cap(scale * <q[h, i], k[h / group, j]>)       where key j is visible to query i
-    p[h, i, :]      = softmax over the visible keys (and the learned sink of head h, which keeps its share)
-    mass[g, j]      = sum of p[h, i, j] over the heads h of group g and all queries i
+    p[h, i, :]      = softmax over the visible keys (and the sink logit of head h, which keeps its share)
+    score[g, j]     = sum of p[h, i, j] over the heads h of group g and all queries i
 
-Queries and keys are read as the model rotated them. A chunk's matrix is made for one key-value head and a block of queries at a
-time.
+Queries and keys are read as the model rotated them. The matrix of a prefill is made for one key-value head and a block of
+queries at a time.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvsieve._core import Step
-    from kvsieve.backends import AttendCall, Store
+    from kvsieve.backends.base import AttendCall, Store
 
-__all__ = ["mass", "of_chunk", "of_items"]
+__all__ = ["attention_scores", "of_items", "of_prefill"]
 
 CELLS = 1 << 22
 """Most logits that exist at a time."""
@@ -30,7 +30,7 @@ QUERIES = 128
 
 
 @torch.no_grad()
-def mass(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, call: AttendCall) -> torch.Tensor:
+def attention_scores(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tensor, call: AttendCall) -> torch.Tensor:
     """The probability that the queries give to each key, summed over queries and over a group's heads.
 
     Args:
@@ -47,7 +47,7 @@ def mass(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tenso
     out = torch.zeros(kv_heads, n, dtype=wide, device=k.device)
     for head in range(kv_heads):
         mine, keys = slice(head * group, (head + 1) * group), k[head].to(wide)
-        sinks = None if call.sinks is None else call.sinks[mine].detach().to(device=k.device, dtype=wide)
+        sink_logits = None if call.sink_logits is None else call.sink_logits[mine].detach().to(device=k.device, dtype=wide)
         for lo in range(0, count, size):
             at = q_at[lo : lo + size]
             # All queries of the block see the keys before `some`, none sees those from `none` on.
@@ -56,15 +56,19 @@ def mass(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at: torch.Tenso
             if call.softcap is not None:
                 logits = call.softcap * torch.tanh(logits / call.softcap)
             logits[..., some:].masked_fill_((k_at[head, some:none] > at[:, None]).to(k.device), -torch.inf)
-            if sinks is not None:
-                logits = torch.cat([sinks[:, None, None].expand(-1, len(at), 1), logits], 2)
-            given = logits.softmax(-1).sum((0, 1)) if some or sinks is not None else logits.softmax(-1).nan_to_num(0.0).sum((0, 1))
-            out[head, :none] += given if sinks is None else given[1:]
+            if sink_logits is not None:
+                logits = torch.cat([sink_logits[:, None, None].expand(-1, len(at), 1), logits], 2)
+            given = (
+                logits.softmax(-1).sum((0, 1))
+                if some or sink_logits is not None
+                else logits.softmax(-1).nan_to_num(0.0).sum((0, 1))
+            )
+            out[head, :none] += given if sink_logits is None else given[1:]
     return out
 
 
-def of_chunk(store: Store, q: torch.Tensor, k: torch.Tensor, step: Step, call: AttendCall) -> list[torch.Tensor | None]:
-    """For each row :func:`mass` of its new queries over its residents and new tokens; None without new tokens.
+def of_prefill(store: Store, q: torch.Tensor, k: torch.Tensor, step: Step, call: AttendCall) -> list[torch.Tensor | None]:
+    """For each row :func:`attention_scores` of its new queries over its residents and new tokens; None without new tokens.
 
     To be called before the step's tokens are stored; the step must have parts and one memory.
     """
@@ -77,12 +81,12 @@ def of_chunk(store: Store, q: torch.Tensor, k: torch.Tensor, step: Step, call: A
         if runs:
             keys = torch.cat([store.read(runs)[0], keys], 1)
         q_at, k_at = torch.from_numpy(part.query_true()), torch.from_numpy(part.key_true()).expand(k.shape[1], -1)
-        rows[part.row] = mass(q[part.row, :, new], keys, q_at, k_at, call)
+        rows[part.row] = attention_scores(q[part.row, :, new], keys, q_at, k_at, call)
     return rows
 
 
 def of_items(items: Sequence[torch.Tensor], step: Step) -> list[torch.Tensor | None]:
-    """The same from the masses of each item (``row * queries + query``), ``[Hkv, keys that the query sees]``, in text order."""
+    """The same from the scores of each item (``row * queries + query``), ``[Hkv, keys that the query sees]``, in text order."""
     rows: list[torch.Tensor | None] = []
     for row, count in enumerate(step.new_lens):
         end = (row + 1) * step.num_queries

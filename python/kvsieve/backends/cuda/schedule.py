@@ -6,122 +6,21 @@ Nothing here knows what was found. A choice lies on the device, in a *slot* for 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from kvsieve.backends import kernels
-from kvsieve.errors import BackendError, PolicyError
+from kvsieve.backends.cuda.ops.residents import QUERY_COLUMNS
+from kvsieve.backends.cuda.staged import StagedRule
 
-__all__ = ["Facts", "Rule", "Schedule"]
+__all__ = ["Choosing", "Schedule"]
 
 NO_STAGE = 1 << 20
 """Beyond every stage: the choice stands."""
 
 
-@dataclass(frozen=True)
-class Rule:
-    """What a search looks for, and how long a choice stands.
-
-    Attributes:
-        kind: ``"hip"`` or ``"infinite"``.
-        sinks, window: tokens that are always read.
-        query_block: queries of equal ``position // query_block`` share a choice.
-        query_stride: of these the last one is scored, and every so many before it.
-        representative: what speaks for a stretch, see :mod:`kvsieve.backends.search`.
-        chunks: tokens of a stage's stretches; HiP has one stage, its blocks.
-        most: how many stretches a stage keeps.
-        refresh: steps after which a stage is computed again.
-        budget: tokens that a region may have to be read whole.
-    """
-
-    kind: str
-    sinks: int
-    window: int
-    query_block: int
-    query_stride: int
-    representative: str
-    chunks: tuple[int, ...]
-    most: tuple[int, ...]
-    refresh: tuple[int, ...]
-    budget: int
-
-    @classmethod
-    def of(cls, rule: Any) -> Rule:
-        """The rule that a role describes.
-
-        Raises:
-            PolicyError: numbers that cannot be right.
-            BackendError: more than the kernels can follow.
-        """
-        if rule.kind == "hip":
-            budget, block = int(rule.budget), int(rule.block)
-            _least(budget=budget, block=block)
-            stages = [(block, -(-budget // block) * block)]
-            refresh: tuple[int, ...] = (int(rule.refresh),)
-            known: tuple[str, ...] = tuple(kernels.REPRESENTATIVES)
-            if stages[0][1] > kernels.NODES * block:
-                raise BackendError(
-                    f"backend 'cuda' follows at most {kernels.NODES} blocks of a search, and a budget of {budget} in blocks of "
-                    f"{block} has {-(-budget // block)}; use larger blocks, or backend='reference'"
-                )
-        elif rule.kind == "infinite":
-            stages, refresh = [(int(chunk), int(kept)) for chunk, kept in rule.stages], tuple(int(n) for n in rule.refresh)
-            _check_stages(stages)
-            budget, known = stages[-1][1], ("first", "centre")
-            if len(stages) > kernels.STAGES:
-                raise BackendError(f"backend 'cuda' searches in at most {kernels.STAGES} stages, got {len(stages)}")
-        else:
-            raise PolicyError(f"a search is of kind 'hip' or 'infinite', not {rule.kind!r}")
-        chunks, most = tuple(chunk for chunk, _ in stages), tuple(kept // chunk for chunk, kept in stages)
-        if rule.representative not in known:
-            raise PolicyError(f"representative must be one of {', '.join(known)}, got {rule.representative!r}")
-        if len(refresh) != len(chunks) or min(refresh) < 1:
-            raise PolicyError(
-                f"each stage is refreshed every so many steps, at least 1, got {list(refresh)} for {len(chunks)} stages"
-            )
-        sinks, window = int(rule.sinks), int(rule.window)
-        query_block, query_stride = int(rule.query_block), int(rule.query_stride)
-        if sinks < 0 or window < 0:
-            raise PolicyError(f"sinks and window must be at least 0, got {sinks} and {window}")
-        _least(query_block=query_block, query_stride=query_stride)
-        return cls(rule.kind, sinks, window, query_block, query_stride, rule.representative, chunks, most, refresh, budget)
-
-    @property
-    def stages(self) -> int:
-        """How many stages the search has."""
-        return len(self.chunks)
-
-    def region(self, first: int, count: int) -> tuple[int, int]:
-        """What queries at ``first .. first + count`` choose from."""
-        hi = max(0, first + count - self.window)
-        return min(self.sinks, hi), hi
-
-    def whole(self, lo: int, hi: int) -> bool:
-        """Whether a region is read whole, without a search."""
-        return hi - lo <= self.budget or (self.kind == "hip" and -(-(hi - lo) // self.chunks[0]) <= self.most[0])
-
-    def due(self, step: int) -> int | None:
-        """The first stage that a row computes again at ``step`` steps since it chose from all; None when the choice stands."""
-        return next((stage for stage, every in enumerate(self.refresh) if step % every == 0), None)
-
-
-def _least(**counts: int) -> None:
-    for name, value in counts.items():
-        if value < 1:
-            raise PolicyError(f"{name} must be at least 1, got {value}")
-
-
-def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
-    good = bool(stages) and all(chunk > 0 and kept > 0 and kept % chunk == 0 for chunk, kept in stages)
-    if not good or any(a % b for (a, _), (b, _) in pairwise(stages)):
-        raise PolicyError(f"a chunk must be a multiple of the next one, and what is kept of its chunk, got {list(stages)}")
-
-
-class Facts(NamedTuple):
+class Choosing(NamedTuple):
     """A row's choice, but for what lies on the device.
 
     Attributes:
@@ -149,7 +48,9 @@ class Schedule:
         known: what each row comes with; first: its first new position; lens: its new tokens, the last ones of ``columns``.
     """
 
-    def __init__(self, rule: Rule, known: Sequence[Facts | None], first: Sequence[int], lens: Sequence[int], columns: int) -> None:
+    def __init__(
+        self, rule: StagedRule, known: Sequence[Choosing | None], first: Sequence[int], lens: Sequence[int], columns: int
+    ) -> None:
         self.rule = rule
         self.at = np.full((len(lens) * columns, 2), -1, np.int32)
         """Of each query its block of queries and its number there; -1 for a pad."""
@@ -157,14 +58,14 @@ class Schedule:
         """Queries of a block; keys that a query reads. At most."""
         self.candidates = [0] * rule.stages
         """Of each stage: pieces to choose from, at most; 0 where nobody computes it."""
-        self.after: list[tuple[Facts, list[int]] | None] = []
+        self.after: list[tuple[Choosing, list[int]] | None] = []
         """What each row has afterwards, and the symbols of its slots; None where that is what it came with."""
         self._first_new = len(known) * rule.stages
         self._stage_of: list[int] = []
         self._rows: list[tuple[int, ...]] = []
         for row, (facts, begin, count) in enumerate(zip(known, first, lens)):
             self.after.append(self._row(row, facts, begin, count, columns))
-        self._table = np.zeros((len(self._rows), kernels.QUERY_COLUMNS), np.int32)
+        self._table = np.zeros((len(self._rows), QUERY_COLUMNS), np.int32)
         self._table[:, 7:] = -1
         self._symbols = np.array([row[7:] for row in self._rows], np.int64).reshape(-1, rule.stages)
         if self._rows:
@@ -183,7 +84,7 @@ class Schedule:
                 self._places[symbol] = 2 * self.spares[stage] + 1
                 self.spares[stage] += 1
 
-    def _row(self, row: int, facts: Facts | None, first: int, count: int, columns: int) -> tuple[Facts, list[int]] | None:
+    def _row(self, row: int, facts: Choosing | None, first: int, count: int, columns: int) -> tuple[Choosing, list[int]] | None:
         """One row's blocks of queries, one after another."""
         rule, done = self.rule, 0
         symbols = [row * rule.stages + stage for stage in range(rule.stages)] if facts is not None and facts.searched else []
@@ -196,7 +97,7 @@ class Schedule:
                 start = rule.due(facts.step)
             if start == 0 or facts is None:
                 lo, hi = rule.region(at, size)
-                facts = Facts(at, 0, lo, hi, 0, not rule.whole(lo, hi))
+                facts = Choosing(at, 0, lo, hi, 0, not rule.whole(lo, hi))
             if start is not None:
                 symbols = symbols[:start] + self._new(start, facts) if facts.searched else []
                 facts = facts._replace(start=start)
@@ -209,7 +110,7 @@ class Schedule:
             done += size
         return None if facts is None or not count else (facts, symbols)
 
-    def _new(self, start: int, facts: Facts) -> list[int]:
+    def _new(self, start: int, facts: Choosing) -> list[int]:
         """Symbols of what the stages from ``start`` on are to choose."""
         rule, first = self.rule, self._first_new + len(self._stage_of)
         for stage in range(start, rule.stages):
@@ -221,7 +122,7 @@ class Schedule:
             self._stage_of.append(stage)
         return list(range(first, self._first_new + len(self._stage_of)))
 
-    def _reads(self, facts: Facts, first: int, size: int) -> None:
+    def _reads(self, facts: Choosing, first: int, size: int) -> None:
         rule, longest = self.rule, first + size
         if facts.searched:
             start = min(facts.hi, max(0, first + 1 - rule.window))

@@ -23,7 +23,7 @@ The last two are InfiniteHiP's way beyond the trained length. With a budget for 
 
 *HiP* (Lee et al., ICLR 2025) is a beam search of ``m`` nodes over an implicit binary tree of blocks:
 
-    nodes = m equal stretches of the region's blocks
+    nodes = m equal ranges of the region's blocks
     while a node has more than one block:
         children = halves of the nodes (the right one is never the shorter)
         score(child) = best key of its representative block
@@ -33,7 +33,7 @@ The last two are InfiniteHiP's way beyond the trained length. With a budget for 
 
     chunks = [region]
     for each stage (length l, keep k):
-        chunks = stretches of at most l tokens of the chunks
+        chunks = ranges of at most l tokens of the chunks
         score(chunk) = best of the keys met on the way down, by halves, always to the half of the better representative
         chunks = the k / l best chunks
 
@@ -66,14 +66,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.backends.reference import attend
+from kvsieve.backends.attention import attend
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, ShapeError
 
@@ -81,24 +80,19 @@ if TYPE_CHECKING:
     from kvsieve.facts import LayerRope
 
 __all__ = [
-    "REPRESENTATIVES",
     "Selection",
-    "best_on_the_way",
+    "best",
     "bound_scores",
+    "check_region",
     "consecutive_attend",
     "first_stage",
     "group_scores",
-    "hip_search",
-    "infinite_hip_search",
     "kept",
     "placed",
     "region",
     "relative",
     "sparse_attend",
 ]
-
-REPRESENTATIVES = ("centre", "first", "last", "oracle")
-"""Which block speaks for a node: the middle one, the first, the last, or whichever is best (reads everything; for tests)."""
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.floating]
@@ -120,7 +114,7 @@ class Selection:
     rounds: tuple[int, ...]
     """Levels of the tree, or stages, that were scored."""
     inputs: tuple[tuple[Ints, ...], ...] = field(default=(), repr=False)
-    """InfiniteHiP: for each stage and KV head the stretches ``[c, 2]`` that went into it. A later search can begin there."""
+    """InfiniteHiP: for each stage and KV head the ranges ``[c, 2]`` that went into it. A later search can begin there."""
 
     def tokens(self, head: int) -> Ints:
         """The chosen tokens of a KV head, ascending."""
@@ -213,179 +207,17 @@ def _counts(**counts: int) -> None:
             raise PolicyError(f"{name} must be at least 0, got {value}")
 
 
-def _check(scores: Floats, lo: int, hi: int) -> None:
+def check_region(scores: Floats, lo: int, hi: int) -> None:
     if scores.ndim != 2:
         raise ShapeError(f"expected scores [kv heads, n], got {list(scores.shape)}")
     if not 0 <= lo <= hi <= scores.shape[1]:
         raise ShapeError(f"the region {lo}..{hi} is not within the {scores.shape[1]} keys")
 
 
-def _best(scores: Floats, count: int) -> Ints:
+def best(scores: Floats, count: int) -> Ints:
     """Ascending indices of the ``count`` best; of equal ones the earlier."""
     order = np.argsort(-np.where(np.isnan(scores), -np.inf, scores), kind="stable")
     return np.sort(order[:count])
-
-
-def _blocks(lo: int, hi: int, block: int, chosen: Ints) -> tuple[Ints, Ints]:
-    starts = lo + chosen * block
-    return starts, np.minimum(starts + block, hi)
-
-
-def hip_search(scores: Floats, lo: int, hi: int, budget: int, block: int = 2, representative: str = "centre") -> Selection:
-    """HiP's choice of about ``budget`` tokens of the region, in blocks (Lee et al., ICLR 2025, algorithm 1).
-
-    Args:
-        scores: ``[Hkv, n]``, see :func:`group_scores`.
-        lo, hi: the region, see :func:`region`.
-        budget: tokens to choose, sinks and window not counted; rounded up to whole blocks.
-        block: tokens of a block, which is chosen or left as a whole.
-        representative: one of :data:`REPRESENTATIVES`.
-
-    Raises:
-        PolicyError: a budget or block below 1, or an unknown representative.
-        ShapeError: a region outside the keys.
-    """
-    _check(scores, lo, hi)
-    if budget < 1 or block < 1:
-        raise PolicyError(f"budget and block must be at least 1, got {budget} and {block}")
-    if representative not in REPRESENTATIVES:
-        raise PolicyError(f"representative must be one of {', '.join(REPRESENTATIVES)}, got {representative!r}")
-    found = [_hip_head(row, lo, hi, budget, block, representative) for row in scores]
-    starts, ends, reads, rounds = zip(*found) if found else ((), (), (), ())
-    return Selection(lo, hi, starts, ends, reads, rounds)
-
-
-def _hip_head(scores: Floats, lo: int, hi: int, budget: int, block: int, representative: str) -> tuple[Ints, Ints, int, int]:
-    num, width = -(-(hi - lo) // block), -(-budget // block)
-    if hi - lo <= budget or num <= width:
-        return (*_blocks(lo, hi, block, np.arange(num)), 0, 0)
-    padded = np.full(num * block, -np.inf)
-    padded[: hi - lo] = np.where(np.isnan(scores[lo:hi]), -np.inf, scores[lo:hi])
-    best_key = padded.reshape(num, block).max(1)
-
-    bounds = np.arange(width + 1) * num // width
-    left, right, rank = bounds[:-1], bounds[1:], np.full(width, -np.inf)
-    reads = rounds = 0
-    while np.any(right - left > 1):
-        middle = left + (right - left) // 2
-        left, right = np.stack([left, middle], 1).ravel(), np.stack([middle, right], 1).ravel()
-        left, right = left[left < right], right[left < right]
-        if representative == "oracle":
-            found = np.array([best_key[lo:hi].max() for lo, hi in zip(left, right)])
-            first, end = left, right
-        else:
-            first = {"centre": left + (right - left) // 2, "first": left, "last": right - 1}[representative]
-            found, end = best_key[first], first + 1
-        reads += int(np.sum(np.minimum(end * block, hi - lo) - first * block))
-        rounds += 1
-        best = _best(found, width)
-        left, right, rank = left[best], right[best], found[best]
-    return (*_blocks(lo, hi, block, left[rank > -np.inf]), reads, rounds)
-
-
-def best_on_the_way(scores: Floats, chunks: Ints, representative: str) -> tuple[Floats, Ints, int]:
-    """Walks down each chunk, always to the half whose representative key is better (ties: the left).
-
-    Args:
-        scores: ``[n]``; chunks: ``[c, 2]``, none empty; representative: ``"first"`` or ``"centre"`` key of a half.
-
-    Returns:
-        For each chunk the best score met and the token it ended at; and the number of keys scored: two a level, one for a chunk of
-        one token.
-    """
-    if representative not in ("first", "centre"):
-        raise PolicyError(f"representative must be first or centre, got {representative!r}")
-    scores = np.where(np.isnan(scores), -np.inf, scores)
-    lo, hi = chunks[:, 0].copy(), chunks[:, 1].copy()
-    best = np.where(hi - lo == 1, scores[lo], -np.inf)
-    reads = int(np.sum(hi - lo == 1))
-    while np.any(hi - lo > 1):
-        live = hi - lo > 1
-        mid = (lo + hi) // 2
-        left, right = (lo, mid) if representative == "first" else ((lo + mid) // 2, (mid + hi) // 2)
-        a, b = scores[left], scores[right]
-        go = live & (b > a)
-        best = np.where(live, np.maximum(best, np.maximum(a, b)), best)
-        lo, hi = np.where(go, mid, lo), np.where(live & ~go, mid, hi)
-        reads += 2 * int(np.sum(live))
-    return best, lo, reads
-
-
-def _cut(stretches: Ints, length: int) -> Ints:
-    """Stretches ``[c, 2]`` cut into pieces of at most ``length`` tokens."""
-    pieces = [(at, min(at + length, hi)) for lo, hi in stretches.tolist() for at in range(lo, hi, length)]
-    return np.array(pieces, np.int64).reshape(-1, 2)
-
-
-def infinite_hip_search(
-    scores: Floats,
-    lo: int,
-    hi: int,
-    chunks: Sequence[int] = (256, 32, 8),
-    keep: Sequence[int] = (32768, 8192, 2048),
-    representative: str = "first",
-    *,
-    start: int = 0,
-    inputs: tuple[tuple[Ints, ...], ...] = (),
-    every_stage: bool = False,
-    bounds: Floats | None = None,
-) -> Selection:
-    """InfiniteHiP's choice of at most ``keep[-1]`` tokens of the region (Lee et al., 2025, section 4.1).
-
-    Args:
-        scores: ``[Hkv, n]``, see :func:`group_scores`; lo, hi: the region, see :func:`region`.
-        chunks: tokens of a chunk in each stage, each a multiple of the next.
-        keep: tokens that leave each stage, each a multiple of its chunk.
-        representative: ``"first"`` key of a half (the paper), or its ``"centre"``.
-        start: the first stage to compute; earlier ones are taken from ``inputs``, of an earlier selection over the same region.
-        every_stage: score also where all chunks stay anyway, as the paper counts.
-        bounds: ``[Hkv, blocks]``, see :func:`bound_scores`: judge the first stage's chunks, blocks of the text, by these. Each
-            counts as two reads.
-
-    Raises:
-        PolicyError: stages that do not divide each other, or ``inputs`` that do not go with ``start``; bounds of other blocks.
-        ShapeError: a region outside the keys.
-    """
-    _check(scores, lo, hi)
-    _check_stages(chunks, keep)
-    if bounds is not None and (chunks[0] != BLOCK or lo % BLOCK or bounds.shape[1] * BLOCK < hi):
-        raise PolicyError(f"bounds are of blocks of {BLOCK} tokens, which {lo}..{hi} in chunks of {chunks[0]} are not")
-    if not 0 <= start < len(chunks) or (start > 0 and len(inputs) != len(chunks)):
-        raise PolicyError(f"a search of {len(chunks)} stages from stage {start} on needs the inputs of all, got {len(inputs)}")
-    stages: list[tuple[Ints, ...]] = list(inputs[:start])
-    reads, rounds = [0] * len(scores), [0] * len(scores)
-    whole = np.array([[lo, hi]] if hi > lo else [], np.int64).reshape(-1, 2)
-    last = inputs[start] if start else tuple(whole for _ in scores)
-    dense = hi - lo <= keep[-1] and not every_stage
-    for stage, (length, most) in list(enumerate(zip(chunks, keep)))[start:]:
-        stages.append(last)
-        out = []
-        for head, row in enumerate(scores):
-            pieces = _cut(last[head], length)
-            if len(pieces) and not dense and (every_stage or len(pieces) > most // length):
-                if stage == 0 and bounds is not None:
-                    found = np.where(np.isnan(bounds[head]), -np.inf, bounds[head])[lo // BLOCK : lo // BLOCK + len(pieces)]
-                    count = 2 * len(pieces)
-                else:
-                    found, _, count = best_on_the_way(row, pieces, representative)
-                reads[head], rounds[head] = reads[head] + count, rounds[head] + 1
-                best = _best(found, most // length)
-                pieces = pieces[best[found[best] > -np.inf]]
-            out.append(pieces)
-        last = tuple(out)
-    starts, ends = tuple(x[:, 0] for x in last), tuple(x[:, 1] for x in last)
-    return Selection(lo, hi, starts, ends, tuple(reads), tuple(rounds), tuple(stages))
-
-
-def _check_stages(chunks: Sequence[int], keep: Sequence[int]) -> None:
-    if not chunks or len(chunks) != len(keep) or min(chunks) < 1 or min(keep) < 1:
-        raise PolicyError(
-            f"stages need as many chunk lengths as counts to keep, all at least 1, got {list(chunks)} and {list(keep)}"
-        )
-    if any(a % b for a, b in pairwise(chunks)) or any(k % c for c, k in zip(chunks, keep)):
-        raise PolicyError(
-            f"a chunk must be a multiple of the next one, and what is kept of its chunk, got {list(chunks)} and {list(keep)}"
-        )
 
 
 def first_stage(step: int, refresh: Sequence[int]) -> int | None:
@@ -414,7 +246,7 @@ def kept(selection: Selection, positions: Sequence[int], num_keys: int, sinks: i
 def sparse_attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, softcap: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`kvsieve.backends.reference.attend`, where each KV head has keys of its own: ``visible`` bool ``[Hkv, m, n]``."""
+    """:func:`kvsieve.backends.attention.attend`, where each KV head has keys of its own: ``visible`` bool ``[Hkv, m, n]``."""
     return attend(q, k, v, visible.repeat_interleave(q.shape[0] // k.shape[0], 0), scale, softcap)
 
 

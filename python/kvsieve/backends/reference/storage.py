@@ -1,12 +1,12 @@
 """Packed tokens in plain torch: the specification of what every backend stores.
 
-A group of numbers ``x`` is kept as ``b``-bit codes with one step and one least value, both float16 (KIVI, Liu et al., ICML 2024,
+A group of numbers ``x`` is kept as ``b``-bit codes with one scale and one zero point, both float16 (KIVI, Liu et al., ICML 2024,
 arXiv 2402.02750):
 
-    least = min(x) rounded down,  step = (max(x) - least) / (2**b - 1),  code = round((x - least) / step)
+    zero_point = min(x) rounded down,  scale = (max(x) - zero_point) / (2**b - 1),  code = round((x - zero_point) / scale)
 
-so that ``least + step * code`` is within half a step of ``x``. A group with a number that is not finite, or too large for float16,
-is NaN throughout. Keys are grouped by channel over tokens, values by token over channels.
+so that ``zero_point + scale * code`` is within half a scale of ``x``. A group with a number that is not finite, or too large
+for float16, is NaN throughout. Keys are grouped by channel over tokens, values by token over channels.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
         x: ``[..., group]``; bits: 2, 4 or 8.
 
     Returns:
-        codes uint8 ``[..., group]``; step and least value, float16 ``[..., 1]``.
+        codes uint8 ``[..., group]``; scale and zero point, float16 ``[..., 1]``.
     """
     wide, top = x.float(), 2**bits - 1
     low, high = wide.amin(-1, keepdim=True), wide.amax(-1, keepdim=True)
-    least = low.half()
+    zero_point = low.half()
     # The next float16 below: one bit pattern down for positive numbers, up for negative ones; below 0 the least negative one.
-    pattern = least.view(torch.int16)
-    down = torch.where(least > 0, pattern - 1, torch.where(least == 0, pattern.new_tensor(-32767), pattern + 1))
-    least = torch.where(least.float() > low, down.view(torch.float16), least)
-    step = ((high - least.float()) / top).half()
-    bad = ~(torch.isfinite(wide).all(-1, keepdim=True) & torch.isfinite(least) & torch.isfinite(step))
-    step, least = step.masked_fill(bad, torch.nan), least.masked_fill(bad, torch.nan)
-    codes = ((wide - least.float()) / step.float() + 0.5).floor().clamp(0, top)
-    return torch.where(step > 0, codes, 0.0).nan_to_num(0.0).to(torch.uint8), step, least
+    pattern = zero_point.view(torch.int16)
+    down = torch.where(zero_point > 0, pattern - 1, torch.where(zero_point == 0, pattern.new_tensor(-32767), pattern + 1))
+    zero_point = torch.where(zero_point.float() > low, down.view(torch.float16), zero_point)
+    scale = ((high - zero_point.float()) / top).half()
+    bad = ~(torch.isfinite(wide).all(-1, keepdim=True) & torch.isfinite(zero_point) & torch.isfinite(scale))
+    scale, zero_point = scale.masked_fill(bad, torch.nan), zero_point.masked_fill(bad, torch.nan)
+    codes = ((wide - zero_point.float()) / scale.float() + 0.5).floor().clamp(0, top)
+    return torch.where(scale > 0, codes, 0.0).nan_to_num(0.0).to(torch.uint8), scale, zero_point
 
 
-def dequantize(codes: torch.Tensor, step: torch.Tensor, least: torch.Tensor) -> torch.Tensor:
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """The inverse of :func:`quantize`: float32."""
-    return least.float() + step.float() * codes
+    return zero_point.float() + scale.float() * codes
 
 
 @dataclass(eq=False)
@@ -60,16 +60,16 @@ class PackedBlock:
     values: torch.Tensor
     """``[Hkv, 64, Dv]``, numbers or codes."""
     key_scales: tuple[torch.Tensor, torch.Tensor] | None
-    """Step and least value, ``[Hkv, 64 / group, 1, kept]``."""
+    """Scale and zero point, ``[Hkv, 64 / group, 1, kept]``."""
     value_scales: tuple[torch.Tensor, torch.Tensor] | None
-    """Step and least value, ``[Hkv, 64, Dv / group, 1]``."""
+    """Scale and zero point, ``[Hkv, 64, Dv / group, 1]``."""
 
     @classmethod
     def empty(cls, packing: Packing, channels: Channels, k: torch.Tensor, v: torch.Tensor) -> PackedBlock:
         """A block for keys and values like ``k``, ``v`` ``[n, Hkv, 64, D]``."""
         heads, kept, dim, group = k.shape[1], packing.key_kept, v.shape[3], packing.group
 
-        def room(bits: int, *shape: int) -> torch.Tensor:
+        def zeros_of(bits: int, *shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.uint8 if bits else k.dtype, device=k.device)
 
         def scales(bits: int, *shape: int) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -79,8 +79,8 @@ class PackedBlock:
         return cls(
             packing,
             channels,
-            room(packing.key_bits, heads, BLOCK, kept),
-            room(packing.value_bits, heads, BLOCK, dim),
+            zeros_of(packing.key_bits, heads, BLOCK, kept),
+            zeros_of(packing.value_bits, heads, BLOCK, dim),
             scales(packing.key_bits, heads, BLOCK // group, 1, kept),
             scales(packing.value_bits, heads, BLOCK, dim // group if packing.value_bits else 0, 1),
         )
@@ -127,17 +127,17 @@ class PackedBlock:
             for start in range(slot // group * group, end, group):
                 lo, hi = max(start, slot), min(start + group, end)
                 x = torch.cat([held[:, start:lo], thin[:, lo - slot : hi - slot].float()], 1)
-                codes, step, least = quantize(x.transpose(1, 2), self.packing.key_bits)
+                codes, scale, zero_point = quantize(x.transpose(1, 2), self.packing.key_bits)
                 self.keys[:, start:hi] = codes.transpose(1, 2)
-                for scale, new in zip(self.key_scales, (step, least)):
-                    scale[:, start // group] = new.transpose(1, 2)
+                for held_of, new in zip(self.key_scales, (scale, zero_point)):
+                    held_of[:, start // group] = new.transpose(1, 2)
         if self.value_scales is None:
             self.values[:, slot:end] = v
         else:
-            codes, step, least = quantize(v.reshape(*v.shape[:2], -1, self.packing.group), self.packing.value_bits)
+            codes, scale, zero_point = quantize(v.reshape(*v.shape[:2], -1, self.packing.group), self.packing.value_bits)
             self.values[:, slot:end] = codes.flatten(2)
-            for scale, new in zip(self.value_scales, (step, least)):
-                scale[:, slot:end] = new
+            for held_of, new in zip(self.value_scales, (scale, zero_point)):
+                held_of[:, slot:end] = new
 
     def _index(self) -> torch.Tensor:
         index = self.channels.index

@@ -1,4 +1,4 @@
-"""CUDA sources to machine code, without a card and without CuPy: NVRTC through ctypes, and a cache on disk.
+"""CUDA sources to machine code, without a GPU and without CuPy: NVRTC through ctypes, and a cache on disk.
 
 A *module* is one kernel file with the instantiations wanted of it. Its machine code is kept under ``$KVSIEVE_CUDA_CACHE``, else
 ``$XDG_CACHE_HOME/kvsieve/cuda``, else ``~/.cache/kvsieve/cuda``, keyed by the sources, the options, the architecture and the
@@ -22,7 +22,7 @@ from kvsieve.errors import BackendError
 
 __all__ = ["SOURCES", "Compiled", "Module", "cache_dir", "compile_module", "compiled", "version"]
 
-SOURCES = Path(__file__).resolve().parent.parent / "cuda"
+SOURCES = Path(__file__).resolve().parent / "kernels"
 """Where the kernels are, in the package."""
 
 OPTIONS = ("-std=c++17", "-default-device", "--ptxas-options=-v")
@@ -134,7 +134,7 @@ def compile_module(module: Module, arch: int, folder: Path = SOURCES) -> Compile
     if arch not in architectures():
         known = ", ".join(f"{a // 10}.{a % 10}" for a in architectures())
         raise BackendError(
-            f"this NVRTC ({version()[0]}.{version()[1]}) compiles for compute capabilities {known}, and the card has "
+            f"this NVRTC ({version()[0]}.{version()[1]}) compiles for compute capabilities {known}, and the GPU has "
             f"{arch // 10}.{arch % 10}; install an NVRTC that knows it, or use backend='reference'"
         )
     library, program = _library(), ctypes.c_void_p()

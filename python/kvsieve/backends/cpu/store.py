@@ -1,0 +1,231 @@
+"""One layer's blocks, in Rust: decode attention in place, prefill through torch's fused matrix kernels.
+
+Two paths, one decision:
+
+* *decode* (a few queries, or a handful of candidates): the new tokens are stored first, then one Rust pass reads keys and values
+  where they lie, rotating on read;
+* *prefill*: residents are gathered once, rotated to where the policy shows them, and torch's flash kernel does the matrix work in
+  float32. Partial results merge by log-sum-exp.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsieve._core import Store
+from kvsieve.backends.attention import Partial, attend, merge, visibility
+from kvsieve.backends.attention_scores import of_items, of_prefill
+from kvsieve.backends.base import HeldBytes, Runs
+from kvsieve.backends.cpu.prefill import attend_part
+from kvsieve.backends.cpu.tensors import DTYPES, view
+from kvsieve.backends.prefill_plan import PrefillPlan
+from kvsieve.backends.runs import columns
+from kvsieve.policy.storage import Channels
+
+if TYPE_CHECKING:
+    from kvsieve._core import Moves, Step
+    from kvsieve.backends.base import AttendCall
+    from kvsieve.backends.cpu.selection import CpuSelection
+    from kvsieve.policy.storage import Packing
+
+__all__ = ["CpuStore", "Plans"]
+
+
+class Plans:
+    """The parts of a step, prepared once for all layers."""
+
+    def __init__(self) -> None:
+        self._last: tuple[Step, list[PrefillPlan]] | None = None
+
+    def of(self, step: Step) -> list[PrefillPlan]:
+        """Those of ``step``."""
+        if self._last is None or self._last[0] is not step:
+            self._last = (step, [PrefillPlan.of(p, step.new_lens[p.row]) for p in step.parts()])
+        return self._last[1]
+
+
+class CpuStore:
+    """One layer's blocks, in Rust."""
+
+    def __init__(self, plans: Plans, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._plans = plans
+        self._dtype = k.dtype
+        self._core = Store(k.shape[1], k.shape[3], v.shape[3], DTYPES[k.dtype])
+        self._shape = (k.shape[1], k.shape[3], v.shape[3])
+
+    @property
+    def bytes_held(self) -> int:
+        return int(self._core.bytes)
+
+    def held(self) -> HeldBytes:
+        return HeldBytes(*self._core.bytes_by_part())
+
+    def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        if step.has_spans:
+            return self._decode(q, k, v, step, call)
+        out = self._prefill(q, k, v, step, call)
+        self._core.append(view(k), view(v), step)
+        return out
+
+    def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        self._core.append(view(k), view(v), step)
+        plans = [p for p in self._plans.of(step) if p.part.top_k] if call.top_k else []
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        lse = np.empty((q.shape[0], q.shape[1], q.shape[2]), np.float32) if plans else None
+        rope = None if call.rope is None else call.rope.core
+        sink_logits = None if call.sink_logits is None or plans else call.sink_logits.detach().float().numpy()
+        threads = torch.get_num_threads()
+        numbers = call.scale, call.softcap, sink_logits
+        self._core.attend(view(q), step, rope, *numbers, view(out), lse, threads=threads, apply_factor=step.frame == "raw")
+        if lse is not None:
+            self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
+        return out
+
+    def run_selected(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: CpuSelection
+    ) -> torch.Tensor:
+        self._core.append(view(k), view(v), step)
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
+        selection.work = selection.core.attend(
+            self._core,
+            view(q),
+            step,
+            call.scale,
+            call.softcap,
+            sink_logits,
+            view(out),
+            threads=torch.get_num_threads(),
+            rope=None if call.rope is None else call.rope.core,
+            apply_factor=step.frame == "raw",
+            relative=call.relative,
+            consecutive=call.consecutive,
+            chunk=not step.has_spans,
+        )
+        return out
+
+    def run_with_scores(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        if not step.has_spans:
+            scores = of_prefill(self, q, k, step, call)
+            return self.run(q, k, v, step, call), scores
+        self._core.append(view(k), view(v), step)
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
+        threads = torch.get_num_threads()
+        numbers = call.scale, call.softcap, sink_logits
+        items = self._core.attend_mass(view(q), step, None, *numbers, view(out), threads=threads)
+        return out, of_items([torch.from_numpy(item) for item in items], step)
+
+    def _merge_selected(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        plans: list[PrefillPlan],
+        step: Step,
+        call: AttendCall,
+        out: torch.Tensor,
+        lse: torch.Tensor,
+    ) -> None:
+        for row in range(q.shape[0]):
+            new = slice(q.shape[2] - step.new_lens[row], None)
+            parts = [(out[row].float().transpose(0, 1), lse[row])]
+            mine = [plan for plan in plans if plan.part.row == row]
+            parts += [self._selected(q[row], k[row, :, new], v[row, :, new], plan, step.frame, call) for plan in mine]
+            out[row] = merge(parts, call.sink_logits).transpose(0, 1).to(out.dtype)
+
+    def _selected(
+        self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, plan: PrefillPlan, frame: str, call: AttendCall
+    ) -> Partial:
+        """A memory read by top-k, by the last query only: out ``[H, m, Dv]``, lse ``[H, m]``."""
+        k, v = self._gather(plan, new_k, new_v)
+        out = torch.zeros(q.shape[0], q.shape[1], v.shape[2])
+        lse = torch.full(q.shape[:2], -torch.inf)
+        queries = q[:, -1:].float()
+        tables = plan.rotation(call.rope, frame)
+        if tables is not None and call.rope is not None:
+            (cos, sin), keys = tables
+            queries, k = call.rope.turn(queries, (cos[-1:], sin[-1:])), call.rope.turn(k, keys)
+        if plan.visible is None:
+            plan.visible = visibility(plan.part, q.device)[-1:]
+        out[:, -1:], lse[:, -1:] = attend(queries, k, v, plan.visible, call.scale, call.softcap, plan.part.top_k)
+        return out, lse
+
+    def _gather(self, plan: PrefillPlan, new_k: torch.Tensor, new_v: torch.Tensor) -> Partial:
+        """float32 keys and values of a part: its residents, then its new tokens (``[Hkv, m, D]``)."""
+        heads, key_dim, value_dim = self._shape
+        lo, hi = plan.part.new_range
+        if plan.num_old == 0:
+            return new_k[:, lo:hi].float(), new_v[:, lo:hi].float()
+        count = plan.num_old + hi - lo
+        k = torch.empty(heads, count, key_dim, dtype=self._dtype)
+        v = torch.empty(heads, count, value_dim, dtype=self._dtype)
+        self._core.gather(*plan.runs, view(k), view(v), 0)
+        k[:, plan.num_old :], v[:, plan.num_old :] = new_k[:, lo:hi], new_v[:, lo:hi]
+        return k.float(), v.float()
+
+    def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
+        width = q.shape[2]
+        for plan in self._plans.of(step):
+            part = plan.part
+            if part.top_k and not call.top_k:
+                continue
+            new = slice(width - plan.num_queries, width)
+            keys, values = self._gather(plan, k[part.row, :, new], v[part.row, :, new])
+            queries = q[part.row, :, new].float()
+            tables = plan.rotation(call.rope, step.frame)
+            if tables is not None and call.rope is not None:
+                queries, keys = call.rope.turn(queries, tables[0]), call.rope.turn(keys, tables[1])
+            rows[part.row].append(attend_part(queries, keys, values, plan, call))
+        if len(rows) == 1 and len(rows[0]) == 1 and call.sink_logits is None and step.new_lens[0] == width:
+            # The common case, without a copy: torch's kernel writes queries before heads anyway.
+            return rows[0][0][0].transpose(0, 1)[None].to(q.dtype)
+        out = torch.zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        for row, parts in enumerate(rows):
+            if parts:
+                merged = parts[0][0] if len(parts) == 1 and call.sink_logits is None else merge(parts, call.sink_logits)
+                out[row, width - step.new_lens[row] :] = merged.transpose(0, 1).to(out.dtype)
+        return out
+
+    def permute(self, source: Runs, keep: torch.Tensor, to: Runs) -> None:
+        runs = (np.asarray(r, np.int64).reshape(-1, 3) for r in (source, to))
+        self._core.permute(next(runs), keep.contiguous().numpy(), next(runs))
+
+    def apply(self, moves: Moves) -> None:
+        self._core.apply(moves)
+
+    def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
+        self._core.free_unused(in_use, packed_in_use)
+
+    def set_packing(self, packing: Packing) -> None:
+        self._core.set_packing(packing.key_kept, packing.key_bits, packing.value_bits, packing.group)
+
+    def pack(self, moves: Moves, channels: Channels | int) -> None:
+        if isinstance(channels, int):
+            self._core.pack(moves, like=channels)
+        else:
+            self._core.pack(moves, channels.index.numpy(), list(channels.pairs))
+
+    def channels(self, block: int) -> Channels:
+        index, pairs = self._core.channels(block)
+        return Channels(torch.from_numpy(index), tuple(pairs))
+
+    def read(self, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
+        heads, key_dim, value_dim = self._shape
+        table = columns(runs)
+        count = int((table[2] - table[1]).sum())
+        k = torch.empty(heads, count, key_dim, dtype=self._dtype)
+        v = torch.empty(heads, count, value_dim, dtype=self._dtype)
+        if count:
+            self._core.gather(*table, view(k), view(v), 0)
+        return k, v
+
+    def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._core.write(*columns(runs), view(k.contiguous()), view(v.contiguous()))

@@ -1,0 +1,21 @@
+"""Tensors as the Rust core takes them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy.typing as npt
+import torch
+
+__all__ = ["DTYPES", "view"]
+
+DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""The dtypes of keys and values, by their names in the core."""
+
+
+def view(x: torch.Tensor) -> npt.NDArray[Any]:
+    """A numpy view of ``x``; 16-bit floats as their bits."""
+    x = x.detach()
+    if x.stride(-1) != 1:
+        x = x.contiguous()
+    return x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy()

@@ -1,0 +1,1 @@
+"""CUDA kernels for tensors on an NVIDIA GPU, loaded with CuPy."""

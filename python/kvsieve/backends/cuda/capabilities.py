@@ -1,0 +1,18 @@
+"""What the CUDA backend can hold, and follow: what its kernels can read."""
+
+from __future__ import annotations
+
+from kvsieve.backends.base import FLOATS, Capabilities, SelectionCapabilities
+from kvsieve.backends.cuda import select
+from kvsieve.backends.rules import kinds
+
+__all__ = ["CAPABILITIES"]
+
+CAPABILITIES = Capabilities(
+    "cuda",
+    SelectionCapabilities(kinds(select.__path__), frames=frozenset({"rotated"}), packed=False, page_bounds=False),
+    devices=frozenset({"cuda"}),
+    dtypes=FLOATS,
+    max_head_dim=256,  # the tiles of `attend`
+    row_bytes=16,  # rows are read in whole vectors
+)

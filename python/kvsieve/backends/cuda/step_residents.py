@@ -1,0 +1,138 @@
+"""All residents of each row, as a selection reads them: the last query's spans, or a prefill's residents and its new tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from kvsieve._core import PACKED
+from kvsieve.backends.cuda.buffers import upload
+from kvsieve.backends.cuda.ops.launch import launcher_of
+from kvsieve.backends.cuda.ops.residents import Residents
+from kvsieve.errors import BackendError, UnsupportedError
+
+if TYPE_CHECKING:
+    from kvsieve._core import Step
+    from kvsieve.backends.cuda.schedule import Schedule
+
+__all__ = ["Shared", "StepResidents", "find_residents"]
+
+DECODE_QUERIES = 64
+"""Queries of a step, at most, whose chosen keys are shared out among thread blocks."""
+
+Runs = npt.NDArray[np.int64]
+"""Runs ``[n, 3]`` of one row: block, first slot, slot past the end."""
+
+Spans = tuple[npt.NDArray[np.int32], npt.NDArray[np.int32]]
+Upload = Callable[[npt.NDArray[np.int32]], torch.Tensor]
+
+_MOVED = "a selection needs a memory that keeps every token where the model put it"
+
+
+class Shared(NamedTuple):
+    """What a plan has on its device: starts and spans of its items; its upload, once for equal tables."""
+
+    device: torch.device
+    starts: torch.Tensor
+    spans: torch.Tensor
+    upload: Upload
+
+
+@dataclass
+class StepResidents:
+    """What a step's layers share.
+
+    Attributes:
+        residents: where they lie; first: each row's first new position; lens: its new tokens.
+        decode: whether queries are so few that their keys are shared out.
+        schedules: those of this step so far; upload: a table to the device, once for equal ones.
+        processors: of the device.
+    """
+
+    residents: Residents
+    first: list[int]
+    lens: list[int]
+    decode: bool
+    schedules: dict[Any, Schedule]
+    upload: Upload
+    processors: int
+
+
+def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResidents:
+    """Those of ``step``; ``spans`` are those of its items, None of a prefill.
+
+    Raises:
+        BackendError: for keys that are stored unrotated, or packed.
+        UnsupportedError: for a memory that does not keep every token where the model put it.
+    """
+    if step.frame == "raw":
+        raise BackendError(
+            "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; "
+            "search with a policy that moves no token, or use backend='reference'"
+        )
+    first = [int(at) for at in step.first_new]
+    runs = _of_parts(step) if spans is None else _of_spans(step, *spans)
+    for row, mine in enumerate(runs):
+        if step.new_lens[row] and (mine[:, 0] >= PACKED).any():
+            raise BackendError(
+                "backend 'cuda' searches keys as they came, and some of these are packed; leave the packing out, "
+                "or use backend='reference'"
+            )
+        if step.new_lens[row] and int((mine[:, 2] - mine[:, 1]).sum()) != first[row] + step.new_lens[row]:
+            raise UnsupportedError(_MOVED)
+    if spans is not None:
+        starts, table, items = shared.starts, shared.spans, step.num_queries
+    else:
+        ends = np.cumsum([0, *map(len, runs)]).astype(np.int32)
+        table = upload(np.concatenate([_as_spans(mine) for mine in runs]).reshape(-1, 4), shared.device)
+        starts, items = upload(ends, shared.device), 1
+    processors = launcher_of(shared.device).processors(shared.device)
+    decode = step.num_rows * step.num_queries <= DECODE_QUERIES
+    blocks = starts.new_empty((0, 4), dtype=torch.int64)
+    return StepResidents(Residents(blocks, starts, table, items), first, step.new_lens, decode, {}, shared.upload, processors)
+
+
+def _of_spans(step: Step, starts: npt.NDArray[np.int32], spans: npt.NDArray[np.int32]) -> list[Runs]:
+    """Runs of each row, from what its last query reads."""
+    if (spans[:, 3] != 0).any() or (spans[:, 1] >> 16 & 1).any():
+        raise UnsupportedError(_MOVED)
+    columns, found = step.num_queries, []
+    for row in range(step.num_rows):
+        mine = spans[starts[(row + 1) * columns - 1] : starts[(row + 1) * columns]].astype(np.int64)
+        found.append(np.stack([mine[:, 0], mine[:, 1] & 255, mine[:, 1] >> 8 & 255], 1))
+    return found
+
+
+def _of_parts(step: Step) -> list[Runs]:
+    """Runs of each row: its residents, then its new tokens."""
+    appends, found = step.append_table().astype(np.int64), []
+    parts = step.parts()
+    for row, count in enumerate(step.new_lens):
+        mine = [part for part in parts if part.row == row]
+        if count and len(mine) != 1:
+            raise UnsupportedError(_MOVED)
+        held = np.zeros((0, 3), np.int64)
+        for part in mine:
+            keys, queries = (part.key_true(), part.key_positions()), (part.query_true(), part.query_positions())
+            if not (np.array_equal(*keys) and np.array_equal(*queries)):
+                raise UnsupportedError(_MOVED)
+            held = np.stack(part.runs(), 1).astype(np.int64)
+        block, slot = appends[appends[:, 0] == row][:, 2:].T
+        begins = np.flatnonzero(np.diff(block, prepend=-1))
+        new = np.stack([block[begins], slot[begins], slot[begins] + np.diff(begins, append=len(block))], 1)
+        if len(held) and len(new) and held[-1, 0] == new[0, 0] and held[-1, 2] == new[0, 1]:
+            new[0, 1] = held[-1, 1]
+            held = held[:-1]
+        found.append(np.concatenate([held, new]))
+    return found
+
+
+def _as_spans(runs: npt.NDArray[np.int64]) -> npt.NDArray[np.int32]:
+    """Runs ``[n, 3]`` of a row as its spans."""
+    block, lo, hi = runs.T
+    return np.stack([block, lo | hi << 8, np.cumsum(hi - lo) - (hi - lo), np.zeros_like(lo)], 1).astype(np.int32)

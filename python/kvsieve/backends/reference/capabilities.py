@@ -1,0 +1,9 @@
+"""What the reference can hold: everything."""
+
+from kvsieve.backends.base import Capabilities, SelectionCapabilities
+from kvsieve.backends.reference import select
+from kvsieve.backends.rules import kinds
+
+__all__ = ["CAPABILITIES"]
+
+CAPABILITIES = Capabilities("reference", SelectionCapabilities(kinds(select.__path__)), needs_parts=True)
