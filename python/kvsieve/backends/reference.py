@@ -12,7 +12,10 @@ and the parts merge by ``softmax`` over their ``lse``, which equals one softmax 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -123,10 +126,25 @@ def visibility(part: Part, device: torch.device) -> torch.Tensor:
     return visible
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _locked(method: F) -> F:
+    """Forks write to one store, each to blocks of its own, but all of them make it grow."""
+
+    @functools.wraps(method)
+    def wrapped(self: ReferenceStore, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast("F", wrapped)
+
+
 class ReferenceStore:
     """Blocks ``[block, Hkv, 64, D]`` of keys and values, in plain tensors."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._lock = threading.RLock()
         self._k = k.new_zeros(0, k.shape[1], BLOCK, k.shape[3])
         self._v = v.new_zeros(0, v.shape[1], BLOCK, v.shape[3])
         self._packing: Packing | None = None
@@ -202,6 +220,7 @@ class ReferenceStore:
         masses = of_chunk(self, q, k, step, call)
         return self.run(q, k, v, step, call), masses
 
+    @_locked
     def permute(self, source: list[tuple[int, int, int]], keep: torch.Tensor, to: list[tuple[int, int, int]]) -> None:
         chosen = [pick(x, keep) for x in self.read(source)]
         packed = [block for block, _, _ in source if block >= PACKED]
@@ -223,6 +242,7 @@ class ReferenceStore:
                     f"got {new.shape[1]} heads of size {new.shape[3]} in {new.dtype} on {new.device}"
                 )
 
+    @_locked
     def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self._ensure(step.num_blocks)
         for move in step.copies():
@@ -243,6 +263,7 @@ class ReferenceStore:
         for blocks in (self._k, self._v):
             blocks[to, :, to_slot : to_slot + count] = blocks[source, :, source_slot : source_slot + count].clone()
 
+    @_locked
     def apply(self, moves: Moves) -> None:
         packed = [move for move in moves.tuples() if move[0] >= PACKED]
         for move in moves.tuples():
@@ -277,6 +298,7 @@ class ReferenceStore:
     def set_packing(self, packing: Packing) -> None:
         self._packing = packing
 
+    @_locked
     def pack(self, moves: Moves, channels: Channels | int) -> None:
         chosen = self._packed[channels].channels if isinstance(channels, int) else channels
         table = moves.tuples()
@@ -289,6 +311,7 @@ class ReferenceStore:
     def channels(self, block: int) -> Channels:
         return self._packed[block].channels
 
+    @_locked
     def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
         used = np.flatnonzero(in_use)
         keep = int(used[-1]) + 1 if used.size else 0

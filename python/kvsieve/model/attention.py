@@ -88,7 +88,8 @@ def _attend(
             position_ids=extra.get("position_ids"),
             sliding_window=extra.get("sliding_window"),
         )
-        return out if out.dtype == value.dtype else out.to(value.dtype)
+        # Some models take a view of it.
+        return (out if out.dtype == value.dtype else out.to(value.dtype)).contiguous()
 
     def compute() -> torch.Tensor:
         return without_modes(query.device.type, run)
