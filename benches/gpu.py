@@ -116,6 +116,7 @@ class Dense:
         from kvsieve import backends
         from kvsieve.backends.base import AttendCall
         from kvsieve.policy.specs import make_planner
+
         policy = kvsieve.SirLLM(length + 1, sinks=4, recent=8) if raw else kvsieve.Full()
         self.backend, self.length = backends.get("cuda"), length
         self.planner = make_planner(policy.specs(1), "pre_rope" if raw else "post_rope")

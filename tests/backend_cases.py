@@ -196,7 +196,7 @@ def packed_model(family: str, policy: str, device: torch.device) -> None:
 
 
 def packed_loops(policy: str, device: torch.device, folder: Path) -> None:
-    """A fork that writes, beams, a crop, a file, a reset: the reference's tokens."""
+    """A fork that writes, beams, going back, a file, a reset: the reference's tokens."""
     model, made = on(tiny.model(), device), PACKINGS[policy]
     tokens = {}
     for backend in ("cuda", "reference"):
@@ -206,8 +206,9 @@ def packed_loops(policy: str, device: torch.device, folder: Path) -> None:
             with stream.fork() as child:
                 found.append(child.generate(tiny.ids(1, 40, 3).to(device), max_new_tokens=6, do_sample=False))
             found.append(stream.generate(tiny.ids(1, 9, 4).to(device), max_new_tokens=6, num_beams=3, do_sample=False))
-            if policy in UNBOUNDED:
-                stream.cache.crop(-20)
+            mark = stream.mark()
+            found.append(stream.generate(tiny.ids(1, 20, 7).to(device), max_new_tokens=5, do_sample=False))
+            stream.rewind(mark)
             stream.save(folder / backend)
             found.append(stream.generate(tiny.ids(1, 20, 6).to(device), max_new_tokens=5, do_sample=False))
         with kvsieve.load(folder / backend, model, backend=backend) as stream:

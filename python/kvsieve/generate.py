@@ -48,10 +48,10 @@ class Batch:
     counts: list[int]
 
     @classmethod
-    def of(cls, rows: Sequence[torch.Tensor]) -> Batch:
-        """Rows ``[n_i]`` side by side, padded on the left."""
+    def of(cls, rows: Sequence[torch.Tensor], pad: int = 0) -> Batch:
+        """Rows ``[n_i]`` side by side, padded on the left with ``pad``."""
         width = max(len(row) for row in rows)
-        ids, mask = (rows[0].new_zeros(len(rows), width) for _ in range(2))
+        ids, mask = rows[0].new_full((len(rows), width), pad), rows[0].new_zeros(len(rows), width)
         for at, row in enumerate(rows):
             ids[at, width - len(row) :], mask[at, width - len(row) :] = row, 1
         return cls(ids, mask, [len(row) for row in rows])
@@ -75,6 +75,7 @@ def accept(stream: Stream, ids: Any, mask: Any, name: str = "input_ids") -> list
         ShapeError, PaddingError, CacheMismatchError: for input that cannot be a batch of new tokens; nothing has changed then.
     """
     engine = stream._check_open()
+    engine.check_owner()
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ShapeError(f"{name} must be an integer tensor of shape [batch, tokens], got {got}")
@@ -344,7 +345,8 @@ class _Call:
         self.prompt = prompt
         transcript = engine.transcript
         self._before, self._extra, self._start = transcript.state(), transcript.extra, transcript.seen() or [0] * len(new)
-        self.batch = Batch.of([torch.cat([old, row]) for old, row in zip(unread, new)])
+        self._pad = _pad_of(new, prompt, settings)
+        self.batch = Batch.of([torch.cat([old, row]) for old, row in zip(unread, new)], self._pad)
         looks_back = settings.looks_back
         if settings.assisted and looks_back and transcript.columns:
             raise UnsupportedError(
@@ -366,7 +368,7 @@ class _Call:
                 "a processor, criterion or beam search looks at the tokens of the whole conversation, but a part of it was given "
                 "as embeddings; leave that argument out"
             )
-        return Batch.of([torch.cat(parts) for parts in zip(told, unread, new)])
+        return Batch.of([torch.cat(parts) for parts in zip(told, unread, new)], self._pad)
 
     def run(self, cache: StreamCache, *, whole: bool = False) -> Any:
         """The call itself. ``whole``: the prompt holds more than ids, so it is not cut, and the model finds its own positions."""
@@ -449,6 +451,22 @@ def _generate_copies(
     settings: Settings,
 ) -> Any:
     """Beams, or several sequences: they run on a fork that shares the prompt's reading; then the stream reads the best one."""
+    before = stream._engine.state()
+    try:
+        return _best_of_copies(stream, new, unread, prompt, kwargs, settings)
+    except BaseException:
+        stream._engine.rewind(before)
+        raise
+
+
+def _best_of_copies(
+    stream: Stream,
+    new: Sequence[torch.Tensor],
+    unread: Sequence[torch.Tensor],
+    prompt: torch.Tensor,
+    kwargs: dict[str, Any],
+    settings: Settings,
+) -> Any:
     with stream.fork() as child:
         call = _Call(child, child._engine, new, unread, prompt, kwargs, settings)
         result = call.run(child.cache)
@@ -474,6 +492,16 @@ def _generate_copies(
     return _with_sequences(result, torch.cat([heads, sequences[:, call.width :].to(prompt.device)], 1))
 
 
+def _pad_of(new: Sequence[torch.Tensor], prompt: torch.Tensor, settings: Settings) -> int:
+    """What shorter rows begin with, for whoever looks at ids: what the caller's do, or the token that pads."""
+    for row, given in zip(new, prompt):
+        if len(given) > len(row):
+            return int(given[0])
+    pad = settings.get("pad_token_id")
+    pad = settings.ends[0] if pad is None and settings.ends else pad
+    return 0 if pad is None else int(pad)
+
+
 def _length(row: torch.Tensor, settings: Settings, stop: int | None) -> int:
     """Tokens of ``row`` before what a shorter answer is filled with."""
     if stop is not None:
@@ -482,6 +510,8 @@ def _length(row: torch.Tensor, settings: Settings, stop: int | None) -> int:
     ended = torch.isin(row, torch.tensor(ends, dtype=row.dtype, device=row.device)).nonzero()
     if len(ended):
         return int(ended[0]) + 1
+    if not settings.ends_rows:
+        return len(row)
     fill = settings.get("pad_token_id")
     fill = ends[0] if fill is None and ends else fill
     kept = len(row)
@@ -500,6 +530,18 @@ def _with_sequences(result: Any, sequences: torch.Tensor) -> Any:
         return sequences
     result.sequences = sequences
     return result
+
+
+def refuse_others(given: Mapping[str, Any]) -> None:
+    """Refuse what `feed` cannot read.
+
+    Raises:
+        UnsupportedError: for inputs beside ids, except for types of tokens that say that all is text.
+    """
+    types = [name for name, value in given.items() if name == "token_type_ids" or (name in _TOKEN_TYPES and not bool(value.any()))]
+    left = sorted(set(given) - set(types))
+    if left:
+        raise UnsupportedError(f"feed takes input_ids and attention_mask, not {', '.join(left)}")
 
 
 def unpack(inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

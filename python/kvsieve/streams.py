@@ -324,6 +324,7 @@ class Stream:
         *,
         unread: torch.Tensor | None = None,
         pin: bool = False,
+        **others: Any,
     ) -> None:
         """Read new tokens without generating.
 
@@ -333,6 +334,7 @@ class Stream:
             chunk: tokens per forward; chosen from the budget by default.
             unread: int64 ``[B, k]``, after a turn by ``model.generate``: the tokens that it sampled and its cache has not read.
             pin: the new tokens are pinned as they come; see :meth:`pin`.
+            others: what else a tokenizer returns; types of tokens, where all of them are text.
 
         Raises:
             ShapeError: for ids that are not two-dimensional integers, or empty.
@@ -343,10 +345,11 @@ class Stream:
 
         An interrupted call leaves what was read until then: :attr:`ids` tells it, :meth:`rewind` undoes it.
         """
-        input_ids, rest = turns.unpack(input_ids, {} if attention_mask is None else {"attention_mask": attention_mask})
+        input_ids, rest = turns.unpack(
+            input_ids, others if attention_mask is None else {**others, "attention_mask": attention_mask}
+        )
         new = turns.accept(self, input_ids, rest.pop("attention_mask", None))
-        if rest.pop("token_type_ids", None) is None and rest:
-            raise UnsupportedError(f"feed takes input_ids and attention_mask, not {', '.join(sorted(rest))}")
+        turns.refuse_others(rest)
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ShapeError(f"chunk must be at least 1, got {chunk}")
         before = turns.unread_of(self, new, unread)

@@ -53,7 +53,7 @@ def test_a_capped_model_with_learned_sinks_equals_the_reference(policy: str) -> 
 
 
 @pytest.mark.parametrize("policy", list(PACKINGS))
-def test_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
+def test_streams_fork_beam_rewind_and_save(policy: str, tmp_path: Path) -> None:
     backend_cases.packed_loops(policy, CPU, tmp_path)
 
 

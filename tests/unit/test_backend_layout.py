@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import importlib
 import pkgutil
 from dataclasses import replace
@@ -104,13 +105,13 @@ def test_what_cannot_be_held_is_refused_with_what_to_do(change: dict[str, Any], 
 
 
 def test_an_unknown_rule_is_refused() -> None:
-    rule: Any = SimpleNamespace(kind="best", bounded=False)
+    rule: Any = SimpleNamespace(kind="best", page_bounds=False)
     with pytest.raises(BackendError, match="selects by hip, infinite, not by 'best'"):
         capabilities("cpu").check_selection(rule, "rotated", False)
 
 
 def test_a_stream_asks_when_it_opens() -> None:
-    model = tiny.model().double()
+    model = copy.deepcopy(tiny.model()).double()
     with pytest.raises(BackendError, match=r"'cpu' holds float32, bfloat16 and float16, not torch.float64.*'reference'"):
         kvsieve.stream(model, kvsieve.Full(), backend="cpu")
     with kvsieve.stream(model, kvsieve.Full()) as stream:

@@ -10,7 +10,7 @@ import torch
 from kvsieve.errors import StateError
 from kvsieve.model.configs import original
 from kvsieve.model.handoff import HandedLayer, state, take
-from kvsieve.model.modes import autocast_enabled, refuse_backward, without_modes
+from kvsieve.runtime.modes import autocast_enabled, refuse_backward, without_modes
 
 __all__ = ["attention_forward"]
 
@@ -88,7 +88,8 @@ def _attend(
             position_ids=extra.get("position_ids"),
             sliding_window=extra.get("sliding_window"),
         )
-        return out if out.dtype == value.dtype else out.to(value.dtype)
+        # Some models take a view of it.
+        return (out if out.dtype == value.dtype else out.to(value.dtype)).contiguous()
 
     def compute() -> torch.Tensor:
         return without_modes(query.device.type, run)

@@ -35,7 +35,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         known = {layer.index: layer.dtype for layer in owner.facts.layers}
         self.stored_dtype = known.get(index, owner.facts.layers[0].dtype)
         self.had_gradients = False
-        """Whether what was stored could have been differentiated through: see :mod:`kvsieve.model.modes`."""
+        """Whether what was stored could have been differentiated through: see :mod:`kvsieve.runtime.modes`."""
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True

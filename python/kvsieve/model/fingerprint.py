@@ -38,9 +38,28 @@ def weights(model: PreTrainedModel) -> str:
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
             digest.update(_sample(tensor))
     config = original(model.config).get_text_config(decoder=True)
-    rope = {name: value for name, value in vars(config).items() if "rope" in name or "rotary" in name}
-    digest.update(json.dumps(rope, sort_keys=True, default=str).encode())
+    told = {name: value for name, value in vars(config).items() if any(part in name for part in _DECIDES) and name[0] != "_"}
+    digest.update(json.dumps(told, sort_keys=True, default=str).encode())
     return digest.hexdigest()
+
+
+_DECIDES = (
+    *(
+        "rope",
+        "rotary",
+        "eps",
+        "hidden_act",
+        "activation",
+        "scalar",
+        "scaling",
+        "scale",
+        "softcap",
+        "multiplier",
+        "experts_per_tok",
+    ),
+    *("norm_topk", "sliding_window", "layer_types", "logit_"),
+)
+"""Parts of names of settings that decide what equal weights compute. Not all settings: releases add some, with defaults."""
 
 
 def tokenizer(tokenizer: Any) -> str:

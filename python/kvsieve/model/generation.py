@@ -122,6 +122,11 @@ class Settings:
                 return True
         return False
 
+    @property
+    def ends_rows(self) -> bool:
+        """Whether a row may end before the call does, other than by an end token."""
+        return bool(self._kwargs.get("stopping_criteria")) or self.get("stop_strings") is not None
+
     def stoppers(self) -> list[Callable[..., torch.Tensor]]:
         """Criteria of transformers' own that end one row and not the others: those that `generate` makes, or a caller's in their
         place."""

@@ -15,16 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError, UnsupportedModelError
+from kvsieve.errors import CacheMismatchError, KvsieveError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.generate import read_again, read_pieces
 from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
 from kvsieve.model.generation import driven_by_generate
 from kvsieve.model.handoff import state
-from kvsieve.model.modes import unrecorded
 from kvsieve.model.probe import Probe, with_identity
-from kvsieve.model.support import refuse
+from kvsieve.model.support import refuse, versions
 from kvsieve.model.verify import verify
+from kvsieve.runtime.modes import unrecorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -120,6 +120,13 @@ class Attachment:
             handles = [self._hook_before(m, self._stash) for m in self.decoder.modules() if hasattr(m, "layer_idx")]
             try:
                 facts = probe.facts()
+            except (KvsieveError, MemoryError):
+                raise
+            except Exception as err:
+                what = f"{type(err).__name__}: {str(err)[:200]}"
+                raise UnsupportedModelError(
+                    f"{self.name} cannot be examined, so no stream can open on it ({what}); {versions()}"
+                ) from err
             finally:
                 for handle in handles:
                     handle.remove()
@@ -234,7 +241,8 @@ class Attachment:
         if output is None:
             unrecorded(cache.engine.rollback)
             return
-        unrecorded(cache.engine.complete, _tensor(output, "logits"))
+        logits = _tensor(output, "logits")
+        unrecorded(cache.engine.complete, logits if _are_last(kwargs, logits) else logits[:, :0])
         cache.engine.whole(output)
 
     def _before_between(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
@@ -364,3 +372,12 @@ def _tensor(output: Any, name: str) -> torch.Tensor:
     if not isinstance(output, tuple):
         return getattr(output, name)  # type: ignore[no-any-return]
     return next(t for t in output if isinstance(t, torch.Tensor) and t.ndim == 3)
+
+
+def _are_last(kwargs: dict[str, Any], logits: torch.Tensor) -> bool:
+    """Whether logits ``[B, r, V]`` are those of the last ``r`` columns: a tensor of columns may ask for others."""
+    keep, ids = kwargs.get("logits_to_keep"), kwargs.get("input_ids")
+    if not isinstance(keep, torch.Tensor) or ids is None or keep.dim() != 1:
+        return not isinstance(keep, torch.Tensor)
+    width = ids.shape[1]
+    return (keep.cpu() % width).tolist() == list(range(width - len(keep), width)) and len(keep) == logits.shape[1] > 0

@@ -12,6 +12,7 @@ The control plane (`_core.Planner`) is two-phase: until `commit` nothing was dec
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.backends.base import AttendCall, Backend, SelectionState, Store, check_stream
+from kvsieve.backends.heap import trim_heap
 from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.policy.evict import Residents
@@ -28,8 +30,9 @@ from kvsieve.policy.position import Rebased
 from kvsieve.policy.specs import core_frame, make_planner
 from kvsieve.runtime import pinning
 from kvsieve.runtime.compression import make_packer
+from kvsieve.runtime.exclusive import exclusive
 from kvsieve.runtime.head_eviction import Observer, RowState
-from kvsieve.runtime.process import defer_sigint, trim_heap
+from kvsieve.runtime.process import defer_sigint
 from kvsieve.runtime.sliding import SlidingLayers, SlidingState
 from kvsieve.runtime.surprisal import Scorer
 from kvsieve.runtime.transcript import Row, Transcript, TranscriptState
@@ -81,6 +84,7 @@ class Engine:
     ) -> None:
         self.policy, self.facts, self.backend, self.stored_keys = policy, facts, backend, stored_keys
         self.planner = planner or make_planner(policy.specs(facts.bytes_per_token), stored_keys)
+        self.lock = threading.RLock()
         self.stores: dict[int, Store] = {}
         self.scorer = Scorer(policy, facts, backend) if policy.needs_surprisal else None
         self.packer = make_packer(policy.compression, facts.layers, raw=stored_keys == "pre_rope")
@@ -124,6 +128,7 @@ class Engine:
         self.sliding = SlidingLayers.of(facts)
         self._first = min([facts.layers[0].index, *self.sliding.windows])
         self._step: Step | None = None
+        self._step_owner: threading.Thread | None = None
         self._ids: torch.Tensor | None = None
         self._whole_model = self._foreign = False
         self._offsets: list[int | None] | None = None
@@ -243,6 +248,7 @@ class Engine:
         slack = 0 if width > kept_logits else BLOCK - 1
         return bool(limits) and resident > min(limits) + slack
 
+    @exclusive
     def state(self) -> EngineState:
         """What it takes to return to this moment."""
         observer = self.observer
@@ -261,6 +267,7 @@ class Engine:
             axes=self.axes,
         )
 
+    @exclusive
     def return_to(self, state: EngineState) -> None:
         """Make ``state``, of this engine or of a fork of it, the present; it can be returned to again."""
         self.planner = state.planner.fork()
@@ -295,6 +302,7 @@ class Engine:
         if self.replaying:
             return
         self._check_whole()
+        self.check_owner()
         if self.scorer is not None and not self._whole_model:
             raise StateError(f"{self.policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
         if self._step is not None:
@@ -306,6 +314,7 @@ class Engine:
             if self.recording and self.num_rows:
                 self.settle(force=False)
 
+    @exclusive
     def rollback(self) -> None:
         """Undo an unfinished forward, in every layer; without one, do nothing."""
         self.hidden, self._whole_model = None, False
@@ -351,7 +360,8 @@ class Engine:
         store = self.stores.get(layer.index)
         if store is None:
             _check_like(facts, k, v)
-            store = self.make_store(layer.index, k, v)
+            with self.lock:
+                store = self.stores.get(layer.index) or self.make_store(layer.index, k, v)
         if self.packer is not None:
             self.packer.observe(layer.index, q, step.new_lens, self.planner)
         top_k = self._selects and layer.index >= max(self._top_k_from)
@@ -429,6 +439,7 @@ class Engine:
             self._check_positions(position_ids, lens)
         self.open(lens, width)
 
+    @exclusive
     def open(self, lens: list[int], width: int) -> Step:
         """Plan a forward over ``width`` columns, of which the last ``lens[row]`` of each row are real tokens."""
         if self.packer is not None and (width == 1 or self.recording):
@@ -447,9 +458,11 @@ class Engine:
                 self.beyond = after is not None and max(old + new for old, new in zip(seen, lens)) > after
         seen = [self.planner.seen(row) if self.num_rows else 0 for row in range(len(lens))]
         self._step = self.planner.begin(lens, width, store_all, parts)
+        self._step_owner = threading.current_thread()
         self.sliding.begin(seen, lens, width)
         return self._step
 
+    @exclusive
     def close(self, ids: torch.Tensor | None = None) -> None:
         """The planned forward over ``ids`` is over and its tokens are seen; the caller scores them and lets go."""
         sliding = self.sliding.after_step(self.recording)
@@ -473,7 +486,8 @@ class Engine:
                     row = int((rows[:, :-1] & ~rows[:, 1:]).any(1).nonzero()[0])
                     raise PaddingError(f"row {row} has a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
         for row in range(batch if width == 1 and self.columns else 0):
-            if not self.planner.seen(row):
+            # A caller's own loop may begin a row late; `generate` would sample after pads.
+            if not self.planner.seen(row) and (lens[row] == 0 or self._foreign) and (mask is None or self._foreign):
                 raise PaddingError(f"row {row} has no real token: all of its {self.columns} columns are pads")
         return lens
 
@@ -487,12 +501,25 @@ class Engine:
         offsets = [at - (s + n - 1) if s + n else None for at, s, n in zip(last, seen, lens)]
         known = self._offsets if self._offsets is not None and self.columns else [None] * len(lens)
         self._offsets = [now if before is None else before for now, before in zip(offsets, known)]
+        if self.stored_keys == "pre_rope":
+            self._check_each_position(position_ids, lens, seen)
         for row, (now, before) in enumerate(zip(offsets, self._offsets)):
             if now != before:
                 raise CacheMismatchError(
                     f"row {row}: the model was told that these tokens end at position {last[row]}, "
                     f"but the stream has seen {seen[row]} and got {lens[row]}; "
                     "use stream.generate(), or an attention mask over everything seen"
+                )
+
+    def _check_each_position(self, position_ids: torch.Tensor, lens: list[int], seen: list[int]) -> None:
+        """Where keys are rotated when they are read, positions with gaps or in another order cannot be followed."""
+        told, width = position_ids.expand(len(lens), -1), position_ids.shape[1]
+        for row, count in enumerate(lens):
+            mine = told[row, width - count :]
+            if count > 1 and not torch.equal(mine, torch.arange(int(mine[-1]) - count + 1, int(mine[-1]) + 1)):
+                raise CacheMismatchError(
+                    f"row {row}: the model was told positions {mine[:3].tolist()}... to {int(mine[-1])} for {count} tokens from "
+                    f"number {seen[row]} on: {self.policy!r} counts tokens itself; leave position_ids out"
                 )
 
     def _record(self, ids: torch.Tensor | None) -> None:
@@ -510,6 +537,7 @@ class Engine:
         known = self._offsets or []
         return [offset or 0 for offset in known] if len(known) == batch else [0] * batch
 
+    @exclusive
     def _commit(self, scores: list[npt.NDArray[np.float32]] | None = None) -> None:
         """The forward is over: its tokens are seen, and the policy may let go."""
         sliding = self.sliding.after_step(self.recording)
@@ -539,6 +567,7 @@ class Engine:
 
     # ---------------------------------------------------------------------------------------------------------------- letting go
 
+    @exclusive
     def settle(self, force: bool, turn_ended: bool = False) -> None:
         """Let the policy let go. Without ``force`` a score-based rule waits until it is a whole block over budget."""
         before = self._residents()
@@ -591,6 +620,7 @@ class Engine:
                 )
             self._apply(self.planner.keep(index, row, pinning.with_pinned(kept, must, pinned, budget)))
 
+    @exclusive
     def pack(self, prompt_ended: bool) -> None:
         """Pack what has settled. A layer's plain blocks are given back before the next layer's are packed; after a prompt the
         system gets back what is free."""
@@ -603,6 +633,7 @@ class Engine:
             self._pack(due, [packer.choose(planner, self.stores, row, upto) for row, upto in due], prompt_ended)
         packer.reading = packer.reading and not prompt_ended
 
+    @exclusive
     def restore_packed(self, packed: list[int], reading: bool, saved: dict[str, torch.Tensor]) -> None:
         """Pack again what was packed when the stream was saved: the first ``packed[row]`` tokens of each row."""
         if self.packer is None:
@@ -664,6 +695,7 @@ class Engine:
                 for store in self.stores.values():
                     store.apply(moves)
 
+    @exclusive
     def free_unused(self) -> None:
         """Give memory that no block uses back to the allocator."""
         self._free()
@@ -677,6 +709,7 @@ class Engine:
         for store in self.stores.values():
             store.free_unused(in_use, packed)
 
+    @exclusive
     def end_turn(self) -> None:
         """Scores decay, the budget holds exactly, memory is given back."""
         self._check_whole()
@@ -716,6 +749,7 @@ class Engine:
                     "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
                 )
 
+    @exclusive
     def crop(self, count: int, *, to_read_again: bool = False) -> None:
         """Forget the newest ``count`` columns, and what was said after them."""
         self.idle()
@@ -744,6 +778,7 @@ class Engine:
         if self.packer is not None:
             self.packer.crop(self.planner, counts)
 
+    @exclusive
     def crop_rows(self, counts: list[int]) -> None:
         """Forget the newest ``counts[row]`` tokens of each row, which it did not say."""
         self.idle()
@@ -761,6 +796,7 @@ class Engine:
             self.scorer.forget_rows([row for row, count in enumerate(counts) if count])
         self.transcript.forget(counts)
 
+    @exclusive
     def stop_recording(self) -> None:
         """No candidates are verified any more: what had to stay because of them may go."""
         if self.recording:
@@ -769,6 +805,7 @@ class Engine:
             if self.num_rows and self._step is None:
                 self.settle(force=False)
 
+    @exclusive
     def select_rows(self, rows: list[int]) -> None:
         """Row ``i`` becomes what row ``rows[i]`` was."""
         if not self.num_rows:
@@ -790,6 +827,7 @@ class Engine:
             self._offsets = [self._offsets[row] for row in rows]
         self.evicted_at = [self.evicted_at[row] for row in rows] if self.evicted_at else []
 
+    @exclusive
     def restore(self, columns: int, rows: list[Any], told: TranscriptState | None = None) -> None:
         """Make places for what a row held; the caller then writes keys and values to :meth:`Planner.runs`.
 
@@ -804,6 +842,7 @@ class Engine:
         self.transcript.return_to(told)
         self.evicted_at = [seen for seen, _ in rows] if self._bounded else []
 
+    @exclusive
     def reset(self) -> None:
         """Forget everything and give all memory back."""
         self._step = None
@@ -830,15 +869,17 @@ class Engine:
         if self.scorer is not None:
             self.scorer.reset()
 
+    @exclusive
     def fork(self) -> Engine:
         """A second engine over the same blocks, which are copied when one of the two writes."""
         self.idle()
         child = Engine(self.policy, self.facts, self.backend, self.stored_keys, planner=self.planner.fork())
-        child.stores = self.stores
+        child.stores, child.lock = self.stores, self.lock
         child.return_to(self.state())
         child._read = list(self._read)
         return child
 
+    @exclusive
     def rewind(self, state: EngineState) -> None:
         """Go back to ``state``; what was held only since then is given back."""
         self.idle()
@@ -848,6 +889,7 @@ class Engine:
         self.return_to(state)
         self.free_unused()
 
+    @exclusive
     def release(self) -> None:
         """Give all memory back: the stream is closed. Forks and marks keep what they share."""
         self.rollback()
@@ -864,20 +906,34 @@ class Engine:
         """Of each row the pinned positions, as ranges that ascend and do not touch."""
         return pinning.pins(self)
 
+    @exclusive
     def pin(self, start: int, stop: int, rows: Rows = None) -> None:
         """As :meth:`kvsieve.Stream.pin`."""
         pinning.pin(self, start, stop, rows)
 
+    @exclusive
     def unpin(self, start: int, stop: int, rows: Rows = None) -> None:
         """As :meth:`kvsieve.Stream.unpin`."""
         pinning.unpin(self, start, stop, rows)
 
+    @exclusive
     def evict(self, start: int, stop: int, rows: Rows = None) -> None:
         """As :meth:`kvsieve.Stream.evict`."""
         pinning.evict(self, start, stop, rows)
 
+    def check_owner(self) -> None:
+        """Refuse another thread while a forward or a turn is under way.
+
+        Raises:
+            StateError: if the thread that began it lives.
+        """
+        owner = self._step_owner if self._step is not None else None if self.turn is None else self.turn.owner
+        if owner is not None and owner is not threading.current_thread() and owner.is_alive():
+            raise StateError(f"this stream is in use by thread {owner.name!r}; wait for it, or give each thread a stream.fork()")
+
     def idle(self) -> None:
         self._check_whole()
+        self.check_owner()
         if self._step is not None:
             self.rollback()
 

@@ -1,17 +1,15 @@
-"""What the process as a whole is asked for: that Ctrl-C waits, and that freed memory goes back to the system."""
+"""What the process as a whole is asked for: that Ctrl-C waits."""
 
 from __future__ import annotations
 
-import ctypes
 import signal
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-__all__ = ["defer_sigint", "trim_heap"]
+__all__ = ["defer_sigint"]
 
 
 @contextmanager
@@ -38,15 +36,3 @@ def defer_sigint() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
     if arrived:
         before(*arrived[-1])
-
-
-def trim_heap() -> None:
-    """Return to the system what was freed in the middle of the heap.
-
-    glibc keeps it: what is smaller than the largest tensor freed so far comes from the heap, of which only the end ever shrinks.
-    Other allocators need not be told.
-    """
-    if sys.platform == "linux":
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

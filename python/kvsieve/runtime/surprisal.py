@@ -66,6 +66,8 @@ class Scorer:
                 else:
                     known = None if first is None else float(first[row])
                     scores.append(true_scores(values[: max(count - 1, 0)], known, count))
+            if not logits.shape[1]:
+                logits = torch.stack([self._logits_of(row[-1:]) for row in hidden])
             tail = logits.detach() if keep_rows else logits[:, -1:].detach().clone()
             silent = [row for row, count in enumerate(lens) if count == 0]
             if silent:

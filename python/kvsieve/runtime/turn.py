@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -29,6 +30,7 @@ class Turn:
         hidden: columns of ``said`` before the first sampled token.
         delivered: tokens that a streamer was given.
         prompt_state: with copies, the engine's state before the last column of the prompt.
+        owner: the thread that began it.
         verified: with candidates, how many tokens the row held when the last ones were verified.
     """
 
@@ -44,6 +46,7 @@ class Turn:
     delivered: list[torch.Tensor] = field(default_factory=list)
     prompt_state: EngineState | None = None
     verified: int | None = None
+    owner: threading.Thread = field(default_factory=threading.current_thread)
     started: bool = False
 
     def __post_init__(self) -> None:

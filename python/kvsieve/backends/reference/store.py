@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import functools
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -26,10 +29,25 @@ if TYPE_CHECKING:
 __all__ = ["ReferenceStore"]
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _locked(method: F) -> F:
+    """Forks write to one store, each to blocks of its own, but all of them make it grow."""
+
+    @functools.wraps(method)
+    def wrapped(self: ReferenceStore, *args: Any, **kwargs: Any) -> Any:
+        with self._lock:
+            return method(self, *args, **kwargs)
+
+    return cast("F", wrapped)
+
+
 class ReferenceStore:
     """Blocks ``[block, Hkv, 64, D]`` of keys and values, in plain tensors."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._lock = threading.RLock()
         self._k = k.new_zeros(0, k.shape[1], BLOCK, k.shape[3])
         self._v = v.new_zeros(0, v.shape[1], BLOCK, v.shape[3])
         self._packing: Packing | None = None
@@ -104,6 +122,7 @@ class ReferenceStore:
         scores = of_prefill(self, q, k, step, call)
         return self.run(q, k, v, step, call), scores
 
+    @_locked
     def permute(self, source: Runs, keep: torch.Tensor, to: Runs) -> None:
         chosen = [pick(x, keep) for x in self.read(source)]
         packed = [block for block, _, _ in source if block >= PACKED]
@@ -125,6 +144,7 @@ class ReferenceStore:
                     f"got {new.shape[1]} heads of size {new.shape[3]} in {new.dtype} on {new.device}"
                 )
 
+    @_locked
     def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self._ensure(step.num_blocks)
         for move in step.copies():
@@ -145,6 +165,7 @@ class ReferenceStore:
         for blocks in (self._k, self._v):
             blocks[to, :, to_slot : to_slot + count] = blocks[source, :, source_slot : source_slot + count].clone()
 
+    @_locked
     def apply(self, moves: Moves) -> None:
         packed = [move for move in moves.tuples() if move[0] >= PACKED]
         for move in moves.tuples():
@@ -179,6 +200,7 @@ class ReferenceStore:
     def set_packing(self, packing: Packing) -> None:
         self._packing = packing
 
+    @_locked
     def pack(self, moves: Moves, channels: Channels | int) -> None:
         chosen = self._packed[channels].channels if isinstance(channels, int) else channels
         table = moves.tuples()
@@ -191,6 +213,7 @@ class ReferenceStore:
     def channels(self, block: int) -> Channels:
         return self._packed[block].channels
 
+    @_locked
     def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
         used = np.flatnonzero(in_use)
         keep = int(used[-1]) + 1 if used.size else 0
@@ -212,6 +235,7 @@ class ReferenceStore:
         # Codes read as float32, and stay that precise beside tokens of fewer bits.
         return torch.cat(keys, 1), torch.cat(values, 1)
 
+    @_locked
     def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
         at = 0
         for block, lo, hi in runs:

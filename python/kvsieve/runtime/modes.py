@@ -8,7 +8,6 @@ mode, and where it does arithmetic of its own without autocast. Where none of th
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, ParamSpec, TypeVar
@@ -17,7 +16,7 @@ import torch
 
 from kvsieve.errors import UnsupportedError
 
-__all__ = ["autocast_enabled", "own", "refuse_backward", "unrecorded", "without_modes"]
+__all__ = ["autocast_enabled", "refuse_backward", "unrecorded", "without_modes"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -42,16 +41,6 @@ def without_modes(device: str, call: Callable[P, T], *args: P.args, **kwargs: P.
         if autocast:
             modes.enter_context(torch.autocast(device, enabled=False))
         return call(*args, **kwargs)
-
-
-def own(call: Callable[P, T]) -> Callable[P, T]:
-    """A method that changes what is stored: it runs as by :func:`unrecorded`, whatever mode its caller is in."""
-
-    @functools.wraps(call)
-    def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-        return unrecorded(call, *args, **kwargs)
-
-    return wrapped
 
 
 def autocast_enabled(device: str) -> bool:

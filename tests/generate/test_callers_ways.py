@@ -1,0 +1,192 @@
+"""What callers pass, and when calls fail: pads of their own, late failures, answers that end like filler, columns and positions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvsieve
+import pytest
+import tiny
+import torch
+from drive import pad_left
+from kvsieve.errors import CacheMismatchError, UnsupportedError
+
+BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_processors_see_the_pads_that_were_passed(turns: int) -> None:
+    """Not token 0, which a row did not say: it would be punished for it."""
+    model, pad = tiny.model(), 5
+    rows = [tiny.ids(1, n, n)[0] for n in (12, 7)]
+    rows = [torch.where(row < 6, row + 6, row) for row in rows]
+    ids, mask = pad_left(rows)
+    ids[mask == 0] = pad
+    seen: list[list[list[int]]] = []
+
+    class Looks:
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            seen.append(input_ids.tolist())
+            return scores
+
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "pad_token_id": pad, "eos_token_id": None}
+    model.generate(ids, attention_mask=mask, logits_processor=[Looks()], **how)
+    stock, seen = seen, []
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        stream.generate(ids, mask, logits_processor=[Looks()], **how)
+        assert seen == stock
+        if turns == 2:
+            seen.clear()
+            more, marks = tiny.ids(2, 3, 1) + 6, torch.ones(2, 3, dtype=torch.long)
+            stream.generate(more.clamp(max=tiny.VOCAB - 1), marks, logits_processor=[Looks()], **how)
+            assert [row[0] for row in seen[0]] == [stream.ids[0][0], pad]
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        got = stream.generate(ids, mask, no_repeat_ngram_size=1, **how)
+    for row, text in enumerate(rows):
+        alone = model.generate(text[None], attention_mask=torch.ones(1, len(text), dtype=torch.long), no_repeat_ngram_size=1, **how)
+        assert got[row, ids.shape[1] :].tolist() == alone[0, len(text) :].tolist()
+
+
+@pytest.mark.parametrize("how", [{"num_beams": 2}, {"num_return_sequences": 2, "do_sample": True}], ids=["beams", "samples"])
+def test_a_failure_when_the_best_one_is_read_changes_nothing(how: dict[str, Any]) -> None:
+    model, prompt, others = tiny.model(), tiny.ids(1, 20), tiny.ids(1, 12, 3)
+    how = {"do_sample": False, "max_new_tokens": 4, **how}
+    forwards: list[int] = []
+
+    def fail_at(last: int) -> Any:
+        forwards.clear()
+
+        def hook(*_: Any) -> None:
+            forwards.append(0)
+            if len(forwards) == last:
+                raise MemoryError("no room")
+
+        return model.model.layers[1].register_forward_pre_hook(hook)
+
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        stream.generate(prompt, do_sample=False, max_new_tokens=3)
+        mark, before = stream.mark(), stream.ids[0].tolist()
+        handle = fail_at(-1)
+        stream.generate(others, **how)
+        handle.remove()
+        count = len(forwards)
+        stream.rewind(mark)
+        for last in (1, 2, count - 1, count):
+            handle = fail_at(last)
+            with pytest.raises(MemoryError):
+                stream.generate(others, **how)
+            handle.remove()
+            assert stream.ids[0].tolist() == before
+        got = stream.generate(others, do_sample=False, max_new_tokens=4)
+        stream.rewind(mark)
+        assert torch.equal(stream.generate(others, do_sample=False, max_new_tokens=4), got)
+
+
+def test_an_answer_that_ends_with_the_pad_token_is_kept_whole() -> None:
+    model, prompt = tiny.model(), tiny.ids(1, 40)
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "num_beams": 3, "eos_token_id": None}
+    mask = torch.ones_like(prompt)
+    last = int(model.generate(prompt, attention_mask=mask, pad_token_id=0, **how)[0, -1])
+    want = model.generate(prompt, attention_mask=mask, pad_token_id=last, **how)
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        got = stream.generate(prompt, mask, pad_token_id=last, **how)
+        assert torch.equal(got, want)
+        assert stream.ids[0].tolist() == want[0].tolist()
+
+
+@BACKEND
+@pytest.mark.parametrize("keep", [[0, 5], [14], [29], [28, 29], list(range(30)), [29, 28]], ids=str)
+def test_scores_do_not_depend_on_which_logits_are_asked_for(keep: list[int], backend: str) -> None:
+    model, text, more = tiny.model(), tiny.ids(1, 30), tiny.ids(1, 3, 8)
+    found = []
+    for wanted in (torch.tensor(keep), 0):
+        with kvsieve.stream(model, kvsieve.SirLLM(64), backend) as stream, torch.no_grad():
+            logits = model(text, past_key_values=stream.cache, logits_to_keep=wanted).logits
+            model(more, past_key_values=stream.cache)
+            found.append((logits, torch.tensor(stream.kept()[0].scores)))
+    (some, got), (every, want) = found
+    torch.testing.assert_close(some, every[:, keep], atol=1e-5, rtol=0)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
+
+
+@BACKEND
+@pytest.mark.parametrize(
+    "positions", [[*range(20), *range(40, 44)], [*range(12), *range(12)], list(range(23, -1, -1))], ids=["gap", "packed", "back"]
+)
+def test_positions_that_keys_before_rotation_cannot_follow_are_refused(positions: list[int], backend: str) -> None:
+    model, text, at = tiny.model(), tiny.ids(1, 24), torch.tensor([positions])
+    for policy in (kvsieve.SirLLM(64), kvsieve.LMInfinite(64)):
+        with kvsieve.stream(model, policy, backend) as stream, torch.no_grad():
+            with pytest.raises(CacheMismatchError, match="leave position_ids out"):
+                model(text, position_ids=at, past_key_values=stream.cache)
+            assert stream.seen == 0
+            want = model(text).logits
+            got = model(text, position_ids=torch.arange(24)[None], past_key_values=stream.cache).logits
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+@BACKEND
+def test_a_row_may_begin_late_in_a_loop_of_ones_own(backend: str) -> None:
+    """A left-padded batch, one column at a time."""
+    model = tiny.model()
+    rows = [tiny.ids(1, 9)[0], tiny.ids(1, 4, 2)[0]]
+    ids, mask = pad_left(rows)
+    at = (mask.cumsum(1) - 1).clamp(min=0)
+    with kvsieve.stream(model, kvsieve.StreamingLLM(64), backend) as stream, torch.no_grad():
+        for column in range(9):
+            logits = model(
+                ids[:, column : column + 1],
+                attention_mask=mask[:, : column + 1],
+                position_ids=at[:, column : column + 1],
+                past_key_values=stream.cache,
+            ).logits
+        for row, text in enumerate(rows):
+            torch.testing.assert_close(logits[row, -1], model(text[None]).logits[0, -1], atol=1e-4, rtol=0)
+
+
+def test_feed_takes_what_a_tokenizer_returns() -> None:
+    model, ids = tiny.model(), tiny.ids(1, 9)
+    answer = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        stream.feed(**answer)
+        stream.feed(answer)
+        stream.feed(ids, mm_token_type_ids=torch.zeros_like(ids))
+        assert stream.seen == 27
+        with pytest.raises(UnsupportedError, match="pixel_values"):
+            stream.feed(ids, pixel_values=torch.zeros(1))
+        with pytest.raises(UnsupportedError, match="mm_token_type_ids"):
+            stream.feed(ids, mm_token_type_ids=torch.ones_like(ids))
+        assert stream.seen == 27
+
+
+@BACKEND
+@pytest.mark.parametrize("policy", ["full", "codes"])
+def test_inference_mode_around_every_call(policy: str, backend: str) -> None:
+    """What is stored under it is written to outside of it, and the other way round."""
+    model = tiny.model()
+    made = kvsieve.Full() if policy == "full" else kvsieve.Full() | kvsieve.Quantized(8, group=16)
+
+    def turns(mode: bool) -> list[list[int]]:
+        found = []
+        with kvsieve.stream(model, made, backend) as stream:
+            for turn in range(3):
+                with torch.inference_mode(mode and turn < 2):
+                    stream.generate(tiny.ids(1, 30, turn), do_sample=False, max_new_tokens=5)
+                    mark = stream.mark()
+                    stream.generate(tiny.ids(1, 7, 9), do_sample=False, max_new_tokens=3, num_beams=2)
+                    stream.rewind(mark)
+                    stream.end_turn()
+                    with stream.fork() as fork:
+                        found.append(fork.generate(tiny.ids(1, 4, 8), do_sample=False, max_new_tokens=5)[0].tolist())
+        return found
+
+    assert turns(True) == turns(False)
+
+
+def test_another_setting_of_the_same_weights_is_another_model(tmp_path: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.Full()) as stream:
+        stream.feed(tiny.ids(1, 9))
+        stream.save(tmp_path / "s.safetensors")
+    with pytest.raises(CacheMismatchError, match="weights"):
+        kvsieve.load(tmp_path / "s.safetensors", tiny.model(rms_norm_eps=1e-3))
+    kvsieve.load(tmp_path / "s.safetensors", tiny.model()).close()
