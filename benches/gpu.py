@@ -324,7 +324,7 @@ def raw_error(b: Bench, held: Dense) -> float:
 def packed(b: Bench) -> dict[str, Any]:
     """Decode attention of one layer over packed tokens, against the same tokens as they came."""
     import torch
-    from kvsieve.methods.think import kept
+    from kvsieve.methods.think import num_kept_channels
     from kvsieve.policy.storage import Packing
 
     length = 300 if b.dry else 64 << 10
@@ -332,14 +332,14 @@ def packed(b: Bench) -> dict[str, Any]:
     whole = b.dim
     formats: dict[str, tuple[Packing, bool]] = {
         "plain": (Packing(whole), False),
-        "thin 0.5": (Packing(kept(whole, 0.5, "pairs")), False),
-        "thin 0.4": (Packing(kept(whole, 0.4, "pairs")), False),
+        "thin 0.5": (Packing(num_kept_channels(whole, 0.5, "pairs")), False),
+        "thin 0.4": (Packing(num_kept_channels(whole, 0.4, "pairs")), False),
         "8 bits": (Packing(whole, 8, 8, group), False),
         "4 bits": (Packing(whole, 4, 4, group), False),
         "2 bits": (Packing(whole, 2, 2, group), False),
-        "thin 0.5, 4 bits": (Packing(kept(whole, 0.5, "pairs"), 4, 4, group), False),
+        "thin 0.5, 4 bits": (Packing(num_kept_channels(whole, 0.5, "pairs"), 4, 4, group), False),
         "plain, raw": (Packing(whole), True),
-        "thin 0.5, raw": (Packing(kept(whole, 0.5, "pairs")), True),
+        "thin 0.5, raw": (Packing(num_kept_channels(whole, 0.5, "pairs")), True),
         "4 bits, raw": (Packing(whole, 4, 4, group), True),
     }
     rows: dict[str, Any] = {"length": length, "of": b.dim}

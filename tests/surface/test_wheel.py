@@ -138,7 +138,7 @@ def test_the_wheel_owns_one_package_only():
 @pytest.mark.skipif(not KERNELS, reason="the repository holds no cuda/*.cu* file yet")
 def test_cuda_sources_travel_in_the_wheel():
     for path in KERNELS:
-        installed = INSTALLED / "cuda" / path.relative_to(ROOT / "cuda")
+        installed = INSTALLED / "backends" / "cuda" / "kernels" / path.relative_to(ROOT / "cuda")
         assert installed.is_file(), f"{path.relative_to(ROOT)} is missing from the wheel"
         assert installed.read_bytes() == path.read_bytes()
 
