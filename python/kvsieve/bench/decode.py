@@ -113,7 +113,7 @@ def stock_cache(config: Any, length: int, dtype: torch.dtype, computed: torch.dt
 def fill(stream: kvsieve.Stream, positions: list[int], seen: int, dtype: torch.dtype, computed: torch.dtype | None = None) -> None:
     """Puts ``len(positions)`` tokens of :func:`past`, converted to ``computed``, into a stream as if it had seen ``seen``."""
     engine = stream._engine
-    engine.restore(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
+    engine.begin_at(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
     for index, (k, v) in enumerate(past(len(positions), dtype)):
         k, v = k.to(computed or dtype), v.to(computed or dtype)
         store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
