@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import kvsieve
-from kvsieve.bench import DTYPES, Options, Shape
 from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, steady
+from kvsieve.bench.options import DTYPES, Options, Shape
 from kvsieve.bench.report import Report
 from kvsieve.errors import AccuracyError
 from kvsieve.model.support import cache_name

@@ -16,8 +16,8 @@ engine holds a list of parts and calls each of them in turn; it knows none of th
     a session file  save, restore
     the end         reset: everything is forgotten; release: the stream is closed
 
-`commit`, `crop` and `select_rows` come in two halves, so that an error leaves everything as it was. The method itself works out what
-will change, and may raise. What it returns makes the change, once the planner has made its own, and cannot fail.
+`commit`, `crop` and `select_rows` come in two halves, so that an error leaves everything as it was. The method itself works out
+what will change, and may raise. What it returns makes the change, once the planner has made its own, and cannot fail.
 """
 
 from __future__ import annotations
