@@ -93,7 +93,7 @@ class HeadTrace:
     """What one key-value head of one row read last.
 
     Attributes:
-        read: int64 ``[n, 2]``, stretches ``lo..hi`` of token positions that the newest query read, ascending; pads do not count.
+        read: int64 ``[n, 2]``, ranges ``lo..hi`` of token positions that the newest query read, ascending; pads do not count.
         found: int64 ``[n, 2]``, what a search found, as it was found: the window may have moved on since.
         searched: representative keys that its last search scored; 0 where it was not needed.
         rounds: levels of that search's tree, or its stages.
