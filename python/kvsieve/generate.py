@@ -8,7 +8,8 @@ that apart from what is really read, decides which columns of a forward are real
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -295,7 +296,8 @@ def generate(
             "sequences; pass the whole conversation to model.generate with past_key_values=stream.cache instead"
         )
     if settings.copies > 1:
-        return _generate_copies(stream, new, unread, prompt, kwargs, settings)
+        with _all_or_nothing(stream._engine):
+            return _generate_copies(stream, new, unread, prompt, kwargs, settings)
     call = _Call(stream, stream._engine, new, unread, prompt, kwargs, settings)
     try:
         result = call.run(stream.cache, whole=bool(inputs))
@@ -442,6 +444,17 @@ class _Call:
         return [row[: len(row) if stop is None else stop] for row, stop in zip(said, turn.stops)]
 
 
+@contextmanager
+def _all_or_nothing(engine: Engine) -> Iterator[None]:
+    """An exception leaves the stream as it was."""
+    before = engine.state()
+    try:
+        yield
+    except BaseException:
+        engine.rewind(before)
+        raise
+
+
 def _generate_copies(
     stream: Stream,
     new: Sequence[torch.Tensor],
@@ -451,22 +464,6 @@ def _generate_copies(
     settings: Settings,
 ) -> Any:
     """Beams, or several sequences: they run on a fork that shares the prompt's reading; then the stream reads the best one."""
-    before = stream._engine.state()
-    try:
-        return _best_of_copies(stream, new, unread, prompt, kwargs, settings)
-    except BaseException:
-        stream._engine.rewind(before)
-        raise
-
-
-def _best_of_copies(
-    stream: Stream,
-    new: Sequence[torch.Tensor],
-    unread: Sequence[torch.Tensor],
-    prompt: torch.Tensor,
-    kwargs: dict[str, Any],
-    settings: Settings,
-) -> Any:
     with stream.fork() as child:
         call = _Call(child, child._engine, new, unread, prompt, kwargs, settings)
         result = call.run(child.cache)

@@ -17,6 +17,7 @@ from kvsieve.backends.cuda.ops.surprisal import surprisal
 from kvsieve.errors import BackendError, ShapeError
 from kvsieve.policy.storage import Channels, Packing
 from operations import ops
+from torch import library
 
 CPU = torch.device("cpu")
 
@@ -136,7 +137,7 @@ def test_torch_knows_the_operation(name: str) -> None:
     every = operations()
     torch.use_deterministic_algorithms(False)
     getattr(ops, name)
-    torch.library.opcheck(getattr(torch.ops.kvsieve, name).default, every[name], test_utils=("test_schema", "test_faketensor"))
+    library.opcheck(getattr(torch.ops.kvsieve, name).default, every[name], test_utils=("test_schema", "test_faketensor"))
     del every
 
 

@@ -154,6 +154,19 @@ def test_files_that_are_named_exist(page: Path) -> None:
     assert not [path for path in named if not (pages.ROOT / path).exists() and not path.startswith("cuda/")]
 
 
+@pytest.mark.parametrize("page", [page for page in pages.PAGES if page.name != "log.md"], ids=pages.name)
+def test_modules_that_are_named_exist(page: Path) -> None:
+    """A page may leave out the folders above: `model/hooks.py`. The log tells of files as they were."""
+    known = [
+        path.as_posix()
+        for folder in ("python", "tests", "benches", "scripts", "examples", "rust")
+        for path in (pages.ROOT / folder).rglob("*.*")
+    ]
+    named = {code for code in pages.inline_code(page) if re.fullmatch(r"[\w/]+\.(?:py|rs|cu|cuh)", code)}
+    named = {code.removeprefix("cuda/") for code in named}
+    assert not [code for code in named if not any(f"/{path}".endswith(f"/{code}") for path in known)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------- policies
 
 

@@ -15,7 +15,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from kvsieve.cli import main
-from kvsieve.evals import passkey, shopping, stream_nll
+from kvsieve.evals import models, passkey, shopping, stream_nll
 from kvsieve.evals.shopping_text import FILLERS, ITEMS
 from kvsieve.model.support import cache_name
 
@@ -299,3 +299,20 @@ def test_meter_of_a_dynamic_cache_counts_keys_and_values() -> None:
     cache = DynamicCache()
     cache.update(torch.zeros(1, 3, 5, 8), torch.zeros(1, 3, 5, 8), 0)
     assert stream_nll.dynamic_cache_meter(cache)() == stream_nll.Holding(5, 2 * 3 * 5 * 8 * 4)
+
+
+@pytest.mark.model
+def test_a_gguf_file_is_read_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its table of contents takes seconds, and transformers asks for it three times."""
+    gguf = pytest.importorskip("gguf")
+    made: list[Any] = []
+
+    class Counted(gguf.GGUFReader):  # type: ignore[misc, name-defined]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            made.append(args)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    models.load_smollm2()
+    assert len(made) == 1
+    assert gguf.GGUFReader is Counted

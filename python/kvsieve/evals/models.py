@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
 import io
 import math
@@ -146,7 +147,7 @@ def _load(folder: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:
 
     name = str(folder / kwargs.get("gguf_file", ""))
     try:
-        with quietly():
+        with quietly(), _parsed_once():
             config = AutoConfig.from_pretrained(folder, local_files_only=True, **kwargs)
             _check_causal(name, config)
             tokenizer = AutoTokenizer.from_pretrained(folder, config=config, local_files_only=True, **kwargs)
@@ -178,6 +179,22 @@ def _check_causal(name: str, config: Any) -> None:
     if not causal or (written and not any(kind.endswith(_WITH_HEAD) for kind in written)):
         what = f"{config.model_type} model" + (f" ({', '.join(written)})" if written else "")
         raise ModelUnreadableError(f"{name} holds a {what}, not a causal language model such as LlamaForCausalLM")
+
+
+@contextlib.contextmanager
+def _parsed_once() -> Iterator[None]:
+    """A GGUF file's table of contents is read once. Transformers asks for it three times: configuration, tokenizer, weights."""
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 @contextlib.contextmanager

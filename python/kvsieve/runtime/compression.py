@@ -14,6 +14,7 @@ import torch
 from kvsieve._core import PACKED
 from kvsieve.errors import StateError
 from kvsieve.policy.storage import Channels, LayerShape, StorageObservation
+from kvsieve.runtime.cropping import GO_BACK, SPARE
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner
@@ -22,9 +23,6 @@ if TYPE_CHECKING:
     from kvsieve.policy.storage import StorageRule
 
 __all__ = ["Packer", "make_packer", "shape_of"]
-
-SPARE = 64
-"""Queries kept beyond those that choose channels, so that some tokens can be forgotten."""
 
 Rings = dict[int, list[torch.Tensor]]
 
@@ -95,7 +93,6 @@ class Packer:
         Raises:
             StateError: if that is asked of a row.
         """
-        mark = "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
         for row, count in enumerate(counts):
             seen, at = planner.seen(row), self.packed_at[row] if self.packed_at else 0
             left = seen - count
@@ -104,13 +101,13 @@ class Packer:
             if left <= at:
                 raise StateError(
                     f"row {row}: cannot forget {count} tokens: some were packed when the row had seen {at}; "
-                    f"at most {max(seen - at - 1, 0)} can be forgotten; {mark}"
+                    f"at most {max(seen - at - 1, 0)} can be forgotten; {GO_BACK}"
                 )
             spare = min((rings[row].shape[1] for rings in self._rings.values()), default=0) - min(self.role.observe, left)
             if not at and self.role.observe and count > spare:
                 raise StateError(
                     f"row {row}: cannot forget {count} tokens: of the queries before them too few are kept to choose channels by; "
-                    f"at most {max(spare, 0)} can be forgotten; {mark}"
+                    f"at most {max(spare, 0)} can be forgotten; {GO_BACK}"
                 )
 
     def packed(self, row: int, planner: Planner) -> None:

@@ -30,6 +30,7 @@ from kvsieve.policy.position import Rebased
 from kvsieve.policy.specs import core_frame, make_planner
 from kvsieve.runtime import pinning
 from kvsieve.runtime.compression import make_packer
+from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.exclusive import exclusive
 from kvsieve.runtime.head_eviction import Observer, RowState
 from kvsieve.runtime.process import defer_sigint
@@ -487,7 +488,7 @@ class Engine:
                     raise PaddingError(f"row {row} has a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
         for row in range(batch if width == 1 and self.columns else 0):
             # A caller's own loop may begin a row late; `generate` would sample after pads.
-            if not self.planner.seen(row) and (lens[row] == 0 or self._foreign) and (mask is None or self._foreign):
+            if not self.planner.seen(row) and (mask is None or self._foreign):
                 raise PaddingError(f"row {row} has no real token: all of its {self.columns} columns are pads")
         return lens
 
@@ -745,8 +746,7 @@ class Engine:
                 most = max(seen - settled - again, 0)
                 raise CacheMismatchError(
                     f"row {row}: cannot forget {gone} tokens: {self.policy!r} evicted others when the row had seen {settled}, "
-                    f"which a text of {seen - gone} tokens would still hold; at most {most} can be forgotten; "
-                    "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
+                    f"which a text of {seen - gone} tokens would still hold; at most {most} can be forgotten; {GO_BACK}"
                 )
 
     @exclusive

@@ -25,15 +25,13 @@ from kvsieve.backends.attention_scores import attention_scores
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, StateError
 from kvsieve.policy.evict import PerHeadEviction
+from kvsieve.runtime.cropping import GO_BACK, SPARE
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner, Step
     from kvsieve.backends.base import AttendCall, Store
     from kvsieve.policy.compose import Policy
     from kvsieve.policy.specs import EvictionSpec
-
-SPARE = 64
-"""Queries kept beyond those that a rule looks at, so that some tokens can be forgotten."""
 
 __all__ = ["LayerState", "Observation", "Observer", "RowState", "choose"]
 
@@ -346,7 +344,6 @@ class Observer:
         Raises:
             StateError: if what a shorter text would have left behind is not known any more.
         """
-        mark = "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
         for row, (state, count) in enumerate(zip(self.rows, counts)):
             left = planner.seen(row) - count
             if not count or left <= 0:
@@ -354,19 +351,19 @@ class Observer:
             if left < state.since:
                 raise StateError(
                     f"row {row}: cannot forget {count} tokens: each head chose for itself among those before token {state.since}, "
-                    f"and what it evicted cannot come back; {mark}"
+                    f"and what it evicted cannot come back; {GO_BACK}"
                 )
             if self.rule.accumulates:
                 raise StateError(
                     f"row {row}: cannot forget {count} tokens: the attention that they gave to others is part of the sums that "
-                    f"{type(self.rule).__name__} keeps; {mark}"
+                    f"{type(self.rule).__name__} keeps; {GO_BACK}"
                 )
             for held in state.layers.values():
                 spare = sum(piece.shape[1] for piece in held.queries) - min(self.rule.observe, left)
                 if count > spare:
                     raise StateError(
                         f"row {row}: cannot forget {count} tokens: of the queries before them too few are kept to choose by; "
-                        f"at most {max(spare, 0)} can be forgotten; {mark}"
+                        f"at most {max(spare, 0)} can be forgotten; {GO_BACK}"
                     )
 
     def crop(self, planner: Planner, counts: Sequence[int]) -> None:

@@ -23,6 +23,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError
+from kvsieve.runtime.cropping import GO_BACK
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
@@ -188,7 +189,7 @@ class SlidingLayers:
                     raise CacheMismatchError(
                         f"row {row}: cannot forget {gone} tokens of {all_seen}: the model's sliding window of {size} tokens has "
                         f"moved on, and what a text of {left} tokens would still see is gone; at most {most} can be forgotten; "
-                        "take a mark before (stream.mark()) and go back to it (stream.rewind(mark))"
+                        f"{GO_BACK}"
                     )
 
     def cropped(self, counts: Sequence[int]) -> SlidingState:

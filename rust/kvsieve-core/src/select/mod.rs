@@ -1,7 +1,7 @@
 //! Which residents a block of queries reads when everything is kept: the searches of HiP and InfiniteHiP, without their keys.
 //!
 //! Residents are numbered in text order. A search is over the *region* between sinks and window, for one key-value head; what it must
-//! know about keys it asks of a [`Score`]. The Python specification (`kvsieve.backends.search`) has the algorithms and lists what was
+//! know about keys it asks of a [`Score`]. The Python specification (`kvsieve.backends.reference`) has the algorithms and lists what was
 //! decided; both choose the same blocks wherever their scores are equal.
 
 pub mod hip;

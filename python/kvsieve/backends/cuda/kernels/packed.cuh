@@ -1,4 +1,4 @@
-// Packed blocks: tokens with fewer key channels and fewer bits a number. backends/packing.py is their specification.
+// Packed blocks: tokens with fewer key channels and fewer bits a number. backends/reference/storage.py is their specification.
 //
 // A block of 64 tokens of one head holds, row-major, with `wide` = the kept channels rounded up to whole 16 bytes of T:
 //

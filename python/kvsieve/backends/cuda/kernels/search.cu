@@ -1,4 +1,4 @@
-// What query blocks read between sinks and window: the searches of HiP and InfiniteHiP (backends/search.py has the definitions).
+// What query blocks read between sinks and window: the searches of HiP and InfiniteHiP (backends/reference/ has the definitions).
 //
 //     score(t) = max over the query heads of a group, and the sampled queries i of a block with t <= first + i - window, of q . k[t]
 //     `hip`:    nodes = `most` equal stretches of a region's blocks; while one is longer than a block: halve all, keep the `most`

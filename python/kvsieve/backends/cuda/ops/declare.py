@@ -31,6 +31,7 @@ from operator import attrgetter
 from typing import Annotated, Any, NamedTuple, ParamSpec, Protocol, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 import torch
+from torch import library
 
 from kvsieve.backends.cuda.capabilities import CAPABILITIES
 from kvsieve.backends.cuda.ops.launch import is_aligned
@@ -200,7 +201,7 @@ def _flat(op: Any, layout: Layout) -> list[Any]:
 
 # ------------------------------------------------------------------------------------------------------------------ registration
 
-_library: Any = torch.library.Library("kvsieve", "DEF")  # type: ignore[no-untyped-call]
+_library: Any = library.Library("kvsieve", "DEF")  # type: ignore[no-untyped-call]
 
 
 def operation(declared: Callable[P, Declared[R_co]]) -> Callable[P, R_co]:
@@ -232,7 +233,7 @@ def operation(declared: Callable[P, Declared[R_co]]) -> Callable[P, R_co]:
     _library.define(_schema(name, arguments, returns))
     _library.impl(name, lambda *values: checked(rebuilt(values)), "CompositeExplicitAutograd")
     empty = (lambda *values: None) if returns is type(None) else (lambda *values: rebuilt(values).outputs())
-    torch.library.register_fake(f"kvsieve::{name}", empty, lib=_library)
+    library.register_fake(f"kvsieve::{name}", empty, lib=_library)
     dispatched = getattr(torch.ops.kvsieve, name).default
 
     @wraps(made, updated=())
