@@ -629,7 +629,7 @@ def whole_token(b: Bench) -> dict[str, Any]:
                 before = 0 if b.dry else torch.cuda.memory_allocated()
                 count = min(seen, budget) if bounded else seen
                 fill(b, stream, [*range(4), *range(seen - count + 4, seen)], seen)
-                if stream._engine.packer is not None:
+                if stream.policy.compression is not None:
                     pack_filled(b, stream)
                 row = rows[f"{name} {seen}"] = {"resident": stream.stats().resident, "bytes_reported": stream.stats().bytes_held}
                 if not b.dry:
@@ -692,25 +692,27 @@ def past(b: Bench, length: int, seed: int) -> tuple[Any, Any]:
 def fill(b: Bench, stream: Any, positions: list[int], seen: int) -> None:
     """Put tokens into a stream as if it had seen ``seen``."""
     engine = stream._engine
-    engine.restore(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
+    engine.begin_at(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
     for layer in engine.facts.layers:
         k, v = past(b, len(positions), layer.index)
-        store = engine.stores[layer.index] = engine.backend.make_store(k, v)
+        store = engine.make_store(layer.index, k, v)
         store.write(engine.planner.runs(0, 0), k[0], v[0])
 
 
 def pack_filled(b: Bench, stream: Any) -> None:
     """Pack what a filled stream holds, by random queries."""
     import torch
+    from kvsieve.runtime.compression import Compression
+    from kvsieve.runtime.part import Forward
 
     engine = stream._engine
+    compression = engine.parts.the(Compression)
+    width = max(compression.rule.observe, 2)
     for layer in engine.facts.layers:
-        shape = (1, b.heads, engine.packer.role.observe or 1, b.dim)
-        engine.stores[layer.index].set_packing(engine.packer.packing[layer.index])
-        engine.packer.observe(layer.index, torch.randn(shape, device=b.device).to(b.dtype), [shape[2]], engine.planner)
-    engine.packer.commit(reading=True)
-    engine.pack(prompt_ended=True)
-    engine.free_unused()
+        compression.observe(layer.index, torch.randn(1, b.heads, width, b.dim, device=b.device).to(b.dtype), [width])
+    compression.commit(Forward([width], width, [0]))()
+    compression.compress(prompt_ended=True)
+    engine.blocks.free_unused()
 
 
 # -------------------------------------------------------------------------------------------------------------- running and telling

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kvsieve.backends.base import AttendCall
+from kvsieve.runtime.part import Forward, LayerInput
 from kvsieve.runtime.sliding import SlidingLayers
 from rounds import interleaved, record
 from transformers.cache_utils import DynamicSlidingWindowLayer
@@ -28,16 +29,19 @@ class Pair:
         self.clear()
 
     def clear(self) -> None:
-        self.mine, self.theirs, self.seen = SlidingLayers({0: self.window}), DynamicSlidingWindowLayer(self.window), 0
+        none: Any = None
+        self.mine, self.theirs, self.seen = SlidingLayers({0: self.window}, none), DynamicSlidingWindowLayer(self.window), 0
 
     def make(self, width: int) -> list[torch.Tensor]:
         return [torch.randn(self.batch, width, h, DIM, dtype=self.dtype).transpose(1, 2) for h in (HEADS, KV_HEADS, KV_HEADS)]
 
     def kvsieve(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         width, rows = q.shape[2], self.batch
-        self.mine.begin([self.seen] * rows, [width] * rows, width)
-        out = self.mine.attend(0, q, k, v, self.call)
-        self.mine.commit(self.mine.after_step(False))
+        forward = Forward([width] * rows, width, [self.seen] * rows)
+        self.mine.begin(forward)
+        out = self.mine.attend(LayerInput(0, q, k, v, self.call, forward))
+        assert out is not None
+        self.mine.commit(forward)()
         self.seen += width
         return out
 

@@ -187,7 +187,7 @@ def packed_model(family: str, policy: str, device: torch.device) -> None:
             facts[backend] = [k.positions.tolist() for k in stream.kept()], packed
             assert min(packed) > 0
             held, engine = stream.stats(), stream._engine
-            assert held.bytes_held == sum(store.bytes_held for store in engine.stores.values()) + engine.sliding.bytes_held
+            assert held.bytes_held == sum(store.bytes_held for store in engine.stores.values()) + engine.bytes_of_parts
     assert facts["cuda"] == facts["reference"]
     for row in range(2):
         real = mask[row].bool()

@@ -12,6 +12,8 @@ from kvsieve.backends.base import AttendCall
 from kvsieve.backends.cpu.tensors import view
 from kvsieve.facts import LayerRope
 from kvsieve.policy.specs import make_planner
+from kvsieve.runtime.head_eviction import HeadEviction
+from kvsieve.runtime.sliding import SlidingLayers
 
 # ------------------------------------------------------------------------------------------------------------------- with a model
 
@@ -70,17 +72,19 @@ def snapshot(stream: kvsieve.Stream) -> dict[str, torch.Tensor]:
             for index, store in stream._engine.stores.items():
                 k, v = store.read(planner.runs(memory, row))
                 found[f"keys.{index}.{at}"], found[f"values.{index}.{at}"] = k.clone(), v.clone()
-    found.update({name: tensor.clone() for name, tensor in stream._engine.sliding.tensors().items()})
-    observer = stream._engine.observer
-    for row, state in enumerate(observer.rows if observer is not None else []):
+    parts = stream._engine.parts
+    sliding, heads = parts.find(SlidingLayers), parts.find(HeadEviction)
+    if sliding is not None:
+        found.update({f"sliding.{name}": tensor.clone() for name, tensor in sliding.save().tensors.items()})
+    for row, state in enumerate(heads.rows if heads is not None else []):
         found[f"since.{row}"] = torch.tensor(state.since)
         for index, layer in state.layers.items():
-            assert observer is not None
+            assert heads is not None
             found[f"chosen.{index}.{row}"] = layer.chosen.clone()
-            if layer.mass is not None:
-                found[f"mass.{index}.{row}"] = layer.mass.clone()
+            if layer.accumulated is not None:
+                found[f"accumulated.{index}.{row}"] = layer.accumulated.clone()
             if layer.queries:
-                found[f"queries.{index}.{row}"] = torch.cat(layer.queries, 1)[:, -observer.rule.observe :].clone()
+                found[f"queries.{index}.{row}"] = torch.cat(layer.queries, 1)[:, -heads.rule.observe :].clone()
     return found
 
 

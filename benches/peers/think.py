@@ -244,11 +244,9 @@ def kvsieve(name: str, model: Any, ids: Any, filled: bool) -> tuple[Token, Calla
     head = ids.shape[1] - TAIL - 1 if filled else 0
     if filled:
         engine = stream._engine
-        engine.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
+        engine.begin_at(head, [(head, [(list(range(head)), [float("nan")] * head)])])
         for index, k, v in random_layers(model, head):
-            store = engine.stores[index] = engine.backend.make_store(k, v)
-            if engine.packer is not None:
-                store.set_packing(engine.packer.packing[index])
+            store = engine.make_store(index, k, v)
             store.write(engine.planner.runs(0, 0), k[0], v[0])
     stream.feed(ids[:, head:-1])
     return greedy(model, stream.cache), lambda: stream.stats().bytes_held

@@ -19,8 +19,8 @@ from kvsieve.methods.registry import *  # noqa: F403
 from kvsieve.policy.compose import Memory
 
 if TYPE_CHECKING:
-    from kvsieve.session import load
-    from kvsieve.streams import Kept, Stats, Stream, stream
+    from kvsieve.stats import Kept, Stats
+    from kvsieve.streams import Stream, load, stream
 
 __all__ = [
     "Kept",
@@ -37,7 +37,7 @@ __all__ = [
 ]
 __all__ += registry.__all__
 
-_LAZY = {"load": "session", "Kept": "streams", "Stats": "streams", "Stream": "streams", "stream": "streams"}
+_LAZY = {"load": "streams", "Kept": "stats", "Stats": "stats", "Stream": "streams", "stream": "streams"}
 
 
 def __getattr__(name: str) -> Any:

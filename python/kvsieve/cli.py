@@ -343,6 +343,7 @@ def _view_trace(arguments: argparse.Namespace) -> int:
 
 def _bench(arguments: argparse.Namespace) -> int:
     from kvsieve.bench import Options
+    from kvsieve.bench.run import run
 
     options = Options.of(
         arguments.table,
@@ -355,7 +356,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         quick=arguments.quick,
     )
     _need_torch(None)
-    options.run()
+    run(options)
     return 0
 
 

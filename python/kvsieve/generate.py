@@ -8,81 +8,64 @@ that apart from what is really read, decides which columns of a forward are real
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 
 from kvsieve.errors import CacheMismatchError, PaddingError, ShapeError, StateError, UnsupportedError
 from kvsieve.model.generation import Settings, StreamerProxy, Watch, stopping_list
+from kvsieve.model.reread import without_last
 from kvsieve.model.support import cache_name
-from kvsieve.runtime.turn import Pieces, Turn
+from kvsieve.runtime.batch import Batch, positions_of
+from kvsieve.runtime.turn import Turn
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
+
     from transformers import PreTrainedModel
 
     from kvsieve.model.cache import StreamCache
     from kvsieve.runtime.engine import Engine
-    from kvsieve.streams import Stream
 
-__all__ = ["Batch", "accept", "feed", "generate", "read_again", "read_pieces", "unpack", "unread_of"]
+__all__ = ["Reader", "accept", "feed", "generate", "unpack", "unread_of"]
+
+
+@dataclass(frozen=True, eq=False)
+class Reader:
+    """A stream as its own calls use it.
+
+    Attributes:
+        chunk: most tokens of a prompt that are read at a time.
+        fork: opens a second stream that shares its past, closed when the block is left.
+    """
+
+    model: PreTrainedModel
+    cache: StreamCache
+    engine: Engine
+    chunk: int
+    fork: Callable[[], AbstractContextManager[Reader]]
 
 
 # ------------------------------------------------------------------------------------------------------------------------ input
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Tokens of several rows, pads first.
-
-    Attributes:
-        ids: int64 ``[B, n]``.
-        mask: int64 ``[B, n]``, 0 for pads.
-        counts: real tokens of each row.
-    """
-
-    ids: torch.Tensor
-    mask: torch.Tensor
-    counts: list[int]
-
-    @classmethod
-    def of(cls, rows: Sequence[torch.Tensor], pad: int = 0) -> Batch:
-        """Rows ``[n_i]`` side by side, padded on the left with ``pad``."""
-        width = max(len(row) for row in rows)
-        ids, mask = rows[0].new_full((len(rows), width), pad), rows[0].new_zeros(len(rows), width)
-        for at, row in enumerate(rows):
-            ids[at, width - len(row) :], mask[at, width - len(row) :] = row, 1
-        return cls(ids, mask, [len(row) for row in rows])
-
-    @property
-    def width(self) -> int:
-        """Columns."""
-        return self.ids.shape[1]
-
-    def positions(self, totals: Sequence[int], offsets: Sequence[int]) -> torch.Tensor:
-        """The position of each column, int64 ``[B, n]``, of rows that hold ``totals`` tokens when these are read."""
-        last = torch.tensor(totals, device=self.ids.device)[:, None]
-        at = last - self.width + torch.arange(self.width, device=self.ids.device)
-        return at.clamp(min=0) + torch.tensor(offsets, device=self.ids.device)[:, None]
-
-
-def accept(stream: Stream, ids: Any, mask: Any, name: str = "input_ids") -> list[torch.Tensor]:
+def accept(stream: Reader, ids: Any, mask: Any, name: str = "input_ids") -> list[torch.Tensor]:
     """The new tokens of each row, without pads.
 
     Raises:
         ShapeError, PaddingError, CacheMismatchError: for input that cannot be a batch of new tokens; nothing has changed then.
     """
-    engine = stream._check_open()
+    engine = stream.engine
     engine.check_owner()
     if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
         got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
         raise ShapeError(f"{name} must be an integer tensor of shape [batch, tokens], got {got}")
     if ids.shape[0] == 0 or ids.shape[1] == 0:
         raise ShapeError(f"the prompt is empty: {name} have shape {tuple(ids.shape)}")
-    if engine.axes:
+    if engine.positions.several_axes:
         raise UnsupportedError(
             "this conversation holds an image whose positions have three axes, and only the model knows where its text goes on; "
             "pass the whole conversation to model.generate with this stream's cache"
@@ -105,13 +88,13 @@ def accept(stream: Stream, ids: Any, mask: Any, name: str = "input_ids") -> list
     return [row[keep] for row, keep in zip(ids, real)]
 
 
-def unread_of(stream: Stream, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> list[torch.Tensor]:
+def unread_of(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> list[torch.Tensor]:
     """What each row said and the model has not read.
 
     Raises:
         StateError: if a caller's `model.generate` went before, and its newest tokens were not passed.
     """
-    transcript = stream._engine.transcript
+    transcript = stream.engine.transcript
     _take_back_last(stream)
     if unread is not None:
         if not isinstance(unread, torch.Tensor) or unread.dim() != 2 or unread.dtype not in (torch.int64, torch.int32):
@@ -131,123 +114,28 @@ def unread_of(stream: Stream, new: Sequence[torch.Tensor], unread: torch.Tensor 
     return [row.unread.to(mine.device) for row, mine in zip(transcript.rows, new)] or [row[:0] for row in new]
 
 
-def _take_back_last(stream: Stream) -> None:
+def _take_back_last(stream: Reader) -> None:
     """Where a crop took the logits away that the next token's score needs, each row's last token is said, and read again."""
-    transcript, foreign = stream._engine.transcript, stream._engine.transcript.foreign
-    last = _without_last(stream.cache)
+    transcript, foreign = stream.engine.transcript, stream.engine.transcript.foreign
+    last = without_last(stream.engine)
     if last:
         transcript.say([torch.cat([token, row.unread.to(token.device)]) for token, row in zip(last, transcript.rows)])
         transcript.foreign = foreign
 
 
-def _without_last(cache: StreamCache) -> list[torch.Tensor]:
-    """Forget each row's last token, if the logits that follow it are not known, and return them, int64 ``[1]`` each."""
-    engine = cache.engine
-    transcript, planner = engine.transcript, engine.planner
-    if engine.scorer is None or engine.scorer.tail is not None or not transcript.rows:
-        return []
-    if min(transcript.seen()) < 1 or min(transcript.tokens_in_last(1)) < 1:
-        return []
-    try:
-        engine.check_crop(1, to_read_again=True)
-    except (CacheMismatchError, StateError):
-        return []
-    rows = transcript.rows
-    known = [planner.scores(0, row)[-1] if planner.resident(0, row) else np.nan for row in range(planner.num_rows)]
-    engine.crop(1, to_read_again=True)
-    engine.scorer.first = np.array(known, np.float32)
-    transcript.rows = tuple(replace(now, unread=row.unread) for now, row in zip(transcript.rows, rows))
-    return [row.ids.last() for row in rows]
-
-
-def read_again(model: PreTrainedModel, cache: StreamCache) -> None:
-    """Before a caller's own forward: as :func:`_take_back_last`, but the tokens are read at once."""
-    engine = cache.engine
-    before = engine.state() if engine.scorer is not None and engine.scorer.tail is None and engine.columns else None
-    last = _without_last(cache)
-    if before is None or not last:
-        return
-    batch = Batch.of(last)
-    engine.turn = Turn(1, batch.counts, 1)
-    try:
-        with torch.no_grad():
-            model(
-                input_ids=batch.ids,
-                position_ids=batch.positions(_totals(engine, batch), engine.offsets(len(last))),
-                use_cache=True,
-                **{cache_name(model): cache},
-            )
-    except BaseException:
-        engine.return_to(before)
-        raise
-    finally:
-        engine.turn = None
-
-
-# ----------------------------------------------------------------------------------------------------------------------- pieces
-
-
-def read_pieces(model: PreTrainedModel, cache: StreamCache, kwargs: dict[str, Any], pieces: Pieces) -> dict[str, Any]:
-    """Read all pieces but the last, and return the arguments for that one, which is left to the forward under way."""
-    engine = cache.engine
-    turn, seen = engine.turn, engine.columns
-    before = engine.state() if pieces.verifying else None
-    at = None if turn is None else turn.place
-    parts = [_piece(kwargs, lo, hi, seen, own=turn is not None) for lo, hi in pieces.bounds]
-    if not pieces.verifying and "logits_to_keep" in kwargs:
-        parts[-1]["logits_to_keep"] = kwargs["logits_to_keep"]
-    engine.begin_pieces(pieces.verifying)
-    try:
-        for part in parts[:-1]:
-            if pieces.copies > 1:
-                part = {name: _every(value, pieces.copies) for name, value in part.items()}
-            engine.piece_read(model(**part))
-    except BaseException:
-        engine.end_pieces()
-        if before is not None:
-            engine.return_to(before)
-            if turn is not None and at is not None:
-                turn.place = at
-        raise
-    finally:
-        engine.inner = False
-    if pieces.copies > 1 and engine.num_rows:
-        assert turn is not None
-        turn.prompt_state = engine.state()
-        cache.batch_repeat_interleave(pieces.copies)
-    return parts[-1]
-
-
-def _piece(kwargs: dict[str, Any], lo: int, hi: int, seen: int, *, own: bool) -> dict[str, Any]:
-    """The arguments of a forward over columns ``lo .. hi`` of the input only."""
-    part = {**kwargs, "input_ids": kwargs["input_ids"][:, lo:hi]}
-    if "logits_to_keep" in kwargs:
-        part["logits_to_keep"] = 1
-    if isinstance(mask := kwargs.get("attention_mask"), torch.Tensor):
-        # Of the stream's own turns the engine knows the pads: only the new columns' are passed on.
-        part["attention_mask"] = mask[:, seen + lo : seen + hi] if own else mask[:, : seen + hi]
-    if isinstance(positions := kwargs.get("position_ids"), torch.Tensor):
-        part["position_ids"] = positions[..., lo:hi]
-    return part
-
-
-def _every(value: Any, copies: int) -> Any:
-    return value[::copies] if isinstance(value, torch.Tensor) and value.dim() >= 2 else value
-
-
 # ----------------------------------------------------------------------------------------------------------------------- reading
 
 
-def feed(stream: Stream, rows: Sequence[torch.Tensor], chunk: int) -> None:
+def feed(stream: Reader, rows: Sequence[torch.Tensor], chunk: int) -> None:
     """Read ``rows`` (what was unread among them). A forward that fails leaves what was read before it."""
-    engine, batch = stream._engine, Batch.of(rows)
+    engine, batch = stream.engine, Batch.of(rows)
     transcript = engine.transcript
     before, extra = transcript.state(), transcript.extra
-    positions = batch.positions(_totals(engine, batch), engine.offsets(len(rows)))
+    positions = positions_of(engine, batch)
     padded = min(batch.counts) < batch.width
     named = cache_name(stream.model)
     extra_arguments = {"logits_to_keep": 1} if stream.model._supports_logits_to_keep() else {}
-    engine.turn = turn = Turn(batch.width, batch.counts, chunk)
+    transcript.turn = turn = Turn(batch.width, batch.counts, chunk)
     try:
         with torch.no_grad():
             for lo in range(0, batch.width, chunk):
@@ -261,23 +149,18 @@ def feed(stream: Stream, rows: Sequence[torch.Tensor], chunk: int) -> None:
                     **extra_arguments,
                 )
     finally:
-        engine.turn = None
+        transcript.turn = None
         if turn.started:
-            transcript.settle(extra)
+            transcript.pad_left(extra)
         else:
             transcript.return_to(before)
-
-
-def _totals(engine: Engine, batch: Batch) -> list[int]:
-    seen = engine.transcript.seen() or [0] * len(batch.counts)
-    return [old + new for old, new in zip(seen, batch.counts)]
 
 
 # -------------------------------------------------------------------------------------------------------------------- generating
 
 
 def generate(
-    stream: Stream, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor], prompt: torch.Tensor, kwargs: dict[str, Any]
+    stream: Reader, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor], prompt: torch.Tensor, kwargs: dict[str, Any]
 ) -> Any:
     """One call of ``model.generate`` after which the stream holds what was said.
 
@@ -290,15 +173,15 @@ def generate(
     inputs = _model_inputs(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in _TOKEN_TYPES or name in inputs}
     settings = Settings(stream.model, {name: value for name, value in kwargs.items() if name not in inputs})
-    if inputs and (stream._engine.transcript.rows or settings.copies > 1):
+    if inputs and (stream.engine.transcript.rows or settings.copies > 1):
         raise UnsupportedError(
             f"{', '.join(inputs)}: stream.generate takes inputs beside ids in the first turn, and without beams or several "
             "sequences; pass the whole conversation to model.generate with past_key_values=stream.cache instead"
         )
     if settings.copies > 1:
-        with _all_or_nothing(stream._engine):
+        with _all_or_nothing(stream.engine):
             return _generate_copies(stream, new, unread, prompt, kwargs, settings)
-    call = _Call(stream, stream._engine, new, unread, prompt, kwargs, settings)
+    call = _Call(stream, new, unread, prompt, kwargs, settings)
     try:
         result = call.run(stream.cache, whole=bool(inputs))
     except BaseException:
@@ -335,17 +218,16 @@ class _Call:
 
     def __init__(
         self,
-        stream: Stream,
-        engine: Engine,
+        stream: Reader,
         new: Sequence[torch.Tensor],
         unread: Sequence[torch.Tensor],
         prompt: torch.Tensor,
         kwargs: dict[str, Any],
         settings: Settings,
     ) -> None:
-        self.stream, self.engine, self.settings, self.kwargs = stream, engine, settings, dict(kwargs)
+        self.stream, self.engine, self.settings, self.kwargs = stream, stream.engine, settings, dict(kwargs)
         self.prompt = prompt
-        transcript = engine.transcript
+        transcript = self.engine.transcript
         self._before, self._extra, self._start = transcript.state(), transcript.extra, transcript.seen() or [0] * len(new)
         self._pad = _pad_of(new, prompt, settings)
         self.batch = Batch.of([torch.cat([old, row]) for old, row in zip(unread, new)], self._pad)
@@ -357,7 +239,7 @@ class _Call:
             )
         given = self._whole(new, unread) if looks_back or settings.copies > 1 else self.batch
         self.given, self.width = given, given.width
-        self.turn = Turn(self.batch.width, self.batch.counts, stream._chunk(), settings.copies, hidden=given.width)
+        self.turn = Turn(self.batch.width, self.batch.counts, stream.chunk, settings.copies, hidden=given.width)
 
     def _whole(self, new: Sequence[torch.Tensor], unread: Sequence[torch.Tensor]) -> Batch:
         """The whole conversations, for whoever looks back."""
@@ -379,9 +261,9 @@ class _Call:
         if whole:
             self.turn.chunk = batch.width
         else:
-            kwargs["position_ids"] = self.given.positions(_totals(engine, batch), engine.offsets(len(batch.counts)))
+            kwargs["position_ids"] = positions_of(engine, batch, self.given)
         engine.transcript.columns = self.given.width - batch.width
-        engine.turn = self.turn
+        engine.transcript.turn = self.turn
         return self.stream.model.generate(
             input_ids=self.given.ids,
             attention_mask=self.given.mask,
@@ -404,25 +286,25 @@ class _Call:
     def finish(self, said: Sequence[torch.Tensor]) -> None:
         """The turn is over: the rows have said ``said``, of which some was read."""
         engine, transcript = self.engine, self.engine.transcript
-        engine.turn = None
-        engine.stop_recording()
+        transcript.turn = None
+        engine.stop_verifying()
         read = [seen - start - count for seen, start, count in zip(transcript.seen(), self._start, self.batch.counts)]
         surplus = [max(mine - len(row), 0) for mine, row in zip(read, said)]
         if any(surplus):
             engine.crop_rows(surplus)
-        transcript.settle(self._extra)
+        transcript.pad_left(self._extra)
         if self.turn.started and not self.turn.left:
             transcript.say([row[max(mine, 0) :] for mine, row in zip(read, said)])
 
     def interrupted(self) -> None:
         """An exception ended the call: what was read and said until then stays; if nothing was read, nothing has changed."""
         engine, turn = self.engine, self.turn
-        engine.turn = None
+        engine.transcript.turn = None
         engine.rollback()
-        engine.end_pieces()
+        engine.candidates.end()
         if not turn.started:
             engine.transcript.return_to(self._before)
-            engine.stop_recording()
+            engine.stop_verifying()
             return
         self.finish(self._said_so_far())
 
@@ -456,7 +338,7 @@ def _all_or_nothing(engine: Engine) -> Iterator[None]:
 
 
 def _generate_copies(
-    stream: Stream,
+    stream: Reader,
     new: Sequence[torch.Tensor],
     unread: Sequence[torch.Tensor],
     prompt: torch.Tensor,
@@ -465,18 +347,18 @@ def _generate_copies(
 ) -> Any:
     """Beams, or several sequences: they run on a fork that shares the prompt's reading; then the stream reads the best one."""
     with stream.fork() as child:
-        call = _Call(child, child._engine, new, unread, prompt, kwargs, settings)
+        call = _Call(child, new, unread, prompt, kwargs, settings)
         result = call.run(child.cache)
         state = call.turn.prompt_state
         sequences = _sequences(result)
         each = sequences.shape[0] // len(new)
         answers = sequences[::each, call.width :]
         said = [row[: _length(row, settings, stop)] for row, stop in zip(answers, call.turn.stops[::each])]
-        engine, transcript = stream._engine, stream._engine.transcript
+        engine, transcript = stream.engine, stream.engine.transcript
         extra = transcript.extra
         if state is not None:
             engine.return_to(state)
-            transcript.settle(extra)
+            transcript.pad_left(extra)
     seen = transcript.seen() or [0] * len(new)
     rows = []
     for at, (old, row, answer) in enumerate(zip(unread, new, said)):
@@ -484,7 +366,7 @@ def _generate_copies(
         rows.append(whole[seen[at] - call._start[at] :])
     if transcript.rows:
         transcript.say([row[:0] for row in rows])
-    feed(stream, rows, stream._chunk())
+    feed(stream, rows, stream.chunk)
     heads = prompt.repeat_interleave(each, 0)
     return _with_sequences(result, torch.cat([heads, sequences[:, call.width :].to(prompt.device)], 1))
 

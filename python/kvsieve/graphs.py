@@ -18,6 +18,11 @@ from kvsieve.backends.cuda.graphs import CapturedForward
 from kvsieve.backends.cuda.store import CudaStore
 from kvsieve.errors import StateError, UnsupportedError
 from kvsieve.model.support import cache_name
+from kvsieve.runtime.compression import Compression
+from kvsieve.runtime.head_eviction import HeadEviction
+from kvsieve.runtime.selection import Selection
+from kvsieve.runtime.sliding import SlidingLayers
+from kvsieve.runtime.surprisal import SurprisalScores
 
 if TYPE_CHECKING:
     from kvsieve._core import Step
@@ -48,15 +53,16 @@ class GraphDecoder:
         engine = stream._check_open()
         if not isinstance(engine.backend, CudaBackend):
             raise UnsupportedError(f"a graph needs backend 'cuda', this stream runs on {engine.backend.name!r}")
-        if engine._selects:
+        if engine.reads_top_k:
             raise UnsupportedError("a memory read by top-k is chosen on the host's side of each layer; decode it without a graph")
-        if engine.search is not None:
+        if engine.parts.find(Selection) is not None:
             raise UnsupportedError("when a search is due is decided on the host's side of each layer; decode it without a graph")
-        if engine.observer is not None:
+        if engine.parts.find(HeadEviction) is not None:
             raise UnsupportedError("a rule per head looks at each layer's queries on the host's side; decode it without a graph")
-        if engine.sliding:
+        if engine.parts.find(SlidingLayers) is not None:
             raise UnsupportedError("this model has sliding layers, whose buffers grow and shrink; decode it without a graph")
-        if engine.scorer is not None and engine.scorer._published:
+        self._scores = engine.parts.find(SurprisalScores)
+        if self._scores is not None and self._scores.published:
             raise UnsupportedError("the published score needs each token's own logits; decode it without a graph")
         if not engine.num_rows or not engine.stores:
             raise StateError("read a prompt first: stream.feed(ids), then decode")
@@ -78,7 +84,7 @@ class GraphDecoder:
     def step(self, ids: torch.Tensor) -> torch.Tensor:
         """Logits ``[B, V]`` after the tokens ``ids`` (int64 ``[B, 1]``); overwritten by the next step."""
         engine = self.stream._check_open()
-        if engine.recording or engine.num_rows != self._ids.shape[0]:
+        if engine.candidates.verifying or engine.num_rows != self._ids.shape[0]:
             raise StateError(f"the stream verifies candidates, or no longer holds {self._ids.shape[0]} rows")
         self.finish()
         engine.expect(self._ids)
@@ -86,20 +92,21 @@ class GraphDecoder:
         self._ids.copy_(ids)
         self._positions.copy_(self._upload([engine.planner.seen(row) for row in range(engine.num_rows)])[:, None])
         self._score()
-        plan = engine.open([1] * engine.num_rows, 1)
+        forward = engine.open([1] * engine.num_rows, 1)
         try:
             self._check_packed()
-            self._run(plan)
+            assert forward.step is not None
+            self._run(forward.step)
         except BaseException:
             engine.rollback()
             self._unread = None
             raise
         assert self._logits is not None
         engine.close(self._ids)
-        if engine.scorer is not None:
-            engine.scorer.tail = self._logits.clone()
+        if self._scores is not None:
+            self._scores.tail = self._logits.clone()
         else:
-            engine.settle(force=False)
+            engine.evict(force=False)
         return self._logits[:, -1]
 
     @torch.no_grad()
@@ -126,20 +133,21 @@ class GraphDecoder:
         values = scores.nan_to_num(nan=0.0).numpy()
         for row in range(len(values)):
             self._engine.planner.set_scores(row, values[row : row + 1].copy())
-        self._engine.settle(force=False)
+        self._engine.evict(force=False)
 
     # ------------------------------------------------------------------------------------------------------------------ internals
 
     def _check_packed(self) -> None:
         """A replay hands no queries to the host, so what they choose must have been chosen."""
-        packer, planner = self._engine.packer, self._engine.planner
-        if packer is None or not packer.role.observe:
+        compression, planner = self._engine.parts.find(Compression), self._engine.planner
+        if compression is None or not compression.rule.observe:
             return
         for row in range(planner.num_rows):
             if not planner.num_packed(row):
                 raise UnsupportedError(
                     f"row {row} has not chosen its channels yet, and a graph does not show the queries that choose them; read a "
-                    f"prompt of at least {packer.role.observe} tokens and more than {packer.role.recent}, or decode it without one"
+                    f"prompt of at least {compression.rule.observe} tokens and more than {compression.rule.recent}, or decode it "
+                    "without one"
                 )
 
     def _run(self, step: Step) -> None:
@@ -164,7 +172,7 @@ class GraphDecoder:
 
     def _score(self) -> None:
         """Start reading back how surprising the new tokens are, under the logits of the last step."""
-        scorer = self._engine.scorer
+        scorer = self._scores
         if scorer is None:
             return
         if scorer.tail is None:

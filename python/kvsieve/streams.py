@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
-from kvsieve import backends
+from kvsieve import backends, session
 from kvsieve import generate as turns
+from kvsieve import trace as tracing
 from kvsieve.errors import (
     PolicyError,
     ShapeError,
@@ -23,7 +22,9 @@ from kvsieve.errors import (
     UnsupportedModelError,
 )
 from kvsieve.policy.compose import Policy
-from kvsieve.runtime import pinning
+from kvsieve.runtime import by_position
+from kvsieve.runtime.compression import Compression
+from kvsieve.stats import Kept, LayerStats, LayerTrace, Parts, Stats
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -31,127 +32,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvsieve.facts import ModelFacts
-    from kvsieve.model import Attachment
     from kvsieve.model.cache import StreamCache
-    from kvsieve.runtime.engine import Engine, EngineState
+    from kvsieve.model.hooks import Attachment
+    from kvsieve.runtime.engine import Engine
+    from kvsieve.runtime.part import State
 
-__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Mark", "Parts", "Stats", "Stream", "stream"]
+__all__ = ["Mark", "Stream", "load", "stream"]
 
 MAX_CHUNK = 512
 """Most prompt tokens fed at a time."""
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """One full-attention layer: its index, resident tokens of the fullest row, and bytes of keys and values held."""
-
-    index: int
-    resident: int
-    bytes_held: int
-
-
-@dataclass(frozen=True)
-class Parts:
-    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
-
-    Attributes:
-        keys, values: packed tokens; of a policy that packs nothing, all tokens.
-        scales: steps and least values of codes.
-        channels: which channels of keys were kept.
-        tail: keys and values that are not packed yet.
-        bounds: what a selection by page bounds knows of blocks.
-    """
-
-    keys: int
-    values: int
-    scales: int
-    channels: int
-    tail: int
-    bounds: int = 0
-
-
-@dataclass(frozen=True)
-class Stats:
-    """What a stream has seen and holds.
-
-    Attributes:
-        seen: tokens of the row that saw most (pads not counted).
-        resident: tokens of the row that holds most.
-        bytes_held: bytes of keys and values the allocator holds, for all rows and layers; forks share blocks with their parent.
-        bytes_full: bytes a full cache of the same rows would hold.
-        ratio: ``bytes_held / bytes_full``; 0 before the first token.
-        packed: packed tokens of the row that has most.
-        parts: the bytes by what they hold.
-        backend: name of the backend.
-        policy: the policy, as text.
-        stored_keys: how keys are stored, ``"post_rope"`` (as the model rotated them) or ``"pre_rope"``.
-        layers: one entry per full-attention layer.
-    """
-
-    seen: int
-    resident: int
-    bytes_held: int
-    bytes_full: int
-    ratio: float
-    packed: int
-    parts: Parts
-    backend: str
-    policy: str
-    stored_keys: str
-    layers: tuple[LayerStats, ...]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class Kept:
-    """The resident tokens of one row, in text order.
-
-    Attributes:
-        positions: int64 ``[n]``, numbers of the tokens in their sequence (pads not counted).
-        scores: float32 ``[n]``; nan where the policy has no score.
-    """
-
-    positions: npt.NDArray[np.int64]
-    scores: npt.NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class HeadTrace:
-    """What one key-value head of one row read last.
-
-    Attributes:
-        read: int64 ``[n, 2]``, stretches ``lo..hi`` of token positions that the newest query read, ascending; pads do not count.
-        found: int64 ``[n, 2]``, what a search found, as it was found: the window may have moved on since.
-        searched: representative keys that its last search scored; 0 where it was not needed.
-        rounds: levels of that search's tree, or its stages.
-    """
-
-    read: npt.NDArray[np.int64]
-    found: npt.NDArray[np.int64]
-    searched: int
-    rounds: int
-
-
-@dataclass(frozen=True)
-class LayerTrace:
-    """What one full-attention layer read last.
-
-    Attributes:
-        index: the layer's index in the model.
-        dense: whether it read everything.
-        searched: keys scored in the last forward, over all rows, queries and key-value heads.
-        read: keys attended to, likewise; of a dense layer, by the newest query of each row.
-        rows: for each row its key-value heads.
-    """
-
-    index: int
-    dense: bool
-    searched: int
-    read: int
-    rows: tuple[tuple[HeadTrace, ...], ...]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -159,12 +48,12 @@ class Mark:
     """A moment of one stream; see :meth:`Stream.mark`."""
 
     stream: weakref.ref[Stream] = field(repr=False)
-    state: EngineState = field(repr=False)
+    state: State = field(repr=False)
 
     @property
     def seen(self) -> int:
         """Tokens of the row that had seen most."""
-        return max((len(row.ids) for row in self.state.transcript.rows), default=0)
+        return self.state.seen
 
     def __repr__(self) -> str:
         return f"Mark(seen={self.seen})"
@@ -192,14 +81,39 @@ def stream(model: PreTrainedModel, policy: Policy, backend: str | None = None) -
     return Stream(model, policy, backend)
 
 
+def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None = None, *, tokenizer: Any = None) -> Stream:
+    """Open the stream saved at ``path`` on ``model``; it goes on where it was.
+
+    Args:
+        path: a file written by :meth:`Stream.save`.
+        model: the same model; its layers, heads, dtype, weights and positions are compared with the file's.
+        backend: as for :func:`kvsieve.stream`.
+        tokenizer: compared with the one that was given to :meth:`Stream.save`, if both were.
+
+    Raises:
+        CacheMismatchError: if the file was written for another model, for other weights, or with another tokenizer.
+        KvsieveError: if the file is not a kvsieve stream.
+    """
+    with session.opened(path) as saved:
+        found = Stream(model, saved.policy, backend)
+        try:
+            saved.check(found._engine, found.model, tokenizer)
+            saved.restore(found._engine)
+        except BaseException:
+            found.close()
+            raise
+    return found
+
+
 class Stream:
     """A model with a memory. Open one with :func:`stream`; use it as a context manager, or :meth:`close` it."""
 
     def __init__(
         self, model: PreTrainedModel, policy: Policy, backend: str | None = None, *, _parent: Stream | None = None
     ) -> None:
-        from kvsieve.model import attach, look_through
         from kvsieve.model.cache import StreamCache
+        from kvsieve.model.hooks import attach
+        from kvsieve.model.support import look_through
         from kvsieve.runtime.engine import Engine
 
         if not isinstance(policy, Policy):
@@ -250,19 +164,17 @@ class Stream:
     @property
     def seen(self) -> int:
         """Tokens of the row that saw most."""
-        planner = self._engine.planner
-        return max((planner.seen(row) for row in range(planner.num_rows)), default=0)
+        return max(self._engine.blocks.seen, default=0)
 
     def stats(self) -> Stats:
         """What this stream has seen and holds."""
         engine = self._engine
-        planner, facts, resident = engine.planner, engine.facts, engine.resident
-        seen = [planner.seen(row) for row in range(planner.num_rows)]
+        planner, facts, resident, seen = engine.planner, engine.facts, engine.blocks.resident, engine.blocks.seen
         layers = tuple(
             LayerStats(layer.index, resident, engine.stores[layer.index].bytes_held if layer.index in engine.stores else 0)
             for layer in facts.layers
         )
-        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.sliding.bytes_held
+        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.bytes_of_parts
         return Stats(
             seen=max(seen, default=0),
             resident=resident,
@@ -291,18 +203,9 @@ class Stream:
         Raises:
             StateError: for a layer or head that the stream does not have, or a head without its layer.
         """
-        planner, observer = self._engine.planner, self._engine.observer
-        _check_head(self._engine, layer, head)
-        if observer is not None:
-            return [Kept(*observer.kept(planner, row, layer, head)) for row in range(planner.num_rows)]
-        rows = []
-        for row in range(planner.num_rows):
-            memories = range(len(self.policy.memories))
-            positions = np.concatenate([planner.positions(m, row) for m in memories])
-            scores = np.concatenate([planner.scores(m, row) for m in memories])
-            order = np.argsort(positions, kind="stable")
-            rows.append(Kept(positions[order], scores[order]))
-        return rows
+        engine = self._engine
+        _check_head(engine, layer, head)
+        return [Kept(*engine.parts.eviction.kept(row, layer, head)) for row in range(engine.num_rows)]
 
     def trace(self) -> tuple[LayerTrace, ...]:
         """What each layer and key-value head read at the last step, under a policy that searches (HiP, InfiniteHiP).
@@ -310,9 +213,7 @@ class Stream:
         Raises:
             StateError: for a policy that reads all it holds, or before the first token.
         """
-        from kvsieve.trace import trace
-
-        return trace(self._check_open())
+        return tracing.trace(self._check_open())
 
     # ---------------------------------------------------------------------------------------------------------------- feeding
 
@@ -348,13 +249,13 @@ class Stream:
         input_ids, rest = turns.unpack(
             input_ids, others if attention_mask is None else {**others, "attention_mask": attention_mask}
         )
-        new = turns.accept(self, input_ids, rest.pop("attention_mask", None))
+        new = turns.accept(self._reader(), input_ids, rest.pop("attention_mask", None))
         turns.refuse_others(rest)
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ShapeError(f"chunk must be at least 1, got {chunk}")
-        before = turns.unread_of(self, new, unread)
+        before = turns.unread_of(self._reader(), new, unread)
         with self._pinning(pin, new, before):
-            turns.feed(self, [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
+            turns.feed(self._reader(), [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
 
     def generate(
         self,
@@ -398,10 +299,10 @@ class Stream:
         for name in ("past_key_values", "cache"):
             if name in kwargs:
                 raise StateError(f"stream.generate uses the stream's own cache; pass {name} to model.generate instead")
-        new = turns.accept(self, input_ids, mask)
-        before = turns.unread_of(self, new, unread)
+        new = turns.accept(self._reader(), input_ids, mask)
+        before = turns.unread_of(self._reader(), new, unread)
         with torch.no_grad(), self._pinning(pin, new, before):
-            result = turns.generate(self, new, before, torch.as_tensor(input_ids), kwargs)
+            result = turns.generate(self._reader(), new, before, torch.as_tensor(input_ids), kwargs)
         if end_turn:
             self.end_turn()
         return result
@@ -442,7 +343,7 @@ class Stream:
             StateError: if some of the tokens are evicted already.
             RangeError: for a range or a row that is none. After each of these, nothing has changed.
         """
-        self._check_open().pin(start, stop, rows)
+        by_position.pin(self._check_open(), start, stop, rows)
 
     def unpin(self, start: int, stop: int, rows: int | Sequence[int] | None = None) -> None:
         """The tokens ``start`` to ``stop - 1`` may be evicted again, as the policy says; those that were not pinned are left alone.
@@ -450,7 +351,7 @@ class Stream:
         Raises:
             RangeError: for a range or a row that is none.
         """
-        self._check_open().unpin(start, stop, rows)
+        by_position.unpin(self._check_open(), start, stop, rows)
 
     def evict(self, start: int, stop: int, rows: int | Sequence[int] | None = None) -> None:
         """Remove a message from the memory: the tokens ``start`` to ``stop - 1`` are evicted now, pinned or not.
@@ -474,12 +375,12 @@ class Stream:
             UnsupportedError: under a selection by page bounds, and for tokens that the model's own sliding layers still see. After
                 each of these, nothing has changed.
         """
-        self._check_open().evict(start, stop, rows)
+        by_position.evict(self._check_open(), start, stop, rows)
 
     @property
     def pins(self) -> list[list[tuple[int, int]]]:
         """Of each row the pinned tokens, as ranges ``(start, stop)`` that ascend and do not touch; empty before the first token."""
-        return self._check_open().pins()
+        return self._check_open().pinning.pins()
 
     def fork(self) -> Stream:
         """A second stream that shares this one's past. Blocks are shared until one of the two writes; neither changes the other."""
@@ -522,19 +423,24 @@ class Stream:
             path: the file to write; one that exists is replaced once the new one is complete.
             tokenizer: if given, its fingerprint is written, and compared when the file is loaded with a tokenizer.
         """
-        from kvsieve.session import save
-
-        self._check_open()
-        save(self, path, tokenizer)
+        session.save(self._check_open(), self.model, path, tokenizer)
 
     # --------------------------------------------------------------------------------------------------------------- internals
+
+    def _reader(self) -> turns.Reader:
+        return turns.Reader(self.model, self._cache, self._check_open(), self._chunk(), self._forked)
+
+    @contextlib.contextmanager
+    def _forked(self) -> Iterator[turns.Reader]:
+        with self.fork() as child:
+            yield child._reader()
 
     def _pinning(
         self, pin: bool, new: Sequence[torch.Tensor], before: Sequence[torch.Tensor]
     ) -> contextlib.AbstractContextManager[None]:
         if not pin:
             return contextlib.nullcontext()
-        return pinning.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
+        return by_position.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
 
     def _chunk(self) -> int:
         """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""
@@ -548,7 +454,7 @@ class Stream:
 def _parts(engine: Engine) -> Parts:
     held = [store.held() for store in engine.stores.values()]
     keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
-    if engine.packer is None:
+    if engine.parts.find(Compression) is None:
         return Parts(keys, values, 0, 0, 0, sum(h.bounds for h in held))
     keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
     return Parts(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)

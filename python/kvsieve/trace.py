@@ -1,4 +1,4 @@
-"""What a searching policy read at the last step, in positions of the text."""
+"""What a policy that selects read at the last forward, in positions of the text."""
 
 from __future__ import annotations
 
@@ -8,29 +8,31 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsieve.errors import StateError
-from kvsieve.streams import HeadTrace, LayerTrace
+from kvsieve.runtime.selection import Selection
+from kvsieve.stats import HeadTrace, LayerTrace
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import HeadChoice
     from kvsieve.policy.select import SparseSelection
     from kvsieve.runtime.engine import Engine
 
-__all__ = ["stretches", "trace"]
+__all__ = ["ranges", "trace"]
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 
 def trace(engine: Engine) -> tuple[LayerTrace, ...]:
     """See :meth:`kvsieve.Stream.trace`."""
-    if engine.search is None:
+    selection = engine.parts.find(Selection)
+    if selection is None:
         raise StateError(f"{engine.policy!r} reads all that it holds; a trace shows what a search left out, as of kvsieve.HiP")
     if not engine.num_rows:
         raise StateError("the stream has read nothing yet")
-    rows = [engine.read_positions(row) for row in range(engine.num_rows)]
+    rows = [selection.read_positions(row) for row in range(engine.num_rows)]
     found = []
     for layer in engine.facts.layers:
-        search = engine.searches.get(layer.index) if engine.searching else None
-        rule = engine.search.for_layer(layer.index, engine.beyond)
+        search = selection.searches.get(layer.index) if selection.searching else None
+        rule = selection.rule_of(layer.index)
         if search is None or rule is None:
             everything = tuple(_everything(positions, layer.num_kv_heads) for positions in rows)
             read = layer.num_kv_heads * sum(len(positions) for positions in rows)
@@ -45,7 +47,7 @@ def trace(engine: Engine) -> tuple[LayerTrace, ...]:
 
 
 def _everything(positions: Ints, heads: int) -> tuple[HeadTrace, ...]:
-    return (HeadTrace(stretches(positions), np.empty((0, 2), np.int64), 0, 0),) * heads
+    return (HeadTrace(ranges(positions), np.empty((0, 2), np.int64), 0, 0),) * heads
 
 
 def _head(positions: Ints, choice: HeadChoice, rule: SparseSelection) -> HeadTrace:
@@ -57,11 +59,11 @@ def _head(positions: Ints, choice: HeadChoice, rule: SparseSelection) -> HeadTra
     read = chosen.copy()
     read[: min(rule.sinks, start)] = True
     read[start:] = True
-    return HeadTrace(stretches(positions[read]), stretches(positions[chosen]), choice.reads, choice.rounds)
+    return HeadTrace(ranges(positions[read]), ranges(positions[chosen]), choice.reads, choice.rounds)
 
 
-def stretches(positions: Ints) -> Ints:
-    """Ascending numbers as stretches ``[n, 2]`` of neighbours."""
+def ranges(positions: Ints) -> Ints:
+    """Ascending numbers as ranges ``[n, 2]`` of neighbours."""
     breaks = np.flatnonzero(np.diff(positions) != 1) + 1
     if not len(positions):
         return np.empty((0, 2), np.int64)

@@ -118,7 +118,7 @@ def test_ctrl_c_waits_until_all_layers_have_changed(name: str, monkeypatch: pyte
             patch.setattr(first, method, rung)
             with pytest.raises(KeyboardInterrupt):
                 forwards(model, stream.cache, ids[:, 30:], [1])
-        assert stream._engine.broken is None
+        assert stream._engine.blocks.broken is None
         # The forward was over, or had not begun, when the change was made.
         while twin.seen < stream.seen:
             forward(model, twin.cache, ids[:, twin.seen : twin.seen + 1])

@@ -12,6 +12,7 @@ import torch
 from drive import forward, forwards, greedy, pad_left, same_memory, snapshot
 from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError, StateError, UnsupportedError
+from kvsieve.runtime.head_eviction import HeadEviction
 from naive_heads import NaiveHeads
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -309,7 +310,7 @@ def test_after_filler_every_head_keeps_its_best(backend: str) -> None:
         forwards(model, stream.cache, tiny.ids(1, 100), [30, 1])
         before = {(x, h): stream.kept(x, h)[0] for x in range(3) for h in range(2)}
         keys = {x: stream._engine.stores[x].read(stream._engine.planner.runs(0, 0))[0] for x in range(3)}
-        since = stream._engine.observer.rows[0].since  # type: ignore[union-attr]
+        since = stream._engine.parts.the(HeadEviction).rows[0].since
         left = since - 4
         stream._engine.crop_rows([100 - left])
         count = min(int((kept.positions < left).sum()) for kept in before.values())

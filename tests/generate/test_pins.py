@@ -16,7 +16,7 @@ from kvsieve.facts import LayerRope
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.evict import EvictionRule, Residents
 from kvsieve.policy.position import Original
-from kvsieve.runtime import pinning
+from kvsieve.runtime import by_position, pinning
 from transformers import DynamicCache
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -413,12 +413,12 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](BUDGET), "cpu") as stream:
         engine = stream._engine
         stream.pin(5, 7)
-        with pinning.coming(engine, [12, 6], [0, 0]):
+        with by_position.coming(engine, [12, 6], [0, 0]):
             stream.feed(*pad_left([tiny.ids(1, 12)[0], tiny.ids(1, 6)[0]]))
         assert stream.pins == [[(0, 12)], [(0, 7)]]
 
         def interrupted() -> None:
-            with pinning.coming(engine, [9, 9], [0, 0]):
+            with by_position.coming(engine, [9, 9], [0, 0]):
                 stream.feed(tiny.ids(2, 4))
                 raise KeyError
 
@@ -427,7 +427,7 @@ def test_a_text_is_pinned_as_it_comes(policy: str) -> None:
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         before = snapshot(stream)
         if policy in tiny.BOUNDED:
-            with pytest.raises(BudgetError), pinning.coming(engine, [2, 40], [0, 0]):
+            with pytest.raises(BudgetError), by_position.coming(engine, [2, 40], [0, 0]):
                 pytest.fail("refused before anything is read")
         assert stream.pins == [[(0, 16)], [(0, 10)]]
         assert all(torch.equal(now, before[name]) for name, now in snapshot(stream).items())

@@ -13,6 +13,7 @@ import torch
 from drive import forward, forwards, greedy, pad_left, same_memory
 from kvsieve.errors import PolicyError
 from kvsieve.methods.parser import parse
+from kvsieve.runtime.compression import Compression
 from tiny import BACKENDS
 
 Make = Callable[..., Any]
@@ -45,7 +46,7 @@ def token_bytes(stream: kvsieve.Stream) -> tuple[float, int]:
     engine = stream._engine
     packed = 0.0
     for layer in engine.facts.layers:
-        bits = engine.packer.packing[layer.index].bits_per_token(layer.value_dim, layer.dtype)
+        bits = engine.parts.the(Compression).packing[layer.index].bits_per_token(layer.value_dim, layer.dtype)
         packed += layer.num_kv_heads * sum(bits) / 8
     return packed, engine.facts.bytes_per_token
 

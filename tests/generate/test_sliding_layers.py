@@ -327,7 +327,7 @@ def test_bytes_are_those_of_the_window(family: str) -> None:
         stream.generate(tiny.ids(1, 5), **HOW)
         sliding = sum(kind == "sliding_attention" for kind in stream._engine.facts.layer_types)
         a_token = 2 * 2 * 16 * 4
-        held = stream._engine.sliding.bytes_held
+        held = stream._engine.bytes_of_parts
         assert 23 * sliding * a_token <= held <= 24 * sliding * a_token
         assert stream.stats().bytes_held == held + sum(store.bytes_held for store in stream._engine.stores.values())
         stream.reset()

@@ -11,6 +11,7 @@ import torch
 from drive import forward, forwards, pad_left, same_memory
 from kvsieve.errors import KvsieveError
 from kvsieve.methods import SYSTEMS as PUBLISHED
+from kvsieve.runtime.selection import Selection
 from systems import PROMPT, SYSTEMS
 from tiny import BACKENDS
 
@@ -58,8 +59,9 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
     with opened(name, backend) as stream:
         read(stream)
         engine = stream._engine
-        assert ("evicts" in SYSTEMS[name].doing) == (engine.resident < stream.seen)
-        assert ("selects" in SYSTEMS[name].doing) == (engine.searching or engine._selects)
+        assert ("evicts" in SYSTEMS[name].doing) == (engine.blocks.resident < stream.seen)
+        selection = engine.parts.find(Selection)
+        assert ("selects" in SYSTEMS[name].doing) == (engine.reads_top_k or (selection is not None and selection.searching))
         assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
 
 

@@ -19,7 +19,7 @@ PAGES = README_FILE.parent / "docs" / "policies"
 README = README_FILE.read_text(encoding="utf-8")
 MODULES = [
     *(system.make.__module__ for system in SYSTEMS),
-    *(f"kvsieve.{name}" for name in ("bench", "evals.packing_nll", "view.trace")),
+    *(f"kvsieve.{name}" for name in ("bench.options", "evals.packing_nll", "view.trace")),
 ]
 
 

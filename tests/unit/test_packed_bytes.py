@@ -15,6 +15,7 @@ import kvsieve
 import pytest
 import torch
 from kvsieve.methods.parser import parse
+from kvsieve.runtime.compression import Compression
 
 FULL = 8000 * 30 * 2 * 3 * 64 * 4
 """Bytes of keys and values: tokens, layers, keys and values, heads, channels, float32."""
@@ -40,14 +41,12 @@ model = transformers.LlamaForCausalLM._from_config(config, dtype=torch.float32).
 ids = torch.randint(0, 128, (1, TAIL))
 with kvsieve.stream(model, kvsieve.methods.parse(sys.argv[1])) as stream:
     engine, head = stream._engine, TOKENS - TAIL
-    engine.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
+    engine.begin_at(head, [(head, [(list(range(head)), [float("nan")] * head)])])
     before = resident()
     rss = lambda: None if before is None else resident() - before
     for index in range(30):
         k, v = torch.randn(3, head, 64), torch.randn(3, head, 64)
-        store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
-        if engine.packer is not None:
-            store.set_packing(engine.packer.packing[index])
+        store = engine.make_store(index, k[None], v[None])
         store.write(engine.planner.runs(0, 0), k, v)
     del k, v
     stream.feed(ids)
@@ -111,7 +110,7 @@ def after_a_prompt(model: Any, policy: str, tokens: int) -> Iterator[kvsieve.Str
     """A stream that has read so many tokens. All but the last are put into its store: computing them is not what is tested."""
     with kvsieve.stream(model, parse(policy), "cpu") as stream:
         engine, head = stream._engine, tokens - 40
-        engine.restore(head, [(head, [(list(range(head)), [float("nan")] * head)])])
+        engine.begin_at(head, [(head, [(list(range(head)), [float("nan")] * head)])])
         (layer,) = engine.facts.layers
         k, v = torch.randn(2, layer.num_kv_heads, head, layer.key_dim, dtype=layer.dtype)
         store = engine.make_store(layer.index, k[None], v[None])
@@ -156,7 +155,7 @@ def test_nothing_is_held_beside_unfilled_blocks(policy: str, heads: int, dim: in
     for tokens in lengths(heads)[::3]:
         with after_a_prompt(model, policy, tokens) as stream, torch.no_grad():
             engine = stream._engine
-            (packing,) = engine.packer.packing.values()
+            (packing,) = engine.parts.the(Compression).packing.values()
             token = engine.facts.bytes_per_token
             packed = heads * sum(packing.bits_per_token(dim, dtype)) / 8
             for at in range(1, 98):

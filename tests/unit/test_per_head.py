@@ -25,7 +25,9 @@ from kvsieve.policy.position import InCache, Original
 from kvsieve.policy.select import Dense, TopKTokens
 from kvsieve.policy.specs import EvictionSpec, MemorySpec, PositionSpec
 from kvsieve.policy.storage import Plain
-from kvsieve.runtime.head_eviction import LayerState, Observation, Observer, RowState, choose
+from kvsieve.runtime.head_eviction import HeadEviction
+from kvsieve.runtime.observation import LayerState, Observation, RowState, choose
+from kvsieve.runtime.part import Setting
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 ONE = AttendCall(scale=1.0)
@@ -245,7 +247,7 @@ class TestRefused:
     def test_a_byte_budget_is_checked_when_the_stream_opens(self) -> None:
         token = 3 * 2 * 2 * 16 * 4
         with kvsieve.stream(tiny.model(), kvsieve.SnapKV(f"{5 * 64 * token}B"), "reference") as stream:
-            assert stream._engine.observer.budget == 192
+            assert stream._engine.parts.the(HeadEviction).budget == 192
         with pytest.raises(BudgetError, match="200 observed"):
             kvsieve.stream(tiny.model(), kvsieve.SnapKV(f"{5 * 64 * token}B", observe=200), "reference")
         with pytest.raises(BudgetError, match="recent"):
@@ -262,13 +264,15 @@ class TestRefused:
             Memory(evict=policy.evict, position=kvsieve.policy.FixedDistance(3))
         with pytest.raises(PolicyError, match="goes with Dense"):
             retain | Memory(select=TopKTokens(3))
-        for chain in (lambda: policy >> kvsieve.SirLLM(64), lambda: kvsieve.StreamingLLM(64) >> policy):
+        for build in (lambda: policy >> kvsieve.SirLLM(64), lambda: kvsieve.StreamingLLM(64) >> policy):
             with pytest.raises(PolicyError, match="cannot be part of a chain"):
-                chain()
+                build()
         whole = retain | Memory(position=Original(), select=Dense(), storage=Plain())
         assert (whole.stored_keys, whole.moves) == ("post_rope", False)
+        none: Any = None
+        chain = Setting(kvsieve.policy.Chain((Memory(evict=Window(9)), whole)), none, none, "post_rope", none)
         with pytest.raises(PolicyError, match="chain"):
-            Observer.of(kvsieve.policy.Chain((Memory(evict=Window(9)), whole)), 1)
+            HeadEviction.of(chain)
 
     def test_keep_has_no_one_answer(self) -> None:
         none: Any = None
@@ -456,10 +460,9 @@ def test_what_is_kept_holds_no_graph(backend: str) -> None:
     with kvsieve.stream(model, Memory(evict=rule), backend) as stream, torch.enable_grad():
         for width in (30, 1, 5):
             model(tiny.ids(1, width), past_key_values=stream.cache)
-            assert stream._engine.observer is not None
-            for state in stream._engine.observer.rows[0].layers.values():
-                assert state.mass is not None
-                assert not any(x.requires_grad for x in (state.mass, *state.queries))
+            for state in stream._engine.parts.the(HeadEviction).rows[0].layers.values():
+                assert state.accumulated is not None
+                assert not any(x.requires_grad for x in (state.accumulated, *state.queries))
 
 
 def test_states_are_never_changed() -> None:
@@ -467,10 +470,9 @@ def test_states_are_never_changed() -> None:
     model = tiny.model()
     with kvsieve.stream(model, kvsieve.H2O(20, recent=4), "cpu") as stream:
         forward(model, stream.cache, tiny.ids(1, 30))
-        observer = stream._engine.observer
-        assert observer is not None
-        rows = list(observer.rows)
-        copies = [{x: (s.chosen.clone(), s.mass.clone()) for x, s in row.layers.items()} for row in rows]  # type: ignore[union-attr]
+        heads = stream._engine.parts.the(HeadEviction)
+        rows = list(heads.rows)
+        copies = [{x: (s.chosen.clone(), s.accumulated.clone()) for x, s in row.layers.items()} for row in rows]  # type: ignore[union-attr]
         for at in range(80):
             forward(model, stream.cache, tiny.ids(1, 1, at))
         stream.end_turn()
@@ -478,8 +480,8 @@ def test_states_are_never_changed() -> None:
         for row, copied in zip(rows, copies):
             for layer, state in row.layers.items():
                 assert torch.equal(state.chosen, copied[layer][0])
-                assert state.mass is not None
-                assert torch.equal(state.mass, copied[layer][1])
-        assert isinstance(observer.rows[0], RowState)
-        assert isinstance(observer.rows[0].layers[0], LayerState)
-        assert observer.rows[0] is not rows[0]
+                assert state.accumulated is not None
+                assert torch.equal(state.accumulated, copied[layer][1])
+        assert isinstance(heads.rows[0], RowState)
+        assert isinstance(heads.rows[0].layers[0], LayerState)
+        assert heads.rows[0] is not rows[0]

@@ -9,7 +9,9 @@ import pytest
 import torch
 from kvsieve.backends.base import AttendCall
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError
-from kvsieve.runtime.sliding import QUERIES, SlidingLayers
+from kvsieve.runtime.part import Crop, Forward, LayerInput, Saved
+from kvsieve.runtime.sliding import SlidingLayers
+from kvsieve.runtime.sliding_attention import QUERIES
 
 HEADS, KV_HEADS, DIM, VALUE_DIM = 4, 2, 8, 6
 CALLS = {
@@ -18,6 +20,17 @@ CALLS = {
     "sinks": AttendCall(0.3, sink_logits=torch.tensor([-1.0, 0.5, 2.0, 8.0])),
     "both": AttendCall(0.3, softcap=2.0, sink_logits=torch.tensor([-1.0, 0.5, 2.0, 8.0])),
 }
+
+
+def made(windows: dict[int, int]) -> SlidingLayers:
+    none: Any = None
+    return SlidingLayers(windows, none)
+
+
+def begun(layers: SlidingLayers, seen: list[int], lens: list[int], width: int, verifying: bool = False) -> Forward:
+    forward = Forward(lens, width, seen, verifying)
+    layers.begin(forward)
+    return forward
 
 
 class Naive:
@@ -58,7 +71,7 @@ class Both:
     """Layers under test and their twin, driven alike."""
 
     def __init__(self, size: int, call: AttendCall, seed: int = 0) -> None:
-        self.layers, self.naive, self.call = SlidingLayers({3: size}), Naive(size, call), call
+        self.layers, self.naive, self.call = made({3: size}), Naive(size, call), call
         self.made = torch.Generator().manual_seed(seed)
 
     @property
@@ -69,30 +82,32 @@ class Both:
         shapes = ((HEADS, DIM), (KV_HEADS, DIM), (KV_HEADS, VALUE_DIM))
         return [torch.randn(batch, heads, width, dim, generator=self.made) for heads, dim in shapes]
 
-    def step(self, lens: list[int], width: int, recording: bool = False) -> None:
+    def step(self, lens: list[int], width: int, verifying: bool = False) -> None:
         q, k, v = self.make(len(lens), width)
-        self.layers.begin(self.seen or [0] * len(lens), lens, width)
-        got = self.layers.attend(3, q, k, v, self.call)
+        forward = begun(self.layers, self.seen or [0] * len(lens), lens, width, verifying)
+        got = self.layers.attend(LayerInput(3, q, k, v, self.call, forward))
+        assert got is not None
         assert got.shape == (len(lens), width, HEADS, VALUE_DIM)
         assert got.isfinite().all()
         for row, want in enumerate(self.naive.step(q, k, v, lens)):
             torch.testing.assert_close(got[row, width - lens[row] :].double(), want, rtol=0, atol=2e-5)
-        self.layers.commit(self.layers.after_step(recording))
+        self.layers.commit(forward)()
 
     def crop(self, counts: list[int]) -> None:
-        self.layers.check_crop(self.seen, counts)
-        self.layers.now = self.layers.cropped(counts)
+        crop = Crop(self.seen, counts, None, keeps_pins=False)
+        self.layers.check_crop(crop)
+        self.layers.crop(crop)()
         self.naive.rows = [row[: len(row) - count] for row, count in zip(self.naive.rows, counts)]
 
     def select(self, rows: list[int]) -> None:
-        self.layers.now = self.layers.selected(rows)
+        self.layers.select_rows(rows)()
         self.naive.rows = [list(self.naive.rows[row]) for row in rows]
 
     def saved(self) -> None:
         """Go on from a session file."""
-        header, tensors = self.layers.header(), self.layers.tensors()
-        self.layers = SlidingLayers(self.layers.windows)
-        self.layers.restore(header, lambda name: tensors[name].clone())
+        saved = self.layers.save()
+        self.layers = made(self.layers.windows)
+        self.layers.restore(Saved(saved.data, {name: tensor.clone() for name, tensor in saved.tensors.items()}))
 
 
 @pytest.mark.parametrize("call", list(CALLS))
@@ -122,7 +137,7 @@ def test_any_sequence_of_steps_and_changes_is_what_the_twin_says(size: int, call
                         both.crop(counts)
                     assert both.layers.now is before
             elif what == "verify":
-                both.step([width] * batch, width, recording=True)
+                both.step([width] * batch, width, verifying=True)
                 both.crop([lot.randint(0, width) for _ in range(batch)])
             elif what == "select":
                 batch = lot.choice([1, 2, 3])
@@ -148,31 +163,30 @@ def test_a_prompt_in_several_pieces(lens: list[int], call: str) -> None:
 def test_a_step_that_died_leaves_what_was_held() -> None:
     both = Both(5, CALLS["plain"])
     both.step([4, 4], 4)
-    before, held = both.layers.now, {name: t.clone() for name, t in both.layers.tensors().items()}
-    both.layers.begin(both.seen, [3, 3], 3)
-    both.layers.attend(3, *both.make(2, 3), both.call)
+    before, held = both.layers.now, {name: t.clone() for name, t in both.layers.save().tensors.items()}
+    forward = begun(both.layers, both.seen, [3, 3], 3)
+    both.layers.attend(LayerInput(3, *both.make(2, 3), both.call, forward))
     both.layers.rollback()
     assert both.layers.now is before
-    assert all(torch.equal(held[name], t) for name, t in both.layers.tensors().items())
+    assert all(torch.equal(held[name], t) for name, t in both.layers.save().tensors.items())
     both.step([2, 1], 2)
 
 
 def test_a_step_without_all_layers_does_not_count() -> None:
-    layers = SlidingLayers({0: 4, 2: 4})
-    made = Both(4, CALLS["plain"]).make(1, 3)
-    layers.begin([0], [3], 3)
-    layers.attend(0, *made, CALLS["plain"])
+    layers = made({0: 4, 2: 4})
+    forward = begun(layers, [0], [3], 3)
+    layers.attend(LayerInput(0, *Both(4, CALLS["plain"]).make(1, 3), CALLS["plain"], forward))
     with pytest.raises(StateError, match=r"\[2\]"):
-        layers.after_step(False)
+        layers.commit(forward)
 
 
 def test_attending_needs_an_open_step_of_that_width() -> None:
     both = Both(4, CALLS["plain"])
     with pytest.raises(StateError, match="no open step of 3"):
-        both.layers.attend(3, *both.make(1, 3), both.call)
-    both.layers.begin([0], [2], 2)
+        both.layers.attend(LayerInput(3, *both.make(1, 3), both.call, Forward([3], 3, [0])))
+    forward = begun(both.layers, [0], [2], 2)
     with pytest.raises(StateError, match="no open step of 3"):
-        both.layers.attend(3, *both.make(1, 3), both.call)
+        both.layers.attend(LayerInput(3, *both.make(1, 3), both.call, forward))
 
 
 @pytest.mark.parametrize("rows", [[], [0, 2], [-1]])
@@ -180,16 +194,16 @@ def test_rows_that_are_not_held_are_refused(rows: list[int]) -> None:
     both = Both(4, CALLS["plain"])
     both.step([3, 2], 3)
     with pytest.raises(CacheMismatchError, match="holds rows 0 to 1"):
-        both.layers.selected(rows)
+        both.layers.select_rows(rows)
 
 
 def test_keys_of_another_shape_are_refused() -> None:
     both = Both(4, CALLS["plain"])
     both.step([3], 3)
-    both.layers.begin(both.seen, [1], 1)
+    forward = begun(both.layers, both.seen, [1], 1)
     q, k, v = both.make(1, 1)
     with pytest.raises(ShapeError, match="open a new stream"):
-        both.layers.attend(3, q, k.repeat(1, 2, 1, 1), v, both.call)
+        both.layers.attend(LayerInput(3, q, k.repeat(1, 2, 1, 1), v, both.call, forward))
 
 
 def test_bytes_held_are_those_of_the_windows() -> None:
@@ -208,41 +222,43 @@ def test_bytes_held_are_those_of_the_windows() -> None:
 def test_other_windows_and_broken_files_are_refused() -> None:
     both = Both(16, CALLS["plain"])
     both.step([30, 20], 30)
-    header, tensors = both.layers.header(), both.layers.tensors()
+    saved = both.layers.save()
     with pytest.raises(CacheMismatchError, match=r"\{3: 16\}.*\{3: 8\}"):
-        SlidingLayers({3: 8}).restore(header, tensors.__getitem__)
-    cut = {name: t[:, :, 1:] for name, t in tensors.items()}
+        made({3: 8}).restore(saved)
+    cut = {name: t[:, :, 1:] for name, t in saved.tensors.items()}
     with pytest.raises(CacheMismatchError, match="2 rows of 14 tokens"):
-        SlidingLayers({3: 16}).restore(header, cut.__getitem__)
+        made({3: 16}).restore(Saved(saved.data, cut))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype: torch.dtype) -> None:
     for call in CALLS.values():
-        layers, naive, both = SlidingLayers({3: 12}), Naive(12, call), Both(12, call)
+        layers, naive, both = made({3: 12}), Naive(12, call), Both(12, call)
         seen = 0
         for width in (20, 1, 5):
             q, k, v = (t.to(dtype) for t in both.make(2, width))
-            layers.begin([seen] * 2, [width] * 2, width)
-            got = layers.attend(3, q, k, v, call)
+            forward = begun(layers, [seen] * 2, [width] * 2, width)
+            got = layers.attend(LayerInput(3, q, k, v, call, forward))
+            assert got is not None
             assert got.dtype == dtype
             want = torch.stack(naive.step(q, k, v, [width] * 2))
             torch.testing.assert_close(got.double(), want, rtol=0, atol=8 * torch.finfo(dtype).eps)
-            layers.commit(layers.after_step(False))
+            layers.commit(forward)()
             seen += width
 
 
 def test_mixed_dtypes_are_widened_and_nothing_is_lost() -> None:
-    both, layers = Both(12, CALLS["plain"]), SlidingLayers({3: 12})
+    both, layers = Both(12, CALLS["plain"]), made({3: 12})
     q, k, v = both.make(1, 8)
-    layers.begin([0], [8], 8)
-    layers.attend(3, q, k, v, both.call)
-    layers.commit(layers.after_step(False))
-    layers.begin([8], [2], 2)
+    forward = begun(layers, [0], [8], 8)
+    layers.attend(LayerInput(3, q, k, v, both.call, forward))
+    layers.commit(forward)()
+    forward = begun(layers, [8], [2], 2)
     q2, k2, v2 = both.make(1, 2)
-    out = layers.attend(3, q2, k2.bfloat16(), v2.bfloat16(), both.call)
+    out = layers.attend(LayerInput(3, q2, k2.bfloat16(), v2.bfloat16(), both.call, forward))
+    assert out is not None
     assert out.dtype == torch.bfloat16
-    layers.commit(layers.after_step(False))
+    layers.commit(forward)()
     keys, _ = layers.now.tensors[3]
     assert torch.equal(keys[:, :, :8], k)
     want = torch.stack(Naive(12, both.call).step(torch.cat([q, q2], 2), torch.cat([k, k2], 2), torch.cat([v, v2], 2), [10]))

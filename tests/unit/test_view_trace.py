@@ -16,7 +16,7 @@ import torch
 from kvsieve.cli import main
 from kvsieve.errors import KvsieveError, StateError
 from kvsieve.evals.reads import Reads, record
-from kvsieve.streams import HeadTrace, LayerTrace
+from kvsieve.stats import HeadTrace, LayerTrace
 from kvsieve.view.trace import Panel, bin_edges, draw_reads, share_read
 
 Ints = npt.NDArray[np.int64]

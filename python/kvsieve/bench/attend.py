@@ -14,8 +14,9 @@ import torch
 from kvsieve import _core
 from kvsieve.backends import get
 from kvsieve.backends.base import AttendCall
-from kvsieve.bench import DTYPES, Options, Shape, rivals
+from kvsieve.bench import rivals
 from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, figure, interleaved, quickest, readers, steady
+from kvsieve.bench.options import DTYPES, Options, Shape
 from kvsieve.bench.report import TOLERANCE, Report, check
 from kvsieve.facts import LayerRope
 

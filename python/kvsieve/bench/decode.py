@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 import kvsieve
-from kvsieve.bench import DTYPES, Options, Shape
 from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, steady
+from kvsieve.bench.options import DTYPES, Options, Shape
 from kvsieve.bench.report import Report
 from kvsieve.errors import AccuracyError
 from kvsieve.model.support import cache_name
@@ -113,7 +113,7 @@ def stock_cache(config: Any, length: int, dtype: torch.dtype, computed: torch.dt
 def fill(stream: kvsieve.Stream, positions: list[int], seen: int, dtype: torch.dtype, computed: torch.dtype | None = None) -> None:
     """Puts ``len(positions)`` tokens of :func:`past`, converted to ``computed``, into a stream as if it had seen ``seen``."""
     engine = stream._engine
-    engine.restore(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
+    engine.begin_at(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
     for index, (k, v) in enumerate(past(len(positions), dtype)):
         k, v = k.to(computed or dtype), v.to(computed or dtype)
         store = engine.stores[index] = engine.backend.make_store(k[None], v[None])

@@ -15,8 +15,9 @@ from kvsieve.backends import get
 from kvsieve.backends.attention import attend as naive_attend
 from kvsieve.backends.attention import merge, rotate_part
 from kvsieve.backends.base import AttendCall
-from kvsieve.bench import DTYPES, Options, Shape, rivals
+from kvsieve.bench import rivals
 from kvsieve.bench.measure import Clock, Ring, Run, copies, figure, interleaved, quickest, readers, steady
+from kvsieve.bench.options import DTYPES, Options, Shape
 from kvsieve.bench.report import TOLERANCE, Report, check
 from kvsieve.facts import LayerRope
 from kvsieve.policy.compose import Policy

@@ -10,8 +10,8 @@ from importlib import metadata
 from typing import Any
 
 from kvsieve import _core
-from kvsieve.bench import Options
 from kvsieve.bench.measure import Timing, available_bytes
+from kvsieve.bench.options import Options
 from kvsieve.errors import AccuracyError
 
 __all__ = ["Report", "facts"]

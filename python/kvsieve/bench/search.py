@@ -17,9 +17,10 @@ import torch
 import kvsieve
 from kvsieve.backends import get
 from kvsieve.backends.base import AttendCall
-from kvsieve.bench import DTYPES, Options, Shape, rivals
+from kvsieve.bench import rivals
 from kvsieve.bench.attend import off
 from kvsieve.bench.measure import Clock, Run, copies, figure, interleaved, readers, steady
+from kvsieve.bench.options import DTYPES, Options, Shape
 from kvsieve.bench.report import Report, check
 from kvsieve.policy.select import SparseSelection
 from kvsieve.policy.specs import make_planner

@@ -22,7 +22,7 @@ from kvsieve.view.live import plain_table
 from kvsieve.view.tokens import TokenMark, TokenSection, tokens_page
 
 if TYPE_CHECKING:
-    from kvsieve.demo.stages import Settings
+    from kvsieve.demo.settings import Settings
 
 __all__ = [
     "COMPARED",

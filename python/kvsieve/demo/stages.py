@@ -10,7 +10,7 @@ import importlib.util
 import json
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ import kvsieve
 from kvsieve.demo import report as words
 from kvsieve.demo.plan import BUCKET, Plan, make_plan, measure_pace
 from kvsieve.demo.report import FULL, Recollection
+from kvsieve.demo.settings import Settings
 from kvsieve.errors import KvsieveError
 from kvsieve.evals import shopping, stream_nll
 from kvsieve.evals.models import fastest_dtype, load_smollm2, quietly, trained_length
@@ -36,39 +37,6 @@ _MIB = 2**20
 _MOST_DIALOGUES = 4
 _SHOPPING_SECONDS = 26.0  # from the start of the demo, loading included, until no further dialogue is begun
 _AFTERWARDS = 12.0  # seconds for what follows the reading: a continuation, a picture, the report
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What the demo runs. Counts are tokens unless they say otherwise.
-
-    Attributes:
-        seconds: for the whole demo; `tokens`, `dialogues` and the memories are chosen to fit, where they are not given.
-        tokens: how much of the text every memory reads, however long that takes.
-        dialogues: shopping lists, however long they take.
-    """
-
-    out: Path = Path("out/demo")
-    text: Path | None = None
-    seconds: float = 180.0
-    tokens: int | None = None
-    budget: int = 1024
-    dialogues: int | None = None
-    new_tokens: int = 40
-    chunk: int = 512
-    seed: int = 0
-    dtype: str | None = None
-    threads: int | None = None
-    backend: str | None = None
-
-    def quick(self) -> Settings:
-        """A fraction of everything: seconds rather than minutes, and no claim in the numbers."""
-        return replace(self, tokens=min(self.tokens or 3072, 3072), dialogues=1, new_tokens=16)
-
-    @property
-    def shopping_budget(self) -> int:
-        """Half the budget: the dialogues are short, and less than half of each must fit."""
-        return self.budget // 2
 
 
 def run(settings: Settings, began: float | None = None) -> dict[str, Any]:

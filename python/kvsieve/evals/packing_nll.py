@@ -114,11 +114,9 @@ class Prefix:
     def into(self, stream: kvsieve.Stream) -> None:
         """Make these the first tokens of a stream that has seen none and does not move tokens."""
         engine = stream._engine
-        engine.restore(self.count, [(self.count, [(list(range(self.count)), [math.nan] * self.count)])])
+        engine.begin_at(self.count, [(self.count, [(list(range(self.count)), [math.nan] * self.count)])])
         for index, (k, v) in self.layers.items():
-            store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
-            if engine.packer is not None:
-                store.set_packing(engine.packer.packing[index])
+            store = engine.make_store(index, k[None], v[None])
             store.write(engine.planner.runs(0, 0), k, v)
 
 

@@ -15,7 +15,7 @@ import torch
 
 import kvsieve
 from kvsieve.errors import KvsieveError, PolicyError
-from kvsieve.streams import LayerTrace
+from kvsieve.stats import LayerTrace
 from kvsieve.view.trace import Panel, bin_edges, draw_reads, share_read
 
 __all__ = ["Reads", "Settings", "record", "run"]

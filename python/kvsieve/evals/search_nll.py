@@ -32,6 +32,7 @@ from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 from kvsieve.policy.compose import Policy
+from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.transcript import Ids, Row, TranscriptState
 from kvsieve.view.live import plain_table
 
@@ -126,7 +127,8 @@ class Prompts:
         kept, rows = _residents(stream, count), next(iter(self.layers.values()))[0].shape[0]
         positions = torch.tensor(kept)
         told = TranscriptState(count, tuple(Row(Ids().append(ids[:count])) for ids in self.ids), False)
-        engine.restore(count, [(count, [(kept, [math.nan] * len(kept))])] * rows, told)
+        engine.begin_at(count, [(count, [(kept, [math.nan] * len(kept))])] * rows)
+        engine.transcript.return_to(told)
         for layer in engine.facts.layers:
             k, v = (x[:, :, positions] for x in self.layers[layer.index])
             if engine.stored_keys == "pre_rope" and layer.rope is not None:
@@ -196,13 +198,13 @@ def continue_with(
 
 def _work(stream: kvsieve.Stream) -> tuple[float, float]:
     """Keys compared and keys read by the last query, in the mean over rows, layers and key-value heads."""
-    engine = stream._engine
+    engine, selection = stream._engine, stream._engine.parts.find(Selection)
     (spec, *_) = stream.policy.specs(engine.facts.bytes_per_token)
     seen = [engine.planner.seen(row) for row in range(engine.num_rows)]
     whole = statistics.fmean(min(n, spec.evict.sinks + spec.evict.visible) if spec.evict.rule == "window" else n for n in seen)
     found = []
     for layer in engine.facts.layers:
-        search = engine.searches.get(layer.index) if engine.searching else None
+        search = None if selection is None or not selection.searching else selection.searches.get(layer.index)
         each = layer.num_kv_heads * len(seen)
         found.append((0.0, whole) if search is None else (search.work[0] / each, search.work[1] / each))
     searched, read = np.mean(found, 0)

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvsieve.errors import StateError, UnsupportedError, UnsupportedModelError
-from kvsieve.model.handoff import hand_over
+from kvsieve.model.handoff import hand_off
 from kvsieve.model.masks import check_dimensions
 
 if TYPE_CHECKING:
     from kvsieve.runtime.engine import Engine
-    from kvsieve.streams import Stream
 
-__all__ = ["SlidingLayer", "StreamCache", "StreamLayer"]
+__all__ = ["Owner", "SlidingLayer", "StreamCache", "StreamLayer"]
+
+
+class Owner(Protocol):
+    """A stream, as its cache knows it."""
+
+    @property
+    def cache(self) -> StreamCache:
+        """The cache of its layers."""
+        ...
+
+    def fork(self) -> Owner:
+        """A second stream that shares its past."""
+        ...
 
 
 class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
@@ -45,7 +57,7 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands this layer over; returns the new keys and values only, because the past is read from the store."""
-        hand_over(self)
+        hand_off(self)
         return key_states, value_states
 
     def attend(
@@ -78,7 +90,18 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
                 f"{'full attention' if self.sliding_window is None else self.sliding_window}; "
                 "correct layer_types and sliding_window in the configuration"
             )
-        return self.owner.attend(self, module, query, key, value, mask, scale, softcap, sinks, position_ids)
+        return self.owner.attend(
+            self.index,
+            module,
+            query,
+            key,
+            value,
+            mask=mask,
+            scale=scale,
+            softcap=softcap,
+            sinks=sinks,
+            position_ids=position_ids,
+        )
 
     def get_seq_length(self) -> int:
         """Tokens *seen* (columns, pads included), never tokens resident."""
@@ -117,9 +140,9 @@ class StreamCache(Cache):  # type: ignore[misc]
     serves_sliding = True
     """Sliding layers are the stream's too: of a mask they need the padding only."""
 
-    def __init__(self, engine: Engine, stream: weakref.ref[Stream] | None = None) -> None:
+    def __init__(self, engine: Engine, stream: weakref.ref[Owner] | None = None) -> None:
         self.engine, self._stream = engine, stream
-        self._fork: Stream | None = None
+        self._fork: Owner | None = None
         """The stream that a copy lives in: nobody else holds it."""
         layers: list[Any] = []
         for index, (kind, kwargs) in enumerate(zip(engine.facts.layer_types, engine.facts.layer_kwargs)):
@@ -135,8 +158,9 @@ class StreamCache(Cache):  # type: ignore[misc]
         if parent is None:
             raise StateError("the stream of this cache is gone; copy the cache, or fork() the stream, while it is open")
         child = parent.fork()
-        child._cache._fork = child
-        return child._cache
+        cache = child.cache
+        cache._fork = child
+        return cache
 
     def __copy__(self) -> StreamCache:
         return self.__deepcopy__({})
@@ -190,5 +214,5 @@ class StreamCache(Cache):  # type: ignore[misc]
         self.engine.select_rows([row for row in range(self.engine.num_rows) for _ in range(repeats)])
 
     def activate_past_recording(self) -> None:
-        """Assisted decoding: nothing is let go until its tokens are verified, that is until `crop` or the next forward."""
-        self.engine.recording = True
+        """Assisted decoding: nothing is evicted until its tokens are verified, that is until `crop` or the next forward."""
+        self.engine.candidates.verifying = True

@@ -15,14 +15,21 @@ import torch
 from kvsieve.errors import StateError
 
 if TYPE_CHECKING:
-    from kvsieve.model.cache import StreamCache
-    from kvsieve.model.probe import Watch
+    from kvsieve.runtime.engine import Engine
 
-__all__ = ["HandedLayer", "Pass", "enter", "hand_over", "leave", "state", "take"]
+__all__ = ["HandedLayer", "Pass", "StreamsCache", "Watch", "enter", "hand_off", "leave", "state", "take"]
+
+
+class StreamsCache(Protocol):
+    """The cache of a stream, as a forward through it knows it."""
+
+    engine: Engine
+    attending: int
+    """How many layers take part in a forward."""
 
 
 class HandedLayer(Protocol):
-    """A cache layer that attends by itself: its `update` calls :func:`hand_over`, the attention function calls `attend`."""
+    """A cache layer that attends by itself: its `update` calls :func:`hand_off`, the attention function calls `attend`."""
 
     def attend(
         self,
@@ -49,12 +56,12 @@ class Pass:
 
     __slots__ = ("_cache", "attended")
 
-    def __init__(self, cache: StreamCache) -> None:
+    def __init__(self, cache: StreamsCache) -> None:
         self._cache = weakref.ref(cache)
         self.attended = 0
 
     @property
-    def cache(self) -> StreamCache | None:
+    def cache(self) -> StreamsCache | None:
         """The cache, while anything else holds it."""
         return self._cache()
 
@@ -66,6 +73,34 @@ class _Frame:
 
     def __init__(self, key: tuple[int, int], through: Pass | None) -> None:
         self.key, self.through = key, through
+
+
+class Watch:
+    """What the probe's thread sees of a forward.
+
+    Attributes:
+        dispatch: whether the forward goes through kvsieve's attention function.
+        implementation: the attention that it falls back to; by default the one that the configuration names.
+        seen: query, key and value of each attention module.
+        answers: what the attention function answered, by module, one entry a forward.
+        called: the arguments that modules with a layer index were called with.
+        hidden: what the decoder returned, last.
+    """
+
+    def __init__(self, dispatch: bool, implementation: str | None = None) -> None:
+        self.dispatch, self.implementation = dispatch, implementation
+        self.seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+        self.answers: dict[torch.nn.Module, list[torch.Tensor]] = {}
+        self.called: dict[torch.nn.Module, tuple[Any, dict[str, Any]]] = {}
+        self.hidden: torch.Tensor | None = None
+
+    def saw(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """The attention function was called."""
+        self.seen[module] = query, key, value
+
+    def answered(self, module: torch.nn.Module, out: torch.Tensor) -> None:
+        """The attention function returned ``out``."""
+        self.answers.setdefault(module, []).append(out)
 
 
 class _Thread(threading.local):
@@ -80,7 +115,7 @@ class _Thread(threading.local):
         return self.frames[-1].through if self.frames else None
 
     @property
-    def cache(self) -> StreamCache | None:
+    def cache(self) -> StreamsCache | None:
         """The stream's cache of the forward that runs on this thread."""
         through = self.through
         return None if through is None else through.cache
@@ -90,7 +125,7 @@ state = _Thread()
 """This thread's forwards, innermost last."""
 
 
-def enter(owner: object, module: torch.nn.Module, cache: StreamCache | None) -> Pass | None:
+def enter(owner: object, module: torch.nn.Module, cache: StreamsCache | None) -> Pass | None:
     """A module hooked by ``owner`` begins. Returns the pass if it is the outermost module of a forward through ``cache``."""
     key = id(owner), id(module)
     outer = state.through
@@ -123,7 +158,7 @@ def leave(owner: object, module: torch.nn.Module) -> tuple[Pass | None, bool]:
     return None, False
 
 
-def _drop_dead(cache: StreamCache) -> None:
+def _drop_dead(cache: StreamsCache) -> None:
     """Forget frames of a forward through this cache that died without a word (Ctrl-C, an error in compiled code)."""
     for at, frame in enumerate(state.frames):
         if frame.through is not None and frame.through.cache in (None, cache):
@@ -131,7 +166,7 @@ def _drop_dead(cache: StreamCache) -> None:
             return
 
 
-def hand_over(layer: HandedLayer) -> None:
+def hand_off(layer: HandedLayer) -> None:
     """Leave ``layer`` for the attention function that runs next on this thread.
 
     Raises:

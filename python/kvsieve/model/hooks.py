@@ -15,13 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.errors import CacheMismatchError, KvsieveError, StateError, UnsupportedError, UnsupportedModelError
-from kvsieve.generate import read_again, read_pieces
+from kvsieve.errors import CacheMismatchError, KvsieveError, StateError, UnsupportedModelError
 from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
+from kvsieve.model.cache import StreamCache
 from kvsieve.model.generation import driven_by_generate
 from kvsieve.model.handoff import state
+from kvsieve.model.pieces import read_pieces
 from kvsieve.model.probe import Probe, with_identity
+from kvsieve.model.reread import read_again
 from kvsieve.model.support import refuse, versions
 from kvsieve.model.verify import verify
 from kvsieve.runtime.modes import unrecorded
@@ -30,8 +32,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvsieve.facts import ModelFacts
-    from kvsieve.model.cache import StreamCache
-    from kvsieve.runtime.engine import Engine
 
 __all__ = ["Attachment", "attach"]
 
@@ -186,8 +186,6 @@ class Attachment:
 
     def _cache_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StreamCache | None:
         """The stream's cache among a forward's arguments, whatever their names are in this release."""
-        from kvsieve.model.cache import StreamCache
-
         return next((value for value in (*kwargs.values(), *args) if isinstance(value, StreamCache)), None)
 
     def _is_others(self, cache: StreamCache | None) -> bool:
@@ -219,12 +217,12 @@ class Attachment:
         engine = cache.engine
         ids = kwargs.get("input_ids")
         ids = ids if ids is not None else next((a for a in args if isinstance(a, torch.Tensor)), None)
-        foreign = engine.turn is None and not engine.inner and driven_by_generate(self.model)
+        foreign = engine.transcript.turn is None and not engine.candidates.inner and driven_by_generate(self.model)
         changed = None
-        if ids is not None and engine.turn is None and not engine.inner:
+        if ids is not None and engine.transcript.turn is None and not engine.candidates.inner:
             unrecorded(read_again, self.model, cache)
         if ids is not None and not args:
-            pieces = engine.pieces(ids.shape[0], ids.shape[1], kwargs.get("logits_to_keep", 1))
+            pieces = engine.cut(ids.shape[1], kwargs.get("logits_to_keep", 1))
             if pieces is not None:
                 kwargs = changed = unrecorded(read_pieces, self.model, cache, kwargs, pieces)
                 ids = kwargs["input_ids"]
@@ -243,7 +241,7 @@ class Attachment:
             return
         logits = _tensor(output, "logits")
         unrecorded(cache.engine.complete, logits if _are_last(kwargs, logits) else logits[:, :0])
-        cache.engine.whole(output)
+        cache.engine.candidates.whole(output)
 
     def _before_between(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = self._cache_of(args, kwargs)
@@ -258,9 +256,9 @@ class Attachment:
 
     def _before_decoder(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         self._before_between(module, args, kwargs)
-        cache = state.cache
-        if cache is not None:
-            _check_axes(cache.engine, kwargs.get("position_ids"))
+        cache, positions = state.cache, kwargs.get("position_ids")
+        if cache is not None and isinstance(positions, torch.Tensor) and positions.ndim == 3:
+            cache.engine.positions.check_axes(positions)
 
     def _after_decoder(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if state.watch is not None and output is not None:
@@ -346,25 +344,6 @@ def _with_configs(decoder: torch.nn.Module) -> list[torch.nn.Module]:
 
 def _is_checkpointing(decoder: torch.nn.Module) -> bool:
     return any(getattr(module, "gradient_checkpointing", False) for module in decoder.modules())
-
-
-def _check_axes(engine: Engine, positions: Any) -> None:
-    """Positions along several axes: those of text agree, those of an image do not, and then there is no one place to move a key to.
-
-    Raises:
-        UnsupportedError: for an image under a policy that moves tokens.
-    """
-    if not isinstance(positions, torch.Tensor) or positions.ndim != 3:
-        return
-    axes = positions[-3:]
-    if not bool((axes != axes[:1]).any()):
-        return
-    if engine.policy.moves or engine.stored_keys == "pre_rope":
-        raise UnsupportedError(
-            f"the positions of an image have three axes, and {engine.policy!r} moves tokens along one; "
-            "use a policy that leaves tokens where they are, such as kvsieve.Full() or kvsieve.SnapKV(...), or pass text only"
-        )
-    engine.axes = True
 
 
 def _tensor(output: Any, name: str) -> torch.Tensor:

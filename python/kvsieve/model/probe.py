@@ -14,7 +14,7 @@ import torch
 
 from kvsieve.errors import UnsupportedModelError
 from kvsieve.facts import AttentionLayer, LayerRope, ModelFacts
-from kvsieve.model.handoff import state
+from kvsieve.model.handoff import Watch, state
 from kvsieve.model.head import find_head
 from kvsieve.model.rope import measure
 from kvsieve.model.support import cache_name, layer_types, versions
@@ -22,38 +22,10 @@ from kvsieve.model.support import cache_name, layer_types, versions
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["PIECES", "Probe", "Watch", "with_identity"]
+__all__ = ["PIECES", "Probe", "with_identity"]
 
 PIECES = ((0, 4), (4, 5))
 """The probe's tokens as they are read: a prompt, then one token."""
-
-
-class Watch:
-    """What the probe's thread sees of a forward.
-
-    Attributes:
-        dispatch: whether the forward goes through kvsieve's attention function.
-        implementation: the attention that it falls back to; by default the one that the configuration names.
-        seen: query, key and value of each attention module.
-        answers: what the attention function answered, by module, one entry a forward.
-        called: the arguments that modules with a layer index were called with.
-        hidden: what the decoder returned, last.
-    """
-
-    def __init__(self, dispatch: bool, implementation: str | None = None) -> None:
-        self.dispatch, self.implementation = dispatch, implementation
-        self.seen: dict[torch.nn.Module, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
-        self.answers: dict[torch.nn.Module, list[torch.Tensor]] = {}
-        self.called: dict[torch.nn.Module, tuple[Any, dict[str, Any]]] = {}
-        self.hidden: torch.Tensor | None = None
-
-    def saw(self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
-        """The attention function was called."""
-        self.seen[module] = query, key, value
-
-    def answered(self, module: torch.nn.Module, out: torch.Tensor) -> None:
-        """The attention function returned ``out``."""
-        self.answers.setdefault(module, []).append(out)
 
 
 @contextmanager

@@ -21,7 +21,7 @@ def versions() -> str:
     """Both versions and the supported range, for an error message."""
     import transformers
 
-    from kvsieve import __version__
+    from kvsieve._core import __version__
 
     return f"kvsieve {__version__} with transformers {transformers.__version__} (tested with {OLDEST} to {NEWEST})"
 

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvsieve.errors import UnsupportedModelError
-from kvsieve.model.probe import PIECES, Probe, Watch
+from kvsieve.model.handoff import Watch
+from kvsieve.model.probe import PIECES, Probe
 from kvsieve.model.support import versions
 
 if TYPE_CHECKING:

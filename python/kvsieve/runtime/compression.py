@@ -1,101 +1,230 @@
-"""When a stream's tokens are packed, and what is remembered until then.
+"""When a stream's tokens are compressed, and what is remembered until then.
 
-A prompt is packed when the first single token follows it, or its turn ends, so that its own attention, and with it the first
-generated token, is exact. A role may ask for it after each piece of the prompt instead (``when="prefill"``): then no more than one
-piece is ever held as it came. A sequence chooses its channels once; what is packed later keeps the same ones.
+A prompt is compressed when the first single token follows it, or its turn ends, so that its own attention, and with it the first
+generated token, is exact. A rule may ask for it after each piece of the prompt instead (``when="prefill"``): then no more than one
+piece is ever held as it came. A sequence chooses its channels once; what is compressed later keeps the same ones.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from kvsieve._core import PACKED
+from kvsieve.backends.heap import trim_heap
 from kvsieve.errors import StateError
 from kvsieve.policy.storage import Channels, LayerShape, StorageObservation
 from kvsieve.runtime.cropping import GO_BACK, SPARE
+from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
+from kvsieve.runtime.process import defer_sigint
 
 if TYPE_CHECKING:
-    from kvsieve._core import Moves, Planner
+    from kvsieve._core import Moves
     from kvsieve.backends.base import Store
     from kvsieve.facts import AttentionLayer
     from kvsieve.policy.storage import StorageRule
+    from kvsieve.runtime.blocks import Blocks
 
-__all__ = ["Packer", "make_packer", "shape_of"]
+__all__ = ["Compression", "shape_of"]
 
-Rings = dict[int, list[torch.Tensor]]
+Rings: TypeAlias = "dict[int, list[torch.Tensor]]"
+"""Of each layer and row, its newest queries ``[H, m, D]``."""
+
+Choice: TypeAlias = "Mapping[int, Channels] | int"
+"""A row's channels in each layer, or the block of the row that has them already."""
+
+MAX_CANDIDATES = 16
+"""Where candidates are verified, a forward over more tokens than this reads a prompt as well."""
 
 
 def shape_of(layer: AttentionLayer) -> LayerShape:
-    """What a pack role needs to know of a layer."""
+    """What a storage rule needs to know of a layer."""
     return LayerShape(layer.index, layer.num_kv_heads, layer.key_dim, layer.value_dim)
 
 
-def make_packer(role: StorageRule | None, layers: tuple[AttentionLayer, ...], *, raw: bool) -> Packer | None:
-    """The packer of a stream; None if there is nothing to pack, so that what would be left as it is costs nothing.
+class Compression(StreamPart):
+    """What a storage rule of one stream has seen, and the order in which it acts.
 
-    Raises:
-        PolicyError: if a layer cannot be packed so.
+    Attributes:
+        packing: the format of each layer.
+        reading: whether the latest forward read part of a prompt.
+        compressed_at: tokens that each row had seen when some of it was last compressed.
     """
-    if role is None:
-        return None
-    packer = Packer(role, layers, raw)
-    return None if all(role.idle(shape_of(layer)) for layer in layers) else packer
 
+    name = "compression"
 
-class Packer:
-    """What a pack role of one stream has seen, and the order in which it acts."""
-
-    def __init__(self, role: StorageRule, layers: tuple[AttentionLayer, ...], raw: bool) -> None:
-        self.role, self.raw = role, raw
+    def __init__(self, rule: StorageRule, layers: tuple[AttentionLayer, ...], pre_rope: bool, blocks: Blocks) -> None:
+        self.rule, self._pre_rope, self._blocks = rule, pre_rope, blocks
         self._layers = {layer.index: layer for layer in layers}
-        self.packing = {layer.index: role.packing(shape_of(layer)) for layer in layers}
+        self.packing = {layer.index: rule.packing(shape_of(layer)) for layer in layers}
         self.reading = False
-        """Whether the latest forward read part of a prompt."""
-        self.packed_at: list[int] = []
-        """Tokens that each row had seen when some of it was last packed."""
+        self.compressed_at: list[int] = []
         self._rings: Rings = {}
         self._pending: Rings = {}
 
-    # --------------------------------------------------------------------------------------------------------------- the queries
+    @classmethod
+    def of(cls, setting: Setting) -> Compression | None:
+        """None if there is nothing to compress, so that what would be left as it is costs nothing.
 
-    def observe(self, index: int, q: torch.Tensor, lens: list[int], planner: Planner) -> None:
+        Raises:
+            PolicyError: if a layer cannot be stored so.
+        """
+        rule, layers = setting.policy.compression, setting.facts.layers
+        if rule is None:
+            return None
+        part = cls(rule, layers, setting.stored_keys == "pre_rope", setting.blocks)
+        return None if all(rule.idle(shape_of(layer)) for layer in layers) else part
+
+    def new_store(self, index: int, store: Store) -> None:
+        store.set_packing(self.packing[index])
+
+    # ------------------------------------------------------------------------------------------------------------- one forward
+
+    def begin(self, forward: Forward) -> None:
+        if forward.width == 1 or forward.verifying:
+            self.compress(prompt_ended=self.reading)
+
+    def attend(self, layer: LayerInput) -> torch.Tensor | None:
+        if layer.store is not None:
+            self.observe(layer.index, layer.q, layer.forward.lens)
+        return None
+
+    def observe(self, index: int, q: torch.Tensor, lens: Sequence[int]) -> None:
         """Remember the newest queries ``q`` ``[B, H, q, D]`` of a forward, of which the last ``lens[row]`` are real tokens.
 
-        They count once :meth:`commit` is called. Rows that have chosen their channels are passed over.
+        They count once the forward does. Rows that have chosen their channels are passed over.
         """
-        if not self.role.observe:
+        if not self.rule.observe:
             return
         rings = self._rings.get(index) or [q.new_zeros(q.shape[1], 0, q.shape[3])] * q.shape[0]
         new = []
         for row, (ring, count) in enumerate(zip(rings, lens)):
-            if planner.num_packed(row):
+            if self._blocks.planner.num_packed(row):
                 new.append(ring[:, :0])
                 continue
-            most = self.role.observe + SPARE
+            most = self.rule.observe + SPARE
             fresh = q[row, :, q.shape[2] - min(count, most) :]
             new.append(torch.cat([ring, fresh.detach()], 1)[:, -most:])
         self._pending[index] = new
 
-    def commit(self, reading: bool) -> None:
-        """The forward counts."""
-        self._rings.update(self._pending)
-        self._pending, self.reading = {}, reading
+    def commit(self, forward: Forward) -> Apply:
+        def apply() -> None:
+            self._rings.update(self._pending)
+            self._pending, self.reading = {}, forward.width > (MAX_CANDIDATES if forward.verifying else 1)
+
+        return apply
+
+    def settled(self, turn_ended: bool) -> None:
+        """A prompt's pieces, where the rule asks for it; everything that is due at the end of a turn.
+
+        Among candidates some may still be taken back, so what is verified is compressed when the next forward begins.
+        """
+        if turn_ended:
+            self.compress(prompt_ended=self.reading)
+        elif self.reading and self.rule.when == "prefill":
+            self.compress(prompt_ended=True)
 
     def rollback(self) -> None:
-        """The forward never was."""
         self._pending = {}
 
-    def check_crop(self, planner: Planner, counts: list[int]) -> None:
-        """Refuse to go back to before tokens were packed: a shorter text would have chosen other channels, or packed fewer tokens.
+    def must_step(self, width: int, has_prompt: bool) -> bool:
+        """Something would be compressed between the tokens of a forward over ``width`` of them."""
+        rule, planner = self.rule, self._blocks.planner
+        rows = range(planner.num_rows)
+        waiting = max((planner.resident(0, row) - planner.num_packed(row) for row in rows), default=0) + width - rule.recent
+        if has_prompt or self.reading:
+            return waiting > 0
+        return rule.flush_every is not None and waiting >= rule.flush_every
 
-        Raises:
-            StateError: if that is asked of a row.
-        """
-        for row, count in enumerate(counts):
-            seen, at = planner.seen(row), self.packed_at[row] if self.packed_at else 0
-            left = seen - count
+    # ------------------------------------------------------------------------------------------------------------- compressing
+
+    def compress(self, prompt_ended: bool) -> None:
+        """Compress what is due. A layer's plain blocks are given back before the next layer's are compressed; after a prompt the
+        system gets back what is free."""
+        planner = self._blocks.planner
+        due = [(row, self._due(row, prompt_ended)) for row in range(planner.num_rows)]
+        due = [(row, upto) for row, upto in due if upto > planner.num_packed(row)]
+        if due:
+            self._compress(due, [self._choose(row, upto) for row, upto in due], prompt_ended)
+        self.reading = self.reading and not prompt_ended
+
+    def _due(self, row: int, prompt_ended: bool) -> int:
+        """Up to which resident the row is to be compressed now; what is compressed already if nothing is due."""
+        rule, planner = self.rule, self._blocks.planner
+        packed = planner.num_packed(row)
+        count = planner.resident(0, row) - rule.recent - packed
+        if not prompt_ended:
+            if rule.flush_every is None or count < rule.flush_every:
+                return packed
+            count -= count % rule.flush_every
+        if count <= 0 or not self._has_seen_enough(row):
+            return packed
+        return packed + count - count % rule.align
+
+    def _has_seen_enough(self, row: int) -> bool:
+        if self._blocks.planner.num_packed(row) or not self.rule.observe:
+            return True
+        return all(rings[row].shape[1] >= self.rule.observe for rings in self._rings.values())
+
+    def _choose(self, row: int, upto: int) -> Choice:
+        runs = self._blocks.planner.runs(0, row)
+        if runs[0][0] >= PACKED:
+            return runs[0][0]
+        return {index: self._channels(index, store, runs, row, upto) for index, store in self._blocks.stores.items()}
+
+    def _channels(self, index: int, store: Store, runs: list[tuple[int, int, int]], row: int, upto: int) -> Channels:
+        layer, rings = self._layers[index], self._rings.get(index)
+        keys, _ = store.read(runs)
+        queries = keys.new_zeros(0, 0, keys.shape[2]) if rings is None else rings[row][:, -self.rule.observe :]
+        seen = StorageObservation(shape_of(layer), queries.float(), keys, upto, layer.rope, self._pre_rope)
+        return self.rule.choose_channels(seen)
+
+    def _compress(self, due: list[tuple[int, int]], chosen: list[Choice], prompt_ended: bool) -> None:
+        blocks = self._blocks
+        before, stores = blocks.planner.fork(), list(blocks.stores.items())
+        with defer_sigint():
+            try:
+                done = [(blocks.planner.pack(row, upto, self.rule.align, copies=1), mine) for (row, upto), mine in zip(due, chosen)]
+                _pack(*stores[0], done)
+            except BaseException:
+                # Nothing was taken from anywhere yet. The first layer is the one that may not find room: each gives back more than
+                # the next one needs.
+                blocks.planner = before
+                raise
+            # Only now may plain blocks go.
+            del before
+            self.compressed_at += [0] * (blocks.num_rows - len(self.compressed_at))
+            for row, _ in due:
+                self.compressed_at[row] = blocks.planner.seen(row)
+            with blocks.all_layers("compressing"):
+                self._go_on(stores, done)
+        if prompt_ended:
+            trim_heap()
+
+    def _go_on(self, stores: list[tuple[int, Store]], done: list[tuple[Moves, Choice]]) -> None:
+        """The first layer is compressed: the others follow, and each gives back what it needs no longer."""
+        planner = self._blocks.planner
+        # What was freed is given back before tokens are moved there: a tail then takes the memory that it fills.
+        packed = planner.blocks_in_use(), planner.packed_in_use()
+        moves = planner.tidy()
+        tidied = planner.blocks_in_use(), planner.packed_in_use()
+        for index, store in stores:
+            if index != stores[0][0]:
+                _pack(index, store, done)
+            store.free_unused(*packed)
+            if len(moves):
+                store.apply(moves)
+                store.free_unused(*tidied)
+
+    # -------------------------------------------------------------------------------------------------------------- going back
+
+    def check_crop(self, crop: Crop) -> None:
+        """Refuse to go back to before tokens were compressed: a shorter text would have chosen other channels, or fewer tokens."""
+        counts = [gone + crop.read_again if gone else 0 for gone in crop.counts]
+        for row, (seen, count) in enumerate(zip(crop.seen, counts if crop.columns is not None else ())):
+            at, left = self.compressed_at[row] if self.compressed_at else 0, seen - count
             if not count or left <= 0:
                 continue
             if left <= at:
@@ -103,114 +232,76 @@ class Packer:
                     f"row {row}: cannot forget {count} tokens: some were packed when the row had seen {at}; "
                     f"at most {max(seen - at - 1, 0)} can be forgotten; {GO_BACK}"
                 )
-            spare = min((rings[row].shape[1] for rings in self._rings.values()), default=0) - min(self.role.observe, left)
-            if not at and self.role.observe and count > spare:
+            spare = min((rings[row].shape[1] for rings in self._rings.values()), default=0) - min(self.rule.observe, left)
+            if not at and self.rule.observe and count > spare:
                 raise StateError(
                     f"row {row}: cannot forget {count} tokens: of the queries before them too few are kept to choose channels by; "
                     f"at most {max(spare, 0)} can be forgotten; {GO_BACK}"
                 )
 
-    def packed(self, row: int, planner: Planner) -> None:
-        """Some of a row was packed."""
-        self.packed_at += [0] * (planner.num_rows - len(self.packed_at))
-        self.packed_at[row] = planner.seen(row)
+    def crop(self, crop: Crop) -> Apply:
+        def apply() -> None:
+            seen = self._blocks.seen
+            self.compressed_at = [min(at, seen[row]) for row, at in enumerate(self.compressed_at)]
+            self._rings = {
+                index: [ring[:, : max(ring.shape[1] - count, 0)] for ring, count in zip(rings, crop.counts)]
+                for index, rings in self._rings.items()
+            }
 
-    def crop(self, planner: Planner, counts: list[int]) -> None:
-        """The planner forgot the newest ``counts[row]`` tokens; so their queries are."""
-        self.packed_at = [min(at, planner.seen(row)) for row, at in enumerate(self.packed_at)]
-        self._rings = {
-            index: [ring[:, : max(ring.shape[1] - count, 0)] for ring, count in zip(rings, counts)]
-            for index, rings in self._rings.items()
-        }
+        return apply
 
-    def select_rows(self, rows: list[int]) -> None:
-        """Row ``i`` becomes what row ``rows[i]`` was."""
-        self._rings = {index: [rings[row] for row in rows] for index, rings in self._rings.items()}
-        self.packed_at = [self.packed_at[row] for row in rows] if self.packed_at else []
+    def select_rows(self, rows: Sequence[int]) -> Apply:
+        def apply() -> None:
+            self._rings = {index: [rings[row] for row in rows] for index, rings in self._rings.items()}
+            self.compressed_at = [self.compressed_at[row] for row in rows] if self.compressed_at else []
 
-    def reset(self) -> None:
-        """Forget everything."""
-        self._rings, self._pending, self.reading, self.packed_at = {}, {}, False, []
+        return apply
 
     def state(self) -> tuple[Rings, bool, list[int]]:
-        """What it takes to return here."""
-        return dict(self._rings), self.reading, list(self.packed_at)
+        return dict(self._rings), self.reading, list(self.compressed_at)
 
     def return_to(self, state: tuple[Rings, bool, list[int]]) -> None:
-        """Make ``state`` the present."""
-        self._rings, self.reading, self.packed_at = dict(state[0]), state[1], list(state[2])
+        self._rings, self.reading, self.compressed_at = dict(state[0]), state[1], list(state[2])
 
-    # ------------------------------------------------------------------------------------------------------------------- on disk
-
-    def tensors(self, planner: Planner, stores: dict[int, Store]) -> dict[str, torch.Tensor]:
-        """The channels of each row and layer, and the queries remembered, by name."""
-        found = {}
+    def save(self) -> Saved:
+        """The channels of each row and layer, and the queries remembered."""
+        planner, found = self._blocks.planner, {}
         for row in range(planner.num_rows):
-            for index, store in stores.items() if planner.num_packed(row) else ():
+            for index, store in self._blocks.stores.items() if planner.num_packed(row) else ():
                 channels = store.channels(planner.runs(0, row)[0][0])
                 found[f"channels.{index}.{row}"] = channels.index.clone()
                 found[f"pairs.{index}.{row}"] = torch.tensor(channels.pairs)
         for index, rings in self._rings.items():
-            found.update({f"watched.{index}.{row}": ring.contiguous() for row, ring in enumerate(rings) if ring.numel()})
-        return found
+            found.update({f"queries.{index}.{row}": ring.contiguous() for row, ring in enumerate(rings) if ring.numel()})
+        counts = [planner.num_packed(row) for row in range(planner.num_rows)]
+        return Saved({"compressed": counts, "compressed_at": self.compressed_at, "reading": self.reading}, found)
 
-    def restored(self, row: int, saved: dict[str, torch.Tensor]) -> dict[int, Channels]:
-        """A row's channels out of :meth:`tensors`."""
+    def restore(self, saved: Saved) -> None:
+        """Compress again the first ``saved.data["compressed"][row]`` tokens of each row."""
+        counts = saved.data["compressed"]
+        due = [(row, count) for row, count in enumerate(counts) if count]
+        if due:
+            self._compress(due, [self._saved_channels(row, saved) for row, _ in due], prompt_ended=True)
+        self.reading, self.compressed_at = saved.data["reading"], list(saved.data["compressed_at"])
+        for index, layer in self._layers.items():
+            names = {row: f"queries.{index}.{row}" for row in range(len(counts))}
+            known = {row: saved.tensors[name].to(layer.device) for row, name in names.items() if name in saved.tensors}
+            if known:
+                empty = next(iter(known.values()))[:, :0]
+                self._rings[index] = [known.get(row, empty) for row in names]
+
+    def _saved_channels(self, row: int, saved: Saved) -> dict[int, Channels]:
+        tensors = saved.tensors
         return {
-            index: Channels(saved[f"channels.{index}.{row}"], tuple(saved[f"pairs.{index}.{row}"].tolist()))
+            index: Channels(tensors[f"channels.{index}.{row}"], tuple(tensors[f"pairs.{index}.{row}"].tolist()))
             for index in self._layers
         }
 
-    def restore(self, num_rows: int, reading: bool, saved: dict[str, torch.Tensor]) -> None:
-        """The queries out of :meth:`tensors`."""
-        self.reading = reading
-        for index, layer in self._layers.items():
-            known = {row: saved[name].to(layer.device) for row in range(num_rows) if (name := f"watched.{index}.{row}") in saved}
-            if known:
-                empty = next(iter(known.values()))[:, :0]
-                self._rings[index] = [known.get(row, empty) for row in range(num_rows)]
+    def reset(self) -> None:
+        self._rings, self._pending, self.reading, self.compressed_at = {}, {}, False, []
 
-    # ----------------------------------------------------------------------------------------------------------------- the packing
 
-    def due(self, planner: Planner, row: int, prompt_ended: bool) -> int:
-        """Up to which resident the row is to be packed now; what is packed already if nothing is due."""
-        role, packed = self.role, planner.num_packed(row)
-        count = planner.resident(0, row) - role.recent - packed
-        if not prompt_ended:
-            if role.flush_every is None or count < role.flush_every:
-                return packed
-            count -= count % role.flush_every
-        if count <= 0 or not self._has_seen_enough(planner, row):
-            return packed
-        return packed + count - count % role.align
-
-    def may_act(self, planner: Planner, width: int, has_prompt: bool) -> bool:
-        """Whether something would be packed between the tokens of a forward over ``width`` of them."""
-        role, rows = self.role, range(planner.num_rows)
-        waiting = max((planner.resident(0, row) - planner.num_packed(row) for row in rows), default=0) + width - role.recent
-        if has_prompt or self.reading:
-            return waiting > 0
-        return role.flush_every is not None and waiting >= role.flush_every
-
-    def _has_seen_enough(self, planner: Planner, row: int) -> bool:
-        if planner.num_packed(row) or not self.role.observe:
-            return True
-        return all(rings[row].shape[1] >= self.role.observe for rings in self._rings.values())
-
-    def choose(self, planner: Planner, stores: dict[int, Store], row: int, upto: int) -> dict[int, Channels] | int:
-        """The channels of each layer, or the packed block of the row that has them already."""
-        runs = planner.runs(0, row)
-        if runs[0][0] >= PACKED:
-            return runs[0][0]
-        return {index: self._choose(index, store, runs, row, upto) for index, store in stores.items()}
-
-    def _choose(self, index: int, store: Store, runs: list[tuple[int, int, int]], row: int, upto: int) -> Channels:
-        layer, rings = self._layers[index], self._rings.get(index)
-        keys, _ = store.read(runs)
-        queries = keys.new_zeros(0, 0, keys.shape[2]) if rings is None else rings[row][:, -self.role.observe :]
-        return self.role.choose_channels(StorageObservation(shape_of(layer), queries.float(), keys, upto, layer.rope, self.raw))
-
-    def run(self, index: int, store: Store, done: list[tuple[Moves, dict[int, Channels] | int]]) -> None:
-        """Pack in one layer what was planned for each row."""
-        for moves, channels in done:
-            store.pack(moves, channels if isinstance(channels, int) else channels[index])
+def _pack(index: int, store: Store, done: list[tuple[Moves, Choice]]) -> None:
+    """Compress in one layer what was planned for each row."""
+    for moves, channels in done:
+        store.pack(moves, channels if isinstance(channels, int) else channels[index])

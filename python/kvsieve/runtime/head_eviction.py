@@ -1,39 +1,30 @@
-"""What retention per head looks at, layer by layer: true positions, the newest queries, the attention that each token was given.
-
-The planner knows how many tokens a row holds and in which slots. Where each head chose its own, a slot holds another token for each
-head of each layer, and which one is known only here:
-
-    positions[layer][head] = chosen[layer][head]     what was left of older tokens by the last choice
-                             since .. seen           everything after it, the same for every head
-
-A row's state is never changed, only replaced: forks, marks and beams share it, and a forward that dies leaves the one before it.
-"""
+"""Eviction per head: watches the attention of one stream, and lets each key-value head of each layer choose what it keeps."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.backends.attention_scores import attention_scores
+from kvsieve.backends.base import AttendCall
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, StateError
 from kvsieve.policy.evict import PerHeadEviction
-from kvsieve.runtime.cropping import GO_BACK, SPARE
+from kvsieve.runtime.cropping import GO_BACK
+from kvsieve.runtime.observation import LayerState, Observation, RowState, choose, newest, without
+from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
 
 if TYPE_CHECKING:
-    from kvsieve._core import Planner, Step
-    from kvsieve.backends.base import AttendCall, Store
-    from kvsieve.policy.compose import Policy
+    from kvsieve._core import Planner
+    from kvsieve.backends.base import Store
+    from kvsieve.facts import ModelFacts
     from kvsieve.policy.specs import EvictionSpec
+    from kvsieve.runtime.blocks import Blocks
 
-__all__ = ["LayerState", "Observation", "Observer", "RowState", "choose"]
+__all__ = ["HeadEviction"]
 
 Scores: TypeAlias = "Mapping[int, torch.Tensor]"
 """Of each layer, float ``[Hkv, n]``."""
@@ -41,137 +32,72 @@ Scores: TypeAlias = "Mapping[int, torch.Tensor]"
 Runs: TypeAlias = "list[tuple[int, int, int]]"
 """Slots in text order: block, first, one past the last."""
 
-
-@dataclass(frozen=True, eq=False)
-class LayerState:
-    """One layer of one row.
-
-    Attributes:
-        chosen: int64 ``[Hkv, count]``, on the CPU: true positions of the tokens that each head kept at the last choice, ascending.
-        queries: pieces ``[H, m, D]`` of the newest queries, as the model rotated them, the oldest first.
-        mass: ``[Hkv, n]``, the attention that every resident was given so far; None if the rule does not ask.
-    """
-
-    chosen: torch.Tensor
-    queries: tuple[torch.Tensor, ...] = ()
-    mass: torch.Tensor | None = None
+State: TypeAlias = "tuple[list[RowState], dict[int, AttendCall]]"
 
 
-@dataclass(frozen=True, eq=False)
-class RowState:
-    """One row.
+class HeadEviction(StreamPart):
+    """What each head holds, and what it looked at.
 
     Attributes:
-        since: every head of every layer holds all tokens from this position on.
-        layers: the state of each layer, by its index.
+        rows: the state of each row; empty before the first forward.
+        calls: the numbers that each layer's attention adds.
     """
 
-    since: int = 0
-    layers: Mapping[int, LayerState] = field(default_factory=dict)
+    name = "head_eviction"
 
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """What a rule per head sees of one layer of one sequence when its heads must choose.
-
-    Attributes:
-        positions: int64 ``[Hkv, n]``, the true position of each resident of each head, ascending.
-        queries: ``[H, m, D]``, the newest queries, as the model rotated them: as many as the rule observes, or as there are.
-        query_positions: int64 ``[m]``.
-        accumulated_scores: float32 ``[Hkv, n]``, the probability that each resident was given by every query since it came, summed
-            over queries and over the query heads of a group; None unless the rule accumulates.
-        call: the numbers that this layer's attention adds: scale, cap of the logits, learned sinks.
-    """
-
-    positions: torch.Tensor
-    queries: torch.Tensor
-    query_positions: torch.Tensor
-    accumulated_scores: torch.Tensor | None
-    call: AttendCall
-    store: Store = field(repr=False)
-    runs: list[tuple[int, int, int]] = field(repr=False)
-
-    @cached_property
-    def keys(self) -> torch.Tensor:
-        """Keys ``[Hkv, n, D]`` of the residents, as the model rotated them; copied at first use."""
-        return self.store.read(self.runs)[0]
-
-    def attention_scores(self) -> torch.Tensor:
-        """The probability that the newest queries give to each resident now, summed as those accumulated: float32 ``[Hkv, n]``."""
-        return attention_scores(self.queries, self.keys, self.query_positions, self.positions, self.call)
-
-
-def choose(scores: torch.Tensor, count: int, sinks: int, classes: torch.Tensor | None = None) -> torch.Tensor:
-    """The first ``sinks`` and each head's best others, ``count`` in all: int64 ``[Hkv, count]``, ascending, from ``[Hkv, n]``.
-
-    Equal scores prefer the earlier token; nan comes last. Where ``classes`` are given, int8 ``[Hkv, n]``, they say instead of
-    ``sinks`` what comes first: a token of a higher class comes before all of a lower one, whatever its score.
-    """
-    ranked = torch.where(scores.isnan(), -torch.inf, scores)
-    if classes is None:
-        ranked[:, :sinks] = torch.inf
-        return ranked.sort(dim=1, descending=True, stable=True).indices[:, :count].sort(dim=1).values
-    order = ranked.sort(dim=1, descending=True, stable=True).indices
-    by_class = classes.to(order.device).gather(1, order).sort(dim=1, descending=True, stable=True).indices
-    return order.gather(1, by_class)[:, :count].sort(dim=1).values
-
-
-class Observer:
-    """Watches the attention of one stream, and lets its heads choose."""
-
-    def __init__(self, rule: PerHeadEviction, spec: EvictionSpec) -> None:
-        self.rule = rule
+    def __init__(self, rule: PerHeadEviction, spec: EvictionSpec, facts: ModelFacts, blocks: Blocks) -> None:
+        self.rule, self._blocks = rule, blocks
         self.budget, self.sinks, self.recent = spec.budget, spec.sinks, spec.recent
         if isinstance(rule.observe, bool) or not isinstance(rule.observe, int) or rule.observe < 0:
             raise PolicyError(f"{type(rule).__name__}.observe must be an int of at least 0, got {rule.observe!r}")
+        self._devices = {layer.index: layer.device for layer in facts.layers}
         self.rows: list[RowState] = []
         self.calls: dict[int, AttendCall] = {}
         self._pending: dict[int, list[LayerState]] = {}
-        self.all_layers: Callable[[str], AbstractContextManager[object]] = nullcontext
-        """Entered around a change that all layers must make together."""
 
     @classmethod
-    def of(cls, policy: Policy, bytes_per_token: int) -> Observer | None:
-        """The observer that ``policy`` needs; None if all heads keep the same tokens."""
-        rules = [m.evict for m in policy.memories if isinstance(m.evict, PerHeadEviction)]
+    def of(cls, setting: Setting) -> HeadEviction | None:
+        """None if all heads keep the same tokens."""
+        policy, facts = setting.policy, setting.facts
+        rules = [rule for m in policy.memories if isinstance(rule := m.roles.evict, PerHeadEviction)]
         if not rules:
             return None
         if len(policy.memories) > 1:
             raise PolicyError(f"{policy!r}: what is chosen per head cannot be part of a chain")
-        return cls(rules[0], policy.specs(bytes_per_token)[0].evict)
+        return cls(rules[0], rules[0].spec(facts.bytes_per_token), facts, setting.blocks)
+
+    @property
+    def _planner(self) -> Planner:
+        return self._blocks.planner
+
+    @property
+    def _stores(self) -> Mapping[int, Store]:
+        return self._blocks.stores
 
     # ------------------------------------------------------------------------------------------------------------- one forward
 
-    def run(
-        self, layer: int, store: Store, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
-    ) -> torch.Tensor:
-        """Attention of one layer, watched: as :meth:`Store.run`. What was seen counts from :meth:`commit` on."""
-        masses: list[torch.Tensor | None] = [None] * q.shape[0]
+    def attend(self, layer: LayerInput) -> torch.Tensor | None:
+        """Attention of one layer, watched; what was seen counts once the forward does."""
+        store, step, q = layer.store, layer.forward.step, layer.q
+        if store is None or step is None:
+            return None
+        given: list[torch.Tensor | None] = [None] * q.shape[0]
         if self.rule.accumulates:
-            out, masses = store.run_with_scores(q, k, v, step, call)
+            out, given = store.run_with_scores(q, layer.k, layer.v, step, layer.call)
         else:
-            out = store.run(q, k, v, step, call)
-        none = torch.zeros(k.shape[1], 0, dtype=torch.int64)
+            out = store.run(q, layer.k, layer.v, step, layer.call)
+        none = LayerState(torch.zeros(layer.k.shape[1], 0, dtype=torch.int64))
         states = []
         for row, count in enumerate(step.new_lens):
-            old = self.rows[row].layers.get(layer) if self.rows else None
-            old = LayerState(none) if old is None else old
-            states.append(LayerState(old.chosen, self._observed(old.queries, q[row], count), _plus(old.mass, masses[row])))
-        self._pending[layer], self.calls[layer] = states, call
+            old = self.rows[row].layers.get(layer.index, none) if self.rows else none
+            states.append(old.then(newest(old.queries, q[row], count, self.rule.observe), given[row]))
+        self._pending[layer.index], self.calls[layer.index] = states, layer.call
         return out
 
-    def _observed(self, held: tuple[torch.Tensor, ...], q: torch.Tensor, count: int) -> tuple[torch.Tensor, ...]:
-        """The pieces that hold the newest queries, after the last ``count`` of ``q`` ``[H, q, D]``."""
-        most = self.rule.observe
-        if not most or not count:
-            return held
-        pieces = [*held, q[:, -min(count, most + SPARE) :].detach().clone()]
-        while sum(piece.shape[1] for piece in pieces[1:]) >= most + SPARE:
-            pieces.pop(0)
-        return tuple(pieces)
+    def commit(self, forward: Forward) -> Apply:
+        return self._commit
 
-    def commit(self) -> None:
-        """The forward is over: what was seen counts."""
+    def _commit(self) -> None:
         if self._pending:
             rows = self.rows or [RowState() for _ in next(iter(self._pending.values()))]
             pending = self._pending.items()
@@ -179,48 +105,41 @@ class Observer:
         self._pending = {}
 
     def rollback(self) -> None:
-        """Forget what an unfinished forward saw."""
         self._pending = {}
 
-    # --------------------------------------------------------------------------------------------------------------- letting go
+    def must_step(self, width: int, has_prompt: bool) -> bool:
+        return True
 
-    def settle(self, planner: Planner, stores: Mapping[int, Store], force: bool) -> None:
-        """Bring every row that is over budget down to it; without ``force`` only those that are a whole block over it."""
+    # ---------------------------------------------------------------------------------------------------------------- evicting
+
+    def evict(self, force: bool, turn_ended: bool) -> None:
+        planner = self._planner
         for row in range(planner.num_rows):
             count = planner.resident(0, row)
             if count > self.budget and (force or count >= self.budget + BLOCK):
-                scores = {layer: self._scores(planner, store, row, layer) for layer, store in stores.items()}
+                scores = {layer: self._scores(row, layer) for layer in self._stores}
                 # Where newest tokens were evicted by name, fewer of them are held by all heads alike.
                 recent = min(self.recent, planner.seen(row) - self.rows[row].since)
-                self._settle(planner, stores, row, scores, self.budget - recent, recent)
+                self._keep_best(row, scores, self.budget - recent, recent)
 
-    def _settle(
-        self,
-        planner: Planner,
-        stores: Mapping[int, Store],
-        row: int,
-        scores: Scores,
-        count: int,
-        recent: int,
-        gone: tuple[int, int] = (0, 0),
-    ) -> None:
+    def _keep_best(self, row: int, scores: Scores, count: int, recent: int, gone: tuple[int, int] = (0, 0)) -> None:
         """Each head keeps its best ``count`` by ``scores``, and the newest ``recent``."""
-        keeps = self._chosen(planner, row, scores, count, recent, gone)
-        self._sieve(planner, stores, row, keeps, recent, lambda: planner.sieve(0, row, count, recent))
+        keeps = self._chosen(row, scores, count, recent, gone)
+        self._compact(row, keeps, recent, lambda: self._planner.sieve(0, row, count, recent))
 
-    def _scores(self, planner: Planner, store: Store, row: int, layer: int, gone: int = 0) -> torch.Tensor:
-        """The rule's scores of a row's residents, float ``[Hkv, n]``; the newest ``gone`` queries do not vote."""
-        state, last = self.rows[row].layers[layer], planner.seen(row) - gone
-        pieces = _without(state.queries, gone)
+    def _scores(self, row: int, layer: int, gone: int = 0) -> torch.Tensor:
+        """The rule's scores of a row's residents, float ``[Hkv, n]``; the newest ``gone`` queries are left out."""
+        state, last = self.rows[row].layers[layer], self._planner.seen(row) - gone
+        pieces = without(state.queries, gone)
         queries = torch.cat(pieces, 1)[:, -self.rule.observe :] if pieces else torch.zeros(state.chosen.shape[0], 0, 0)
         found = Observation(
-            positions=self.positions(planner, row, layer),
+            positions=self.positions(row, layer),
             queries=queries,
             query_positions=torch.arange(last - queries.shape[1], last),
-            accumulated_scores=state.mass,
+            accumulated_scores=state.accumulated,
             call=self.calls[layer],
-            store=store,
-            runs=planner.runs(0, row),
+            store=self._stores[layer],
+            runs=self._planner.runs(0, row),
         )
         scores = self.rule.scores(found)
         if not isinstance(scores, torch.Tensor) or scores.shape != found.positions.shape or not scores.is_floating_point():
@@ -230,17 +149,15 @@ class Observer:
             )
         return scores
 
-    def _chosen(
-        self, planner: Planner, row: int, scores: Scores, count: int, recent: int, gone: tuple[int, int] = (0, 0)
-    ) -> dict[int, torch.Tensor]:
+    def _chosen(self, row: int, scores: Scores, count: int, recent: int, gone: tuple[int, int] = (0, 0)) -> dict[int, torch.Tensor]:
         """Of each layer, which of a row's residents but the newest ``recent`` each head keeps, its best ``count`` by ``scores``:
         int64 ``[Hkv, count]``. Sinks, recent and pinned tokens come first; those at positions ``gone[0]`` to ``gone[1] - 1`` last.
         """
-        pins, last = planner.pins(row), planner.seen(row) - self.recent
+        pins, last = self._planner.pins(row), self._planner.seen(row) - self.recent
         keeps = {}
         for layer, values in scores.items():
             others = values.shape[1] - recent
-            at = self.positions(planner, row, layer)[:, :others]
+            at = self.positions(row, layer)[:, :others]
             classes = None
             # In most rows the first residents are the sinks, and nothing else stays.
             if pins or gone[0] < gone[1] or bool((at[:, : self.sinks] >= self.sinks).any()) or bool((at >= last).any()):
@@ -251,41 +168,26 @@ class Observer:
             keeps[layer] = choose(values[:, :others], count, self.sinks, classes)
         return keeps
 
-    def _sieve(
-        self,
-        planner: Planner,
-        stores: Mapping[int, Store],
-        row: int,
-        keeps: Mapping[int, torch.Tensor],
-        recent: int,
-        sieve: Callable[[], tuple[Runs, Runs]],
-    ) -> None:
-        """Each head keeps the residents ``keeps`` and the newest ``recent``; ``sieve`` makes room in the planner."""
-        state, others = self.rows[row], planner.resident(0, row) - recent
-        was = {layer: self.positions(planner, row, layer)[:, :others] for layer in keeps}
-        with self.all_layers("letting go"):
-            source, to = sieve()
+    def _compact(self, row: int, keeps: Mapping[int, torch.Tensor], recent: int, plan: Callable[[], tuple[Runs, Runs]]) -> None:
+        """Each head keeps the residents ``keeps`` and the newest ``recent``; ``plan`` makes room in the planner."""
+        state, others = self.rows[row], self._planner.resident(0, row) - recent
+        was = {layer: self.positions(row, layer)[:, :others] for layer in keeps}
+        with self._blocks.all_layers("evicting"):
+            source, to = plan()
             layers = {}
             for layer, keep in keeps.items():
-                stores[layer].permute(source, keep, to)
-                old = state.layers[layer]
-                kept = (
-                    None if old.mass is None else torch.cat([old.mass.gather(1, keep.to(old.mass.device)), old.mass[:, others:]], 1)
-                )
-                layers[layer] = LayerState(was[layer].gather(1, keep.cpu()), old.queries, kept)
-            self.rows[row] = RowState(planner.seen(row) - recent, layers)
+                self._stores[layer].permute(source, keep, to)
+                layers[layer] = state.layers[layer].kept(was[layer].gather(1, keep.cpu()), keep, recent)
+            self.rows[row] = RowState(self._planner.seen(row) - recent, layers)
 
-    def check_held(self, planner: Planner, row: int, start: int, stop: int) -> None:
-        """Refuse to pin what some head has evicted.
+    # ------------------------------------------------------------------------------------------------------ tokens by position
 
-        Raises:
-            StateError: naming how many of the tokens ``start`` to ``stop - 1`` are gone.
-        """
+    def check_held(self, row: int, start: int, stop: int) -> None:
         state = self.rows[row] if row < len(self.rows) else RowState()
         end = min(stop, state.since)
         gone = 0
         for layer in state.layers if start < end else ():
-            at = self.positions(planner, row, layer)
+            at = self.positions(row, layer)
             gone = max(gone, end - start - int(((at >= start) & (at < end)).sum(1).min()))
         if gone:
             raise StateError(
@@ -293,12 +195,16 @@ class Observer:
                 "pin tokens before they are evicted"
             )
 
-    def evict(self, planner: Planner, stores: Mapping[int, Store], row: int, start: int, stop: int) -> None:
-        """The tokens ``start`` to ``stop - 1`` go. Where heads then hold different numbers of older ones, each keeps as many as the
-        head that has fewest, its best ones."""
-        state, seen = self.rows[row], planner.seen(row)
+    def evict_range(self, rows: Sequence[int], start: int, stop: int) -> None:
+        """Where heads then hold different numbers of older tokens, each keeps as many as the head that has fewest."""
+        for row in rows:
+            self._evict_range(row, start, stop)
+
+    def _evict_range(self, row: int, start: int, stop: int) -> None:
+        planner, state = self._planner, self.rows[row]
+        seen = planner.seen(row)
         since = max(state.since, min(stop, seen))
-        older = {layer: self.positions(planner, row, layer) for layer in state.layers}
+        older = {layer: self.positions(row, layer) for layer in state.layers}
         older = {layer: at[:, : at.shape[1] - (seen - since)] for layer, at in older.items()}
         left = {layer: ((at < start) | (at >= stop)).sum(1) for layer, at in older.items()}
         if all(int(n.min()) == older[layer].shape[1] for layer, n in left.items()):
@@ -308,44 +214,16 @@ class Observer:
         if all(int(n.max()) == count for n in left.values()):
             scores = {layer: torch.zeros(at.shape[0], at.shape[1] + seen - since) for layer, at in older.items()}
         else:
-            scores = {layer: self._scores(planner, stores[layer], row, layer) for layer in older}
-        keeps = self._chosen(planner, row, scores, count, seen - since, (start, stop))
-        self._sieve(
-            planner, stores, row, keeps, seen - since, lambda: planner.evict_per_head(row, start, stop, count, seen - since)
-        )
+            scores = {layer: self._scores(row, layer) for layer in older}
+        keeps = self._chosen(row, scores, count, seen - since, (start, stop))
+        self._compact(row, keeps, seen - since, lambda: planner.evict_per_head(row, start, stop, count, seen - since))
 
-    # ------------------------------------------------------------------------------------------------------------- what callers do
+    # -------------------------------------------------------------------------------------------------------------- going back
 
-    def positions(self, planner: Planner, row: int, layer: int) -> torch.Tensor:
-        """True positions of a row's residents, int64 ``[Hkv, n]``, on the CPU."""
-        state = self.rows[row]
-        chosen = state.layers[layer].chosen
-        return torch.cat([chosen, torch.arange(state.since, planner.seen(row)).expand(chosen.shape[0], -1)], 1)
-
-    def kept(
-        self, planner: Planner, row: int, layer: int | None, head: int | None
-    ) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
-        """Positions of one row's residents and their scores; of all heads or layers together where those are None."""
-        layers = list(self.rows[row].layers) if layer is None else [layer]
-        if head is not None:
-            at, found = layers[0], self.rows[row].layers
-            if at not in found:
-                return np.zeros(0, np.int64), np.zeros(0, np.float32)
-            positions, given = self.positions(planner, row, at)[head], found[at].mass
-            scores = torch.full(positions.shape, torch.nan) if given is None else given[head].float().cpu()
-            return positions.numpy(), scores.numpy()
-        held = [self.positions(planner, row, at).flatten() for at in layers if at in self.rows[row].layers]
-        union = np.unique(torch.cat(held).numpy()) if held else np.zeros(0, np.int64)
-        return union, np.full(len(union), np.nan, np.float32)
-
-    def check_crop(self, planner: Planner, counts: Sequence[int]) -> None:
-        """Refuse to go back to where heads hold different tokens, or to before attention that cannot be taken back.
-
-        Raises:
-            StateError: if what a shorter text would have left behind is not known any more.
-        """
-        for row, (state, count) in enumerate(zip(self.rows, counts)):
-            left = planner.seen(row) - count
+    def check_crop(self, crop: Crop) -> None:
+        """Refuse to go back to where heads hold different tokens, or to before attention that cannot be taken back."""
+        for row, (state, count) in enumerate(zip(self.rows, crop.counts if crop.columns is not None else ())):
+            left = self._planner.seen(row) - count
             if not count or left <= 0:
                 continue
             if left < state.since:
@@ -366,66 +244,95 @@ class Observer:
                         f"at most {max(spare, 0)} can be forgotten; {GO_BACK}"
                     )
 
-    def crop(self, planner: Planner, counts: Sequence[int]) -> None:
-        """The planner forgot the newest ``counts[row]`` tokens of each row. Attention that they gave stays counted."""
-        self.rows = [_cropped(state, planner.seen(row), counts[row]) for row, state in enumerate(self.rows)]
+    def crop(self, crop: Crop) -> Apply:
+        """The attention that forgotten tokens gave stays counted."""
 
-    def crop_rows(self, planner: Planner, stores: Mapping[int, Store], counts: Sequence[int]) -> None:
-        """Forget the newest ``counts[row]`` tokens of each row, even where heads hold different ones: then every head keeps as many
-        of those that are left as the head that has fewest, its best ones."""
+        def apply() -> None:
+            self.rows = [state.cropped(self._planner.seen(row), crop.counts[row]) for row, state in enumerate(self.rows)]
+
+        return apply
+
+    def force_crop(self, counts: Sequence[int]) -> None:
+        """Where heads hold different ones of the tokens that are left, every head keeps as many of those as the head that has
+        fewest, its best ones."""
+        planner = self._planner
         known = len(counts) == len(self.rows) and all(c <= planner.seen(row) for row, c in enumerate(counts))
         uneven: dict[int, tuple[Scores, int]] = {}
         for row, state in enumerate(self.rows if known else []):
             left = planner.seen(row) - counts[row]
             if 0 < left < state.since:
-                scores = {layer: self._scores(planner, store, row, layer, counts[row]) for layer, store in stores.items()}
-                held = {layer: self.positions(planner, row, layer) < left for layer in scores}
+                scores = {layer: self._scores(row, layer, counts[row]) for layer in self._stores}
+                held = {layer: self.positions(row, layer) < left for layer in scores}
                 uneven[row] = scores, min(int(h.sum(1).min()) for h in held.values())
         for row, (scored, count) in uneven.items():
             seen = planner.seen(row)
-            self._settle(planner, stores, row, scored, count, 0, (seen - counts[row], seen))
-        planner.crop_rows(list(counts))
-        self.crop(planner, counts)
+            self._keep_best(row, scored, count, 0, (seen - counts[row], seen))
 
-    def select_rows(self, rows: Sequence[int]) -> None:
-        """Row ``i`` becomes what row ``rows[i]`` was."""
-        self.rows = [self.rows[row] for row in rows]
+    def select_rows(self, rows: Sequence[int]) -> Apply:
+        def apply() -> None:
+            self.rows = [self.rows[row] for row in rows]
 
-    def copy_from(self, other: Observer) -> None:
-        """Start where ``other`` is."""
-        self.rows, self.calls = list(other.rows), dict(other.calls)
+        return apply
+
+    # ----------------------------------------------------------------------------------------------------------------- telling
+
+    def positions(self, row: int, layer: int) -> torch.Tensor:
+        """True positions of a row's residents, int64 ``[Hkv, n]``, on the CPU."""
+        return self.rows[row].positions(layer, self._planner.seen(row))
+
+    def kept(self, row: int, layer: int | None, head: int | None) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float32]]:
+        """Positions of one row's residents and their scores; of all heads or layers together where those are None."""
+        layers = list(self.rows[row].layers) if layer is None else [layer]
+        if head is not None:
+            at, found = layers[0], self.rows[row].layers
+            if at not in found:
+                return np.zeros(0, np.int64), np.zeros(0, np.float32)
+            positions, given = self.positions(row, at)[head], found[at].accumulated
+            scores = torch.full(positions.shape, torch.nan) if given is None else given[head].float().cpu()
+            return positions.numpy(), scores.numpy()
+        held = [self.positions(row, at).flatten() for at in layers if at in self.rows[row].layers]
+        union = np.unique(torch.cat(held).numpy()) if held else np.zeros(0, np.int64)
+        return union, np.full(len(union), np.nan, np.float32)
+
+    # ----------------------------------------------------------------------------------------------------------------- moments
+
+    def state(self) -> State:
+        return list(self.rows), dict(self.calls)
+
+    def return_to(self, state: State) -> None:
+        self.rows, self.calls = list(state[0]), dict(state[1])
+
+    def save(self) -> Saved:
+        tensors: dict[str, torch.Tensor] = {}
+        for row, state in enumerate(self.rows):
+            for layer, held in state.layers.items():
+                tensors[f"chosen.{layer}.{row}"] = held.chosen.clone()
+                if held.queries:
+                    tensors[f"queries.{layer}.{row}"] = torch.cat(held.queries, 1)
+                if held.accumulated is not None:
+                    tensors[f"accumulated.{layer}.{row}"] = held.accumulated.clone(memory_format=torch.contiguous_format)
+        for layer, call in self.calls.items():
+            if call.sink_logits is not None:
+                tensors[f"sinks.{layer}"] = call.sink_logits.detach().clone()
+        calls = {str(layer): [call.scale, call.softcap] for layer, call in self.calls.items()}
+        return Saved({"since": [row.since for row in self.rows], "calls": calls}, tensors)
+
+    def restore(self, saved: Saved) -> None:
+        def get(name: str, layer: int) -> torch.Tensor | None:
+            return saved.tensors[name].to(self._devices[layer]) if name in saved.tensors else None
+
+        for name, (scale, softcap) in saved.data["calls"].items():
+            self.calls[int(name)] = AttendCall(scale, softcap, get(f"sinks.{name}", int(name)))
+        self.rows = []
+        for row, since in enumerate(saved.data["since"]):
+            layers = {}
+            for layer in self.calls:
+                if f"chosen.{layer}.{row}" in saved.tensors:
+                    queries = get(f"queries.{layer}.{row}", layer)
+                    chosen = saved.tensors[f"chosen.{layer}.{row}"]
+                    pieces = () if queries is None else (queries,)
+                    layers[layer] = LayerState(chosen, pieces, get(f"accumulated.{layer}.{row}", layer))
+            self.rows.append(RowState(since, layers))
 
     def reset(self) -> None:
-        """Forget everything."""
         self.rows, self._pending = [], {}
-
-
-def _plus(held: torch.Tensor | None, new: torch.Tensor | None) -> torch.Tensor | None:
-    """What tokens were given before (``[Hkv, n]``), and what the newest queries gave them and the new ones (``[Hkv, n + m]``)."""
-    if held is None or new is None:
-        return held if new is None else new
-    total = new.clone()
-    total[:, : held.shape[1]] += held
-    return total
-
-
-def _without(pieces: tuple[torch.Tensor, ...], gone: int) -> tuple[torch.Tensor, ...]:
-    """Queries ``[H, m, D]`` without the newest ``gone`` of them."""
-    left = list(pieces)
-    while gone and left:
-        last = left.pop()
-        if last.shape[1] > gone:
-            left.append(last[:, : last.shape[1] - gone])
-        gone = max(gone - last.shape[1], 0)
-    return tuple(left)
-
-
-def _cropped(state: RowState, left: int, gone: int) -> RowState:
-    """A row that has seen ``left`` tokens, after the newest ``gone`` were forgotten."""
-    if left == 0:
-        return RowState()
-    layers = {}
-    for layer, old in state.layers.items():
-        held = old.chosen.shape[1] + max(left - state.since, 0)
-        layers[layer] = LayerState(old.chosen, _without(old.queries, gone), None if old.mass is None else old.mass[:, :held])
-    return RowState(min(state.since, left), layers)

@@ -7,41 +7,79 @@ so they are made here from the final hidden states, in blocks, and dropped: ``[t
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.errors import UnsupportedModelError
+from kvsieve.errors import StateError, UnsupportedModelError
+from kvsieve.runtime.part import Apply, Crop, Forward, Saved, Setting, StreamPart, unchanged
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import Backend
     from kvsieve.facts import ModelFacts
     from kvsieve.policy.compose import Policy
+    from kvsieve.runtime.blocks import Blocks
 
-__all__ = ["Scorer", "published_scores", "true_scores"]
+__all__ = ["SurprisalScores", "published_scores", "true_scores"]
 
 ROWS = 256
 """Rows of logits made at a time."""
 
 
-class Scorer:
-    """Scores the tokens of each forward, and carries the last logits to the next."""
+class SurprisalScores(StreamPart):
+    """Scores the tokens of each forward, and carries the last logits to the next.
 
-    def __init__(self, policy: Policy, facts: ModelFacts, backend: Backend) -> None:
+    Attributes:
+        published: whether scores are those of SirLLM's published code.
+        tail: logits ``[B, r, V]`` of the last columns seen; the last row is the carry.
+        first: scores of the next tokens, where they were known before and no logits are carried.
+    """
+
+    name = "surprisal"
+    stores_all = True
+
+    def __init__(self, policy: Policy, facts: ModelFacts, backend: Backend, blocks: Blocks) -> None:
         if facts.logits_of is None:
             raise UnsupportedModelError(
                 f"{policy!r} needs the model's logits for every token, but this model computes them in a way that is not known: "
                 "its output differs from its head applied to its last hidden state"
             )
-        self._logits_of, self._backend = facts.logits_of, backend
+        self._logits_of, self._backend, self._policy, self._blocks = facts.logits_of, backend, policy, blocks
         rule = next(m.roles.evict for m in policy.memories if m.roles.evict.needs_surprisal)
-        self._published = getattr(rule, "score", "surprisal") == "published"
+        self.published = getattr(rule, "score", "surprisal") == "published"
         self.tail: torch.Tensor | None = None
-        """Logits ``[B, r, V]`` of the last columns seen; the last row is the carry."""
         self.first: npt.NDArray[np.float32] | None = None
-        """Scores of the next tokens, where they were known before and no logits are carried."""
+
+    @classmethod
+    def of(cls, setting: Setting) -> SurprisalScores | None:
+        """None if the policy does not rank tokens by how surprising they are."""
+        if not setting.policy.needs_surprisal:
+            return None
+        return cls(setting.policy, setting.facts, setting.backend, setting.blocks)
+
+    # ------------------------------------------------------------------------------------------------------------- one forward
+
+    def check_input(self, causal_lm: bool, ids: torch.Tensor | None) -> None:
+        if not causal_lm:
+            raise StateError(f"{self._policy!r} scores tokens by the model's logits: call the causal LM, not its base model")
+        if ids is None:
+            raise StateError(f"{self._policy!r} scores tokens by their ids: pass input_ids, not inputs_embeds")
+
+    def commit(self, forward: Forward) -> Apply:
+        if forward.ids is None or forward.hidden is None or forward.logits is None:
+            return unchanged
+        scores, tail = self.score(forward.ids, forward.hidden, forward.logits, forward.lens, keep_rows=forward.verifying)
+
+        def apply() -> None:
+            for row, values in enumerate(scores):
+                if len(values):
+                    self._blocks.planner.set_scores(row, values)
+            self.tail, self.first = tail, None
+
+        return apply
 
     def score(
         self, ids: torch.Tensor, hidden: torch.Tensor, logits: torch.Tensor, lens: list[int], keep_rows: bool
@@ -55,13 +93,13 @@ class Scorer:
         """
         with torch.no_grad():
             width = ids.shape[1]
-            own = ids if self._published else torch.cat([ids[:, 1:], ids[:, :1]], 1)
-            table = self._table(own.to(hidden.device), hidden, logits, width if self._published else width - 1)
+            own = ids if self.published else torch.cat([ids[:, 1:], ids[:, :1]], 1)
+            table = self._table(own.to(hidden.device), hidden, logits, width if self.published else width - 1)
             first = self._first(ids, lens)
             scores = []
             for row, count in enumerate(lens):
                 values = table[row, width - count :]
-                if self._published:
+                if self.published:
                     scores.append(published_scores(values))
                 else:
                     known = None if first is None else float(first[row])
@@ -74,12 +112,11 @@ class Scorer:
                 # A row that was given pads only goes on from where it was; what a pad makes the model expect means nothing.
                 tail = tail.clone()
                 tail[silent] = torch.nan if self.tail is None else self.tail[silent, -1:]
-            self.first = None
             return scores, tail
 
     def _first(self, ids: torch.Tensor, lens: list[int]) -> npt.NDArray[np.float32] | None:
         """The scores of the rows' first new tokens, from the logits that were carried; nan where none were."""
-        if self._published:
+        if self.published:
             return None
         if self.tail is None:
             return self.first
@@ -103,28 +140,50 @@ class Scorer:
         result: npt.NDArray[np.float32] = table.numpy()
         return result
 
-    def covers(self, count: int) -> bool:
-        """Whether the logits of what is left after the newest ``count`` columns are forgotten are carried."""
-        return not count or self._published or (self.tail is not None and count < self.tail.shape[1])
+    # -------------------------------------------------------------------------------------------------------------- going back
 
-    def crop(self, count: int) -> None:
-        """The newest ``count`` columns are forgotten; so are their logits."""
-        if self.tail is not None:
-            self.tail = self.tail[:, :-count] if count < self.tail.shape[1] else None
+    def covers(self, columns: int) -> bool:
+        """Whether the logits of what is left after the newest ``columns`` are forgotten are carried."""
+        return not columns or self.published or (self.tail is not None and columns < self.tail.shape[1])
 
-    def forget_rows(self, rows: list[int]) -> None:
-        """The logits of these rows belong to tokens that are gone."""
-        if self.tail is not None:
-            self.tail = self.tail.clone()
-            self.tail[rows] = torch.nan
+    def must_read_again(self, columns: int) -> int:
+        """The score of the next token needs the logits of the last one that stays, which is read again where they are gone."""
+        return 0 if self.covers(columns) else 1
 
-    def select_rows(self, rows: list[int]) -> None:
-        """Row ``i`` becomes what row ``rows[i]`` was."""
-        if self.tail is not None:
-            self.tail = self.tail[rows]
+    def crop(self, crop: Crop) -> Apply:
+        """The logits of forgotten columns go. Where the columns stay, those of rows that forget tokens mean nothing."""
+
+        def apply() -> None:
+            if self.tail is None:
+                return
+            if crop.columns is not None:
+                self.tail = self.tail[:, : -crop.columns] if crop.columns < self.tail.shape[1] else None
+            else:
+                self.tail = self.tail.clone()
+                self.tail[[row for row, count in enumerate(crop.counts) if count]] = torch.nan
+
+        return apply
+
+    def select_rows(self, rows: Sequence[int]) -> Apply:
+        def apply() -> None:
+            if self.tail is not None:
+                self.tail = self.tail[list(rows)]
+
+        return apply
+
+    def state(self) -> tuple[torch.Tensor | None, npt.NDArray[np.float32] | None]:
+        return self.tail, self.first
+
+    def return_to(self, state: tuple[torch.Tensor | None, npt.NDArray[np.float32] | None]) -> None:
+        self.tail, self.first = state
+
+    def save(self) -> Saved:
+        return Saved({}, {} if self.tail is None else {"tail": self.tail.contiguous()})
+
+    def restore(self, saved: Saved) -> None:
+        self.tail = saved.tensors.get("tail")
 
     def reset(self) -> None:
-        """Forget the carry."""
         self.tail = self.first = None
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kvsieve.errors import CacheMismatchError, PaddingError
+from kvsieve.runtime.part import Apply, Crop, Forward, Saved, Setting, StreamPart
+from kvsieve.runtime.turn import Turn
 
 __all__ = ["Ids", "Row", "Transcript", "TranscriptState"]
 
@@ -120,19 +122,28 @@ class TranscriptState:
     foreign: bool
 
 
-class Transcript:
+class Transcript(StreamPart):
     """The rows of one stream, and how many columns transformers is told.
 
     Attributes:
         columns: columns seen, pads included.
         rows: the conversations; empty before the first forward.
         foreign: whether the last forward was part of a caller's ``model.generate``, whose newest token nobody here has seen.
+        turn: the stream's own call that feeds the model now; None while a caller's own loop does.
     """
+
+    name = "transcript"
 
     def __init__(self) -> None:
         self.columns = 0
         self.rows: tuple[Row, ...] = ()
         self.foreign = False
+        self.turn: Turn | None = None
+
+    @classmethod
+    def of(cls, setting: Setting) -> Transcript:
+        """Every stream has one."""
+        return cls()
 
     # ----------------------------------------------------------------------------------------------------------------- reading
 
@@ -140,21 +151,48 @@ class Transcript:
         """Tokens that each row's model has read."""
         return [len(row.ids) for row in self.rows]
 
-    def commit(self, ids: torch.Tensor | None, lens: Sequence[int], width: int, *, own: bool, foreign: bool) -> None:
-        """A forward over ``width`` columns counts.
+    def real_tokens(self, mask: torch.Tensor | None, batch: int, width: int, foreign: bool) -> list[int]:
+        """Real tokens among the new columns of each row; they must be the last ones.
 
         Args:
-            ids: int64 ``[B, width]``; None if the model was given embeddings.
-            lens: real new tokens of each row, its last columns.
-            own: whether one of the stream's own calls fed it, which feeds first what was unread.
-            foreign: whether a caller's ``model.generate`` fed it.
+            mask: bool-like ``[B, width]``, 0 for pads; None without any. A turn knows better.
+            foreign: whether a caller's ``model.generate`` feeds the model.
+
+        Raises:
+            PaddingError: for a pad after a real token, or a token after pads only.
         """
-        rows = self.rows or tuple(Row() for _ in lens)
-        self.rows = tuple(
-            self._read(row, None if ids is None else ids[at], count, width, own) for at, (row, count) in enumerate(zip(rows, lens))
+        if self.turn is not None:
+            return self.turn.lens(batch, width)
+        lens = [width] * batch
+        if mask is not None:
+            rows = mask.to(torch.bool)
+            if not bool(rows.all()):
+                lens = rows.sum(1).tolist()
+                if bool((rows[:, :-1] & ~rows[:, 1:]).any()):
+                    row = int((rows[:, :-1] & ~rows[:, 1:]).any(1).nonzero()[0])
+                    raise PaddingError(f"row {row} has a pad after a real token; pad on the left (tokenizer.padding_side = 'left')")
+        for row, seen in enumerate(self.seen() if width == 1 and self.columns else ()):
+            # A caller's own loop may begin a row late; `generate` would sample after pads.
+            if not seen and (mask is None or foreign):
+                raise PaddingError(f"row {row} has no real token: all of its {self.columns} columns are pads")
+        return lens
+
+    def commit(self, forward: Forward) -> Apply:
+        """One of the stream's own calls feeds first what was unread."""
+        ids, width, own = forward.ids, forward.width, self.turn is not None
+        rows = self.rows or tuple(Row() for _ in forward.lens)
+        read = tuple(
+            self._read(row, None if ids is None else ids[at], count, width, own)
+            for at, (row, count) in enumerate(zip(rows, forward.lens))
         )
-        self.columns += width
-        self.foreign = foreign
+
+        def apply() -> None:
+            self.rows, self.foreign = read, forward.foreign
+            self.columns += width
+            if self.turn is not None:
+                self.turn.committed(width)
+
+        return apply
 
     def _read(self, row: Row, ids: torch.Tensor | None, count: int, width: int, own: bool) -> Row:
         pads = row.pads
@@ -173,7 +211,7 @@ class Transcript:
         Raises:
             PaddingError: if the mask differs from what was read.
         """
-        if not self.columns:
+        if self.turn is not None or not self.columns:
             return
         if mask.shape[1] != self.columns + width:
             raise PaddingError(
@@ -198,7 +236,7 @@ class Transcript:
         self.rows = tuple(replace(row, unread=new.detach().clone()) for row, new in zip(self.rows, said))
         self.foreign = False
 
-    def settle(self, extra: int) -> None:
+    def pad_left(self, extra: int) -> None:
         """The stream's own calls leave a left-padded batch, ``extra`` columns wider than its longest row."""
         seen = self.seen()
         self.columns = max(seen, default=0) + extra
@@ -219,33 +257,57 @@ class Transcript:
         first = self.columns - columns
         return [columns - sum(max(hi - max(lo, first), 0) for lo, hi in row.pads) for row in self.rows]
 
-    def crop(self, columns: int) -> None:
-        """The newest ``columns`` are forgotten, and so is what was said after them."""
-        counts, first = self.tokens_in_last(columns), self.columns - columns
-        rows = []
-        for row, count in zip(self.rows, counts):
-            pads = tuple((lo, min(hi, first)) for lo, hi in row.pads if lo < first)
-            rows.append(replace(row, ids=row.ids.crop(count), pads=pads, unread=row.unread[:0]))
-        self.rows, self.columns, self.foreign = tuple(rows), first, False
+    def crop(self, crop: Crop) -> Apply:
+        """What was said after forgotten tokens is forgotten as well."""
 
-    def forget(self, counts: Sequence[int]) -> None:
-        """The newest ``counts[row]`` tokens of each row were not said; their columns stay, as pads, until the turn is over."""
-        self.rows = tuple(replace(row, ids=row.ids.crop(count)) if count else row for row, count in zip(self.rows, counts))
+        def apply() -> None:
+            if crop.columns is None:
+                self.rows = tuple(replace(row, ids=row.ids.crop(n)) if n else row for row, n in zip(self.rows, crop.counts))
+                return
+            first = self.columns - crop.columns
+            rows = []
+            for row, count in zip(self.rows, crop.counts):
+                pads = tuple((lo, min(hi, first)) for lo, hi in row.pads if lo < first)
+                rows.append(replace(row, ids=row.ids.crop(count), pads=pads, unread=row.unread[:0]))
+            self.rows, self.columns, self.foreign = tuple(rows), first, False
 
-    def select_rows(self, index: Sequence[int]) -> None:
-        """Row ``i`` becomes what row ``index[i]`` was."""
-        self.rows = tuple(self.rows[row] for row in index)
+        return apply
+
+    def cropped(self, columns: int) -> None:
+        """A caller took ``columns`` back, whatever that took."""
+        if self.turn is not None:
+            self.turn.cropped(columns, max(self.seen(), default=0))
+
+    def select_rows(self, rows: Sequence[int]) -> Apply:
+        def apply() -> None:
+            self.rows = tuple(self.rows[row] for row in rows)
+
+        return apply
 
     def state(self) -> TranscriptState:
-        """What it takes to return here."""
         return TranscriptState(self.columns, self.rows, self.foreign)
 
     def return_to(self, state: TranscriptState) -> None:
-        """Make ``state`` the present."""
         self.columns, self.rows, self.foreign = state.columns, state.rows, state.foreign
 
+    def save(self) -> Saved:
+        tensors = {}
+        for at, row in enumerate(self.rows):
+            tensors[f"ids.{at}"], tensors[f"unread.{at}"] = row.ids.tensor(), row.unread.contiguous()
+        return Saved({"columns": self.columns, "pads": [row.pads for row in self.rows], "foreign": self.foreign}, tensors)
+
+    def restore(self, saved: Saved) -> None:
+        rows = []
+        for at, pads in enumerate(saved.data["pads"]):
+            ids = Ids().append(saved.tensors[f"ids.{at}"])
+            rows.append(Row(ids, saved.tensors[f"unread.{at}"], tuple((lo, hi) for lo, hi in pads)))
+        self.columns, self.rows, self.foreign = saved.data["columns"], tuple(rows), saved.data["foreign"]
+
+    def begin_at(self, columns: int, seen: Sequence[int]) -> None:
+        """Nobody knows the ids."""
+        self.columns, self.rows, self.foreign = columns, tuple(Row.unknown(count, columns) for count in seen), False
+
     def reset(self) -> None:
-        """Forget everything."""
         self.columns, self.rows, self.foreign = 0, (), False
 
     # ------------------------------------------------------------------------------------------------------------------ telling

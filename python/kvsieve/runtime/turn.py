@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from kvsieve.runtime.engine import EngineState
+    from kvsieve.runtime.part import State
 
-__all__ = ["Pieces", "Turn"]
+__all__ = ["Turn"]
 
 
 @dataclass
@@ -29,7 +29,7 @@ class Turn:
         said: the newest ids that `generate` showed, int64 ``[B, n]``.
         hidden: columns of ``said`` before the first sampled token.
         delivered: tokens that a streamer was given.
-        prompt_state: with copies, the engine's state before the last column of the prompt.
+        prompt_state: with copies, the stream's state before the last column of the prompt.
         owner: the thread that began it.
         verified: with candidates, how many tokens the row held when the last ones were verified.
     """
@@ -44,7 +44,7 @@ class Turn:
     said: torch.Tensor | None = None
     hidden: int = 0
     delivered: list[torch.Tensor] = field(default_factory=list)
-    prompt_state: EngineState | None = None
+    prompt_state: State | None = None
     verified: int | None = None
     owner: threading.Thread = field(default_factory=threading.current_thread)
     started: bool = False
@@ -52,6 +52,14 @@ class Turn:
     def __post_init__(self) -> None:
         self.left = self.width
         self.stops = [None] * (len(self.counts) * self.copies)
+
+    def cuts(self, width: int, kept_logits: int) -> list[int] | None:
+        """Where a forward over the whole prompt is cut, whose last ``kept_logits`` are wanted; None if it stays whole."""
+        if self.left != self.width:
+            return None
+        last = width - 1 if self.copies > 1 else width - max(kept_logits, 1)
+        cuts = sorted({*range(0, last, self.chunk), last, width} if self.copies > 1 else {*range(0, last + 1, self.chunk), width})
+        return None if self.copies == 1 and len(cuts) == 2 else cuts
 
     def lens(self, batch: int, width: int) -> list[int]:
         """Real tokens among the next ``width`` columns of each of ``batch`` rows; they are the last ones."""
@@ -98,18 +106,3 @@ class Turn:
             for row in ended.nonzero().flatten().tolist():
                 if self.stops[row] is None:
                     self.stops[row] = count
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """How a forward is cut.
-
-    Attributes:
-        bounds: columns ``lo..hi`` of each piece.
-        verifying: whether every piece ends with a candidate whose logits are wanted, and can be returned to.
-        copies: rows that were made of each prompt; all pieces but the last read one of them, then the memory is copied.
-    """
-
-    bounds: tuple[tuple[int, int], ...]
-    verifying: bool = False
-    copies: int = 1

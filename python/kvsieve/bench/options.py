@@ -1,0 +1,139 @@
+"""What can be measured, and how it is asked for. Neither torch nor transformers is imported: the command line reads this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kvsieve.errors import BenchError
+
+__all__ = ["DTYPES", "TABLES", "Options", "Shape"]
+
+DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
+"""Short names of the element types, and torch's."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The heads of an attention layer: query heads, key-value heads, channels of a head.
+
+    >>> Shape.parse("32/8/128").group
+    4
+    """
+
+    heads: int
+    kv_heads: int
+    dim: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shape:
+        """The shape that ``text`` names, such as ``9/3/64``.
+
+        Raises:
+            BenchError: unless it is three counts, the first a multiple of the second, and the last even.
+        """
+        parts = text.split("/")
+        if len(parts) != 3 or not all(part.isascii() and part.isdigit() and int(part) for part in parts):
+            raise BenchError(f"cannot read the shape {text!r}; write heads/kv heads/head size, such as 32/8/128")
+        heads, kv_heads, dim = (int(part) for part in parts)
+        if heads % kv_heads or dim % 2:
+            raise BenchError(f"shape {text}: heads must be a multiple of kv heads, and the head size even")
+        return cls(heads, kv_heads, dim)
+
+    @property
+    def group(self) -> int:
+        """Query heads that share a key-value head."""
+        return self.heads // self.kv_heads
+
+    def token_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's key and value."""
+        return 2 * self.kv_heads * self.dim * itemsize
+
+    def __str__(self) -> str:
+        return f"{self.heads}/{self.kv_heads}/{self.dim}"
+
+
+@dataclass(frozen=True)
+class _Table:
+    """What a table measures unless it is told otherwise."""
+
+    lengths: tuple[int, ...]
+    quick_lengths: tuple[int, ...]
+    dtypes: tuple[str, ...] = tuple(DTYPES)
+    shapes: tuple[Shape, ...] = (Shape(9, 3, 64), Shape(32, 8, 128))
+
+
+TABLES = {
+    "attend": _Table(tuple(1024 << i for i in range(8)), (1024, 8192)),
+    "decode": _Table((512, 2048, 8192, 32768), (512, 2048), dtypes=("f32", "bf16"), shapes=(Shape(9, 3, 64),)),
+    "search": _Table((8192, 32768, 131072, 524288), (8192, 32768), dtypes=("bf16",)),
+    "prefill": _Table((512, 1024, 2048, 4096, 8192), (512, 2048)),
+}
+"""The tables, and the cases of each."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to measure and how; make one with :meth:`of`.
+
+    Attributes:
+        table: ``"attend"``, ``"decode"``, ``"search"`` or ``"prefill"``.
+        shapes, dtypes, lengths: the cases, in all combinations. ``decode`` has one model and so one shape.
+        rounds: rounds of every case; cases that take above 200 ms make do with five.
+        threads: threads of torch and of the kernels. With one, the thread's own CPU time is measured; with more, the wall's.
+        json: also write everything to this file, after every row.
+    """
+
+    table: str
+    shapes: tuple[Shape, ...]
+    dtypes: tuple[str, ...]
+    lengths: tuple[int, ...]
+    rounds: int = 9
+    threads: int = 1
+    json: Path | None = field(default=None, compare=False)
+
+    @classmethod
+    def of(
+        cls,
+        table: str,
+        *,
+        shapes: list[str] | None = None,
+        dtypes: list[str] | None = None,
+        lengths: list[int] | None = None,
+        rounds: int | None = None,
+        threads: int = 1,
+        json: Path | None = None,
+        quick: bool = False,
+    ) -> Options:
+        """Options of ``table``, checked; what is not given is the table's own choice, less of it when ``quick``.
+
+        Raises:
+            BenchError: for an unknown table or dtype, an unreadable shape, and counts that cannot be measured.
+
+        >>> Options.of("attend", dtypes=["bf16"], quick=True).lengths
+        (1024, 8192)
+        """
+        if table not in TABLES:
+            raise BenchError(f"unknown table {table!r}; known: {', '.join(TABLES)}")
+        usual = TABLES[table]
+        if shapes is not None and table == "decode":
+            raise BenchError("decode measures one model shape; leave --shape out")
+        for dtype in dtypes or ():
+            if dtype not in DTYPES:
+                raise BenchError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
+        for length in lengths or ():
+            if length < 32:
+                raise BenchError(f"a length of {length} measures nothing; the least is 32 tokens")
+        if rounds is not None and rounds < 3:
+            raise BenchError(f"a median needs at least 3 rounds, got {rounds}")
+        if threads < 1:
+            raise BenchError(f"threads must be at least 1, got {threads}")
+        return cls(
+            table,
+            tuple(Shape.parse(shape) for shape in shapes) if shapes else usual.shapes,
+            tuple(dtypes) if dtypes else usual.dtypes,
+            tuple(lengths) if lengths else usual.quick_lengths if quick else usual.lengths,
+            rounds or (5 if quick else 9),
+            threads,
+            json,
+        )

@@ -1,0 +1,125 @@
+"""Which positions the model was told that tokens have: a caller may have begun elsewhere than at 0, but not jump."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from kvsieve.errors import CacheMismatchError, UnsupportedError
+from kvsieve.runtime.part import Apply, Forward, Saved, Setting, StreamPart
+
+if TYPE_CHECKING:
+    from kvsieve.policy.compose import Policy
+
+__all__ = ["ToldPositions"]
+
+
+class ToldPositions(StreamPart):
+    """How far the model's positions are ahead of the tokens that each row has seen.
+
+    Attributes:
+        ahead: by how much, of each row; None of a row that nothing is known of. None before the first forward.
+        several_axes: whether an image was read whose positions have several axes: where text goes on then, only the model knows.
+    """
+
+    name = "positions"
+
+    def __init__(self, policy: Policy, stored_keys: str) -> None:
+        self._policy, self._pre_rope = policy, stored_keys == "pre_rope"
+        self._moves = policy.moves or self._pre_rope
+        self.ahead: list[int | None] | None = None
+        self.several_axes = False
+
+    @classmethod
+    def of(cls, setting: Setting) -> ToldPositions:
+        """Every stream has it."""
+        return cls(setting.policy, setting.stored_keys)
+
+    def of_rows(self, batch: int) -> list[int]:
+        """How far each of ``batch`` rows is ahead; 0 unless a caller began elsewhere."""
+        known = self.ahead or []
+        return [ahead or 0 for ahead in known] if len(known) == batch else [0] * batch
+
+    def start(self, batch: int, anew: bool) -> None:
+        """One of the stream's own calls feeds the model, which starts at 0."""
+        self.ahead = [0] * batch if self.ahead is None or anew else self.ahead
+
+    def check(self, position_ids: torch.Tensor | None, forward: Forward, first: bool) -> None:
+        """The model must be told positions that go on where the stream stands, or keys rotated by them would lie.
+
+        Args:
+            position_ids: what it is told, int64 ``[B or 1, q]``.
+            first: whether the stream has seen no column yet.
+
+        Raises:
+            CacheMismatchError: naming the row.
+        """
+        if position_ids is None or position_ids.dim() != 2 or position_ids.device.type != "cpu":
+            return
+        lens, seen = forward.lens, forward.seen
+        last = position_ids[:, -1].tolist()
+        last = last * len(lens) if len(last) == 1 else last
+        told = [at - (s + n - 1) if s + n else None for at, s, n in zip(last, seen, lens)]
+        known = self.ahead if self.ahead is not None and not first else [None] * len(lens)
+        self.ahead = [now if before is None else before for now, before in zip(told, known)]
+        if self._pre_rope:
+            self._check_each(position_ids, forward)
+        for row, (now, before) in enumerate(zip(told, self.ahead)):
+            if now != before:
+                raise CacheMismatchError(
+                    f"row {row}: the model was told that these tokens end at position {last[row]}, "
+                    f"but the stream has seen {seen[row]} and got {lens[row]}; "
+                    "use stream.generate(), or an attention mask over everything seen"
+                )
+
+    def _check_each(self, position_ids: torch.Tensor, forward: Forward) -> None:
+        """Where keys are rotated when they are read, positions with gaps or in another order cannot be followed."""
+        told, width = position_ids.expand(len(forward.lens), -1), position_ids.shape[1]
+        for row, count in enumerate(forward.lens):
+            mine = told[row, width - count :]
+            if count > 1 and not torch.equal(mine, torch.arange(int(mine[-1]) - count + 1, int(mine[-1]) + 1)):
+                raise CacheMismatchError(
+                    f"row {row}: the model was told positions {mine[:3].tolist()}... to {int(mine[-1])} for {count} tokens from "
+                    f"number {forward.seen[row]} on: {self._policy!r} counts tokens itself; leave position_ids out"
+                )
+
+    def check_axes(self, position_ids: torch.Tensor) -> None:
+        """Positions ``[axes, B, q]``: those of text agree, those of an image do not, and then a key has no one place to move to.
+
+        Raises:
+            UnsupportedError: for an image under a policy that moves tokens.
+        """
+        axes = position_ids[-3:]
+        if not bool((axes != axes[:1]).any()):
+            return
+        if self._moves:
+            raise UnsupportedError(
+                f"the positions of an image have three axes, and {self._policy!r} moves tokens along one; "
+                "use a policy that leaves tokens where they are, such as kvsieve.Full() or kvsieve.SnapKV(...), or pass text only"
+            )
+        self.several_axes = True
+
+    def select_rows(self, rows: Sequence[int]) -> Apply:
+        def apply() -> None:
+            if self.ahead is not None:
+                self.ahead = [self.ahead[row] for row in rows]
+
+        return apply
+
+    def state(self) -> tuple[list[int | None] | None, bool]:
+        return None if self.ahead is None else list(self.ahead), self.several_axes
+
+    def return_to(self, state: tuple[list[int | None] | None, bool]) -> None:
+        ahead, self.several_axes = state
+        self.ahead = None if ahead is None else list(ahead)
+
+    def save(self) -> Saved:
+        return Saved({"ahead": self.ahead, "several_axes": self.several_axes})
+
+    def restore(self, saved: Saved) -> None:
+        self.ahead, self.several_axes = saved.data["ahead"], saved.data["several_axes"]
+
+    def reset(self) -> None:
+        self.ahead, self.several_axes = None, False

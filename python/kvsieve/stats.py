@@ -1,0 +1,124 @@
+"""What a stream tells of itself. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Parts", "Stats"]
+
+
+@dataclass(frozen=True)
+class LayerStats:
+    """One full-attention layer: its index, resident tokens of the fullest row, and bytes of keys and values held."""
+
+    index: int
+    resident: int
+    bytes_held: int
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
+
+    Attributes:
+        keys, values: packed tokens; of a policy that packs nothing, all tokens.
+        scales: steps and least values of codes.
+        channels: which channels of keys were kept.
+        tail: keys and values that are not packed yet.
+        bounds: what a selection by page bounds knows of blocks.
+    """
+
+    keys: int
+    values: int
+    scales: int
+    channels: int
+    tail: int
+    bounds: int = 0
+
+
+@dataclass(frozen=True)
+class Stats:
+    """What a stream has seen and holds.
+
+    Attributes:
+        seen: tokens of the row that saw most (pads not counted).
+        resident: tokens of the row that holds most.
+        bytes_held: bytes of keys and values the allocator holds, for all rows and layers; forks share blocks with their parent.
+        bytes_full: bytes a full cache of the same rows would hold.
+        ratio: ``bytes_held / bytes_full``; 0 before the first token.
+        packed: packed tokens of the row that has most.
+        parts: the bytes by what they hold.
+        backend: name of the backend.
+        policy: the policy, as text.
+        stored_keys: how keys are stored, ``"post_rope"`` (as the model rotated them) or ``"pre_rope"``.
+        layers: one entry per full-attention layer.
+    """
+
+    seen: int
+    resident: int
+    bytes_held: int
+    bytes_full: int
+    ratio: float
+    packed: int
+    parts: Parts
+    backend: str
+    policy: str
+    stored_keys: str
+    layers: tuple[LayerStats, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The resident tokens of one row, in text order.
+
+    Attributes:
+        positions: int64 ``[n]``, numbers of the tokens in their sequence (pads not counted).
+        scores: float32 ``[n]``; nan where the policy has no score.
+    """
+
+    positions: npt.NDArray[np.int64]
+    scores: npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class HeadTrace:
+    """What one key-value head of one row read last.
+
+    Attributes:
+        read: int64 ``[n, 2]``, ranges ``lo..hi`` of token positions that the newest query read, ascending; pads do not count.
+        found: int64 ``[n, 2]``, what a search found, as it was found: the window may have moved on since.
+        searched: representative keys that its last search scored; 0 where it was not needed.
+        rounds: levels of that search's tree, or its stages.
+    """
+
+    read: npt.NDArray[np.int64]
+    found: npt.NDArray[np.int64]
+    searched: int
+    rounds: int
+
+
+@dataclass(frozen=True)
+class LayerTrace:
+    """What one full-attention layer read last.
+
+    Attributes:
+        index: the layer's index in the model.
+        dense: whether it read everything.
+        searched: keys scored in the last forward, over all rows, queries and key-value heads.
+        read: keys attended to, likewise; of a dense layer, by the newest query of each row.
+        rows: for each row its key-value heads.
+    """
+
+    index: int
+    dense: bool
+    searched: int
+    read: int
+    rows: tuple[tuple[HeadTrace, ...], ...]

@@ -1,0 +1,177 @@
+"""The layout of the package: imports point downwards, none run in a circle, files and calls are short.
+
+Imports are read from the source, those for types and those inside functions included. A module depends on what its import names: on
+the module where that is one, on the package where it is a name of the package's own.
+
+What does not hold yet is listed in the exceptions below. An exception that is no longer needed fails as well: take it out then.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[2] / "python" / "kvsieve"
+
+LEVELS = (
+    ("cli",),
+    ("serve", "evals", "bench", "view", "demo", "graphs"),
+    ("__init__", "streams", "generate", "session", "trace"),
+    ("model",),
+    ("runtime",),
+    ("backends",),
+    ("methods",),
+    ("policy",),
+    ("errors", "budget", "stats", "facts", "_core"),
+)
+"""Folders and files of the package, the highest first: each may import its own level and those below."""
+
+MOST_LINES, MOST_ARGUMENTS = 500, 8
+ENGINE_LINES = 350
+
+UPWARD: set[tuple[str, str]] = set()
+"""Imports that point upwards."""
+
+CIRCULAR: set[str] = {
+    "backends",
+    "backends.choices",
+    "backends.cpu",
+    "backends.cuda",
+    "backends.cuda_search",
+    "backends.masses",
+    "backends.reference",
+    "backends.search",
+}
+"""Modules that import each other in a circle."""
+
+LONG_FILES: set[str] = {"backends/cuda.py", "backends/kernels.py"}
+
+LONG_CALLS: set[str] = {
+    "backends/cpu.py",
+    "backends/cuda.py",
+    "backends/cuda_search.py",
+    "backends/kernels.py",
+    "backends/schedule.py",
+    "methods/hip.py",
+    "methods/infinite_hip.py",
+    "methods/think.py",
+}
+"""Files with calls of more positional arguments than eight."""
+
+
+def modules() -> dict[str, Path]:
+    """Every module of the package, ``__init__`` for the package itself, and the file that it is in."""
+    found = {}
+    for path in sorted(PACKAGE.rglob("*.py*")):
+        if path.suffix not in (".py", ".pyi"):
+            continue
+        parts = path.relative_to(PACKAGE).with_suffix("").parts
+        parts = parts[:-1] if parts[-1] == "__init__" and len(parts) > 1 else parts
+        found[".".join(parts)] = path
+    return found
+
+
+MODULES = modules()
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules of the package that a file imports."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            for name in node.names:
+                if name.name.split(".")[0] == "kvsieve":
+                    yield name.name.removeprefix("kvsieve").lstrip(".") or "__init__"
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "kvsieve":
+            assert node.level == 0
+            base = (node.module or "").removeprefix("kvsieve").lstrip(".")
+            for name in node.names:
+                inner = f"{base}.{name.name}".lstrip(".")
+                yield inner if inner in MODULES else base or "__init__"
+
+
+def graph() -> dict[str, set[str]]:
+    found = {name: set(imported(path)) - {name} for name, path in MODULES.items()}
+    for name, others in found.items():
+        for other in others:
+            assert other in MODULES, f"{name} imports {other}, which is not in the package"
+        # A module that is imported runs its packages first.
+        packages = [".".join(other.split(".")[:depth]) for other in others for depth in range(1, other.count(".") + 1)]
+        others |= {package for package in packages if package in MODULES and not f"{name}.".startswith(f"{package}.")}
+    return found
+
+
+GRAPH = graph()
+
+
+def level(module: str) -> int:
+    top = module.split(".")[0]
+    return next(at for at, names in enumerate(LEVELS) if top in names)
+
+
+def circles() -> list[set[str]]:
+    """Groups of modules that reach each other (Tarjan's algorithm would be faster)."""
+    reach: dict[str, set[str]] = {}
+    for name in GRAPH:
+        seen: set[str] = set()
+        left = [name]
+        while left:
+            for other in GRAPH[left.pop()]:
+                if other not in seen:
+                    seen.add(other)
+                    left.append(other)
+        reach[name] = seen
+    groups = {frozenset(b for b in GRAPH if b in reach[a] and a in reach[b]) for a in GRAPH if a in reach[a]}
+    return [set(group) for group in groups]
+
+
+def test_every_module_has_a_place() -> None:
+    known = {name for names in LEVELS for name in names}
+    assert {name.split(".")[0] for name in MODULES} <= known
+
+
+def test_imports_point_downwards() -> None:
+    upward = {(name, other) for name, others in GRAPH.items() for other in others if level(other) < level(name)}
+    assert upward == UPWARD
+
+
+def test_no_imports_run_in_a_circle() -> None:
+    found = circles()
+    assert set().union(*found) == CIRCULAR, found
+
+
+def test_no_part_of_a_stream_is_known_to_the_engine_or_to_session_files() -> None:
+    parts = {f"runtime.{name}" for name in ("compression", "eviction", "head_eviction", "selection", "sliding", "surprisal")}
+    for name in ("runtime.engine", "runtime.held", "runtime.part", "session"):
+        assert not GRAPH[name] & parts, name
+
+
+def test_what_a_package_is_says_its_docstring_alone() -> None:
+    """A package's own file that imports its modules makes circles of all that they import from it."""
+    for name in ("model", "runtime"):
+        assert not GRAPH[name]
+
+
+def test_files_are_short() -> None:
+    lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES.values()}
+    assert {name for name, lines in lengths.items() if lines > MOST_LINES} == LONG_FILES
+    assert lengths["runtime/engine.py"] < ENGINE_LINES
+
+
+def test_calls_are_short() -> None:
+    found = {}
+    for path in MODULES.values():
+        calls = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)]
+        lines = [call.lineno for call in calls if len(call.args) > MOST_ARGUMENTS]
+        if lines:
+            found[str(path.relative_to(PACKAGE))] = lines
+    assert set(found) == LONG_CALLS, found
+
+
+@pytest.mark.parametrize("module", ["model", "runtime", "streams", "methods", "policy"])
+def test_the_graph_is_read_at_all(module: str) -> None:
+    """The reader sees imports at the top, for types, and in functions."""
+    assert any(other.split(".")[0] == module for others in GRAPH.values() for other in others)
+    assert "kvsieve" not in MODULES
