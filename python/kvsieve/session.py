@@ -53,6 +53,7 @@ def save(engine: Engine, model: PreTrainedModel, path: str | PathLike[str], toke
         saved = part.save()
         data[part.name] = saved.data
         tensors.update({f"{part.name}/{name}": tensor for name, tensor in saved.tensors.items()})
+    tensors = _apart(tensors)
     header = {
         "version": VERSION,
         "policy": repr(policy),
@@ -173,6 +174,17 @@ def _tokens(engine: Engine) -> dict[str, torch.Tensor]:
                 tensors[f"keys.{index}.{memory}.{row}"] = k.contiguous()
                 tensors[f"values.{index}.{memory}.{row}"] = v.contiguous()
     return tensors
+
+
+def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors without shared memory, which rows that were one row have, and a file must not."""
+    found: dict[str, torch.Tensor] = {}
+    known: set[int] = set()
+    for name, tensor in tensors.items():
+        storage = tensor.untyped_storage().data_ptr()
+        found[name] = tensor.clone() if storage in known else tensor
+        known.add(storage)
+    return found
 
 
 def _shape(model: PreTrainedModel, facts: ModelFacts) -> list[Any]:

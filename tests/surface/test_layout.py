@@ -2,8 +2,6 @@
 
 Imports are read from the source, those for types and those inside functions included. A module depends on what its import names: on
 the module where that is one, on the package where it is a name of the package's own.
-
-What does not hold yet is listed in the exceptions below. An exception that is no longer needed fails as well: take it out then.
 """
 
 from __future__ import annotations
@@ -31,35 +29,6 @@ LEVELS = (
 
 MOST_LINES, MOST_ARGUMENTS = 500, 8
 ENGINE_LINES = 350
-
-UPWARD: set[tuple[str, str]] = set()
-"""Imports that point upwards."""
-
-CIRCULAR: set[str] = {
-    "backends",
-    "backends.choices",
-    "backends.cpu",
-    "backends.cuda",
-    "backends.cuda_search",
-    "backends.masses",
-    "backends.reference",
-    "backends.search",
-}
-"""Modules that import each other in a circle."""
-
-LONG_FILES: set[str] = {"backends/cuda.py", "backends/kernels.py"}
-
-LONG_CALLS: set[str] = {
-    "backends/cpu.py",
-    "backends/cuda.py",
-    "backends/cuda_search.py",
-    "backends/kernels.py",
-    "backends/schedule.py",
-    "methods/hip.py",
-    "methods/infinite_hip.py",
-    "methods/think.py",
-}
-"""Files with calls of more positional arguments than eight."""
 
 
 def modules() -> dict[str, Path]:
@@ -133,13 +102,11 @@ def test_every_module_has_a_place() -> None:
 
 
 def test_imports_point_downwards() -> None:
-    upward = {(name, other) for name, others in GRAPH.items() for other in others if level(other) < level(name)}
-    assert upward == UPWARD
+    assert not {(name, other) for name, others in GRAPH.items() for other in others if level(other) < level(name)}
 
 
 def test_no_imports_run_in_a_circle() -> None:
-    found = circles()
-    assert set().union(*found) == CIRCULAR, found
+    assert not circles()
 
 
 def test_no_part_of_a_stream_is_known_to_the_engine_or_to_session_files() -> None:
@@ -156,7 +123,7 @@ def test_what_a_package_is_says_its_docstring_alone() -> None:
 
 def test_files_are_short() -> None:
     lengths = {str(path.relative_to(PACKAGE)): len(path.read_text().splitlines()) for path in MODULES.values()}
-    assert {name for name, lines in lengths.items() if lines > MOST_LINES} == LONG_FILES
+    assert not {name for name, lines in lengths.items() if lines > MOST_LINES}
     assert lengths["runtime/engine.py"] < ENGINE_LINES
 
 
@@ -167,7 +134,7 @@ def test_calls_are_short() -> None:
         lines = [call.lineno for call in calls if len(call.args) > MOST_ARGUMENTS]
         if lines:
             found[str(path.relative_to(PACKAGE))] = lines
-    assert set(found) == LONG_CALLS, found
+    assert not found
 
 
 @pytest.mark.parametrize("module", ["model", "runtime", "streams", "methods", "policy"])

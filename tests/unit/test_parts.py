@@ -140,12 +140,18 @@ def test_a_part_goes_wherever_its_stream_goes(policy: str, tmp_path: Path) -> No
 
 
 @EVERY
-def test_a_crop_takes_it_along(policy: str) -> None:
+def test_a_crop_takes_it_along_or_leaves_it_alone(policy: str) -> None:
     model = tiny.model()
     with kvsieve.stream(model, POLICIES[policy](), "cpu") as stream:
         stream.feed(tiny.ids(1, 20))
-        stream.cache.crop(-4)
-        assert (counter(stream).calls[-1], counter(stream).read) == ("cropped", [16])
+        before = list(counter(stream).calls)
+        if policy == "h2o":
+            with pytest.raises(StateError, match="cannot forget 4 tokens"):
+                stream.cache.crop(-4)
+            assert (counter(stream).calls, counter(stream).read) == (before, [20])
+        else:
+            stream.cache.crop(-4)
+            assert (counter(stream).calls[-1], counter(stream).read) == ("cropped", [16])
 
 
 @EVERY

@@ -98,7 +98,17 @@ def HiP(
     >>> HiP(512)
     HiP(budget=512)
     """
-    select = HiPSelection(budget, block, sinks, window, representative, refresh, dense_layers, query_block, query_stride)
+    select = HiPSelection(
+        budget,
+        block,
+        sinks,
+        window,
+        representative,
+        refresh,
+        dense_layers=dense_layers,
+        query_block=query_block,
+        query_stride=query_stride,
+    )
     return memory_of("HiP", changed(select, {"budget": budget}), select, extend)
 
 

@@ -157,10 +157,10 @@ def InfiniteHiP(
         window,
         refresh,  # type: ignore[arg-type]
         representative,
-        dense_layers,
-        wide_layers,
-        wide,
-        query_block,
-        query_stride,
+        dense_layers=dense_layers,
+        wide_layers=wide_layers,
+        wide=wide,
+        query_block=query_block,
+        query_stride=query_stride,
     )
     return memory_of("InfiniteHiP", changed(select, {"preset": preset}, **PRESETS[preset]), select, extend)

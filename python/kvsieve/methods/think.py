@@ -138,7 +138,18 @@ def ThinK(
     >>> ThinK(0.5)
     ThinK(ratio=0.5)
     """
-    storage = ChannelPruned(ratio, recent, observe, norm_over, channels, round_to, flush_every, tuple(skip_layers), mode, when)
+    storage = ChannelPruned(
+        ratio,
+        recent,
+        observe,
+        norm_over,
+        channels,
+        round_to=round_to,
+        flush_every=flush_every,
+        skip_layers=tuple(skip_layers),
+        mode=mode,
+        when=when,
+    )
     text = f"ThinK(ratio={ratio!r}"
     defaults = ChannelPruned()
     for name in ("recent", "observe", "norm_over", "channels", "round_to", "flush_every", "skip_layers", "mode", "when"):
