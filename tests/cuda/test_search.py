@@ -324,11 +324,11 @@ def test_memories_that_cannot_be_searched(width: int) -> None:
         refused(fed(kvsieve.StreamingLLM(40, sinks=2)), width)
     raw = Layer("cuda", kvsieve.SirLLM(100, sinks=2, recent=4), rope=tiny_rope(), scale=0.25)
     raw.feed(*(torch.randn(1, h, 9, 16) for h in (4, 2, 2)), scores=[np.zeros(9, np.float32)])
-    with pytest.raises(BackendError, match=r"unrotated.*reference"):
+    with pytest.raises(BackendError, match=r"pre-RoPE.*reference"):
         refused(raw, width)
     packed = fed(kvsieve.Full())
     packed.pack(64, Channels(torch.arange(8).expand(2, 8), (0, 0)), Packing(8))
-    with pytest.raises(BackendError, match=r"packed.*leave"):
+    with pytest.raises(BackendError, match=r"compressed.*leave"):
         refused(packed, width)
 
 
@@ -398,12 +398,12 @@ def test_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
 def test_what_a_stream_may_not_ask() -> None:
     with kvsieve.stream(tiny.model(), search_cases.hip_policy(), "cuda") as stream:
         stream.feed(tiny.ids(1, 60))
-        with pytest.raises(UnsupportedError, match="search"):
+        with pytest.raises(UnsupportedError, match="selection is due"):
             GraphDecoder(stream)
     for policy, match in (
-        (search_cases.hip_policy(extend=40), "unrotated"),
-        (kvsieve.SirLLM(64) | search_cases.hip_policy(), "unrotated"),
-        (search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "packs some"),
+        (search_cases.hip_policy(extend=40), "pre-RoPE"),
+        (kvsieve.SirLLM(64) | search_cases.hip_policy(), "pre-RoPE"),
+        (search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "compresses some"),
         (kvsieve.HiP(2048, block=1), "1024"),
     ):
         with pytest.raises(BackendError, match=match):

@@ -502,7 +502,7 @@ def test_a_policy_that_reads_everything_has_no_trace() -> None:
         (lambda: kvsieve.InfiniteHiP(refresh=(4, 2, 0)), "refresh"),
         (lambda: kvsieve.InfiniteHiP(wide=4097), "wide"),
         (lambda: kvsieve.InfiniteHiP(representative="last"), "representative"),
-        (lambda: kvsieve.StreamingLLM(64) | kvsieve.HiP(8), "let|search"),
+        (lambda: kvsieve.StreamingLLM(64) | kvsieve.HiP(8), "selection would read"),
         (lambda: kvsieve.SnapKV(64) | kvsieve.HiP(8), "per head|each head|Everything"),
         (lambda: kvsieve.HiP(8) >> kvsieve.SirLLM(64), "chain"),
         (lambda: kvsieve.StreamingLLM(64) >> kvsieve.HiP(8), "chain"),
@@ -510,7 +510,7 @@ def test_a_policy_that_reads_everything_has_no_trace() -> None:
         (lambda: kvsieve.HiP(8, extend=True) | kvsieve.SirLLM(64), "both .* decide position"),
         (lambda: Memory(position=Rebased()), "SparseSelection"),
         (lambda: Memory(position=FixedDistance(3), select=HiPSelection()), "does not go with"),
-        (lambda: Memory(evict=Window(64), select=InfiniteHiPSelection()), "search"),
+        (lambda: Memory(evict=Window(64), select=InfiniteHiPSelection()), "selection would read"),
     ],
 )
 def test_what_cannot_be_right_is_refused_when_it_is_built(build: Callable[[], Any], match: str) -> None:

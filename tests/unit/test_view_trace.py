@@ -157,7 +157,7 @@ def test_what_does_not_fit_together_is_not_drawn(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--policy", "sirllm(64)"], "a search leaves out"),
+        (["--policy", "sirllm(64)"], "a selection leaves out"),
         (["--prompt-file", "no-such-file.txt"], "no-such-file.txt"),
         (["--model", "no-such-folder"], "no model at no-such-folder"),
     ],

@@ -1,4 +1,4 @@
-"""What a policy that searches reads while it writes: every step, every layer, every key-value head."""
+"""What a policy that selects reads while it writes: every step, every layer, every key-value head."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ BINS = 160
 
 @dataclass
 class Reads:
-    """What was read at each step, of the layers that search.
+    """What was read at each step, of the layers that select.
 
     Attributes:
-        heads: of each step, for each layer and key-value head the stretches that its newest query read, int64 ``[n, 2]``.
+        heads: of each step, for each layer and key-value head the ranges that its newest query read, int64 ``[n, 2]``.
         seen: of each step, the tokens that there were.
-        searched: of each step, keys that a search compared for each head; of the first, as many as its block of the prompt did.
+        searched: of each step, keys that a selection compared for each head; of the first, as many as its block of the prompt did.
         read: of each step, keys that each head read.
         dense: layers that read everything and are left out.
-        layers: layers that search.
+        layers: layers that select.
     """
 
     heads: list[list[npt.NDArray[np.int64]]] = field(default_factory=list)
@@ -60,7 +60,7 @@ class Reads:
         """The sinks, what lies between them and the first step's window, and from there to the end."""
         first, end = self.seen[0], self.seen[-1]
         cuts = [0, min(sinks, first), max(first - window, min(sinks, first)), end]
-        titles = (f"sinks\n(first {sinks})", "between them: what the search found", f"window\n(newest {window})")
+        titles = (f"sinks\n(first {sinks})", "between them: what was selected", f"window\n(newest {window})")
         found = []
         for title, lo, hi in zip(titles, cuts, cuts[1:]):
             if lo < hi:
@@ -77,8 +77,8 @@ def record(stream: kvsieve.Stream, ids: torch.Tensor, max_new_tokens: int) -> tu
         the reads, the first of the prompt's last token; and the new tokens, int64 ``[m]``.
 
     Raises:
-        StateError: for a policy that does not search.
-        KvsieveError: if the text is so short that nothing was searched.
+        StateError: for a policy that does not select.
+        KvsieveError: if the text is so short that everything was read.
     """
     reads = Reads()
 
@@ -116,7 +116,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     policy = parse(settings.policy)
     if policy.selection is None:
-        raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a search leaves out: try 'hip(512)'")
+        raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a selection leaves out: try 'hip(512)'")
     text = read_text(settings.text)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : settings.tokens]
@@ -133,7 +133,7 @@ def run(settings: Settings) -> dict[str, Any]:
         reads.read,
         settings.out,
         title=f"What {policy!r} reads after {ids.shape[1]:,} tokens: {Path(settings.model).name}",
-        caption=f"{reads.layers} layers of {kv_heads} key-value heads that search{dense}",
+        caption=f"{reads.layers} layers of {kv_heads} key-value heads that select{dense}",
     )
     report = {
         "model": settings.model,

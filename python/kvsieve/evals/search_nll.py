@@ -1,14 +1,14 @@
 """What reading a part of the past costs: perplexity under HiP, InfiniteHiP and Quest, beside windows that read as many tokens.
 
 A window of the text is a prompt and its continuation. The continuation is given, and read one token at a time, as in decoding:
-there a search's choice stands for some steps. The prompt is read
+there a selection stands for some steps. The prompt is read
 
-* ``"dense"``: by the full cache, whose keys and values the policy takes over: what a search costs a decoder alone;
+* ``"dense"``: by the full cache, whose keys and values the policy takes over: what a selection costs a decoder alone;
 * ``"own"``: under the policy, in chunks, as a stream reads it; its own last tokens are judged too.
 
 All windows are rows of one batch. Each is compared with itself under the full cache: windows differ among themselves far more than
 policies do. Reads are counted, for each query, as the mean over layers and key-value heads, layers that read everything among them;
-keys that a search compares are counted apart.
+keys that a selection compares are counted apart.
 """
 
 from __future__ import annotations
@@ -185,7 +185,7 @@ def continue_with(
     """Reads a continuation ``ids`` int64 ``[B, m]`` token by token after logits ``last`` ``[B, V]``.
 
     Returns:
-        nll float32 ``[B, m]`` in nats; keys compared by searches, and keys read, for each query, in the mean over layers and heads.
+        nll float32 ``[B, m]`` in nats; keys compared, and keys read, for each query, in the mean over layers and heads.
     """
     found, work = [], []
     for at in range(ids.shape[1]):
@@ -229,7 +229,7 @@ class Cost:
         policy: the policy, written out.
         length: tokens of the prompt.
         prompt: who read it, the full cache (``"dense"``) or the policy itself (``"own"``).
-        searched: keys that a search compared for each query, mean over layers and key-value heads.
+        searched: keys that a selection compared for each query, mean over layers and key-value heads.
         read: keys that each query attended to, likewise.
         decoded: the continuation, token by token; ``held`` is as a share of the full cache's bytes.
         chunks: the prompt's last tokens, read in chunks; None if the full cache read them.

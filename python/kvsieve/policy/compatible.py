@@ -78,7 +78,7 @@ MEMORY: tuple[Refusal, ...] = (
     ),
     Refusal(
         lambda r: r.select.searches and r.evict.evicts and r.evict.contiguous,
-        "{memory}: {evict} evicts the text between its sinks and its window, which is what the selection would search; keep "
+        "{memory}: {evict} evicts the text between its sinks and its window, which is what the selection would read; keep "
         "everything, or what scores highest",
     ),
     Refusal(
@@ -109,7 +109,7 @@ CHAIN: tuple[Refusal, ...] = (
     ),
     Refusal(
         lambda r: r.select.searches,
-        "{memory} searches all that a query may read, so it cannot be one part of a chain",
+        "{memory} selects from all that a query may read, so it cannot be one part of a chain",
     ),
     Refusal(
         lambda r: not r.evict.evicts,

@@ -107,10 +107,10 @@ State = tuple[list["RowChoice | None"], "list[SlotPool]"]
 
 
 class Searching(NamedTuple):
-    """A step's search in one layer, as the file of a rule sees it.
+    """A step's selection in one layer, as the file of a rule sees it.
 
     Attributes:
-        rule: its stages; schedule: who searches, and from how many candidates.
+        rule: its stages; schedule: who selects, and from how many candidates.
         q: ``[B, H, q, D]``; residents: where the keys lie; table: blocks of queries.
         held, spares: of each stage, slots that outlive the step and slots that only it needs.
     """
@@ -166,14 +166,14 @@ class CudaSelection:
             self._choices, self._before = self._before, None
 
     def state(self) -> State:
-        """What :meth:`return_to` takes, here or in another search by the same rule."""
+        """What :meth:`return_to` takes, here or in another selection by the same rule."""
         return list(self._choices), self._pools
 
     def return_to(self, state: State) -> None:
-        """The choices are those of ``state``. Those of another search are copied."""
+        """The choices are those of ``state``. Those of another selection are copied."""
         choices, pools = state
         if any(choice is not None and choice.slots and len(choice.slots) != self.rule.stages for choice in choices):
-            raise StateError("these choices are of another rule's search")
+            raise StateError("these choices are of another rule")
         if pools is not self._pools and pools:
             if not self._pools:
                 self._pools = [SlotPool(x.tensor.shape[1], most, x.tensor.device) for x, most in zip(pools, self.rule.most)]
@@ -209,7 +209,7 @@ class CudaSelection:
     # ------------------------------------------------------------------------------------------------------------------ one step
 
     def run(self, q: torch.Tensor, shape: tuple[int, int], asked: StepResidents, call: AttendCall) -> torch.Tensor:
-        """Search where it is due, and attend: out ``[B, q, H, Dv]``. The new tokens are stored.
+        """Select where it is due, and attend: out ``[B, q, H, Dv]``. The new tokens are stored.
 
         Args:
             q: ``[B, H, q, D]``; shape: key-value heads, and the size of a value.
@@ -242,7 +242,7 @@ class CudaSelection:
         return out
 
     def _schedule(self, choices: list[RowChoice | None], asked: StepResidents, columns: int) -> Schedule:
-        """Who searches in this step: decided by the first layer whose rows have chosen alike."""
+        """Who selects in this step: decided by the first layer whose rows have chosen alike."""
         known = tuple(None if choice is None else choice.facts for choice in choices)
         schedule = asked.schedules.get((self.rule, known))
         if schedule is None:

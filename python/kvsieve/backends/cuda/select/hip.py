@@ -29,7 +29,7 @@ def rule_of(rule: Any) -> StagedRule:
     blocks = -(-budget // block)
     if blocks > NODES:
         raise BackendError(
-            f"backend 'cuda' follows at most {NODES} blocks of a search, and a budget of {budget} in blocks of {block} has "
+            f"backend 'cuda' follows at most {NODES} blocks of a tree search, and a budget of {budget} in blocks of {block} has "
             f"{blocks}; use larger blocks, or backend='reference'"
         )
     return StagedRule.of(rule, [(block, blocks * block)], (int(rule.refresh),), budget, tuple(REPRESENTATIVES))
