@@ -1,4 +1,4 @@
-"""What searching attention must do on a card, as functions of a device: under the emulator on the CPU, and on a card.
+"""What searching attention must do on a GPU, as functions of a device: under the emulator on the CPU, and on a GPU.
 
 Queries and keys are multiples of 1/8, so that scores are exact in any dtype and order, and ties (of which there are many) are ties.
 """

@@ -1,4 +1,4 @@
-// Runs a CUDA kernel on the CPU, to see whether it computes what it should. No part of kvsieve; no model of a card's memory.
+// Runs a CUDA kernel on the CPU, to see whether it computes what it should. No part of kvsieve; no model of a GPU's memory.
 //
 // Thread blocks run one after another. Each of a block's threads is a fibre; a barrier, a shuffle or a ballot is a rendezvous at which
 // it waits for the others. Who runs next is drawn at random: in half of the blocks any thread alike, in the others one warp before

@@ -347,7 +347,7 @@ def test_crops_that_ask_too_much_change_nothing() -> None:
 @RULE
 @pytest.mark.parametrize("budget", [30, 100])
 def test_assisted_decoding_leaves_what_plain_decoding_leaves(policy: str, budget: int, backend: str) -> None:
-    """Tokens, who is kept, and what was seen: rejected candidates have cast no vote."""
+    """Tokens, who is kept, and what was seen: rejected candidates have added no attention scores."""
     model = tiny.model()
     ids = torch.cat([tiny.ids(1, 9, 4)] * 7, 1)
     made = tiny.POLICIES[policy](budget)
@@ -357,7 +357,7 @@ def test_assisted_decoding_leaves_what_plain_decoding_leaves(policy: str, budget
         assert torch.equal(got, want)
         a, b = snapshot(plain), snapshot(assisted)
         assert heads(plain) == heads(assisted)
-        for name in (n for n in a if n.startswith(("mass", "queries"))):
+        for name in (n for n in a if n.startswith(("accumulated", "queries"))):
             torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-4)
 
 
@@ -375,7 +375,7 @@ def test_a_file_holds_what_was_seen(family: str, policy: str, backend: str, tmp_
         stream.save(tmp_path / "stream")
         with kvsieve.load(tmp_path / "stream", model, backend) as loaded:
             assert same_memory(stream, loaded)
-            stream.end_turn()  # before any forward: votes need what the file says of each layer's attention
+            stream.end_turn()  # before any forward: attention scores need what the file says of each layer's attention
             loaded.end_turn()
             assert same_memory(stream, loaded)
             more = tiny.ids(4, 90, 5)

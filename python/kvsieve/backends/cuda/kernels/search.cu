@@ -26,7 +26,7 @@
 // 16 bytes a lane, up to 8 rows under way, and scores each for all queries of the block, in registers in sets of HEADS. The best are
 // found by value, eight bits a pass, and then taken in order by ballots, so that no order of threads matters.
 //
-// Tried: not yet timed on a card. A search of one row by 8 thread blocks (one for each key-value head) leaves most of a card idle and
+// Tried: not yet timed on a GPU. A search of one row by 8 thread blocks (one for each key-value head) leaves most of a GPU idle and
 // lives by the latency of its levels. In a chunk it is bound by multiply-adds: `Scorer::best` on tensor cores (16 keys by 8 queries
 // at a time, both through ldmatrix from shared memory, keys gathered there by cp.async) would be worth about eight times as much.
 #include "residents.cuh"

@@ -21,7 +21,7 @@
 // time, the next 32 while these are computed with. Then a warp reads KEYS rows of keys and of values straight into registers, 16
 // bytes a lane, and computes with them as attend.cu does: nothing is staged, no warp waits for another.
 //
-// Tried: not yet timed on a card. Staging tiles in shared memory as attend.cu does was not tried: rows of two tokens leave cp.async
+// Tried: not yet timed on a GPU. Staging tiles in shared memory as attend.cu does was not tried: rows of two tokens leave cp.async
 // nothing to save but registers. For chunks, tensor cores would need the queries of a block as one matrix and masks for its window: the chosen
 // stretches are the same for all of them.
 #include "residents.cuh"

@@ -8,7 +8,7 @@
 // Launch: grid (rows), block 128. Four passes of eight bits find the k-th value: a histogram of the candidates' next byte in shared
 // memory, then the byte in which the k-th lies. A fifth pass writes the columns in order, 128 at a time, by ballots.
 //
-// Tried: first version, not yet timed on a card. A row is one thread block's, so few long rows leave the card idle.
+// Tried: first version, not yet timed on a GPU. A row is one thread block's, so few long rows leave the GPU idle.
 #include "common.cuh"
 
 // Ascending integers for ascending floats; NaN lowest.
