@@ -214,7 +214,7 @@ def test_heads_that_do_not_fit_are_refused_when_the_stream_opens(launcher: emula
 # ------------------------------------------------------------------------------------------------------- where something is missing
 
 
-def test_without_a_card_the_message_says_what_to_use() -> None:
+def test_without_a_gpu_the_message_says_what_to_use() -> None:
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match="reference"):

@@ -43,7 +43,7 @@ def test_a_section_that_fails_is_reported_and_loses_nothing(
     assert "FAILED /broken" in capsys.readouterr().out
 
 
-def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     if torch.cuda.is_available():

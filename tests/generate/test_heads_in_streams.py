@@ -69,7 +69,7 @@ def test_with_room_for_everything_it_is_full_bit_for_bit(policy: str, backend: s
 @BACKEND
 @RULE
 def test_prompts_in_chunks_over_the_budget_follow_the_lists(policy: str, backend: str) -> None:
-    """Every chunk overflows: what the first choice let go is gone for the second."""
+    """Every chunk overflows: what the first choice evicted is gone for the second."""
     settings = {"snapkv": {"observe": 4, "kernel": 3}, "h2o": {"recent": 4, "sinks": 2}}[policy]
     naive, ids = NaiveHeads(tiny.model(), policy, 24, **settings), tiny.ids(1, 90, 3)
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](24), backend) as stream:
@@ -119,7 +119,7 @@ def test_turns_and_what_is_held(policy: str, backend: str) -> None:
             stream.generate(tiny.ids(1, 20, at), max_new_tokens=9, do_sample=False)
             now = [set(k) for k in heads(stream)]
             for head, kept in enumerate(now):
-                assert not kept & gone[head], "what was let go came back"
+                assert not kept & gone[head], "what was evicted came back"
                 gone[head] |= before[head] - kept
                 assert len(kept) == min(32, stream.seen)
             before = now

@@ -66,7 +66,7 @@ def test_a_text_that_fits_is_the_full_cache_bit_for_bit(family: str, name: str, 
 
 @BACKEND
 @EVERY
-def test_one_token_more_is_searched(name: str, backend: str) -> None:
+def test_one_token_more_is_selected_from(name: str, backend: str) -> None:
     model, length = tiny.model(), dense(name)
     ids = tiny.ids(1, length + 9)
     with kvsieve.stream(model, kvsieve.Full(), backend) as stream:
@@ -154,7 +154,7 @@ def with_sirllm(name: str, budget: int) -> Any:
 
 @BACKEND
 @EVERY
-def test_a_search_over_more_than_is_retained_is_sirllm_alone(name: str, backend: str) -> None:
+def test_a_selection_over_more_than_is_retained_is_sirllm_alone(name: str, backend: str) -> None:
     model, ids, got = tiny.model(), tiny.ids(1, 150), []
     for policy in (kvsieve.SirLLM(24, sinks=2, recent=8), kvsieve.SirLLM(24, sinks=2, recent=8) | SEARCHES[name](window=80)):
         with kvsieve.stream(model, policy, backend) as stream:
@@ -165,7 +165,7 @@ def test_a_search_over_more_than_is_retained_is_sirllm_alone(name: str, backend:
 
 @EVERY
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_a_search_over_what_sirllm_retained(family: str, name: str) -> None:
+def test_a_selection_over_what_sirllm_retained(family: str, name: str) -> None:
     model, ids, got, read = tiny.model(family, vocab_size=600), distinct(2, 260), [], []
     for backend in BACKENDS:
         with kvsieve.stream(model, with_sirllm(name, 100), backend) as stream:
@@ -191,7 +191,7 @@ PACKS = {
 
 @EVERY
 @pytest.mark.parametrize("pack", list(PACKS))
-def test_a_search_over_packedtokens_of(pack: str, name: str) -> None:
+def test_a_selection_from_compressed_tokens(pack: str, name: str) -> None:
     """Thin keys and codes are searched and read as they are stored; two turns, so that the second is read over packed tokens."""
     model, ids, got, read = tiny.model(), tiny.ids(2, 150), [], []
     for backend in BACKENDS:
@@ -216,7 +216,7 @@ OVER: dict[str, Callable[[str], Any]] = {
 
 @pytest.mark.parametrize("name", ["hip", "infinite_centre"])
 @pytest.mark.parametrize("over", list(OVER))
-def test_padded_rows_and_two_turns_of_whatever_is_searched(over: str, name: str) -> None:
+def test_padded_rows_and_two_turns_of_whatever_is_selected_from(over: str, name: str) -> None:
     """Each row of a padded batch reads what it reads alone, in the first turn and in the second."""
     model, rows = tiny.model(vocab_size=600), [distinct(1, n)[0] for n in (120, 84)]
     (ids, mask), more = pad_left(rows), distinct(1, 240)[0, 120:].view(2, 60)

@@ -63,14 +63,14 @@ def test_small_cases(name: str) -> None:
 
 
 @pytest.mark.parametrize("case", search_cases.cases(GPU, 6), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[-1]}")
-def test_a_searching_layer_is_the_definition(case: Any) -> None:
+def test_a_sparse_layer_is_the_definition(case: Any) -> None:
     search_cases.layer(*case)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("dtype", list(search_cases.TOLERANCE), ids=str)
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
-def test_a_searching_layer_of_usual_sizes(size: int, dtype: torch.dtype, group: int) -> None:
+def test_a_sparse_layer_of_usual_sizes(size: int, dtype: torch.dtype, group: int) -> None:
     for kind, representative in (("hip", "centre"), ("infinite", "first")):
         search_cases.layer(kind, representative, group, dtype, size, GPU, seed=2)
 
@@ -78,34 +78,34 @@ def test_a_searching_layer_of_usual_sizes(size: int, dtype: torch.dtype, group: 
 @pytest.mark.parametrize(
     ("kind", "tokens"), [(kind, tokens) for kind in search_cases.READS for tokens in search_cases.READS[kind]]
 )  # fmt: skip
-def test_keys_that_a_search_reads(kind: str, tokens: int) -> None:
+def test_keys_that_a_selection_reads(kind: str, tokens: int) -> None:
     search_cases.reads(kind, tokens, GPU)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gpt_neox"])
 @pytest.mark.parametrize("policy", list(search_cases.POLICIES))
-def test_a_searching_model_equals_the_reference(policy: str, family: str) -> None:
+def test_a_sparse_model_equals_the_reference(policy: str, family: str) -> None:
     search_cases.model(family, search_cases.POLICIES[policy](), GPU)
 
 
 @pytest.mark.parametrize("policy", list(search_cases.POLICIES))
-def test_searching_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
+def test_selecting_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
     search_cases.loops(search_cases.POLICIES[policy](), GPU, tmp_path)
 
 
-def test_a_search_over_pieces_of_blocks() -> None:
+def test_a_selection_over_pieces_of_blocks() -> None:
     search_cases.uneven(GPU)
 
 
-def test_a_search_by_many_thread_blocks() -> None:
+def test_a_selection_by_many_thread_blocks() -> None:
     """The last of a stage's thread blocks sees what the others scored."""
     rule = search_cases.infinite(stages=((4, 640), (2, 300)), refresh=(1, 1), sinks=0, window=1)
     for _ in range(20):
         search_cases.one_query(rule, 40_000, GPU)
 
 
-def test_a_searching_step_never_waits_for_the_card() -> None:
-    tested = search_cases.Searching(search_cases.infinite(query_block=8), 2, 2, 4, 64, torch.bfloat16, GPU)
+def test_a_selecting_step_never_waits_for_the_gpu() -> None:
+    tested = search_cases.SparseLayer(search_cases.infinite(query_block=8), 2, 2, 4, 64, torch.bfloat16, GPU)
     tested.feed(150)
     given = [[x.to(GPU) for x in tested.draw(1)] for _ in range(17)]
     torch.cuda.synchronize()
@@ -156,7 +156,7 @@ def test_a_graph_gives_the_same_tokens(policy: str) -> None:
 
 
 @pytest.mark.parametrize("policy", ["full", "streaming", "lm_infinite"])
-def test_a_decode_step_never_waits_for_the_card(policy: str) -> None:
+def test_a_decode_step_never_waits_for_the_gpu(policy: str) -> None:
     model = on(tiny.model(), GPU)
     with kvsieve.stream(model, tiny.POLICIES[policy](100)) as stream, torch.no_grad():
         stream.feed(tiny.ids(1, 150).to(GPU))

@@ -403,7 +403,7 @@ class TestWhatIsRead:
 
 
 class TestErrors:
-    def test_bad_searches(self) -> None:
+    def test_bad_selections(self) -> None:
         for budget, block in ((0, 1), (4, 0)):
             with pytest.raises(PolicyError, match="at least 1"):
                 hip_search(SIXTEEN, 0, 16, budget, block)

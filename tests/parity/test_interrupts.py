@@ -91,7 +91,7 @@ def test_attend_stops_at_a_signal(bell: None, threads: int) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals that a process may send itself")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_searching_chunk_stops_at_a_signal(bell: None, threads: int) -> None:
+def test_a_sparse_chunk_stops_at_a_signal(bell: None, threads: int) -> None:
     heads, dim, tokens = 8, 128, 8192
     planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
     store = _core.Store(heads, dim, dim, "float32")

@@ -1,4 +1,4 @@
-"""What searching costs: the measure itself, and HiP beside a window on a real model."""
+"""What selection costs: the measure itself, and HiP beside a window on a real model."""
 
 from __future__ import annotations
 
@@ -188,7 +188,7 @@ def real() -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.model
-def test_what_a_search_finds_is_worth_more_than_a_window(real: tuple[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_selected_is_worth_more_than_a_window(real: tuple[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the text, found by a search, costs next to nothing; sinks and window without it cost a tenth and more."""
     monkeypatch.setattr(search_nll, "CHUNK", 256)
     model, rows = real

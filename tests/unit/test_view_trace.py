@@ -22,8 +22,8 @@ from kvsieve.view.trace import Panel, bin_edges, draw_reads, share_read
 Ints = npt.NDArray[np.int64]
 
 
-def ints(*stretches: tuple[int, int]) -> Ints:
-    return np.array(stretches, np.int64).reshape(-1, 2)
+def ints(*ranges: tuple[int, int]) -> Ints:
+    return np.array(ranges, np.int64).reshape(-1, 2)
 
 
 def head(read: Ints, searched: int = 7) -> HeadTrace:

@@ -12,7 +12,7 @@ from kvsieve.errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-    from kvsieve.backends.cuda.selection import Searching
+    from kvsieve.backends.cuda.selection import StepSelection
 
 __all__ = ["rule_of", "search"]
 
@@ -35,7 +35,7 @@ def rule_of(rule: Any) -> StagedRule:
     return StagedRule.of(rule, [(block, blocks * block)], (int(rule.refresh),), budget, tuple(REPRESENTATIVES))
 
 
-def search(asked: Searching, stage: int) -> torch.Tensor:
+def search(asked: StepSelection, stage: int) -> torch.Tensor:
     """Compute a stage; keys scored, int32 ``[n, Hkv]``."""
     rule = asked.rule
     return Hip(
