@@ -135,7 +135,7 @@ def _add_eval(commands: Any) -> None:
     passkey.add_argument("--policy", nargs="*", help="policies that read the text; default: full(), HiP, Quest, StreamingLLM")
     passkey.add_argument("--dense", nargs="*", help="policies that take over what the full cache has read; default: HiP, Quest")
     passkey.add_argument("--length", nargs="+", type=_positive, default=[4000, 7500], help="tokens of the text")
-    passkey.add_argument("--depths", type=_positive, default=10, help="places of the key in each text")
+    passkey.add_argument("--depths", type=_positive, default=10, help="depths of the passkey in each text")
     passkey.add_argument("--seed", type=_whole, default=0, help="seed of texts and keys")
     passkey.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
     _add_machine(passkey, dtype_help="default: float32")

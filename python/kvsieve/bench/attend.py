@@ -48,7 +48,7 @@ COLUMNS = (
 
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
-    report.note("x: times as long as ours, rotated keys; of read: of what one thread reads at the same moment")
+    report.note("x: times as long as ours, post-RoPE keys; of read: of what one thread reads at the same moment")
     report.head(*COLUMNS)
     with steady(options.threads) as clock:
         for shape in options.shapes:

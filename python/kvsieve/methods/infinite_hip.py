@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class InfiniteHiPSelection(SparseSelection):
     """Stages that narrow the tokens down, each judging chunks on their own; see :func:`kvsieve.InfiniteHiP`.
 
-    If ``page_bounds`` the first one judges blocks by the bounds of their keys; see :func:`kvsieve.Quest`.
+    If ``page_bounds`` the first one judges blocks by page bounds; see :func:`kvsieve.Quest`.
     """
 
     stages: tuple[tuple[int, int], ...] = STAGES

@@ -66,7 +66,7 @@ class SparseSelection(SelectionRule):
     query_stride: int
     """Of those the last one is compared with keys, and every so many before it."""
     page_bounds: bool = False
-    """Whether pages are judged by the bounds of their keys, which are kept of whole, plain blocks of an unbroken text only."""
+    """Whether blocks are judged by page bounds, which are kept of whole, plain blocks of an unbroken text only."""
 
     @property
     def needs_all_tokens(self) -> bool:  # type: ignore[override]
