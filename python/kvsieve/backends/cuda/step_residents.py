@@ -67,7 +67,7 @@ def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResid
     """Those of ``step``; ``spans`` are those of its items, None of a prefill.
 
     Raises:
-        BackendError: for keys that are stored unrotated, or packed.
+        BackendError: for pre-RoPE keys, or compressed ones.
         UnsupportedError: for a memory that does not keep every token where the model put it.
     """
     if step.frame == "raw":

@@ -131,7 +131,7 @@ class CudaStore:
         Keys are stored first, a chunk's as well, and read where they lie. After an error the choices are as before.
 
         Raises:
-            BackendError: for keys that are stored unrotated, or packed.
+            BackendError: for pre-RoPE keys, or compressed ones.
             UnsupportedError: for a memory that does not keep every token where the model put it.
         """
         selection.begin()
