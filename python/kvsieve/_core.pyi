@@ -231,7 +231,7 @@ class Store:
 
 @final
 class Sparse:
-    """One layer's sparse attention: the rule, and what each row has chosen."""
+    """One layer's searching attention: the rule, and what each row has chosen."""
 
     @staticmethod
     def hip(
@@ -283,7 +283,7 @@ class Sparse:
 
 @final
 class SparseState:
-    """What the rows of a sparse attention have chosen at some time."""
+    """What the rows of a searching attention have chosen at some time."""
 
 def keep_surprisal(scores: npt.NDArray[np.float32], sinks: int, recent: int, budget: int, protected_tail: int = 0) -> list[int]: ...
 def keep_surprisal_published(
