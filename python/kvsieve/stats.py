@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Parts", "Stats"]
+__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Stats", "StoredBytes"]
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class LayerStats:
 
 
 @dataclass(frozen=True)
-class Parts:
+class StoredBytes:
     """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
 
     Attributes:
@@ -64,7 +64,7 @@ class Stats:
     bytes_full: int
     ratio: float
     compressed: int
-    parts: Parts
+    parts: StoredBytes
     backend: str
     policy: str
     stored_keys: str

@@ -24,7 +24,7 @@ from kvsieve.errors import (
 from kvsieve.policy.compose import Policy
 from kvsieve.runtime import by_position
 from kvsieve.runtime.compression import Compression
-from kvsieve.stats import Kept, LayerStats, LayerTrace, Parts, Stats
+from kvsieve.stats import Kept, LayerStats, LayerTrace, Stats, StoredBytes
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -182,7 +182,7 @@ class Stream:
             bytes_full=full,
             ratio=held / full if full else 0.0,
             compressed=max((planner.num_packed(row) for row in range(planner.num_rows)), default=0),
-            parts=_parts(engine),
+            parts=_stored_bytes(engine),
             backend=engine.backend.name,
             policy=repr(self.policy),
             stored_keys=engine.stored_keys,
@@ -451,13 +451,13 @@ class Stream:
         return chunk if trained is None else max(min(chunk, trained // 2), 1)
 
 
-def _parts(engine: Engine) -> Parts:
+def _stored_bytes(engine: Engine) -> StoredBytes:
     held = [store.held() for store in engine.stores.values()]
     keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
     if engine.parts.find(Compression) is None:
-        return Parts(keys, values, 0, 0, 0, sum(h.bounds for h in held))
+        return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held))
     keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
-    return Parts(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)
+    return StoredBytes(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)
 
 
 def _check_head(engine: Engine, layer: int | None, head: int | None) -> None:

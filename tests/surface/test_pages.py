@@ -200,16 +200,32 @@ def test_a_policys_page_has_its_parameters_and_their_defaults(policy: str) -> No
         assert heading in text, heading
 
 
-def test_every_public_policy_is_in_the_tables_and_the_reference() -> None:
-    assert set(constructors()) == {system.name for system in SYSTEMS}
-    reference = (pages.ROOT / "docs" / "reference" / "policies.md").read_text(encoding="utf-8")
-    index = (pages.ROOT / "docs" / "policies" / "index.md").read_text(encoding="utf-8")
+def test_the_registry_feeds_the_menu_the_tables_and_the_reference() -> None:
+    hooks = pages.load("scripts/docs_hooks.py")
+    assert [(system.name, system.paper) for system in hooks.systems()] == [(system.name, system.paper) for system in SYSTEMS]
+    menu: list[dict[str, Any]] = []
+    hooks.on_config({"nav": [{"Quickstart": "index.md"}, {"Policies": menu}]})
+    reference = hooks.completed(pages.read("docs/reference/policies.md"), "reference/policies.md")
+    index = hooks.completed(pages.read("docs/policies/index.md"), "policies/index.md")
     for policy in constructors():
+        page = page_of(policy)
+        assert {policy: f"policies/{page.name}"} in menu
         assert re.search(rf"::: kvsieve\.methods\.\w+\.{policy}$", reference, re.MULTILINE), policy
-        assert f"[`{policy}`]({page_of(policy).name})" in index, policy
-        assert re.search(rf"\[`{policy}\(\w*\)`\]\({pages.name(page_of(policy))}\)", pages.README.read_text(encoding="utf-8")), (
-            policy
-        )
+        assert f"[`{policy}`]({page.name})" in index, policy
+    named = re.findall(r"^\| \[`(\w+)\(\w*\)`\]\(([\w/.-]+)\)", pages.README.read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(named) > 5
+    assert not [name for name, target in named if pages.ROOT / target != page_of(name)]
+
+
+def test_a_system_without_a_row_of_its_own_gets_one() -> None:
+    hooks = pages.load("scripts/docs_hooks.py")
+    text = pages.read("docs/policies/index.md")
+    (row,) = [line for line in text.splitlines() if line.startswith("| [`H2O`]")]
+    found = hooks.completed(text.replace(row + "\n", ""), "policies/index.md")
+    (made,) = [line for line in found.splitlines() if line.startswith("| [`H2O`]")]
+    assert "Zhang et al., NeurIPS 2023" in made
+    assert "KV head" in made
+    assert hooks.completed(text, "policies/index.md") == text
 
 
 def is_policy(code: str) -> bool:
@@ -324,6 +340,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 
 def test_every_page_is_in_the_menu() -> None:
-    menu = (pages.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
+    menu = pages.read("mkdocs.yml") + "".join(f" {system.page}\n" for system in pages.load("scripts/docs_hooks.py").systems())
     docs = pages.ROOT / "docs"
     assert not [path for path in docs.rglob("*.md") if f" {path.relative_to(docs).as_posix()}\n" not in menu]

@@ -19,7 +19,7 @@ from kvsieve.backends.base import AttendCall, Backend, Store
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError
 from kvsieve.runtime.exclusive import exclusive
 from kvsieve.runtime.held import Held
-from kvsieve.runtime.part import Forward, LayerInput
+from kvsieve.runtime.part import Apply, Forward, LayerInput
 from kvsieve.runtime.process import defer_sigint
 
 if TYPE_CHECKING:
@@ -203,10 +203,12 @@ class Engine(Held):
             self.forward.logits = logits
             self._finish(self.forward)
 
-    @exclusive
     def _finish(self, forward: Forward) -> None:
         """The model is through: its tokens count, and the policy may evict."""
-        changes = [part.commit(forward) for part in self.parts]
+        self._commit(forward, [part.commit(forward) for part in self.parts])
+
+    @exclusive
+    def _commit(self, forward: Forward, changes: list[Apply]) -> None:
         with defer_sigint():
             self.planner.commit()
             self.forward = None

@@ -9,9 +9,9 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsieve.budget import BLOCK
-from kvsieve.errors import CacheMismatchError, PolicyError
+from kvsieve.errors import PolicyError
 from kvsieve.policy.evict import Residents
-from kvsieve.runtime.cropping import GO_BACK
+from kvsieve.runtime.cropping import check_evicted
 from kvsieve.runtime.part import Apply, Crop, Forward, Saved, Setting, StreamPart
 from kvsieve.runtime.pinning import num_pinned, pinned, with_pinned
 
@@ -124,14 +124,8 @@ class Eviction(StreamPart):
     def check_crop(self, crop: Crop) -> None:
         if crop.columns is None:
             return
-        for row, (gone, at) in enumerate(zip(crop.counts, self.evicted_at)):
-            seen = self._blocks.planner.seen(row)
-            if gone and 0 < seen - gone < at + crop.read_again:
-                most = max(seen - at - crop.read_again, 0)
-                raise CacheMismatchError(
-                    f"row {row}: cannot forget {gone} tokens: {self._policy!r} evicted others when the row had seen {at}, "
-                    f"which a text of {seen - gone} tokens would still hold; at most {most} can be forgotten; {GO_BACK}"
-                )
+        for row, at in enumerate(self.evicted_at):
+            check_evicted(self._policy, crop, row, at)
 
     def crop(self, crop: Crop) -> Apply:
         def apply() -> None:

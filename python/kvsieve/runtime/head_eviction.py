@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
@@ -13,16 +14,14 @@ from kvsieve.backends.base import AttendCall
 from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError, StateError
 from kvsieve.policy.evict import PerHeadEviction
-from kvsieve.runtime.cropping import GO_BACK
+from kvsieve.runtime.cropping import GO_BACK, check_evicted
 from kvsieve.runtime.observation import LayerState, Observation, RowState, choose, newest, without
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner
     from kvsieve.backends.base import Store
-    from kvsieve.facts import ModelFacts
     from kvsieve.policy.specs import EvictionSpec
-    from kvsieve.runtime.blocks import Blocks
 
 __all__ = ["HeadEviction"]
 
@@ -45,12 +44,12 @@ class HeadEviction(StreamPart):
 
     name = "head_eviction"
 
-    def __init__(self, rule: PerHeadEviction, spec: EvictionSpec, facts: ModelFacts, blocks: Blocks) -> None:
-        self.rule, self._blocks = rule, blocks
+    def __init__(self, rule: PerHeadEviction, spec: EvictionSpec, setting: Setting) -> None:
+        self.rule, self._policy, self._blocks = rule, setting.policy, setting.blocks
         self.budget, self.sinks, self.recent = spec.budget, spec.sinks, spec.recent
         if isinstance(rule.observe, bool) or not isinstance(rule.observe, int) or rule.observe < 0:
             raise PolicyError(f"{type(rule).__name__}.observe must be an int of at least 0, got {rule.observe!r}")
-        self._devices = {layer.index: layer.device for layer in facts.layers}
+        self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: list[RowState] = []
         self.calls: dict[int, AttendCall] = {}
         self._pending: dict[int, list[LayerState]] = {}
@@ -58,13 +57,13 @@ class HeadEviction(StreamPart):
     @classmethod
     def of(cls, setting: Setting) -> HeadEviction | None:
         """None if all heads keep the same tokens."""
-        policy, facts = setting.policy, setting.facts
+        policy = setting.policy
         rules = [rule for m in policy.memories if isinstance(rule := m.roles.evict, PerHeadEviction)]
         if not rules:
             return None
         if len(policy.memories) > 1:
             raise PolicyError(f"{policy!r}: what is chosen per head cannot be part of a chain")
-        return cls(rules[0], rules[0].spec(facts.bytes_per_token), facts, setting.blocks)
+        return cls(rules[0], rules[0].spec(setting.facts.bytes_per_token), setting)
 
     @property
     def _planner(self) -> Planner:
@@ -101,7 +100,7 @@ class HeadEviction(StreamPart):
         if self._pending:
             rows = self.rows or [RowState() for _ in next(iter(self._pending.values()))]
             pending = self._pending.items()
-            self.rows = [RowState(row.since, {layer: states[at] for layer, states in pending}) for at, row in enumerate(rows)]
+            self.rows = [replace(row, layers={layer: states[at] for layer, states in pending}) for at, row in enumerate(rows)]
         self._pending = {}
 
     def rollback(self) -> None:
@@ -178,7 +177,8 @@ class HeadEviction(StreamPart):
             for layer, keep in keeps.items():
                 self._stores[layer].permute(source, keep, to)
                 layers[layer] = state.layers[layer].kept(was[layer].gather(1, keep.cpu()), keep, recent)
-            self.rows[row] = RowState(self._planner.seen(row) - recent, layers)
+            seen = self._planner.seen(row)
+            self.rows[row] = RowState(seen - recent, layers, seen)
 
     # ------------------------------------------------------------------------------------------------------ tokens by position
 
@@ -243,6 +243,7 @@ class HeadEviction(StreamPart):
                         f"row {row}: cannot forget {count} tokens: of the queries before them too few are kept to choose by; "
                         f"at most {max(spare, 0)} can be forgotten; {GO_BACK}"
                     )
+            check_evicted(self._policy, crop, row, state.evicted_at)
 
     def crop(self, crop: Crop) -> Apply:
         """The attention that forgotten tokens gave stays counted."""
@@ -315,7 +316,7 @@ class HeadEviction(StreamPart):
             if call.sink_logits is not None:
                 tensors[f"sinks.{layer}"] = call.sink_logits.detach().clone()
         calls = {str(layer): [call.scale, call.softcap] for layer, call in self.calls.items()}
-        return Saved({"since": [row.since for row in self.rows], "calls": calls}, tensors)
+        return Saved({"rows": [(row.since, row.evicted_at) for row in self.rows], "calls": calls}, tensors)
 
     def restore(self, saved: Saved) -> None:
         def get(name: str, layer: int) -> torch.Tensor | None:
@@ -324,7 +325,7 @@ class HeadEviction(StreamPart):
         for name, (scale, softcap) in saved.data["calls"].items():
             self.calls[int(name)] = AttendCall(scale, softcap, get(f"sinks.{name}", int(name)))
         self.rows = []
-        for row, since in enumerate(saved.data["since"]):
+        for row, (since, evicted_at) in enumerate(saved.data["rows"]):
             layers = {}
             for layer in self.calls:
                 if f"chosen.{layer}.{row}" in saved.tensors:
@@ -332,7 +333,7 @@ class HeadEviction(StreamPart):
                     chosen = saved.tensors[f"chosen.{layer}.{row}"]
                     pieces = () if queries is None else (queries,)
                     layers[layer] = LayerState(chosen, pieces, get(f"accumulated.{layer}.{row}", layer))
-            self.rows.append(RowState(since, layers))
+            self.rows.append(RowState(since, layers, evicted_at))
 
     def reset(self) -> None:
         self.rows, self._pending = [], {}

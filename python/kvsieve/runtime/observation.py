@@ -60,10 +60,12 @@ class RowState:
     Attributes:
         since: every head of every layer holds all tokens from this position on.
         layers: the state of each layer, by its index.
+        evicted_at: tokens that it had seen when heads last chose; 0 before.
     """
 
     since: int = 0
     layers: Mapping[int, LayerState] = field(default_factory=dict)
+    evicted_at: int = 0
 
     def positions(self, layer: int, seen: int) -> torch.Tensor:
         """True positions of its residents in a layer, once it has seen ``seen`` tokens: int64 ``[Hkv, n]``, on the CPU."""
@@ -79,7 +81,7 @@ class RowState:
             held = old.chosen.shape[1] + max(left - self.since, 0)
             scores = None if old.accumulated is None else old.accumulated[:, :held]
             layers[layer] = LayerState(old.chosen, without(old.queries, gone), scores)
-        return RowState(min(self.since, left), layers)
+        return RowState(min(self.since, left), layers, min(self.evicted_at, left))
 
 
 @dataclass(frozen=True, eq=False)
