@@ -35,16 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if on_other_backends(item, backend)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if not on_other_backends(item, backend)]
-    skip_without_a_gpu(items)
+    skip_without_a_card(items)
 
 
-def skip_without_a_gpu(items: list[pytest.Item]) -> None:
+def skip_without_a_card(items: list[pytest.Item]) -> None:
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch
 
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="NO CUDA DEVICE HERE: the CUDA kernels went untested; `make gpu` runs them")
+        skip = pytest.mark.skip(reason="NO CUDA DEVICE HERE: the kernels for cards went untested; `make gpu` runs them")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
