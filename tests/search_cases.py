@@ -307,7 +307,7 @@ def model(family: str, policy: Any, device: torch.device) -> None:
             traces[backend] = stream.trace()
     assert any(not layer.dense for layer in traces["reference"])
     for mine, theirs in zip(traces["cuda"], traces["reference"]):
-        assert (mine.dense, mine.searched, mine.read) == (theirs.dense, theirs.searched, theirs.read)
+        assert (mine.dense, mine.scored, mine.read) == (theirs.dense, theirs.scored, theirs.read)
     assert float((logits["cuda"] - logits["reference"]).abs().max()) <= 1e-4 * float(logits["reference"].abs().max())
 
 

@@ -95,13 +95,13 @@ class HeadTrace:
     Attributes:
         read: int64 ``[n, 2]``, ranges ``lo..hi`` of token positions that the newest query read, ascending; pads do not count.
         found: int64 ``[n, 2]``, what was selected between sinks and window, as it was then: the window may have moved on since.
-        searched: representative keys that its last selection scored; 0 where it was not needed.
+        scored: representative keys that its last selection compared; 0 where it was not needed.
         rounds: levels of that selection's tree, or its stages.
     """
 
     read: npt.NDArray[np.int64]
     found: npt.NDArray[np.int64]
-    searched: int
+    scored: int
     rounds: int
 
 
@@ -112,13 +112,13 @@ class LayerTrace:
     Attributes:
         index: the layer's index in the model.
         dense: whether it read everything.
-        searched: keys scored in the last forward, over all rows, queries and key-value heads.
+        scored: keys compared in the last forward, over all rows, queries and key-value heads.
         read: keys attended to, likewise; of a dense layer, by the newest query of each row.
         rows: for each row its key-value heads.
     """
 
     index: int
     dense: bool
-    searched: int
+    scored: int
     read: int
     rows: tuple[tuple[HeadTrace, ...], ...]

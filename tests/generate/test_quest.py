@@ -21,7 +21,7 @@ BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def quest(**changes: Any) -> Any:
-    """Two blocks of 64 are candidates, of which 32 tokens are read; searched from 96 tokens on."""
+    """Two blocks of 64 are candidates, of which 32 tokens are read; selected from 96 tokens on."""
     return kvsieve.Quest(**{"budget": 32, "sinks": 0, "window": 64, "query_block": 16, "query_stride": 3, **changes})
 
 
@@ -118,7 +118,7 @@ def test_bounds_find_what_walks_miss() -> None:
 @BACKEND
 @EVERY
 def test_a_row_equals_its_solo_run(name: str, backend: str) -> None:
-    """Left padding, and rows of which one is searched long before the other."""
+    """Left padding, and rows of which one is selected from long before the other."""
     model, rows = tiny.model(), [tiny.ids(1, n, n)[0] for n in (330, 140, 18)]
     ids, mask = pad_left(rows)
     more = tiny.ids(3, 70, 5)

@@ -103,7 +103,7 @@ def test_the_backends_agree(family: str, name: str, dtype: torch.dtype) -> None:
 @BACKEND
 @EVERY
 def test_a_row_equals_its_solo_run(name: str, backend: str) -> None:
-    """Left padding, and rows of which one is searched long before the other."""
+    """Left padding, and rows of which one is selected from long before the other."""
     model, rows = tiny.model(), [tiny.ids(1, n, n)[0] for n in (96, 40, 18)]
     ids, mask = pad_left([row[:-30] if len(row) > 40 else row[:10] for row in rows])
     more = tiny.ids(3, 40, 5)
@@ -192,7 +192,7 @@ PACKS = {
 @EVERY
 @pytest.mark.parametrize("pack", list(PACKS))
 def test_a_selection_from_compressed_tokens(pack: str, name: str) -> None:
-    """Thin keys and codes are searched and read as they are stored; two turns, so that the second is read over packed tokens."""
+    """Channel-pruned and quantized keys are compared and read as they are stored; the second turn is read over compressed tokens."""
     model, ids, got, read = tiny.model(), tiny.ids(2, 150), [], []
     for backend in BACKENDS:
         with kvsieve.stream(model, SEARCHES[name]() | PACKS[pack](), backend) as stream:
@@ -466,7 +466,7 @@ def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
                     most = rule.budget if rule.kind == "hip" else rule.stages[-1][1]
                     slack = max(policy.selection.paces)
                     assert all(len(tokens) <= 2 + 8 + most + slack - 1 + 4 for tokens in read)
-                    assert layer.searched <= sum(head.searched for row in layer.rows for head in row)
+                    assert layer.scored <= sum(head.scored for row in layer.rows for head in row)
 
 
 def test_a_policy_that_reads_everything_has_no_trace() -> None:

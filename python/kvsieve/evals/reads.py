@@ -31,7 +31,7 @@ class Reads:
     Attributes:
         heads: of each step, for each layer and key-value head the ranges that its newest query read, int64 ``[n, 2]``.
         seen: of each step, the tokens that there were.
-        searched: of each step, keys that a selection compared for each head; of the first, as many as its block of the prompt did.
+        scored: of each step, keys that a selection compared for each head; of the first, as many as its block of the prompt did.
         read: of each step, keys that each head read.
         dense: layers that read everything and are left out.
         layers: layers that select.
@@ -39,7 +39,7 @@ class Reads:
 
     heads: list[list[npt.NDArray[np.int64]]] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
-    searched: list[float] = field(default_factory=list)
+    scored: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     dense: int = 0
     layers: int = 0
@@ -50,10 +50,10 @@ class Reads:
         heads = [head for layer in searching for head in layer.rows[0]]
         self.dense, self.layers = len(trace) - len(searching), len(searching)
         first = not self.seen
-        work = sum(head.searched for head in heads) if first else sum(layer.searched for layer in searching)
+        work = sum(head.scored for head in heads) if first else sum(layer.scored for layer in searching)
         self.heads.append([head.read for head in heads])
         self.seen.append(seen)
-        self.searched.append(work / max(len(heads), 1))
+        self.scored.append(work / max(len(heads), 1))
         self.read.append(statistics.fmean(int(np.diff(head.read).sum()) for head in heads) if heads else float(seen))
 
     def panels(self, sinks: int, window: int, bins: int = BINS) -> list[Panel]:
@@ -129,7 +129,7 @@ def run(settings: Settings) -> dict[str, Any]:
     dense = f"; {reads.dense} more layers read everything" if reads.dense else ""
     draw_reads(
         panels,
-        reads.searched,
+        reads.scored,
         reads.read,
         settings.out,
         title=f"What {policy!r} reads after {ids.shape[1]:,} tokens: {Path(settings.model).name}",
@@ -145,8 +145,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "layers_that_read_everything": reads.dense,
         "kv_heads": kv_heads,
         "steps": [
-            {"seen": seen, "compared": compared, "read": read}
-            for seen, compared, read in zip(reads.seen, reads.searched, reads.read)
+            {"seen": seen, "compared": compared, "read": read} for seen, compared, read in zip(reads.seen, reads.scored, reads.read)
         ],
         "panels": [
             {
@@ -161,6 +160,6 @@ def run(settings: Settings) -> dict[str, Any]:
     beside.write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
     print(
         f"{settings.out} and {beside}: {len(reads.seen)} steps, {statistics.fmean(reads.read):,.0f} keys read for each head, "
-        f"{statistics.fmean(reads.searched[1:] or reads.searched):,.0f} compared"
+        f"{statistics.fmean(reads.scored[1:] or reads.scored):,.0f} compared"
     )
     return report

@@ -192,8 +192,8 @@ def continue_with(
         found.append(_nll(last[:, None], ids[:, at : at + 1]))
         last = model(ids[:, at : at + 1], **{cache_name(model): stream.cache}).logits[:, -1]
         work.append(_work(stream))
-    searched, read = np.mean(work, 0)
-    return torch.cat(found, 1), (float(searched), float(read))
+    scored, read = np.mean(work, 0)
+    return torch.cat(found, 1), (float(scored), float(read))
 
 
 def _work(stream: kvsieve.Stream) -> tuple[float, float]:
@@ -207,8 +207,8 @@ def _work(stream: kvsieve.Stream) -> tuple[float, float]:
         search = None if selection is None or not selection.searching else selection.searches.get(layer.index)
         each = layer.num_kv_heads * len(seen)
         found.append((0.0, whole) if search is None else (search.work[0] / each, search.work[1] / each))
-    searched, read = np.mean(found, 0)
-    return float(searched), float(read)
+    scored, read = np.mean(found, 0)
+    return float(scored), float(read)
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -229,7 +229,7 @@ class Cost:
         policy: the policy, written out.
         length: tokens of the prompt.
         prompt: who read it, the full cache (``"dense"``) or the policy itself (``"own"``).
-        searched: keys that a selection compared for each query, mean over layers and key-value heads.
+        scored: keys that a selection compared for each query, mean over layers and key-value heads.
         read: keys that each query attended to, likewise.
         decoded: the continuation, token by token; ``held`` is as a share of the full cache's bytes.
         chunks: the prompt's last tokens, read in chunks; None if the full cache read them.
@@ -238,7 +238,7 @@ class Cost:
     policy: str
     length: int
     prompt: Mode
-    searched: float
+    scored: float
     read: float
     decoded: Price
     chunks: Price | None
@@ -375,7 +375,7 @@ def table(costs: Sequence[Cost]) -> str:
             c.decoded.name,
             c.prompt,
             f"{c.read:,.0f}",
-            f"{c.searched:,.0f}",
+            f"{c.scored:,.0f}",
             f"{c.decoded.perplexity:.3f}",
             _change(c.decoded),
             "" if c.chunks is None else f"{c.chunks.perplexity:.3f}",

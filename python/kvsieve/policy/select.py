@@ -15,7 +15,7 @@ class SelectionRule:
 
     reads_all: ClassVar[bool] = False
     """Whether every resident token is read."""
-    searches: ClassVar[bool] = False
+    sparse: ClassVar[bool] = False
     """Whether what is read is selected per layer and key-value head."""
     needs_all_tokens: bool = False
     """Whether it goes only with a memory that keeps every token."""
@@ -56,7 +56,7 @@ class SparseSelection(SelectionRule):
     Residents are counted in text order; ``sinks`` and ``window`` are counts of residents.
     """
 
-    searches: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
     kind: ClassVar[str]
     """The name by which a backend finds the algorithm."""
     sinks: int

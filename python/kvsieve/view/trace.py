@@ -69,20 +69,20 @@ def share_read(heads: Sequence[Ints], edges: Ints, seen: int) -> Floats:
 
 
 def draw_reads(
-    panels: Sequence[Panel], searched: Sequence[float], read: Sequence[float], path: Path, *, title: str, caption: str = ""
+    panels: Sequence[Panel], scored: Sequence[float], read: Sequence[float], path: Path, *, title: str, caption: str = ""
 ) -> None:
     """Draws the panels side by side, steps downwards, and beside them the keys compared and read at each step; writes a PNG.
 
     Args:
-        panels: with as many steps each as ``searched`` and ``read`` have numbers, at least one.
-        searched, read: keys for each head.
+        panels: with as many steps each as ``scored`` and ``read`` have numbers, at least one.
+        scored, read: keys for each head.
         title, caption: lines above the picture.
 
     Raises:
         ValueError: for nothing to draw, or counts that differ.
         KvsieveError: without matplotlib.
     """
-    steps = len(searched)
+    steps = len(scored)
     if not steps or not panels or len(read) != steps or any(panel.share.shape != (steps, len(panel.edges) - 1) for panel in panels):
         raise ValueError("draw_reads needs panels and counts of the same steps, at least one")
     try:
@@ -119,7 +119,7 @@ def draw_reads(
     axes[len(panels) // 2].set_xlabel("position in the text (tokens)")
     bars, at = axes[-1], np.arange(1, steps + 1)
     bars.barh(at - 0.2, read, height=0.4, color=_READ, label="read")
-    bars.barh(at + 0.2, searched, height=0.4, color=_COMPARED, label="compared by the selection")
+    bars.barh(at + 0.2, scored, height=0.4, color=_COMPARED, label="compared by the selection")
     bars.set_title("keys for each head", fontsize=10)
     bars.xaxis.set_major_formatter(thousands)
     bars.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))
