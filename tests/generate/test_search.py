@@ -192,7 +192,7 @@ PACKS = {
 @EVERY
 @pytest.mark.parametrize("pack", list(PACKS))
 def test_a_selection_from_compressed_tokens(pack: str, name: str) -> None:
-    """Channel-pruned and quantized keys are compared and read as they are stored; the second turn is read over compressed tokens."""
+    """Channel-pruned and quantized keys are compared and read as stored; the second turn is read over compressed tokens."""
     model, ids, got, read = tiny.model(), tiny.ids(2, 150), [], []
     for backend in BACKENDS:
         with kvsieve.stream(model, SEARCHES[name]() | PACKS[pack](), backend) as stream:
