@@ -14,12 +14,12 @@ OMP_NUM_THREADS ?= $(shell nproc)
 export OMP_NUM_THREADS
 # Every worker of pytest has one core, and torch's threads would wait for each other on it; tests of threads ask for theirs.
 TEST_THREADS := $(shell n=$$(( $$(nproc) / $(PYTEST_JOBS) )); echo $$(( n > 1 ? n : 1 )))
-PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(HOUSE) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal
+PYTEST = OMP_NUM_THREADS=$(TEST_THREADS) $(BUILD_ENV) .venv/bin/pytest -n $(PYTEST_JOBS) --dist worksteal
 export TOKENIZERS_PARALLELISM := false
 export HF_HUB_OFFLINE := 1
 
 # Every recipe that builds Rust goes through this: it sets CARGO_TARGET_DIR and the interpreter that pyo3 asks.
-HOUSE := scripts/in-house.sh
+BUILD_ENV := scripts/build-env.sh
 
 .PHONY: help
 help: ## this list
@@ -37,7 +37,7 @@ demo: setup ## run the demonstration on the small model; pictures and text go to
 
 .PHONY: test
 test: setup ## every test that needs no GPU: the Rust core, then Python against the installed wheel (PYTEST_ARGS)
-	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
+	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
 	$(PYTEST) $(PYTEST_ARGS)
 
 # The seam with transformers and everything that `generate` does, without the real model and without the slow tests. What a backend
@@ -51,7 +51,7 @@ test-transformers: setup ## the seam's and generate's tests on other releases (R
 
 .PHONY: test-fast
 test-fast: setup ## the same without doc tests and without the real model
-	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
+	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
 	$(PYTEST) -m "not model and not gpu" $(PYTEST_ARGS)
 
 # The machine with the GPU may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
@@ -71,8 +71,8 @@ cross: ## the core for 64-bit ARM: clippy, and its kernel tests under qemu where
 lint: lint-rust lint-python ## formatting, clippy, ruff, mypy, and the stubs of the extension against the extension (-j2 runs both sides at once)
 
 lint-rust: setup
-	$(HOUSE) cargo fmt --all --check
-	$(HOUSE) cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
+	$(BUILD_ENV) cargo fmt --all --check
+	$(BUILD_ENV) cargo clippy --quiet --locked --workspace --all-targets -- -D warnings
 
 lint-python: setup
 	.venv/bin/ruff check .
@@ -90,8 +90,8 @@ fmt: setup ## format everything, and fix what ruff can fix
 bench: setup ## the measurements: out/bench.json, and criterion's report under cargo's target folder
 	@mkdir -p out
 	if compgen -G 'benches/*.py' >/dev/null; then \
-		$(HOUSE) .venv/bin/pytest benches --benchmark-json=out/bench.json $(PYTEST_ARGS); fi
-	$(HOUSE) cargo bench --locked --workspace --exclude kvsieve-py
+		$(BUILD_ENV) .venv/bin/pytest benches --benchmark-json=out/bench.json $(PYTEST_ARGS); fi
+	$(BUILD_ENV) cargo bench --locked --workspace --exclude kvsieve-py
 
 .PHONY: docs
 docs: ## the documentation as a site, into out/site; a link or an anchor that leads nowhere is an error
@@ -100,9 +100,9 @@ docs: ## the documentation as a site, into out/site; a link or an anchor that le
 
 .PHONY: docs-rust
 docs-rust: setup ## the Rust side's reference, into out/docs
-	RUSTDOCFLAGS='-D warnings' $(HOUSE) cargo doc --quiet --locked --no-deps -p kvsieve-core
+	RUSTDOCFLAGS='-D warnings' $(BUILD_ENV) cargo doc --quiet --locked --no-deps -p kvsieve-core
 	@rm -rf out/docs && mkdir -p out/docs
-	@$(HOUSE) bash -c 'cp -r "$$CARGO_TARGET_DIR"/doc/. out/docs/'
+	@$(BUILD_ENV) bash -c 'cp -r "$$CARGO_TARGET_DIR"/doc/. out/docs/'
 	@echo out/docs/kvsieve_core/index.html
 
 .PHONY: wheel

@@ -1,9 +1,9 @@
-"""Everything there is to know about kvsieve on an NVIDIA card, in one command of less than eight minutes: `make gpu`.
+"""Everything there is to know about kvsieve on an NVIDIA GPU, in one command of less than eight minutes: `make gpu`.
 
-    python benches/gpu.py --wheel dist/kvsieve-*.whl        # on the machine with the card; needs torch, transformers, CuPy, pytest
+    python benches/gpu.py --wheel dist/kvsieve-*.whl        # on the machine with the GPU; needs torch, transformers, CuPy, pytest
 
 Parity first, then times, then compute-sanitizer where it is installed. Every section is caught and reported by itself, and the
-record is rewritten after each: `benches/record/gpu-<card>-<date>.json`. Ratios are of one run. Bandwidths of attention count keys
+record is rewritten after each: `benches/record/gpu-<name>-<date>.json`. Ratios are of one run. Bandwidths of attention count keys
 and values once; a copy's counts what it reads and what it writes. `--dry` walks through all of it on the CPU, under the emulator of
 the tests, in small sizes: nothing it prints is a measurement.
 """
@@ -56,7 +56,7 @@ class Bench:
         return self.end - time.monotonic()
 
     def microseconds(self, run: Callable[[int], Any], inner: int = 8, rounds: int = 7) -> dict[str, float]:
-        """Median, least and most time of one ``run(i)`` on the card, without launches: ``inner`` of them are one captured graph."""
+        """Median, least and most time of one ``run(i)`` on the GPU, without launches: ``inner`` of them are one captured graph."""
         import torch
 
         if self.dry:
@@ -84,7 +84,7 @@ class Bench:
         return {"us": statistics.median(times), "least": min(times), "most": max(times)}
 
     def wall(self, run: Callable[[], Any], count: int) -> float:
-        """Microseconds of one ``run()`` by the wall clock, the card waited for at the end."""
+        """Microseconds of one ``run()`` by the wall clock, the GPU waited for at the end."""
         import torch
 
         count = 2 if self.dry else count
@@ -108,7 +108,7 @@ def rope(dim: int) -> Any:
 
 
 class Dense:
-    """Stores of one layer's shape with ``length`` tokens resident, enough of them to be larger than the card's cache."""
+    """Stores of one layer's shape with ``length`` tokens resident, enough of them to be larger than the GPU's cache."""
 
     def __init__(self, b: Bench, length: int, raw: bool) -> None:
         import kvsieve
@@ -166,7 +166,7 @@ def about(b: Bench) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(0)
         found |= {
             "cupy": cupy.__version__,
-            "card": properties.name,
+            "gpu": properties.name,
             "multiprocessors": properties.multi_processor_count,
             "memory_gib": round(properties.total_memory / 2**30, 1),
             "capability": f"{properties.major}.{properties.minor}",
@@ -572,7 +572,7 @@ def operations(b: Bench) -> dict[str, Any]:
 
 
 def launches(b: Bench) -> dict[str, Any]:
-    """What launching costs: one layer's step (append, attend, merge) over 64 tokens, where the card has nothing else to do."""
+    """What launching costs: one layer's step (append, attend, merge) over 64 tokens, where the GPU has nothing else to do."""
     held = Dense(b, 64, raw=False)
     store = held.stores[0]
 
@@ -757,10 +757,8 @@ def run_sections(b: Bench, to: Path, only: list[str]) -> dict[str, Any]:
             except Exception:
                 record[name] = {"error": traceback.format_exc()[-6000:]}
         record[name]["seconds"] = round(time.monotonic() - begin, 1)
-        card = re.sub(r"[^a-z0-9]+", "-", str(record.get("about", {}).get("card", "dry" if b.dry else "unknown")).lower()).strip(
-            "-"
-        )
-        path = to / f"gpu-{card}-{datetime.date.today().isoformat()}.json"
+        gpu = re.sub(r"[^a-z0-9]+", "-", str(record.get("about", {}).get("gpu", "dry" if b.dry else "unknown")).lower()).strip("-")
+        path = to / f"gpu-{gpu}-{datetime.date.today().isoformat()}.json"
         to.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
     print(table(record), f"\n{path}", sep="\n")
@@ -852,7 +850,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         if not torch.cuda.is_available():
             print(
-                "benches/gpu.py needs an NVIDIA card that torch can use; none here, nothing ran (--dry rehearses)", file=sys.stderr
+                "benches/gpu.py needs an NVIDIA GPU that torch can use; none here, nothing ran (--dry rehearses)", file=sys.stderr
             )
             return 1
     if chosen.small:
@@ -865,7 +863,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 @contextmanager
 def rehearsing() -> Iterator[None]:
-    """The emulator in the place of a card, and replays that run again what they would have captured."""
+    """The emulator in the place of a GPU, and replays that run again what they would have captured."""
     import emulator
     import pytest
     from kvsieve.backends.cuda import graphs

@@ -20,7 +20,7 @@ import pytest
 import torch
 import transformers
 
-STRETCH = 20
+SAMPLES = 20
 """Calls that one figure is the median of."""
 
 
@@ -54,7 +54,7 @@ def test_time_and_memory_are_flat(
     torch.set_num_threads(1)
     total = request.config.getoption("--tokens")
     calls = total // tokens_a_call
-    assert calls > 2 * STRETCH, "too few tokens to compare two stretches"
+    assert calls > 2 * SAMPLES, "too few tokens to compare two ranges"
     piece = torch.randint(1, 128, (1, tokens_a_call), generator=torch.Generator().manual_seed(0))
     times: list[float] = []
     with kvsieve.stream(model(), kvsieve.StreamingLLM(512), backend="cpu") as stream:
@@ -63,8 +63,8 @@ def test_time_and_memory_are_flat(
             before = time.thread_time()
             door(stream, piece)
             times.append((time.thread_time() - before) / tokens_a_call)
-            if call + 1 in (early := max(calls // 50, STRETCH), calls):
-                figures["early" if call + 1 == early else "late"] = (median(times[-STRETCH:]), resident_bytes())
+            if call + 1 in (early := max(calls // 50, SAMPLES), calls):
+                figures["early" if call + 1 == early else "late"] = (median(times[-SAMPLES:]), resident_bytes())
         ids = stream.ids[0]
         assert len(ids) == calls * tokens_a_call
         assert torch.equal(ids[-tokens_a_call:][: tokens_a_call - 10], piece[0, :-10])

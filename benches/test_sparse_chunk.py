@@ -1,4 +1,4 @@
-"""A long prompt with searching attention, chunk by chunk, beside torch's causal attention over the same tokens.
+"""A long prompt with sparse attention, chunk by chunk, beside torch's causal attention over the same tokens.
 
 One key-value head and its group: heads are independent, so ratios are those of whole layers. Both get two threads and are timed
 by the clock, in turns. Of 131,072 tokens torch reads one query head only, and its time is multiplied; how far that is fair, a

@@ -24,7 +24,7 @@ make_venv() {
     site="$(site_of "$VENV")"
     env_site="$(site_of "$ENV")"
     printf '%s\n' "$env_site" >"$site/third_party.pth"
-    # Console scripts of the habits, bound to this clone's interpreter.
+    # Console scripts of the targets, bound to this clone's interpreter.
     local tool
     for tool in ruff maturin; do ln -s "$ENV/bin/$tool" "$VENV/bin/$tool"; done
     for tool in pytest mypy stubtest; do

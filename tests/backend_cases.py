@@ -1,4 +1,4 @@
-"""What the CUDA backend must do under every policy, as functions of a device: under the emulator on the CPU, and on a card."""
+"""What the CUDA backend must do under every policy, as functions of a device: under the emulator on the CPU, and on a GPU."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def snapshot(stream: kvsieve.Stream) -> dict[str, torch.Tensor]:
 class Layer:
     """One layer without a model: a planner and a store, driven as the engine drives them.
 
-    ``feed`` takes raw queries and keys; where the policy stores rotated keys, they are rotated to their true positions first.
+    ``feed`` takes pre-RoPE queries and keys; where the policy stores post-RoPE ones, they are rotated to their true positions.
     """
 
     def __init__(
@@ -158,7 +158,7 @@ class Layer:
         return out
 
     def settle(self, force: bool) -> None:
-        """Let the policy let go."""
+        """Let the policy evict."""
         moves = self.planner.settle(force)
         if len(moves):
             self.store.apply(moves)
@@ -189,7 +189,7 @@ def attention(
 
 
 def attend_chunk(core: Any, sparse: Any, q: torch.Tensor, step: Any, call: AttendCall, threads: int) -> torch.Tensor:
-    """A searching layer's prompt as the CPU's store runs it, over tokens that ``core`` holds already: ``[rows, q, heads, Dv]``."""
+    """A sparse layer's prompt as the CPU's store runs it, over tokens that ``core`` holds already: ``[rows, q, heads, Dv]``."""
     out = torch.empty(q.shape[0], q.shape[2], q.shape[1], core.value_dim, dtype=q.dtype)
     sinks = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
     sparse.attend(core, view(q), step, call.scale, call.softcap, sinks, view(out), None, threads, chunk=True)
@@ -201,6 +201,6 @@ def distinct(batch: int, length: int) -> torch.Tensor:
     return 3 + torch.randperm(597, generator=torch.Generator().manual_seed(0))[: batch * length].view(batch, length)
 
 
-def tokens_of(stretches: Any) -> list[int]:
-    """The tokens of stretches ``[n, 2]``."""
-    return [token for lo, hi in stretches.tolist() for token in range(lo, hi)]
+def tokens_of(ranges: Any) -> list[int]:
+    """The tokens of ranges ``[n, 2]``."""
+    return [token for lo, hi in ranges.tolist() for token in range(lo, hi)]

@@ -1,4 +1,4 @@
-"""What every CUDA kernel must compute, as functions of a device: run under the shim on the CPU, and on a card."""
+"""What every CUDA kernel must compute, as functions of a device: run under the shim on the CPU, and on a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Retention per head, the slow way: nothing is ever forgotten, a mask hides what each head let go, rules are loops over lists.
+"""Eviction per head, the slow way: nothing is ever forgotten, a mask hides what each head evicted, rules are loops over lists.
 
 A copy of the model runs on transformers' own cache, with an attention function that softmaxes over exactly the tokens that each
 head holds. It shares no line with the package.
@@ -39,7 +39,7 @@ class NaiveHeads:
         self.queries: dict[int, list[torch.Tensor]] = {}
         self.keys: dict[int, torch.Tensor] = {}
         self.numbers: dict[int, Any] = {}
-        self.mass: dict[int, list[dict[int, float]]] = {}
+        self.accumulated: dict[int, list[dict[int, float]]] = {}
 
     def weights(self, layer: int, head: int, query: torch.Tensor, positions: list[int]) -> torch.Tensor:
         """Softmax of one query ``[D]`` of one query head over the keys at ``positions``."""
@@ -55,7 +55,7 @@ class NaiveHeads:
         self.keys[layer] = k[0].double()
         self.numbers[layer] = scale, cap, torch.full((heads,), -torch.inf).double() if sinks is None else sinks.double()
         held = self.held.setdefault(layer, [[] for _ in range(kv_heads)])
-        mass = self.mass.setdefault(layer, [{} for _ in range(kv_heads)])
+        accumulated = self.accumulated.setdefault(layer, [{} for _ in range(kv_heads)])
         self.queries.setdefault(layer, []).extend(q[0].double().transpose(0, 1))
         out = torch.zeros(1, width, heads, v.shape[3], dtype=torch.float64)
         for i in range(width):
@@ -63,7 +63,7 @@ class NaiveHeads:
                 positions = [*held[head // group], *range(self.seen, self.seen + i + 1)]
                 p = self.weights(layer, head, q[0, head, i].double(), positions)
                 out[0, i, head] = p @ v[0, head // group, positions].double()
-                given = mass[head // group]
+                given = accumulated[head // group]
                 for position, share in zip(positions, p.tolist()):
                     given[position] = given.get(position, 0.0) + share
         for mine in held:
@@ -79,10 +79,10 @@ class NaiveHeads:
         finally:
             _running.pop()
         self.seen += ids.shape[1]
-        self.settle(ids.shape[1] > 1)
+        self.evict(ids.shape[1] > 1)
         return logits
 
-    def settle(self, force: bool) -> None:
+    def evict(self, force: bool) -> None:
         for layer, held in self.held.items():
             for head, mine in enumerate(held):
                 if len(mine) > self.budget and (force or len(mine) >= self.budget + BLOCK):
@@ -92,19 +92,19 @@ class NaiveHeads:
         observe, reach = self.settings["observe"], self.settings["kernel"] // 2
         others, last = mine[:-observe], mine[-observe:]
         group = len(self.numbers[layer][2]) // len(self.held[layer])
-        votes = [0.0] * len(others)
+        scores = [0.0] * len(others)
         for position in last:
             visible = [p for p in mine if p <= position]
             for one in range(head * group, (head + 1) * group):
                 p = self.weights(layer, one, self.queries[layer][position][one], visible)
-                votes = [vote + share for vote, share in zip(votes, p.tolist())]
-        pooled = [max(votes[max(i - reach, 0) : i + reach + 1]) for i in range(len(votes))]
+                scores = [score + share for score, share in zip(scores, p.tolist())]
+        pooled = [max(scores[max(i - reach, 0) : i + reach + 1]) for i in range(len(scores))]
         best = sorted(range(len(others)), key=lambda i: (-pooled[i], i))[: self.budget - observe]
         return [*(others[i] for i in sorted(best)), *last]
 
     def h2o(self, layer: int, head: int, mine: list[int]) -> list[int]:
         recent, sinks = self.settings["recent"], self.settings["sinks"]
         first, others, last = mine[:sinks], mine[sinks : len(mine) - recent], mine[len(mine) - recent :]
-        given = self.mass[layer][head]
+        given = self.accumulated[layer][head]
         best = sorted(others, key=lambda p: (-given[p], p))[: self.budget - sinks - recent]
         return [*first, *sorted(best), *last]

@@ -1,4 +1,4 @@
-"""What searching attention must do on a card, as functions of a device: under the emulator on the CPU, and on a card.
+"""What sparse attention must do on a GPU, as functions of a device: under the emulator on the CPU, and on a GPU.
 
 Queries and keys are multiples of 1/8, so that scores are exact in any dtype and order, and ties (of which there are many) are ties.
 """
@@ -99,7 +99,7 @@ class Row:
         return torch.cat(outs, 1)
 
     def check(self, choice: list[Any]) -> None:
-        """The choice is the definition's, stretch for stretch."""
+        """The choice is the definition's, range for range."""
         assert self.found is not None
         assert len(choice) == len(self.found.starts)
         for head, mine in enumerate(choice):
@@ -113,7 +113,7 @@ def copied(row: Row) -> Row:
     return copy.copy(row)
 
 
-class Searching:
+class SparseLayer:
     """A layer whose rows search, beside the definition of each."""
 
     def __init__(
@@ -191,7 +191,7 @@ def layer(kind: str, representative: str, group: int, dtype: torch.dtype, size: 
     rows, heads = rng.choice([1, 2, 3]), rng.choice([1, 2])
     sinks = torch.randn(heads * group, generator=torch.Generator().manual_seed(seed)) if seed % 2 else None
     softcap = rng.choice([None, 4.0]) if change["window"] else None
-    tested = Searching(rule, rows, heads, group, size, dtype, device, softcap, sinks if change["window"] else None, seed)
+    tested = SparseLayer(rule, rows, heads, group, size, dtype, device, softcap, sinks if change["window"] else None, seed)
     first = rng.choice([30, 140])
     tested.feed(first, [first, *(rng.randint(1, first) for _ in range(rows - 1))])
     for width in (1, 1, 1, 5, 1, 25, 1, 1, 1, 1, 1, 1):
@@ -239,9 +239,9 @@ def uneven(device: torch.device) -> None:
         assert float((out[0, 0].cpu().double() - want[:, 0]).abs().max()) < 1e-5
 
 
-def filled(rule: Any, tokens: int, device: torch.device, dtype: torch.dtype = torch.float32, size: int = 16) -> Searching:
+def filled(rule: Any, tokens: int, device: torch.device, dtype: torch.dtype = torch.float32, size: int = 16) -> SparseLayer:
     """A row of one key-value head that holds ``tokens - 1`` random tokens; its next one is the last."""
-    tested = Searching(rule, 1, 1, 1, size, dtype, device)
+    tested = SparseLayer(rule, 1, 1, 1, size, dtype, device)
     tested.planner.restore(tokens - 1, [(tokens - 1, [(list(range(tokens - 1)), [0.0] * (tokens - 1))])])
     tested.store = tested.backend.make_store(*(torch.zeros(1, 1, 1, size, dtype=dtype, device=device) for _ in "kv"))
     tested.store.plain.reserve(sorted({block for block, _, _ in tested.planner.runs(0, 0)}))
@@ -307,7 +307,7 @@ def model(family: str, policy: Any, device: torch.device) -> None:
             traces[backend] = stream.trace()
     assert any(not layer.dense for layer in traces["reference"])
     for mine, theirs in zip(traces["cuda"], traces["reference"]):
-        assert (mine.dense, mine.searched, mine.read) == (theirs.dense, theirs.searched, theirs.read)
+        assert (mine.dense, mine.scored, mine.read) == (theirs.dense, theirs.scored, theirs.read)
     assert float((logits["cuda"] - logits["reference"]).abs().max()) <= 1e-4 * float(logits["reference"].abs().max())
 
 

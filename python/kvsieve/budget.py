@@ -65,7 +65,7 @@ def tokens_for(budget: int | str, bytes_per_token: int) -> int:
     """Tokens that ``budget`` buys, per sequence.
 
     A byte budget counts whole blocks of 64 tokens and sets two aside (the sinks' block and the one being filled), so that the
-    bytes held at rest stay below it.
+    bytes held in steady state stay below it.
 
     Raises:
         BudgetError: if the bytes do not hold three blocks.

@@ -1,8 +1,8 @@
 """Decoding under a CUDA graph: one token of every row at a time, the whole forward one launch.
 
 What the policy decides still changes from step to step; what the forward launches does not. So the graph is captured once, and
-before each replay the host plans the step, packs what has settled, and uploads both to where the kernels look. After the replay it
-commits and lets go, outside the graph. The graph is captured anew when a buffer that it has built in had to grow.
+before each replay the host plans the step, compresses what is due, and uploads both to where the kernels look. After the replay it
+commits and evicts, outside the graph. The graph is captured anew when a buffer that it has built in had to grow.
 
 The host never waits for the step that runs: a score-based policy's one float per token is read a step later, from pinned memory.
 """
@@ -45,8 +45,8 @@ class GraphDecoder:
 
     Raises:
         StateError: if the stream has seen nothing yet, or verifies candidates.
-        UnsupportedError: for another backend, a memory read by top-k, a search, a rule per head, SirLLM's published score, or
-            sliding layers; at the first token, for a policy that packs by queries, if the prompt had too few.
+        UnsupportedError: for another backend, a memory read by top-k, a sparse selection, a rule per head, SirLLM's published
+            score, or sliding layers; at the first token, for a policy that compresses by queries, if the prompt had too few.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -56,7 +56,7 @@ class GraphDecoder:
         if engine.reads_top_k:
             raise UnsupportedError("a memory read by top-k is chosen on the host's side of each layer; decode it without a graph")
         if engine.parts.find(Selection) is not None:
-            raise UnsupportedError("when a search is due is decided on the host's side of each layer; decode it without a graph")
+            raise UnsupportedError("when a selection is due is decided on the host's side of each layer; decode it without a graph")
         if engine.parts.find(HeadEviction) is not None:
             raise UnsupportedError("a rule per head looks at each layer's queries on the host's side; decode it without a graph")
         if engine.parts.find(SlidingLayers) is not None:
@@ -123,7 +123,7 @@ class GraphDecoder:
         return torch.cat(found, 1)
 
     def finish(self) -> None:
-        """Score the last step's tokens, if that was put off, and let the policy let go."""
+        """Score the last step's tokens, if that was put off, and let the policy evict."""
         unread, self._unread = self._unread, None
         if unread is None:
             return

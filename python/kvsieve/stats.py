@@ -25,10 +25,10 @@ class StoredBytes:
     """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
 
     Attributes:
-        keys, values: packed tokens; of a policy that packs nothing, all tokens.
-        scales: steps and least values of codes.
+        keys, values: compressed tokens; of a policy that compresses nothing, all tokens.
+        scales: scales and zero points of codes.
         channels: which channels of keys were kept.
-        tail: keys and values that are not packed yet.
+        residual: keys and values that are not compressed yet.
         bounds: what a selection by page bounds knows of blocks.
     """
 
@@ -36,7 +36,7 @@ class StoredBytes:
     values: int
     scales: int
     channels: int
-    tail: int
+    residual: int
     bounds: int = 0
 
 
@@ -50,7 +50,7 @@ class Stats:
         bytes_held: bytes of keys and values the allocator holds, for all rows and layers; forks share blocks with their parent.
         bytes_full: bytes a full cache of the same rows would hold.
         ratio: ``bytes_held / bytes_full``; 0 before the first token.
-        packed: packed tokens of the row that has most.
+        compressed: compressed tokens of the row that has most.
         parts: the bytes by what they hold.
         backend: name of the backend.
         policy: the policy, as text.
@@ -63,7 +63,7 @@ class Stats:
     bytes_held: int
     bytes_full: int
     ratio: float
-    packed: int
+    compressed: int
     parts: StoredBytes
     backend: str
     policy: str
@@ -94,14 +94,14 @@ class HeadTrace:
 
     Attributes:
         read: int64 ``[n, 2]``, ranges ``lo..hi`` of token positions that the newest query read, ascending; pads do not count.
-        found: int64 ``[n, 2]``, what a search found, as it was found: the window may have moved on since.
-        searched: representative keys that its last search scored; 0 where it was not needed.
-        rounds: levels of that search's tree, or its stages.
+        found: int64 ``[n, 2]``, what was selected between sinks and window, as it was then: the window may have moved on since.
+        scored: representative keys that its last selection compared; 0 where it was not needed.
+        rounds: levels of that selection's tree, or its stages.
     """
 
     read: npt.NDArray[np.int64]
     found: npt.NDArray[np.int64]
-    searched: int
+    scored: int
     rounds: int
 
 
@@ -112,13 +112,13 @@ class LayerTrace:
     Attributes:
         index: the layer's index in the model.
         dense: whether it read everything.
-        searched: keys scored in the last forward, over all rows, queries and key-value heads.
+        scored: keys compared in the last forward, over all rows, queries and key-value heads.
         read: keys attended to, likewise; of a dense layer, by the newest query of each row.
         rows: for each row its key-value heads.
     """
 
     index: int
     dense: bool
-    searched: int
+    scored: int
     read: int
     rows: tuple[tuple[HeadTrace, ...], ...]

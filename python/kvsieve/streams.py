@@ -181,7 +181,7 @@ class Stream:
             bytes_held=held,
             bytes_full=full,
             ratio=held / full if full else 0.0,
-            packed=max((planner.num_packed(row) for row in range(planner.num_rows)), default=0),
+            compressed=max((planner.num_packed(row) for row in range(planner.num_rows)), default=0),
             parts=_stored_bytes(engine),
             backend=engine.backend.name,
             policy=repr(self.policy),

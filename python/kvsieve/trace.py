@@ -25,7 +25,7 @@ def trace(engine: Engine) -> tuple[LayerTrace, ...]:
     """See :meth:`kvsieve.Stream.trace`."""
     selection = engine.parts.find(Selection)
     if selection is None:
-        raise StateError(f"{engine.policy!r} reads all that it holds; a trace shows what a search left out, as of kvsieve.HiP")
+        raise StateError(f"{engine.policy!r} reads all that it holds; a trace shows what a selection left out, as of kvsieve.HiP")
     if not engine.num_rows:
         raise StateError("the stream has read nothing yet")
     rows = [selection.read_positions(row) for row in range(engine.num_rows)]

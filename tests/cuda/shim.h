@@ -1,9 +1,9 @@
-// Runs a CUDA kernel on the CPU, to see whether it computes what it should. No part of kvsieve; no model of a card's memory.
+// Runs a CUDA kernel on the CPU, to see whether it computes what it should. No part of kvsieve; no model of a GPU's memory.
 //
 // Thread blocks run one after another. Each of a block's threads is a fibre; a barrier, a shuffle or a ballot is a rendezvous at which
 // it waits for the others. Who runs next is drawn at random: in half of the blocks any thread alike, in the others one warp before
 // all others as far as it gets, with a new order now and then. So a missing barrier is a wrong answer sooner or later. Shared memory
-// holds NaN until it is written, with guards between arrays. An asynchronous copy happens at once or when it is waited for, by lot.
+// holds NaN until it is written, with guards between arrays. An asynchronous copy happens at once or when it is waited for, at random.
 // Reported: threads that wait for others that will never come; lanes of a warp that meet in different operations; guards written over.
 #pragma once
 

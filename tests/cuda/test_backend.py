@@ -161,12 +161,12 @@ def test_probabilities_of_keys(launcher: emulator.Emulator) -> None:
     layer.feed(q[:, :, :88], k[:, :, :88], v[:, :, :88])
     step = layer.planner.begin([2, 2], 2, True, False)
     layer.store.run(q[:, :, 88:], k[:, :, 88:], v[:, :, 88:], step, layer.call)
-    out, lse, mass = layer.store.attend_with_scores(q[:, :, 88:], step, layer.call)
+    out, lse, scores = layer.store.attend_with_scores(q[:, :, 88:], step, layer.call)
     for item in range(4):
         row, query = divmod(item, 2)
         keys, values = (x[row, :, : 89 + query].double().repeat_interleave(2, 0) for x in (k, v))
         x = torch.einsum("hd,hnd->hn", q[row, :, 88 + query].double(), keys) * 0.25
-        torch.testing.assert_close(mass[item].double(), x.softmax(-1).view(2, 2, -1).sum(1), atol=1e-6, rtol=0)
+        torch.testing.assert_close(scores[item].double(), x.softmax(-1).view(2, 2, -1).sum(1), atol=1e-6, rtol=0)
         torch.testing.assert_close(lse[row, query].double(), x.logsumexp(-1), atol=1e-5, rtol=0)
         torch.testing.assert_close(out[row, query].double(), torch.einsum("hn,hnd->hd", x.softmax(-1), values), atol=1e-5, rtol=0)
 
@@ -214,9 +214,9 @@ def test_heads_that_do_not_fit_are_refused_when_the_stream_opens(launcher: emula
 # ------------------------------------------------------------------------------------------------------- where something is missing
 
 
-def test_without_a_card_the_message_says_what_to_use() -> None:
+def test_without_a_gpu_the_message_says_what_to_use() -> None:
     if torch.cuda.is_available():
-        pytest.skip("this machine has a card")
+        pytest.skip("this machine has a GPU")
     with pytest.raises(BackendError, match="reference"):
         backends.get("cuda")
     with pytest.raises(BackendError, match="CUDA"):
@@ -275,13 +275,13 @@ def test_the_launcher_loads_once_and_starts_on_torchs_stream(monkeypatch: pytest
         "device": FakeDevice,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    launcher, card = CupyLauncher(), torch.device("cuda", 0)
+    launcher, gpu = CupyLauncher(), torch.device("cuda", 0)
     module = Module("top_k.cu", ("top_k",))
     for _ in range(2):
-        launcher.launch(module, (1, 2, 3), 128, [7, 2.5, None], card)
+        launcher.launch(module, (1, 2, 3), 128, [7, 2.5, None], gpu)
     assert len(loaded) == 1
     assert started == [((1, 2, 3), (128, 1, 1), (7, 2.5, 0), "stream 0 77")] * 2
-    assert launcher.processors(card) == 132
+    assert launcher.processors(gpu) == 132
     assert len(entered) == (1 if current == 0 else 3), "another device than the current one is entered for each launch"
 
 

@@ -1,4 +1,4 @@
-"""Decoding by replays, without a card: a replay runs the forward again, and the host may plan and upload only outside of it."""
+"""Decoding by replays, without a GPU: a replay runs the forward again, and the host may plan and upload only outside of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every kernel compiles for the cards it is meant for, without one; and what the assembler says about it is within bounds."""
+"""Every kernel compiles for the GPUs it is meant for, without one; and what the assembler says about it is within bounds."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def other_modules() -> list[Module]:
         ),
         Module("move.cu", tuple(f"move<{s}>" for s in sized)),
         Module("gather.cu", tuple(f"gather<{s}, {back}>" for s in sized for back in flags)),
-        Module("merge.cu", ("mass", *(f"merge<{name}, {dim}>" for name in names for dim in DIMS))),
+        Module("merge.cu", ("attention_scores", *(f"merge<{name}, {dim}>" for name in names for dim in DIMS))),
         Module("rotate.cu", ("turns", *(f"rotate<{a}, {b}>" for a in names for b in {a, "float"}))),
         Module("surprisal.cu", tuple(f"surprisal<{name}>" for name in names)),
         Module("top_k.cu", ("top_k",)),

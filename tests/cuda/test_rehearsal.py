@@ -1,4 +1,4 @@
-"""`make gpu` cannot run here; its rehearsal can, so that it does not rot until a card is at hand."""
+"""`make gpu` cannot run here; its rehearsal can, so that it does not rot until a GPU is at hand."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_section_that_fails_is_reported_and_loses_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def fails(b: gpu.Bench) -> dict[str, object]:
-        raise RuntimeError("the card is on fire")
+        raise RuntimeError("the GPU is on fire")
 
     monkeypatch.setattr(gpu, "SECTIONS", [("about", gpu.about), ("broken", fails), ("copy", gpu.copy_bandwidth)])
     assert gpu.main(["--dry", "--out", str(tmp_path)]) == 1
@@ -43,10 +43,10 @@ def test_a_section_that_fails_is_reported_and_loses_nothing(
     assert "FAILED /broken" in capsys.readouterr().out
 
 
-def test_without_a_card_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_gpu_it_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("this machine has a card")
+        pytest.skip("this machine has a GPU")
     assert gpu.main([]) == 1
-    assert "NVIDIA card" in capsys.readouterr().err
+    assert "NVIDIA GPU" in capsys.readouterr().err

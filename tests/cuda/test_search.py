@@ -1,4 +1,4 @@
-"""Searching attention on the CUDA backend, under the emulator: choices and outputs are the definition's."""
+"""Sparse attention on the CUDA backend, under the emulator: choices and outputs are the definition's."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvsieve.backends.cuda.backend import CudaBackend
 from kvsieve.backends.cuda.ops import residents
 from kvsieve.errors import BackendError, PolicyError, ShapeError, StateError, UnsupportedError
 from kvsieve.graphs import GraphDecoder
-from search_cases import Searching, hip, infinite
+from search_cases import SparseLayer, hip, infinite
 
 CPU = torch.device("cpu")
 
@@ -42,17 +42,17 @@ def test_a_layer_is_the_definition(case: Any) -> None:
 
 @pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 64), (torch.float16, 96)], ids=str)
 def test_other_dtypes_and_sizes(dtype: torch.dtype, size: int) -> None:
-    tested = Searching(hip(budget=16, refresh=2, window=4), 1, 1, 4, size, dtype)
+    tested = SparseLayer(hip(budget=16, refresh=2, window=4), 1, 1, 4, size, dtype)
     for width in (70, 1, 1, 3):
         tested.feed(width)
 
 
 @pytest.mark.parametrize("rule", [hip(), infinite()], ids=["hip", "infinite"])
 def test_from_the_first_token_and_rows_that_begin_later(rule: Any) -> None:
-    tested = Searching(rule, 2, 1, 3, 16)
+    tested = SparseLayer(rule, 2, 1, 3, 16)
     for width, lens in ((1, [1, 1]), (1, [1, 1]), (3, [3, 3]), (20, [20, 0]), (90, [0, 90]), (1, [1, 1])):
         tested.feed(width, lens)
-    tested = Searching(rule, 2, 1, 3, 16)
+    tested = SparseLayer(rule, 2, 1, 3, 16)
     for width, lens in ((20, [20, 0]), (70, [70, 3]), (1, [1, 1])):
         tested.feed(width, lens)
 
@@ -61,7 +61,7 @@ def test_from_the_first_token_and_rows_that_begin_later(rule: Any) -> None:
 def test_more_blocks_of_queries_than_a_launch_takes(
     rule: Any, monkeypatch: pytest.MonkeyPatch, launcher: emulator.Emulator
 ) -> None:
-    tested = Searching(rule, 2, 1, 3, 16)
+    tested = SparseLayer(rule, 2, 1, 3, 16)
     tested.feed(150)
     monkeypatch.setattr(residents, "BAND", 5)
     monkeypatch.setattr(residents, "SCRATCH", 4 * 3 * 40)
@@ -83,7 +83,7 @@ SIXTEEN = [1, 2, 3, 2.5, 0.5, 1.5, 5, 9, 4, 3.5, 2.2, 1.2, 6, 7, 1.1, 0.1]
 
 def sixteen(rule: Any) -> tuple[list[int], int, int, float]:
     """What a query of 1 chooses of sixteen keys whose values are their numbers: first tokens, reads, rounds, and the output."""
-    tested = Searching(rule, 1, 1, 1, 16)
+    tested = SparseLayer(rule, 1, 1, 1, 16)
     tested.call = AttendCall(1.0)
     k, v = torch.zeros(1, 1, 16, 16), torch.zeros(1, 1, 16, 16)
     k[0, 0, :, 0], v[0, 0, :, 0] = torch.tensor(SIXTEEN), torch.arange(16.0)
@@ -133,7 +133,7 @@ def test_keys_read(kind: str, tokens: int) -> None:
 
 def test_a_window_is_frozen_between_refreshes() -> None:
     """A key that left the window after the choice is still read; the next choice may leave it."""
-    tested = Searching(hip(sinks=1, window=4, budget=8, block=2, refresh=6), 1, 1, 1, 16)
+    tested = SparseLayer(hip(sinks=1, window=4, budget=8, block=2, refresh=6), 1, 1, 1, 16)
     tested.feed(60)  # its last query block chose for 48..59
     reads = []
     for _ in range(8):
@@ -144,7 +144,7 @@ def test_a_window_is_frozen_between_refreshes() -> None:
 
 
 def test_stages_are_refreshed_each_at_its_pace() -> None:
-    tested = Searching(infinite(stages=((8, 48), (4, 24), (2, 8)), refresh=(16, 8, 4), query_block=32), 2, 1, 3, 16)
+    tested = SparseLayer(infinite(stages=((8, 48), (4, 24), (2, 8)), refresh=(16, 8, 4), query_block=32), 2, 1, 3, 16)
     tested.feed(96)
     rounds = []
     for _ in range(18):
@@ -154,7 +154,7 @@ def test_stages_are_refreshed_each_at_its_pace() -> None:
     assert rounds == [0, 0, 0, 1, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0, 3, 0, 0]
 
 
-def launches_of(launcher: emulator.Emulator, tested: Searching) -> list[str]:
+def launches_of(launcher: emulator.Emulator, tested: SparseLayer) -> list[str]:
     launcher.launches = []
     tested.feed(1)
     names = [module.expressions[0].split("<")[0] for module, *_ in launcher.launches]
@@ -164,18 +164,18 @@ def launches_of(launcher: emulator.Emulator, tested: Searching) -> list[str]:
 
 def test_what_a_step_launches(launcher: emulator.Emulator) -> None:
     attends = ["append", "sparse", "merge"]
-    tested = Searching(hip(refresh=2, query_block=8), 2, 2, 3, 16)
+    tested = SparseLayer(hip(refresh=2, query_block=8), 2, 2, 3, 16)
     tested.feed(79)
     assert launches_of(launcher, tested) == attends
     assert launches_of(launcher, tested) == ["append", "hip", "sparse", "merge"]
-    tested = Searching(infinite(stages=((8, 48), (4, 24)), refresh=(4, 2), query_block=8), 1, 2, 3, 16)
+    tested = SparseLayer(infinite(stages=((8, 48), (4, 24)), refresh=(4, 2), query_block=8), 1, 2, 3, 16)
     tested.feed(79)
     found = [launches_of(launcher, tested) for _ in range(4)]
     assert found == [attends, ["append", "narrow", "sparse", "merge"], attends, ["append", "narrow", "narrow", "sparse", "merge"]]
 
 
 def test_layers_share_a_schedule_and_its_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    one, two = (Searching(hip(refresh=2, query_block=8), 2, 1, 3, 16, seed=seed) for seed in (0, 1))
+    one, two = (SparseLayer(hip(refresh=2, query_block=8), 2, 1, 3, 16, seed=seed) for seed in (0, 1))
     two.backend, two.planner = one.backend, one.planner
     uploads: list[Any] = []
     upload = plan.upload
@@ -194,7 +194,7 @@ def test_layers_share_a_schedule_and_its_upload(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_a_crop_makes_it_choose_anew() -> None:
-    tested = Searching(hip(refresh=100, query_block=8), 1, 1, 3, 16)
+    tested = SparseLayer(hip(refresh=100, query_block=8), 1, 1, 3, 16)
     for width in (79, 1, 1):
         tested.feed(width)
     assert tested.search.work[0] == 0
@@ -214,7 +214,7 @@ def test_a_crop_makes_it_choose_anew() -> None:
 
 def test_undo_runs_the_same_step_again() -> None:
     """A forward that died is run again: the choices that stood stand, those that were made are forgotten."""
-    tested = Searching(hip(refresh=2, query_block=8), 2, 1, 3, 16)
+    tested = SparseLayer(hip(refresh=2, query_block=8), 2, 1, 3, 16)
     tested.feed(79)
     for width in (1, 1, 1, 5, 40, 1):
         before = [choices(tested, row) for row in range(2)]
@@ -228,12 +228,12 @@ def test_undo_runs_the_same_step_again() -> None:
         tested.feed(width)
 
 
-def choices(tested: Searching, row: int) -> list[Any]:
+def choices(tested: SparseLayer, row: int) -> list[Any]:
     return [(head.ranges.tolist(), head.end, head.reads, head.rounds) for head in tested.search.choice(row)]
 
 
 def test_an_error_leaves_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
-    tested = Searching(infinite(refresh=(1, 1, 1)), 1, 1, 3, 16)
+    tested = SparseLayer(infinite(refresh=(1, 1, 1)), 1, 1, 3, 16)
     tested.feed(150)
     before = choices(tested, 0)
     with monkeypatch.context() as patched:
@@ -250,7 +250,7 @@ def test_an_error_leaves_the_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     "rule", [hip(refresh=3, query_block=8), infinite(refresh=(6, 3, 2), query_block=8)], ids=["hip", "infinite"]
 )
 def test_rows_are_reordered(rule: Any) -> None:
-    tested = Searching(rule, 3, 1, 3, 16)
+    tested = SparseLayer(rule, 3, 1, 3, 16)
     tested.feed(150, [150, 131, 140])
     tested.feed(1)
     order = [2, 0, 2, 1]
@@ -269,7 +269,7 @@ def test_rows_are_reordered(rule: Any) -> None:
 )
 def test_a_state_is_returned_to_here_and_elsewhere(rule: Any) -> None:
     """Marks and forks: what happens afterwards to one does not reach the other."""
-    tested = Searching(rule, 2, 1, 3, 16)
+    tested = SparseLayer(rule, 2, 1, 3, 16)
     tested.feed(150, [150, 90])
     tested.feed(1)
     state, planner, rows = tested.search.state(), tested.planner.fork(), [search_cases.copied(row) for row in tested.rows]
@@ -289,7 +289,7 @@ def test_a_state_is_returned_to_here_and_elsewhere(rule: Any) -> None:
 
 def test_slots_are_used_again() -> None:
     """However many choices later there are no more slots than rows hold, now and before."""
-    tested = Searching(infinite(stages=((8, 48), (4, 24)), refresh=(2, 1), query_block=8), 2, 1, 3, 16)
+    tested = SparseLayer(infinite(stages=((8, 48), (4, 24)), refresh=(2, 1), query_block=8), 2, 1, 3, 16)
     tested.feed(80)
     for _ in range(12):
         tested.feed(1)
@@ -312,7 +312,7 @@ def refused(layer: Layer, width: int = 1) -> None:
 
 
 @pytest.mark.parametrize("width", [1, 20])
-def test_memories_that_cannot_be_searched(width: int) -> None:
+def test_memories_that_cannot_be_selected_from(width: int) -> None:
     from kvsieve.policy.storage import Channels, Packing
 
     def fed(policy: Any, tokens: int = 80) -> Layer:
@@ -324,11 +324,11 @@ def test_memories_that_cannot_be_searched(width: int) -> None:
         refused(fed(kvsieve.StreamingLLM(40, sinks=2)), width)
     raw = Layer("cuda", kvsieve.SirLLM(100, sinks=2, recent=4), rope=tiny_rope(), scale=0.25)
     raw.feed(*(torch.randn(1, h, 9, 16) for h in (4, 2, 2)), scores=[np.zeros(9, np.float32)])
-    with pytest.raises(BackendError, match=r"unrotated.*reference"):
+    with pytest.raises(BackendError, match=r"pre-RoPE.*reference"):
         refused(raw, width)
     packed = fed(kvsieve.Full())
     packed.pack(64, Channels(torch.arange(8).expand(2, 8), (0, 0)), Packing(8))
-    with pytest.raises(BackendError, match=r"packed.*leave"):
+    with pytest.raises(BackendError, match=r"compressed.*leave"):
         refused(packed, width)
 
 
@@ -362,7 +362,7 @@ def test_rules_that_cannot_be_right(rule: Any) -> None:
         CudaBackend().make_selection(rule)
 
 
-def test_more_than_a_search_can_follow() -> None:
+def test_more_than_a_selection_can_follow() -> None:
     backend = CudaBackend()
     backend.make_selection(hip(budget=2048))
     with pytest.raises(BackendError, match=r"1024.*larger blocks"):
@@ -373,13 +373,13 @@ def test_more_than_a_search_can_follow() -> None:
 
 
 def test_a_state_of_another_rule() -> None:
-    tested = Searching(hip(), 2, 1, 3, 16)
+    tested = SparseLayer(hip(), 2, 1, 3, 16)
     with pytest.raises(StateError, match="another rule"):
         tested.search.return_to(filled_state())
 
 
 def filled_state() -> Any:
-    other = Searching(infinite(), 1, 1, 3, 16)
+    other = SparseLayer(infinite(), 1, 1, 3, 16)
     other.feed(150)
     return other.search.state()
 
@@ -398,12 +398,12 @@ def test_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
 def test_what_a_stream_may_not_ask() -> None:
     with kvsieve.stream(tiny.model(), search_cases.hip_policy(), "cuda") as stream:
         stream.feed(tiny.ids(1, 60))
-        with pytest.raises(UnsupportedError, match="search"):
+        with pytest.raises(UnsupportedError, match="selection is due"):
             GraphDecoder(stream)
     for policy, match in (
-        (search_cases.hip_policy(extend=40), "unrotated"),
-        (kvsieve.SirLLM(64) | search_cases.hip_policy(), "unrotated"),
-        (search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "packs some"),
+        (search_cases.hip_policy(extend=40), "pre-RoPE"),
+        (kvsieve.SirLLM(64) | search_cases.hip_policy(), "pre-RoPE"),
+        (search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "compresses some"),
         (kvsieve.HiP(2048, block=1), "1024"),
     ):
         with pytest.raises(BackendError, match=match):

@@ -69,7 +69,7 @@ def test_with_room_for_everything_it_is_full_bit_for_bit(policy: str, backend: s
 @BACKEND
 @RULE
 def test_prompts_in_chunks_over_the_budget_follow_the_lists(policy: str, backend: str) -> None:
-    """Every chunk overflows: what the first choice let go is gone for the second."""
+    """Every chunk overflows: what the first choice evicted is gone for the second."""
     settings = {"snapkv": {"observe": 4, "kernel": 3}, "h2o": {"recent": 4, "sinks": 2}}[policy]
     naive, ids = NaiveHeads(tiny.model(), policy, 24, **settings), tiny.ids(1, 90, 3)
     with kvsieve.stream(tiny.model(), tiny.POLICIES[policy](24), backend) as stream:
@@ -119,7 +119,7 @@ def test_turns_and_what_is_held(policy: str, backend: str) -> None:
             stream.generate(tiny.ids(1, 20, at), max_new_tokens=9, do_sample=False)
             now = [set(k) for k in heads(stream)]
             for head, kept in enumerate(now):
-                assert not kept & gone[head], "what was let go came back"
+                assert not kept & gone[head], "what was evicted came back"
                 gone[head] |= before[head] - kept
                 assert len(kept) == min(32, stream.seen)
             before = now
@@ -347,7 +347,7 @@ def test_crops_that_ask_too_much_change_nothing() -> None:
 @RULE
 @pytest.mark.parametrize("budget", [30, 100])
 def test_assisted_decoding_leaves_what_plain_decoding_leaves(policy: str, budget: int, backend: str) -> None:
-    """Tokens, who is kept, and what was seen: rejected candidates have cast no vote."""
+    """Tokens, who is kept, and what was seen: rejected candidates have added no attention scores."""
     model = tiny.model()
     ids = torch.cat([tiny.ids(1, 9, 4)] * 7, 1)
     made = tiny.POLICIES[policy](budget)
@@ -357,7 +357,7 @@ def test_assisted_decoding_leaves_what_plain_decoding_leaves(policy: str, budget
         assert torch.equal(got, want)
         a, b = snapshot(plain), snapshot(assisted)
         assert heads(plain) == heads(assisted)
-        for name in (n for n in a if n.startswith(("mass", "queries"))):
+        for name in (n for n in a if n.startswith(("accumulated", "queries"))):
             torch.testing.assert_close(b[name], a[name], atol=1e-4, rtol=1e-4)
 
 
@@ -375,7 +375,7 @@ def test_a_file_holds_what_was_seen(family: str, policy: str, backend: str, tmp_
         stream.save(tmp_path / "stream")
         with kvsieve.load(tmp_path / "stream", model, backend) as loaded:
             assert same_memory(stream, loaded)
-            stream.end_turn()  # before any forward: votes need what the file says of each layer's attention
+            stream.end_turn()  # before any forward: attention scores need what the file says of each layer's attention
             loaded.end_turn()
             assert same_memory(stream, loaded)
             more = tiny.ids(4, 90, 5)

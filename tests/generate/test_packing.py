@@ -222,7 +222,7 @@ def test_an_ended_turn_is_packed_without_a_further_token() -> None:
         assert after.packed == 92
         assert after.parts.keys > 0
         parts = after.parts
-        assert parts.keys + parts.values + parts.scales + parts.channels + parts.tail == after.bytes_held
+        assert parts.keys + parts.values + parts.scales + parts.channels + parts.residual == after.bytes_held
         assert after.ratio == after.bytes_held / after.bytes_full
 
 

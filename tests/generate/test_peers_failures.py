@@ -14,7 +14,7 @@ BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 
 
 def limit(policy: str, budget: int) -> int:
-    """Most tokens of a row at rest."""
+    """Most tokens of a row in steady state."""
     return budget - 1 if policy == "lm_infinite" else budget
 
 
@@ -54,7 +54,7 @@ def test_no_token_of_a_second_turn_is_fed_twice(policy: str, backend: str) -> No
 
 @BACKEND
 @EVERY
-def test_every_chunk_of_a_chunked_prefill_is_let_go_of(policy: str, backend: str) -> None:
+def test_every_chunk_of_a_chunked_prefill_is_evicted(policy: str, backend: str) -> None:
     model, counts = tiny.model(), []
     with kvsieve.stream(model, tiny.POLICIES[policy](32), backend) as stream:
         for lo in range(0, 200, 40):
@@ -91,7 +91,7 @@ def test_bytes_are_really_freed(policy: str, backend: str) -> None:
         assert stats.bytes_full == 1270 * token
         if policy in tiny.BOUNDED:
             assert stats.resident == limit(policy, budget)
-            # At rest: whole blocks, one more for the sinks' block and one for the block being filled, of each memory.
+            # In steady state: whole blocks, one more for the sinks' block and one for the block being filled, of each memory.
             slack = 128 * len(stream.policy.memories) if backend == "cpu" else 5 * 64
             assert stats.bytes_held <= (budget + slack) * token
             assert stats.bytes_held <= before
@@ -116,7 +116,7 @@ def test_a_smaller_budget_holds_fewer_bytes(policy: str, backend: str) -> None:
 
 
 @BACKEND
-def test_storing_what_was_let_go_never_grows_without_end(backend: str) -> None:
+def test_storing_what_was_evicted_never_grows_without_end(backend: str) -> None:
     """Steady decoding: what is held stays within a constant of the budget, for thousands of steps."""
     model, ids = tiny.model(), tiny.ids(1, 700)
     for policy in ("streaming", "sirllm"):

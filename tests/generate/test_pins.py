@@ -279,7 +279,7 @@ def test_full_without_a_message_is_stock_attention_under_a_mask(backend: str) ->
 
 
 @pytest.mark.parametrize("kind", ["hip", "infinite"])
-def test_searches_go_on_over_what_is_left(kind: str) -> None:
+def test_selections_go_on_over_what_is_left(kind: str) -> None:
     """On both backends, with keys as the model rotated them and with keys that are rotated on read."""
     model, ids = tiny.model(), tiny.ids(1, 330)
     how: dict[str, Any] = {"sinks": 8, "window": 16, "dense_layers": 0}

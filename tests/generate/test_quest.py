@@ -21,7 +21,7 @@ BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def quest(**changes: Any) -> Any:
-    """Two blocks of 64 are candidates, of which 32 tokens are read; searched from 96 tokens on."""
+    """Two blocks of 64 are candidates, of which 32 tokens are read; selected from 96 tokens on."""
     return kvsieve.Quest(**{"budget": 32, "sinks": 0, "window": 64, "query_block": 16, "query_stride": 3, **changes})
 
 
@@ -96,7 +96,7 @@ def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
 
 
 def test_bounds_find_what_walks_miss() -> None:
-    """One key in 2,000 that answers the query: it makes its block's bound the greatest, wherever in the block it is."""
+    """One key in 2,000 that answers the query: it makes its block's bound the highest, wherever in the block it is."""
     from kvsieve.backends.reference.definition import bound_scores, group_scores
     from kvsieve.backends.reference.select.infinite import infinite_hip_search
 
@@ -118,7 +118,7 @@ def test_bounds_find_what_walks_miss() -> None:
 @BACKEND
 @EVERY
 def test_a_row_equals_its_solo_run(name: str, backend: str) -> None:
-    """Left padding, and rows of which one is searched long before the other."""
+    """Left padding, and rows of which one is selected from long before the other."""
     model, rows = tiny.model(), [tiny.ids(1, n, n)[0] for n in (330, 140, 18)]
     ids, mask = pad_left(rows)
     more = tiny.ids(3, 70, 5)
@@ -269,7 +269,7 @@ def test_what_fits_is_read_whole_with_an_extension_too(name: str, backend: str) 
 
 @EVERY
 @pytest.mark.parametrize("family", ["llama", "glm4"])
-def test_within_the_trained_length_raw_blocks_are_judged_by_content(family: str, name: str) -> None:
+def test_within_the_trained_length_pre_rope_blocks_are_judged_by_content(family: str, name: str) -> None:
     """And their keys compared and read at their true distances; then beyond it, in the same stream."""
     model, got, read = tiny.model(family, vocab_size=600), [], []
     ids, mask = pad_left([distinct(1, LONG)[0], distinct(1, 330)[0]])
@@ -372,7 +372,7 @@ def test_its_text_is_read_back(policy: Any) -> None:
     assert repr(parse(repr(policy))) == repr(policy)
 
 
-def test_a_card_refuses_it_when_the_stream_opens() -> None:
+def test_a_gpu_refuses_it_when_the_stream_opens() -> None:
     from kvsieve.backends.cuda.capabilities import CAPABILITIES
 
     with pytest.raises(BackendError, match="bounds"):

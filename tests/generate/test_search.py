@@ -66,7 +66,7 @@ def test_a_text_that_fits_is_the_full_cache_bit_for_bit(family: str, name: str, 
 
 @BACKEND
 @EVERY
-def test_one_token_more_is_searched(name: str, backend: str) -> None:
+def test_one_token_more_is_selected_from(name: str, backend: str) -> None:
     model, length = tiny.model(), dense(name)
     ids = tiny.ids(1, length + 9)
     with kvsieve.stream(model, kvsieve.Full(), backend) as stream:
@@ -103,7 +103,7 @@ def test_the_backends_agree(family: str, name: str, dtype: torch.dtype) -> None:
 @BACKEND
 @EVERY
 def test_a_row_equals_its_solo_run(name: str, backend: str) -> None:
-    """Left padding, and rows of which one is searched long before the other."""
+    """Left padding, and rows of which one is selected from long before the other."""
     model, rows = tiny.model(), [tiny.ids(1, n, n)[0] for n in (96, 40, 18)]
     ids, mask = pad_left([row[:-30] if len(row) > 40 else row[:10] for row in rows])
     more = tiny.ids(3, 40, 5)
@@ -154,7 +154,7 @@ def with_sirllm(name: str, budget: int) -> Any:
 
 @BACKEND
 @EVERY
-def test_a_search_over_more_than_is_retained_is_sirllm_alone(name: str, backend: str) -> None:
+def test_a_selection_over_more_than_is_retained_is_sirllm_alone(name: str, backend: str) -> None:
     model, ids, got = tiny.model(), tiny.ids(1, 150), []
     for policy in (kvsieve.SirLLM(24, sinks=2, recent=8), kvsieve.SirLLM(24, sinks=2, recent=8) | SEARCHES[name](window=80)):
         with kvsieve.stream(model, policy, backend) as stream:
@@ -165,7 +165,7 @@ def test_a_search_over_more_than_is_retained_is_sirllm_alone(name: str, backend:
 
 @EVERY
 @pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_a_search_over_what_sirllm_retained(family: str, name: str) -> None:
+def test_a_selection_over_what_sirllm_retained(family: str, name: str) -> None:
     model, ids, got, read = tiny.model(family, vocab_size=600), distinct(2, 260), [], []
     for backend in BACKENDS:
         with kvsieve.stream(model, with_sirllm(name, 100), backend) as stream:
@@ -191,8 +191,8 @@ PACKS = {
 
 @EVERY
 @pytest.mark.parametrize("pack", list(PACKS))
-def test_a_search_over_packedtokens_of(pack: str, name: str) -> None:
-    """Thin keys and codes are searched and read as they are stored; two turns, so that the second is read over packed tokens."""
+def test_a_selection_from_compressed_tokens(pack: str, name: str) -> None:
+    """Channel-pruned and quantized keys are compared and read as stored; the second turn is read over compressed tokens."""
     model, ids, got, read = tiny.model(), tiny.ids(2, 150), [], []
     for backend in BACKENDS:
         with kvsieve.stream(model, SEARCHES[name]() | PACKS[pack](), backend) as stream:
@@ -216,7 +216,7 @@ OVER: dict[str, Callable[[str], Any]] = {
 
 @pytest.mark.parametrize("name", ["hip", "infinite_centre"])
 @pytest.mark.parametrize("over", list(OVER))
-def test_padded_rows_and_two_turns_of_whatever_is_searched(over: str, name: str) -> None:
+def test_padded_rows_and_two_turns_of_whatever_is_selected_from(over: str, name: str) -> None:
     """Each row of a padded batch reads what it reads alone, in the first turn and in the second."""
     model, rows = tiny.model(vocab_size=600), [distinct(1, n)[0] for n in (120, 84)]
     (ids, mask), more = pad_left(rows), distinct(1, 240)[0, 120:].view(2, 60)
@@ -466,7 +466,7 @@ def test_a_trace_says_what_was_read(name: str, backend: str) -> None:
                     most = rule.budget if rule.kind == "hip" else rule.stages[-1][1]
                     slack = max(policy.selection.paces)
                     assert all(len(tokens) <= 2 + 8 + most + slack - 1 + 4 for tokens in read)
-                    assert layer.searched <= sum(head.searched for row in layer.rows for head in row)
+                    assert layer.scored <= sum(head.scored for row in layer.rows for head in row)
 
 
 def test_a_policy_that_reads_everything_has_no_trace() -> None:
@@ -502,7 +502,7 @@ def test_a_policy_that_reads_everything_has_no_trace() -> None:
         (lambda: kvsieve.InfiniteHiP(refresh=(4, 2, 0)), "refresh"),
         (lambda: kvsieve.InfiniteHiP(wide=4097), "wide"),
         (lambda: kvsieve.InfiniteHiP(representative="last"), "representative"),
-        (lambda: kvsieve.StreamingLLM(64) | kvsieve.HiP(8), "let|search"),
+        (lambda: kvsieve.StreamingLLM(64) | kvsieve.HiP(8), "selection would read"),
         (lambda: kvsieve.SnapKV(64) | kvsieve.HiP(8), "per head|each head|Everything"),
         (lambda: kvsieve.HiP(8) >> kvsieve.SirLLM(64), "chain"),
         (lambda: kvsieve.StreamingLLM(64) >> kvsieve.HiP(8), "chain"),
@@ -510,7 +510,7 @@ def test_a_policy_that_reads_everything_has_no_trace() -> None:
         (lambda: kvsieve.HiP(8, extend=True) | kvsieve.SirLLM(64), "both .* decide position"),
         (lambda: Memory(position=Rebased()), "SparseSelection"),
         (lambda: Memory(position=FixedDistance(3), select=HiPSelection()), "does not go with"),
-        (lambda: Memory(evict=Window(64), select=InfiniteHiPSelection()), "search"),
+        (lambda: Memory(evict=Window(64), select=InfiniteHiPSelection()), "selection would read"),
     ],
 )
 def test_what_cannot_be_right_is_refused_when_it_is_built(build: Callable[[], Any], match: str) -> None:

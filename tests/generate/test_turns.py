@@ -23,7 +23,7 @@ ANY_CHUNKS = pytest.mark.parametrize("policy", ["full", "streaming", "lm_infinit
 
 
 def limit(policy: str, budget: int) -> int:
-    """Most tokens of a row at rest."""
+    """Most tokens of a row in steady state."""
     return budget - 1 if policy == "lm_infinite" else budget
 
 

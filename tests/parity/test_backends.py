@@ -97,7 +97,7 @@ def test_attention_of_a_layer(backend: str, policy: str, dtype: torch.dtype, gro
 
 
 def fed(layer: Layer, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, lens: list[int], scores: Any) -> torch.Tensor:
-    """Feeds keys that are in the layer's frame already."""
+    """Feeds keys that are rotated as the layer stores them already."""
     rope, layer.rope = layer.rope, None
     try:
         return layer.feed(q, k, v, lens, scores)

@@ -42,7 +42,7 @@ def follow(model: Any, rule: str, budget: int, sizes: list[int], backend: str) -
             differ = differ or len({str(kept) for layer in got.values() for kept in layer}) > 1
             lo += size
         stream.end_turn()
-        naive.settle(force=True)
+        naive.evict(force=True)
         assert heads(stream) == naive.held
         assert stream.stats().resident == min(budget, sum(sizes))
     assert differ, "all heads of all layers kept the same: nothing was tested"

@@ -249,8 +249,9 @@ NEEDLES = {
 # Two entries lie 0.08 from what 3,000 draws give (0.298 and 0.452): 2.5 standard errors of the 200 draws behind them.
 FEW_DRAWS = {(1, 3), (4, 1)}
 
-# Keys whose correlation falls off over so many tokens, 64 channels, scores of standard deviation 3, budget 256 of 4,096: recall of
-# the best 256 / softmax mass chosen, for HiP centre in blocks of 1, 2 and 8, InfiniteHiP first and centre; then their own mass.
+# Keys whose correlation falls off over so many tokens, 64 channels, scores of standard deviation 3, budget 256 of 4,096: recall
+# of the best 256 / share of the attention scores selected, for HiP centre in blocks of 1, 2 and 8, InfiniteHiP first and centre;
+# then their own share.
 NEIGHBOURS = {
     0: ([(0.232, 0.225), (0.231, 0.216), (0.165, 0.209), (0.177, 0.274), (0.178, 0.268)], 0.921),
     8: ([(0.906, 0.890), (0.769, 0.834), (0.433, 0.583), (0.516, 0.688), (0.529, 0.769)], 0.906),
@@ -280,7 +281,7 @@ class TestHowWellItFinds:
 
     @pytest.mark.parametrize("length", NEIGHBOURS)
     def test_neighbours(self, length: int) -> None:
-        """Mass is compared by what is lost against the best 256, because that of the best itself varies from draw to draw."""
+        """A share is compared by what is lost against the best 256, because that of the best itself varies from draw to draw."""
         draws, dim = 150, 64
         rng = np.random.default_rng(7 + length)
         rho = np.exp(-1 / length) if length else 0.0
@@ -305,10 +306,10 @@ class TestHowWellItFinds:
         found = [infinite_hip_search(scores, 0, 4096, **SMALL, representative=r) for r in ("first", "centre")]
         assert found[0].reads[0] == 2560
         table, exact = NEIGHBOURS[length]
-        for i, ((recall, lost), (want, mass)) in enumerate(zip(got + [quality(f) for f in found], table)):
+        for i, ((recall, lost), (want, held)) in enumerate(zip(got + [quality(f) for f in found], table)):
             assert recall >= want - 0.03, i
             # One entry, blocks of 8 at a length of 8, is 0.05 above what 200 draws give; its recall is not.
-            assert lost <= exact - mass + (0.08 if (length, i) == (8, 2) else 0.03), i
+            assert lost <= exact - held + (0.08 if (length, i) == (8, 2) else 0.03), i
         if length == 32:
             assert got[0][0] >= 0.95
         if length == 0:
@@ -402,7 +403,7 @@ class TestWhatIsRead:
 
 
 class TestErrors:
-    def test_bad_searches(self) -> None:
+    def test_bad_selections(self) -> None:
         for budget, block in ((0, 1), (4, 0)):
             with pytest.raises(PolicyError, match="at least 1"):
                 hip_search(SIXTEEN, 0, 16, budget, block)

@@ -29,7 +29,7 @@ def bell() -> Iterator[None]:
         raise Rung
 
     before, interval = signal.signal(signal.SIGUSR1, ring), sys.getswitchinterval()
-    # Other threads run only when this one lets go of the interpreter.
+    # Other threads run only when this one releases the GIL.
     sys.setswitchinterval(1000.0)
     yield
     sys.setswitchinterval(interval)
@@ -37,7 +37,7 @@ def bell() -> Iterator[None]:
 
 
 def rung_inside(call: Callable[[], Any], finished: Callable[[], bool]) -> bool:
-    """Whether a signal, sent once ``call`` has let go of the interpreter, ended it before its work was done.
+    """Whether a signal, sent once ``call`` has released the GIL, ended it before its work was done.
 
     The thread that sends it may be late on a busy machine, so there are several tries.
     """
@@ -91,7 +91,7 @@ def test_attend_stops_at_a_signal(bell: None, threads: int) -> None:
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals that a process may send itself")
 @pytest.mark.parametrize("threads", [1, 2])
-def test_a_searching_chunk_stops_at_a_signal(bell: None, threads: int) -> None:
+def test_a_sparse_chunk_stops_at_a_signal(bell: None, threads: int) -> None:
     heads, dim, tokens = 8, 128, 8192
     planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
     store = _core.Store(heads, dim, dim, "float32")

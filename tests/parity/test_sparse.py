@@ -1,4 +1,4 @@
-"""Searching attention in Rust against the specification: the same choices, stretch for stretch, and the same outputs.
+"""Sparse attention in Rust against the specification: the same choices, range for range, and the same outputs.
 
 Queries and keys are multiples of 1/8, so that scores are exact in any dtype and order, and ties (of which there are many) are ties.
 """
@@ -149,10 +149,10 @@ def test_rust_is_the_specification(kind: str, dtype: torch.dtype) -> None:
                 assert out[row, : width - n].abs().sum() == 0
                 found = naive[row].found
                 assert found is not None
-                for head, (stretches, end, reads, rounds) in enumerate(fast.sparse.choice(row)):
+                for head, (ranges, end, reads, rounds) in enumerate(fast.sparse.choice(row)):
                     assert end == naive[row].found.hi
-                    assert stretches[:, 0].tolist() == found.starts[head].tolist(), (seed, head)
-                    assert stretches[:, 1].tolist() == found.ends[head].tolist()
+                    assert ranges[:, 0].tolist() == found.starts[head].tolist(), (seed, head)
+                    assert ranges[:, 1].tolist() == found.ends[head].tolist()
                     assert (reads, rounds) == (found.reads[head], found.rounds[head])
         assert searched == sum(one.searched for one in naive)
         assert read == sum(one.read for one in naive)

@@ -1,4 +1,4 @@
-"""Searching attention for a chunk of a prompt against the specification, and against itself query by query.
+"""Sparse attention for a chunk of a prompt against the specification, and against itself query by query.
 
 Queries and keys are multiples of 1/8, so that scores are exact in any dtype and order, and ties (of which there are many) are ties.
 """
@@ -141,9 +141,9 @@ def test_a_chunk_is_the_specification(kind: str, dtype: torch.dtype) -> None:
                 want, found = by_definition(kind, rule, q[row, :, width - n :], *whole[row], layer.call)
                 assert_close(out[row, width - n :], want, dtype)
                 assert out[row, : width - n].abs().sum() == 0
-                for head, (stretches, _, reads, rounds) in enumerate(layer.sparse.choice(row)):
-                    assert stretches[:, 0].tolist() == found.starts[head].tolist(), (seed, head)
-                    assert stretches[:, 1].tolist() == found.ends[head].tolist()
+                for head, (ranges, _, reads, rounds) in enumerate(layer.sparse.choice(row)):
+                    assert ranges[:, 0].tolist() == found.starts[head].tolist(), (seed, head)
+                    assert ranges[:, 1].tolist() == found.ends[head].tolist()
                     assert (reads, rounds) == (found.reads[head], found.rounds[head])
 
 

@@ -1,4 +1,4 @@
-"""Searching attention over raw keys and packed ones, in Rust against the specification.
+"""Sparse attention over pre-RoPE keys and compressed ones, in Rust against the specification.
 
 Keys and queries are odd multiples of 1/8 and rotations are quarter turns, so that scores are exact in any dtype and order, and ties
 are ties. Where rotations are a model's, or keys are codes, scores are not, and no two of them are equal.
@@ -82,7 +82,7 @@ def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
 
 
 class Row:
-    """One row by the specification: its residents, raw, and what it has chosen."""
+    """One row by the specification: its residents, pre-RoPE, and what it has chosen."""
 
     def __init__(self, kind: str, rule: dict[str, Any], mode: Mode, place: str, rope: LayerRope | None, scale: float) -> None:
         self.kind, self.rule, self.mode, self.place, self.rope, self.scale = kind, rule, mode, place, rope, scale
@@ -212,9 +212,9 @@ class Rows:
             got = out[row, width - n :].double()
             found = self.naive[row].found
             assert found is not None
-            for head, (stretches, _, reads, rounds) in enumerate(self.sparse.choice(row)):
-                assert stretches[:, 0].tolist() == found.starts[head].tolist(), (row, head)
-                assert stretches[:, 1].tolist() == found.ends[head].tolist()
+            for head, (ranges, _, reads, rounds) in enumerate(self.sparse.choice(row)):
+                assert ranges[:, 0].tolist() == found.starts[head].tolist(), (row, head)
+                assert ranges[:, 1].tolist() == found.ends[head].tolist()
                 assert (reads, rounds) == (found.reads[head], found.rounds[head])
             assert float((got - want).abs().max()) <= TOLERANCE[self.dtype] * max(1.0, float(want.abs().max()))
             assert out[row, : width - n].abs().sum() == 0

@@ -40,10 +40,10 @@ def test_attend_writes_every_case_with_its_errors(tmp_path: Path, capsys: pytest
     out = capsys.readouterr().out
     for row in found["rows"]:
         assert (row["heads"], row["kv_heads"], row["head_dim"], row["length"]) == (9, 3, 64, 1024)
-        assert {"read", "rotated", "raw", "generate_default", "packed_sdpa", row["best"]} <= set(row["times"])
+        assert {"read", "post_rope", "pre_rope", "generate_default", "packed_sdpa", row["best"]} <= set(row["times"])
         others = rivals.DECODE.keys() - (rivals.IN_F32 if row["dtype"] == "f32" else ())
-        assert set(row["errors"]) == {"rotated", "raw", "generate_default", *others}
-        for name in ("rotated", "raw", row["best"]):
+        assert set(row["errors"]) == {"post_rope", "pre_rope", "generate_default", *others}
+        for name in ("post_rope", "pre_rope", row["best"]):
             assert 0 < row["errors"][name] <= report.TOLERANCE[row["dtype"]]
         assert row["bytes_read"] == 2 * 3 * 64 * 1024 * (4 if row["dtype"] == "f32" else 2)
         assert row["ratios"]["generate_default"] > 0

@@ -251,7 +251,7 @@ def test_the_table_of_what_goes_together() -> None:
         "SirLLM": ["sirllm(512)"],
         "SnapKV, H2O": ["snapkv(512)", "h2o(512)"],
         "storage: ThinK, Quantized": ["{} | think()", "{} | quantized()"],
-        "search: HiP, InfiniteHiP": ["{} | hip()", "{} | infinitehip()"],
+        "selection: HiP, InfiniteHiP": ["{} | hip()", "{} | infinitehip()"],
         "Quest": ["{} | quest()"],
         "first in a chain": ["{} >> streamingllm(512)"],
         "later in a chain": ["streamingllm(512) >> {}"],

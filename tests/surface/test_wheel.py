@@ -152,7 +152,7 @@ def test_python_sources_travel_in_the_wheel():
             assert installed.read_bytes() == path.read_bytes(), f"{path.relative_to(ROOT)}: run `make setup`"
 
 
-def test_importing_kvsieve_loads_no_model_and_no_card():
+def test_importing_kvsieve_loads_no_model_and_no_gpu():
     loaded = in_fresh_python("import json, sys, kvsieve; print(json.dumps(sorted(sys.modules)))")
     assert isinstance(loaded, list)
     assert not [name for name in loaded if name.split(".")[0] in {"cupy", "gguf", "matplotlib", "rich", "accelerate"}]

@@ -1,4 +1,4 @@
-"""What packing costs: the measure itself, and how channels chosen by ThinK, by key norm and by lot compare on a real model."""
+"""What compression costs: the measure itself, and channels chosen by ThinK, by key norm and at random on a real model."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_windows_do_not_overlap() -> None:
         packing_nll.windows(ids, 4, 30)
 
 
-def test_lots_are_drawn_anew_for_each_layer_and_seed() -> None:
+def test_random_channels_are_drawn_anew_for_each_layer_and_seed() -> None:
     shape = roles.LayerShape(0, 2, 16, 16)
     keys = torch.randn(2, 40, 16)
 
@@ -90,7 +90,7 @@ def test_lots_are_drawn_anew_for_each_layer_and_seed() -> None:
     assert len({json.dumps(drawn(layer, seed)) for layer in range(3) for seed in range(3)}) == 9
 
 
-def test_key_norm_looks_at_settled_keys_only() -> None:
+def test_key_norm_looks_at_keys_to_be_compressed_only() -> None:
     keys = torch.ones(1, 10, 8)
     keys[:, :8, [1, 3]] = 2.0
     keys[:, 8:, [0, 2]] = 99.0
@@ -169,7 +169,7 @@ def test_a_real_continuation_in_chunks_is_the_one_token_by_token(real: tuple[Any
 
 
 @pytest.mark.model
-def test_think_errs_least_on_a_real_model_then_key_norm_then_lots(real: tuple[Any, torch.Tensor]) -> None:
+def test_think_has_the_least_error_on_a_real_model_then_key_norm_then_random(real: tuple[Any, torch.Tensor]) -> None:
     """By the weights of the queries that come after the prompt, all layers and heads, at ratio 0.4 and above."""
     model, ids = real
     spy = Spy(AFTER + OBSERVE)

@@ -103,7 +103,7 @@ class TestWorkedNumbers:
         }
         return Observation(**{**empty, **given})
 
-    def test_snapkv_pools_votes_and_leaves_the_window_out(self) -> None:
+    def test_snapkv_pools_attention_scores_and_leaves_the_window_out(self) -> None:
         class Read:
             def read(self, runs: Any) -> Any:
                 return identity(8), None

@@ -65,7 +65,7 @@ class TestChaining:
         assert (a >> b >> c).memories == (a, b, c)
         assert len((a >> b >> c).specs(1)) == 3
 
-    def test_the_chain_is_raw_if_any_memory_is(self) -> None:
+    def test_a_chain_stores_pre_rope_keys_if_any_memory_does(self) -> None:
         chain = kvsieve.StreamingLLM(64) >> kvsieve.SirLLM(64, sinks=0)
         assert chain.stored_keys == "pre_rope"
         assert chain.moves
@@ -161,7 +161,7 @@ def test_a_rule_of_ones_own_works_end_to_end(place: Any, backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)
-def test_a_rule_of_ones_own_hands_on_what_it_lets_go(backend: str) -> None:
+def test_a_rule_of_ones_own_hands_on_what_it_evicts(backend: str) -> None:
     model = tiny.model()
     policy = Memory(evict=EveryOther(), position=InCache()) >> Memory(evict=KeepAll(), position=FixedDistance(9))
     with kvsieve.stream(model, policy, backend) as stream:
@@ -195,7 +195,7 @@ def test_a_rule_that_answers_wrongly_is_refused(keep: Any, backend: str) -> None
         with pytest.raises((PolicyError, ValueError)) as caught:
             forward(model, stream.cache, tiny.ids(1, 60))
         assert isinstance(caught.value, PolicyError)
-        # Nothing was let go, and the stream can be used on.
+        # Nothing was evicted, and the stream can be used on.
         assert positions(stream) == [list(range(60))]
 
 

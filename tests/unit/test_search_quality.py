@@ -1,4 +1,4 @@
-"""What searching costs: the measure itself, and HiP beside a window on a real model."""
+"""What selection costs: the measure itself, and HiP beside a window on a real model."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_full_cache_is_plain_attention_wherever_it_is_cut() -> None:
     torch.testing.assert_close(got.decoded, want[:, -AFTER:], atol=1e-4, rtol=0)
     torch.testing.assert_close(got.chunks, want[:, -AFTER - 40 : -AFTER], atol=1e-4, rtol=0)
     assert got.full.read == PROMPT + (AFTER + 1) / 2
-    assert (got.full.searched, got.full.decoded.change, got.full.prompt) == (0.0, 0.0, "own")
+    assert (got.full.scored, got.full.decoded.change, got.full.prompt) == (0.0, 0.0, "own")
 
 
 def test_a_short_prompt_is_judged_from_its_middle_on() -> None:
@@ -127,12 +127,12 @@ def test_sinks_are_taken_over_too() -> None:
 def test_reads_are_counted() -> None:
     found = measured(tiny.ids(2, PROMPT + AFTER))
     reads = {name: found.cost(name, policy, "dense") for name, policy in POLICIES.items()}
-    assert (reads["streaming"].read, reads["streaming"].searched) == (26.0, 0.0)
-    assert (reads["lm_infinite"].read, reads["lm_infinite"].searched) == (26.0, 0.0)
+    assert (reads["streaming"].read, reads["streaming"].scored) == (26.0, 0.0)
+    assert (reads["lm_infinite"].read, reads["lm_infinite"].scored) == (26.0, 0.0)
     assert reads["full"].read == found.full.read
     # One layer of three reads everything; in the others a query reads what was found, and the window grows while a choice stands.
     assert found.full.read / 3 + 26 * 2 / 3 - 1 <= reads["hip"].read <= found.full.read / 3 + (26 + 3) * 2 / 3
-    assert 0 < reads["hip"].searched < 2 * 16 * 5
+    assert 0 < reads["hip"].scored < 2 * 16 * 5
     assert reads["infinite"].read < reads["hip"].read
 
 
@@ -188,7 +188,7 @@ def real() -> tuple[Any, torch.Tensor]:
 
 
 @pytest.mark.model
-def test_what_a_search_finds_is_worth_more_than_a_window(real: tuple[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_selected_is_worth_more_than_a_window(real: tuple[Any, torch.Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     """A quarter of the text, found by a search, costs next to nothing; sinks and window without it cost a tenth and more."""
     monkeypatch.setattr(search_nll, "CHUNK", 256)
     model, rows = real

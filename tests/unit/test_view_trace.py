@@ -22,16 +22,16 @@ from kvsieve.view.trace import Panel, bin_edges, draw_reads, share_read
 Ints = npt.NDArray[np.int64]
 
 
-def ints(*stretches: tuple[int, int]) -> Ints:
-    return np.array(stretches, np.int64).reshape(-1, 2)
+def ints(*ranges: tuple[int, int]) -> Ints:
+    return np.array(ranges, np.int64).reshape(-1, 2)
 
 
-def head(read: Ints, searched: int = 7) -> HeadTrace:
-    return HeadTrace(read, ints(), searched, 1)
+def head(read: Ints, scored: int = 7) -> HeadTrace:
+    return HeadTrace(read, ints(), scored, 1)
 
 
-def layer(index: int, *heads: HeadTrace, searched: int = 0, dense: bool = False) -> LayerTrace:
-    return LayerTrace(index, dense, searched, 0, (heads,))
+def layer(index: int, *heads: HeadTrace, scored: int = 0, dense: bool = False) -> LayerTrace:
+    return LayerTrace(index, dense, scored, 0, (heads,))
 
 
 # --------------------------------------------------------------------------------------------------------------------- binning
@@ -74,12 +74,10 @@ def test_a_trace_by_hand() -> None:
     """Ten tokens, then eleven; two layers of one head search, one reads everything and is left out."""
     reads = Reads()
     dense = layer(0, head(ints((0, 10)), 0), dense=True)
-    reads.add([dense, layer(1, head(ints((0, 2), (4, 6), (7, 10))), searched=99), layer(2, head(ints((0, 2), (7, 10)), 3))], 10)
-    reads.add(
-        [dense, layer(1, head(ints((0, 2), (4, 6), (7, 11))), searched=0), layer(2, head(ints((0, 2), (8, 11))), searched=6)], 11
-    )
+    reads.add([dense, layer(1, head(ints((0, 2), (4, 6), (7, 10))), scored=99), layer(2, head(ints((0, 2), (7, 10)), 3))], 10)
+    reads.add([dense, layer(1, head(ints((0, 2), (4, 6), (7, 11))), scored=0), layer(2, head(ints((0, 2), (8, 11))), scored=6)], 11)
     assert (reads.dense, reads.layers, reads.seen) == (1, 2, [10, 11])
-    assert reads.searched == [5.0, 3.0]  # the first step's search was for a whole block of the prompt: one of its searches counts
+    assert reads.scored == [5.0, 3.0]  # the first step selected for a whole block of the prompt: one of its queries counts
     assert reads.read == [6.0, 6.5]
     sinks, between, window = reads.panels(sinks=2, window=3, bins=3)
     assert (sinks.edges.tolist(), sinks.share.tolist()) == ([0, 1, 2], [[1.0, 1.0], [1.0, 1.0]])
@@ -112,13 +110,13 @@ def test_a_stream_is_looked_at_at_every_step(backend: str, tmp_path: Path) -> No
     assert reads.seen == list(range(90, 99))
     assert (reads.dense, reads.layers, len(reads.heads[0])) == (1, 2, 4)
     # The choice of the prompt's last block is the first of four steps.
-    assert [count > 0 for count in reads.searched] == [step % 4 == 0 for step in range(9)]
+    assert [count > 0 for count in reads.scored] == [step % 4 == 0 for step in range(9)]
     assert all(2 + 8 < read <= 2 + 8 + 3 + 16 for read in reads.read)
     sinks, between, window = reads.panels(policy.selection.sinks, policy.selection.window)
     assert (sinks.share == 1.0).all()
     assert 0.0 < between.share.mean() < 0.5
     assert between.edges[-1] == window.edges[0] == 82
-    draw_reads([sinks, between, window], reads.searched, reads.read, tmp_path / "new" / "t.png", title="t", caption="c")
+    draw_reads([sinks, between, window], reads.scored, reads.read, tmp_path / "new" / "t.png", title="t", caption="c")
     assert _size(tmp_path / "new" / "t.png") >= (1200, 600)
 
 
@@ -143,21 +141,21 @@ def test_few_steps_and_no_room_between_are_drawn_too(tmp_path: Path) -> None:
     reads.add([layer(0, head(ints((0, 12))))], 12)
     panels = reads.panels(4, 8)
     assert [panel.edges[-1] for panel in panels] == [4, 12]
-    draw_reads(panels, reads.searched, reads.read, tmp_path / "t.png", title="t")
+    draw_reads(panels, reads.scored, reads.read, tmp_path / "t.png", title="t")
     assert _size(tmp_path / "t.png") > (800, 400)
 
 
 def test_what_does_not_fit_together_is_not_drawn(tmp_path: Path) -> None:
     panel = Panel("p", np.array([0, 1, 2]), np.zeros((3, 2)))
-    for panels, searched in (([], [1.0] * 3), ([panel], []), ([panel], [1.0] * 2)):
+    for panels, scored in (([], [1.0] * 3), ([panel], []), ([panel], [1.0] * 2)):
         with pytest.raises(ValueError, match="same steps"):
-            draw_reads(panels, searched, searched, tmp_path / "t.png", title="t")
+            draw_reads(panels, scored, scored, tmp_path / "t.png", title="t")
 
 
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        (["--policy", "sirllm(64)"], "a search leaves out"),
+        (["--policy", "sirllm(64)"], "a selection leaves out"),
         (["--prompt-file", "no-such-file.txt"], "no-such-file.txt"),
         (["--model", "no-such-folder"], "no model at no-such-folder"),
     ],

@@ -55,8 +55,8 @@ class AttendCall:
         sink_logits: learned logits ``[H]`` that join every softmax without a value (gpt-oss); None for none.
         rope: the layer's rotation; None where the layer has none, or nothing is re-placed.
         top_k: whether this layer reads memories that are selected by top-k.
-        relative: a selection compares all keys at one distance, the window's edge, and not where they are placed. Raw frame.
-        consecutive: what a query selects is numbered consecutively, for each key-value head, and ends at the query. Raw frame.
+        relative: a selection compares all keys at one distance, the window's edge, and not where they are placed (pre-RoPE).
+        consecutive: what a query selects is numbered consecutively, for each key-value head, and ends at the query (pre-RoPE).
     """
 
     scale: float
@@ -77,7 +77,7 @@ class HeldBytes:
         keys, values: packed tokens, as numbers or codes.
         scales: scales and zero points of codes.
         channels: which channels of keys were kept.
-        bounds: the greatest and the least number of every key channel of a block.
+        bounds: the maximum and the minimum of every key channel of a block.
     """
 
     plain_keys: int
@@ -100,7 +100,7 @@ class HeadChoice:
 
     Attributes:
         ranges: int64 ``[n, 2]``, residents ``lo..hi`` in text order.
-        end: what was searched ends here; the window begins here, or earlier.
+        end: the region selected from ends here; the window begins here, or earlier.
         reads: representative keys that were scored for it.
         rounds: levels of the tree, or stages.
     """
@@ -120,14 +120,14 @@ class SelectionCapabilities:
 
     Attributes:
         rules: kinds of rules that it implements.
-        frames: ``"rotated"`` (keys as the model rotated them) and ``"raw"`` (keys before their rotation) where it can select.
-        packed: whether some of the keys may be packed.
+        stored_keys: ``"post_rope"`` (as the model rotated them) and ``"pre_rope"`` where it can select.
+        compressed: whether some of the keys may be compressed.
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
     """
 
     rules: frozenset[str]
-    frames: frozenset[str] = frozenset({"rotated", "raw"})
-    packed: bool = True
+    stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
+    compressed: bool = True
     page_bounds: bool = True
 
 
@@ -139,8 +139,8 @@ class Capabilities:
         name: of the backend; devices: types of devices, None for every one; dtypes: of keys and values, None for every float.
         max_head_dim: channels of a key or a value, at most; None for any number.
         row_bytes: a key, and a value, is a multiple of so many bytes.
-        frames: as of :class:`SelectionCapabilities`, of what it attends to without a selection.
-        storage: ways to store packed tokens: ``"pruned"`` (fewer channels), ``"quantized"`` (codes).
+        stored_keys: as of :class:`SelectionCapabilities`, of what it attends to without a selection.
+        storage: ways to store compressed tokens: ``"pruned"`` (fewer channels), ``"quantized"`` (codes).
         needs_parts: whether every step must come with its parts, decoding steps included.
     """
 
@@ -150,7 +150,7 @@ class Capabilities:
     dtypes: tuple[torch.dtype, ...] | None = None
     max_head_dim: int | None = None
     row_bytes: int = 1
-    frames: frozenset[str] = frozenset({"rotated", "raw"})
+    stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     storage: frozenset[str] = frozenset({"pruned", "quantized"})
     needs_parts: bool = False
 
@@ -178,36 +178,39 @@ class Capabilities:
             raise BackendError(f"backend {self.name!r} holds tensors on {where}, not on {device}; use {other}")
         self.check_heads(dtype, *dims)
 
-    def check_selection(self, rule: SparseSelection, frame: str, packed: bool) -> None:
-        """Raise BackendError if ``rule`` cannot be followed over keys in this frame, or where some are packed."""
+    def check_selection(self, rule: SparseSelection, stored_keys: str, compressed: bool) -> None:
+        """Raise BackendError if ``rule`` cannot be followed over keys that are stored so, or where some are compressed."""
         can = self.selection
         if rule.page_bounds and not can.page_bounds:
-            raise BackendError(f"backend {self.name!r} keeps no bounds of blocks; use HiP or InfiniteHiP, or backend='reference'")
+            raise BackendError(f"backend {self.name!r} keeps no page bounds; use HiP or InfiniteHiP, or backend='reference'")
         if rule.kind not in can.rules:
             raise BackendError(
                 f"backend {self.name!r} selects by {', '.join(sorted(can.rules))}, not by {rule.kind!r}; use backend='reference'"
             )
-        if frame not in can.frames:
+        if stored_keys not in can.stored_keys:
             raise BackendError(
-                f"backend {self.name!r} searches keys as the model rotated them, and this policy stores them unrotated; leave out "
-                "extend= and policies that move tokens, such as SirLLM, or use backend='reference'"
+                f"backend {self.name!r} selects from post-RoPE keys, and this policy stores pre-RoPE ones; leave out extend= and "
+                "policies that move tokens, such as SirLLM, or use backend='reference'"
             )
-        if packed and not can.packed:
+        if compressed and not can.compressed:
             raise BackendError(
-                f"backend {self.name!r} searches keys as they came, and this policy packs some; leave the packing out, or use "
-                "backend='reference'"
+                f"backend {self.name!r} selects from keys as they came, and this policy compresses some; leave the storage rule "
+                "out, or use backend='reference'"
             )
 
     def check_storage(self, packing: Packing) -> None:
-        """Raise BackendError if tokens cannot be packed so."""
+        """Raise BackendError if tokens cannot be stored so."""
         asked = "quantized" if packing.key_bits or packing.value_bits else "pruned"
         if asked not in self.storage:
-            raise BackendError(f"backend {self.name!r} stores no {asked} tokens; leave the packing out, or use backend='reference'")
+            raise BackendError(
+                f"backend {self.name!r} stores no {asked} tokens; leave the storage rule out, or use backend='reference'"
+            )
 
-    def check_frame(self, frame: str) -> None:
-        """Raise BackendError if keys cannot be read in this frame."""
-        if frame not in self.frames:
-            raise BackendError(f"backend {self.name!r} reads no keys in the {frame} frame; use backend='reference'")
+    def check_stored_keys(self, stored_keys: str) -> None:
+        """Raise BackendError if keys that are stored so cannot be read."""
+        if stored_keys not in self.stored_keys:
+            name = stored_keys.replace("_rope", "-RoPE")
+            raise BackendError(f"backend {self.name!r} reads no {name} keys; use backend='reference'")
 
     def _dtypes(self) -> str:
         names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes or ()]
@@ -276,7 +279,7 @@ class Store(Protocol):
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: Any
     ) -> torch.Tensor:
-        """As :meth:`run`, reading only sinks, window and what ``selection``, made by this store's backend, finds between them."""
+        """As :meth:`run`, reading only sinks, window and what ``selection``, made by this store's backend, selects between them."""
 
     def permute(self, source: Runs, keep: torch.Tensor, to: Runs) -> None:
         """Give each head residents of its own: resident ``keep[h, j]`` of the runs ``source`` goes to slot ``j`` of ``to``.
@@ -329,12 +332,13 @@ class Backend(Protocol):
 
 
 def check_stream(
-    backend: Backend, layers: Sequence[AttentionLayer], frame: str, packings: Iterable[Packing], rule: SparseSelection | None
+    backend: Backend, layers: Sequence[AttentionLayer], stored_keys: str, packings: Iterable[Packing], rule: SparseSelection | None
 ) -> None:
     """Ask, when a stream opens, whether ``backend`` can do all that will be asked of it.
 
     Args:
-        layers: those that it will hold; frame: of their keys; packings: formats of packed tokens, none where nothing is packed.
+        layers: those that it will hold; stored_keys: how their keys are; packings: formats of compressed tokens, none where
+            nothing is compressed.
         rule: by which queries select their keys, if they do.
 
     Raises:
@@ -343,9 +347,9 @@ def check_stream(
     can, packings = backend.capabilities, list(packings)
     for layer in layers:
         can.check_layer(layer.device, layer.dtype, layer.key_dim, layer.value_dim)
-    can.check_frame(frame)
+    can.check_stored_keys(stored_keys)
     for packing in packings:
         can.check_storage(packing)
     if rule is not None:
-        can.check_selection(rule, frame, bool(packings))
+        can.check_selection(rule, stored_keys, bool(packings))
         backend.make_selection(rule)

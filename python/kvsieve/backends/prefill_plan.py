@@ -47,7 +47,7 @@ class PrefillPlan:
         return self.tables[id(rope)]
 
     def positions(self, frame: str) -> Table | None:
-        """Where to rotate queries and keys to, int64, from where the frame has them; None if nothing rotates."""
+        """Where to rotate queries and keys to, int64, from where they are; None if nothing rotates."""
         part = self.part
         q_at, k_at = torch.from_numpy(part.query_positions()), torch.from_numpy(part.key_positions())
         if part.fixed is not None:

@@ -1,6 +1,6 @@
 """One layer, one query: the public CPU store, which stores the new token and attends, beside what torch takes to attend alone.
 
-``rotated`` reads keys as the model rotated them, ``raw`` rotates them on read (torch's ways get rotated keys for nothing).
+``post_rope`` reads keys as the model rotated them, ``pre_rope`` rotates them on read (torch's ways get rotated keys for nothing).
 The rivals: transformers' own call, torch with the query heads of a group packed as queries, and the fastest exact formulation.
 """
 
@@ -19,6 +19,7 @@ from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, figure, inte
 from kvsieve.bench.options import DTYPES, Options, Shape
 from kvsieve.bench.report import TOLERANCE, Report, check
 from kvsieve.facts import LayerRope
+from kvsieve.policy.specs import core_frame
 
 __all__ = ["run"]
 
@@ -29,11 +30,11 @@ COLUMNS = (
     ("dtype", 5),
     ("tokens", 7),
     ("read GB/s", 9),
-    ("rotated", 22),
+    ("post-RoPE", 22),
     ("GB/s", 5),
     ("of read", 7),
-    ("raw", 6),
-    ("raw/rot", 7),
+    ("pre-RoPE", 8),
+    ("pre/post", 8),
     ("generate", 8),
     ("x", 5),
     ("packed", 7),
@@ -48,7 +49,7 @@ COLUMNS = (
 
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
-    report.note("x: times as long as ours, rotated keys; of read: of what one thread reads at the same moment")
+    report.note("x: times as long as ours, post-RoPE keys; of read: of what one thread reads at the same moment")
     report.head(*COLUMNS)
     with steady(options.threads) as clock:
         for shape in options.shapes:
@@ -81,11 +82,11 @@ class Case:
         self.call = AttendCall(scale=self.scale, rope=self.rope)
         held = list(range(length - 1))
         steps, runs = {}, []
-        for frame in ("rotated", "raw"):
-            planner = _core.Planner([{"retain": "all", "place": "slots"}], frame)
+        for stored_keys in ("post_rope", "pre_rope"):
+            planner = _core.Planner([{"retain": "all", "place": "slots"}], core_frame(stored_keys))
             planner.restore(length - 1, [(length - 1, [(held, [0.0] * len(held))])])
             runs = planner.runs(0, 0)
-            steps[frame] = planner.begin([1], 1, True, False)
+            steps[stored_keys] = planner.begin([1], 1, True, False)
         self.steps = steps
         backend = get("cpu")
 
@@ -99,8 +100,8 @@ class Case:
         self.stores = Ring(store, held_bytes)
         self.pairs: Ring[Pair] = Ring(lambda i: (self.k, self.v) if i == 0 else (self.k.clone(), self.v.clone()), held_bytes)
 
-    def ours(self, frame: str) -> Callable[[], torch.Tensor]:
-        step = self.steps[frame]
+    def ours(self, stored_keys: str) -> Callable[[], torch.Tensor]:
+        step = self.steps[stored_keys]
 
         def call() -> torch.Tensor:
             out: torch.Tensor = self.stores.next().run(self.q, *self.new, step, self.call)
@@ -111,17 +112,17 @@ class Case:
     def theirs(self, way: rivals.Way) -> Callable[[], torch.Tensor]:
         return lambda: way(self.q, *self.pairs.next(), self.scale)
 
-    def exact(self, frame: str) -> torch.Tensor:
+    def exact(self, stored_keys: str) -> torch.Tensor:
         """``[1, 1, H, D]`` in float64."""
-        if frame == "rotated":
+        if stored_keys == "post_rope":
             return rivals.exact(self.q, self.k, self.v, self.scale)
         at = torch.arange(self.k.shape[2])
         parts = []
         for head, queries in enumerate(self.q[0].chunk(self.k.shape[1])):
             # The rotation of one head at a time: all of them in float64 would be most of the case's memory.
-            turned = self.rope.rotate(queries.double(), at[-1:])[None]
+            rotated = self.rope.rotate(queries.double(), at[-1:])[None]
             keys = self.rope.rotate(self.k[0, head].double(), at)[None, None]
-            parts.append(rivals.exact(turned, keys, self.v[:, head : head + 1], self.scale))
+            parts.append(rivals.exact(rotated, keys, self.v[:, head : head + 1], self.scale))
         return torch.cat(parts, 2)
 
 
@@ -134,15 +135,15 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
     """One row: checks every answer, then measures."""
     what = f"attend {shape} {dtype} {length}"
     case = Case(shape, dtype, length)
-    want = case.exact("rotated")
+    want = case.exact("post_rope")
     runs: dict[str, Run] = {}
     errors = {"generate_default": off(case.theirs(rivals.generate_default)(), want)}
-    for frame in ("rotated", "raw"):
-        ours, answer = case.ours(frame), want if frame == "rotated" else case.exact(frame)
-        # Every copy is checked: each is read while it is measured. torch has no raw keys, but the same sums to make.
-        errors[frame] = max(off(ours(), answer) for _ in case.stores.copies)
-        check(f"{what}, {frame} keys", dtype, errors[frame], errors["generate_default"])
-        runs[frame] = ours
+    for stored_keys in ("post_rope", "pre_rope"):
+        ours, answer = case.ours(stored_keys), want if stored_keys == "post_rope" else case.exact(stored_keys)
+        # Every copy is checked: each is read while it is measured. torch has no pre-RoPE keys, but the same sums to make.
+        errors[stored_keys] = max(off(ours(), answer) for _ in case.stores.copies)
+        check(f"{what}, {stored_keys} keys", dtype, errors[stored_keys], errors["generate_default"])
+        runs[stored_keys] = ours
     runs["generate_default"] = case.theirs(rivals.generate_default)
     promising, errors = promising_ways(case, want, dtype, errors, clock)
     bytes_read, yardsticks = readers([x for pair in case.pairs.copies for x in pair])
@@ -176,24 +177,24 @@ def print_row(
 ) -> None:
     ms = {name: time.median * 1e3 for name, time in times.items()}
     moved = shape.token_bytes(getattr(torch, DTYPES[dtype]).itemsize) * length
-    speed = moved / times["rotated"].median
-    ratios = {name: ms[name] / ms["rotated"] for name in times if name not in ("read", "rotated")}
+    speed = moved / times["post_rope"].median
+    ratios = {name: ms[name] / ms["post_rope"] for name in times if name not in ("read", "post_rope")}
     packed = "packed_sdpa"
     cells = [
         str(shape),
         dtype,
         str(length),
         f"{read / 1e9:.1f}",
-        str(times["rotated"]),
+        str(times["post_rope"]),
         f"{speed / 1e9:.1f}",
         f"{speed / read:.2f}",
     ]
-    cells += [figure(times["raw"].median), f"{ratios['raw']:.2f}"]
+    cells += [figure(times["pre_rope"].median), f"{ratios['pre_rope']:.2f}"]
     cells += [figure(times["generate_default"].median), f"{ratios['generate_default']:.1f}"]
     # Not exact enough to be timed: say so rather than leave the row out.
     cells += [figure(times[packed].median), f"{ratios[packed]:.1f}"] if packed in ms else ["inexact", ""]
     cells += [figure(times[best].median), f"{ratios[best]:.1f}", best]
-    cells += [f"{errors['rotated']:.0e}", f"{errors['generate_default']:.0e}"]
+    cells += [f"{errors['post_rope']:.0e}", f"{errors['generate_default']:.0e}"]
     report.row(
         cells,
         heads=shape.heads,

@@ -1,7 +1,7 @@
 """Whole tokens of a model of SmolLM2-135M's shape with random weights: the time a user feels.
 
 transformers' full cache, ours (the same logits), and the bounded policies, with as many tokens seen. Beside them stands the
-ceiling of whatever a cache can do at batch 1: a token reads all weights and all residents, so letting go of every resident makes it
+ceiling of whatever a cache can do at batch 1: a token reads all weights and all residents, so evicting every resident makes it
 at most ``1 + KV bytes / weight bytes`` times as fast, as long as reading is what it waits for.
 
 Bounded policies are held against the reference backend with the same residents. How much of a text they remember is not a
@@ -159,7 +159,7 @@ def held(seen: int) -> list[int]:
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
     report.note(
-        "x: times as fast as transformers' full cache; ceiling: 1 + KV bytes / weight bytes, of what letting go gains over Full()"
+        "x: times as fast as transformers' full cache; ceiling: 1 + KV bytes / weight bytes, of what eviction gains over Full()"
     )
     report.head(*COLUMNS)
     with steady(options.threads) as clock:

@@ -40,7 +40,7 @@ def figure(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds of one call: the median, least and greatest of ``rounds`` rounds of ``calls`` calls each."""
+    """Seconds of one call: the median, minimum and maximum of ``rounds`` rounds of ``calls`` calls each."""
 
     median: float
     min: float

@@ -83,7 +83,7 @@ def _bytes(chunk: Chunk) -> int:
 
 
 class Case:
-    """A chunk, as the attention of a layer gets it: contiguous, rotated where the policy stores rotated keys."""
+    """A chunk, as the attention of a layer gets it: contiguous, rotated where the policy stores post-RoPE keys."""
 
     def __init__(self, shape: Shape, dtype: str, length: int) -> None:
         kind = getattr(torch, DTYPES[dtype])

@@ -17,7 +17,7 @@ from kvsieve.errors import AccuracyError
 __all__ = ["Report", "facts"]
 
 TOLERANCE = {"f32": 1e-5, "bf16": 1e-2, "f16": 1e-2}
-"""Greatest error of an answer relative to float64's, in the Euclidean norm."""
+"""Largest error of an answer relative to float64's, in the Euclidean norm."""
 
 ROUNDING = {"f32": 2e-7, "bf16": 2.0**-9, "f16": 2.0**-12}
 """What a right answer may be off for being written down in its dtype. Below this no answer is better than another."""
@@ -60,7 +60,7 @@ class Report:
         versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
         print(f"{found['cpu']}, {found['instruction_set']}; {versions}")
         threads = "one thread" if options.threads == 1 else f"{options.threads} threads"
-        print(f"{threads}, {found['clock']}; milliseconds: median of {options.rounds} rounds (least-greatest)")
+        print(f"{threads}, {found['clock']}; milliseconds: median of {options.rounds} rounds (min-max)")
 
     def head(self, *columns: tuple[str, int]) -> None:
         """Prints the head: name and width of each column. Numbers stand to the right."""

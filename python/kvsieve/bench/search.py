@@ -54,7 +54,7 @@ COLUMNS = (
 
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
-    report.note("x: how often ours fits in their time; scored, read: keys of one step that searches, over all key-value heads")
+    report.note("x: how often ours fits in their time; scored, read: keys of one step that selects, over all key-value heads")
     report.head(*COLUMNS)
     with steady(options.threads) as clock:
         for shape in options.shapes:

@@ -1,11 +1,11 @@
-"""What packing a prompt costs: the perplexity of the text that follows it.
+"""What compressing a prompt costs: the perplexity of the text that follows it.
 
-A prompt is read exactly, then packed, or packed while it is read in pieces of 512 tokens (``when="prefill"``); its continuation is
-given, so that every policy predicts the same words. A window of the text is compared with itself under the full cache: windows
-differ among themselves far more than policies do.
+A prompt is read exactly, then compressed, or compressed while it is read in pieces of 512 tokens (``when="prefill"``). Its
+continuation is given, so that every policy predicts the same words. A window of the text is compared with itself under the full
+cache: windows differ among themselves far more than policies do.
 
 A continuation is read in chunks where that is the same as token by token: in any where generated tokens stay whole, and from one
-packing to the next where they are packed as they come.
+compression to the next where they are compressed as they come.
 
 :class:`ByKeyNorm` and :class:`AtRandom` choose channels without looking at queries, or at anything: what ThinK has to beat.
 """
@@ -66,7 +66,7 @@ class ByKeyNorm(StorageRule):
 
 @dataclass(frozen=True)
 class AtRandom(StorageRule):
-    """Keys keep rotary pairs drawn by lot, for each layer and head anew, the same ones for the same ``seed``."""
+    """Keys keep rotary pairs drawn at random, for each layer and head anew, the same ones for the same ``seed``."""
 
     ratio: float
     recent: int = 32
@@ -139,7 +139,7 @@ def losses(
     backend: str | None = None,
     by_token: bool = False,
 ) -> tuple[torch.Tensor, float]:
-    """The continuation after the packed prompt.
+    """The continuation after the compressed prompt.
 
     Args:
         prefix: what comes before ``prompt``; None for nothing.
@@ -147,8 +147,8 @@ def losses(
         by_token: read the continuation one token at a time, as ``generate`` does, which is slow and gives the same.
 
     Returns:
-        nll float32 ``[m]`` in nats, the first of them predicted before anything was packed; and the bytes held once the prompt was
-        packed, as a share of the full cache's.
+        nll float32 ``[m]`` in nats, the first of them predicted before anything was compressed; and the bytes held once the
+        prompt was compressed, as a share of the full cache's.
 
     Raises:
         KvsieveError: for an empty prompt or continuation.
@@ -173,12 +173,12 @@ def losses(
 
 
 def _parts(pack: StorageRule | None, prompt: int, ids: torch.Tensor, by_token: bool) -> Iterator[tuple[torch.Tensor, bool]]:
-    """The continuation in pieces, and whether what has settled is packed after each, as it would be token by token."""
+    """The continuation in pieces, and whether what is due is compressed after each, as it would be token by token."""
     every = None if pack is None else pack.flush_every
     if by_token or not every or pack is None:
         yield from ((part, False) for part in torch.split(ids, 1 if by_token else CHUNK, 1))
         return
-    # The prompt was packed in whole groups: so many tokens wait already for theirs to be full.
+    # The prompt was compressed in whole groups: so many tokens wait already for theirs to be full.
     first = every - max(prompt - pack.recent, 0) % pack.align
     yield ids[:, :first], True
     yield from ((part, True) for part in torch.split(ids[:, first:], every, 1) if part.shape[1])
@@ -282,7 +282,7 @@ def run(settings: Settings) -> list[Price]:
     for name, policy in chosen.items():
         nll, held = [], []
         for prefix, text in zip(prefixes, texts):
-            # What was read exactly, once for all, is of no use to a policy that packs while it reads.
+            # What was read exactly, once for all, is of no use to a policy that compresses while it reads.
             early = policy.compression is not None and policy.compression.when == "prefill"
             known, first = (None, 0) if early else (prefix, head)
             prompt, continuation = text[:, first : settings.prompt], text[:, settings.prompt :]

@@ -1,7 +1,7 @@
-"""Five digits hidden in monotony: is the passkey still resident, and can the model still say it?
+"""Passkey retrieval: five digits in a monotonous text. Is the passkey still resident, and can the model still say it?
 
 A passkey is the extreme case of a surprising token: a memory that keeps surprisal keeps it, a recency window loses it
-as soon as it slides out, a search must find it. Wording of our own.
+as soon as it slides out, a selection must find it. Wording of our own.
 
 :func:`run` asks at several depths. Texts that differ in the depth of their key alone share what comes before it: that is read once.
 """
@@ -109,9 +109,9 @@ class Answer:
         policy: the policy, written out.
         prompt: who read the text: the policy (``"own"``), or a full cache whose keys and values it took over (``"dense"``).
         length, depth: tokens of the text; where the key lies in it, 0 to 1.
-        key, text: what was hidden, what was answered; found: whether the one is in the other.
-        read: how many heads of the layers that search read the key's digits while the answer was written, 0 to 1; None for a policy
-            that does not search.
+        key, text: the passkey, the answer; found: whether the one is in the other.
+        read: how many heads of the layers that select read the key's digits while the answer was written, 0 to 1; None for a policy
+            that does not select.
     """
 
     policy: str
@@ -131,7 +131,7 @@ def read_all(model: Any, policy: Policy, keys: Sequence[Passkey], backend: str |
         keys: of texts that differ in their keys and in where these lie, from the start to the end.
     """
     shared = [next((i for i, (a, b) in enumerate(zip(key.ids, keys[-1].ids)) if a != b), len(key.ids)) for key in keys[:-1]]
-    # Cut at whole blocks, of a memory and of queries that search together: elsewhere a cut changes what they find.
+    # Cut at whole blocks, of a memory and of queries that select together: elsewhere a cut changes what they read.
     shared = [min([keys[-1].positions[0] - 1, *shared[i:]]) // BLOCK * BLOCK for i in range(len(keys))]
     device = next(model.parameters()).device
     with kvsieve.stream(model, policy, backend=backend) as trunk:

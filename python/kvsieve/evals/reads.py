@@ -1,4 +1,4 @@
-"""What a policy that searches reads while it writes: every step, every layer, every key-value head."""
+"""What a policy that selects reads while it writes: every step, every layer, every key-value head."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ BINS = 160
 
 @dataclass
 class Reads:
-    """What was read at each step, of the layers that search.
+    """What was read at each step, of the layers that select.
 
     Attributes:
-        heads: of each step, for each layer and key-value head the stretches that its newest query read, int64 ``[n, 2]``.
+        heads: of each step, for each layer and key-value head the ranges that its newest query read, int64 ``[n, 2]``.
         seen: of each step, the tokens that there were.
-        searched: of each step, keys that a search compared for each head; of the first, as many as its block of the prompt did.
+        scored: of each step, keys that a selection compared for each head; of the first, as many as its block of the prompt did.
         read: of each step, keys that each head read.
         dense: layers that read everything and are left out.
-        layers: layers that search.
+        layers: layers that select.
     """
 
     heads: list[list[npt.NDArray[np.int64]]] = field(default_factory=list)
     seen: list[int] = field(default_factory=list)
-    searched: list[float] = field(default_factory=list)
+    scored: list[float] = field(default_factory=list)
     read: list[float] = field(default_factory=list)
     dense: int = 0
     layers: int = 0
@@ -50,17 +50,17 @@ class Reads:
         heads = [head for layer in searching for head in layer.rows[0]]
         self.dense, self.layers = len(trace) - len(searching), len(searching)
         first = not self.seen
-        work = sum(head.searched for head in heads) if first else sum(layer.searched for layer in searching)
+        work = sum(head.scored for head in heads) if first else sum(layer.scored for layer in searching)
         self.heads.append([head.read for head in heads])
         self.seen.append(seen)
-        self.searched.append(work / max(len(heads), 1))
+        self.scored.append(work / max(len(heads), 1))
         self.read.append(statistics.fmean(int(np.diff(head.read).sum()) for head in heads) if heads else float(seen))
 
     def panels(self, sinks: int, window: int, bins: int = BINS) -> list[Panel]:
         """The sinks, what lies between them and the first step's window, and from there to the end."""
         first, end = self.seen[0], self.seen[-1]
         cuts = [0, min(sinks, first), max(first - window, min(sinks, first)), end]
-        titles = (f"sinks\n(first {sinks})", "between them: what the search found", f"window\n(newest {window})")
+        titles = (f"sinks\n(first {sinks})", "between them: what was selected", f"window\n(newest {window})")
         found = []
         for title, lo, hi in zip(titles, cuts, cuts[1:]):
             if lo < hi:
@@ -77,8 +77,8 @@ def record(stream: kvsieve.Stream, ids: torch.Tensor, max_new_tokens: int) -> tu
         the reads, the first of the prompt's last token; and the new tokens, int64 ``[m]``.
 
     Raises:
-        StateError: for a policy that does not search.
-        KvsieveError: if the text is so short that nothing was searched.
+        StateError: for a policy that does not select.
+        KvsieveError: if the text is so short that everything was read.
     """
     reads = Reads()
 
@@ -116,7 +116,7 @@ def run(settings: Settings) -> dict[str, Any]:
 
     policy = parse(settings.policy)
     if policy.selection is None:
-        raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a search leaves out: try 'hip(512)'")
+        raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a selection leaves out: try 'hip(512)'")
     text = read_text(settings.text)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
     ids = tokenizer(text, return_tensors="pt")["input_ids"][:, : settings.tokens]
@@ -129,11 +129,11 @@ def run(settings: Settings) -> dict[str, Any]:
     dense = f"; {reads.dense} more layers read everything" if reads.dense else ""
     draw_reads(
         panels,
-        reads.searched,
+        reads.scored,
         reads.read,
         settings.out,
         title=f"What {policy!r} reads after {ids.shape[1]:,} tokens: {Path(settings.model).name}",
-        caption=f"{reads.layers} layers of {kv_heads} key-value heads that search{dense}",
+        caption=f"{reads.layers} layers of {kv_heads} key-value heads that select{dense}",
     )
     report = {
         "model": settings.model,
@@ -145,8 +145,7 @@ def run(settings: Settings) -> dict[str, Any]:
         "layers_that_read_everything": reads.dense,
         "kv_heads": kv_heads,
         "steps": [
-            {"seen": seen, "compared": compared, "read": read}
-            for seen, compared, read in zip(reads.seen, reads.searched, reads.read)
+            {"seen": seen, "compared": compared, "read": read} for seen, compared, read in zip(reads.seen, reads.scored, reads.read)
         ],
         "panels": [
             {
@@ -161,6 +160,6 @@ def run(settings: Settings) -> dict[str, Any]:
     beside.write_text(json.dumps(report, allow_nan=False) + "\n", encoding="utf-8")
     print(
         f"{settings.out} and {beside}: {len(reads.seen)} steps, {statistics.fmean(reads.read):,.0f} keys read for each head, "
-        f"{statistics.fmean(reads.searched[1:] or reads.searched):,.0f} compared"
+        f"{statistics.fmean(reads.scored[1:] or reads.scored):,.0f} compared"
     )
     return report

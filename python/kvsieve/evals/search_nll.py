@@ -1,14 +1,14 @@
 """What reading a part of the past costs: perplexity under HiP, InfiniteHiP and Quest, beside windows that read as many tokens.
 
 A window of the text is a prompt and its continuation. The continuation is given, and read one token at a time, as in decoding:
-there a search's choice stands for some steps. The prompt is read
+there a selection stands for some steps. The prompt is read
 
-* ``"dense"``: by the full cache, whose keys and values the policy takes over: what a search costs a decoder alone;
+* ``"dense"``: by the full cache, whose keys and values the policy takes over: what a selection costs a decoder alone;
 * ``"own"``: under the policy, in chunks, as a stream reads it; its own last tokens are judged too.
 
 All windows are rows of one batch. Each is compared with itself under the full cache: windows differ among themselves far more than
 policies do. Reads are counted, for each query, as the mean over layers and key-value heads, layers that read everything among them;
-keys that a search compares are counted apart.
+keys that a selection compares are counted apart.
 """
 
 from __future__ import annotations
@@ -185,15 +185,15 @@ def continue_with(
     """Reads a continuation ``ids`` int64 ``[B, m]`` token by token after logits ``last`` ``[B, V]``.
 
     Returns:
-        nll float32 ``[B, m]`` in nats; keys compared by searches, and keys read, for each query, in the mean over layers and heads.
+        nll float32 ``[B, m]`` in nats; keys compared, and keys read, for each query, in the mean over layers and heads.
     """
     found, work = [], []
     for at in range(ids.shape[1]):
         found.append(_nll(last[:, None], ids[:, at : at + 1]))
         last = model(ids[:, at : at + 1], **{cache_name(model): stream.cache}).logits[:, -1]
         work.append(_work(stream))
-    searched, read = np.mean(work, 0)
-    return torch.cat(found, 1), (float(searched), float(read))
+    scored, read = np.mean(work, 0)
+    return torch.cat(found, 1), (float(scored), float(read))
 
 
 def _work(stream: kvsieve.Stream) -> tuple[float, float]:
@@ -207,8 +207,8 @@ def _work(stream: kvsieve.Stream) -> tuple[float, float]:
         search = None if selection is None or not selection.searching else selection.searches.get(layer.index)
         each = layer.num_kv_heads * len(seen)
         found.append((0.0, whole) if search is None else (search.work[0] / each, search.work[1] / each))
-    searched, read = np.mean(found, 0)
-    return float(searched), float(read)
+    scored, read = np.mean(found, 0)
+    return float(scored), float(read)
 
 
 def _nll(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
@@ -229,7 +229,7 @@ class Cost:
         policy: the policy, written out.
         length: tokens of the prompt.
         prompt: who read it, the full cache (``"dense"``) or the policy itself (``"own"``).
-        searched: keys that a search compared for each query, mean over layers and key-value heads.
+        scored: keys that a selection compared for each query, mean over layers and key-value heads.
         read: keys that each query attended to, likewise.
         decoded: the continuation, token by token; ``held`` is as a share of the full cache's bytes.
         chunks: the prompt's last tokens, read in chunks; None if the full cache read them.
@@ -238,7 +238,7 @@ class Cost:
     policy: str
     length: int
     prompt: Mode
-    searched: float
+    scored: float
     read: float
     decoded: Price
     chunks: Price | None
@@ -375,7 +375,7 @@ def table(costs: Sequence[Cost]) -> str:
             c.decoded.name,
             c.prompt,
             f"{c.read:,.0f}",
-            f"{c.searched:,.0f}",
+            f"{c.scored:,.0f}",
             f"{c.decoded.perplexity:.3f}",
             _change(c.decoded),
             "" if c.chunks is None else f"{c.chunks.perplexity:.3f}",

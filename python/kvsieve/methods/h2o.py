@@ -1,10 +1,10 @@
-"""H2O (Zhang et al., NeurIPS 2023, arXiv 2306.14048): tokens that were given much attention stay.
+"""H2O (Zhang et al., NeurIPS 2023, arXiv 2306.14048): tokens with high accumulated attention scores stay.
 
 Departures from the published code, and why:
 
 * Attention is added up for each KV head, over the query heads of its group, so that each key and value is held once.
-* Tokens go a block at a time while decoding (published: one for each new one), so that memory moves seldom. Between two acts a row
-  holds up to 63 tokens over budget.
+* Tokens are evicted a block at a time in decode (published: one for each new one), so that memory moves seldom. Between two
+  evictions a row holds up to 63 tokens over budget.
 * A prompt read in chunks is brought down to the budget after each; published, prompts are read whole.
 """
 

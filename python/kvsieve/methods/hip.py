@@ -2,10 +2,10 @@
 
 Departures from the paper and the published code, and why:
 
-* One search for each key-value head, by the best score in its group: keys are read once for the group. HiP's is for each query
+* One selection for each key-value head, by the best score in its group: keys are read once for the group. HiP's is for each query
   head; published code also shares one over all heads of a layer, which loses what single heads look for.
-* The window's start is frozen until the next search, so that no token falls between what was found and the window.
-* Scores are plain products: no sigmoid, which ties great logits, and a product of exactly zero counts.
+* The window's start is frozen until the next selection, so that no token falls between what was found and the window.
+* Scores are plain products: no sigmoid, which ties high logits, and a product of exactly zero counts.
 * Within the trained length tokens are scored and read at their true positions; the paper's other distances are ``extend``.
 
 The definition, and further points that the paper leaves open: :mod:`kvsieve.backends.reference.definition`.
@@ -57,8 +57,8 @@ class HiPSelection(SparseSelection):
     def dense_until(self) -> int:
         return self.sinks + self.window + self.budget
 
-    def for_layer(self, index: int, beyond: bool = False) -> HiPSelection | None:
-        return None if index < self.dense_layers and not beyond else self
+    def for_layer(self, index: int, past_trained_length: bool = False) -> HiPSelection | None:
+        return None if index < self.dense_layers and not past_trained_length else self
 
 
 def HiP(
@@ -79,17 +79,17 @@ def HiP(
     :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens in less, or with :func:`kvsieve.SirLLM` to keep fewer.
 
     Args:
-        budget: tokens that a search finds, sinks and window not counted; rounded up to whole blocks.
-        block: tokens that are found or passed over together.
+        budget: tokens that are selected, sinks and window not counted; rounded up to whole blocks.
+        block: tokens that are selected or passed over together.
         sinks: first tokens, always read.
         window: newest tokens, always read, the query's own among them.
         representative: which block of a branch is scored; ``"oracle"`` reads them all and is for comparison.
-        refresh: search anew every so many generated tokens. The paper's 8 is some three times as fast at 128,000 tokens, and cost
+        refresh: select anew every so many generated tokens. The paper's 8 is some three times as fast at 128,000 tokens, and cost
             a small model five times as much in perplexity (docs/results/search-quality.md).
         dense_layers: the first so many layers of the model read everything.
-        query_block: tokens of a prompt that share a search.
+        query_block: tokens of a prompt that share a selection.
         query_stride: of these the last one is compared with keys, and every so many before it.
-        extend: show what is read side by side, and search by content alone, beyond the model's trained length, or beyond so many
+        extend: show what is read side by side, and select by content alone, past the model's trained length, or past so many
             tokens. Keys are then stored before rotation.
 
     Raises:
@@ -119,7 +119,7 @@ def changed(select: SparseSelection, first: dict[str, Any], **known: Any) -> dic
 
 
 def memory_of(name: str, parts: dict[str, Any], select: SparseSelection, extend: bool | int) -> Memory:
-    """``name(parts)`` as a policy: everything is kept, ``select`` reads, side by side beyond the length if ``extend`` says so."""
+    """``name(parts)`` as a policy: everything is kept, ``select`` reads, side by side past the length if ``extend`` says so."""
     if extend is not False:
         parts = parts | {"extend": extend}
     text = ", ".join(f"{key}={value!r}" for key, value in parts.items())

@@ -1,4 +1,4 @@
-"""InfiniteHiP (Lee et al., 2025, arXiv 2502.08910): a search in stages, each narrowing the tokens down.
+"""InfiniteHiP (Lee et al., 2025, arXiv 2502.08910): a selection in stages, each narrowing the tokens down.
 
 It departs from the paper and the published code as :mod:`kvsieve.methods.hip` does, and in this:
 
@@ -37,7 +37,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 class InfiniteHiPSelection(SparseSelection):
     """Stages that narrow the tokens down, each judging chunks on their own; see :func:`kvsieve.InfiniteHiP`.
 
-    If ``page_bounds`` the first one judges blocks by the bounds of their keys; see :func:`kvsieve.Quest`.
+    If ``page_bounds`` the first one judges blocks by page bounds; see :func:`kvsieve.Quest`.
     """
 
     stages: tuple[tuple[int, int], ...] = STAGES
@@ -102,8 +102,8 @@ class InfiniteHiPSelection(SparseSelection):
     def dense_until(self) -> int:
         return self.sinks + self.window + self.stages[-1][1]
 
-    def for_layer(self, index: int, beyond: bool = False) -> InfiniteHiPSelection | None:
-        if index < self.dense_layers and not beyond:
+    def for_layer(self, index: int, past_trained_length: bool = False) -> InfiniteHiPSelection | None:
+        if index < self.dense_layers and not past_trained_length:
             return None
         if index >= self.wide_layers or self.wide <= self.stages[-1][1]:
             return self
@@ -126,10 +126,10 @@ def InfiniteHiP(
     query_stride: int = 8,
     extend: bool | int = False,
 ) -> Memory:
-    """As :func:`HiP`, with a search in stages: each cuts what is left into chunks and keeps the best of them.
+    """As :func:`HiP`, with a selection in stages: each cuts what is left into chunks and keeps the best of them.
 
     Args:
-        preset: published stages and paces: about 3,000 tokens read (``"3k"``), the same with rarer searches (``"fast"``,
+        preset: published stages and paces: about 3,000 tokens read (``"3k"``), the same with rarer selections (``"fast"``,
             ``"flash"``), or about 5,000 (``"5k"``).
         stages: (tokens of a chunk, tokens that stay) of each stage, instead of the preset's. A stage keeps a multiple of its
             chunk, and its chunk is a multiple of the next one's.

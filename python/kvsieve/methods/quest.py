@@ -5,9 +5,9 @@ at most, and the two rows of each block lie side by side, to be read as fast as 
 
 * The best blocks are candidates, of which the best few keys are read: a bound says that there may be something, not where, and the
   attention to a whole block is spent on its neighbours. ``candidates=1`` is the paper's rule.
-* One choice for each key-value head, by the best score in its group; the newest ``window`` and the first ``sinks`` are always read.
+* One selection per key-value head, by the best score in its group; the newest ``window`` and the first ``sinks`` are always read.
 * Pages are the blocks of the memory, 64 tokens; the paper's have 16.
-* Prompts are read the same way, a choice for each block of queries; the paper reads them whole.
+* Prompts are read the same way, a selection for each block of queries; the paper reads them whole.
 
 The definition: :mod:`kvsieve.backends.reference.definition`.
 """
@@ -38,16 +38,16 @@ def Quest(
     """Keep every token; each query reads the first ``sinks``, the newest ``window`` and ``budget`` others, the best of
     ``candidates`` times as many in the blocks whose keys can score most.
 
-    A text of ``sinks + window + budget`` tokens or fewer is read whole, exactly. Nothing is freed; the bounds add a 64th to what
+    A text of ``sinks + window + budget`` tokens or fewer is read whole, exactly. Nothing is freed; page bounds add a 64th to what
     keys and values take (bytes of ``bounds`` in :meth:`kvsieve.Stream.stats`). Runs on the backends ``cpu`` and ``reference``.
 
     Args:
-        budget: tokens that are found, sinks and window not counted; a multiple of ``block``, and times ``candidates`` of 64.
-        block: tokens that are found or passed over together, a power of two up to 64. Of more than two not every key is compared.
+        budget: tokens that are selected, sinks and window not counted; a multiple of ``block``, and times ``candidates`` of 64.
+        block: tokens that are selected or not together, a power of two up to 64. Of more than two not every key is compared.
         candidates: how many times ``budget`` the best blocks of 64 have, together.
         sinks: first tokens, always read; a multiple of 64.
         window: newest tokens, always read, the query's own among them; at least 64.
-        refresh: choose anew every so many generated tokens; or blocks, and tokens in them, each at a pace of its own.
+        refresh: select anew every so many generated tokens; or blocks, and tokens in them, each at a pace of its own.
         dense_layers, query_block, query_stride, extend: as of :func:`kvsieve.HiP`.
 
     Raises:

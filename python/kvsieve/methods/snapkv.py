@@ -2,12 +2,12 @@
 
 Departures from the published method, and why:
 
-* A prompt may come in chunks, and turns may follow. The choice is made again, with the newest queries, after every chunk that
+* A prompt may come in chunks, and turns may follow. Tokens are evicted again, with the newest queries, after every chunk that
   leaves the memory over budget, at the end of a turn, and while decoding whenever the memory is a whole block over budget.
-  Published, it is made once, and what is generated afterwards stays for good.
-* Votes of a group's query heads are added up, so that each key and value is held once, by its KV head; published, keys are repeated
-  for each query head first.
-* After the first choice the tokens that pooling calls neighbours are neighbours among the residents.
+  Published, this is done once, and what is generated afterwards stays for good.
+* Attention scores of a group's query heads are added up, so that each key and value is held once, by its KV head; published, keys
+  are repeated for each query head first.
+* After the first eviction the tokens that pooling calls neighbours are neighbours among the residents.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ __all__ = ["ObservationWindow", "SnapKV"]
 
 @dataclass(frozen=True)
 class ObservationWindow(PerHeadEviction):
-    """The newest ``observe`` tokens stay; their queries vote for the others, by softmax probability, with neighbours of up to
-    ``kernel // 2`` tokens sharing the highest vote. Li et al., NeurIPS 2024, arXiv 2404.14469.
+    """The newest ``observe`` tokens stay, and those others with the highest attention scores of their queries; neighbours of up to
+    ``kernel // 2`` tokens share the highest score. Li et al., NeurIPS 2024, arXiv 2404.14469.
     """
 
     budget: int | str
@@ -68,13 +68,13 @@ class ObservationWindow(PerHeadEviction):
 def SnapKV(budget: int | str, observe: int = 32, kernel: int = 7) -> Memory:
     """Keep the newest ``observe`` tokens and, for each layer and KV head, the others that their queries look at most.
 
-    A vote is a softmax probability over all residents, summed over the queries and over the query heads of the group, then
+    A score is a softmax probability over all residents, summed over the queries and over the query heads of the group, then
     max-pooled along the tokens. A prompt that fits the budget loses nothing.
 
     Args:
         budget: residents per sequence and head, in tokens, or in bytes such as ``"64MiB"``.
-        observe: newest tokens that stay and whose queries vote.
-        kernel: tokens that share the highest vote among them; odd.
+        observe: newest tokens that stay and whose queries score the others.
+        kernel: tokens that share the highest score among them; odd.
 
     Raises:
         BudgetError: if the budget does not hold the observed tokens and one more.

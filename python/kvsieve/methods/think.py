@@ -1,9 +1,9 @@
-"""ThinK (Xu et al., ICLR 2025, arXiv 2407.21018): thinner keys, by the channels that the prompt's queries make least use of.
+"""ThinK (Xu et al., ICLR 2025, arXiv 2407.21018): keys without the channels that the prompt's queries make least use of.
 
 Departures from the published code, and why:
 
-* Pruned keys are stored as thin rows and read as such; the query is cut to the kept channels instead. The published fast path pads
-  the rows back to their full width at every step, which frees nothing at the peak.
+* Pruned keys are stored with fewer channels and read as such; the query is cut to the kept channels instead. The published fast
+  path pads the rows back to their full width at every step, which frees nothing at the peak.
 * Whole rotary pairs are dropped by default, which costs next to nothing and keeps every rule of placing legal;
   ``channels="single"`` is the paper's choice.
 * One set of channels per KV head, by the summed energy of its group's queries. Keys are never repeated for query heads.

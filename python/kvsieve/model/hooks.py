@@ -1,7 +1,7 @@
 """kvsieve's presence on one model: hooks and config views, shared by all streams that are open on it.
 
 Hooks stand on the causal LM (ids, logits), on its decoder and on what is between the two (which cache is this forward's?), and on
-attention modules (raw keys). A copy of the model gets hooks that do nothing and need no kvsieve to be unpickled.
+attention modules (pre-RoPE keys). A copy of the model gets hooks that do nothing and need no kvsieve to be unpickled.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ class Attachment:
         unrecorded(cache.engine.decoded, _tensor(output, "last_hidden_state"))
 
     def _before_attention(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Raw keys: the module's own rotation becomes the identity."""
+        """Pre-RoPE keys: the module's own rotation becomes the identity."""
         cache = state.cache
         if cache is None or cache.engine.stored_keys != "pre_rope":
             return None

@@ -73,16 +73,16 @@ MEMORY: tuple[Refusal, ...] = (
         "not with {select}",
     ),
     Refusal(
-        lambda r: r.position.renumbers and not r.select.searches,
+        lambda r: r.position.renumbers and not r.select.sparse,
         "{position} renumbers what a sparse selection found; it goes with a SparseSelection, not with {select}",
     ),
     Refusal(
-        lambda r: r.select.searches and r.evict.evicts and r.evict.contiguous,
-        "{memory}: {evict} evicts the text between its sinks and its window, which is what the selection would search; keep "
+        lambda r: r.select.sparse and r.evict.evicts and r.evict.contiguous,
+        "{memory}: {evict} evicts the text between its sinks and its window, which is what the selection would read; keep "
         "everything, or what scores highest",
     ),
     Refusal(
-        lambda r: r.select.searches and r.position.collapses,
+        lambda r: r.select.sparse and r.position.collapses,
         "{memory}: the selection reads tokens at their own distances; it does not go with {position}",
     ),
     Refusal(
@@ -108,8 +108,8 @@ CHAIN: tuple[Refusal, ...] = (
         "{memory} keeps other tokens for each head, so what it evicts has no one position; it cannot be part of a chain",
     ),
     Refusal(
-        lambda r: r.select.searches,
-        "{memory} searches all that a query may read, so it cannot be one part of a chain",
+        lambda r: r.select.sparse,
+        "{memory} selects from all that a query may read, so it cannot be one part of a chain",
     ),
     Refusal(
         lambda r: not r.evict.evicts,

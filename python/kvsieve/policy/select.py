@@ -15,8 +15,8 @@ class SelectionRule:
 
     reads_all: ClassVar[bool] = False
     """Whether every resident token is read."""
-    searches: ClassVar[bool] = False
-    """Whether what is read is searched for, per layer and key-value head."""
+    sparse: ClassVar[bool] = False
+    """Whether what is read is selected per layer and key-value head."""
     needs_all_tokens: bool = False
     """Whether it goes only with a memory that keeps every token."""
     needs_plain_storage: bool = False
@@ -51,12 +51,12 @@ class TopKTokens(SelectionRule):
 
 
 class SparseSelection(SelectionRule):
-    """What a query reads is searched for, per layer and key-value head: sinks, window and what was found between them.
+    """What a query reads is selected per layer and key-value head: sinks, window and some tokens between them.
 
     Residents are counted in text order; ``sinks`` and ``window`` are counts of residents.
     """
 
-    searches: ClassVar[bool] = True
+    sparse: ClassVar[bool] = True
     kind: ClassVar[str]
     """The name by which a backend finds the algorithm."""
     sinks: int
@@ -64,9 +64,9 @@ class SparseSelection(SelectionRule):
     query_block: int
     """Queries of a prompt that share a choice: those of equal ``position // query_block``."""
     query_stride: int
-    """Of those the last one searches, and every so many before it."""
+    """Of those the last one is compared with keys, and every so many before it."""
     page_bounds: bool = False
-    """Whether pages are judged by the bounds of their keys, which are kept of whole, plain blocks of an unbroken text only."""
+    """Whether blocks are judged by page bounds, which are kept of whole, plain blocks of an unbroken text only."""
 
     @property
     def needs_all_tokens(self) -> bool:  # type: ignore[override]
@@ -78,7 +78,7 @@ class SparseSelection(SelectionRule):
 
     @property
     def paces(self) -> tuple[int, ...]:
-        """Generated tokens between two searches, of each stage."""
+        """Generated tokens between two selections, of each stage."""
         raise NotImplementedError
 
     @property
@@ -91,6 +91,6 @@ class SparseSelection(SelectionRule):
         """Everything is read while no more tokens than these are resident."""
         raise NotImplementedError
 
-    def for_layer(self, index: int, beyond: bool = False) -> SparseSelection | None:
-        """The rule of layer ``index``; None if the layer reads everything, as none does ``beyond`` the trained length."""
+    def for_layer(self, index: int, past_trained_length: bool = False) -> SparseSelection | None:
+        """The rule of layer ``index``; None if the layer reads everything, as none does past the trained length."""
         raise NotImplementedError

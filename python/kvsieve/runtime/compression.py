@@ -229,7 +229,7 @@ class Compression(StreamPart):
                 continue
             if left <= at:
                 raise StateError(
-                    f"row {row}: cannot forget {count} tokens: some were packed when the row had seen {at}; "
+                    f"row {row}: cannot forget {count} tokens: some were compressed when the row had seen {at}; "
                     f"at most {max(seen - at - 1, 0)} can be forgotten; {GO_BACK}"
                 )
             spare = min((rings[row].shape[1] for rings in self._rings.values()), default=0) - min(self.rule.observe, left)

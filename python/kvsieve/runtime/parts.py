@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TypeVar
 
 from kvsieve.backends.base import check_stream
-from kvsieve.policy.specs import core_frame
 from kvsieve.runtime.compression import Compression
 from kvsieve.runtime.eviction import Eviction
 from kvsieve.runtime.head_eviction import HeadEviction
@@ -71,5 +70,4 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     """
     compression = parts.find(Compression)
     packings = () if compression is None else compression.packing.values()
-    frame, rule = core_frame(setting.stored_keys), setting.policy.selection
-    check_stream(setting.backend, setting.facts.layers, frame, packings, rule)
+    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, setting.policy.selection)

@@ -128,7 +128,7 @@ class Selection(StreamPart):
     def check_evict(self, row: int, start: int, stop: int) -> None:
         if self.rule.needs_all_tokens:
             raise UnsupportedError(
-                f"{self._policy!r} judges whole blocks of an unbroken text by bounds of their keys, so no tokens can be taken out "
+                f"{self._policy!r} judges whole blocks of an unbroken text by page bounds, so no tokens can be taken out "
                 "of it; go back to a mark taken before these tokens"
             )
 

@@ -23,7 +23,7 @@ _READ, _COMPARED = "#0072B2", "#E69F00"
 
 @dataclass(frozen=True)
 class Panel:
-    """A stretch of the text over all steps.
+    """A range of the text over all steps.
 
     Attributes:
         title: what is drawn there.
@@ -50,7 +50,7 @@ def share_read(heads: Sequence[Ints], edges: Ints, seen: int) -> Floats:
     """How many heads read a token of each bin, in the mean over its tokens: float64 ``[bins]``, 0 to 1.
 
     Args:
-        heads: for each head the stretches ``lo..hi`` of positions that it read, int64 ``[n, 2]``, without overlap.
+        heads: for each head the ranges ``lo..hi`` of positions that it read, int64 ``[n, 2]``, without overlap.
         edges: int64 ``[bins + 1]``, ascending.
         seen: tokens that there are; a bin that begins later is nan, and of one that ends later only these count.
 
@@ -60,8 +60,8 @@ def share_read(heads: Sequence[Ints], edges: Ints, seen: int) -> Floats:
     within = np.minimum(edges, seen)
     tokens = np.diff(within)
     read = np.zeros(len(tokens))
-    for stretches in heads:
-        lo, hi = stretches[:, 0], stretches[:, 1]
+    for ranges in heads:
+        lo, hi = ranges[:, 0], ranges[:, 1]
         before = np.clip(within[:, None] - lo, 0, hi - lo).sum(1)
         read += np.diff(before)
     with np.errstate(invalid="ignore"):
@@ -69,20 +69,20 @@ def share_read(heads: Sequence[Ints], edges: Ints, seen: int) -> Floats:
 
 
 def draw_reads(
-    panels: Sequence[Panel], searched: Sequence[float], read: Sequence[float], path: Path, *, title: str, caption: str = ""
+    panels: Sequence[Panel], scored: Sequence[float], read: Sequence[float], path: Path, *, title: str, caption: str = ""
 ) -> None:
     """Draws the panels side by side, steps downwards, and beside them the keys compared and read at each step; writes a PNG.
 
     Args:
-        panels: with as many steps each as ``searched`` and ``read`` have numbers, at least one.
-        searched, read: keys for each head.
+        panels: with as many steps each as ``scored`` and ``read`` have numbers, at least one.
+        scored, read: keys for each head.
         title, caption: lines above the picture.
 
     Raises:
         ValueError: for nothing to draw, or counts that differ.
         KvsieveError: without matplotlib.
     """
-    steps = len(searched)
+    steps = len(scored)
     if not steps or not panels or len(read) != steps or any(panel.share.shape != (steps, len(panel.edges) - 1) for panel in panels):
         raise ValueError("draw_reads needs panels and counts of the same steps, at least one")
     try:
@@ -96,7 +96,7 @@ def draw_reads(
     figure = Figure(figsize=(13, 6.2), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
     tokens = [int(panel.edges[-1] - panel.edges[0]) for panel in panels]
-    # The short stretches are drawn wider than they are: their titles need room.
+    # The short ranges are drawn wider than they are: their titles need room.
     widths = [max(count / sum(tokens), 0.14) for count in tokens]
     axes = figure.subplots(1, len(panels) + 1, sharey=True, width_ratios=[*widths, 0.3])
     norm = PowerNorm(0.5, 0.0, 1.0)  # most tokens between sinks and window are read by few heads
@@ -119,7 +119,7 @@ def draw_reads(
     axes[len(panels) // 2].set_xlabel("position in the text (tokens)")
     bars, at = axes[-1], np.arange(1, steps + 1)
     bars.barh(at - 0.2, read, height=0.4, color=_READ, label="read")
-    bars.barh(at + 0.2, searched, height=0.4, color=_COMPARED, label="compared by the search")
+    bars.barh(at + 0.2, scored, height=0.4, color=_COMPARED, label="compared by the selection")
     bars.set_title("keys for each head", fontsize=10)
     bars.xaxis.set_major_formatter(thousands)
     bars.xaxis.set_major_locator(MaxNLocator(nbins=4, integer=True))

@@ -70,7 +70,7 @@ class Plan:
         """All residents of each row, for a selection. Where a layer's blocks lie is for the layer to say.
 
         Raises:
-            BackendError: for keys that are stored unrotated, or packed.
+            BackendError: for pre-RoPE keys, or compressed ones.
             UnsupportedError: for a memory that does not keep every token where the model put it.
         """
         if self._residents is None:

@@ -1,6 +1,6 @@
-"""When the rows of a layer search again, and which queries share what they find: integers, decided on the host.
+"""When the rows of a layer select again, and which queries share what they find: integers, decided on the host.
 
-Nothing here knows what was found. A choice lies on the device, in a *slot* for each stage of its search.
+Nothing here knows what was found. A choice lies on the device, in a *slot* for each stage.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Choosing(NamedTuple):
         next: the position that its next query must have, or it chooses anew.
         step: steps since it chose from all.
         lo, hi: the region.
-        start: the first stage of its last search.
+        start: the first stage of its last selection.
         searched: whether it has slots; False where the region is read whole.
     """
 
@@ -40,7 +40,7 @@ class Choosing(NamedTuple):
 
 
 class Schedule:
-    """Who searches in a step, and what each query reads: for one rule and one state of the rows, whichever layers share them.
+    """Who selects in a step, and what each query reads: for one rule and one state of the rows, whichever layers share them.
 
     Slots are *symbols* here: first those that the rows come with (``row * stages + stage``), then those that the step needs.
 

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from kvsieve.backends.cuda.staged import StagedRule
     from kvsieve.backends.cuda.step_residents import StepResidents
 
-__all__ = ["CudaSelection", "RowChoice", "Searching"]
+__all__ = ["CudaSelection", "RowChoice", "StepSelection"]
 
 Ints = npt.NDArray[np.int64]
 
@@ -106,11 +106,11 @@ State = tuple[list["RowChoice | None"], "list[SlotPool]"]
 # -------------------------------------------------------------------------------------------------------------------------- a layer
 
 
-class Searching(NamedTuple):
-    """A step's search in one layer, as the file of a rule sees it.
+class StepSelection(NamedTuple):
+    """A step's selection in one layer, as the file of a rule sees it.
 
     Attributes:
-        rule: its stages; schedule: who searches, and from how many candidates.
+        rule: its stages; schedule: who selects, and from how many candidates.
         q: ``[B, H, q, D]``; residents: where the keys lie; table: blocks of queries.
         held, spares: of each stage, slots that outlive the step and slots that only it needs.
     """
@@ -166,14 +166,14 @@ class CudaSelection:
             self._choices, self._before = self._before, None
 
     def state(self) -> State:
-        """What :meth:`return_to` takes, here or in another search by the same rule."""
+        """What :meth:`return_to` takes, here or in another selection by the same rule."""
         return list(self._choices), self._pools
 
     def return_to(self, state: State) -> None:
-        """The choices are those of ``state``. Those of another search are copied."""
+        """The choices are those of ``state``. Those of another selection are copied."""
         choices, pools = state
         if any(choice is not None and choice.slots and len(choice.slots) != self.rule.stages for choice in choices):
-            raise StateError("these choices are of another rule's search")
+            raise StateError("these choices are of another rule")
         if pools is not self._pools and pools:
             if not self._pools:
                 self._pools = [SlotPool(x.tensor.shape[1], most, x.tensor.device) for x, most in zip(pools, self.rule.most)]
@@ -209,7 +209,7 @@ class CudaSelection:
     # ------------------------------------------------------------------------------------------------------------------ one step
 
     def run(self, q: torch.Tensor, shape: tuple[int, int], asked: StepResidents, call: AttendCall) -> torch.Tensor:
-        """Search where it is due, and attend: out ``[B, q, H, Dv]``. The new tokens are stored.
+        """Select where it is due, and attend: out ``[B, q, H, Dv]``. The new tokens are stored.
 
         Args:
             q: ``[B, H, q, D]``; shape: key-value heads, and the size of a value.
@@ -234,15 +234,15 @@ class CudaSelection:
         q, work = aligned(q), Work()
         if schedule.num_blocks:
             table = asked.upload(schedule.table({symbol: slot.number for symbol, slot in slots.items()}))
-            searching = self._search(q, kv_heads, schedule, asked, table, work)
-            out = self._attend(searching, value_dim, asked, call, work)
+            selecting = self._search(q, kv_heads, schedule, asked, table, work)
+            out = self._attend(selecting, value_dim, asked, call, work)
         else:
             out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], value_dim)
         self._before, self._choices, self._work = choices, after, work
         return out
 
     def _schedule(self, choices: list[RowChoice | None], asked: StepResidents, columns: int) -> Schedule:
-        """Who searches in this step: decided by the first layer whose rows have chosen alike."""
+        """Who selects in this step: decided by the first layer whose rows have chosen alike."""
         known = tuple(None if choice is None else choice.facts for choice in choices)
         schedule = asked.schedules.get((self.rule, known))
         if schedule is None:
@@ -251,10 +251,10 @@ class CudaSelection:
 
     def _search(
         self, q: torch.Tensor, kv_heads: int, schedule: Schedule, asked: StepResidents, table: torch.Tensor, work: Work
-    ) -> Searching:
+    ) -> StepSelection:
         """Compute the stages that are due."""
         work.spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
-        searching = Searching(
+        selecting = StepSelection(
             rule=self.rule,
             schedule=schedule,
             q=q,
@@ -265,15 +265,15 @@ class CudaSelection:
             spares=work.spares,
             arrived=self._arrived,
         )
-        work.searched += [self._rule_file.search(searching, stage) for stage, n in enumerate(schedule.candidates) if n]
-        return searching
+        work.searched += [self._rule_file.search(selecting, stage) for stage, n in enumerate(schedule.candidates) if n]
+        return selecting
 
-    def _attend(self, searching: Searching, value_dim: int, asked: StepResidents, call: AttendCall, work: Work) -> torch.Tensor:
-        rule, schedule, kv_heads = self.rule, searching.schedule, searching.kv_heads
+    def _attend(self, selecting: StepSelection, value_dim: int, asked: StepResidents, call: AttendCall, work: Work) -> torch.Tensor:
+        rule, schedule, kv_heads = self.rule, selecting.schedule, selecting.kv_heads
         out, read = Sparse(
-            q=searching.q,
+            q=selecting.q,
             residents=asked.residents,
-            queries=searching.table,
+            queries=selecting.table,
             most_queries=schedule.most_queries,
             at=asked.upload(schedule.at) if asked.decode else None,
             kv_heads=kv_heads,
@@ -283,9 +283,9 @@ class CudaSelection:
             stage=rule.stages - 1,
             length=rule.chunks[-1],
             most=rule.most[-1],
-            held=searching.held[-1],
-            spare=searching.spares[-1],
-            splits=self._splits(schedule, asked, kv_heads, searching.q.shape[1] // kv_heads),
+            held=selecting.held[-1],
+            spare=selecting.spares[-1],
+            splits=self._splits(schedule, asked, kv_heads, selecting.q.shape[1] // kv_heads),
             scale=call.scale,
             softcap=call.softcap or 0.0,
             sink_logits=None if call.sink_logits is None else call.sink_logits.detach().float().contiguous(),

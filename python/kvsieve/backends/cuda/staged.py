@@ -48,7 +48,7 @@ class StagedRule:
             BackendError: more than the kernels can follow.
         """
         if len(stages) > STAGES:
-            raise BackendError(f"backend 'cuda' searches in at most {STAGES} stages, got {len(stages)}")
+            raise BackendError(f"backend 'cuda' selects in at most {STAGES} stages, got {len(stages)}")
         chunks, most = tuple(chunk for chunk, _ in stages), tuple(kept // chunk for chunk, kept in stages)
         if rule.representative not in representatives:
             raise PolicyError(f"representative must be one of {', '.join(representatives)}, got {rule.representative!r}")
@@ -74,7 +74,7 @@ class StagedRule:
         return min(self.sinks, hi), hi
 
     def whole(self, lo: int, hi: int) -> bool:
-        """Whether a region is read whole, without a search: all of it fits in what the last stage keeps."""
+        """Whether a region is read whole, without a selection: all of it fits in what the last stage keeps."""
         return hi - lo <= self.chunks[-1] * self.most[-1]
 
     def due(self, step: int) -> int | None:

@@ -67,20 +67,20 @@ def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResid
     """Those of ``step``; ``spans`` are those of its items, None of a prefill.
 
     Raises:
-        BackendError: for keys that are stored unrotated, or packed.
+        BackendError: for pre-RoPE keys, or compressed ones.
         UnsupportedError: for a memory that does not keep every token where the model put it.
     """
     if step.frame == "raw":
         raise BackendError(
-            "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; "
-            "search with a policy that moves no token, or use backend='reference'"
+            "backend 'cuda' selects from post-RoPE keys, and this policy stores pre-RoPE ones; "
+            "select with a policy that moves no token, or use backend='reference'"
         )
     first = [int(at) for at in step.first_new]
     runs = _of_parts(step) if spans is None else _of_spans(step, *spans)
     for row, mine in enumerate(runs):
         if step.new_lens[row] and (mine[:, 0] >= PACKED).any():
             raise BackendError(
-                "backend 'cuda' searches keys as they came, and some of these are packed; leave the packing out, "
+                "backend 'cuda' selects from keys as they came, and some of these are compressed; leave the storage rule out, "
                 "or use backend='reference'"
             )
         if step.new_lens[row] and int((mine[:, 2] - mine[:, 1]).sum()) != first[row] + step.new_lens[row]:

@@ -131,7 +131,7 @@ class CudaStore:
         Keys are stored first, a chunk's as well, and read where they lie. After an error the choices are as before.
 
         Raises:
-            BackendError: for keys that are stored unrotated, or packed.
+            BackendError: for pre-RoPE keys, or compressed ones.
             UnsupportedError: for a memory that does not keep every token where the model put it.
         """
         selection.begin()
@@ -195,7 +195,7 @@ class CudaStore:
             rotations = buffer.rotations(self._context.same(rope), frequencies)
         if packed is not None and raw and rope is not None and not packed.keeps_pairs_of(rope):
             raise UnsupportedError(
-                "keys that lost single channels of a rotary pair cannot be rotated; keep pairs, or the rotated frame"
+                "keys that lost single channels of a rotary pair cannot be rotated; keep pairs, or post-RoPE keys"
             )
         bits = None if packed is None else (packed.format.key_bits, packed.format.value_bits)
         rotates = raw and rope is not None
@@ -341,7 +341,7 @@ class CudaStore:
         if self._packed is None:
             self._packed = PackedStore(packing, self._shape, self.dtype, self.device)
         elif self._packed.packing != packing:
-            raise StateError("a layer's packing cannot change; open a new stream")
+            raise StateError("a layer's storage format cannot change; open a new stream")
 
     def pack(self, moves: Moves, channels: Channels | int) -> None:
         packed = self._packs()

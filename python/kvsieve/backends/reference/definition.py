@@ -1,7 +1,7 @@
 """Which keys a query block reads when everything is kept: the specification of HiP and InfiniteHiP, slow and obvious.
 
 Keys ``0..n`` of one row in text order, a key's index being its true position; queries at true positions ``p_i``, ``i = 0..m-1``,
-that share one choice. ``S`` sinks and a window of ``W`` tokens are always read, so the search is over the *region* between them:
+that share one choice. ``S`` sinks and a window of ``W`` tokens are always read, so the selection is from the *region* between them:
 
     region   = [S, max p_i + 1 - W)
     score(t) = max over the query heads of a KV head's group, and the sampled queries with t <= p_i - W, of q . k_t  else -inf
@@ -10,7 +10,7 @@ that share one choice. ``S`` sinks and a window of ``W`` tokens are always read,
 Sampled are the last query and every ``stride``-th before it. One choice for each KV head. A region within the budget is chosen
 whole, without reading a key: attention is then exact.
 
-Keys that are stored before their rotation (the raw frame; a key's index is then its number among the residents, whatever its true
+Keys that are stored before their rotation (pre-RoPE; a key's index is then its number among the residents, whatever its true
 position) can be scored in two ways, and read in two:
 
     placed       score and read them where the policy shows them: at their true positions, or in their slots
@@ -19,7 +19,7 @@ position) can be scored in two ways, and read in two:
 
 Bounds (below) of keys that are stored before their rotation are *relative* in either case.
 
-The last two are InfiniteHiP's way beyond the trained length. With a budget for all, *consecutive* is full attention in slots.
+The last two are InfiniteHiP's way past the trained length. With a budget for all, *consecutive* is full attention in slots.
 
 *HiP* (Lee et al., ICLR 2025) is a beam search of ``m`` nodes over an implicit binary tree of blocks:
 
@@ -40,9 +40,9 @@ The last two are InfiniteHiP's way beyond the trained length. With a budget for 
 *Bounds* (after Quest, Tang et al., ICML 2024) may judge the chunks of the first stage, which are then the blocks ``b`` of 64 tokens
 ``64 b .. 64 b + 63`` of the text; sinks are whole blocks, and the window is at least one, so that all of them are whole:
 
-    bound(b) = max over the same queries, if 64 b <= p_i - W, of  sum over channels c of max(q_c * greatest_bc, q_c * least_bc)
+    bound(b) = max over the same queries, if 64 b <= p_i - W, of  sum over channels c of max(q_c * max_bc, q_c * min_bc)
 
-where ``greatest`` and ``least`` are over the keys of the block: no key of it scores more. ``max(x * y, x * z)`` is computed as the
+where ``max`` and ``min`` are over the keys of the block: no key of it scores more. ``max(x * y, x * z)`` is computed as the
 positive part of ``x`` times ``y`` plus the negative part times ``z``; a block with a NaN in a key scores ``-inf``.
 
 Where this departs from the papers, or decides what they leave open:
@@ -54,8 +54,8 @@ Where this departs from the papers, or decides what they leave open:
   block that a chunk cuts short has its last query sampled.
 * Equal scores: the earlier block wins. A key of NaN, or one that no query of the block may see, scores -inf; a block that scores
   -inf is never chosen, so a choice may be smaller than the budget.
-* Scores are raw products: neither the scale nor a soft cap changes an order. No sigmoid (it ties great logits); a product of 0 is a
-  score like any other.
+* Scores are plain products: neither the scale nor a soft cap changes an order. No sigmoid (it ties high logits); a product of 0 is
+  a score like any other.
 * A chunk's score is the best key met, not only the last; with ``first`` these are equal.
 * A window is frozen between refreshes: a query at ``p`` that uses the choice of a query at ``p0`` has a window of ``W + p - p0``,
   so that no key falls between the choice and the window.
@@ -104,7 +104,7 @@ class Selection:
 
     lo: int
     hi: int
-    """The region that was searched."""
+    """The region that was selected from."""
     starts: tuple[Ints, ...]
     """First tokens of the chosen blocks, ascending."""
     ends: tuple[Ints, ...]
@@ -137,7 +137,7 @@ def group_scores(
     """Score of each key for each KV head: float64 ``[Hkv, n]``.
 
     Args:
-        q: ``[H, m, D]``, unscaled, in the frame of ``k``. ``H`` is a multiple of ``Hkv``.
+        q: ``[H, m, D]``, unscaled, rotated or not, as ``k``. ``H`` is a multiple of ``Hkv``.
         k: ``[Hkv, n, D]``; key ``t`` has true position ``t``.
         positions: true positions of the ``m`` queries.
         window: a query does not score keys that its window shows anyway.
@@ -180,7 +180,7 @@ def _asked(q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], stride: i
 def _greatest(
     logits: torch.Tensor, key_at: torch.Tensor, query_at: torch.Tensor, window: int, num_kv_heads: int
 ) -> npt.NDArray[np.float64]:
-    """Of scores ``[H, m, n]`` the greatest of each KV head's group, of the queries that see a key outside their window."""
+    """Of scores ``[H, m, n]`` the maximum of each KV head's group, of the queries that see a key outside their window."""
     hidden = key_at[None, :] > query_at[:, None] - window
     logits = logits.masked_fill(hidden | logits.isnan(), -torch.inf)
     return logits.reshape(num_kv_heads, -1, logits.shape[2]).amax(1).numpy()
@@ -189,7 +189,7 @@ def _greatest(
 def placed(
     q: torch.Tensor, k: torch.Tensor, query_at: Sequence[int], key_at: Sequence[int], rope: LayerRope | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw queries ``[H, m, D]`` and keys ``[Hkv, n, D]`` rotated to where they are shown, for :func:`group_scores` and
+    """Pre-RoPE queries ``[H, m, D]`` and keys ``[Hkv, n, D]`` rotated to where they are shown, for :func:`group_scores` and
     :func:`sparse_attend`. Without a rotation (None) they are as they were."""
     if rope is None:
         return q, k
@@ -197,7 +197,7 @@ def placed(
 
 
 def relative(q: torch.Tensor, k: torch.Tensor, window: int, rope: LayerRope | None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Raw queries and keys as :func:`group_scores` takes them where all keys count as ``window`` away (InfiniteHiP)."""
+    """Pre-RoPE queries and keys as :func:`group_scores` takes them where all keys count as ``window`` away (InfiniteHiP)."""
     return placed(q, k, [window] * q.shape[1], [0] * k.shape[1], rope)
 
 
@@ -230,7 +230,7 @@ def first_stage(step: int, refresh: Sequence[int]) -> int | None:
 def kept(selection: Selection, positions: Sequence[int], num_keys: int, sinks: int, window: int) -> torch.Tensor:
     """Which keys each query reads: bool ``[Hkv, m, n]``. Sinks, window and choice are a union, so no key counts twice.
 
-    ``window`` is that of these queries: for a query later than the one that searched, wider by the difference of their positions.
+    ``window`` is that of these queries: for a query later than the one that selected, wider by the difference of their positions.
     """
     _counts(sinks=sinks, window=window)
     at, key = torch.tensor(list(positions))[:, None], torch.arange(num_keys)[None, :]
@@ -260,8 +260,8 @@ def consecutive_attend(
     scale: float,
     softcap: float | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`sparse_attend` over raw queries and keys, where each query numbers the keys it reads ``0, 1, ...`` and stands right
-    behind those before it (InfiniteHiP's streaming order).
+    """:func:`sparse_attend` over pre-RoPE queries and keys, where each query numbers the keys it reads ``0, 1, ...`` and stands
+    right behind those before it (InfiniteHiP's streaming order).
 
     Args:
         positions: the keys' indices that the queries themselves have.

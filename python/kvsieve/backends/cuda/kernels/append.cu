@@ -7,7 +7,7 @@
 //
 // Launch: grid (tokens * kv_heads * 16-byte pieces over 128, at most 1024), block 128: threads take pieces, keys and values alike.
 //
-// Tried: first version, not yet timed on a card. It moves a few kilobytes a step: the launch decides.
+// Tried: first version, not yet timed on a GPU. It moves a few kilobytes a step: the launch decides.
 #include "common.cuh"
 
 template <typename T, int DK, int DV>

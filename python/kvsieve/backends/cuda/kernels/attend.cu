@@ -12,7 +12,7 @@
 //     in_block   [64, 2 * pairs]             cosines and sines of the slots 0 .. 63, for keys that are stored unrotated
 //     part_out   [items, heads, splits, DV]  float, normalised; not written where part_lse is -inf
 //     part_lse   [items, heads, splits]      float, natural logarithm
-//     logits     [heads, total_keys]         float, natural; null unless the mass is wanted. Keys of item i begin at key_starts[i]
+//     logits     [heads, total_keys]         float, natural; null unless attention scores are wanted. Keys of item i begin at key_starts[i]
 //     packed     [packed blocks]             where each packed block lies, see packed.cuh; spans name them from kPackedFrom on
 //
 // Launch: grid (splits, kv_heads * chunks of HEADS * SUBSETS query heads, items), block 128.
@@ -37,7 +37,7 @@
 // that a number is one multiply-add away, by steps and least values that a lane keeps in registers for a group of keys, and loads
 // for each value. Nothing of full width is ever written. With RAW the angles of the kept pairs are gathered as they are needed.
 //
-// Tried, by the assembler's report only (nothing here was timed on a card yet): at least 4 thread blocks a multiprocessor spills at
+// Tried, by the assembler's report only (nothing here was timed on a GPU yet): at least 4 thread blocks a multiprocessor spills at
 // D = 128 in 16 bits (48 bytes stored, raw keys 176); 3 (at most 168 registers) does not, and keeps 48 KB on their way. Multiply-add
 // only; from 8 query heads a group on, tensor cores should pay.
 #include "packed.cuh"

@@ -9,7 +9,7 @@
 // Launch: grid (pieces, kv_heads), block 64, as `move`: a thread block takes one piece of every token of one head through all moves. A
 // piece is as long as divides the row evenly, 16 bytes at most, so that it is aligned.
 //
-// Tried: first version, not yet timed on a card.
+// Tried: first version, not yet timed on a GPU.
 #include "packed.cuh"
 
 __device__ __forceinline__ int piece_bytes(i64 row) {

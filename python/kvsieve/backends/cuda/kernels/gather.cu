@@ -6,7 +6,7 @@
 //
 // Launch: grid (num, kv_heads), block 128: a thread block takes a run of one head, threads take 16-byte pieces.
 //
-// Tried: first version, not yet timed on a card; a copy.
+// Tried: first version, not yet timed on a GPU; a copy.
 #include "common.cuh"
 
 template <typename T, int DK, int DV, bool BACK>

@@ -1,17 +1,17 @@
 // Exact merge of attention over disjoint sets of keys, and the probability of every key.
 //
 //     total = log sum_s exp(lse[s])      out = sum_s exp(lse[s] - norm) part[s]      norm = log(exp(total) + exp(sink))
-//     mass[j] = sum over the query heads of a group of exp(logit[j] - norm)
+//     scores[j] = sum over the query heads of a group of exp(logit[j] - norm)
 //
 // Shapes: part [rows_, parts, DV] float, normalised; part_lse [rows_, parts] float, -inf where a part saw nothing (its `part` is then
 // not read); rows_ = items * heads. sinks [heads] float or null: learned logits without a value. out [rows_, DV] of T; lse and norm
-// [rows_] float, either may be null. logits [heads, total_keys], key_starts [items + 1], mass [kv_heads, total_keys] float.
+// [rows_] float, either may be null. logits [heads, total_keys], key_starts [items + 1], scores [kv_heads, total_keys] float.
 //
-// Launch: `merge` grid (rows_), block 128: threads take channels, and all parts of a row in turn. `mass` grid (splits, kv_heads,
+// Launch: `merge` grid (rows_), block 128: threads take channels, and all parts of a row in turn. `attention_scores` grid (splits, kv_heads,
 // items), block 128: threads take keys.
 //
 // Tried: a second launch costs about 2 microseconds a layer in a graph; letting the last block of `attend` merge would save it, at
-// the price of a fence and a counter that nothing here can test. Not yet timed on a card.
+// the price of a fence and a counter that nothing here can test. Not yet timed on a GPU.
 #include "common.cuh"
 
 template <typename T, int DV>
@@ -70,8 +70,8 @@ merge(const float* __restrict__ part, const float* __restrict__ part_lse, i64 pa
 }
 
 __global__ void __launch_bounds__(kThreads)
-mass(const float* __restrict__ logits, const i64* __restrict__ key_starts, i64 total_keys, const float* __restrict__ norms, i64 group,
-     float* __restrict__ to) {
+attention_scores(const float* __restrict__ logits, const i64* __restrict__ key_starts, i64 total_keys,
+                 const float* __restrict__ norms, i64 group, float* __restrict__ to) {
     const i64 kv_head = blockIdx.y, item = blockIdx.z, heads = i64(gridDim.y) * group;
     const i64 end = key_starts[item + 1];
     for (i64 j = key_starts[item] + i64(blockIdx.x) * kThreads + threadIdx.x; j < end; j += i64(gridDim.x) * kThreads) {

@@ -8,7 +8,7 @@
 // moves are not parallel; channels are: a thread block takes one piece of 16 bytes of every token of one head through all moves. A
 // thread holds one token's piece while all have read, then writes it.
 //
-// Tried: first version, not yet timed on a card. It runs when a score-based rule compacts, once in 64 tokens. Pieces of 16 bytes waste
+// Tried: first version, not yet timed on a GPU. It runs when a score-based rule compacts, once in 64 tokens. Pieces of 16 bytes waste
 // half of a 32-byte sector, for twice the thread blocks.
 #include "common.cuh"
 

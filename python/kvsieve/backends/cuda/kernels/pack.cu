@@ -13,7 +13,7 @@
 // Launch: grid (blocks, kv_heads), block 128. Numbers: a thread takes an element. Codes of keys: a thread takes a byte of a row, so all
 // of its channels, through the tokens of one group, twice: extremes, then codes. Codes of values: a thread takes a group of one token.
 //
-// Tried: first version, not yet timed on a card. It reads a prompt once, after prefill has read it many times.
+// Tried: first version, not yet timed on a GPU. It reads a prompt once, after prefill has read it many times.
 #include "packed.cuh"
 
 struct Source {

@@ -17,7 +17,7 @@ struct alignas(16) QueryBlock {
     int slots[kStages];  // where the choice of each stage lies: twice its number, plus 1 among the spare ones; -1: all of the region
 };
 
-// What a stage has chosen for one key-value head, in a slot: `head`, then the first tokens of the chosen stretches, ascending.
+// What a stage has chosen for one key-value head, in a slot: `head`, then the first tokens of the chosen ranges, ascending.
 struct alignas(16) Chosen {
     int count;
     int reads;   // representative keys scored

@@ -12,7 +12,7 @@
 // Launch: both grid ((n * pairs) over 128, at most 4096), block 128: a thread takes one pair of one position. `rotate` then walks the
 // heads, so an angle is made once for all of them, and passes the channels that do not turn.
 //
-// Tried: first version, not yet timed on a card. Double-precision sine and cosine cost about 100 operations; 16,384 blocks of a
+// Tried: first version, not yet timed on a GPU. Double-precision sine and cosine cost about 100 operations; 16,384 blocks of a
 // million tokens need a million of them a step.
 #include "common.cuh"
 

@@ -1,7 +1,7 @@
 // What query blocks read between sinks and window: the searches of HiP and InfiniteHiP (backends/reference/ has the definitions).
 //
 //     score(t) = max over the query heads of a group, and the sampled queries i of a block with t <= first + i - window, of q . k[t]
-//     `hip`:    nodes = `most` equal stretches of a region's blocks; while one is longer than a block: halve all, keep the `most`
+//     `hip`:    nodes = `most` equal ranges of a region's blocks; while one is longer than a block: halve all, keep the `most`
 //               halves whose representative block has the best key
 //     `narrow`: one stage of InfiniteHiP: cut what the stage before chose into chunks, score each by the best key met on a walk down
 //               its halves, keep the `most` best
@@ -26,7 +26,7 @@
 // 16 bytes a lane, up to 8 rows under way, and scores each for all queries of the block, in registers in sets of HEADS. The best are
 // found by value, eight bits a pass, and then taken in order by ballots, so that no order of threads matters.
 //
-// Tried: not yet timed on a card. A search of one row by 8 thread blocks (one for each key-value head) leaves most of a card idle and
+// Tried: not yet timed on a GPU. A search of one row by 8 thread blocks (one for each key-value head) leaves most of a GPU idle and
 // lives by the latency of its levels. In a chunk it is bound by multiply-adds: `Scorer::best` on tensor cores (16 keys by 8 queries
 // at a time, both through ldmatrix from shared memory, keys gathered there by cp.async) would be worth about eight times as much.
 #include "residents.cuh"
@@ -186,13 +186,13 @@ template <typename F>
 __device__ __forceinline__ u32 each_best(const volatile u32* ranks, int num, Threshold best, u32* counts, F take) {
     constexpr int WARPS = kSearchers / 32;
     const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
-    u32 above = 0, equal = 0;  // before this stretch
+    u32 above = 0, equal = 0;  // before this range
     for (int begin = 0; begin < num; begin += kSearchers) {
         const int i = begin + tid;
         const u32 rank = i < num ? ranks[i] : 0;
         const bool is_above = i < num && rank > best.rank, is_equal = i < num && rank == best.rank;
         const u32 all_above = __ballot_sync(0xffffffffu, is_above), all_equal = __ballot_sync(0xffffffffu, is_equal);
-        __syncthreads();  // the counts of the stretch before are read
+        __syncthreads();  // the counts of the range before are read
         if (lane == 0) {
             counts[warp] = u32(__popc(all_above));
             counts[WARPS + warp] = u32(__popc(all_equal));
@@ -374,14 +374,14 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         return;
     }
 
-    // Piece c of what the stage before chose. Only the last of its stretches can be short.
+    // Piece c of what the stage before chose. Only the last of its ranges can be short.
     const int chunk = int(chunk_), per = int(from_chunk_ / chunk_), most = int(most_);
     const int* from = nullptr;
     int num = (mine.hi - mine.lo + chunk - 1) / chunk;
     if (stage > 0) {
-        const int* stretches = chosen_at(from_held, from_spare, mine.slots[stage - 1], kv_head, kv_heads, from_most);
-        const int count = ((const Chosen*)stretches)->count;
-        from = stretches + 4;
+        const int* ranges = chosen_at(from_held, from_spare, mine.slots[stage - 1], kv_head, kv_heads, from_most);
+        const int count = ((const Chosen*)ranges)->count;
+        from = ranges + 4;
         num = 0;
         if (count > 0) {
             const int last = smaller(int(from_chunk_), mine.hi - from[count - 1]);

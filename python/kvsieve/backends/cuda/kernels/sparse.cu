@@ -1,7 +1,7 @@
 // Attention to sinks, a window, and what a search has chosen between them; keys and values are read where they lie.
 //
 //     start   = min(region end, p + 1 - window)                      for a query at position p; frozen for queries after the choice
-//     kept    = [0, min(sinks, start)), the chosen stretches below `start`, [start, p]
+//     kept    = [0, min(sinks, start)), the chosen ranges below `start`, [start, p]
 //     x[j]    = scale * <q, k[j]>, then cap * tanh(x / cap) where there is a cap
 //     out     = sum exp(x[j] - lse) v[j], lse = log sum exp x[j]     over the kept keys j
 //
@@ -17,13 +17,13 @@
 // query and all of its keys. The warps of a block of queries read nearly the same keys at about the same time, which then lie in the
 // first-level cache.
 //
-// A chosen stretch may be two tokens long, so keys are numbered through (sinks, stretches, window) and lanes look up 32 of them at a
+// A chosen range may be two tokens long, so keys are numbered through (sinks, ranges, window) and lanes look up 32 of them at a
 // time, the next 32 while these are computed with. Then a warp reads KEYS rows of keys and of values straight into registers, 16
 // bytes a lane, and computes with them as attend.cu does: nothing is staged, no warp waits for another.
 //
-// Tried: not yet timed on a card. Staging tiles in shared memory as attend.cu does was not tried: rows of two tokens leave cp.async
+// Tried: not yet timed on a GPU. Staging tiles in shared memory as attend.cu does was not tried: rows of two tokens leave cp.async
 // nothing to save but registers. For chunks, tensor cores would need the queries of a block as one matrix and masks for its window: the chosen
-// stretches are the same for all of them.
+// ranges are the same for all of them.
 #include "residents.cuh"
 
 // Thread blocks that a multiprocessor should hold.
@@ -33,7 +33,7 @@ template <typename T, int DK, int DV, int HEADS, bool CHUNK>
 __global__ void __launch_bounds__(kThreads, resident(Rows<T, DK>::pieces, Rows<T, DV>::pieces))
 sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks, const int* __restrict__ starts,
        const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, const int* __restrict__ at_, i64 columns,
-       i64 group_, i64 sinks_, i64 window_, i64 stage, i64 stretch_, i64 most_, int* __restrict__ held, int* __restrict__ spare,
+       i64 group_, i64 sinks_, i64 window_, i64 stage, i64 range_, i64 most_, int* __restrict__ held, int* __restrict__ spare,
        double scale, double softcap, float* __restrict__ part_out, float* __restrict__ part_lse, T* __restrict__ out,
        const float* __restrict__ learned, int* __restrict__ read) {
     using K = Rows<T, DK>;
@@ -69,7 +69,7 @@ sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     // The kept keys, numbered through.
     const int position = mine.first + number, slot = mine.slots[stage];
     int start = 0, num_sinks = 0, num_chosen = 0;
-    const int stretch = int(stretch_);
+    const int range = int(range_);
     const int* chosen = nullptr;
     if (slot >= 0) {
         const int* from = chosen_at(held, spare, slot, kv_head, kv_heads, most_);
@@ -88,7 +88,7 @@ sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                 }
             }
         }
-        if (below > 0) num_chosen = below * stretch - larger(0, chosen[below - 1] + stretch - start);
+        if (below > 0) num_chosen = below * range - larger(0, chosen[below - 1] + range - start);
     }
     const int total = num_sinks + num_chosen + position + 1 - start;
     if (split == 0 && first == 0 && (CHUNK ? lane : tid) == 0) read[query * kv_heads + kv_head] = total;
@@ -106,7 +106,7 @@ sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         int t = j;
         if (j >= num_sinks) {
             const int c = j - num_sinks;
-            t = c < num_chosen ? chosen[c / stretch] + c % stretch : start + c - num_chosen;
+            t = c < num_chosen ? chosen[c / range] + c % range : start + c - num_chosen;
         }
         int at;
         const Block where = residents.find(t, at);

@@ -9,7 +9,7 @@
 //
 // Launch: grid (n), block 128. Threads keep a maximum and a sum each, in base 2, over 16 bytes at a time; they meet once at the end.
 //
-// Tried: first version, not yet timed on a card. One row of 128k logits is read by one multiprocessor; it happens once a token.
+// Tried: first version, not yet timed on a GPU. One row of 128k logits is read by one multiprocessor; it happens once a token.
 #include "common.cuh"
 
 struct Tally {

@@ -8,7 +8,7 @@
 // Launch: grid (rows), block 128. Four passes of eight bits find the k-th value: a histogram of the candidates' next byte in shared
 // memory, then the byte in which the k-th lies. A fifth pass writes the columns in order, 128 at a time, by ballots.
 //
-// Tried: first version, not yet timed on a card. A row is one thread block's, so few long rows leave the card idle.
+// Tried: first version, not yet timed on a GPU. A row is one thread block's, so few long rows leave the GPU idle.
 #include "common.cuh"
 
 // Ascending integers for ascending floats; NaN lowest.
@@ -52,13 +52,13 @@ top_k(const float* __restrict__ x, i64 stride, i64 n, i64 k, i64* __restrict__ c
 
     // All above the k-th, and the first `left` equal to it.
     i64* out = columns + blockIdx.x * k;
-    u32 above = 0, equal = 0;  // in the columns before this stretch
+    u32 above = 0, equal = 0;  // in the columns before this range
     for (i64 begin = 0; begin < n; begin += kThreads) {
         const i64 i = begin + tid;
         const u32 rank = i < n ? rank_of(row[i]) : 0;
         const bool is_above = i < n && rank > prefix, is_equal = i < n && rank == prefix;
         const u32 all_above = __ballot_sync(0xffffffffu, is_above), all_equal = __ballot_sync(0xffffffffu, is_equal);
-        __syncthreads();  // the last stretch's counts are read
+        __syncthreads();  // the last range's counts are read
         if (lane == 0) {
             above_of[warp] = u32(__popc(all_above));
             equal_of[warp] = u32(__popc(all_equal));

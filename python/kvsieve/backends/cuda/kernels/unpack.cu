@@ -7,7 +7,7 @@
 //
 // Launch: grid (num, kv_heads), block 128: a thread block takes a run of one head, threads take elements of what is written.
 //
-// Tried: first version, not yet timed on a card; chunks use it, decoding reads in place.
+// Tried: first version, not yet timed on a GPU; chunks use it, decoding reads in place.
 #include "packed.cuh"
 
 template <typename T, int KB, int VB, bool THIN>

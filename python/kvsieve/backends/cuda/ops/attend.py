@@ -162,7 +162,7 @@ class Attend(NamedTuple):
         scores = torch.empty(self.kv_heads, total, dtype=torch.float32, device=logits.device)
         args: list[Argument] = [logits, self.key_starts, total, norms, self.q.shape[1] // self.kv_heads, scores]
         grid = (min(-(-total // (items * THREADS)), 1024), self.kv_heads, items)
-        start(module("merge", "mass"), grid, args, logits.device)
+        start(module("merge", "attention_scores"), grid, args, logits.device)
         return scores
 
 

@@ -21,7 +21,7 @@ class Hip(NamedTuple):
     """HiP's choices of blocks of queries, those that begin with stage 0 (Lee et al., ICLR 2025).
 
     Attributes:
-        q: ``[B, H, q, D]``, rows at multiples of 16 bytes, in the frame of the keys.
+        q: ``[B, H, q, D]``, rows at multiples of 16 bytes, rotated as the keys are.
         queries: int32 ``[n, 16]``, see :data:`QUERY_COLUMNS`; a region has more blocks than ``most``.
         most_queries: of a block of queries; stride: every so many of them are scored, counted back from the last.
         block: tokens of a block; most: how many are chosen; representative: a value of :data:`REPRESENTATIVES`.

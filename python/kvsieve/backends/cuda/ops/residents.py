@@ -27,7 +27,7 @@ NODES = 1024
 """Blocks that a beam can follow at once: its nodes lie in shared memory."""
 
 SEARCHERS = 256
-"""Threads of a thread block that searches."""
+"""Threads of a thread block that selects."""
 
 QUERY_COLUMNS = 8 + STAGES
 """Integers of a block of queries, see residents.cuh: row, first column, queries, first position, the region's ends, the first stage

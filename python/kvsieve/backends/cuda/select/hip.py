@@ -12,7 +12,7 @@ from kvsieve.errors import BackendError
 if TYPE_CHECKING:
     import torch
 
-    from kvsieve.backends.cuda.selection import Searching
+    from kvsieve.backends.cuda.selection import StepSelection
 
 __all__ = ["rule_of", "search"]
 
@@ -29,13 +29,13 @@ def rule_of(rule: Any) -> StagedRule:
     blocks = -(-budget // block)
     if blocks > NODES:
         raise BackendError(
-            f"backend 'cuda' follows at most {NODES} blocks of a search, and a budget of {budget} in blocks of {block} has "
+            f"backend 'cuda' follows at most {NODES} blocks of a tree search, and a budget of {budget} in blocks of {block} has "
             f"{blocks}; use larger blocks, or backend='reference'"
         )
     return StagedRule.of(rule, [(block, blocks * block)], (int(rule.refresh),), budget, tuple(REPRESENTATIVES))
 
 
-def search(asked: Searching, stage: int) -> torch.Tensor:
+def search(asked: StepSelection, stage: int) -> torch.Tensor:
     """Compute a stage; keys scored, int32 ``[n, Hkv]``."""
     rule = asked.rule
     return Hip(

@@ -14,7 +14,7 @@ from kvsieve.errors import PolicyError
 if TYPE_CHECKING:
     import torch
 
-    from kvsieve.backends.cuda.selection import Searching
+    from kvsieve.backends.cuda.selection import StepSelection
 
 __all__ = ["rule_of", "search"]
 
@@ -37,7 +37,7 @@ def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
         raise PolicyError(f"a chunk must be a multiple of the next one, and what is kept of its chunk, got {list(stages)}")
 
 
-def search(asked: Searching, stage: int) -> torch.Tensor:
+def search(asked: StepSelection, stage: int) -> torch.Tensor:
     """Compute a stage; keys scored, int32 ``[n, Hkv]``."""
     rule = asked.rule
     return Narrow(

@@ -100,7 +100,7 @@ def infinite_hip_search(
     if bounds is not None and (chunks[0] != BLOCK or lo % BLOCK or bounds.shape[1] * BLOCK < hi):
         raise PolicyError(f"bounds are of blocks of {BLOCK} tokens, which {lo}..{hi} in chunks of {chunks[0]} are not")
     if not 0 <= start < len(chunks) or (start > 0 and len(inputs) != len(chunks)):
-        raise PolicyError(f"a search of {len(chunks)} stages from stage {start} on needs the inputs of all, got {len(inputs)}")
+        raise PolicyError(f"a selection of {len(chunks)} stages from stage {start} on needs the inputs of all, got {len(inputs)}")
     stages: list[tuple[Ints, ...]] = list(inputs[:start])
     reads, rounds = [0] * len(scores), [0] * len(scores)
     whole = np.array([[lo, hi]] if hi > lo else [], np.int64).reshape(-1, 2)

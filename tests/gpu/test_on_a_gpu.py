@@ -1,4 +1,4 @@
-"""The same checks as under the emulator, on a card, and what only a card can show. `make gpu` runs them."""
+"""The same checks as under the emulator, on a GPU, and what only a GPU can show. `make gpu` runs them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvsieve.backends.cuda import launcher
 
 pytestmark = pytest.mark.gpu
 
-CARD = torch.device("cuda", 0)
+GPU = torch.device("cuda", 0)
 POLICIES = [name for name in tiny.POLICIES if name not in ("lm_infinite_middle", *tiny.PER_HEAD)]
 
 HALVES = (torch.bfloat16, torch.float16)
@@ -37,7 +37,7 @@ def kernels_can_run() -> None:
 
 @pytest.mark.parametrize("case", [*kernel_cases.CASES, *MORE], ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c))
 def test_attend(case: kernel_cases.Case) -> None:
-    kernel_cases.attend(case, CARD)
+    kernel_cases.attend(case, GPU)
 
 
 MORE_PACKED: list[kernel_cases.PackedCase] = [
@@ -54,60 +54,60 @@ MORE_PACKED: list[kernel_cases.PackedCase] = [
     "case", [*kernel_cases.PACKED_CASES, *MORE_PACKED], ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c)
 )
 def test_attend_over_packed_blocks(case: kernel_cases.PackedCase) -> None:
-    kernel_cases.packed_attend(case, CARD)
+    kernel_cases.packed_attend(case, GPU)
 
 
-@pytest.mark.parametrize("name", list(kernel_cases.every(CARD)))
+@pytest.mark.parametrize("name", list(kernel_cases.every(GPU)))
 def test_small_cases(name: str) -> None:
-    kernel_cases.every(CARD)[name]()
+    kernel_cases.every(GPU)[name]()
 
 
-@pytest.mark.parametrize("case", search_cases.cases(CARD, 6), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[-1]}")
-def test_a_searching_layer_is_the_definition(case: Any) -> None:
+@pytest.mark.parametrize("case", search_cases.cases(GPU, 6), ids=lambda c: f"{c[0]}-{c[1]}-{c[2]}-{c[-1]}")
+def test_a_sparse_layer_is_the_definition(case: Any) -> None:
     search_cases.layer(*case)
 
 
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("dtype", list(search_cases.TOLERANCE), ids=str)
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
-def test_a_searching_layer_of_usual_sizes(size: int, dtype: torch.dtype, group: int) -> None:
+def test_a_sparse_layer_of_usual_sizes(size: int, dtype: torch.dtype, group: int) -> None:
     for kind, representative in (("hip", "centre"), ("infinite", "first")):
-        search_cases.layer(kind, representative, group, dtype, size, CARD, seed=2)
+        search_cases.layer(kind, representative, group, dtype, size, GPU, seed=2)
 
 
 @pytest.mark.parametrize(
     ("kind", "tokens"), [(kind, tokens) for kind in search_cases.READS for tokens in search_cases.READS[kind]]
 )  # fmt: skip
-def test_keys_that_a_search_reads(kind: str, tokens: int) -> None:
-    search_cases.reads(kind, tokens, CARD)
+def test_keys_that_a_selection_reads(kind: str, tokens: int) -> None:
+    search_cases.reads(kind, tokens, GPU)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gpt_neox"])
 @pytest.mark.parametrize("policy", list(search_cases.POLICIES))
-def test_a_searching_model_equals_the_reference(policy: str, family: str) -> None:
-    search_cases.model(family, search_cases.POLICIES[policy](), CARD)
+def test_a_sparse_model_equals_the_reference(policy: str, family: str) -> None:
+    search_cases.model(family, search_cases.POLICIES[policy](), GPU)
 
 
 @pytest.mark.parametrize("policy", list(search_cases.POLICIES))
-def test_searching_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
-    search_cases.loops(search_cases.POLICIES[policy](), CARD, tmp_path)
+def test_selecting_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
+    search_cases.loops(search_cases.POLICIES[policy](), GPU, tmp_path)
 
 
-def test_a_search_over_pieces_of_blocks() -> None:
-    search_cases.uneven(CARD)
+def test_a_selection_over_pieces_of_blocks() -> None:
+    search_cases.uneven(GPU)
 
 
-def test_a_search_by_many_thread_blocks() -> None:
+def test_a_selection_by_many_thread_blocks() -> None:
     """The last of a stage's thread blocks sees what the others scored."""
     rule = search_cases.infinite(stages=((4, 640), (2, 300)), refresh=(1, 1), sinks=0, window=1)
     for _ in range(20):
-        search_cases.one_query(rule, 40_000, CARD)
+        search_cases.one_query(rule, 40_000, GPU)
 
 
-def test_a_searching_step_never_waits_for_the_card() -> None:
-    tested = search_cases.Searching(search_cases.infinite(query_block=8), 2, 2, 4, 64, torch.bfloat16, CARD)
+def test_a_selecting_step_never_waits_for_the_gpu() -> None:
+    tested = search_cases.SparseLayer(search_cases.infinite(query_block=8), 2, 2, 4, 64, torch.bfloat16, GPU)
     tested.feed(150)
-    given = [[x.to(CARD) for x in tested.draw(1)] for _ in range(17)]
+    given = [[x.to(GPU) for x in tested.draw(1)] for _ in range(17)]
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -123,44 +123,44 @@ def test_a_searching_step_never_waits_for_the_card() -> None:
 @pytest.mark.parametrize("dtype", list(backend_cases.TOLERANCE), ids=str)
 @pytest.mark.parametrize("size", [16, 64])
 def test_a_layer_equals_the_reference(policy: str, dtype: torch.dtype, size: int) -> None:
-    backend_cases.layer(policy, dtype, CARD, size, seeds=4)
+    backend_cases.layer(policy, dtype, GPU, size, seeds=4)
 
 
 @pytest.mark.parametrize("policy", list(tiny.POLICIES))
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_a_model_equals_the_reference(family: str, policy: str) -> None:
-    backend_cases.model(family, policy, CARD)
+    backend_cases.model(family, policy, GPU)
 
 
 @pytest.mark.parametrize("bits", [(0, 0), (4, 4), (2, 8), (8, 0)], ids=str)
 @pytest.mark.parametrize("dtype", list(backend_cases.TOLERANCE), ids=str)
 @pytest.mark.parametrize("frame", ["rotated", "raw"])
 def test_a_packed_layer_equals_the_reference(bits: tuple[int, int], dtype: torch.dtype, frame: str) -> None:
-    backend_cases.packed_layer(dtype, bits, frame, CARD)
+    backend_cases.packed_layer(dtype, bits, frame, GPU)
 
 
 @pytest.mark.parametrize("policy", list(backend_cases.PACKINGS))
 @pytest.mark.parametrize("family", list(tiny.FAMILIES))
 def test_a_packed_model_equals_the_reference(family: str, policy: str) -> None:
-    backend_cases.packed_model(family, policy, CARD)
+    backend_cases.packed_model(family, policy, GPU)
 
 
 @pytest.mark.parametrize("policy", [name for name in backend_cases.PACKINGS if "codes" not in name])
 def test_packed_streams_fork_beam_crop_and_save(policy: str, tmp_path: Path) -> None:
-    backend_cases.packed_loops(policy, CARD, tmp_path)
+    backend_cases.packed_loops(policy, GPU, tmp_path)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, *backend_cases.PACKINGS])
 def test_a_graph_gives_the_same_tokens(policy: str) -> None:
-    backend_cases.graph(policy, CARD, 200)
+    backend_cases.graph(policy, GPU, 200)
 
 
 @pytest.mark.parametrize("policy", ["full", "streaming", "lm_infinite"])
-def test_a_decode_step_never_waits_for_the_card(policy: str) -> None:
-    model = on(tiny.model(), CARD)
+def test_a_decode_step_never_waits_for_the_gpu(policy: str) -> None:
+    model = on(tiny.model(), GPU)
     with kvsieve.stream(model, tiny.POLICIES[policy](100)) as stream, torch.no_grad():
-        stream.feed(tiny.ids(1, 150).to(CARD))
-        token = tiny.ids(1, 1).to(CARD)
+        stream.feed(tiny.ids(1, 150).to(GPU))
+        token = tiny.ids(1, 1).to(GPU)
         model(input_ids=token, past_key_values=stream.cache, use_cache=True)
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -172,10 +172,10 @@ def test_a_decode_step_never_waits_for_the_card(policy: str) -> None:
 
 
 def test_a_graph_of_a_scored_memory_never_waits_inside_a_step() -> None:
-    model = on(tiny.model(), CARD)
+    model = on(tiny.model(), GPU)
     with kvsieve.stream(model, tiny.POLICIES["sirllm"](100)) as stream:
-        stream.feed(tiny.ids(1, 150).to(CARD))
-        decoder, token = graphs.GraphDecoder(stream), tiny.ids(1, 1).to(CARD)
+        stream.feed(tiny.ids(1, 150).to(GPU))
+        decoder, token = graphs.GraphDecoder(stream), tiny.ids(1, 1).to(GPU)
         decoder.step(token)
         decoder.finish()
         torch.cuda.set_sync_debug_mode("error")
@@ -186,18 +186,18 @@ def test_a_graph_of_a_scored_memory_never_waits_inside_a_step() -> None:
 
 
 def test_bytes_reported_are_bytes_allocated() -> None:
-    model = on(tiny.model(dtype=torch.bfloat16), CARD)
+    model = on(tiny.model(dtype=torch.bfloat16), GPU)
     with kvsieve.stream(model, kvsieve.StreamingLLM(1024)) as stream:
-        stream.feed(tiny.ids(1, 64).to(CARD))
+        stream.feed(tiny.ids(1, 64).to(GPU))
         before, held = torch.cuda.memory_allocated(), stream.stats().bytes_held
-        stream.feed(tiny.ids(1, 4000).to(CARD))
+        stream.feed(tiny.ids(1, 4000).to(GPU))
         torch.cuda.synchronize()
         grown = torch.cuda.memory_allocated() - before
         assert abs(grown - (stream.stats().bytes_held - held)) < 4 << 20, "plans and tables may take a few megabytes"
 
 
 def test_streams_on_two_torch_streams_do_not_disturb_each_other() -> None:
-    model, ids = on(tiny.model(), CARD), tiny.ids(1, 60).to(CARD)
+    model, ids = on(tiny.model(), GPU), tiny.ids(1, 60).to(GPU)
     with kvsieve.stream(model, kvsieve.StreamingLLM(40)) as stream:
         want = stream.generate(ids, max_new_tokens=40, do_sample=False)
     with kvsieve.stream(model, kvsieve.StreamingLLM(40)) as a, kvsieve.stream(model, kvsieve.StreamingLLM(40)) as b:
