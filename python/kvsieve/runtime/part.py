@@ -10,7 +10,7 @@ engine holds a list of parts and calls each of them in turn; it knows none of th
                     evict       tokens may be evicted
                     settled     evictions are over: what is resident stays until the next forward
                     rollback    instead of all that: the forward died
-    tokens go       check_crop, crop, force_crop, check_evict, evict_range
+    tokens go       must_read_again, check_crop, crop, force_crop, check_evict, evict_range
     rows move       select_rows
     moments         state, return_to: marks, forks, and candidates that are taken back
     a session file  save, restore
