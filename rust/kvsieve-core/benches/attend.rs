@@ -10,11 +10,13 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
 use kvsieve_core::ids::{BlockId, PACKED, Run};
-use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, Layout, Rope, SpanTrig, View, attend, isa::isa};
+use kvsieve_core::kernels::{Attend, SpanTrig, attend, isa::isa};
 use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
-use kvsieve_core::store::arena::Arena;
-use kvsieve_core::store::packed::{Channels, Chosen, Packing};
+use kvsieve_core::rope::{Layout, Rope};
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::storage::packed::{Channels, Chosen, Packing};
+use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 
 struct Noise(u64);
 

@@ -12,13 +12,13 @@ mod sieve;
 pub mod spec;
 mod step;
 
+use crate::block::pool::Pool;
+use crate::block::table::Edit;
 use crate::error::{Error, Result};
+use crate::evict::Decision;
 use crate::ids::BLOCK;
-use crate::place::Rule;
 use crate::plan::{Frame, Move};
-use crate::retain::Decision;
-use crate::store::pool::Pool;
-use crate::store::table::Edit;
+use crate::position::Rule;
 pub use pin::Early;
 use row::Row;
 pub use sieve::Sieve;

@@ -13,13 +13,13 @@ use kvsieve_core::kernels::merge::{Partial, merge};
 use kvsieve_core::kernels::read::read;
 use kvsieve_core::kernels::rotate::rotate;
 use kvsieve_core::kernels::surprisal::surprisal;
-use kvsieve_core::kernels::topk::top_k;
-use kvsieve_core::kernels::{
-    Attend, Dtype, Elems, ElemsMut, Layout, Level, Rope, SpanTrig, View, attend, attend_unless,
-};
+use kvsieve_core::kernels::{Attend, Level, SpanTrig, attend, attend_unless};
 use kvsieve_core::plan::{Append, Frame, Move, Span, Spans, Step};
+use kvsieve_core::rank::top_k;
 use kvsieve_core::reference;
-use kvsieve_core::store::arena::Arena;
+use kvsieve_core::rope::{Layout, Rope};
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 
 #[test]
 fn attend_equals_the_reference() {

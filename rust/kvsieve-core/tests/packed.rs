@@ -9,11 +9,13 @@ use data::*;
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, PACKED, Run};
 use kvsieve_core::kernels::isa::levels;
-use kvsieve_core::kernels::{Attend, Dtype, Layout, Level, Rope, SpanTrig};
+use kvsieve_core::kernels::{Attend, Level, SpanTrig};
 use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
-use kvsieve_core::store::arena::Arena;
-use kvsieve_core::store::packed::{Channels, Chosen, Packing};
+use kvsieve_core::rope::{Layout, Rope};
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::storage::packed::{Channels, Chosen, Packing};
+use kvsieve_core::tensor::Dtype;
 
 fn packed(n: u32) -> BlockId {
     BlockId(PACKED + n)
@@ -352,7 +354,7 @@ fn a_group_that_halves_cannot_hold_is_nan() {
     let mut keys = vec![0.5f32; 64 * 16];
     (keys[3], keys[16 * 40 + 5], keys[16 * 41 + 6]) = (f32::NAN, 1e30, f32::INFINITY);
     let run = [Run { block: BlockId(0), lo: 0, hi: 64 }];
-    let elems = kvsieve_core::kernels::Elems::F32(&keys);
+    let elems = kvsieve_core::tensor::Elems::F32(&keys);
     arena.write(&run, elems, elems).unwrap();
     arena.set_packing(Packing { key_kept: 16, key_bits: 4, value_bits: 4, group: 16 }).unwrap();
     let channels = Arc::new(Channels::new(&(0..16).collect::<Vec<i64>>(), &[0], 16).unwrap());

@@ -5,11 +5,11 @@ mod common;
 use common::{manual, memory, slots, window};
 use kvsieve_core::error::Error;
 use kvsieve_core::ids::{BlockId, Run};
-use kvsieve_core::kernels::view::{Dtype, Elems, View};
-use kvsieve_core::place::Place;
 use kvsieve_core::plan::{Frame, Move, Step};
 use kvsieve_core::planner::Planner;
-use kvsieve_core::store::arena::Arena;
+use kvsieve_core::position::Place;
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::tensor::{Dtype, Elems, View};
 use proptest::prelude::*;
 use std::collections::HashMap;
 

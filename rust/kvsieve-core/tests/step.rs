@@ -4,11 +4,11 @@ mod common;
 
 use common::{Store, chains, manual, memory, planner, surprisal, window};
 use kvsieve_core::Error;
+use kvsieve_core::evict::Retain;
 use kvsieve_core::ids::Run;
-use kvsieve_core::place::Place;
 use kvsieve_core::plan::Frame;
 use kvsieve_core::planner::{MemorySpec, Planner, RowState};
-use kvsieve_core::retain::Retain;
+use kvsieve_core::position::Place;
 
 fn feed(planner: &mut Planner, lens: &[usize]) {
     planner.begin(lens, *lens.iter().max().unwrap(), true, false).unwrap();

@@ -3,11 +3,11 @@
 use crate::error::to_py;
 use crate::plan::{Moves, Step};
 use kvsieve_core::budget::Budget;
+use kvsieve_core::evict::{self, Retain, surprisal};
 use kvsieve_core::ids::Run;
-use kvsieve_core::place::Place;
 use kvsieve_core::plan::Frame;
 use kvsieve_core::planner::{self, MemorySpec, RowState};
-use kvsieve_core::retain::{self, Retain, surprisal};
+use kvsieve_core::position::Place;
 use kvsieve_core::{Error, Result};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
@@ -357,7 +357,7 @@ fn keep_surprisal_published(
 /// The first `sinks` and the last `window` of `n`.
 #[pyfunction]
 fn keep_window(n: usize, sinks: usize, window: usize) -> Vec<usize> {
-    retain::keep_window(n, sinks, window)
+    evict::keep_window(n, sinks, window)
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

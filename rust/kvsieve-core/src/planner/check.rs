@@ -1,13 +1,13 @@
 //! Checks of what callers hand in, before anything is changed.
 
 use super::{MemorySpec, RowState};
+use crate::block::table::Table;
 use crate::budget::Budget;
 use crate::error::{Error, Result};
+use crate::evict::Retain;
 use crate::ids::Position;
 use crate::pins::Pins;
-use crate::place::Place;
-use crate::retain::Retain;
-use crate::store::table::Table;
+use crate::position::Place;
 use std::ops::Range;
 
 /// Whether `keep` can be what is left of the residents of `table`.

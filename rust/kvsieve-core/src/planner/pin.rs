@@ -2,11 +2,11 @@
 
 use super::row::Row;
 use super::{Planner, check, edit};
+use crate::block::table::Edit;
 use crate::error::{Error, Result};
 use crate::ids::Position;
 use crate::pins::Pins;
 use crate::plan::Move;
-use crate::store::table::Edit;
 use std::ops::Range;
 
 /// A pin or its end that came before the first step: of one row, or of all.

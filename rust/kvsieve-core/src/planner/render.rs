@@ -2,11 +2,11 @@
 
 use super::row::Row;
 use crate::ids::Position;
-use crate::place::parts::Source;
-use crate::place::spans::Reader;
-use crate::place::view::{Keys, View};
-use crate::place::{Place, Rule};
 use crate::plan::{Frame, NOWHERE, Part, Placing, Spans};
+use crate::position::parts::Source;
+use crate::position::spans::Reader;
+use crate::position::view::{Keys, View};
+use crate::position::{Place, Rule};
 
 /// The keys of memory `m`, of which the last `appended` are new already (first memory only).
 fn keys(row: &Row, m: usize, num_new: usize, appended: usize) -> Keys<'_> {

@@ -1,13 +1,13 @@
 //! One row of the batch: a table per memory, and how tokens pass between them.
 
 use super::spec::MemorySpec;
+use crate::block::pool::Pool;
+use crate::block::table::{Edit, Table};
 use crate::error::Result;
+use crate::evict::{Decision, Retain};
 use crate::ids::Position;
 use crate::pins::Pins;
-use crate::place::Rule;
-use crate::retain::{Decision, Retain};
-use crate::store::pool::Pool;
-use crate::store::table::{Edit, Table};
+use crate::position::Rule;
 use std::ops::Range;
 
 #[derive(Debug)]

@@ -1,9 +1,9 @@
 //! What a memory is made of, and which combinations can be right.
 
 use crate::error::{Error, Result};
-use crate::place::{Place, Rule};
+use crate::evict::Retain;
 use crate::plan::Frame;
-use crate::retain::Retain;
+use crate::position::{Place, Rule};
 
 /// One memory of the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

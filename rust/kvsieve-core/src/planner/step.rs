@@ -3,12 +3,12 @@
 use super::pin::Early;
 use super::row::Row;
 use super::{Planner, lock, render};
+use crate::block::table::{Edit, Mark, Table};
 use crate::error::{Error, Result};
+use crate::evict::Retain;
 use crate::ids::{BlockId, Position, Run};
-use crate::place::Always;
 use crate::plan::{Append, Step};
-use crate::retain::Retain;
-use crate::store::table::{Edit, Mark, Table};
+use crate::position::Always;
 use std::ops::Range;
 use std::sync::Arc;
 

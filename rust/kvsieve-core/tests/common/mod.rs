@@ -2,11 +2,11 @@
 #![allow(dead_code)]
 
 use kvsieve_core::budget::Budget;
+use kvsieve_core::evict::Retain;
 use kvsieve_core::ids::{BlockId, Run};
-use kvsieve_core::place::Place;
 use kvsieve_core::plan::{Frame, Move, Step};
 use kvsieve_core::planner::{MemorySpec, Planner};
-use kvsieve_core::retain::Retain;
+use kvsieve_core::position::Place;
 use std::collections::HashMap;
 
 pub type Token = u64;

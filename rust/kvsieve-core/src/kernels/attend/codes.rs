@@ -1,4 +1,4 @@
-//! Attention over keys and values that lie as codes (`crate::store::packed`).
+//! Attention over keys and values that lie as codes (`crate::storage::packed`).
 //!
 //! A number is `least + step * code`, so
 //!
@@ -17,7 +17,7 @@ use super::TILE;
 use super::inner::Ahead;
 use crate::ids::BLOCK;
 use crate::kernels::simd::{self, Simd};
-use crate::store::packed::Chunk;
+use crate::storage::packed::Chunk;
 
 const SLOTS: usize = BLOCK as usize;
 
@@ -443,7 +443,7 @@ pub(super) struct Values {
     pub codes: *const u8,
     pub scales: *const u16,
     pub dim: usize,
-    /// Channels to a scale, at least [`crate::store::packed::PAIRED`].
+    /// Channels to a scale, at least [`crate::storage::packed::PAIRED`].
     pub group: usize,
     pub slot: usize,
     pub len: usize,

@@ -17,14 +17,14 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::isa::Level;
-use super::rotate::Rope;
 use super::simd::Elem;
 use super::threads::{self, BREATH, INLINE};
-use super::view::{Dtype, ElemsMut, View, check_dtype, check_len};
 use crate::ids::BLOCK;
 use crate::plan::Spans;
-use crate::store::arena::Arena;
-use crate::store::packed::Channels;
+use crate::rope::Rope;
+use crate::storage::arena::Arena;
+use crate::storage::packed::Channels;
+use crate::tensor::{Dtype, ElemsMut, View, check_dtype, check_len};
 use crate::{Error, Result};
 use unit::{Scratch, run_unit};
 

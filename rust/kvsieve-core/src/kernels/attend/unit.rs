@@ -7,11 +7,12 @@ use super::inner::{Ahead, LINE, Rows, passes, score, score_dots, score_turned, s
 use super::thin::{Columns, SLOTS, asks, score_columns, score_columns_turned};
 use super::{Common, TILE, Unit};
 use crate::ids::{BLOCK, BlockId};
-use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
+use crate::kernels::rotate::{load_row, rotate_row};
 use crate::kernels::search::{Queries, four};
 use crate::kernels::simd::{Elem, Simd, tanh};
 use crate::plan::Span;
-use crate::store::packed::{Channels, PAIRED, Packed, Packing};
+use crate::rope::{Layout, Rope};
+use crate::storage::packed::{Channels, PAIRED, Packed, Packing};
 
 /// A cache line, to align the scratch memory.
 #[derive(Clone, Copy)]

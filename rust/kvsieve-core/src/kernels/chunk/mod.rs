@@ -19,11 +19,11 @@ use super::isa::Level;
 use super::search::{Inputs, bounds_of, check_bounds, sampled};
 use super::sparse::{Scoring, Sparse, SparseRow, Work, attend_sparse, fill_zero};
 use super::threads;
-use super::view::{Dtype, ElemsMut, check_dtype, check_len};
 use crate::ids::{BLOCK, Run};
 use crate::select::kept::{Choice, Rule, Search as Chooses};
 use crate::select::{Chosen, Score};
-use crate::store::arena::Arena;
+use crate::storage::arena::Arena;
+use crate::tensor::{Dtype, ElemsMut, check_dtype, check_len};
 use crate::{Error, Result};
 use unit::{Batch, Block, Kernels, Place, Scratch, Shape, TILE, Tile, Tiles, Words, padded_rows};
 

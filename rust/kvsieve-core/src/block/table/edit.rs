@@ -1,8 +1,8 @@
 //! What a rearrangement of tables leaves to do.
 
+use crate::block::pool::Pool;
 use crate::ids::{BlockId, Run};
 use crate::plan::Move;
-use crate::store::pool::Pool;
 
 /// What changes beside the table itself while it is rearranged.
 ///

@@ -1,5 +1,7 @@
 //! Borrowed tensors: a slice, a shape and strides. No ownership, no tensor library.
 
+use half::{bf16, f16};
+
 use crate::{Error, Result};
 
 /// Element type of keys, values and queries. Arithmetic is in `f32` whatever is stored.
@@ -206,5 +208,14 @@ impl<'a> View<'a> {
             Elems::F32(s) => Elems::F32(&s[at..at + self.shape[3]]),
             Elems::Bits(s) => Elems::Bits(&s[at..at + self.shape[3]]),
         }
+    }
+}
+
+/// One element as `f64`, for the reference and for tests.
+pub(crate) fn widen(elems: Elems<'_>, dtype: Dtype, at: usize) -> f64 {
+    match (elems, dtype) {
+        (Elems::F32(s), _) => f64::from(s[at]),
+        (Elems::Bits(s), Dtype::F16) => f16::from_bits(s[at]).to_f64(),
+        (Elems::Bits(s), _) => bf16::from_bits(s[at]).to_f64(),
     }
 }

@@ -3,9 +3,9 @@
 mod common;
 
 use common::{chains, memory, planner, slots, window};
-use kvsieve_core::place::{Place, Rule, naive};
 use kvsieve_core::plan::{Frame, NOWHERE, Part, Placing, Step};
 use kvsieve_core::planner::{MemorySpec, Planner};
+use kvsieve_core::position::{Place, Rule, naive};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -241,7 +241,7 @@ fn ceiling_sees_sinks_and_window() {
 #[test]
 fn decode_needs_few_spans() {
     let mut window_planner = planner((Frame::Rotated, vec![spec(memory(window(4, 200), Place::Slots), 201)]));
-    let mut all = planner((Frame::Rotated, vec![memory(kvsieve_core::retain::Retain::All, Place::True)]));
+    let mut all = planner((Frame::Rotated, vec![memory(kvsieve_core::evict::Retain::All, Place::True)]));
     for (planner, most) in [(&mut window_planner, 5), (&mut all, 8)] {
         for n in [400, 1] {
             let step = planner.begin(&[n], n, false, false).unwrap();

@@ -5,9 +5,8 @@ use std::ptr::NonNull;
 use super::bounds::Bounds;
 use super::packed::{Chosen, Packed, PackedBytes, Packing};
 use crate::ids::{BLOCK, BlockId, PACKED, Run};
-use crate::kernels::rotate::widen;
-use crate::kernels::view::{Dtype, Elems, ElemsMut, View, check_dtype, check_len};
 use crate::plan::{Move, Step};
+use crate::tensor::{Dtype, Elems, ElemsMut, View, check_dtype, check_len, widen};
 use crate::{Error, Result};
 
 use super::slabs::{MAX_BLOCKS, Slabs, needs, number, reserve_all};

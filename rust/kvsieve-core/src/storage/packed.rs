@@ -18,9 +18,9 @@ use half::{bf16, f16};
 
 use super::slabs::{COLUMN, Held, Slabs, needs, number as number_of, reserve_all};
 use crate::ids::{BLOCK, BlockId, PACKED};
-use crate::kernels::rotate::{Layout, Rope};
-use crate::kernels::view::Dtype;
 use crate::plan::Move;
+use crate::rope::{Layout, Rope};
+use crate::tensor::Dtype;
 use crate::{Error, Result};
 
 /// How a layer packs its tokens.

@@ -2,7 +2,7 @@
 
 use super::arena::Arena;
 use crate::ids::{BlockId, Run};
-use crate::kernels::view::{Dtype, Elems, ElemsMut};
+use crate::tensor::{Dtype, Elems, ElemsMut};
 use crate::{Error, Result};
 
 /// Rows that wait to be written.

@@ -2,7 +2,7 @@
 
 use kvsieve_core::Error;
 use kvsieve_core::budget::Budget;
-use kvsieve_core::retain::{keep_window, naive, surprisal};
+use kvsieve_core::evict::{keep_window, naive, surprisal};
 use proptest::prelude::*;
 use std::ops::Range;
 

@@ -3,11 +3,11 @@
 pub mod naive;
 pub mod surprisal;
 
+use crate::block::table::Table;
 use crate::budget::Budget;
 use crate::error::{Error, Result};
 use crate::ids::{BLOCK, Position};
 use crate::pins::Pins;
-use crate::store::table::Table;
 use std::ops::Range;
 
 /// The rule by which a memory lets tokens go.

@@ -2,9 +2,9 @@
 
 use super::view::{Keys, View};
 use super::{Always, Place, Rule};
+use crate::block::table::Table;
 use crate::ids::Position;
 use crate::plan::{Part, Placing};
-use crate::store::table::Table;
 use std::ops::Range;
 
 /// One memory of one row, before the step's tokens are appended.

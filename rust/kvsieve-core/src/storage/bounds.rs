@@ -3,7 +3,7 @@
 use super::arena::Arena;
 use super::slabs::{Slabs, needs, number, reserve_all};
 use crate::ids::{BLOCK, BlockId, Run};
-use crate::kernels::view::Dtype;
+use crate::tensor::Dtype;
 use crate::{Error, Result};
 
 /// Bounds of the blocks of one layer; made when asked for, and void as soon as the block is written again.
@@ -169,8 +169,8 @@ fn fold<T: Bits>(keys: &[T], to: &mut [T]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::kernels::view::Elems;
     use crate::plan::Move;
+    use crate::tensor::Elems;
     use half::bf16;
 
     fn arena(keys: &[u16], heads: usize, blocks: u32) -> Arena {
