@@ -5,8 +5,8 @@
 
 use half::bf16;
 
-use super::codes::put;
-use super::inner::Ahead;
+use super::ahead::Ahead;
+use super::inner::put;
 use crate::ids::BLOCK;
 use crate::kernels::simd::{Elem, Simd};
 
