@@ -4,6 +4,5 @@ pub mod arena;
 mod bounds;
 mod buf;
 pub mod packed;
-mod permute;
 mod reservation;
 mod slabs;

@@ -1,6 +1,6 @@
 //! Each head keeps residents of its own.
 
-use super::arena::Arena;
+use super::memory::Arena;
 use crate::ids::{BlockId, Run};
 use crate::tensor::{Dtype, Elems, ElemsMut};
 use crate::{Error, Result};
