@@ -13,7 +13,6 @@ from kvsieve.backends.base import AttendCall
 from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
 from kvsieve.methods.parser import parse
 from kvsieve.model import fingerprint
-from kvsieve.policy.specs import core_frame
 from kvsieve.runtime.head_eviction import LayerState, RowState
 from kvsieve.runtime.transcript import Ids, Row, TranscriptState
 
@@ -30,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["load", "save"]
 
 VERSION = 2
+# How a file names the keys that it holds.
+_FRAMES = {"post_rope": "rotated", "pre_rope": "raw"}
 
 
 def _fingerprint(stream: Stream) -> list[Any]:
@@ -85,7 +86,7 @@ def save(stream: Stream, path: str | PathLike[str], tokenizer: Any = None) -> No
         "model": _fingerprint(stream),
         "weights": fingerprint.weights(stream.model),
         "tokenizer": None if tokenizer is None else fingerprint.tokenizer(tokenizer),
-        "frame": core_frame(engine.stored_keys),
+        "frame": _FRAMES[engine.stored_keys],
         "columns": engine.transcript.columns,
         "pads": [row.pads for row in engine.transcript.rows],
         "foreign": engine.transcript.foreign,
@@ -167,7 +168,7 @@ def _check_model(stream: Stream, header: dict[str, Any], tokenizer: Any) -> None
 
 def _restore(stream: Stream, header: dict[str, Any], file: Any) -> None:
     engine, names = stream._engine, set(file.keys())
-    if header["frame"] != core_frame(engine.stored_keys):
+    if header["frame"] != _FRAMES[engine.stored_keys]:
         raise CacheMismatchError(f"the stream was saved with {header['frame']} keys, this model needs {engine.stored_keys} ones")
     engine.sliding.restore(header["sliding"], file.get_tensor)
     for row, start, stop, add in header.get("early", []):

@@ -91,12 +91,12 @@ CPU = torch.device("cpu")
         ({}, lambda can: can.check_heads(torch.float64, 64, 64), r"float32, bfloat16 and float16.*not 64 and 64 in torch.float64"),
         ({}, lambda can: can.check_heads(torch.bfloat16, 512), r"at most 256 channels.*\(a multiple of 8\), not 512"),
         ({}, lambda can: can.check_heads(torch.float32, 18), r"whole 16-byte pieces \(a multiple of 4\), not 18.*'reference'"),
-        ({}, lambda can: can.check_selection(kvsieve.Quest().selection, "rotated", False), r"bounds of blocks.*HiP"),
-        ({}, lambda can: can.check_selection(RULE, "raw", False), r"stores them unrotated; leave out extend="),
-        ({}, lambda can: can.check_selection(RULE, "rotated", True), r"packs some; leave the packing out"),
+        ({}, lambda can: can.check_selection(kvsieve.Quest().selection, "post_rope", False), r"bounds of blocks.*HiP"),
+        ({}, lambda can: can.check_selection(RULE, "pre_rope", False), r"stores them unrotated; leave out extend="),
+        ({}, lambda can: can.check_selection(RULE, "post_rope", True), r"packs some; leave the packing out"),
         ({"storage": frozenset({"pruned"})}, lambda can: can.check_storage(Packing(64, 4, 4)), r"no quantized tokens"),
         ({"storage": frozenset()}, lambda can: can.check_storage(Packing(40)), r"no pruned tokens"),
-        ({"frames": frozenset({"rotated"})}, lambda can: can.check_frame("raw"), r"no keys in the raw frame"),
+        ({"frames": frozenset({"post_rope"})}, lambda can: can.check_frame("pre_rope"), r"no keys pre_rope keys"),
     ],
 )
 def test_what_cannot_be_held_is_refused_with_what_to_do(change: dict[str, Any], ask: Any, message: str) -> None:
@@ -107,7 +107,7 @@ def test_what_cannot_be_held_is_refused_with_what_to_do(change: dict[str, Any], 
 def test_an_unknown_rule_is_refused() -> None:
     rule: Any = SimpleNamespace(kind="best", page_bounds=False)
     with pytest.raises(BackendError, match="selects by hip, infinite, not by 'best'"):
-        capabilities("cpu").check_selection(rule, "rotated", False)
+        capabilities("cpu").check_selection(rule, "post_rope", False)
 
 
 def test_a_stream_asks_when_it_opens() -> None:
@@ -120,4 +120,4 @@ def test_a_stream_asks_when_it_opens() -> None:
 
 def test_everything_fits_the_reference() -> None:
     layer: Any = SimpleNamespace(device=torch.device("meta"), dtype=torch.float64, key_dim=7, value_dim=1000)
-    check_stream(backends.get("reference"), [layer], "raw", [Packing(5), Packing(7, 2, 8)], kvsieve.Quest().selection)
+    check_stream(backends.get("reference"), [layer], "pre_rope", [Packing(5), Packing(7, 2, 8)], kvsieve.Quest().selection)

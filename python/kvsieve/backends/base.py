@@ -120,13 +120,13 @@ class SelectionCapabilities:
 
     Attributes:
         rules: kinds of rules that it implements.
-        frames: ``"rotated"`` (keys as the model rotated them) and ``"raw"`` (keys before their rotation) where it can select.
+        frames: how keys may be stored where it selects: ``"post_rope"`` (as the model rotated them), ``"pre_rope"`` (before that).
         packed: whether some of the keys may be packed.
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
     """
 
     rules: frozenset[str]
-    frames: frozenset[str] = frozenset({"rotated", "raw"})
+    frames: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     packed: bool = True
     page_bounds: bool = True
 
@@ -150,7 +150,7 @@ class Capabilities:
     dtypes: tuple[torch.dtype, ...] | None = None
     max_head_dim: int | None = None
     row_bytes: int = 1
-    frames: frozenset[str] = frozenset({"rotated", "raw"})
+    frames: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     storage: frozenset[str] = frozenset({"pruned", "quantized"})
     needs_parts: bool = False
 
@@ -207,7 +207,7 @@ class Capabilities:
     def check_frame(self, frame: str) -> None:
         """Raise BackendError if keys cannot be read in this frame."""
         if frame not in self.frames:
-            raise BackendError(f"backend {self.name!r} reads no keys in the {frame} frame; use backend='reference'")
+            raise BackendError(f"backend {self.name!r} reads no {frame} keys; use backend='reference'")
 
     def _dtypes(self) -> str:
         names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes or ()]

@@ -81,7 +81,8 @@ class Case:
         held = list(range(length - 1))
         steps, runs = {}, []
         for frame in ("rotated", "raw"):
-            planner = _core.Planner([{"retain": "all", "place": "slots"}], frame)
+            memory = _core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())
+            planner = _core.Planner([memory], "post_rope" if frame == "rotated" else "pre_rope")
             planner.restore(length - 1, [(length - 1, [(held, [0.0] * len(held))])])
             runs = planner.runs(0, 0)
             steps[frame] = planner.begin([1], 1, True, False)

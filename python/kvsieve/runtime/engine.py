@@ -27,7 +27,7 @@ from kvsieve.budget import BLOCK
 from kvsieve.errors import CacheMismatchError, PaddingError, PolicyError, ShapeError, StateError
 from kvsieve.policy.evict import Residents
 from kvsieve.policy.position import Rebased
-from kvsieve.policy.specs import core_frame, make_planner
+from kvsieve.policy.specs import make_planner
 from kvsieve.runtime import pinning
 from kvsieve.runtime.compression import make_packer
 from kvsieve.runtime.cropping import GO_BACK
@@ -125,7 +125,7 @@ class Engine:
         self._layers = {layer.index: layer for layer in facts.layers}
         if planner is None:
             packings = () if self.packer is None else self.packer.packing.values()
-            check_stream(backend, facts.layers, core_frame(stored_keys), packings, self.search)
+            check_stream(backend, facts.layers, stored_keys, packings, self.search)
         self.sliding = SlidingLayers.of(facts)
         self._first = min([facts.layers[0].index, *self.sliding.windows])
         self._step: Step | None = None

@@ -129,6 +129,22 @@ fn packed_tokens_are_the_tokens_within_half_a_step() {
     }
 }
 
+/// Packs two rows of four blocks, each with channels of its own. Returns all blocks to read: plain ones, then these.
+fn pack_rows(arena: &mut Arena, mut channels: impl FnMut() -> Channels) -> Vec<u32> {
+    let mut blocks: Vec<u32> = (0..12).collect();
+    for row in 0..2u32 {
+        let moves: Vec<Move> = (0..4)
+            .map(|b| {
+                let from = BlockId(row * 4 + b);
+                Move { from, from_slot: 0, to: packed(row * 4 + b), to_slot: 0, len: 64 }
+            })
+            .collect();
+        arena.pack(&moves, &Chosen::New(Arc::new(channels()))).unwrap();
+        blocks.extend(moves.iter().map(|m| m.to.0));
+    }
+    blocks
+}
+
 #[test]
 fn attend_reads_packed_blocks_in_place() {
     let mut noise = Noise(0x51ed);
@@ -151,19 +167,8 @@ fn attend_reads_packed_blocks_in_place() {
         let shared = shared[noise.below(shared.len())];
         let mut arena = filled(&mut noise, kv_heads, (dim, dim), dtype, 12);
         arena.set_packing(Packing { key_kept: kept, key_bits, value_bits, group: shared }).unwrap();
-        // Two rows, each with channels of its own.
-        let mut blocks: Vec<u32> = (0..12).collect();
-        for row in 0..2u32 {
-            let channels = Arc::new(choose(&mut noise, kv_heads, dim, kept, rotates.then_some(&*rope)));
-            let moves: Vec<Move> = (0..4)
-                .map(|b| {
-                    let from = BlockId(row * 4 + b);
-                    Move { from, from_slot: 0, to: packed(row * 4 + b), to_slot: 0, len: 64 }
-                })
-                .collect();
-            arena.pack(&moves, &Chosen::New(channels)).unwrap();
-            blocks.extend(moves.iter().map(|m| m.to.0));
-        }
+        let chosen = || choose(&mut noise, kv_heads, dim, kept, rotates.then_some(&*rope));
+        let blocks = pack_rows(&mut arena, chosen);
         let mut spans = Spans { num_rows: rows, num_queries: 1, starts: vec![0], spans: Vec::new() };
         for _ in 0..rows {
             for _ in 0..noise.below(30) {

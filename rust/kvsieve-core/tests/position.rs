@@ -5,7 +5,7 @@ mod common;
 use common::{chains, memory, planner, slots, window};
 use kvsieve_core::plan::{Frame, NOWHERE, Part, Placing, Step};
 use kvsieve_core::planner::{MemorySpec, Planner};
-use kvsieve_core::position::{Place, Rule, naive};
+use kvsieve_core::position::{PositionRule, Rule, naive};
 use proptest::prelude::*;
 use std::collections::HashMap;
 use std::ops::Range;
@@ -43,7 +43,7 @@ fn expected(rules: &[Rule], pins: &Pins, residents: &[Vec<u64>], first_new: u64,
 
 /// A middle (chosen from, at one distance, by a chunk's last query) is offered what the first memory no longer shows that query.
 fn is_middle(rules: &[Rule], m: usize) -> bool {
-    m > 0 && rules[m].top_k > 0 && matches!(rules[m].place, Place::Fixed { .. })
+    m > 0 && rules[m].top_k > 0 && matches!(rules[m].position, PositionRule::Fixed { .. })
 }
 
 fn offered(rules: &[Rule], pins: &Pins, residents: &[Vec<u64>], first_new: u64, i: usize) -> Read {
@@ -57,7 +57,7 @@ fn offered(rules: &[Rule], pins: &Pins, residents: &[Vec<u64>], first_new: u64, 
     let hidden: Vec<u64> = near.into_iter().filter(hidden).collect();
     let mut out = Read::new();
     for (m, rule) in rules.iter().enumerate().filter(|(m, _)| is_middle(rules, *m)) {
-        let Place::Fixed { distance } = rule.place else { continue };
+        let PositionRule::Fixed { distance } = rule.position else { continue };
         out.extend(hidden.iter().map(|&p| (m, p, distance as i64)));
     }
     out
@@ -209,7 +209,7 @@ proptest! {
 
 #[test]
 fn streaming_window_runs_at_its_slots() {
-    let chain = vec![spec(memory(window(2, 3), Place::Slots), 4)];
+    let chain = vec![spec(memory(window(2, 3), PositionRule::InCache), 4)];
     let mut planner = planner((Frame::Rotated, chain));
     for token in 0..10 {
         let step = planner.begin(&[1], 1, true, true).unwrap();
@@ -228,8 +228,8 @@ fn streaming_window_runs_at_its_slots() {
 
 #[test]
 fn ceiling_sees_sinks_and_window() {
-    let place = Place::Ceiling { distance: 4 };
-    let mut planner = planner((Frame::Raw, vec![spec(memory(window(2, 4), place), 4)]));
+    let position = PositionRule::Capped { distance: 4 };
+    let mut planner = planner((Frame::Raw, vec![spec(memory(window(2, 4), position), 4)]));
     let step = planner.begin(&[10], 10, true, true).unwrap();
     let held = held(&planner, 0);
     let counts: Vec<_> = (0..10).map(|i| by_spans(&step, i, i as u64, &held).len()).collect();
@@ -240,8 +240,9 @@ fn ceiling_sees_sinks_and_window() {
 
 #[test]
 fn decode_needs_few_spans() {
-    let mut window_planner = planner((Frame::Rotated, vec![spec(memory(window(4, 200), Place::Slots), 201)]));
-    let mut all = planner((Frame::Rotated, vec![memory(kvsieve_core::evict::Retain::All, Place::True)]));
+    let mut window_planner = planner((Frame::Rotated, vec![spec(memory(window(4, 200), PositionRule::InCache), 201)]));
+    let mut all =
+        planner((Frame::Rotated, vec![memory(kvsieve_core::evict::Eviction::KeepAll, PositionRule::Original)]));
     for (planner, most) in [(&mut window_planner, 5), (&mut all, 8)] {
         for n in [400, 1] {
             let step = planner.begin(&[n], n, false, false).unwrap();

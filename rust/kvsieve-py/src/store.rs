@@ -425,6 +425,7 @@ impl Step {
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Store>()?;
+    m.add("BLOCK", kvsieve_core::ids::BLOCK)?;
     m.add("PACKED", kvsieve_core::ids::PACKED)?;
     Ok(())
 }

@@ -10,7 +10,7 @@ __all__ = ["CAPABILITIES"]
 
 CAPABILITIES = Capabilities(
     "cuda",
-    SelectionCapabilities(kinds(select.__path__), frames=frozenset({"rotated"}), packed=False, page_bounds=False),
+    SelectionCapabilities(kinds(select.__path__), frames=frozenset({"post_rope"}), packed=False, page_bounds=False),
     devices=frozenset({"cuda"}),
     dtypes=FLOATS,
     max_head_dim=256,  # the tiles of `attend`

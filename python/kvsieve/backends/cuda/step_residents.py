@@ -70,7 +70,7 @@ def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResid
         BackendError: for keys that are stored unrotated, or packed.
         UnsupportedError: for a memory that does not keep every token where the model put it.
     """
-    if step.frame == "raw":
+    if step.stored_keys == "pre_rope":
         raise BackendError(
             "backend 'cuda' searches keys as the model rotated them, and this policy stores them unrotated; "
             "search with a policy that moves no token, or use backend='reference'"

@@ -12,8 +12,8 @@ use std::ops::Range;
 
 /// The rule by which a memory lets tokens go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Retain {
-    All,
+pub enum Eviction {
+    KeepAll,
     /// The first `sinks` and the last `window` tokens.
     Window {
         sinks: usize,
@@ -26,7 +26,7 @@ pub enum Retain {
         published: bool,
     },
     /// The caller decides.
-    Manual {
+    Own {
         budget: Budget,
     },
 }
@@ -43,37 +43,37 @@ pub enum Decision {
     Keep(Vec<usize>),
 }
 
-impl Retain {
+impl Eviction {
     pub fn check(&self) -> Result<()> {
         match *self {
-            Retain::All => Ok(()),
-            Retain::Window { window: 0, .. } => {
+            Eviction::KeepAll => Ok(()),
+            Eviction::Window { window: 0, .. } => {
                 Err(Error::OutOfRange { what: "window", expected: "at least 1", got: "0".into() })
             }
-            Retain::Window { sinks, window } if sinks.checked_add(window).is_none() => Err(Error::OutOfRange {
+            Eviction::Window { sinks, window } if sinks.checked_add(window).is_none() => Err(Error::OutOfRange {
                 what: "window",
                 expected: "a number of tokens that a machine can hold",
                 got: window.to_string(),
             }),
-            Retain::Window { .. } => Ok(()),
-            Retain::Surprisal { budget, .. } | Retain::Manual { budget } => budget.check().map(|_| ()),
+            Eviction::Window { .. } => Ok(()),
+            Eviction::Surprisal { budget, .. } | Eviction::Own { budget } => budget.check().map(|_| ()),
         }
     }
 
     pub fn sinks(&self) -> usize {
         match *self {
-            Retain::All => 0,
-            Retain::Window { sinks, .. } => sinks,
-            Retain::Surprisal { budget, .. } | Retain::Manual { budget } => budget.sinks,
+            Eviction::KeepAll => 0,
+            Eviction::Window { sinks, .. } => sinks,
+            Eviction::Surprisal { budget, .. } | Eviction::Own { budget } => budget.sinks,
         }
     }
 
     /// How many tokens there may be; none if there is no bound.
     pub fn budget(&self) -> Option<Budget> {
         match *self {
-            Retain::All => None,
-            Retain::Window { sinks, window } => Some(Budget { total: sinks + window, sinks, recent: 0 }),
-            Retain::Surprisal { budget, .. } | Retain::Manual { budget } => Some(budget),
+            Eviction::KeepAll => None,
+            Eviction::Window { sinks, window } => Some(Budget { total: sinks + window, sinks, recent: 0 }),
+            Eviction::Surprisal { budget, .. } | Eviction::Own { budget } => Some(budget),
         }
     }
 
@@ -82,10 +82,10 @@ impl Retain {
     pub fn decide(&self, table: &Table, force: bool) -> Result<Decision> {
         let n = table.len();
         match *self {
-            Retain::All | Retain::Manual { .. } => Ok(Decision::Nothing),
-            Retain::Window { sinks, window } if n > sinks + window => Ok(Decision::Cut(sinks..n - window)),
-            Retain::Window { .. } => Ok(Decision::Nothing),
-            Retain::Surprisal { budget, published } => by_score(table, budget, published, &[], force),
+            Eviction::KeepAll | Eviction::Own { .. } => Ok(Decision::Nothing),
+            Eviction::Window { sinks, window } if n > sinks + window => Ok(Decision::Cut(sinks..n - window)),
+            Eviction::Window { .. } => Ok(Decision::Nothing),
+            Eviction::Surprisal { budget, published } => by_score(table, budget, published, &[], force),
         }
     }
 
@@ -95,8 +95,8 @@ impl Retain {
     pub fn decide_first(&self, table: &Table, seen: Position, pins: &Pins, force: bool) -> Result<Decision> {
         let below = |at: Position| table.positions().partition_point(|&p| p < at);
         match *self {
-            Retain::All | Retain::Manual { .. } => Ok(Decision::Nothing),
-            Retain::Window { sinks, window } => {
+            Eviction::KeepAll | Eviction::Own { .. } => Ok(Decision::Nothing),
+            Eviction::Window { sinks, window } => {
                 let pinned = if pins.is_empty() { 0 } else { pins.count_from(sinks as Position) };
                 let edge = seen.saturating_sub((window as Position).saturating_sub(pinned));
                 let (lo, hi) = (below(sinks as Position), below(edge));
@@ -109,7 +109,7 @@ impl Retain {
                 let cuts = gaps(lo..hi, pins.held_in(table.positions()));
                 Ok(if cuts.is_empty() { Decision::Nothing } else { Decision::Cuts(cuts) })
             }
-            Retain::Surprisal { budget, published } => {
+            Eviction::Surprisal { budget, published } => {
                 let held = Budget { sinks: below(budget.sinks as Position), ..budget };
                 let pinned: Vec<_> = pins.held_in(table.positions()).collect();
                 by_score(table, held, published, &pinned, force)

@@ -1,6 +1,6 @@
 //! What can be asked about a stream.
 
-use super::{Planner, lock};
+use super::state::{Planner, lock};
 use crate::block::table::Table;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Position, Run};

@@ -13,13 +13,13 @@ use std::ops::Range;
 
 /// The rule that assigns distances.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum PositionRule {
     /// The true distance.
-    True,
+    Original,
     /// Visible keys are numbered without gaps; the distance is the difference of numbers.
-    Slots,
+    InCache,
     /// The true distance for keys nearer than the visible range, this one for sinks beyond it.
-    Ceiling { distance: u64 },
+    Capped { distance: u64 },
     /// This one distance for every key.
     Fixed { distance: u64 },
 }
@@ -27,7 +27,7 @@ pub enum Place {
 /// How one memory is read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Rule {
-    pub place: Place,
+    pub position: PositionRule,
     /// Keys at positions below this stay visible at any distance, and so does what is pinned.
     pub sinks: Position,
     /// Other keys are visible only below this true distance.

@@ -1,6 +1,6 @@
 //! The naive twin of placing: the definition, key by key. Tests compare spans and parts against it.
 
-use super::{Place, Rule};
+use super::{PositionRule, Rule};
 use crate::ids::Position;
 use std::ops::Range;
 
@@ -26,15 +26,15 @@ pub fn distances(
         let beyond = seen.iter().filter(|&&p| !near(p)).count();
         earlier = slot - beyond;
         // The sinks beyond a window stand before everything that later memories hold.
-        let counted = |l: usize| rules[l].place == Place::Slots && rules[l].top_k == 0;
+        let counted = |l: usize| rules[l].position == PositionRule::InCache && rules[l].top_k == 0;
         let later: usize = (m + 1..rules.len()).filter(|&l| counted(l)).map(|l| residents[l].len()).sum();
         for (rank, &p) in seen.iter().enumerate() {
-            let distance = match rule.place {
-                Place::True => (query - p) as i64,
-                Place::Slots => (slot + if near(p) { 0 } else { later }) as i64 - rank as i64,
-                Place::Ceiling { distance } if !near(p) => distance as i64,
-                Place::Ceiling { .. } => (query - p) as i64,
-                Place::Fixed { distance } => distance as i64,
+            let distance = match rule.position {
+                PositionRule::Original => (query - p) as i64,
+                PositionRule::InCache => (slot + if near(p) { 0 } else { later }) as i64 - rank as i64,
+                PositionRule::Capped { distance } if !near(p) => distance as i64,
+                PositionRule::Capped { .. } => (query - p) as i64,
+                PositionRule::Fixed { distance } => distance as i64,
             };
             out.push((m, p, distance));
         }

@@ -1,7 +1,7 @@
 //! Per row and memory: positions of all keys and all queries of a chunk, for the path on which new tokens are read unstored.
 
 use super::view::{Keys, View};
-use super::{Always, Place, Rule};
+use super::{Always, PositionRule, Rule};
 use crate::block::table::Table;
 use crate::ids::Position;
 use crate::plan::{Part, Placing};
@@ -58,7 +58,7 @@ impl Source<'_> {
     /// Whether nothing has left, and no query misses a key before it.
     fn hides_nothing(&self) -> bool {
         let last = self.view(self.num_queries - 1);
-        let one_rule = matches!(self.rule.place, Place::True | Place::Slots);
+        let one_rule = matches!(self.rule.position, PositionRule::Original | PositionRule::InCache);
         let complete = self.keys.first_new == self.keys.residents.len() as u64;
         one_rule && self.later == 0 && complete && last.beyond == last.band
     }
@@ -66,8 +66,8 @@ impl Source<'_> {
     /// All keys in one part, so that a window that nothing has left yet is computed as if there were none.
     fn whole(&self) -> Option<Part> {
         let hi = self.keys.len();
-        let placed = match self.rule.place {
-            Place::Slots => self.by_index(0, hi),
+        let placed = match self.rule.position {
+            PositionRule::InCache => self.by_index(0, hi),
             _ => self.by_position(0, hi, Placing::Relative),
         };
         Some(self.part(0, hi, i64::MAX, 0, placed))
@@ -79,10 +79,10 @@ impl Source<'_> {
         if lo == hi {
             return None;
         }
-        let placed = match self.rule.place {
-            Place::True | Place::Ceiling { .. } => self.by_position(lo, hi, Placing::Relative),
-            Place::Fixed { distance } => self.by_position(lo, hi, Placing::Fixed(distance as i64)),
-            Place::Slots => self.by_index(lo, hi),
+        let placed = match self.rule.position {
+            PositionRule::Original | PositionRule::Capped { .. } => self.by_position(lo, hi, Placing::Relative),
+            PositionRule::Fixed { distance } => self.by_position(lo, hi, Placing::Fixed(distance as i64)),
+            PositionRule::InCache => self.by_index(lo, hi),
         };
         let near = self.rule.visible.and_then(|near| i64::try_from(near).ok()).unwrap_or(i64::MAX);
         Some(self.part(lo, hi, near, 0, placed))
@@ -98,12 +98,12 @@ impl Source<'_> {
             if lo >= hi.min(band) {
                 continue;
             }
-            let placed = match self.rule.place {
-                Place::True => self.by_position(lo, hi, Placing::Relative),
-                Place::Ceiling { distance } | Place::Fixed { distance } => {
+            let placed = match self.rule.position {
+                PositionRule::Original => self.by_position(lo, hi, Placing::Relative),
+                PositionRule::Capped { distance } | PositionRule::Fixed { distance } => {
                     self.by_position(lo, hi, Placing::Fixed(distance as i64))
                 }
-                Place::Slots => self.by_rank(lo, hi, rank),
+                PositionRule::InCache => self.by_rank(lo, hi, rank),
             };
             out.push(self.part(lo, hi, i64::MAX, far, placed));
             rank += hi - lo;

@@ -1,7 +1,7 @@
 //! Per query: runs of slots with one shift each, for the path on which new tokens are stored before they are read.
 
 use super::view::{Seen, View};
-use super::{Place, Rule};
+use super::{PositionRule, Rule};
 use crate::ids::{BlockId, Position, Run};
 use crate::plan::{Frame, Span};
 
@@ -67,17 +67,17 @@ impl Reader<'_> {
     }
 
     fn place(&self, piece: Piece, seen: &Seen, start: usize, out: &mut Vec<Span>) {
-        match (self.rule.place, self.frame) {
-            (Place::Fixed { distance }, _) => push(out, start, piece, distance as i64, false),
-            (Place::Ceiling { distance }, _) if seen.beyond => push(out, start, piece, distance as i64, false),
-            (Place::True | Place::Ceiling { .. }, Frame::Rotated) => push(out, start, piece, 0, false),
-            (Place::Slots, Frame::Raw) => {
+        match (self.rule.position, self.frame) {
+            (PositionRule::Fixed { distance }, _) => push(out, start, piece, distance as i64, false),
+            (PositionRule::Capped { distance }, _) if seen.beyond => push(out, start, piece, distance as i64, false),
+            (PositionRule::Original | PositionRule::Capped { .. }, Frame::Rotated) => push(out, start, piece, 0, false),
+            (PositionRule::InCache, Frame::Raw) => {
                 push(out, start, piece, self.by_slot(piece.lo, seen) + i64::from(piece.slot), true);
             }
-            (Place::Slots, Frame::Rotated) => self.each_contiguous(piece, |p| {
+            (PositionRule::InCache, Frame::Rotated) => self.each_contiguous(piece, |p| {
                 push(out, start, p, self.by_slot(p.lo, seen) - self.by_position(p.lo), false);
             }),
-            (Place::True | Place::Ceiling { .. }, Frame::Raw) => self.each_contiguous(piece, |p| {
+            (PositionRule::Original | PositionRule::Capped { .. }, Frame::Raw) => self.each_contiguous(piece, |p| {
                 push(out, start, p, self.by_position(p.lo) + i64::from(p.slot), true);
             }),
         }

@@ -1,17 +1,12 @@
-//! The control plane of one stream: what is resident where, and the plan of each forward.
-//!
-//! A forward is two-phase: [`Planner::begin`] reserves places and plans, [`Planner::commit`] makes it count. Until then
-//! [`Planner::rollback`], or simply the next `begin`, undoes it: a forward that died leaves nothing behind.
+//! What a planner knows, and the calls that rearrange it between forwards.
 
-mod check;
-mod pin;
-mod queries;
-mod render;
-mod row;
-mod sieve;
-pub mod spec;
-mod step;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use super::check;
+use super::early::Early;
+use super::open::Open;
+use super::row::{Row, RowState};
+use super::spec::{self, MemorySpec};
 use crate::block::pool::Pool;
 use crate::block::table::Edit;
 use crate::error::{Error, Result};
@@ -19,36 +14,23 @@ use crate::evict::Decision;
 use crate::ids::BLOCK;
 use crate::plan::{Frame, Move};
 use crate::position::Rule;
-pub use pin::Early;
-use row::Row;
-pub use sieve::Sieve;
-pub use spec::MemorySpec;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use step::Open;
-
-/// The state of one row, to be restored. Per memory, the residents' positions and scores.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct RowState {
-    pub seen: u64,
-    pub memories: Vec<(Vec<u64>, Vec<f32>)>,
-}
 
 /// One per stream. All layers of the model share its decisions.
 #[derive(Debug)]
 pub struct Planner {
-    memories: Vec<MemorySpec>,
-    rules: Vec<Rule>,
-    frame: Frame,
-    pool: Arc<Mutex<Pool>>,
-    rows: Vec<Row>,
-    columns: u64,
-    open: Option<Open>,
+    pub(super) memories: Vec<MemorySpec>,
+    pub(super) rules: Vec<Rule>,
+    pub(super) frame: Frame,
+    pub(super) pool: Arc<Mutex<Pool>>,
+    pub(super) rows: Vec<Row>,
+    pub(super) columns: u64,
+    pub(super) open: Option<Open>,
     /// What was pinned before there were rows.
-    early: Vec<Early>,
+    pub(super) early: Vec<Early>,
 }
 
 /// A pool is consistent between any two of its calls, so a panic elsewhere does not spoil it.
-fn lock(pool: &Mutex<Pool>) -> MutexGuard<'_, Pool> {
+pub(super) fn lock(pool: &Mutex<Pool>) -> MutexGuard<'_, Pool> {
     pool.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -271,11 +253,11 @@ impl Planner {
         Ok(())
     }
 
-    fn check_closed(&self, what: &'static str) -> Result<()> {
+    pub(super) fn check_closed(&self, what: &'static str) -> Result<()> {
         if self.open.is_some() { Err(Error::StepOpen { what }) } else { Ok(()) }
     }
 
-    fn check_rows(&self, got: usize) -> Result<()> {
+    pub(super) fn check_rows(&self, got: usize) -> Result<()> {
         let have = self.rows.len();
         if have == got { Ok(()) } else { Err(Error::RowMismatch { have, got }) }
     }
@@ -288,7 +270,7 @@ impl Drop for Planner {
 }
 
 /// Runs one rearrangement against the pool and returns its moves.
-fn edit(pool: &Mutex<Pool>, run: impl FnOnce(&mut Edit<'_>) -> Result<()>) -> Result<Vec<Move>> {
+pub(super) fn edit(pool: &Mutex<Pool>, run: impl FnOnce(&mut Edit<'_>) -> Result<()>) -> Result<Vec<Move>> {
     let mut pool = lock(pool);
     pool.mark_reach();
     let mut edit = Edit::new(&mut pool);
