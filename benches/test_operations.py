@@ -23,7 +23,7 @@ def rope(head_dim: int) -> LayerRope:
 
 def filled(shape: str, dtype: torch.dtype, length: int, frame: str) -> tuple[Any, Any, torch.Tensor, torch.Tensor]:
     _, heads, dim = SHAPES[shape]
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], frame)
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], frame)
     planner.restore(length, [(length, [(list(range(length)), [0.0] * length)])])
     k, v = (torch.randn(heads, length, dim).to(dtype) for _ in "kv")
     store = get("cpu").make_store(k[None], v[None])
@@ -32,7 +32,7 @@ def filled(shape: str, dtype: torch.dtype, length: int, frame: str) -> tuple[Any
 
 
 @pytest.mark.parametrize("length", [1024, 8192, 65536])
-@pytest.mark.parametrize("frame", ["rotated", "raw"])
+@pytest.mark.parametrize("frame", ["post_rope", "pre_rope"])
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("shape", list(SHAPES))
 def test_attend(benchmark: Any, shape: str, dtype: str, frame: str, length: int) -> None:
@@ -51,7 +51,7 @@ def test_attend(benchmark: Any, shape: str, dtype: str, frame: str, length: int)
 
     wide_k, wide_v = torch.cat([k, new[0]], 1).double(), torch.cat([v, new[0]], 1).double()
     wide_q = q[0].double()
-    if frame == "raw":
+    if frame == "pre_rope":
         wide_k, wide_q = rope(dim).rotate(wide_k, torch.arange(length + 1)), rope(dim).rotate(wide_q, torch.tensor([length]))
     group = heads // kv_heads
     logits = (wide_q.reshape(kv_heads, group, dim) @ wide_k.transpose(1, 2)) * dim**-0.5
@@ -97,7 +97,7 @@ def test_append(benchmark: Any, shape: str) -> None:
     rows = [np.ascontiguousarray(tokens[:, :, i : i + 1].numpy()) for i in range(4096)]
 
     def fill() -> tuple[Any, Any]:
-        planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+        planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
         store = get("cpu").make_store(tokens, tokens)
         for row in rows:
             store._core.append(row, row, planner.begin([1], 1, True, False))
@@ -112,7 +112,7 @@ def test_append(benchmark: Any, shape: str) -> None:
 @pytest.mark.parametrize("dtype", ["f32", "bf16"])
 def test_gather(benchmark: Any, dtype: str) -> None:
     """32,768 tokens of 8 heads of 128 read back, beside a copy of as many bytes."""
-    planner, store, k, v = filled("32/8/128", DTYPES[dtype], 32768, "rotated")
+    planner, store, k, v = filled("32/8/128", DTYPES[dtype], 32768, "post_rope")
     runs = planner.runs(0, 0)
     assert all(torch.equal(got, want) for got, want in zip(store.read(runs), (k, v)))
     medians = interleaved({"kvsieve": lambda: store.read(runs), "copy": lambda: (k.clone(), v.clone())})
@@ -127,7 +127,7 @@ def test_prefill(benchmark: Any, dtype: str, length: int) -> None:
     kind = DTYPES[dtype]
     q = torch.randn(1, heads, length, dim).to(kind)
     k, v = (torch.randn(1, kv_heads, length, dim).to(kind) for _ in "kv")
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
     step = planner.begin([length], length, False, True)
     backend = get("cpu")
     call = AttendCall(scale=dim**-0.5, rope=rope(dim))
@@ -148,7 +148,7 @@ def test_prefill(benchmark: Any, dtype: str, length: int) -> None:
 
 def test_compaction(benchmark: Any) -> None:
     """A score-based rule lets 64 of 1,088 tokens go: every kept key and value bit-identical, in one pass."""
-    planner = _core.Planner([{"retain": "surprisal", "budget": 1024, "sinks": 4, "recent": 64, "place": "slots"}], "raw")
+    planner = _core.Planner([_core.Memory(_core.Eviction.surprisal(1024, 4, 64), _core.PositionRule.in_cache())], "pre_rope")
     k = torch.randn(8, 1088, 128)
     store = get("cpu").make_store(k[None], k[None])
 

@@ -139,8 +139,8 @@ def packed_layer(dtype: torch.dtype, bits: tuple[int, int], frame: str, device: 
     """Packed, thinned out by moves, read back, decoded over: as the reference, to the last bit where numbers are stored."""
     size, heads, group = 32, 2, 2
     rope = LayerRope(10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size), "half")
-    memory = kvsieve.SirLLM(400, sinks=2, recent=8) if frame == "raw" else kvsieve.Full()
-    layers = [Layer(name, memory, rope=rope if frame == "raw" else None, scale=0.2) for name in ("cuda", "reference")]
+    memory = kvsieve.SirLLM(400, sinks=2, recent=8) if frame == "pre_rope" else kvsieve.Full()
+    layers = [Layer(name, memory, rope=rope if frame == "pre_rope" else None, scale=0.2) for name in ("cuda", "reference")]
     generator = torch.Generator().manual_seed(bits[0])
     q, k, v = (torch.randn(1, h, 330, size, generator=generator).to(dtype) for h in (heads * group, heads, heads))
     packing = Packing(20, *bits, 16)

@@ -5,19 +5,25 @@ from typing import Any, final
 import numpy as np
 import numpy.typing as npt
 
+BLOCK: int
 PACKED: int
 __version__: str
 __all__ = [
+    "BLOCK",
     "PACKED",
+    "Eviction",
+    "Memory",
     "Moves",
     "Part",
     "Planner",
+    "PositionRule",
     "Rope",
     "Sparse",
     "SparseState",
     "Step",
     "Store",
     "__version__",
+    "error_samples",
     "isa",
     "isa_levels",
     "keep_surprisal",
@@ -69,7 +75,7 @@ class Step:
     """The plan of one forward."""
 
     @property
-    def frame(self) -> str: ...
+    def stored_keys(self) -> str: ...
     @property
     def num_rows(self) -> int: ...
     @property
@@ -91,10 +97,42 @@ class Step:
     def parts(self) -> list[Part]: ...
 
 @final
+class Eviction:
+    """An eviction rule, in tokens."""
+
+    @staticmethod
+    def keep_all() -> Eviction: ...
+    @staticmethod
+    def window(sinks: int, window: int) -> Eviction: ...
+    @staticmethod
+    def surprisal(budget: int, sinks: int, recent: int, published: bool = False) -> Eviction: ...
+    @staticmethod
+    def own(budget: int, sinks: int, recent: int) -> Eviction: ...
+
+@final
+class PositionRule:
+    """At which distance a query sees a key."""
+
+    @staticmethod
+    def original() -> PositionRule: ...
+    @staticmethod
+    def in_cache() -> PositionRule: ...
+    @staticmethod
+    def capped(distance: int) -> PositionRule: ...
+    @staticmethod
+    def fixed(distance: int) -> PositionRule: ...
+
+@final
+class Memory:
+    """One memory of a chain."""
+
+    def __new__(cls, evict: Eviction, position: PositionRule, visible: int | None = None, top_k: int = 0) -> Memory: ...
+
+@final
 class Planner:
     """What is resident where, and the plan of each forward."""
 
-    def __new__(cls, memories: list[dict[str, Any]], frame: str) -> Planner: ...
+    def __new__(cls, memories: list[Memory], stored_keys: str) -> Planner: ...
     @property
     def num_rows(self) -> int: ...
     @property
@@ -303,5 +341,6 @@ def surprisal(
     logits: npt.NDArray[Any], ids: npt.NDArray[np.int64], dtype: str | None = None, threads: int = 1
 ) -> npt.NDArray[np.float32]: ...
 def top_k(scores: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]: ...
+def error_samples() -> list[tuple[str, BaseException]]: ...
 def isa() -> str: ...
 def isa_levels() -> list[str]: ...

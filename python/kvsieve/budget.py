@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 
+from kvsieve import _core
 from kvsieve.errors import BudgetError, PolicyError
 
 __all__ = ["BLOCK", "check_budget", "check_count", "parse_bytes", "tokens_for"]
 
-BLOCK = 64
+BLOCK: int = _core.BLOCK
 """Tokens in one block, the unit of allocation."""
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}

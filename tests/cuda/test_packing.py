@@ -34,7 +34,7 @@ def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
 
 @pytest.mark.parametrize("bits", [(0, 0), (4, 4), (2, 8), (8, 0)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("frame", ["rotated", "raw"])
+@pytest.mark.parametrize("frame", ["post_rope", "pre_rope"])
 def test_a_layer_equals_the_reference(bits: tuple[int, int], dtype: torch.dtype, frame: str) -> None:
     backend_cases.packed_layer(dtype, bits, frame, CPU)
 

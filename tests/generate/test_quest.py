@@ -376,4 +376,4 @@ def test_a_gpu_refuses_it_when_the_stream_opens() -> None:
     from kvsieve.backends.cuda.capabilities import CAPABILITIES
 
     with pytest.raises(BackendError, match="bounds"):
-        CAPABILITIES.check_selection(kvsieve.Quest().selection, "rotated", False)
+        CAPABILITIES.check_selection(kvsieve.Quest().selection, "post_rope", False)

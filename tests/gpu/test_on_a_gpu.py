@@ -134,7 +134,7 @@ def test_a_model_equals_the_reference(family: str, policy: str) -> None:
 
 @pytest.mark.parametrize("bits", [(0, 0), (4, 4), (2, 8), (8, 0)], ids=str)
 @pytest.mark.parametrize("dtype", list(backend_cases.TOLERANCE), ids=str)
-@pytest.mark.parametrize("frame", ["rotated", "raw"])
+@pytest.mark.parametrize("frame", ["post_rope", "pre_rope"])
 def test_a_packed_layer_equals_the_reference(bits: tuple[int, int], dtype: torch.dtype, frame: str) -> None:
     backend_cases.packed_layer(dtype, bits, frame, GPU)
 

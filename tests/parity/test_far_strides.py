@@ -60,7 +60,7 @@ def noise(seed: int, dtype: str, *shape: int) -> Any:
 
 
 def opened() -> Any:
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], "raw")
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "pre_rope")
     return planner, planner.begin([TOKENS] * ROWS, TOKENS, True, False)
 
 

@@ -68,7 +68,7 @@ def rung_inside(call: Callable[[], Any], finished: Callable[[], bool]) -> bool:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_attend_stops_at_a_signal(bell: None, threads: int) -> None:
     heads, dim, tokens = 8, 128, 48 << 10
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
     planner.restore(tokens, [(tokens, [(list(range(tokens)), [0.0] * tokens)])])
     store = _core.Store(heads, dim, dim, "float32")
     zeros = np.zeros((heads, tokens, dim), np.float32)
@@ -93,7 +93,7 @@ def test_attend_stops_at_a_signal(bell: None, threads: int) -> None:
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_sparse_chunk_stops_at_a_signal(bell: None, threads: int) -> None:
     heads, dim, tokens = 8, 128, 8192
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
     store = _core.Store(heads, dim, dim, "float32")
     ones = np.ones((1, heads, tokens, dim), np.float32)
     step = planner.begin([tokens], tokens, True, False)
@@ -146,7 +146,7 @@ def test_running_out_of_memory_changes_nothing() -> None:
     from kvsieve import _core
 
     heads, dim = 8, 128
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
     store = _core.Store(heads, dim, dim, "float32")
     few = np.random.default_rng(0).random((1, heads, 100, dim), np.float32)
     store.append(few, few, planner.begin([100], 100, True, False))
@@ -189,7 +189,7 @@ def test_without_addresses_to_spare_a_cache_takes_no_more_than_it_needs() -> Non
     from kvsieve import _core
 
     heads, dim = 8, 128
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
     store = _core.Store(heads, dim, dim, "float32")
     x = np.random.default_rng(0).random((1, heads, 100, dim), np.float32)
     step = planner.begin([100], 100, True, False)

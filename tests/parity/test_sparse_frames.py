@@ -46,8 +46,8 @@ INFINITE = {
     "refresh": [8, 4, 2],
     "query_block": 8,
 }
-TRUE = {"retain": "all", "place": "true"}
-SLOTS = {"retain": "manual", "place": "slots", "budget": 4096, "sinks": 0, "recent": 0}
+TRUE = _core.Memory(_core.Eviction.keep_all(), _core.PositionRule.original())
+SLOTS = _core.Memory(_core.Eviction.own(4096, 0, 0), _core.PositionRule.in_cache())
 
 Mode = Literal["stored", "placed", "relative", "consecutive"]
 
@@ -181,7 +181,7 @@ class Rows:
         rule = {**(HIP if kind == "hip" else INFINITE), **change}
         self.rows, self.heads, self.group, self.dim = shape
         self.sparse = getattr(_core.Sparse, kind)(**rule)
-        self.frame = "rotated" if mode == "stored" else "raw"
+        self.frame = "post_rope" if mode == "stored" else "pre_rope"
         self.planner = _core.Planner([spec], self.frame)
         self.store = _core.Store(self.heads, self.dim, self.dim, DTYPES[dtype])
         self.mode, self.dtype, self.rope, self.make, self.scale = mode, dtype, rope, make, self.dim**-0.5
@@ -198,7 +198,7 @@ class Rows:
         out, lse = torch.empty(self.rows, width, q.shape[1], self.dim, dtype=q.dtype), np.empty(q.shape[:3], np.float32)
         rope = None if self.rope is None else self.rope.core
         raw, relative_, consecutive = (
-            self.frame == "raw",
+            self.frame == "pre_rope",
             self.mode in ("relative", "consecutive"),
             self.mode == "consecutive",
         )
@@ -362,9 +362,9 @@ class TestOtherPlaces:
 
     def test_keys_at_one_distance(self) -> None:
         """LM-Infinite's sinks: whoever looks sees them there, so a search scores them there for single queries."""
-        spec = {"retain": "window", "place": "ceiling", "distance": 40, "sinks": 3, "window": 40, "visible": 40}
+        spec = _core.Memory(_core.Eviction.window(3, 40), _core.PositionRule.capped(40), visible=40)
         rope, g = model_rope(random.Random(3), 16), torch.Generator().manual_seed(0)
-        planner, store = _core.Planner([spec], "raw"), _core.Store(1, 16, 16, "float32")
+        planner, store = _core.Planner([spec], "pre_rope"), _core.Store(1, 16, 16, "float32")
         sparse = _core.Sparse.hip(**{**HIP, "budget": 512, "sinks": 0})
         for width in (60, 1, 1):
             q, k, v = normal(g, 1, 2, width, 16), normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16)
@@ -391,8 +391,11 @@ class TestOtherPlaces:
             sparse.attend(store, view(q), step, 1.0, None, None, view(torch.empty(1, width, 4, 16)))
 
     def test_a_chain(self) -> None:
-        specs = [{"retain": "manual", "budget": 10, "place": "slots"}, {"retain": "all", "place": "slots"}]
-        planner, store, g = _core.Planner(specs, "raw"), _core.Store(1, 16, 16, "float32"), torch.Generator().manual_seed(0)
+        specs = [
+            _core.Memory(_core.Eviction.own(10, 0, 0), _core.PositionRule.in_cache()),
+            _core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache()),
+        ]
+        planner, store, g = _core.Planner(specs, "pre_rope"), _core.Store(1, 16, 16, "float32"), torch.Generator().manual_seed(0)
         sparse, rope = _core.Sparse.hip(**HIP), model_rope(random.Random(0), 16)
         for width in (70, 1):
             q, k, v = normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16)
@@ -408,9 +411,9 @@ class TestOtherPlaces:
     @pytest.mark.parametrize(
         ("frame", "change", "match"),
         [
-            ("rotated", (True, False), "has rotated"),
-            ("rotated", (False, True), "has rotated"),
-            ("raw", (False, True), "score it as relative"),
+            ("post_rope", (True, False), "has rotated"),
+            ("post_rope", (False, True), "has rotated"),
+            ("pre_rope", (False, True), "score it as relative"),
         ],
     )
     def test_what_does_not_go_together(self, frame: str, change: tuple[bool, bool], match: str) -> None:
@@ -423,7 +426,7 @@ class TestOtherPlaces:
 
     @pytest.mark.parametrize("relative_", [False, True])
     def test_a_rotation_wider_than_the_keys(self, relative_: bool) -> None:
-        planner, store, g = _core.Planner([TRUE], "raw"), _core.Store(1, 16, 16, "float32"), torch.Generator().manual_seed(0)
+        planner, store, g = _core.Planner([TRUE], "pre_rope"), _core.Store(1, 16, 16, "float32"), torch.Generator().manual_seed(0)
         q = normal(g, 1, 1, 99, 16)
         step = planner.begin([99], 99, True, False)
         store.append(view(q), view(q), step)

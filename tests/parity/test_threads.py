@@ -31,8 +31,8 @@ def elements(seed: int, dtype: str, *shape: int) -> Any:
 class Layer:
     """A store with ``tokens`` tokens, and a step that adds ``queries``."""
 
-    def __init__(self, tokens: int, queries: int = 1, dtype: str = "float32", frame: str = "rotated") -> None:
-        self.planner = _core.Planner([{"retain": "all", "place": "slots"}], frame)
+    def __init__(self, tokens: int, queries: int = 1, dtype: str = "float32", frame: str = "post_rope") -> None:
+        self.planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], frame)
         self.planner.restore(tokens, [(tokens, [(list(range(tokens)), [0.0] * tokens)])])
         self.runs = tuple(np.array(column) for column in zip(*self.planner.runs(0, 0)))
         self.store = _core.Store(KV_HEADS, DIM, DIM, dtype)
@@ -51,7 +51,7 @@ class Layer:
         return np.concatenate([out.view(np.uint8).ravel(), lse.view(np.uint8).ravel()])
 
 
-@pytest.mark.parametrize("frame", ["rotated", "raw"])
+@pytest.mark.parametrize("frame", ["post_rope", "pre_rope"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_the_number_of_threads_changes_no_bit(dtype: str, frame: str) -> None:
     layer = Layer(13_000, 3, dtype, frame)
@@ -84,7 +84,7 @@ import multiprocessing, os, signal, sys
 import numpy as np
 from kvsieve import _core
 
-planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
 planner.restore(20_000, [(20_000, [(list(range(20_000)), [0.0] * 20_000)])])
 runs = [np.array(column) for column in zip(*planner.runs(0, 0))]
 x = np.random.default_rng(0).standard_normal((3, 20_000, 64), np.float32)
@@ -292,7 +292,7 @@ def test_others_run_while_tokens_are_stored_and_gathered() -> None:
     assert releases(lambda: layer.store.write(*layer.runs, layer.k, layer.v))
     assert releases(lambda: layer.store.gather(*layer.runs, k, v))
     np.testing.assert_array_equal(k, layer.k)
-    planner = _core.Planner([{"retain": "all", "place": "slots"}], "rotated")
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
     step, store = planner.begin([60_000], 60_000, True, False), _core.Store(KV_HEADS, DIM, DIM, "float32")
     assert releases(lambda: store.append(layer.k[None], layer.v[None], step))
 

@@ -107,7 +107,7 @@ def test_what_cannot_be_held_is_refused_with_what_to_do(change: dict[str, Any], 
 def test_an_unknown_rule_is_refused() -> None:
     rule: Any = SimpleNamespace(kind="best", page_bounds=False)
     with pytest.raises(BackendError, match="selects by hip, infinite, not by 'best'"):
-        capabilities("cpu").check_selection(rule, "rotated", False)
+        capabilities("cpu").check_selection(rule, "post_rope", False)
 
 
 def test_a_stream_asks_when_it_opens() -> None:

@@ -10,7 +10,7 @@ import pytest
 import tiny
 import torch
 from drive import forward
-from kvsieve import backends
+from kvsieve import _core, backends
 from kvsieve._core import Planner
 from kvsieve.backends.attention_scores import attention_scores
 from kvsieve.backends.base import AttendCall
@@ -152,7 +152,7 @@ def test_stores_agree_about_mass_and_permute(dtype: torch.dtype, backend: str) -
     sinks = torch.randn(6, generator=generator)
     call = AttendCall(scale=0.4, softcap=8.0, sink_logits=sinks)
     wants_parts = backend == "reference"
-    planner = Planner([{"retain": "manual", "budget": 500, "place": "true"}], "rotated")
+    planner = Planner([_core.Memory(_core.Eviction.own(500, 0, 0), _core.PositionRule.original())], "post_rope")
     store: Any = None
     held: list[list[torch.Tensor]] = [[torch.zeros(2, 0, 16), torch.zeros(2, 0, 12)] for _ in range(2)]
     for width, lens in ((40, [40, 25]), (1, [1, 1]), (5, [5, 3]), (1, [1, 0]), (30, [30, 30])):

@@ -100,7 +100,7 @@ def rotate_part(
     q_at, k_at = (_long(p, q.device) for p in (part.query_positions(), part.key_positions()))
     if part.fixed is not None:
         return rope.rotate(q, torch.full_like(q_at, part.fixed)), rope.rotate(k, torch.zeros_like(k_at))
-    if frame == "rotated":
+    if frame == "post_rope":
         q_at, k_at = q_at - _long(part.query_true(), q.device), k_at - _long(part.key_true(), q.device)
         return rope.rotate(q, q_at, factor=False), rope.rotate(k, k_at, factor=False)
     return rope.rotate(q, q_at), rope.rotate(k, k_at)

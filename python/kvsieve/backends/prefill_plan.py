@@ -52,7 +52,7 @@ class PrefillPlan:
         q_at, k_at = torch.from_numpy(part.query_positions()), torch.from_numpy(part.key_positions())
         if part.fixed is not None:
             q_at, k_at = torch.full_like(q_at, part.fixed), torch.zeros_like(k_at)
-        elif frame == "rotated":
+        elif frame == "post_rope":
             q_at, k_at = q_at - torch.from_numpy(part.query_true()), k_at - torch.from_numpy(part.key_true())
             if not q_at.any() and not k_at.any():
                 return None
@@ -62,7 +62,7 @@ class PrefillPlan:
         at = self.positions(frame)
         if at is None:
             return None
-        scaled = frame == "raw"
+        scaled = frame == "pre_rope"
         return rope.table(at[0], torch.float32, factor=scaled), rope.table(at[1], torch.float32, factor=scaled)
 
     def band_list(self) -> list[tuple[slice, slice, torch.Tensor | None]]:

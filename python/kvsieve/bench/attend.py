@@ -19,7 +19,6 @@ from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, figure, inte
 from kvsieve.bench.options import DTYPES, Options, Shape
 from kvsieve.bench.report import TOLERANCE, Report, check
 from kvsieve.facts import LayerRope
-from kvsieve.policy.specs import core_frame
 
 __all__ = ["run"]
 
@@ -83,7 +82,8 @@ class Case:
         held = list(range(length - 1))
         steps, runs = {}, []
         for stored_keys in ("post_rope", "pre_rope"):
-            planner = _core.Planner([{"retain": "all", "place": "slots"}], core_frame(stored_keys))
+            memory = _core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())
+            planner = _core.Planner([memory], stored_keys)
             planner.restore(length - 1, [(length - 1, [(held, [0.0] * len(held))])])
             runs = planner.runs(0, 0)
             steps[stored_keys] = planner.begin([1], 1, True, False)

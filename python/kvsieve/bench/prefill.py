@@ -121,7 +121,7 @@ class Case:
         for part in step.parts():
             lo, hi = part.new_range
             q, k, v = (x[0].double() for x in self.chunk)
-            q, k = rotate_part(q, k[:, lo:hi], part, step.frame, call.rope)
+            q, k = rotate_part(q, k[:, lo:hi], part, step.stored_keys, call.rope)
             at = torch.from_numpy(part.query_true())[self.rows]
             distance = at[:, None] - torch.from_numpy(part.key_true())[None, :]
             visible = (distance >= 0) & (distance >= part.far)

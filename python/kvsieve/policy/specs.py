@@ -1,14 +1,14 @@
-"""What a policy hands to the Rust core, and the only place where its words become the core's."""
+"""What a policy hands to the Rust core, which has the same words."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from kvsieve._core import Planner
+from kvsieve._core import Eviction, Memory, Planner, PositionRule
 
-__all__ = ["EvictionSpec", "MemorySpec", "PositionSpec", "StoredKeys", "core_frame", "make_planner", "to_core"]
+__all__ = ["EvictionSpec", "MemorySpec", "PositionSpec", "StoredKeys", "make_planner", "to_core"]
 
 StoredKeys = Literal["post_rope", "pre_rope"]
 """Whether keys are stored as the model rotated them, or as they were before."""
@@ -56,33 +56,30 @@ class MemorySpec:
     top_k: int = 0
 
 
-_RULES = {"keep_all": "all", "window": "window", "surprisal": "surprisal", "own": "manual"}
-_POSITIONS = {"original": "true", "in_cache": "slots", "capped": "ceiling", "fixed": "fixed"}
-_FRAMES = {"post_rope": "rotated", "pre_rope": "raw"}
+def to_core(spec: MemorySpec) -> Memory:
+    """``spec`` for the core."""
+    return Memory(_eviction(spec.evict), _position(spec.position), spec.evict.visible or None, spec.top_k)
 
 
-def to_core(spec: MemorySpec) -> dict[str, Any]:
-    """``spec`` in the core's words."""
-    evict, position = spec.evict, spec.position
-    return {
-        "retain": _RULES[evict.rule],
-        "budget": evict.budget,
-        "sinks": evict.sinks,
-        "recent": evict.recent,
-        "window": evict.window,
-        "published": evict.published,
-        "visible": evict.visible or None,
-        "place": _POSITIONS[position.rule],
-        "distance": position.distance,
-        "top_k": spec.top_k,
-    }
+def _eviction(spec: EvictionSpec) -> Eviction:
+    if spec.rule == "keep_all":
+        return Eviction.keep_all()
+    if spec.rule == "window":
+        return Eviction.window(spec.sinks, spec.window)
+    if spec.rule == "surprisal":
+        return Eviction.surprisal(spec.budget, spec.sinks, spec.recent, spec.published)
+    return Eviction.own(spec.budget, spec.sinks, spec.recent)
 
 
-def core_frame(stored_keys: str) -> str:
-    """How keys are stored, in the core's words."""
-    return _FRAMES[stored_keys]
+def _position(spec: PositionSpec) -> PositionRule:
+    if spec.rule == "original":
+        return PositionRule.original()
+    if spec.rule == "in_cache":
+        return PositionRule.in_cache()
+    distance = spec.distance or 0
+    return PositionRule.capped(distance) if spec.rule == "capped" else PositionRule.fixed(distance)
 
 
 def make_planner(specs: Sequence[MemorySpec], stored_keys: str) -> Planner:
     """The core's planner of a stream whose memories are ``specs``."""
-    return Planner([to_core(spec) for spec in specs], core_frame(stored_keys))
+    return Planner([to_core(spec) for spec in specs], stored_keys)

@@ -10,11 +10,13 @@ use std::time::Duration;
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use half::{bf16, f16};
 use kvsieve_core::ids::{BlockId, PACKED, Run};
-use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, Layout, Rope, SpanTrig, View, attend, isa::isa};
+use kvsieve_core::kernels::{Attend, SpanTrig, attend, isa::isa};
 use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
-use kvsieve_core::store::arena::Arena;
-use kvsieve_core::store::packed::{Channels, Chosen, Packing};
+use kvsieve_core::rope::{Layout, Rope};
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::storage::packed::{Channels, Chosen, Packing};
+use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 
 struct Noise(u64);
 
@@ -106,6 +108,18 @@ impl How {
         if matches!(self, How::Plain) { 0 } else { PACKED }
     }
 
+    /// What a query reads of the `copy`-th context, of so many blocks.
+    fn context(self, copy: usize, num_blocks: usize) -> Spans {
+        let (blocks, raw) = (copy * num_blocks..(copy + 1) * num_blocks, self.is_raw());
+        let end = blocks.end;
+        let span = |b: usize| {
+            let shift = if raw { 64 * (end - b) as i64 } else { 0 };
+            Span { block: BlockId(self.first() + b as u32), lo: 0, hi: 64, shift, rotate_keys: raw }
+        };
+        let spans: Vec<Span> = blocks.map(span).collect();
+        Spans { num_rows: 1, num_queries: 1, starts: vec![0, spans.len() as u32], spans }
+    }
+
     /// Fills so many blocks with these tokens.
     fn fill(self, arena: &mut Arena, blocks: usize, keys: Elems<'_>, values: Elems<'_>) {
         let run = |block: usize| [Run { block: BlockId(block as u32), lo: 0, hi: 64 }];
@@ -149,19 +163,7 @@ fn decode(c: &mut Criterion) {
                 let token_bytes = arena.packed().map_or(arena.token_bytes(), |packed| packed.token_bytes());
                 let inv_freq = (0..dim / 2).map(|i| 1e4f64.powf(-2.0 * i as f64 / dim as f64)).collect();
                 let rope = Arc::new(Rope::new(inv_freq, Layout::Half, 1.0).expect("a rope"));
-                let spans: Vec<Spans> = (0..copies)
-                    .map(|copy| {
-                        let blocks = copy * tokens / 64..(copy + 1) * tokens / 64;
-                        let (first, raw) = (how.first(), how.is_raw());
-                        let end = blocks.end;
-                        let span = |b: usize| {
-                            let shift = if raw { 64 * (end - b) as i64 } else { 0 };
-                            Span { block: BlockId(first + b as u32), lo: 0, hi: 64, shift, rotate_keys: raw }
-                        };
-                        let spans: Vec<Span> = blocks.map(span).collect();
-                        Spans { num_rows: 1, num_queries: 1, starts: vec![0, spans.len() as u32], spans }
-                    })
-                    .collect();
+                let spans: Vec<Spans> = (0..copies).map(|copy| how.context(copy, tokens / 64)).collect();
                 let trigs: Vec<SpanTrig> = spans.iter().map(|spans| SpanTrig::new(spans, &rope)).collect();
                 let q = noise.elems(heads * dim, dtype);
                 let q = View::contiguous("q", elems(&q, dtype), [1, heads, 1, dim]).expect("a view");

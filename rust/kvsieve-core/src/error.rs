@@ -1,7 +1,7 @@
 //! One error enum whose variants carry the numbers. Each maps to one Python class.
 
+/// The bindings match all variants, so that a new one does not compile before it has its class.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
-#[non_exhaustive]
 pub enum Error {
     #[error("a budget of {budget} tokens cannot hold {sinks} sinks and {recent} recent tokens; give it at least {}", sinks + recent)]
     BudgetTooSmall { budget: u64, sinks: u64, recent: u64 },
@@ -37,3 +37,34 @@ pub enum Error {
 }
 
 pub type Result<T> = std::result::Result<T, Error>;
+
+impl Error {
+    /// One of each variant, with the variant's name: for tests of what is made of them.
+    pub fn samples() -> Vec<(&'static str, Error)> {
+        macro_rules! samples {
+            ($($name:ident $fields:tt),* $(,)?) => {{
+                // A variant that is not in the list does not compile.
+                let _all = |error: &Error| match error {
+                    $(Error::$name { .. } => (),)*
+                };
+                vec![$((stringify!($name), Error::$name $fields)),*]
+            }};
+        }
+        let (what, got) = ("what", || "got".to_string());
+        samples![
+            BudgetTooSmall { budget: 1, sinks: 2, recent: 3 },
+            OutOfRange { what, expected: "expected", got: got() },
+            RowMismatch { have: 1, got: 2 },
+            PinsTooMany { row: 0, budget: 1, sinks: 2, recent: 3, pinned: 4 },
+            PinsGone { row: 0, what: got() },
+            CropTooLong { row: 0, asked: 2, seen: 1 },
+            NoStep { what },
+            StepOpen { what },
+            Shape { what, expected: got(), got: got() },
+            OutOfMemory { bytes: 1 },
+            BadBlock { block: 1, have: 0 },
+            Interrupted {},
+            Unsupported { 0: what },
+        ]
+    }
+}

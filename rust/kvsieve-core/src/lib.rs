@@ -1,14 +1,17 @@
 //! kvsieve's core: positions, blocks, budgets, plans and kernels. No Python in here, and no tensor library.
 //!
 //! # Map
-//! * [`ids`], [`error`], [`budget`], [`pins`]: newtypes, the one error enum, counts (never ratios), positions that stay.
-//! * [`fork`]: locks that a forked process finds open, and what they guard whole.
-//! * [`store`]: block pool and tables: which token sits where.
-//! * [`retain`], [`place`], [`select`]: which residents stay; at which distance a query sees them; which of them it reads.
+//! From the ground up; a module imports from those above it in this list only (`tests/layout.rs` holds them to it).
+//! * [`error`], [`ids`], [`budget`], [`pins`], [`fork`]: the one error enum, newtypes, counts (never ratios), positions that stay, locks
+//!   that a forked process finds open.
+//! * [`tensor`], [`rope`], [`rank`], [`plan`]: borrowed tensors, rotary angles, order of scores, the plain structs that cross from the
+//!   control plane to the kernels.
+//! * [`block`]: block pool and tables: which token sits where. Integers only.
+//! * [`storage`]: the bytes of the blocks.
+//! * [`evict`], [`position`], [`select`]: which residents stay; at which distance a query sees them; which of them it reads.
 //! * [`planner`]: the control plane of one stream; makes a [`plan::Step`] once per forward.
-//! * [`plan`]: the plain structs that cross from the control plane to the kernels.
 //! * [`kernels`]: one operation a file; everything that touches keys, values and queries.
-//! * [`mod@reference`]: the naive twin of the kernels and of retain; tests compare against it.
+//! * [`mod@reference`]: the naive twin of the kernels; tests compare against it.
 //!
 //! # Glossary
 //! *position*: number of a token in its sequence. *slot*: place of a token in a block. *resident*: a token whose key and value are
@@ -22,18 +25,22 @@
 //! 4. `budget_holds_after_retain`: after retain ran, residents <= budget; sinks, recent and pinned tokens are in every keep.
 //! 5. `slot_is_written_once`: a slot is written once by append; after that it is only moved, or packed whole.
 
+pub mod block;
 pub mod budget;
 pub mod error;
+pub mod evict;
 pub mod fork;
 pub mod ids;
 pub mod kernels;
 pub mod pins;
-pub mod place;
 pub mod plan;
 pub mod planner;
+pub mod position;
+pub mod rank;
 pub mod reference;
-pub mod retain;
+pub mod rope;
 pub mod select;
-pub mod store;
+pub mod storage;
+pub mod tensor;
 
 pub use error::{Error, Result};

@@ -1,9 +1,9 @@
 //! The naive twin of the kernels, in `f64`, one key after another. Slow and obvious: tests hold the kernels against it.
 
-use crate::kernels::rotate::widen;
-use crate::kernels::{Dtype, Layout, Rope, View};
 use crate::plan::Spans;
-use crate::store::arena::Arena;
+use crate::rope::{Layout, Rope};
+use crate::storage::arena::Arena;
+use crate::tensor::{Dtype, View, widen};
 use crate::{Error, Result};
 
 /// What [`attend`] returns.
@@ -115,7 +115,7 @@ pub fn surprisal(logits: &[f64], id: usize) -> f64 {
     log_sum_exp(logits) - logits[id]
 }
 
-/// See [`crate::kernels::topk`].
+/// See [`crate::rank`].
 pub fn top_k(scores: &[f32], k: usize) -> Vec<i64> {
     let mut order: Vec<usize> = (0..scores.len()).collect();
     let value = |i: usize| {

@@ -6,9 +6,10 @@ mod data;
 use data::{DTYPES, Data, Noise, filled, off, span, tolerance, widen};
 use kvsieve_core::Error;
 use kvsieve_core::kernels::isa::levels;
-use kvsieve_core::kernels::{Attend, Dtype, Level, attend_apart, attend_unless};
+use kvsieve_core::kernels::{Attend, Level, attend_apart, attend_unless};
 use kvsieve_core::plan::{Span, Spans};
 use kvsieve_core::reference;
+use kvsieve_core::tensor::Dtype;
 
 /// Spans of at most `most` slots each, in any order.
 fn scattered(noise: &mut Noise, blocks: usize, count: usize, most: usize) -> Vec<Span> {

@@ -6,15 +6,16 @@
 use half::{bf16, f16};
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
+use kvsieve_core::kernels::Level;
 use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
-use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Level, View};
 use kvsieve_core::select::Representative;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
 use kvsieve_core::select::kept::{Choice, Rule, Search};
-use kvsieve_core::store::arena::Arena;
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 
 struct Noise(u64);
 

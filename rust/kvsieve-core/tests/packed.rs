@@ -9,11 +9,13 @@ use data::*;
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, PACKED, Run};
 use kvsieve_core::kernels::isa::levels;
-use kvsieve_core::kernels::{Attend, Dtype, Layout, Level, Rope, SpanTrig};
+use kvsieve_core::kernels::{Attend, Level, SpanTrig};
 use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
-use kvsieve_core::store::arena::Arena;
-use kvsieve_core::store::packed::{Channels, Chosen, Packing};
+use kvsieve_core::rope::{Layout, Rope};
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::storage::packed::{Channels, Chosen, Packing};
+use kvsieve_core::tensor::Dtype;
 
 fn packed(n: u32) -> BlockId {
     BlockId(PACKED + n)
@@ -127,6 +129,22 @@ fn packed_tokens_are_the_tokens_within_half_a_step() {
     }
 }
 
+/// Packs two rows of four blocks, each with channels of its own. Returns all blocks to read: plain ones, then these.
+fn pack_rows(arena: &mut Arena, mut channels: impl FnMut() -> Channels) -> Vec<u32> {
+    let mut blocks: Vec<u32> = (0..12).collect();
+    for row in 0..2u32 {
+        let moves: Vec<Move> = (0..4)
+            .map(|b| {
+                let from = BlockId(row * 4 + b);
+                Move { from, from_slot: 0, to: packed(row * 4 + b), to_slot: 0, len: 64 }
+            })
+            .collect();
+        arena.pack(&moves, &Chosen::New(Arc::new(channels()))).unwrap();
+        blocks.extend(moves.iter().map(|m| m.to.0));
+    }
+    blocks
+}
+
 #[test]
 fn attend_reads_packed_blocks_in_place() {
     let mut noise = Noise(0x51ed);
@@ -149,19 +167,8 @@ fn attend_reads_packed_blocks_in_place() {
         let shared = shared[noise.below(shared.len())];
         let mut arena = filled(&mut noise, kv_heads, (dim, dim), dtype, 12);
         arena.set_packing(Packing { key_kept: kept, key_bits, value_bits, group: shared }).unwrap();
-        // Two rows, each with channels of its own.
-        let mut blocks: Vec<u32> = (0..12).collect();
-        for row in 0..2u32 {
-            let channels = Arc::new(choose(&mut noise, kv_heads, dim, kept, rotates.then_some(&*rope)));
-            let moves: Vec<Move> = (0..4)
-                .map(|b| {
-                    let from = BlockId(row * 4 + b);
-                    Move { from, from_slot: 0, to: packed(row * 4 + b), to_slot: 0, len: 64 }
-                })
-                .collect();
-            arena.pack(&moves, &Chosen::New(channels)).unwrap();
-            blocks.extend(moves.iter().map(|m| m.to.0));
-        }
+        let chosen = || choose(&mut noise, kv_heads, dim, kept, rotates.then_some(&*rope));
+        let blocks = pack_rows(&mut arena, chosen);
         let mut spans = Spans { num_rows: rows, num_queries: 1, starts: vec![0], spans: Vec::new() };
         for _ in 0..rows {
             for _ in 0..noise.below(30) {
@@ -352,7 +359,7 @@ fn a_group_that_halves_cannot_hold_is_nan() {
     let mut keys = vec![0.5f32; 64 * 16];
     (keys[3], keys[16 * 40 + 5], keys[16 * 41 + 6]) = (f32::NAN, 1e30, f32::INFINITY);
     let run = [Run { block: BlockId(0), lo: 0, hi: 64 }];
-    let elems = kvsieve_core::kernels::Elems::F32(&keys);
+    let elems = kvsieve_core::tensor::Elems::F32(&keys);
     arena.write(&run, elems, elems).unwrap();
     arena.set_packing(Packing { key_kept: 16, key_bits: 4, value_bits: 4, group: 16 }).unwrap();
     let channels = Arc::new(Channels::new(&(0..16).collect::<Vec<i64>>(), &[0], 16).unwrap());

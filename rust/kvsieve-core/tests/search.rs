@@ -9,18 +9,20 @@ use std::sync::Arc;
 use half::{bf16, f16};
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, PACKED, Run};
+use kvsieve_core::kernels::Level;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::search::{Method, QueryBlock, Search, Shown, Turn, search, search_unless};
 use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
-use kvsieve_core::kernels::{Dtype, Elems, ElemsMut, Layout, Level, Rope, View};
 use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
+use kvsieve_core::rope::{Layout, Rope};
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
 use kvsieve_core::select::kept::{Choice, Rule, Search as Chooses};
 use kvsieve_core::select::{Chosen, Representative, Score};
-use kvsieve_core::store::arena::Arena;
-use kvsieve_core::store::packed::{Channels, Chosen as Keep, Packing};
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::storage::packed::{Channels, Chosen as Keep, Packing};
+use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 
 struct Noise(u64);
 

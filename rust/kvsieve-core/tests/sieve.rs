@@ -5,11 +5,11 @@ mod common;
 use common::{manual, memory, slots, window};
 use kvsieve_core::error::Error;
 use kvsieve_core::ids::{BlockId, Run};
-use kvsieve_core::kernels::view::{Dtype, Elems, View};
-use kvsieve_core::place::Place;
 use kvsieve_core::plan::{Frame, Move, Step};
 use kvsieve_core::planner::Planner;
-use kvsieve_core::store::arena::Arena;
+use kvsieve_core::position::PositionRule;
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::tensor::{Dtype, Elems, View};
 use proptest::prelude::*;
 use std::collections::HashMap;
 
@@ -18,7 +18,7 @@ const BUDGET: usize = 90;
 type Token = u64;
 
 fn sieving(total: usize) -> Planner {
-    Planner::new(vec![memory(manual(total, 0, 0), Place::True)], Frame::Rotated).unwrap()
+    Planner::new(vec![memory(manual(total, 0, 0), PositionRule::Original)], Frame::Rotated).unwrap()
 }
 
 /// Which token each head has in each slot.
@@ -221,11 +221,11 @@ proptest! {
 
 #[test]
 fn what_cannot_be_chosen_per_head_is_refused() {
-    let place = Place::True;
+    let position = PositionRule::Original;
     let chains = [
-        vec![memory(manual(40, 0, 0), place), memory(window(0, 20), place)],
-        vec![memory(window(0, 20), place)],
-        vec![memory(manual(40, 0, 0), Place::Ceiling { distance: 9 })],
+        vec![memory(manual(40, 0, 0), position), memory(window(0, 20), position)],
+        vec![memory(window(0, 20), position)],
+        vec![memory(manual(40, 0, 0), PositionRule::Capped { distance: 9 })],
     ];
     for memories in chains {
         let mut planner = Planner::new(memories, Frame::Raw).unwrap();

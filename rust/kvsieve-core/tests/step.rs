@@ -4,11 +4,11 @@ mod common;
 
 use common::{Store, chains, manual, memory, planner, surprisal, window};
 use kvsieve_core::Error;
+use kvsieve_core::evict::Eviction;
 use kvsieve_core::ids::Run;
-use kvsieve_core::place::Place;
 use kvsieve_core::plan::Frame;
 use kvsieve_core::planner::{MemorySpec, Planner, RowState};
-use kvsieve_core::retain::Retain;
+use kvsieve_core::position::PositionRule;
 
 fn feed(planner: &mut Planner, lens: &[usize]) {
     planner.begin(lens, *lens.iter().max().unwrap(), true, false).unwrap();
@@ -16,7 +16,7 @@ fn feed(planner: &mut Planner, lens: &[usize]) {
 }
 
 fn all() -> Planner {
-    planner((Frame::Rotated, vec![memory(Retain::All, Place::True)]))
+    planner((Frame::Rotated, vec![memory(Eviction::KeepAll, PositionRule::Original)]))
 }
 
 type Snapshot = (usize, u64, u32, Vec<bool>, Vec<(Vec<Run>, Vec<u64>)>);
@@ -67,7 +67,7 @@ fn a_fork_that_leaves_meanwhile_does_not_break_the_way_back() {
 
 #[test]
 fn a_lone_window_stores_only_what_survives() {
-    let mut planner = planner((Frame::Rotated, vec![memory(window(4, 10), Place::True)]));
+    let mut planner = planner((Frame::Rotated, vec![memory(window(4, 10), PositionRule::Original)]));
     let step = planner.begin(&[1000, 12], 1000, false, false).unwrap();
     assert!(step.spans.is_none() && !step.parts.is_empty());
     planner.commit().unwrap();
@@ -117,7 +117,7 @@ fn restore_takes_up_where_a_stream_was() {
 
 #[test]
 fn pending_tokens_outlive_a_settle() {
-    let mut planner = planner((Frame::Raw, vec![memory(surprisal(4, 1, 0, false), Place::Slots)]));
+    let mut planner = planner((Frame::Raw, vec![memory(surprisal(4, 1, 0, false), PositionRule::InCache)]));
     feed(&mut planner, &[6]);
     planner.set_scores(0, &[5., 4., 3., 2., 1., f32::NAN]).unwrap();
     planner.settle(true).unwrap();
@@ -129,7 +129,7 @@ fn pending_tokens_outlive_a_settle() {
 
 #[test]
 fn mistakes_are_errors() {
-    let mut planner = planner((Frame::Raw, vec![memory(manual(6, 1, 2), Place::Slots)]));
+    let mut planner = planner((Frame::Raw, vec![memory(manual(6, 1, 2), PositionRule::InCache)]));
     assert!(planner.begin(&[], 1, true, false).is_err());
     assert!(planner.begin(&[3], 2, true, false).is_err());
     assert_eq!(planner.commit(), Err(Error::NoStep { what: "commit" }));
@@ -154,16 +154,19 @@ fn mistakes_are_errors() {
 fn chains_that_cannot_be_right() {
     let new = |frame, memories: Vec<MemorySpec>| Planner::new(memories, frame).err();
     let unsupported = |e: Option<Error>| matches!(e, Some(Error::Unsupported(_)));
-    let all = |place| memory(Retain::All, place);
+    let all = |place| memory(Eviction::KeepAll, place);
     assert!(matches!(new(Frame::Raw, vec![]), Some(Error::OutOfRange { what: "memories", .. })));
-    assert!(unsupported(new(Frame::Rotated, vec![all(Place::Fixed { distance: 4 })])));
-    assert!(unsupported(new(Frame::Rotated, vec![all(Place::Ceiling { distance: 4 })])));
-    assert!(unsupported(new(Frame::Rotated, vec![memory(surprisal(9, 1, 1, false), Place::Slots)])));
-    assert!(unsupported(new(Frame::Raw, vec![MemorySpec { top_k: 3, ..all(Place::True) }])));
-    assert!(matches!(new(Frame::Raw, vec![memory(window(1, 0), Place::True)]), Some(Error::OutOfRange { .. })));
-    assert!(new(Frame::Raw, vec![MemorySpec { visible: Some(0), ..all(Place::True) }]).is_some());
-    assert!(new(Frame::Raw, vec![all(Place::Fixed { distance: u64::MAX })]).is_some());
-    let small = new(Frame::Raw, vec![memory(surprisal(3, 2, 2, false), Place::True)]);
+    assert!(unsupported(new(Frame::Rotated, vec![all(PositionRule::Fixed { distance: 4 })])));
+    assert!(unsupported(new(Frame::Rotated, vec![all(PositionRule::Capped { distance: 4 })])));
+    assert!(unsupported(new(Frame::Rotated, vec![memory(surprisal(9, 1, 1, false), PositionRule::InCache)])));
+    assert!(unsupported(new(Frame::Raw, vec![MemorySpec { top_k: 3, ..all(PositionRule::Original) }])));
+    assert!(matches!(
+        new(Frame::Raw, vec![memory(window(1, 0), PositionRule::Original)]),
+        Some(Error::OutOfRange { .. })
+    ));
+    assert!(new(Frame::Raw, vec![MemorySpec { visible: Some(0), ..all(PositionRule::Original) }]).is_some());
+    assert!(new(Frame::Raw, vec![all(PositionRule::Fixed { distance: u64::MAX })]).is_some());
+    let small = new(Frame::Raw, vec![memory(surprisal(3, 2, 2, false), PositionRule::Original)]);
     assert_eq!(small, Some(Error::BudgetTooSmall { budget: 3, sinks: 2, recent: 2 }));
-    assert!(new(Frame::Rotated, vec![memory(surprisal(9, 1, 1, false), Place::True)]).is_none());
+    assert!(new(Frame::Rotated, vec![memory(surprisal(9, 1, 1, false), PositionRule::Original)]).is_none());
 }

@@ -33,7 +33,8 @@ pub fn to_py(err: Error) -> PyErr {
         Error::Shape { .. } => "ShapeError",
         Error::NoStep { .. } | Error::StepOpen { .. } | Error::BadBlock { .. } | Error::PinsGone { .. } => "StateError",
         Error::Unsupported(_) => "UnsupportedError",
-        _ => "KvsieveError",
+        // Where a caller asked to stop, what its signal's handler raised goes before this.
+        Error::Interrupted => "KvsieveError",
     };
     let message = err.to_string();
     Python::attach(|py| {
@@ -44,4 +45,14 @@ pub fn to_py(err: Error) -> PyErr {
             Err(err) => err,
         }
     })
+}
+
+/// One exception for each of the core's errors, by the name of its variant; for tests.
+#[pyfunction]
+fn error_samples() -> Vec<(&'static str, PyErr)> {
+    Error::samples().into_iter().map(|(name, err)| (name, to_py(err))).collect()
+}
+
+pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    m.add_function(wrap_pyfunction!(error_samples, m)?)
 }

@@ -5,9 +5,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 
 use kvsieve_core::Error;
 use kvsieve_core::kernels::isa::{isa as chosen, levels};
-use kvsieve_core::kernels::{
-    Dtype, Elems, ElemsMut, Layout, View, read as reading, rotate as rotating, surprisal as surprising, topk,
-};
+use kvsieve_core::kernels::{read as reading, rotate as rotating, surprisal as surprising};
+use kvsieve_core::rank;
+use kvsieve_core::rope::Layout;
+use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 use numpy::{
     Element, IntoPyArray, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn,
     PyReadwriteArrayDyn, PyUntypedArrayMethods,
@@ -189,10 +190,10 @@ fn dtype_of(input: &Input<'_>, name: Option<&str>) -> PyResult<Dtype> {
     }
 }
 
-/// A model's rotary encoding. See `kvsieve_core::kernels::Rope`.
+/// A model's rotary encoding. See `kvsieve_core::rope::Rope`.
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Rope {
-    pub inner: Arc<kvsieve_core::kernels::Rope>,
+    pub inner: Arc<kvsieve_core::rope::Rope>,
     /// Never used twice in a process, unlike an address.
     pub id: u64,
 }
@@ -211,7 +212,7 @@ impl Rope {
                 return Err(to_py(Error::OutOfRange { what, expected, got: other.to_string() }));
             }
         };
-        let inner = Arc::new(kvsieve_core::kernels::Rope::new(inv_freq, layout, factor).map_err(to_py)?);
+        let inner = Arc::new(kvsieve_core::rope::Rope::new(inv_freq, layout, factor).map_err(to_py)?);
         Ok(Rope { inner, id: NEXT.fetch_add(1, Ordering::Relaxed) })
     }
 
@@ -292,7 +293,7 @@ fn surprisal<'py>(
 fn top_k<'py>(py: Python<'py>, scores: PyReadonlyArray2<'_, f32>, k: usize) -> PyResult<Bound<'py, PyArray2<i64>>> {
     let [rows, columns] = [scores.shape()[0], scores.shape()[1]];
     let scores = scores.as_slice().map_err(|_| shape_error("scores", "C-contiguous", "strided".to_string()))?;
-    let best = py.detach(|| topk::top_k(scores, columns, k)).map_err(to_py)?;
+    let best = py.detach(|| rank::top_k(scores, columns, k)).map_err(to_py)?;
     best.into_pyarray(py).reshape([rows, k])
 }
 

@@ -4,6 +4,7 @@ use pyo3::prelude::*;
 
 mod error;
 mod kernels;
+mod memory;
 mod plan;
 mod planner;
 mod select;
@@ -12,7 +13,9 @@ mod store;
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    error::register(m)?;
     plan::register(m)?;
+    memory::register(m)?;
     planner::register(m)?;
     store::register(m)?;
     select::register(m)?;

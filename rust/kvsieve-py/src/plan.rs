@@ -76,15 +76,27 @@ impl Moves {
     }
 }
 
+fn stored_keys(frame: plan::Frame) -> &'static str {
+    match frame {
+        plan::Frame::Rotated => "post_rope",
+        plan::Frame::Raw => "pre_rope",
+    }
+}
+
+/// The inverse of [`stored_keys`].
+pub fn stored_keys_of(name: &str) -> kvsieve_core::Result<plan::Frame> {
+    [plan::Frame::Rotated, plan::Frame::Raw].into_iter().find(|&frame| stored_keys(frame) == name).ok_or_else(|| {
+        let (what, expected) = ("stored_keys", "\"post_rope\" or \"pre_rope\"");
+        kvsieve_core::Error::OutOfRange { what, expected, got: format!("{name:?}") }
+    })
+}
+
 #[pymethods]
 impl Step {
-    /// "rotated" or "raw".
+    /// "post_rope" or "pre_rope".
     #[getter]
-    fn frame(&self) -> &'static str {
-        match self.inner.frame {
-            plan::Frame::Rotated => "rotated",
-            plan::Frame::Raw => "raw",
-        }
+    fn stored_keys(&self) -> &'static str {
+        stored_keys(self.inner.frame)
     }
 
     #[getter]

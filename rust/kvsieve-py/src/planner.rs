@@ -1,17 +1,15 @@
 //! The planner of one stream, and the retain rules as plain functions.
 
 use crate::error::to_py;
-use crate::plan::{Moves, Step};
+use crate::memory::Memory;
+use crate::plan::{Moves, Step, stored_keys_of};
+use kvsieve_core::Result;
 use kvsieve_core::budget::Budget;
+use kvsieve_core::evict::{self, surprisal};
 use kvsieve_core::ids::Run;
-use kvsieve_core::place::Place;
-use kvsieve_core::plan::Frame;
-use kvsieve_core::planner::{self, MemorySpec, RowState};
-use kvsieve_core::retain::{self, Retain, surprisal};
-use kvsieve_core::{Error, Result};
+use kvsieve_core::planner::{self, RowState};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
 use pyo3::prelude::*;
-use pyo3::types::PyDict;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// What is resident where, and the plan of each forward. One per stream; see `kvsieve_core::planner`.
@@ -47,14 +45,11 @@ impl Planner {
 
 #[pymethods]
 impl Planner {
+    /// `stored_keys`: "post_rope", as the model rotated them, or "pre_rope", as they were before.
     #[new]
-    fn new(memories: Vec<Bound<'_, PyDict>>, frame: &str) -> PyResult<Self> {
-        let memories = memories.iter().map(memory).collect::<PyResult<Vec<_>>>()?;
-        let frame = match frame {
-            "rotated" => Frame::Rotated,
-            "raw" => Frame::Raw,
-            other => return Err(choice("frame", "\"rotated\" or \"raw\"", other)),
-        };
+    fn new(memories: Vec<PyRef<'_, Memory>>, stored_keys: &str) -> PyResult<Self> {
+        let memories = memories.iter().map(|memory| memory.spec).collect();
+        let frame = stored_keys_of(stored_keys).map_err(to_py)?;
         planner::Planner::new(memories, frame).map(Self::wrap).map_err(to_py)
     }
 
@@ -278,54 +273,6 @@ impl Planner {
     }
 }
 
-fn choice(what: &'static str, expected: &'static str, got: &str) -> PyErr {
-    to_py(Error::OutOfRange { what, expected, got: format!("{got:?}") })
-}
-
-/// The value of a key, or the type's default when it is missing or None.
-fn get<T>(dict: &Bound<'_, PyDict>, key: &str) -> PyResult<T>
-where
-    T: Default + for<'a, 'py> FromPyObject<'a, 'py, Error = PyErr>,
-{
-    match dict.get_item(key)? {
-        Some(value) if !value.is_none() => value.extract(),
-        _ => Ok(T::default()),
-    }
-}
-
-fn memory(dict: &Bound<'_, PyDict>) -> PyResult<MemorySpec> {
-    Ok(MemorySpec {
-        retain: retain(dict)?,
-        place: place(dict)?,
-        visible: get(dict, "visible")?,
-        top_k: get(dict, "top_k")?,
-    })
-}
-
-fn retain(dict: &Bound<'_, PyDict>) -> PyResult<Retain> {
-    let kind: String = get(dict, "retain")?;
-    let sinks = get(dict, "sinks")?;
-    let budget = || PyResult::Ok(Budget { total: get(dict, "budget")?, sinks, recent: get(dict, "recent")? });
-    match kind.as_str() {
-        "all" => Ok(Retain::All),
-        "window" => Ok(Retain::Window { sinks, window: get(dict, "window")? }),
-        "surprisal" => Ok(Retain::Surprisal { budget: budget()?, published: get(dict, "published")? }),
-        "manual" => Ok(Retain::Manual { budget: budget()? }),
-        other => Err(choice("retain", "\"all\", \"window\", \"surprisal\" or \"manual\"", other)),
-    }
-}
-
-fn place(dict: &Bound<'_, PyDict>) -> PyResult<Place> {
-    let kind: String = get(dict, "place")?;
-    match kind.as_str() {
-        "true" => Ok(Place::True),
-        "slots" => Ok(Place::Slots),
-        "ceiling" => Ok(Place::Ceiling { distance: get(dict, "distance")? }),
-        "fixed" => Ok(Place::Fixed { distance: get(dict, "distance")? }),
-        other => Err(choice("place", "\"true\", \"slots\", \"ceiling\" or \"fixed\"", other)),
-    }
-}
-
 /// Indices kept by the sinks, the recent tokens and the highest scores.
 #[pyfunction]
 #[pyo3(signature = (scores, sinks, recent, budget, protected_tail = 0))]
@@ -357,7 +304,7 @@ fn keep_surprisal_published(
 /// The first `sinks` and the last `window` of `n`.
 #[pyfunction]
 fn keep_window(n: usize, sinks: usize, window: usize) -> Vec<usize> {
-    retain::keep_window(n, sinks, window)
+    evict::keep_window(n, sinks, window)
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -12,7 +12,7 @@ use kvsieve_core::select::Representative;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
 use kvsieve_core::select::kept::{Choice, Choices, Rule, Search};
-use kvsieve_core::store::arena::Arena;
+use kvsieve_core::storage::arena::Arena;
 use kvsieve_core::{Error, Result};
 use numpy::{
     IntoPyArray, PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadwriteArray3, PyUntypedArrayMethods,

@@ -6,10 +6,11 @@ use kvsieve_core::fork::Lock;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
 use kvsieve_core::kernels::isa::isa;
-use kvsieve_core::kernels::{Attend, Dtype, SpanTrig, attend_unless};
+use kvsieve_core::kernels::{Attend, SpanTrig, attend_unless};
 use kvsieve_core::plan::Spans;
-use kvsieve_core::store::arena::Arena;
-use kvsieve_core::store::packed::{Channels, Chosen, Packing};
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::storage::packed::{Channels, Chosen, Packing};
+use kvsieve_core::tensor::Dtype;
 use kvsieve_core::{Error, Result};
 use numpy::{
     PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray3, PyUntypedArrayMethods,
@@ -23,7 +24,7 @@ use crate::plan::{Moves, Step};
 /// Work on fewer bytes takes less time than another Python thread may keep the GIL from us, so it is not released.
 const SMALL: usize = 256 << 10;
 
-/// One layer's keys and values. See `kvsieve_core::store::arena::Arena`.
+/// One layer's keys and values. See `kvsieve_core::storage::arena::Arena`.
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Store {
     arena: Lock<Arena>,
@@ -424,6 +425,7 @@ impl Step {
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Store>()?;
+    m.add("BLOCK", kvsieve_core::ids::BLOCK)?;
     m.add("PACKED", kvsieve_core::ids::PACKED)?;
     Ok(())
 }

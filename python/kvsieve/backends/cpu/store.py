@@ -80,7 +80,9 @@ class CpuStore:
         sink_logits = None if call.sink_logits is None or plans else call.sink_logits.detach().float().numpy()
         threads = torch.get_num_threads()
         numbers = call.scale, call.softcap, sink_logits
-        self._core.attend(view(q), step, rope, *numbers, view(out), lse, threads=threads, apply_factor=step.frame == "raw")
+        self._core.attend(
+            view(q), step, rope, *numbers, view(out), lse, threads=threads, apply_factor=step.stored_keys == "pre_rope"
+        )
         if lse is not None:
             self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
         return out
@@ -101,7 +103,7 @@ class CpuStore:
             view(out),
             threads=torch.get_num_threads(),
             rope=None if call.rope is None else call.rope.core,
-            apply_factor=step.frame == "raw",
+            apply_factor=step.stored_keys == "pre_rope",
             relative=call.relative,
             consecutive=call.consecutive,
             chunk=not step.has_spans,
@@ -137,7 +139,7 @@ class CpuStore:
             new = slice(q.shape[2] - step.new_lens[row], None)
             parts = [(out[row].float().transpose(0, 1), lse[row])]
             mine = [plan for plan in plans if plan.part.row == row]
-            parts += [self._selected(q[row], k[row, :, new], v[row, :, new], plan, step.frame, call) for plan in mine]
+            parts += [self._selected(q[row], k[row, :, new], v[row, :, new], plan, step.stored_keys, call) for plan in mine]
             out[row] = merge(parts, call.sink_logits).transpose(0, 1).to(out.dtype)
 
     def _selected(
@@ -180,7 +182,7 @@ class CpuStore:
             new = slice(width - plan.num_queries, width)
             keys, values = self._gather(plan, k[part.row, :, new], v[part.row, :, new])
             queries = q[part.row, :, new].float()
-            tables = plan.rotation(call.rope, step.frame)
+            tables = plan.rotation(call.rope, step.stored_keys)
             if tables is not None and call.rope is not None:
                 queries, keys = call.rope.turn(queries, tables[0]), call.rope.turn(keys, tables[1])
             rows[part.row].append(attend_part(queries, keys, values, plan, call))

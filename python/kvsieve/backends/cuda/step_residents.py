@@ -70,7 +70,7 @@ def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResid
         BackendError: for pre-RoPE keys, or compressed ones.
         UnsupportedError: for a memory that does not keep every token where the model put it.
     """
-    if step.frame == "raw":
+    if step.stored_keys == "pre_rope":
         raise BackendError(
             "backend 'cuda' selects from post-RoPE keys, and this policy stores pre-RoPE ones; "
             "select with a policy that moves no token, or use backend='reference'"

@@ -173,7 +173,7 @@ class CudaStore:
             new = slice(q.shape[2] - plan.step.new_lens[row], None)
             parts = [(out[row].float().transpose(0, 1), lse[row].transpose(0, 1))]
             mine = [p for p in chosen if p.part.row == row]
-            parts += [self._selected(q[row], k[row, :, new], v[row, :, new], p, plan.step.frame, call) for p in mine]
+            parts += [self._selected(q[row], k[row, :, new], v[row, :, new], p, plan.step.stored_keys, call) for p in mine]
             out[row] = merge(parts, call.sink_logits).transpose(0, 1).to(out.dtype)
         return out
 
@@ -188,7 +188,7 @@ class CudaStore:
     ) -> SpansResult:
         """Attention of a step whose tokens are stored: out, and lse and attention scores where they are wanted."""
         heads, _, value_dim = self._shape
-        raw, rope, buffer, packed = plan.step.frame == "raw", call.rope, plan.buffer, self._packed
+        raw, rope, buffer, packed = plan.step.stored_keys == "pre_rope", call.rope, plan.buffer, self._packed
         rotations = in_block = None
         if rope is not None:
             frequencies, in_block = self._context.rope(rope, self.device)
@@ -262,10 +262,10 @@ class CudaStore:
                 continue
             new, row = slice(width - p.num_queries, width), p.part.row
             if p.part.top_k:
-                rows[row].append(self._selected(q[row, :, new], k[row, :, new], v[row, :, new], p, step.frame, call))
+                rows[row].append(self._selected(q[row, :, new], k[row, :, new], v[row, :, new], p, step.stored_keys, call))
                 continue
             keys, values = self._gather(p, k[row, :, new], v[row, :, new])
-            queries, keys = self._rotate(q[row, :, new], keys, p, step.frame, call.rope, slice(None), self.dtype)
+            queries, keys = self._rotate(q[row, :, new], keys, p, step.stored_keys, call.rope, slice(None), self.dtype)
             rows[row].append(attend_part(queries, keys, values, p, call))
         for row, parts in enumerate(rows):
             if parts:
@@ -296,7 +296,7 @@ class CudaStore:
         if rope is None or at is None:
             return q.to(dtype), k.to(dtype)
         frequencies, _ = self._context.rope(rope, self.device)
-        layout, factor = LAYOUTS[rope.layout], rope.factor if frame == "raw" else 1.0
+        layout, factor = LAYOUTS[rope.layout], rope.factor if frame == "pre_rope" else 1.0
         q = rotate(_dense(q), at[0][queries].contiguous(), frequencies, layout, factor, dtype)
         return q, rotate(_dense(k), at[1], frequencies, layout, factor, dtype)
 

@@ -77,7 +77,7 @@ class ReferenceStore:
             old_k, old_v = self.read(list(zip(*(a.tolist() for a in part.runs()))))
             keys = torch.cat([old_k, k[part.row, :, new]], 1).to(wide)
             values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
-            queries, keys = rotate_part(q[part.row, :, q.shape[2] - m :].to(wide), keys, part, step.frame, call.rope)
+            queries, keys = rotate_part(q[part.row, :, q.shape[2] - m :].to(wide), keys, part, step.stored_keys, call.rope)
             seen = visibility(part, q.device)
             rows[part.row].append(attend(queries, keys, values, seen, call.scale, call.softcap, part.top_k))
         for row, parts in enumerate(rows):
@@ -103,9 +103,9 @@ class ReferenceStore:
             keys = torch.cat([old_k, k[part.row, :, new]], 1).to(wide)
             values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
             queries = q[part.row, :, new].to(wide)
-            placed = rotate_part(queries, keys, part, step.frame, call.rope)
+            placed = rotate_part(queries, keys, part, step.stored_keys, call.rope)
             content = placed
-            if step.frame == "raw" and call.rope is not None and (call.relative or selection.rule.page_bounds):
+            if step.stored_keys == "pre_rope" and call.rope is not None and (call.relative or selection.rule.page_bounds):
                 content = call.rope.rotate(queries, torch.full((m,), selection.rule.window, device=q.device)), keys
             compared = content if call.relative else placed
             if call.consecutive:

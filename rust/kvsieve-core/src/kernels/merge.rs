@@ -1,7 +1,7 @@
 //! Exact merge of attention over disjoint sets of keys.
 
-use super::view::check_len;
 use crate::Result;
+use crate::tensor::check_len;
 
 /// Attention of some rows over one set of keys.
 #[derive(Clone, Copy, Debug)]

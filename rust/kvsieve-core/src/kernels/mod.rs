@@ -15,10 +15,6 @@ mod simd;
 pub mod sparse;
 pub mod surprisal;
 pub mod threads;
-pub mod topk;
-pub mod view;
 
 pub use attend::{Attend, SpanTrig, attend, attend_apart, attend_unless};
 pub use isa::Level;
-pub use rotate::{Layout, Rope};
-pub use view::{Dtype, Elems, ElemsMut, View};

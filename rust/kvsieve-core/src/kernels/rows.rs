@@ -3,12 +3,13 @@
 use half::{bf16, f16};
 
 use super::isa::Level;
-use super::rotate::{Distances, load_row, rotate_row};
+use super::rotate::{load_row, rotate_row};
 use super::simd::{Elem, Simd, dispatch};
-use super::view::Dtype;
 use crate::ids::{BLOCK, BlockId};
-use crate::store::arena::Arena;
-use crate::store::packed::Packing;
+use crate::rope::Distances;
+use crate::storage::arena::Arena;
+use crate::storage::packed::Packing;
+use crate::tensor::Dtype;
 
 /// One key to make.
 #[derive(Clone, Copy, Debug)]
@@ -195,9 +196,9 @@ mod tests {
     use super::*;
     use crate::ids::{PACKED, Run};
     use crate::kernels::isa::levels;
-    use crate::kernels::view::Elems;
     use crate::plan::Move;
-    use crate::store::packed::{Channels, Chosen};
+    use crate::storage::packed::{Channels, Chosen};
+    use crate::tensor::Elems;
     use std::sync::Arc;
 
     /// Number for number what the store says it holds.

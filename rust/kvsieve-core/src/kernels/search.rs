@@ -16,16 +16,17 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::isa::Level;
-use super::rotate::{Rope, load_row, rotate_row};
+use super::rotate::{load_row, rotate_row};
 use super::rows::{Making, Source, make};
 use super::simd::{Elem, Simd};
 use super::threads;
-use super::view::{Dtype, Elems, View, check_dtype};
 use crate::ids::{BLOCK, Run};
+use crate::rope::Rope;
 use crate::select::hip::Hip;
 use crate::select::infinite::Infinite;
 use crate::select::{Chosen, Score};
-use crate::store::arena::Arena;
+use crate::storage::arena::Arena;
+use crate::tensor::{Dtype, Elems, View, check_dtype};
 use crate::{Error, Result};
 
 /// Keys that are asked for ahead of the one at hand.

@@ -5,13 +5,13 @@ use std::sync::Arc;
 
 use super::attend::{Attend, SpanTrig, attend_apart};
 use super::isa::Level;
-use super::rotate::Rope;
 use super::search::{Inputs, Method, QueryBlock, Search, Shown, Turn, search_unless};
-use super::view::{Dtype, ElemsMut, View, check_len};
 use crate::ids::{BLOCK, Run};
 use crate::plan::{Span, Spans};
+use crate::rope::Rope;
 use crate::select::kept::{Choice, Rule, Search as Chooses};
-use crate::store::arena::Arena;
+use crate::storage::arena::Arena;
+use crate::tensor::{Dtype, ElemsMut, View, check_len};
 use crate::{Error, Result};
 
 /// One row's new queries and residents.

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 use super::isa::Level;
 use super::simd::{Elem, Simd, dispatch, exp};
 use super::threads::{self, BREATH, INLINE};
-use super::view::{Dtype, View, check_dtype, check_len};
+use crate::tensor::{Dtype, View, check_dtype, check_len};
 use crate::{Error, Result};
 
 /// Elements between two looks at what came out: a chunk stays in the first-level cache for a second look.

@@ -1,13 +1,14 @@
 //! Checks of what callers hand in, before anything is changed.
 
-use super::{MemorySpec, RowState};
+use super::row::RowState;
+use super::spec::MemorySpec;
+use crate::block::table::Table;
 use crate::budget::Budget;
 use crate::error::{Error, Result};
+use crate::evict::Eviction;
 use crate::ids::Position;
 use crate::pins::Pins;
-use crate::place::Place;
-use crate::retain::Retain;
-use crate::store::table::Table;
+use crate::position::PositionRule;
 use std::ops::Range;
 
 /// Whether `keep` can be what is left of the residents of `table`.
@@ -31,7 +32,7 @@ pub(super) fn keep(memories: &[MemorySpec], memory: usize, table: &Table, pins: 
             }
         }
     }
-    let Retain::Manual { budget } = memories[memory].retain else {
+    let Eviction::Own { budget } = memories[memory].evict else {
         return Ok(());
     };
     let sinks = match memory {
@@ -87,10 +88,10 @@ pub(super) fn sieves(memories: &[MemorySpec], table: &Table, count: usize, recen
             "residents chosen per head cannot flow down a chain: their positions differ per head",
         ));
     };
-    let Retain::Manual { budget } = memory.retain else {
+    let Eviction::Own { budget } = memory.evict else {
         return Err(Error::Unsupported("only a memory whose residents the caller chooses can choose them per head"));
     };
-    if memory.place != Place::True || memory.visible.is_some() {
+    if memory.position != PositionRule::Original || memory.visible.is_some() {
         return Err(Error::Unsupported(
             "residents chosen per head are seen at their true distance only: positions differ per head",
         ));
@@ -114,7 +115,7 @@ pub(super) fn range(range: &Range<Position>) -> Result<()> {
 
 /// Whether the first memory has room for `pins`, its sinks, its recent tokens and one more.
 pub(super) fn fits(memories: &[MemorySpec], row: usize, pins: &Pins) -> Result<()> {
-    let Some(budget) = memories[0].retain.budget() else { return Ok(()) };
+    let Some(budget) = memories[0].evict.budget() else { return Ok(()) };
     let (total, sinks, recent) = (budget.total as u64, budget.sinks as u64, budget.recent as u64);
     let pinned = pins.count_from(sinks);
     if pinned == 0 || pinned < total - sinks - recent {

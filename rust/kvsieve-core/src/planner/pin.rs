@@ -1,36 +1,16 @@
 //! What callers say of tokens by their positions: these are never evicted, those are evicted now.
 
+use super::check;
+use super::early::Early;
 use super::row::Row;
-use super::{Planner, check, edit};
+use super::sieve::Sieve;
+use super::state::{Planner, edit};
+use crate::block::table::Edit;
 use crate::error::{Error, Result};
 use crate::ids::Position;
 use crate::pins::Pins;
 use crate::plan::Move;
-use crate::store::table::Edit;
 use std::ops::Range;
-
-/// A pin or its end that came before the first step: of one row, or of all.
-#[derive(Clone, Debug)]
-pub struct Early {
-    pub row: Option<usize>,
-    pub range: Range<Position>,
-    pub add: bool,
-}
-
-impl Early {
-    /// What row `row` starts with.
-    pub fn pins(all: &[Self], row: usize) -> Pins {
-        let mut pins = Pins::default();
-        for early in all.iter().filter(|early| early.row.is_none_or(|r| r == row)) {
-            early.apply(&mut pins);
-        }
-        pins
-    }
-
-    fn apply(&self, pins: &mut Pins) {
-        if self.add { pins.add(self.range.clone()) } else { pins.remove(&self.range) }
-    }
-}
 
 impl Planner {
     /// The pinned positions of a row, as ranges that ascend and do not touch.
@@ -93,7 +73,7 @@ impl Planner {
         range: &Range<Position>,
         count: usize,
         recent: usize,
-    ) -> Result<super::Sieve> {
+    ) -> Result<Sieve> {
         self.check_closed("evict")?;
         check::range(range)?;
         check::sieves(&self.memories, self.table(0, row)?, count, recent)?;

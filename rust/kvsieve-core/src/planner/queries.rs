@@ -1,10 +1,10 @@
 //! What can be asked about a stream.
 
-use super::{Planner, lock};
+use super::state::{Planner, lock};
+use crate::block::table::Table;
 use crate::error::{Error, Result};
 use crate::ids::{BlockId, Position, Run};
 use crate::plan::Frame;
-use crate::store::table::Table;
 
 impl Planner {
     pub fn frame(&self) -> Frame {

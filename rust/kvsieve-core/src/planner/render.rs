@@ -2,11 +2,11 @@
 
 use super::row::Row;
 use crate::ids::Position;
-use crate::place::parts::Source;
-use crate::place::spans::Reader;
-use crate::place::view::{Keys, View};
-use crate::place::{Place, Rule};
 use crate::plan::{Frame, NOWHERE, Part, Placing, Spans};
+use crate::position::parts::Source;
+use crate::position::spans::Reader;
+use crate::position::view::{Keys, View};
+use crate::position::{PositionRule, Rule};
 
 /// The keys of memory `m`, of which the last `appended` are new already (first memory only).
 fn keys(row: &Row, m: usize, num_new: usize, appended: usize) -> Keys<'_> {
@@ -18,7 +18,7 @@ fn keys(row: &Row, m: usize, num_new: usize, appended: usize) -> Keys<'_> {
 
 /// Keys in the memories after `m` that are counted as slots.
 fn later(row: &Row, rules: &[Rule], m: usize) -> usize {
-    let counted = |&(_, rule): &(usize, &Rule)| rule.place == Place::Slots && rule.top_k == 0;
+    let counted = |&(_, rule): &(usize, &Rule)| rule.position == PositionRule::InCache && rule.top_k == 0;
     rules.iter().enumerate().skip(m + 1).filter(counted).map(|(l, _)| row.tables[l].len()).sum()
 }
 
@@ -30,7 +30,7 @@ pub(super) fn parts(index: usize, row: &Row, rules: &[Rule], num_new: usize, onl
     let mut earlier = vec![0; num_new];
     for m in 0..rules.len() {
         let (keys, (rule, pins)) = (keys(row, m, num_new, 0), row.rule(rules, m));
-        if m > 0 && rule.top_k > 0 && matches!(rule.place, Place::Fixed { .. }) {
+        if m > 0 && rule.top_k > 0 && matches!(rule.position, PositionRule::Fixed { .. }) {
             out.extend(middle(index, row, rules, m, num_new));
         } else if !only_top_k || rule.top_k > 0 {
             let table = &row.tables[m];
@@ -49,9 +49,9 @@ pub(super) fn parts(index: usize, row: &Row, rules: &[Rule], num_new: usize, onl
 /// step, so it is offered now: otherwise a chunk's last token would miss what the chunk pushed out of the window.
 fn middle(index: usize, row: &Row, rules: &[Rule], m: usize, num_new: usize) -> Option<Part> {
     let (rule, near) = (&rules[m], keys(row, 0, num_new, 0));
-    let placing = match rule.place {
-        Place::Fixed { distance } | Place::Ceiling { distance } => Placing::Fixed(distance as i64),
-        Place::True | Place::Slots => Placing::Relative,
+    let placing = match rule.position {
+        PositionRule::Fixed { distance } | PositionRule::Capped { distance } => Placing::Fixed(distance as i64),
+        PositionRule::Original | PositionRule::InCache => Placing::Relative,
     };
     let (own, last) = (keys(row, m, num_new, 0), num_new.checked_sub(1)?);
     let (first, pins) = row.rule(rules, 0);

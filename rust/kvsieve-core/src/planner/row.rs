@@ -1,14 +1,21 @@
 //! One row of the batch: a table per memory, and how tokens pass between them.
 
 use super::spec::MemorySpec;
+use crate::block::pool::Pool;
+use crate::block::table::{Edit, Table};
 use crate::error::Result;
+use crate::evict::{Decision, Eviction};
 use crate::ids::Position;
 use crate::pins::Pins;
-use crate::place::Rule;
-use crate::retain::{Decision, Retain};
-use crate::store::pool::Pool;
-use crate::store::table::{Edit, Table};
+use crate::position::Rule;
 use std::ops::Range;
+
+/// The state of one row, to be restored. Per memory, the residents' positions and scores.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct RowState {
+    pub seen: u64,
+    pub memories: Vec<(Vec<u64>, Vec<f32>)>,
+}
 
 #[derive(Debug)]
 pub(super) struct Row {
@@ -41,16 +48,16 @@ impl Row {
     /// Lets every memory from `first` on retain in turn.
     pub fn settle(&mut self, memories: &[MemorySpec], first: usize, force: bool, edit: &mut Edit<'_>) -> Result<()> {
         for (m, memory) in memories.iter().enumerate().skip(first) {
-            let decision = self.decide(&memory.retain, m, force)?;
+            let decision = self.decide(&memory.evict, m, force)?;
             self.apply(m, decision, edit);
         }
         Ok(())
     }
 
-    fn decide(&self, retain: &Retain, m: usize, force: bool) -> Result<Decision> {
+    fn decide(&self, evict: &Eviction, m: usize, force: bool) -> Result<Decision> {
         match m {
-            0 => retain.decide_first(&self.tables[0], self.seen, &self.pins, force),
-            _ => retain.decide(&self.tables[m], force),
+            0 => evict.decide_first(&self.tables[0], self.seen, &self.pins, force),
+            _ => evict.decide(&self.tables[m], force),
         }
     }
 

@@ -1,6 +1,7 @@
 //! Letting go per head: which slots are left. Which tokens they hold is for each head of each layer to say.
 
-use super::{Planner, check, edit};
+use super::check;
+use super::state::{Planner, edit};
 use crate::error::Result;
 use crate::ids::Run;
 

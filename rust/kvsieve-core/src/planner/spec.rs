@@ -1,15 +1,15 @@
 //! What a memory is made of, and which combinations can be right.
 
 use crate::error::{Error, Result};
-use crate::place::{Place, Rule};
+use crate::evict::Eviction;
 use crate::plan::Frame;
-use crate::retain::Retain;
+use crate::position::{PositionRule, Rule};
 
 /// One memory of the chain.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MemorySpec {
-    pub retain: Retain,
-    pub place: Place,
+    pub evict: Eviction,
+    pub position: PositionRule,
     /// A key that is no sink is visible only below this true distance.
     pub visible: Option<u64>,
     /// Read only the best so many keys per head, for the last query of a chunk; 0 reads all.
@@ -21,15 +21,15 @@ const MAX_DISTANCE: u64 = 1 << 53;
 
 impl MemorySpec {
     pub fn rule(&self) -> Rule {
-        Rule { place: self.place, sinks: self.retain.sinks() as u64, visible: self.visible, top_k: self.top_k }
+        Rule { position: self.position, sinks: self.evict.sinks() as u64, visible: self.visible, top_k: self.top_k }
     }
 
     fn check(&self, frame: Frame) -> Result<()> {
-        self.retain.check()?;
+        self.evict.check()?;
         if self.visible == Some(0) {
             return Err(Error::OutOfRange { what: "visible", expected: "at least 1, or none", got: "0".into() });
         }
-        if let Place::Ceiling { distance } | Place::Fixed { distance } = self.place
+        if let PositionRule::Capped { distance } | PositionRule::Fixed { distance } = self.position
             && distance > MAX_DISTANCE
         {
             return Err(Error::OutOfRange { what: "distance", expected: "at most 2^53", got: distance.to_string() });
@@ -38,15 +38,15 @@ impl MemorySpec {
     }
 
     fn check_frame(&self, frame: Frame) -> Result<()> {
-        let contiguous = matches!(self.retain, Retain::All | Retain::Window { .. });
-        match (frame, self.place) {
-            (Frame::Raw, _) | (Frame::Rotated, Place::True) => Ok(()),
-            (Frame::Rotated, Place::Slots) if contiguous => Ok(()),
-            (Frame::Rotated, Place::Slots) => Err(Error::Unsupported(
-                "slots among tokens chosen one by one need keys stored before rotation; use the raw frame, or place at true positions",
+        let contiguous = matches!(self.evict, Eviction::KeepAll | Eviction::Window { .. });
+        match (frame, self.position) {
+            (Frame::Raw, _) | (Frame::Rotated, PositionRule::Original) => Ok(()),
+            (Frame::Rotated, PositionRule::InCache) if contiguous => Ok(()),
+            (Frame::Rotated, PositionRule::InCache) => Err(Error::Unsupported(
+                "in-cache positions among tokens chosen one by one need pre-RoPE keys; store those, or use original positions",
             )),
-            (Frame::Rotated, Place::Ceiling { .. } | Place::Fixed { .. }) => {
-                Err(Error::Unsupported("a fixed distance needs keys stored before rotation; use the raw frame"))
+            (Frame::Rotated, PositionRule::Capped { .. } | PositionRule::Fixed { .. }) => {
+                Err(Error::Unsupported("a fixed distance needs pre-RoPE keys; store those"))
             }
         }
     }

@@ -1,31 +1,21 @@
 //! Opening, committing and undoing a step.
 
-use super::pin::Early;
+use super::early::Early;
+use super::open::Open;
+use super::render;
 use super::row::Row;
-use super::{Planner, lock, render};
+use super::state::{Planner, lock};
+use crate::block::table::{Edit, Table};
 use crate::error::{Error, Result};
-use crate::ids::{BlockId, Position, Run};
-use crate::place::Always;
+use crate::evict::Eviction;
+use crate::ids::{Position, Run};
 use crate::plan::{Append, Step};
-use crate::retain::Retain;
-use crate::store::table::{Edit, Mark, Table};
+use crate::position::Always;
 use std::ops::Range;
 use std::sync::Arc;
 
 /// Larger chunks are read part by part: with many queries, reading each key once per chunk wins over one span list per query.
 const MAX_SPAN_QUERIES: usize = 16;
-
-/// What it takes to undo or to finish the open step.
-#[derive(Debug)]
-pub(super) struct Open {
-    new_lens: Vec<usize>,
-    num_queries: usize,
-    marks: Vec<Mark>,
-    /// Shared tail blocks that were replaced by copies; still referenced, so that undoing can return to them.
-    retired: Vec<BlockId>,
-    /// This step is the stream's first: undoing it forgets the number of rows.
-    first: bool,
-}
 
 impl Planner {
     /// Plans one forward over `num_queries` columns, of which the last `new_lens[row]` of each row are real tokens.
@@ -124,7 +114,7 @@ impl Planner {
     /// Which of a row's `n` new tokens are stored.
     fn stored(&self, row: &Row, n: usize, store_all: bool) -> Stored {
         let all = Stored { first: 0..n, rest: Vec::new() };
-        let Retain::Window { sinks, window } = self.memories[0].retain else {
+        let Eviction::Window { sinks, window } = self.memories[0].evict else {
             return all;
         };
         if store_all || self.memories.len() > 1 {

@@ -10,7 +10,7 @@ pub mod kept;
 
 use std::ops::Range;
 
-use crate::kernels::topk::rank;
+use crate::rank::rank;
 use crate::{Error, Result};
 
 /// The best score of each stretch of residents.

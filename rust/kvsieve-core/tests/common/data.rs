@@ -4,10 +4,11 @@
 use half::{bf16, f16};
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
-use kvsieve_core::kernels::{Attend, Dtype, Elems, ElemsMut, View, attend};
+use kvsieve_core::kernels::{Attend, attend};
 use kvsieve_core::plan::Span;
 use kvsieve_core::reference;
-use kvsieve_core::store::arena::Arena;
+use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 
 pub const DTYPES: [Dtype; 3] = [Dtype::F32, Dtype::BF16, Dtype::F16];
 

@@ -2,11 +2,11 @@
 #![allow(dead_code)]
 
 use kvsieve_core::budget::Budget;
+use kvsieve_core::evict::Eviction;
 use kvsieve_core::ids::{BlockId, Run};
-use kvsieve_core::place::Place;
 use kvsieve_core::plan::{Frame, Move, Step};
 use kvsieve_core::planner::{MemorySpec, Planner};
-use kvsieve_core::retain::Retain;
+use kvsieve_core::position::PositionRule;
 use std::collections::HashMap;
 
 pub type Token = u64;
@@ -45,35 +45,38 @@ pub fn slots(runs: &[Run]) -> impl Iterator<Item = (BlockId, u32)> + '_ {
     runs.iter().flat_map(|r| (r.lo..r.hi).map(|s| (r.block, s)))
 }
 
-pub fn memory(retain: Retain, place: Place) -> MemorySpec {
-    MemorySpec { retain, place, visible: None, top_k: 0 }
+pub fn memory(evict: Eviction, position: PositionRule) -> MemorySpec {
+    MemorySpec { evict, position, visible: None, top_k: 0 }
 }
 
-pub fn window(sinks: usize, window: usize) -> Retain {
-    Retain::Window { sinks, window }
+pub fn window(sinks: usize, window: usize) -> Eviction {
+    Eviction::Window { sinks, window }
 }
 
-pub fn surprisal(total: usize, sinks: usize, recent: usize, published: bool) -> Retain {
-    Retain::Surprisal { budget: Budget { total, sinks, recent }, published }
+pub fn surprisal(total: usize, sinks: usize, recent: usize, published: bool) -> Eviction {
+    Eviction::Surprisal { budget: Budget { total, sinks, recent }, published }
 }
 
-pub fn manual(total: usize, sinks: usize, recent: usize) -> Retain {
-    Retain::Manual { budget: Budget { total, sinks, recent } }
+pub fn manual(total: usize, sinks: usize, recent: usize) -> Eviction {
+    Eviction::Own { budget: Budget { total, sinks, recent } }
 }
 
 /// Chains that between them use every rule.
 pub fn chains() -> Vec<(Frame, Vec<MemorySpec>)> {
-    let slots = Place::Slots;
-    let far = Place::Fixed { distance: 40 };
+    let slots = PositionRule::InCache;
+    let far = PositionRule::Fixed { distance: 40 };
     let seen = |m: MemorySpec, near| MemorySpec { visible: Some(near), ..m };
     let picked = |m: MemorySpec| MemorySpec { top_k: 4, ..m };
     vec![
-        (Frame::Rotated, vec![memory(Retain::All, Place::True)]),
+        (Frame::Rotated, vec![memory(Eviction::KeepAll, PositionRule::Original)]),
         (Frame::Rotated, vec![seen(memory(window(2, 3), slots), 4)]),
         (Frame::Rotated, vec![seen(memory(window(4, 70), slots), 71)]),
-        (Frame::Raw, vec![seen(memory(window(4, 90), Place::Ceiling { distance: 90 }), 90)]),
+        (Frame::Raw, vec![seen(memory(window(4, 90), PositionRule::Capped { distance: 90 }), 90)]),
         (Frame::Raw, vec![memory(surprisal(70, 3, 10, false), slots)]),
-        (Frame::Raw, vec![memory(surprisal(20, 2, 0, false), Place::True), memory(surprisal(90, 0, 4, false), slots)]),
+        (
+            Frame::Raw,
+            vec![memory(surprisal(20, 2, 0, false), PositionRule::Original), memory(surprisal(90, 0, 4, false), slots)],
+        ),
         (
             Frame::Raw,
             vec![
@@ -82,11 +85,17 @@ pub fn chains() -> Vec<(Frame, Vec<MemorySpec>)> {
                 memory(window(1, 20), slots),
             ],
         ),
-        (Frame::Raw, vec![seen(memory(window(3, 30), Place::True), 31), picked(memory(Retain::All, far))]),
+        (
+            Frame::Raw,
+            vec![seen(memory(window(3, 30), PositionRule::Original), 31), picked(memory(Eviction::KeepAll, far))],
+        ),
         (Frame::Raw, vec![memory(manual(80, 2, 3), slots), memory(surprisal(50, 2, 2, false), slots)]),
         (Frame::Rotated, vec![seen(memory(window(2, 9), slots), 30), memory(window(0, 80), slots)]),
-        (Frame::Raw, vec![seen(memory(surprisal(30, 3, 8, false), slots), 12), seen(memory(Retain::All, slots), 60)]),
-        (Frame::Rotated, vec![memory(manual(40, 2, 3), Place::True), memory(Retain::All, slots)]),
+        (
+            Frame::Raw,
+            vec![seen(memory(surprisal(30, 3, 8, false), slots), 12), seen(memory(Eviction::KeepAll, slots), 60)],
+        ),
+        (Frame::Rotated, vec![memory(manual(40, 2, 3), PositionRule::Original), memory(Eviction::KeepAll, slots)]),
     ]
 }
 

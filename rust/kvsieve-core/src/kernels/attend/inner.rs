@@ -2,56 +2,9 @@
 
 use half::bf16;
 
-use super::TILE;
-use super::unit::Piece;
+use super::ahead::Ahead;
+use super::tile::{Piece, TILE};
 use crate::kernels::simd::{Elem, Simd, exp};
-
-/// Bytes of a cache line.
-pub(super) const LINE: usize = 64;
-
-/// What the next tile will need, asked for bit by bit while this one is computed with: a burst would fill the queue of misses and
-/// stall, a pause would leave the memory idle.
-#[derive(Clone, Copy)]
-pub(super) struct Ahead<'a> {
-    at: *const u8,
-    /// Cache lines still to be asked for, of this stretch of memory and of all.
-    here: usize,
-    left: usize,
-    /// The stretches after this one, each with its lines.
-    rest: &'a [(*const u8, usize)],
-    /// Lines and calls over which to spread them, and what the calls so far have saved up.
-    lines: usize,
-    calls: usize,
-    saved: usize,
-}
-
-impl<'a> Ahead<'a> {
-    /// Stretches of memory, each with its number of lines (not 0), spread over so many calls of [`Ahead::ask`].
-    #[inline(always)]
-    pub fn new(stretches: &'a [(*const u8, usize)], calls: usize) -> Self {
-        let lines = stretches.iter().map(|s| s.1).sum();
-        let (&(at, here), rest) = stretches.split_first().unwrap_or((&(std::ptr::null(), 0), &[]));
-        Ahead { at, here, left: lines, rest, lines, calls: calls.max(1), saved: 0 }
-    }
-
-    #[inline(always)]
-    pub(super) unsafe fn ask<S: Simd>(&mut self) {
-        self.saved += self.lines;
-        while self.saved >= self.calls && self.left > 0 {
-            // SAFETY: prefetching reads nothing; any address will do.
-            unsafe { S::prefetch(self.at) };
-            self.at = self.at.wrapping_add(LINE);
-            self.left -= 1;
-            self.here -= 1;
-            self.saved -= self.calls;
-            if self.here == 0
-                && let Some((next, others)) = self.rest.split_first()
-            {
-                ((self.at, self.here), self.rest) = (*next, others);
-            }
-        }
-    }
-}
 
 /// Rows of keys and the queries that meet them.
 #[derive(Clone, Copy)]
@@ -414,5 +367,36 @@ pub(super) unsafe fn softmax<S: Simd>(
             *max = top;
         }
         *total += S::sum(sum);
+    }
+}
+
+/// Writes the scores of slots `at..at + 2 * LANES` as far as they lie in `lo..hi`; `scores` are those from `slot` on.
+///
+/// # Safety
+/// As for [`Simd`]; scores for all slots of the piece.
+#[inline(always)]
+pub(super) unsafe fn put<S: Simd, const HB: usize>(
+    acc: [[S::V; 2]; HB],
+    base: [f32; HB],
+    (at, lo, hi): (usize, usize, usize),
+    slot: usize,
+    scores: *mut f32,
+) {
+    // SAFETY: slots `lo..hi` lie in the piece, whose scores there is room for; the buffer takes two vectors.
+    unsafe {
+        for (h, (acc, base)) in acc.into_iter().zip(base).enumerate() {
+            let (x, y) = (S::add(acc[0], S::splat(base)), S::add(acc[1], S::splat(base)));
+            let to = scores.add(h * TILE);
+            if lo <= at && at + 2 * S::LANES <= hi {
+                S::store(to.add(at - slot), x);
+                S::store(to.add(at - slot + S::LANES), y);
+                continue;
+            }
+            let mut buf = [0f32; 32];
+            S::store(buf.as_mut_ptr(), x);
+            S::store(buf.as_mut_ptr().add(S::LANES), y);
+            let (first, end) = (lo.max(at), hi.min(at + 2 * S::LANES));
+            std::ptr::copy_nonoverlapping(buf.as_ptr().add(first - at), to.add(first - slot), end - first);
+        }
     }
 }

@@ -1,12 +1,12 @@
-//! Scores of packed keys that lie as numbers, fewer of them than a head has channels (`crate::store::packed`).
+//! Scores of packed keys that lie as numbers, fewer of them than a head has channels (`crate::storage::packed`).
 //!
 //! A lane is a token: the numbers of a channel, or the pairs of two channels in `bf16`, lie side by side for all tokens of a block. So
 //! nothing is summed over lanes, and any number of channels and pairs takes whole vectors.
 
 use half::bf16;
 
-use super::codes::put;
-use super::inner::Ahead;
+use super::ahead::Ahead;
+use super::inner::put;
 use crate::ids::BLOCK;
 use crate::kernels::simd::{Elem, Simd};
 

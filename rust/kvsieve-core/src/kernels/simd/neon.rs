@@ -11,7 +11,7 @@ use std::arch::asm;
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::vector::Simd;
 
 #[derive(Clone, Copy)]
 pub(crate) struct Neon;
