@@ -8,6 +8,7 @@ that the reader sees, ``# not run: needs a GPU``; there are few of them.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import re
 import shlex
@@ -20,6 +21,7 @@ import pages
 import pytest
 import tiny
 import torch
+from drive import forwards
 from kvsieve import cli
 from kvsieve.methods import SYSTEMS
 from kvsieve.model import support
@@ -30,6 +32,16 @@ REASONS = {"needs a GPU", "needs a network"}
 RUN = [page for page in pages.PAGES if pages.blocks(page, "python")]
 RESULTS = sorted((pages.ROOT / "docs" / "results").glob("*.md"))
 POLICY_PAGES = sorted((pages.ROOT / "docs" / "policies").glob("*.md"))
+
+
+def hooks() -> Any:
+    """`scripts/docs_hooks.py`, which the site's build runs."""
+    spec = importlib.util.spec_from_file_location("docs_hooks", pages.ROOT / "scripts" / "docs_hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def by_name(paths: list[Path]) -> Any:
@@ -92,7 +104,7 @@ def test_every_block_names_its_language() -> None:
 
 
 def test_the_rules_of_ones_own_keep_what_the_guide_says() -> None:
-    first, second, _ = pages.blocks(pages.ROOT / "docs" / "guides" / "own-policy.md", "python")
+    first, second, third, _ = pages.blocks(pages.ROOT / "docs" / "guides" / "own-policy.md", "python")
     scope: dict[str, Any] = {"kvsieve": kvsieve}
     exec(first.compiled(), scope)
     with kvsieve.stream(tiny.model(), scope["policy"]) as stream:
@@ -106,6 +118,18 @@ def test_the_rules_of_ones_own_keep_what_the_guide_says() -> None:
         heads = [stream.kept(layer=1, head=head)[0].positions.tolist() for head in range(2)]
         assert heads[0] != heads[1]
         assert all(len(k) == 512 and k[-64:] == list(range(836, 900)) for k in heads)
+    scope |= {"model": tiny.model(), "tokenizer": Letters()}
+    exec(third.compiled(), scope)
+    numbers = {"budget": 16, "sinks": 4, "window": 32, "query_block": 16, "query_stride": 3}
+    same = kvsieve.HiP(block=1, representative="oracle", dense_layers=0, **numbers)
+    logits = []
+    for policy in (kvsieve.Memory(select=scope["BestTokens"](**numbers)), same, kvsieve.Full()):
+        with kvsieve.stream(tiny.model(), policy, "reference") as stream:
+            logits.append(forwards(tiny.model(), stream.cache, tiny.ids(1, 220), [200, 1]))
+    assert torch.equal(logits[0], logits[1])
+    assert not torch.equal(logits[0], logits[2])
+    with pytest.raises(kvsieve.errors.BackendError, match=r"not by 'best_tokens'; use backend='reference'"):
+        kvsieve.stream(tiny.model(), kvsieve.Memory(select=scope["BestTokens"]()), "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------------------- commands
@@ -200,16 +224,35 @@ def test_a_policys_page_has_its_parameters_and_their_defaults(policy: str) -> No
         assert heading in text, heading
 
 
+def as_on_the_site(page: Path) -> str:
+    """A page with what the hook of the site's build makes of the registry."""
+    return hooks().on_page_markdown(page.read_text(encoding="utf-8"))
+
+
 def test_every_public_policy_is_in_the_tables_and_the_reference() -> None:
     assert set(constructors()) == {system.name for system in SYSTEMS}
-    reference = (pages.ROOT / "docs" / "reference" / "policies.md").read_text(encoding="utf-8")
-    index = (pages.ROOT / "docs" / "policies" / "index.md").read_text(encoding="utf-8")
-    for policy in constructors():
-        assert re.search(rf"::: kvsieve\.methods\.\w+\.{policy}$", reference, re.MULTILINE), policy
-        assert f"[`{policy}`]({page_of(policy).name})" in index, policy
-        assert re.search(rf"\[`{policy}\(\w*\)`\]\({pages.name(page_of(policy))}\)", pages.README.read_text(encoding="utf-8")), (
-            policy
-        )
+    reference = as_on_the_site(pages.ROOT / "docs" / "reference" / "policies.md")
+    index = as_on_the_site(pages.ROOT / "docs" / "policies" / "index.md")
+    for system in SYSTEMS:
+        policy = system.name
+        assert re.search(rf"::: {system.make.__module__}\.{policy}$", reference, re.MULTILINE), policy
+        row = re.search(rf"^\| \[`{policy}`\]\({page_of(policy).name}\) \|.*$", index, re.MULTILINE)
+        assert row is not None, policy
+        assert len(re.split(r"(?<!\\)\|", row[0])) == 7, row[0]
+        assert all(text in row[0] for text in system.paper.split(", arXiv")[:1])
+
+
+def test_the_readmes_table_of_policies_leads_to_their_pages() -> None:
+    _, *rows = next(table for table in pages.tables(pages.README) if table[0][:2] == ["policy", "paper"])
+    named = {}
+    for cell, *_ in rows:
+        found = re.fullmatch(r"\[`(\w+)\(\w*\)`\]\((.*)\)", cell)
+        assert found is not None, cell
+        named[found[1]] = found[2]
+    assert {name: pages.name(page_of(name)) for name in named} == named
+    assert set(named) <= set(constructors())
+    assert len(named) >= 11, "a row is missing"
+    assert "[docs/policies](docs/policies/index.md)" in pages.README.read_text(encoding="utf-8"), "those that have no row"
 
 
 def is_policy(code: str) -> bool:
@@ -326,4 +369,6 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_every_page_is_in_the_menu() -> None:
     menu = (pages.ROOT / "mkdocs.yml").read_text(encoding="utf-8")
     docs = pages.ROOT / "docs"
-    assert not [path for path in docs.rglob("*.md") if f" {path.relative_to(docs).as_posix()}\n" not in menu]
+    made = hooks().on_config({"nav": [{"Policies": []}]})["nav"][0]["Policies"]
+    listed = {path.relative_to(docs).as_posix() for path in docs.rglob("*.md")}
+    assert {page for page in listed if f" {page}\n" in menu} | set(made) == listed

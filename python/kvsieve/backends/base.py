@@ -120,12 +120,14 @@ class SelectionCapabilities:
 
     Attributes:
         rules: kinds of rules that it implements.
+        definitions: whether it also follows a rule by the definition that the rule brings along.
         frames: ``"rotated"`` (keys as the model rotated them) and ``"raw"`` (keys before their rotation) where it can select.
         packed: whether some of the keys may be packed.
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
     """
 
     rules: frozenset[str]
+    definitions: bool = False
     frames: frozenset[str] = frozenset({"rotated", "raw"})
     packed: bool = True
     page_bounds: bool = True
@@ -183,7 +185,7 @@ class Capabilities:
         can = self.selection
         if rule.page_bounds and not can.page_bounds:
             raise BackendError(f"backend {self.name!r} keeps no bounds of blocks; use HiP or InfiniteHiP, or backend='reference'")
-        if rule.kind not in can.rules:
+        if rule.kind not in can.rules and not (can.definitions and rule.defines_itself):
             raise BackendError(
                 f"backend {self.name!r} selects by {', '.join(sorted(can.rules))}, not by {rule.kind!r}; use backend='reference'"
             )

@@ -8,7 +8,7 @@ use super::thin::{Columns, SLOTS, asks, score_columns, score_columns_turned};
 use super::{Common, TILE, Unit};
 use crate::ids::{BLOCK, BlockId};
 use crate::kernels::rotate::{Layout, Rope, load_row, rotate_row};
-use crate::kernels::search::{Queries, four};
+use crate::kernels::select::{Queries, four};
 use crate::kernels::simd::{Elem, Simd, tanh};
 use crate::plan::Span;
 use crate::store::packed::{Channels, PAIRED, Packed, Packing};

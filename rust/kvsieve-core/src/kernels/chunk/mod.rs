@@ -16,13 +16,12 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::isa::Level;
-use super::search::{Inputs, bounds_of, check_bounds, sampled};
+use super::select::{bounds_of, check_bounds, sampled};
 use super::sparse::{Scoring, Sparse, SparseRow, Work, attend_sparse, fill_zero};
 use super::threads;
 use super::view::{Dtype, ElemsMut, check_dtype, check_len};
 use crate::ids::{BLOCK, Run};
-use crate::select::kept::{Choice, Rule, Search as Chooses};
-use crate::select::{Chosen, Score};
+use crate::select::{Asked, Choice, Chosen, Inputs, Rule, Score};
 use crate::store::arena::Arena;
 use crate::{Error, Result};
 use unit::{Batch, Block, Kernels, Place, Scratch, Shape, TILE, Tile, Tiles, Words, padded_rows};
@@ -377,7 +376,7 @@ pub fn attend_chunk(
     let [_, heads, columns, dim] = args.q.shape();
     let mut residents = Vec::with_capacity(args.rows.len());
     for row in args.rows {
-        let found = Residents::new(arena, row.runs, rule.is_bounded())?;
+        let found = Residents::new(arena, row.runs, rule.select.page_bounds())?;
         if row.new_len > columns || row.new_len > found.len as usize {
             let expected = format!("at most {columns} new tokens, all of them among {} residents", found.len);
             return Err(Error::Shape { what: "new_len", expected, got: row.new_len.to_string() });
@@ -532,9 +531,7 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
     let residents = &common.residents[*row];
     let count = columns.len();
     let region = rule.region(*first, count)?;
-    if let Chooses::Infinite(infinite) = &rule.search
-        && infinite.judges_bounds(&region)
-    {
+    if rule.select.judges_pages(&region) {
         check_bounds((&residents.bounds, residents.even), &region)?;
     }
     KEPT.with_borrow_mut(|kept| {
@@ -564,10 +561,8 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
             split,
             split_words,
         };
-        let chosen = match &rule.search {
-            Chooses::Hip(hip) => hip.search(region.clone(), &mut scorer)?,
-            Chooses::Infinite(infinite) => infinite.search(region.clone(), 0, &mut inputs, &mut scorer)?,
-        };
+        let asked = Asked { region: region.clone(), start: 0, inputs: &mut inputs };
+        let chosen = rule.select.select(asked, &mut scorer)?;
 
         let all: Vec<usize> = (0..count).collect();
         let mine = bring(common, &query_rows(common, queries, head, &all), words);
