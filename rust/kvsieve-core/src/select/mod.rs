@@ -105,7 +105,8 @@ pub struct Shown {
 
 /// The best score of each range of residents.
 pub trait Score {
-    /// Writes to `out` the best score of each range, `-inf` when none of its keys can be seen. Ranges are not empty.
+    /// Writes to `out` the best score of each range, `-inf` when none of its keys can be seen. Ranges are not empty, and inside of the
+    /// region.
     fn best(&mut self, ranges: &[Range<u32>], out: &mut Vec<f32>);
 
     /// Writes to `out` what the keys of each of these whole blocks (of [`BLOCK`](crate::ids::BLOCK) residents, counted from the first)
@@ -121,6 +122,23 @@ pub trait Same {
 impl<T: Any + PartialEq> Same for T {
     fn same(&self, other: &dyn Any) -> bool {
         other.downcast_ref::<T>().is_some_and(|other| self == other)
+    }
+}
+
+impl dyn Select {
+    /// [`Select::select`], and refuses what no rule may answer: the kernels go by it.
+    pub fn choose(&self, asked: Asked<'_>, score: &mut dyn Score) -> Result<Chosen> {
+        let region = asked.region.clone();
+        let chosen = self.select(asked, score)?;
+        let mut from = region.start;
+        for block in &chosen.blocks {
+            if block.start < from || block.end <= block.start || block.end > region.end {
+                let (what, expected) = ("what a rule selects", "ranges inside the region, ascending, none empty");
+                return Err(Error::OutOfRange { what, expected, got: format!("{block:?} of {region:?}") });
+            }
+            from = block.end;
+        }
+        Ok(chosen)
     }
 }
 
@@ -193,6 +211,32 @@ mod tests {
         let other = make("infinite", Parameters::of(other)).unwrap();
         assert!(*made != *other);
         assert_eq!((other.most(), other.num_stages(), other.page_bounds()), (32, 2, true));
+    }
+
+    /// A rule that answers whatever it was told to.
+    #[derive(Debug, PartialEq)]
+    struct Parrot(Vec<Range<u32>>);
+
+    impl Select for Parrot {
+        fn most(&self) -> usize {
+            0
+        }
+
+        fn select(&self, _: Asked<'_>, _: &mut dyn Score) -> Result<Chosen> {
+            Ok(Chosen { blocks: self.0.clone(), ..Chosen::default() })
+        }
+    }
+
+    #[test]
+    fn a_rule_that_answers_what_it_may_not_is_refused() {
+        let answer = |blocks: &[Range<u32>]| {
+            let rule: Arc<dyn Select> = Arc::new(Parrot(blocks.to_vec()));
+            rule.choose(Asked { region: 4..20, start: 0, inputs: &mut Inputs::new() }, &mut known::Known(&[]))
+        };
+        assert_eq!(answer(&[4..6, 6..7, 19..20]).unwrap().blocks, [4..6, 6..7, 19..20]);
+        for bad in [&[3..5][..], &[19..21], &[8..9, 4..6], &[4..6, 5..7], &[5..5]] {
+            assert!(matches!(answer(bad), Err(Error::OutOfRange { .. })), "{bad:?}");
+        }
     }
 
     #[test]

@@ -195,6 +195,8 @@ impl Score for Scorer<'_> {
         let Scorer { common, keys, seen_from, scores, .. } = self;
         keys.clear();
         seen_from.clear();
+        // A rule may be anybody's; beyond the residents there is no key to read.
+        assert!(stretches.iter().all(|s| s.end <= self.residents.len), "a rule asks for keys outside its region");
         for stretch in stretches {
             self.residents.each(stretch.clone(), self.head, common.bytes, |key, _| keys.push(key));
         }
@@ -562,7 +564,7 @@ fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_last: bool) 
             split_words,
         };
         let asked = Asked { region: region.clone(), start: 0, inputs: &mut inputs };
-        let chosen = rule.select.select(asked, &mut scorer)?;
+        let chosen = rule.select.choose(asked, &mut scorer)?;
 
         let all: Vec<usize> = (0..count).collect();
         let mine = bring(common, &query_rows(common, queries, head, &all), words);

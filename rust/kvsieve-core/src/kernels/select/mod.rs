@@ -93,6 +93,7 @@ impl Selection<'_> {
 pub(super) fn sampled(count: usize, stride: usize) -> Range<usize> {
     count.saturating_sub(1) % stride..count
 }
+
 /// Selects for each query block and key-value head (`block * kv_heads + head`).
 ///
 /// `inputs` is for rules of several stages, as many as results: read where a selection starts in the middle, and written.
@@ -243,7 +244,7 @@ fn run_unit(
             bounds_kernel: batch::kernel(args.level, arena.dtype(), 2 * dim),
             scratch,
         };
-        args.rule.select(Asked { region: block.region.clone(), start: args.start, inputs }, &mut scorer)
+        args.rule.choose(Asked { region: block.region.clone(), start: args.start, inputs }, &mut scorer)
     })
 }
 

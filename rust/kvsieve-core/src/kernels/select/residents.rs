@@ -22,7 +22,8 @@ pub(super) struct Residents<'a> {
     /// Whether all runs but the last are whole blocks.
     pub even: bool,
     pub packed: bool,
-    /// Of each run the minimum and the maximum of its keys for head 0, and the bytes from head to head; null where it has none. Empty where that is not asked.
+    /// Of each run the minimum and the maximum of its keys for head 0, and the bytes from head to head; null where it has none.
+    /// Empty where that is not asked.
     pub bounds: Vec<(*const u8, usize)>,
     _arena: PhantomData<&'a Arena>,
 }

@@ -77,6 +77,8 @@ impl Scorer<'_> {
         keys.clear();
         seen_from.clear();
         sources.clear();
+        // A rule may be anybody's; beyond the residents there is no key to read.
+        assert!(ranges.iter().all(|range| range.end <= self.residents.len), "a rule asks for keys outside its region");
         let count: usize = ranges.iter().map(ExactSizeIterator::len).sum();
         let whole = count.next_multiple_of(4);
         scores.resize(whole, 0.0);
