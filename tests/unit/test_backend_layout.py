@@ -64,7 +64,7 @@ def test_a_selection_rule_is_a_file_named_by_its_kind(name: str) -> None:
     assert capabilities(name).selection.rules == kinds >= {"hip", "infinite"}
     for kind in kinds:
         assert implementation(select, SimpleNamespace(kind=kind)).__name__ == f"{select.__name__}.{kind}"
-    with pytest.raises(PolicyError, match="'hip' or 'infinite', not 'best'"):
+    with pytest.raises(PolicyError, match=r"'hip' or .*'infinite'.*, not 'best'"):
         implementation(select, SimpleNamespace(kind="best"))
 
 
@@ -117,7 +117,7 @@ def test_what_cannot_be_held_is_refused_with_what_to_do(change: dict[str, Any], 
 
 def test_an_unknown_rule_is_refused() -> None:
     rule: Any = SimpleNamespace(kind="best", page_bounds=False)
-    with pytest.raises(BackendError, match="selects by hip, infinite, not by 'best'"):
+    with pytest.raises(BackendError, match=r"selects by .*hip, infinite.*, not by 'best'"):
         capabilities("cpu").check_selection(rule, "rotated", False)
 
 
