@@ -1,5 +1,6 @@
 """The Rust core, as Python sees it."""
 
+from collections.abc import Sequence
 from typing import Any, final
 
 import numpy as np
@@ -31,6 +32,7 @@ __all__ = [
     "keep_window",
     "read",
     "rotate",
+    "selection_rules",
     "surprisal",
     "top_k",
 ]
@@ -269,29 +271,18 @@ class Store:
 
 @final
 class Sparse:
-    """One layer's searching attention: the rule, and what each row has chosen."""
+    """One layer's attention to what is selected: the rule, and what each row has chosen."""
 
-    @staticmethod
-    def hip(
-        budget: int,
-        block: int,
-        representative: str,
+    def __new__(
+        cls,
+        rule: str,
+        *,
         sinks: int,
         window: int,
-        refresh: int,
+        refresh: Sequence[int],
         query_block: int,
         query_stride: int = 1,
-    ) -> Sparse: ...
-    @staticmethod
-    def infinite(
-        stages: list[tuple[int, int]],
-        representative: str,
-        sinks: int,
-        window: int,
-        refresh: list[int],
-        query_block: int,
-        query_stride: int = 1,
-        bounded: bool = False,
+        **parameters: bool | int | float | str | Sequence[tuple[int, int]],
     ) -> Sparse: ...
     def attend(
         self,
@@ -321,7 +312,7 @@ class Sparse:
 
 @final
 class SparseState:
-    """What the rows of a searching attention have chosen at some time."""
+    """What the rows of a :class:`Sparse` have chosen at some time."""
 
 def keep_surprisal(scores: npt.NDArray[np.float32], sinks: int, recent: int, budget: int, protected_tail: int = 0) -> list[int]: ...
 def keep_surprisal_published(
@@ -337,6 +328,7 @@ def rotate(
     inverse: bool = False,
     dtype: str | None = None,
 ) -> None: ...
+def selection_rules() -> list[str]: ...
 def surprisal(
     logits: npt.NDArray[Any], ids: npt.NDArray[np.int64], dtype: str | None = None, threads: int = 1
 ) -> npt.NDArray[np.float32]: ...

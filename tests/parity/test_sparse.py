@@ -23,7 +23,7 @@ from kvsieve.policy.specs import make_planner
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": 4, "query_block": 16}
+HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": [4], "query_block": 16}
 INFINITE = {
     "stages": [(16, 96), (4, 32), (2, 12)],
     "representative": "first",
@@ -31,6 +31,7 @@ INFINITE = {
     "window": 9,
     "refresh": [8, 4, 2],
     "query_block": 16,
+    "page_bounds": False,
 }
 
 
@@ -70,7 +71,7 @@ class Naive:
             size = min(count - lo, self.rule["query_block"] - (first + lo) % self.rule["query_block"])
             positions = list(range(first + lo, first + lo + size))
             mine = q[:, lo : lo + size]
-            refresh = self.rule["refresh"] if self.kind == "infinite" else [self.rule["refresh"]]
+            refresh = self.rule["refresh"]
             most = self.rule["stages"][-1][1] if self.kind == "infinite" else self.rule["budget"]
             follows = size == 1 and self.found is not None and self.found.hi - self.found.lo > most
             start = first_stage(self.step, refresh) if follows else 0
@@ -91,7 +92,7 @@ class Fast:
     """Some rows in Rust."""
 
     def __init__(self, kind: str, rule: dict[str, Any], shape: tuple[int, int], dtype: torch.dtype) -> None:
-        self.sparse = getattr(_core.Sparse, kind)(**rule)
+        self.sparse = _core.Sparse(kind, **rule)
         self.planner = make_planner(kvsieve.Full().specs(1), "post_rope")
         self.store = _core.Store(shape[0], shape[1], shape[1], DTYPES[dtype])
         self.scale, self.softcap = shape[1] ** -0.5, None
@@ -127,7 +128,7 @@ def test_rust_is_the_specification(kind: str, dtype: torch.dtype) -> None:
             rule["block"], rule["budget"], rule["refresh"] = (
                 rng.choice([1, 2, 3, 8]),
                 rng.choice([4, 20, 64]),
-                rng.choice([1, 3, 8]),
+                [rng.choice([1, 3, 8])],
             )
         else:
             rule["representative"] = ("first", "centre")[seed % 2]
@@ -200,7 +201,7 @@ def test_learned_sinks_and_soft_caps() -> None:
 
 def test_where_a_text_is_cut_does_not_matter() -> None:
     """At multiples of the query block, and then token by token with a refresh at each."""
-    rule = {**HIP, "refresh": 1, "query_block": 8}
+    rule = {**HIP, "refresh": [1], "query_block": 8}
     generator = torch.Generator().manual_seed(0)
     q, k, v = step_of(Fast("hip", rule, (2, 16), torch.float32), generator, 240)
     outs = []
@@ -224,7 +225,7 @@ def test_threads_change_no_bit() -> None:
 
 
 def test_a_crop_makes_it_choose_anew() -> None:
-    fast, generator = Fast("hip", {**HIP, "refresh": 100}, (2, 16), torch.float32), torch.Generator().manual_seed(0)
+    fast, generator = Fast("hip", {**HIP, "refresh": [100]}, (2, 16), torch.float32), torch.Generator().manual_seed(0)
     for width in (150, 1, 1):
         work = fast.feed(*step_of(fast, generator, width), [width])[2]
     assert work[0] == 0, "the choice should have stood"
@@ -278,7 +279,7 @@ class TestState:
             pair.steps(width)
 
     def test_what_was_committed_is_not_undone(self) -> None:
-        pair = Pair(1, refresh=100)
+        pair = Pair(1, refresh=[100])
         pair.steps(150, 1, 1)
         pair.fast.sparse.commit()
         pair.fast.sparse.undo()
@@ -330,11 +331,11 @@ class TestState:
 class TestErrors:
     @pytest.mark.parametrize(
         "change",
-        [{"budget": 0}, {"block": 0}, {"representative": "middle"}, {"refresh": 0}, {"query_block": 0}, {"query_stride": 0}],
+        [{"budget": 0}, {"block": 0}, {"representative": "middle"}, {"refresh": [0]}, {"query_block": 0}, {"query_stride": 0}],
     )
     def test_hip(self, change: dict[str, Any]) -> None:
         with pytest.raises(PolicyError):
-            _core.Sparse.hip(**{**HIP, **change})
+            _core.Sparse("hip", **{**HIP, **change})
 
     @pytest.mark.parametrize(
         "change",
@@ -349,7 +350,7 @@ class TestErrors:
     )
     def test_infinite(self, change: dict[str, Any]) -> None:
         with pytest.raises(PolicyError):
-            _core.Sparse.infinite(**{**INFINITE, **change})
+            _core.Sparse("infinite", **{**INFINITE, **change})
 
     def test_shapes(self) -> None:
         fast, generator = Fast("hip", HIP, (2, 16), torch.float32), torch.Generator().manual_seed(0)

@@ -24,7 +24,7 @@ from kvsieve.policy.specs import make_planner
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": 1, "query_block": 16}
+HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": [1], "query_block": 16}
 INFINITE = {
     "stages": [(16, 96), (4, 32), (2, 12)],
     "representative": "first",
@@ -32,6 +32,7 @@ INFINITE = {
     "window": 9,
     "refresh": [1, 1, 1],
     "query_block": 16,
+    "page_bounds": False,
 }
 RULES: dict[str, dict[str, Any]] = {"hip": HIP, "infinite": INFINITE}
 
@@ -40,7 +41,7 @@ class Layer:
     """Some rows in Rust."""
 
     def __init__(self, kind: str, rule: dict[str, Any], shape: tuple[int, int, int], dtype: torch.dtype) -> None:
-        self.sparse = getattr(_core.Sparse, kind)(**rule)
+        self.sparse = _core.Sparse(kind, **rule)
         self.planner = make_planner(kvsieve.Full().specs(1), "post_rope")
         self.store = _core.Store(*shape, DTYPES[dtype])
         self.call = AttendCall(shape[1] ** -0.5)
@@ -153,7 +154,7 @@ def test_a_chunk_leaves_what_its_queries_leave_one_by_one(kind: str) -> None:
     for seed in range(6):
         rng, generator = random.Random(seed), torch.Generator().manual_seed(seed)
         rule = {**RULES[kind], "query_block": rng.choice([1, 8, 16]), "query_stride": rng.choice([1, 4])}
-        rule["refresh"] = rng.choice([2, 3, 8]) if kind == "hip" else [8, 4, 2]
+        rule["refresh"] = [rng.choice([2, 3, 8])] if kind == "hip" else [8, 4, 2]
         layers = [Layer(kind, rule, (2, 16, 16), torch.float32) for _ in "ab"]
         for width, lens in [(90, [90, 71]), *((n, [n, n]) for n in (1, 1, 33, 1, 1, 1, 80, 17, 1, 2, 1, 129, 1, 1))]:
             x = new_tokens(generator, 2, 2, 3, width, (16, 16), torch.float32)
@@ -281,7 +282,7 @@ class TestErrors:
     def test_a_stride_of_nothing(self) -> None:
         for kind, rule in RULES.items():
             with pytest.raises(PolicyError, match="query_stride"):
-                getattr(_core.Sparse, kind)(**rule, query_stride=0)
+                _core.Sparse(kind, **rule, query_stride=0)
         with pytest.raises(PolicyError, match="stride"):
             group_scores(torch.zeros(2, 3, 4), torch.zeros(1, 5, 4), [2, 3, 4], 1, 0)
 

@@ -37,7 +37,7 @@ from kvsieve.policy.storage import Channels
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
-HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": 4, "query_block": 8}
+HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": [4], "query_block": 8}
 INFINITE = {
     "stages": [(16, 96), (4, 32), (2, 12)],
     "representative": "first",
@@ -45,6 +45,7 @@ INFINITE = {
     "window": 9,
     "refresh": [8, 4, 2],
     "query_block": 8,
+    "page_bounds": False,
 }
 TRUE = _core.Memory(_core.Eviction.keep_all(), _core.PositionRule.original())
 SLOTS = _core.Memory(_core.Eviction.own(4096, 0, 0), _core.PositionRule.in_cache())
@@ -141,7 +142,7 @@ class Row:
             size = min(count - lo, self.rule["query_block"] - (first + lo) % self.rule["query_block"])
             positions = list(range(first + lo, first + lo + size))
             mine = q[:, lo : lo + size]
-            refresh = self.rule["refresh"] if self.kind == "infinite" else [self.rule["refresh"]]
+            refresh = self.rule["refresh"]
             most = self.rule["stages"][-1][1] if self.kind == "infinite" else self.rule["budget"]
             follows = size == 1 and self.found is not None and self.next == positions[0]
             follows = follows and self.found is not None and self.found.hi - self.found.lo > most
@@ -180,7 +181,7 @@ class Rows:
     ) -> None:
         rule = {**(HIP if kind == "hip" else INFINITE), **change}
         self.rows, self.heads, self.group, self.dim = shape
-        self.sparse = getattr(_core.Sparse, kind)(**rule)
+        self.sparse = _core.Sparse(kind, **rule)
         self.frame = "post_rope" if mode == "stored" else "pre_rope"
         self.planner = _core.Planner([spec], self.frame)
         self.store = _core.Store(self.heads, self.dim, self.dim, DTYPES[dtype])
@@ -256,7 +257,7 @@ def any_rule(rng: random.Random, kind: str) -> dict[str, Any]:
     }
     if kind == "hip":
         rule["representative"] = rng.choice(["centre", "first", "last", "oracle"])
-        rule["block"], rule["budget"], rule["refresh"] = rng.choice([1, 2, 3, 8]), rng.choice([4, 20, 64]), rng.choice([1, 3, 8])
+        rule["block"], rule["budget"], rule["refresh"] = rng.choice([1, 2, 3, 8]), rng.choice([4, 20, 64]), [rng.choice([1, 3, 8])]
     else:
         rule["representative"] = rng.choice(["first", "centre"])
     return rule
@@ -347,7 +348,7 @@ class TestOtherPlaces:
         policy = kvsieve.StreamingLLM(budget=64, sinks=2)
         rope, g = model_rope(random.Random(3), 16), torch.Generator().manual_seed(0)
         planner = make_planner(policy.specs(1), "post_rope")
-        store, sparse = _core.Store(2, 16, 16, "float32"), _core.Sparse.hip(**{**HIP, "budget": 512})
+        store, sparse = _core.Store(2, 16, 16, "float32"), _core.Sparse("hip", **{**HIP, "budget": 512})
         for width in (60, 60, 1, 1):
             q, k, v = normal(g, 1, 4, width, 16), normal(g, 1, 2, width, 16), normal(g, 1, 2, width, 16)
             step = planner.begin([width], width, True, False)
@@ -365,7 +366,7 @@ class TestOtherPlaces:
         spec = _core.Memory(_core.Eviction.window(3, 40), _core.PositionRule.capped(40), visible=40)
         rope, g = model_rope(random.Random(3), 16), torch.Generator().manual_seed(0)
         planner, store = _core.Planner([spec], "pre_rope"), _core.Store(1, 16, 16, "float32")
-        sparse = _core.Sparse.hip(**{**HIP, "budget": 512, "sinks": 0})
+        sparse = _core.Sparse("hip", **{**HIP, "budget": 512, "sinks": 0})
         for width in (60, 1, 1):
             q, k, v = normal(g, 1, 2, width, 16), normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16)
             step = planner.begin([width], width, True, False)
@@ -381,7 +382,7 @@ class TestOtherPlaces:
     def test_a_window_that_slides_over_several_queries(self, width: int) -> None:
         policy, g = kvsieve.StreamingLLM(budget=8, sinks=2), torch.Generator().manual_seed(0)
         planner, store = make_planner(policy.specs(1), policy.stored_keys), _core.Store(2, 16, 16, "float32")
-        sparse = _core.Sparse.hip(**HIP)
+        sparse = _core.Sparse("hip", **HIP)
         for _ in range(2):
             q, k, v = normal(g, 1, 4, width, 16), normal(g, 1, 2, width, 16), normal(g, 1, 2, width, 16)
             step = planner.begin([width], width, True, False)
@@ -396,7 +397,7 @@ class TestOtherPlaces:
             _core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache()),
         ]
         planner, store, g = _core.Planner(specs, "pre_rope"), _core.Store(1, 16, 16, "float32"), torch.Generator().manual_seed(0)
-        sparse, rope = _core.Sparse.hip(**HIP), model_rope(random.Random(0), 16)
+        sparse, rope = _core.Sparse("hip", **HIP), model_rope(random.Random(0), 16)
         for width in (70, 1):
             q, k, v = normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16), normal(g, 1, 1, width, 16)
             step = planner.begin([width], width, True, False)
@@ -422,7 +423,7 @@ class TestOtherPlaces:
         store.append(view(x), view(x), step)
         rope = model_rope(random.Random(0), 16).core
         with pytest.raises(UnsupportedError, match=match):
-            _core.Sparse.hip(**HIP).attend(store, view(x), step, 1.0, None, None, view(x.clone()), None, 1, rope, True, *change)
+            _core.Sparse("hip", **HIP).attend(store, view(x), step, 1.0, None, None, view(x.clone()), None, 1, rope, True, *change)
 
     @pytest.mark.parametrize("relative_", [False, True])
     def test_a_rotation_wider_than_the_keys(self, relative_: bool) -> None:
@@ -432,7 +433,7 @@ class TestOtherPlaces:
         store.append(view(q), view(q), step)
         rope = _core.Rope([0.5] * 9)
         with pytest.raises(ShapeError):
-            _core.Sparse.hip(**HIP).attend(
+            _core.Sparse("hip", **HIP).attend(
                 store, view(q), step, 1.0, None, None, view(torch.empty(1, 99, 1, 16)), None, 1, rope, True, relative_
             )
 

@@ -120,12 +120,14 @@ class SelectionCapabilities:
 
     Attributes:
         rules: kinds of rules that it implements.
+        definitions: whether it also follows a rule by the definition that the rule brings along.
         stored_keys: ``"post_rope"`` (as the model rotated them) and ``"pre_rope"`` where it can select.
         compressed: whether some of the keys may be compressed.
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
     """
 
     rules: frozenset[str]
+    definitions: bool = False
     stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     compressed: bool = True
     page_bounds: bool = True
@@ -183,7 +185,7 @@ class Capabilities:
         can = self.selection
         if rule.page_bounds and not can.page_bounds:
             raise BackendError(f"backend {self.name!r} keeps no page bounds; use HiP or InfiniteHiP, or backend='reference'")
-        if rule.kind not in can.rules:
+        if rule.kind not in can.rules and not (can.definitions and rule.defines_itself):
             raise BackendError(
                 f"backend {self.name!r} selects by {', '.join(sorted(can.rules))}, not by {rule.kind!r}; use backend='reference'"
             )

@@ -13,6 +13,7 @@ The definition, and further points that the paper leaves open: :mod:`kvsieve.bac
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -20,7 +21,7 @@ from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Rebased
-from kvsieve.policy.select import SparseSelection
+from kvsieve.policy.select import Parameter, SparseSelection
 
 __all__ = ["HiP", "HiPSelection", "changed", "memory_of"]
 
@@ -48,6 +49,10 @@ class HiPSelection(SparseSelection):
         allowed = ("centre", "first", "last", "oracle")
         if self.representative not in allowed:
             raise PolicyError(f"representative must be one of {', '.join(allowed)}, got {self.representative!r}")
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        return {"budget": self.budget, "block": self.block, "representative": self.representative}
 
     @property
     def paces(self) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ The definition, and further points that the paper leaves open: :mod:`kvsieve.bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -17,7 +17,7 @@ from kvsieve.budget import BLOCK, check_count
 from kvsieve.errors import PolicyError
 from kvsieve.methods.hip import changed, memory_of
 from kvsieve.policy.compose import Memory
-from kvsieve.policy.select import SparseSelection
+from kvsieve.policy.select import Parameter, SparseSelection
 
 __all__ = ["PRESETS", "STAGES", "InfiniteHiP", "InfiniteHiPSelection"]
 
@@ -93,6 +93,10 @@ class InfiniteHiPSelection(SparseSelection):
                 raise PolicyError(f"sinks must be whole blocks of {BLOCK}, of which bounds are kept, got {self.sinks}")
             if self.window < BLOCK:
                 raise PolicyError(f"window must be at least {BLOCK}: bounds are kept of whole blocks only; got {self.window}")
+
+    @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        return {"stages": self.stages, "representative": self.representative, "page_bounds": self.page_bounds}
 
     @property
     def paces(self) -> tuple[int, ...]:

@@ -76,7 +76,7 @@ SYSTEMS: tuple[System, ...] = (
     System(SnapKV, "Li et al., NeurIPS 2024, arXiv 2404.14469", "evicts", "snapkv(48, observe=8, kernel=3)"),
     System(H2O, "Zhang et al., NeurIPS 2023, arXiv 2306.14048", "evicts", "h2o(48, recent=8, sinks=2)"),
     System(ThinK, "Xu et al., ICLR 2025, arXiv 2407.21018", "stores", "think(0.5, recent=8, observe=8)"),
-    System(Quantized, "Liu et al., ICML 2024, arXiv 2402.02750", "stores", "quantized(8, group=16, residual=8)"),
+    System(Quantized, "after KIVI, Liu et al., ICML 2024, arXiv 2402.02750", "stores", "quantized(8, group=16, residual=8)"),
     System(
         HiP,
         "Lee et al., ICLR 2025, arXiv 2406.09827",
@@ -92,7 +92,7 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(
         Quest,
-        "Tang et al., ICML 2024, arXiv 2406.10774",
+        "after Tang et al., ICML 2024, arXiv 2406.10774",
         "selects",
         "quest(32, sinks=0, window=64, query_block=16, query_stride=3)",
     ),

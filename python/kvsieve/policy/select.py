@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsieve.budget import check_count
 
-__all__ = ["Dense", "SelectionRule", "SparseSelection", "TopKTokens"]
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = ["Dense", "Parameter", "SelectionRule", "SparseSelection", "TopKTokens"]
+
+
+Parameter = bool | int | float | str | Sequence[tuple[int, int]]
+"""What a rule may be told by a name of its own."""
 
 
 class SelectionRule:
@@ -77,9 +86,14 @@ class SparseSelection(SelectionRule):
         return self.page_bounds
 
     @property
+    def parameters(self) -> Mapping[str, Parameter]:
+        """What the rule adds to the numbers above, by name: what its implementation in Rust is told."""
+        return {}
+
+    @property
     def paces(self) -> tuple[int, ...]:
         """Generated tokens between two selections, of each stage."""
-        raise NotImplementedError
+        return (1,)
 
     @property
     def num_found(self) -> int:
@@ -93,4 +107,23 @@ class SparseSelection(SelectionRule):
 
     def for_layer(self, index: int, past_trained_length: bool = False) -> SparseSelection | None:
         """The rule of layer ``index``; None if the layer reads everything, as none does past the trained length."""
+        return self
+
+    def choose(self, scores: npt.NDArray[np.floating[Any]], lo: int, hi: int) -> Sequence[npt.NDArray[np.int64]]:
+        """What a block of queries reads between sinks and window: the definition, which ``backend="reference"`` follows.
+
+        A rule of one stage writes it here. One that needs more than scores has a file in the reference's ``select/`` instead.
+
+        Args:
+            scores: float64 ``[Hkv, n]``, of each key the best product with a query that sees it outside its window, or -inf.
+            lo, hi: where sinks end and the window begins; more than :attr:`num_found` keys lie between them.
+
+        Returns:
+            For each KV head int64 ``[c, 2]``: ranges of keys between ``lo`` and ``hi``, ascending, none empty.
+        """
         raise NotImplementedError
+
+    @property
+    def defines_itself(self) -> bool:
+        """Whether :meth:`choose` is its definition."""
+        return type(self).choose is not SparseSelection.choose

@@ -14,7 +14,7 @@ use std::time::Duration;
 use half::bf16;
 use kvsieve_core::ids::{BlockId, PACKED, Run};
 use kvsieve_core::kernels::isa::isa;
-use kvsieve_core::kernels::search::{Method, QueryBlock, Search, Shown, Turn, search};
+use kvsieve_core::kernels::select::{QueryBlock, Selection, Turn, select};
 use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
 use kvsieve_core::kernels::{Attend, SpanTrig, attend};
 use kvsieve_core::plan::{Move, Span, Spans};
@@ -23,7 +23,7 @@ use kvsieve_core::rope::{Layout, Rope};
 use kvsieve_core::select::Representative::{self, Centre, First};
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
-use kvsieve_core::select::kept::{Choice, Rule, Search as Chooses};
+use kvsieve_core::select::{Choice, Rule, Shown};
 use kvsieve_core::storage::arena::Arena;
 use kvsieve_core::storage::packed::{Channels, Chosen, Packing};
 use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
@@ -93,21 +93,21 @@ fn mean(x: &[f64]) -> f64 {
 }
 
 fn hip(representative: Representative, refresh: usize) -> Rule {
-    let hip = Hip { budget: 1024, block: 2, representative };
-    Rule::new(Chooses::Hip(hip), 16, 256, vec![refresh]).expect("a rule")
+    let hip = Hip::new(1024, 2, representative).expect("a budget");
+    Rule::new(Arc::new(hip), 16, 256, vec![refresh]).expect("a rule")
 }
 
 fn infinite(refresh: [usize; 3]) -> Rule {
     let stages = [(256, 32768), (32, 8192), (8, 2048)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
     let infinite = Infinite::new(stages, First, false).expect("stages");
-    Rule::new(Chooses::Infinite(infinite), 256, 1024, refresh.to_vec()).expect("a rule")
+    Rule::new(Arc::new(infinite), 256, 1024, refresh.to_vec()).expect("a rule")
 }
 
 /// Bounds of blocks first, then the best pairs of four times as many tokens.
 fn quest(refresh: [usize; 2]) -> Rule {
     let stages = [(64, 4096), (2, 1024)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
     let staged = Infinite::new(stages, First, true).expect("stages");
-    Rule::new(Chooses::Infinite(staged), 64, 256, refresh.to_vec()).expect("a rule")
+    Rule::new(Arc::new(staged), 64, 256, refresh.to_vec()).expect("a rule")
 }
 
 struct Bench {
@@ -253,7 +253,7 @@ impl Bench {
         (mean(&times), per(searched), per(read))
     }
 
-    /// The search alone.
+    /// The selection alone.
     fn search(&mut self, rule: &Rule) -> f64 {
         let tokens = self.runs.len() * 64;
         let shown = self.shown(&self.runs);
@@ -263,17 +263,13 @@ impl Bench {
             let region = rule.region(tokens - 1, 1).expect("a region");
             let (runs, shown) = (&self.runs, &shown);
             let blocks = [QueryBlock { row: 0, columns: 0..1, runs, shown, first: tokens - 1, region }];
-            let method = match &rule.search {
-                Chooses::Hip(hip) => Method::Hip(hip),
-                Chooses::Infinite(infinite) => Method::Infinite(infinite, 0),
-            };
             let level = isa().expect("a valid KVSIEVE_ISA");
             let relative = self.kind != Kind::Placed;
             let turn = self.turns().then(|| Turn { rope: &self.rope, apply_factor: false, relative });
-            let args =
-                Search { q, turn, blocks: &blocks, query_stride: 1, window: rule.window, method, threads: 1, level };
+            let (blocks, window, rule) = (&blocks, rule.window, &*rule.select);
+            let args = Selection { q, turn, blocks, query_stride: 1, window, rule, start: 0, threads: 1, level };
             cool(&self.junk);
-            timed(|| search(&self.arena, &args, &mut []).expect("searched")).1
+            timed(|| select(&self.arena, &args, &mut []).expect("searched")).1
         });
         median(times.collect())
     }

@@ -3,6 +3,8 @@
 //!
 //! Keys and queries are multiples of 1/8, so that every product sum is exact in whatever order: a choice cannot hang on rounding.
 
+use std::sync::Arc;
+
 use half::{bf16, f16};
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
@@ -10,10 +12,9 @@ use kvsieve_core::kernels::Level;
 use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
-use kvsieve_core::select::Representative;
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
-use kvsieve_core::select::kept::{Choice, Rule, Search};
+use kvsieve_core::select::{Choice, Representative, Rule};
 use kvsieve_core::storage::arena::Arena;
 use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 
@@ -89,12 +90,12 @@ fn rule(noise: &mut Noise) -> Rule {
     let (sinks, window) = (noise.below(6), noise.one_of(&[0, 1, 9, 40, 400]));
     if noise.below(2) == 0 {
         let (budget, block) = (1 + noise.below(90), 1 + noise.below(9));
-        let hip = Hip { budget, block, representative: noise.one_of(&all) };
-        return Rule::new(Search::Hip(hip), sinks, window, vec![1 + noise.below(4)]).unwrap();
+        let hip = Hip::new(budget, block, noise.one_of(&all)).unwrap();
+        return Rule::new(Arc::new(hip), sinks, window, vec![1 + noise.below(4)]).unwrap();
     }
     let stages = [(16, 96), (4, 32), (2, 12)].map(|(chunk, keep)| Stage { chunk, keep }).to_vec();
     let infinite = Infinite::new(stages, all[noise.below(2)], false).unwrap();
-    Rule::new(Search::Infinite(infinite), sinks, window, vec![4, 2, 1]).unwrap()
+    Rule::new(Arc::new(infinite), sinks, window, vec![4, 2, 1]).unwrap()
 }
 
 /// A first stage of blocks, by the bounds of their keys.
@@ -107,9 +108,9 @@ fn bounded_rule(noise: &mut Noise) -> Rule {
     let refresh = vec![1; stages.len()];
     let infinite = Infinite::new(stages, Representative::First, true).unwrap();
     let (sinks, window) = (64 * noise.below(3), noise.one_of(&[64, 71, 200]));
-    assert!(Rule::new(Search::Infinite(infinite.clone()), sinks + 1, window, refresh.clone()).is_err());
-    assert!(Rule::new(Search::Infinite(infinite.clone()), sinks, 63, refresh.clone()).is_err());
-    Rule::new(Search::Infinite(infinite), sinks, window, refresh).unwrap()
+    assert!(Rule::new(Arc::new(infinite.clone()), sinks + 1, window, refresh.clone()).is_err());
+    assert!(Rule::new(Arc::new(infinite.clone()), sinks, 63, refresh.clone()).is_err());
+    Rule::new(Arc::new(infinite), sinks, window, refresh).unwrap()
 }
 
 fn close(a: &[f32], b: &[f32], tolerance: f32) -> bool {
@@ -203,8 +204,8 @@ fn a_signal_leaves_the_choices_as_they_were() {
     let data = Data::of(&noise.eighths(2 * 1000 * 8), Dtype::F32);
     arena.write(&runs, data.elems(), data.elems()).unwrap();
     let q = noise.eighths(2 * 900 * 8);
-    let hip = Hip { budget: 8, block: 2, representative: Representative::Centre };
-    let rule = Rule::new(Search::Hip(hip), 2, 4, vec![8]).unwrap();
+    let hip = Hip::new(8, 2, Representative::Centre).unwrap();
+    let rule = Rule::new(Arc::new(hip), 2, 4, vec![8]).unwrap();
     for threads in [1, 2] {
         let args = Sparse {
             q: View::contiguous("q", Elems::F32(&q), [1, 2, 900, 8]).unwrap(),

@@ -11,15 +11,14 @@ use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, PACKED, Run};
 use kvsieve_core::kernels::Level;
 use kvsieve_core::kernels::isa::levels;
-use kvsieve_core::kernels::search::{Method, QueryBlock, Search, Shown, Turn, search, search_unless};
+use kvsieve_core::kernels::select::{QueryBlock, Selection, Turn, select, select_unless};
 use kvsieve_core::kernels::sparse::{Scoring, Sparse, SparseRow, attend_sparse};
 use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
 use kvsieve_core::rope::{Layout, Rope};
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
-use kvsieve_core::select::kept::{Choice, Rule, Search as Chooses};
-use kvsieve_core::select::{Chosen, Representative, Score};
+use kvsieve_core::select::{Asked, Choice, Chosen, Inputs, Representative, Rule, Score, Select, Shown};
 use kvsieve_core::storage::arena::Arena;
 use kvsieve_core::storage::packed::{Channels, Chosen as Keep, Packing};
 use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
@@ -109,10 +108,15 @@ impl Row {
     }
 }
 
-fn methods(noise: &mut Noise) -> (Hip, Infinite) {
+/// What a rule selects from a region by these scores, computed anew.
+fn chosen(rule: &dyn Select, region: Range<u32>, inputs: &mut Inputs, score: &mut dyn Score) -> Chosen {
+    rule.select(Asked { region, start: 0, inputs }, score).unwrap()
+}
+
+fn rules(noise: &mut Noise) -> (Hip, Infinite) {
     let all = [Representative::Centre, Representative::First, Representative::Last, Representative::Oracle];
     let (budget, block) = (1 + noise.below(60), 1 + noise.below(5));
-    let hip = Hip { budget, block, representative: all[noise.below(4)] };
+    let hip = Hip::new(budget, block, all[noise.below(4)]).unwrap();
     let mut chunk = 1 + noise.below(4);
     let mut stages = Vec::new();
     for _ in 0..1 + noise.below(3) {
@@ -149,7 +153,7 @@ fn the_kernel_chooses_what_the_scores_say() {
                 QueryBlock { row: 0, columns: columns_here, runs: &row.runs, shown: &[], first, region }
             })
             .collect();
-        let (hip, infinite) = methods(&mut noise);
+        let (hip, infinite) = rules(&mut noise);
         let known = |block: &QueryBlock<'_>, head: usize| {
             let queries: Vec<Vec<&[f32]>> = block
                 .columns
@@ -159,25 +163,25 @@ fn the_kernel_chooses_what_the_scores_say() {
             row.known(head, &queries, block.first, window)
         };
         let each = || blocks.iter().flat_map(|b| (0..kv_heads).map(move |h| (b, h)));
-        let want: Vec<Chosen> = each().map(|(b, h)| hip.search(b.region.clone(), &mut known(b, h)).unwrap()).collect();
+        let want: Vec<Chosen> =
+            each().map(|(b, h)| chosen(&hip, b.region.clone(), &mut Vec::new(), &mut known(b, h))).collect();
         let mut cache = vec![Vec::new(); blocks.len() * kv_heads];
         let staged: Vec<Chosen> = each()
             .zip(&mut cache)
-            .map(|((b, h), cache)| infinite.search(b.region.clone(), 0, cache, &mut known(b, h)).unwrap())
+            .map(|((b, h), cache)| chosen(&infinite, b.region.clone(), cache, &mut known(b, h)))
             .collect();
         for level in levels() {
             for threads in [1, 2] {
-                let method = Method::Hip(&hip);
-                let args =
-                    Search { q: view, turn: None, blocks: &blocks, query_stride: 1, window, method, threads, level };
-                assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{level:?} {dtype:?} {dim} {hip:?}");
-                let args = Search { method: Method::Infinite(&infinite, 0), ..args };
+                let (q, blocks, turn) = (view, &blocks, None);
+                let args = Selection { q, turn, blocks, query_stride: 1, window, rule: &hip, start: 0, threads, level };
+                assert_eq!(select(&row.arena, &args, &mut []).unwrap(), want, "{level:?} {dtype:?} {dim} {hip:?}");
+                let args = Selection { rule: &infinite, ..args };
                 let mut inputs = vec![Vec::new(); cache.len()];
-                assert_eq!(search(&row.arena, &args, &mut inputs).unwrap(), staged, "{level:?} {dtype:?} {infinite:?}");
+                assert_eq!(select(&row.arena, &args, &mut inputs).unwrap(), staged, "{level:?} {dtype:?} {infinite:?}");
                 assert_eq!(inputs, cache);
                 for start in 1..infinite.stages().len() {
-                    let args = Search { method: Method::Infinite(&infinite, start), ..args };
-                    let again = search(&row.arena, &args, &mut inputs).unwrap();
+                    let args = Selection { rule: &infinite, start, ..args };
+                    let again = select(&row.arena, &args, &mut inputs).unwrap();
                     let blocks = |all: &[Chosen]| all.iter().map(|c| c.blocks.clone()).collect::<Vec<_>>();
                     assert_eq!(blocks(&again), blocks(&staged));
                     assert_eq!(inputs, cache);
@@ -265,30 +269,30 @@ fn bounds_of_blocks_are_a_first_stage() {
         let mut cache = vec![Vec::new(); kv_heads];
         let want: Vec<Chosen> = (0..kv_heads)
             .zip(&mut cache)
-            .map(|(h, cache)| infinite.search(region.clone(), 0, cache, &mut score(h)).unwrap())
+            .map(|(h, cache)| chosen(&infinite, region.clone(), cache, &mut score(h)))
             .collect();
         fewer += usize::from(cache.iter().any(|stages| stages[1].len() * 64 < region.len()));
         let turn = rope.as_ref().map(|rope| Turn { rope, apply_factor: true, relative: true });
-        let method = Method::Infinite(&infinite, 0);
-        let args = Search {
+        let args = Selection {
             q: view,
             turn,
             blocks: &blocks,
             query_stride: stride,
             window,
-            method,
+            rule: &infinite,
+            start: 0,
             threads: 1,
             level: Level::Portable,
         };
-        if infinite.judges_bounds(&region) {
-            let refused = search(&row.arena, &args, &mut []);
+        if infinite.judges_pages(&region) {
+            let refused = select(&row.arena, &args, &mut []);
             assert!(matches!(refused, Err(Error::Unsupported(_))), "no bounds yet: {refused:?}");
         }
         row.arena.make_bounds(&row.runs).unwrap();
         for level in levels() {
             for threads in [1, 2] {
                 let mut inputs = vec![Vec::new(); kv_heads];
-                let found = search(&row.arena, &Search { threads, level, ..args }, &mut inputs).unwrap();
+                let found = select(&row.arena, &Selection { threads, level, ..args }, &mut inputs).unwrap();
                 assert_eq!(found, want, "round {round} {level:?} {dtype:?} {dim} {infinite:?}");
                 assert_eq!(inputs, cache);
             }
@@ -419,28 +423,29 @@ fn keys_are_made_and_turned_for_scoring() {
             };
             Known((0..n).map(score).collect())
         };
-        let (hip, infinite) = methods(&mut noise);
-        let want: Vec<Chosen> = (0..kv_heads).map(|h| hip.search(region.clone(), &mut known(h)).unwrap()).collect();
-        let staged: Vec<Chosen> = (0..kv_heads)
-            .map(|h| infinite.search(region.clone(), 0, &mut Vec::new(), &mut known(h)).unwrap())
-            .collect();
+        let (hip, infinite) = rules(&mut noise);
+        let want: Vec<Chosen> =
+            (0..kv_heads).map(|h| chosen(&hip, region.clone(), &mut Vec::new(), &mut known(h))).collect();
+        let staged: Vec<Chosen> =
+            (0..kv_heads).map(|h| chosen(&infinite, region.clone(), &mut Vec::new(), &mut known(h))).collect();
         let turn = Some(Turn { rope: &rope, apply_factor, relative });
         for level in levels() {
             for threads in [1, 2] {
-                let args = Search {
+                let args = Selection {
                     q: view,
                     turn,
                     blocks: &blocks,
                     query_stride: 1,
                     window,
-                    method: Method::Hip(&hip),
+                    rule: &hip,
+                    start: 0,
                     threads,
                     level,
                 };
                 let what = format!("round {round} {level:?} {dtype:?} {dim} {turn:?}");
-                assert_eq!(search(&row.arena, &args, &mut []).unwrap(), want, "{what}");
-                let args = Search { method: Method::Infinite(&infinite, 0), ..args };
-                assert_eq!(search(&row.arena, &args, &mut []).unwrap(), staged, "{what}");
+                assert_eq!(select(&row.arena, &args, &mut []).unwrap(), want, "{what}");
+                let args = Selection { rule: &infinite, ..args };
+                assert_eq!(select(&row.arena, &args, &mut []).unwrap(), staged, "{what}");
             }
         }
     }
@@ -471,9 +476,9 @@ fn what_is_chosen_is_attended_where_it_is_shown() {
         let q: Vec<f32> = noise.eighths(heads * columns * dim).iter().map(|x| x / 8.0).collect();
         let data = Data::of(&q, dtype);
         let view = View::contiguous("q", data.elems(), [1, heads, columns, dim]).unwrap();
-        let (hip, _) = methods(&mut noise);
+        let (hip, _) = rules(&mut noise);
         let (sinks, window) = (noise.below(4), noise.below(30));
-        let rule = Rule::new(Chooses::Hip(hip), sinks, window, vec![4]).unwrap();
+        let rule = Rule::new(Arc::new(hip), sinks, window, vec![4]).unwrap();
         let consecutive = noise.below(2) == 0;
         let scoring = if consecutive || noise.below(2) == 0 { Scoring::Relative } else { Scoring::Placed };
         let slots: Vec<(BlockId, u32)> = row.runs.iter().flat_map(|r| (r.lo..r.hi).map(|s| (r.block, s))).collect();
@@ -551,21 +556,22 @@ fn a_key_of_nan_is_never_chosen() {
     let run = [Run { block: BlockId(0), lo: 0, hi: 64 }];
     arena.write(&run, Elems::F32(&keys), Elems::F32(&keys)).unwrap();
     let q = noise.eighths(64);
-    let hip = Hip { budget: 16, block: 1, representative: Representative::Oracle };
+    let hip = Hip::new(16, 1, Representative::Oracle).unwrap();
     for level in levels() {
         let blocks = [QueryBlock { row: 0, columns: 0..1, runs: &run, shown: &[], first: 63, region: 0..64 }];
         let q = View::contiguous("q", Elems::F32(&q), [1, 1, 1, 64]).unwrap();
-        let args = Search {
+        let args = Selection {
             q,
             turn: None,
             blocks: &blocks,
             query_stride: 1,
             window: 0,
-            method: Method::Hip(&hip),
+            rule: &hip,
+            start: 0,
             threads: 1,
             level,
         };
-        let found = search(&arena, &args, &mut []).unwrap();
+        let found = select(&arena, &args, &mut []).unwrap();
         assert_eq!(found[0].blocks.len(), 16);
         assert!(found[0].blocks.iter().all(|b| b.start >= 40));
     }
@@ -577,25 +583,30 @@ fn what_does_not_fit_is_refused() {
     let row = Row::new(&mut noise, (2, 100, 8), Dtype::F32, true);
     let q = noise.eighths(4 * 2 * 8);
     let good = QueryBlock { row: 0, columns: 0..2, runs: &row.runs, shown: &[], first: 98, region: 0..90 };
-    let hip = Hip { budget: 4, block: 1, representative: Representative::First };
+    let hip = Hip::new(4, 1, Representative::First).unwrap();
     let infinite =
         Infinite::new(vec![Stage { chunk: 2, keep: 4 }, Stage { chunk: 1, keep: 2 }], Representative::First, false)
             .unwrap();
-    let run = |block: QueryBlock<'_>, shape: [usize; 4], method: Method<'_>, inputs: usize, threads: usize| {
+    let run = |block: QueryBlock<'_>,
+               shape: [usize; 4],
+               (rule, start): (&dyn Select, usize),
+               inputs: usize,
+               threads: usize| {
         let q = View::contiguous("q", Elems::F32(&q), shape).unwrap();
-        let args = Search {
+        let args = Selection {
             q,
             turn: None,
             blocks: &[block],
             query_stride: 1,
             window: 4,
-            method,
+            rule,
+            start,
             threads,
             level: Level::Portable,
         };
-        search(&row.arena, &args, &mut vec![Vec::new(); inputs])
+        select(&row.arena, &args, &mut vec![Vec::new(); inputs])
     };
-    let (by, shape) = (Method::Hip(&hip), [1, 4, 2, 8]);
+    let (by, shape): ((&dyn Select, usize), _) = ((&hip, 0), [1, 4, 2, 8]);
     assert!(run(good.clone(), shape, by, 0, 1).is_ok());
     let shape_error =
         |found: Result<Vec<Chosen>, Error>| assert!(matches!(found, Err(Error::Shape { .. })), "{found:?}");
@@ -606,8 +617,8 @@ fn what_does_not_fit_is_refused() {
     shape_error(run(QueryBlock { columns: 1..1, ..good.clone() }, shape, by, 0, 1));
     shape_error(run(QueryBlock { region: 0..101, ..good.clone() }, shape, by, 0, 1));
     shape_error(run(good.clone(), shape, by, 1, 1));
-    shape_error(run(good.clone(), shape, Method::Infinite(&infinite, 1), 0, 1));
-    assert!(matches!(run(good.clone(), shape, Method::Infinite(&infinite, 1), 2, 1), Err(Error::OutOfRange { .. })));
+    shape_error(run(good.clone(), shape, (&infinite, 1), 0, 1));
+    assert!(matches!(run(good.clone(), shape, (&infinite, 1), 2, 1), Err(Error::OutOfRange { .. })));
     assert!(matches!(run(good.clone(), shape, by, 0, 0), Err(Error::OutOfRange { .. })));
     let elsewhere = [Run { block: BlockId(900), lo: 0, hi: 9 }];
     let missing = QueryBlock { runs: &elsewhere, region: 0..3, ..good.clone() };
@@ -620,23 +631,24 @@ fn a_signal_stops_it() {
     let row = Row::new(&mut noise, (1, 100, 8), Dtype::F32, true);
     let q = noise.eighths(40 * 8);
     let q = View::contiguous("q", Elems::F32(&q), [1, 1, 40, 8]).unwrap();
-    let hip = Hip { budget: 4, block: 1, representative: Representative::First };
+    let hip = Hip::new(4, 1, Representative::First).unwrap();
     let block =
         |i: usize| QueryBlock { row: 0, columns: i..i + 1, runs: &row.runs, shown: &[], first: 60 + i, region: 0..40 };
     let blocks: Vec<QueryBlock<'_>> = (0..40).map(block).collect();
-    let args = Search {
+    let args = Selection {
         q,
         turn: None,
         blocks: &blocks,
         query_stride: 1,
         window: 4,
-        method: Method::Hip(&hip),
+        rule: &hip,
+        start: 0,
         threads: 1,
         level: Level::Portable,
     };
-    assert_eq!(search_unless(&row.arena, &args, &mut [], &|| true), Err(Error::Interrupted));
+    assert_eq!(select_unless(&row.arena, &args, &mut [], &|| true), Err(Error::Interrupted));
 
-    let rule = Rule::new(Chooses::Hip(hip), 2, 4, vec![8]).unwrap();
+    let rule = Rule::new(Arc::new(hip), 2, 4, vec![8]).unwrap();
     let args = Sparse {
         q,
         rope: None,

@@ -1,17 +1,14 @@
-//! Attention to what a search chooses, and the choices that stand between refreshes.
+//! Attention to what a selection rule chooses, and the choices that stand between refreshes.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvsieve_core::ids::Run;
 use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::isa;
-use kvsieve_core::kernels::search::Shown;
 use kvsieve_core::kernels::sparse::{Scoring, Sparse as Args, SparseRow, attend_sparse};
-use kvsieve_core::plan::{self, Frame, Placing};
-use kvsieve_core::select::Representative;
-use kvsieve_core::select::hip::Hip;
-use kvsieve_core::select::infinite::{Infinite, Stage};
-use kvsieve_core::select::kept::{Choice, Choices, Rule, Search};
+use kvsieve_core::plan::{self, Frame};
+use kvsieve_core::select::{self, Choice, Choices, Parameter, Parameters, Residents, Rule};
 use kvsieve_core::storage::arena::Arena;
 use kvsieve_core::{Error, Result};
 use numpy::{
@@ -24,7 +21,7 @@ use crate::kernels::{Input, Output, Rope};
 use crate::plan::Step;
 use crate::store::Store;
 
-/// One layer's searching attention: the rule, and what each row has chosen. See `kvsieve_core::select`.
+/// One layer's attention to what is selected: the rule, and what each row has chosen. See `kvsieve_core::select`.
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Sparse {
     rule: Arc<Rule>,
@@ -41,28 +38,24 @@ pub struct SparseState {
 }
 
 impl Sparse {
-    fn made(
-        search: Search,
-        (sinks, window): (usize, usize),
-        refresh: Vec<usize>,
-        (query_block, query_stride): (usize, usize),
-    ) -> Result<Self> {
-        let rule = Rule::new(search, sinks, window, refresh)?;
-        for (what, n) in [("query_block", query_block), ("query_stride", query_stride)] {
-            if n == 0 {
-                return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
-            }
-        }
-        Ok(Sparse { rule: Arc::new(rule), query_block, query_stride, choices: Mutex::default() })
-    }
-
     fn choices(&self) -> MutexGuard<'_, Choices> {
         self.choices.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Makes what a search will ask of blocks that were written since the last one.
+    /// The rows' residents, with what the rule will ask of them.
+    fn residents(&self, py: Python<'_>, store: &Store, step: &plan::Step) -> PyResult<Vec<Residents>> {
+        let found: Result<Vec<Residents>> =
+            py.detach(|| (0..step.num_rows).map(|row| Residents::of(step, row)).collect());
+        let found = found.map_err(to_py)?;
+        if self.rule.select.page_bounds() {
+            self.make_bounds(py, store, &found)?;
+        }
+        Ok(found)
+    }
+
+    /// Makes the minimum and the maximum of blocks that were written since the last selection.
     fn make_bounds(&self, py: Python<'_>, store: &Store, residents: &[Residents]) -> PyResult<()> {
-        let within = self.rule.sinks + self.rule.window + self.rule.most();
+        let within = self.rule.sinks + self.rule.window + self.rule.select.most();
         let searched: Vec<&[Run]> = residents
             .iter()
             .map(|row| &row.runs[..])
@@ -75,9 +68,31 @@ impl Sparse {
         Ok(())
     }
 
-    /// Without the GIL, which a search in progress asks for while it holds the lock.
+    /// Without the GIL, which a selection in progress asks for while it holds the lock.
     fn with<R: Send>(&self, py: Python<'_>, run: impl FnOnce(&mut Choices) -> R + Send) -> R {
         py.detach(|| run(&mut self.choices()))
+    }
+}
+
+/// A parameter of a rule, as Python writes it.
+#[derive(FromPyObject)]
+enum Value {
+    Flag(bool),
+    Count(usize),
+    Number(f64),
+    Text(String),
+    Pairs(Vec<(usize, usize)>),
+}
+
+impl From<Value> for Parameter {
+    fn from(value: Value) -> Self {
+        match value {
+            Value::Flag(x) => Parameter::Flag(x),
+            Value::Count(x) => Parameter::Count(x),
+            Value::Number(x) => Parameter::Number(x),
+            Value::Text(x) => Parameter::Text(x),
+            Value::Pairs(x) => Parameter::Pairs(x),
+        }
     }
 }
 
@@ -94,194 +109,37 @@ fn scoring(frame: Frame, relative: bool, consecutive: bool) -> Result<Scoring> {
     }
 }
 
-/// A row's residents after the step, in text order, and where its last query sees them.
-#[derive(Default)]
-struct Residents {
-    runs: Vec<Run>,
-    /// Empty where all keys are read as they lie.
-    shown: Vec<Shown>,
-}
-
-/// Why a row cannot be searched.
-const SLIDES: Error = Error::Unsupported("a search needs a memory that shows every query all that stands before it");
-const UNORDERED: Error = Error::Unsupported("a search needs one memory, whose tokens stand in the order of the text");
-
-/// Where the step copies `tail` to, which others read too, so that `new` can stand behind it. Parts name the tail as it was before: read
-/// there, one block of the text would lie in two.
-fn copied(step: &plan::Step, tail: Run, new: &plan::Append) -> Option<Run> {
-    let mut mine = step.copies.iter().filter(|m| (m.from, m.from_slot, m.len) == (tail.block, tail.lo, tail.len()));
-    let copy = mine.find(|m| m.to == new.block && m.to_slot + m.len == new.slot)?;
-    Some(Run { block: copy.to, lo: copy.to_slot, hi: new.slot })
-}
-
-impl Residents {
-    fn of(step: &plan::Step, row: usize) -> Result<Self> {
-        if step.new_lens[row] == 0 {
-            return Ok(Residents::default());
-        }
-        match &step.spans {
-            Some(spans) => Residents::of_spans(step, spans, row),
-            None => Residents::of_part(step, row),
-        }
-    }
-
-    fn of_spans(step: &plan::Step, spans: &plan::Spans, row: usize) -> Result<Self> {
-        let item = |behind: usize| {
-            let item = (row + 1) * spans.num_queries - 1 - behind;
-            &spans.spans[spans.starts[item] as usize..spans.starts[item + 1] as usize]
-        };
-        let mine = item(0);
-        // Raw keys tell how far they are away, and text order is from far to near.
-        let ordered = |pair: &[plan::Span]| {
-            let known = pair.iter().all(|span| span.rotate_keys);
-            !known || pair[0].shift - i64::from(pair[0].hi) >= pair[1].shift - i64::from(pair[1].lo)
-        };
-        if !mine.windows(2).all(ordered) {
-            return Err(UNORDERED);
-        }
-        for behind in 1..step.new_lens[row] {
-            let (theirs, mut left) = (item(behind), behind as u32);
-            // What the last query sees more: as many tokens as it is later.
-            let mut num = mine.len();
-            while num > 0 && mine[num - 1].hi - mine[num - 1].lo <= left {
-                left -= mine[num - 1].hi - mine[num - 1].lo;
-                num -= 1;
-            }
-            let same = |(i, (a, b)): (usize, (&plan::Span, &plan::Span))| {
-                let hi = if i + 1 == num { a.hi - left } else { a.hi };
-                let shift = if a.rotate_keys { a.shift - behind as i64 } else { a.shift };
-                (a.block, a.lo, hi, shift, a.rotate_keys) == (b.block, b.lo, b.hi, b.shift, b.rotate_keys)
-            };
-            if theirs.len() != num || !mine.iter().zip(theirs).enumerate().all(same) {
-                return Err(SLIDES);
-            }
-        }
-        let runs = mine.iter().map(|s| Run { block: s.block, lo: s.lo, hi: s.hi }).collect();
-        let shown = mine.iter().map(|s| Shown { shift: s.shift, rotate_keys: s.rotate_keys }).collect();
-        Ok(Residents { runs, shown }.plain(step.frame))
-    }
-
-    fn of_part(step: &plan::Step, row: usize) -> Result<Self> {
-        let mut parts = step.parts.iter().filter(|part| part.row == row);
-        let (Some(part), None) = (parts.next(), parts.next()) else { return Err(SLIDES) };
-        let near = part.query_true.last().zip(part.key_true.first()).is_some_and(|(q, k)| q - k < part.near);
-        if !near || part.far > 0 || part.top_k > 0 {
-            return Err(SLIDES);
-        }
-        let mut whole = part.runs.clone();
-        for new in step.appends.iter().filter(|a| a.row == row) {
-            if let Some(tail) = whole.last_mut() {
-                *tail = copied(step, *tail, new).unwrap_or(*tail);
-            }
-            match whole.last_mut() {
-                Some(tail) if tail.block == new.block && tail.hi == new.slot => tail.hi += new.len,
-                _ => whole.push(Run { block: new.block, lo: new.slot, hi: new.slot + new.len }),
-            }
-        }
-        let stored: usize = whole.iter().map(|run| run.len() as usize).sum();
-        if stored != part.key_true.len() || part.query_true.len() != step.new_lens[row] {
-            return Err(SLIDES);
-        }
-        let (keys, queries) = (&part.key_positions, &part.query_positions);
-        // How much further every key is than where the model put it, and where it put the queries.
-        let moved = |i: usize| queries[i] - part.query_true[i];
-        let last = queries.len() - 1;
-        let even = match (step.frame, part.placing) {
-            (Frame::Rotated, _) => (0..last).all(|i| moved(i) == moved(last)),
-            (Frame::Raw, Placing::Relative) => queries.windows(2).all(|w| w[1] == w[0] + 1),
-            (Frame::Raw, Placing::Fixed(_)) => true,
-        };
-        if !even {
-            return Err(SLIDES);
-        }
-        let shown = |key: usize, slot: u32| match (step.frame, part.placing) {
-            (_, Placing::Fixed(distance)) => Shown { shift: distance, rotate_keys: false },
-            (Frame::Rotated, Placing::Relative) => {
-                Shown { shift: moved(last) - (keys[key] - part.key_true[key]), rotate_keys: false }
-            }
-            (Frame::Raw, Placing::Relative) => {
-                Shown { shift: queries[last] - keys[key] + i64::from(slot), rotate_keys: true }
-            }
-        };
-        let mut all = Residents::default();
-        let mut key = 0;
-        for run in whole {
-            for slot in run.lo..run.hi {
-                let here = shown(key, slot);
-                match all.runs.last_mut() {
-                    Some(open) if slot > run.lo && all.shown.last() == Some(&here) => open.hi += 1,
-                    _ => {
-                        all.runs.push(Run { block: run.block, lo: slot, hi: slot + 1 });
-                        all.shown.push(here);
-                    }
-                }
-                key += 1;
-            }
-        }
-        Ok(all.plain(step.frame))
-    }
-
-    /// Forgets where keys are seen, if all are read as the model rotated them.
-    fn plain(mut self, frame: Frame) -> Self {
-        if frame == Frame::Rotated && self.shown.iter().all(|shown| shown.shift == 0) {
-            self.shown.clear();
-        }
-        self
-    }
-}
-
 #[pymethods]
 impl Sparse {
-    /// HiP: about `budget` tokens in blocks, chosen anew every `refresh` steps.
-    #[staticmethod]
-    #[allow(clippy::too_many_arguments)]
-    #[pyo3(signature = (budget, block, representative, sinks, window, refresh, query_block, query_stride=1))]
-    fn hip(
-        budget: usize,
-        block: usize,
-        representative: &str,
-        sinks: usize,
-        window: usize,
-        refresh: usize,
-        query_block: usize,
-        query_stride: usize,
-    ) -> PyResult<Self> {
-        for (what, n) in [("budget", budget), ("block", block)] {
-            if n == 0 {
-                return Err(to_py(Error::OutOfRange { what, expected: "at least 1", got: n.to_string() }));
-            }
-        }
-        let representative = Representative::parse(representative).map_err(to_py)?;
-        let search = Search::Hip(Hip { budget, block, representative });
-        Sparse::made(search, (sinks, window), vec![refresh], (query_block, query_stride)).map_err(to_py)
-    }
-
-    /// InfiniteHiP: stages of (tokens of a chunk, tokens that stay), each with a pace of its own. If `bounded` the first one judges
-    /// blocks of 64 by the bounds of their keys.
-    #[staticmethod]
-    #[pyo3(signature = (stages, representative, sinks, window, refresh, query_block, query_stride=1, bounded=false))]
-    #[allow(clippy::too_many_arguments)]
-    fn infinite(
-        stages: Vec<(usize, usize)>,
-        representative: &str,
+    /// The core's rule of this name, with its own parameters. Sinks and window are read besides; each stage of the rule is computed
+    /// anew every so many steps (`refresh`); of every `query_block` queries, one in `query_stride` selects for all.
+    #[new]
+    #[pyo3(signature = (rule, *, sinks, window, refresh, query_block, query_stride=1, **parameters))]
+    fn new(
+        rule: &str,
         sinks: usize,
         window: usize,
         refresh: Vec<usize>,
         query_block: usize,
         query_stride: usize,
-        bounded: bool,
+        parameters: Option<BTreeMap<String, Value>>,
     ) -> PyResult<Self> {
-        let stages = stages.into_iter().map(|(chunk, keep)| Stage { chunk, keep }).collect();
-        let representative = Representative::parse(representative).map_err(to_py)?;
-        let search = Search::Infinite(Infinite::new(stages, representative, bounded).map_err(to_py)?);
-        Sparse::made(search, (sinks, window), refresh, (query_block, query_stride)).map_err(to_py)
+        let parameters = parameters.unwrap_or_default().into_iter().map(|(name, value)| (name, value.into()));
+        let rule = select::make(rule, Parameters::of(parameters));
+        let rule = rule.and_then(|rule| Rule::new(rule, sinks, window, refresh)).map_err(to_py)?;
+        for (what, n) in [("query_block", query_block), ("query_stride", query_stride)] {
+            if n == 0 {
+                return Err(to_py(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() }));
+            }
+        }
+        Ok(Sparse { rule: Arc::new(rule), query_block, query_stride, choices: Mutex::default() })
     }
 
     /// Attends the queries of a step, whose tokens the store already holds: `q` `[rows, heads, queries, channels]`, `out` `[rows,
     /// queries, heads, channels]`, `lse` `[rows, heads, queries]`. Returns how many representative keys were scored and how many keys
     /// were attended to, over all heads. With `chunk` many queries at a time, which is for prompts: equal but for the order of sums.
     ///
-    /// In the raw frame the search scores keys where the step shows them; if `relative`, all at the distance of the window, which costs
+    /// In the raw frame the selection scores keys where the step shows them; if `relative`, all at the distance of the window, which costs
     /// no rotation of keys. With `consecutive` what a head keeps is shown without gaps, ending at the query; that needs `relative`.
     #[pyo3(signature = (
         store, q, step, scale, softcap, sinks, out, lse=None, threads=1, rope=None, apply_factor=false, relative=false,
@@ -336,11 +194,7 @@ impl Sparse {
         };
         let level = isa().map_err(to_py)?;
         let signals = Signals::default();
-        let residents: Result<Vec<Residents>> = py.detach(|| (0..rows).map(|row| Residents::of(step, row)).collect());
-        let residents = residents.map_err(to_py)?;
-        if self.rule.is_bounded() {
-            self.make_bounds(py, store, &residents)?;
-        }
+        let residents = self.residents(py, store, step)?;
         // Never small: the choice alone reads thousands of keys.
         let done = store.read(py, usize::MAX, |arena| {
             let mut row_list = Vec::with_capacity(rows);
@@ -400,7 +254,7 @@ impl Sparse {
     /// Puts a state in place of what was chosen. It must be of this rule. Not undone by `undo`.
     fn return_to(&self, py: Python<'_>, state: &SparseState) -> PyResult<()> {
         if *state.rule != *self.rule {
-            return Err(to_py(Error::Unsupported("the state is of a search by another rule")));
+            return Err(to_py(Error::Unsupported("the state is of a selection by another rule")));
         }
         self.with(py, |choices| choices.return_to(state.rows.clone()));
         Ok(())
@@ -418,7 +272,7 @@ impl Sparse {
         }
     }
 
-    /// What a row last chose, for each key-value head: stretches `[n, 2]`, the end of what was searched, keys scored, and rounds. Empty
+    /// What a row last chose, for each key-value head: ranges `[n, 2]`, the end of what was selected from, keys scored, and rounds. Empty
     /// before it chose.
     #[allow(clippy::type_complexity)]
     fn choice<'py>(&self, py: Python<'py>, row: usize) -> PyResult<Vec<(Bound<'py, PyArray2<i64>>, u32, u64, u32)>> {
@@ -427,14 +281,21 @@ impl Sparse {
         let Some((chosen, end)) = found else { return Ok(Vec::new()) };
         let heads = chosen.iter().map(|chosen| {
             let flat: Vec<i64> = chosen.blocks.iter().flat_map(|b| [i64::from(b.start), i64::from(b.end)]).collect();
-            let stretches: Bound<'py, PyArray1<i64>> = flat.into_pyarray(py);
-            Ok((stretches.reshape([chosen.blocks.len(), 2])?, end, chosen.reads, chosen.rounds))
+            let ranges: Bound<'py, PyArray1<i64>> = flat.into_pyarray(py);
+            Ok((ranges.reshape([chosen.blocks.len(), 2])?, end, chosen.reads, chosen.rounds))
         });
         heads.collect()
     }
 }
 
+/// The names of the core's selection rules.
+#[pyfunction]
+fn selection_rules() -> Vec<&'static str> {
+    select::RULES.iter().map(|(name, _)| *name).collect()
+}
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_class::<Sparse>()?;
-    m.add_class::<SparseState>()
+    m.add_class::<SparseState>()?;
+    m.add_function(wrap_pyfunction!(selection_rules, m)?)
 }

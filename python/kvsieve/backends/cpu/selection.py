@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from kvsieve._core import Sparse
 from kvsieve.backends.base import HeadChoice
-from kvsieve.backends.cpu import select
-from kvsieve.backends.rules import implementation
 from kvsieve.policy.select import SparseSelection
 
 __all__ = ["CpuSelection"]
@@ -17,7 +16,15 @@ class CpuSelection:
     """One layer's choices; :attr:`core` makes them and remembers them."""
 
     def __init__(self, rule: SparseSelection) -> None:
-        self.core = implementation(select, rule).make(rule)
+        self.core = Sparse(
+            rule.kind,
+            sinks=rule.sinks,
+            window=rule.window,
+            refresh=rule.paces,
+            query_block=rule.query_block,
+            query_stride=rule.query_stride,
+            **rule.parameters,
+        )
         self.work = (0, 0)
 
     def select_rows(self, rows: Sequence[int]) -> None:

@@ -86,12 +86,28 @@ class RowChoice:
     since: int = 0
 
 
+class _OwnDefinition:
+    """The definition that a rule of one stage brings along, as one of the files in :mod:`.select`."""
+
+    @staticmethod
+    def refresh(rule: SparseSelection) -> tuple[int, ...]:
+        return rule.paces
+
+    @staticmethod
+    def choose(rule: SparseSelection, asked: Asked) -> Selection:
+        lo, hi = asked.lo, asked.hi
+        whole = np.array([[lo, hi]] if hi > lo else [], np.int64).reshape(-1, 2)
+        heads = [whole] * len(asked.scores) if hi - lo <= rule.num_found else rule.choose(asked.scores, lo, hi)
+        none = (0,) * len(heads)
+        return Selection(lo, hi, tuple(x[:, 0] for x in heads), tuple(x[:, 1] for x in heads), none, none)
+
+
 class ReferenceSelection:
     """One layer's choices."""
 
     def __init__(self, rule: SparseSelection) -> None:
         self.rule: Any = rule
-        self._definition = implementation(select, rule)
+        self._definition: Any = _OwnDefinition if rule.defines_itself else implementation(select, rule)
         self.rows: list[RowChoice] = []
         self.work = (0, 0)
         self._before: list[RowChoice] | None = None

@@ -10,7 +10,7 @@ pub mod merge;
 pub mod read;
 pub mod rotate;
 mod rows;
-pub mod search;
+pub mod select;
 mod simd;
 pub mod sparse;
 pub mod surprisal;

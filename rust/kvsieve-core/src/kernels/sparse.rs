@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use super::attend::{Attend, SpanTrig, attend_apart};
 use super::isa::Level;
-use super::search::{Inputs, Method, QueryBlock, Search, Shown, Turn, search_unless};
+use super::select::{QueryBlock, Selection, Turn, select_unless};
 use crate::ids::{BLOCK, Run};
 use crate::plan::{Span, Spans};
 use crate::rope::Rope;
-use crate::select::kept::{Choice, Rule, Search as Chooses};
+use crate::select::{Choice, Inputs, Rule, Shown};
 use crate::storage::arena::Arena;
 use crate::tensor::{Dtype, ElemsMut, View, check_len};
 use crate::{Error, Result};
@@ -249,13 +249,9 @@ fn round(
 ) -> Result<()> {
     let kv_heads = arena.num_kv_heads();
     // Those that must choose, by the stage they begin with.
-    let stages = match &rule.search {
-        Chooses::Hip(_) => 1,
-        Chooses::Infinite(infinite) => infinite.stages().len(),
-    };
     let due: Vec<Option<usize>> =
         blocks.iter().map(|(row, first, columns)| rule.due(&choices[*row], *first, columns.len())).collect();
-    for stage in 0..stages {
+    for stage in 0..rule.select.num_stages() {
         let mut asked = Vec::new();
         let mut inputs: Vec<Inputs> = Vec::new();
         let mut whose = Vec::new();
@@ -274,14 +270,10 @@ fn round(
         if asked.is_empty() {
             continue;
         }
-        let method = match &rule.search {
-            Chooses::Hip(hip) => Method::Hip(hip),
-            Chooses::Infinite(infinite) => Method::Infinite(infinite, stage),
-        };
         let Sparse { q, query_stride, threads, level, .. } = *args;
-        let search =
-            Search { q, turn: turn(args), blocks: &asked, query_stride, window: rule.window, method, threads, level };
-        let found = search_unless(arena, &search, &mut inputs, stop)?;
+        let (turn, window, rule, start) = (turn(args), rule.window, &*rule.select, stage);
+        let selection = Selection { q, turn, blocks: &asked, query_stride, window, rule, start, threads, level };
+        let found = select_unless(arena, &selection, &mut inputs, stop)?;
         work.searched += found.iter().map(|chosen| chosen.reads).sum::<u64>();
         let (mut found, mut inputs) = (found.into_iter(), inputs.into_iter());
         for row in whose {

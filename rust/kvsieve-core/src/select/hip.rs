@@ -1,18 +1,24 @@
 //! HiP: a beam search over an implicit binary tree of blocks (Lee et al., ICLR 2025).
 
-use std::ops::Range;
+use std::sync::Arc;
 
-use super::{Best, Chosen, Representative, Score};
+use super::best::Best;
+use super::{Asked, Chosen, Parameters, Representative, Score, Select};
 use crate::{Error, Result};
 
-/// What is searched for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Hip {
-    /// Tokens to choose, sinks and window not counted.
-    pub budget: usize,
-    /// Tokens of a block, which is chosen or left as a whole.
-    pub block: usize,
-    pub representative: Representative,
+    /// Tokens to select, sinks and window not counted.
+    budget: usize,
+    /// Tokens of a block, which is selected or left as a whole.
+    block: usize,
+    representative: Representative,
+}
+
+/// HiP of the parameters `budget`, `block` and `representative`.
+pub(super) fn make(of: &mut Parameters) -> Result<Arc<dyn Select>> {
+    let (budget, block) = (of.count("budget")?, of.count("block")?);
+    Ok(Arc::new(Hip::new(budget, block, Representative::parse(&of.text("representative")?)?)?))
 }
 
 /// Some blocks in a row, and the score of the block that speaks for them.
@@ -26,18 +32,39 @@ struct Node {
 }
 
 impl Hip {
-    /// Chooses blocks of the region.
-    pub fn search(&self, region: Range<u32>, score: &mut impl Score) -> Result<Chosen> {
-        for (what, n) in [("budget", self.budget), ("block", self.block)] {
+    pub fn new(budget: usize, block: usize, representative: Representative) -> Result<Self> {
+        for (what, n) in [("budget", budget), ("block", block)] {
             if n == 0 || u32::try_from(n).is_err() {
                 return Err(Error::OutOfRange { what, expected: "at least 1 and below 2^32", got: n.to_string() });
             }
         }
+        Ok(Hip { budget, block, representative })
+    }
+
+    /// The blocks that speak for `lo..hi`.
+    fn speaks(&self, lo: u32, hi: u32) -> (u32, u32) {
+        let at = match self.representative {
+            Representative::Oracle => return (lo, hi),
+            Representative::Centre => lo + (hi - lo) / 2,
+            Representative::First => lo,
+            Representative::Last => hi - 1,
+        };
+        (at, at + 1)
+    }
+}
+
+impl Select for Hip {
+    fn most(&self) -> usize {
+        self.budget
+    }
+
+    fn select(&self, asked: Asked<'_>, score: &mut dyn Score) -> Result<Chosen> {
+        let region = asked.region;
         let (n, block) = (region.len(), self.block as u32);
         let (num, width) = (n.div_ceil(self.block), self.budget.div_ceil(self.block));
-        let stretch = |lo: u32, hi: u32| region.start + lo * block..(region.start + hi * block).min(region.end);
+        let tokens = |lo: u32, hi: u32| region.start + lo * block..(region.start + hi * block).min(region.end);
         if n <= self.budget || num <= width {
-            let blocks = (0..num as u32).map(|b| stretch(b, b + 1)).collect();
+            let blocks = (0..num as u32).map(|b| tokens(b, b + 1)).collect();
             return Ok(Chosen { blocks, ..Chosen::default() });
         }
 
@@ -55,7 +82,7 @@ impl Hip {
                 let middle = node.lo + (node.hi - node.lo) / 2;
                 for (lo, hi) in [(node.lo, middle), (middle, node.hi)].into_iter().filter(|(lo, hi)| lo < hi) {
                     let by = self.speaks(lo, hi);
-                    let keys = stretch(by.0, by.1);
+                    let keys = tokens(by.0, by.1);
                     chosen.reads += keys.len() as u64;
                     // A block that has spoken for the parent need not be read again.
                     let known = node.by == by && !node.score.is_nan();
@@ -77,18 +104,98 @@ impl Hip {
             chosen.rounds += 1;
         }
         let seen = nodes.iter().filter(|node| node.score > f32::NEG_INFINITY);
-        chosen.blocks = seen.map(|node| stretch(node.lo, node.lo + 1)).collect();
+        chosen.blocks = seen.map(|node| tokens(node.lo, node.lo + 1)).collect();
         Ok(chosen)
     }
+}
 
-    /// The blocks that speak for `lo..hi`.
-    fn speaks(&self, lo: u32, hi: u32) -> (u32, u32) {
-        let at = match self.representative {
-            Representative::Oracle => return (lo, hi),
-            Representative::Centre => lo + (hi - lo) / 2,
-            Representative::First => lo,
-            Representative::Last => hi - 1,
-        };
-        (at, at + 1)
+/// The definition, node by node, over scores that are known.
+#[cfg(test)]
+mod naive {
+    use super::super::known::{peak, top};
+    use super::Representative;
+    use std::ops::Range;
+
+    pub fn hip(scores: &[f32], region: Range<usize>, budget: usize, block: usize, by: Representative) -> Vec<usize> {
+        let (lo, n) = (region.start, region.len());
+        let (num, width) = (n.div_ceil(block), budget.div_ceil(block));
+        if n <= budget || num <= width {
+            return region.step_by(block).collect();
+        }
+        let peak = |b: Range<usize>| peak(scores, lo + b.start * block..(lo + b.end * block).min(region.end));
+        let mut nodes: Vec<Range<usize>> = (0..width).map(|j| num * j / width..num * (j + 1) / width).collect();
+        let mut found = Vec::new();
+        while nodes.iter().any(|node| node.len() > 1) {
+            let halves = nodes.iter().flat_map(|node| {
+                let middle = node.start + node.len() / 2;
+                [node.start..middle, middle..node.end]
+            });
+            let children: Vec<Range<usize>> = halves.filter(|half| !half.is_empty()).collect();
+            let speak = |node: &Range<usize>| match by {
+                Representative::Oracle => node.clone(),
+                Representative::First => node.start..node.start + 1,
+                Representative::Last => node.end - 1..node.end,
+                Representative::Centre => node.start + node.len() / 2..node.start + node.len() / 2 + 1,
+            };
+            let all: Vec<f32> = children.iter().map(|child| peak(speak(child))).collect();
+            let best = top(&all, width);
+            nodes = best.iter().map(|&i| children[i].clone()).collect();
+            found = best.iter().map(|&i| all[i]).collect();
+        }
+        let chosen = nodes.iter().zip(found).filter(|(_, score)| *score > f32::NEG_INFINITY);
+        chosen.map(|(node, _)| lo + node.start * block).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::known::{Known, scores};
+    use super::*;
+    use proptest::prelude::*;
+    use std::ops::Range;
+
+    const ALL: [Representative; 4] =
+        [Representative::Centre, Representative::First, Representative::Last, Representative::Oracle];
+
+    fn select(hip: Hip, region: Range<u32>, scores: &[f32]) -> Chosen {
+        hip.select(Asked { region, start: 0, inputs: &mut Vec::new() }, &mut Known(scores)).unwrap()
+    }
+
+    proptest! {
+        #[test]
+        fn hip_is_its_naive_twin(
+            seed: u64, lo in 0usize..7, n in 0usize..400, budget in 1usize..90, block in 1usize..9, values in 2u64..1000, by in 0usize..4,
+        ) {
+            let known = scores(seed, lo + n, values);
+            let hip = Hip::new(budget, block, ALL[by]).unwrap();
+            let region = lo as u32..(lo + n) as u32;
+            let got = select(hip, region, &known);
+            let starts: Vec<usize> = got.blocks.iter().map(|b| b.start as usize).collect();
+            prop_assert_eq!(starts, naive::hip(&known, lo..lo + n, budget, block, ALL[by]));
+            for b in &got.blocks {
+                prop_assert_eq!(b.end, (b.start + block as u32).min((lo + n) as u32));
+            }
+        }
+    }
+
+    #[test]
+    fn the_sixteen_keys_of_the_specification() {
+        let s = [1., 2., 3., 2.5, 0.5, 1.5, 5., 9., 4., 3.5, 2.2, 1.2, 6., 7., 1.1, 0.1];
+        let run = |budget, block, representative| select(Hip::new(budget, block, representative).unwrap(), 0..16, &s);
+        let starts = |c: &Chosen| c.blocks.iter().map(|b| b.start).collect::<Vec<_>>();
+        let found = run(2, 1, Representative::Centre);
+        assert_eq!((starts(&found), found.reads, found.rounds), (vec![6, 7], 12, 3));
+        assert_eq!(starts(&run(2, 1, Representative::First)), [12, 13]);
+        assert_eq!(starts(&run(2, 1, Representative::Oracle)), [7, 13]);
+        assert_eq!(starts(&run(4, 2, Representative::First)), [8, 12]);
+        assert_eq!(run(4, 2, Representative::Centre).reads, 16);
+    }
+
+    #[test]
+    fn what_cannot_be_right_is_refused() {
+        assert!(Hip::new(0, 1, Representative::First).is_err());
+        assert!(Hip::new(1, 0, Representative::First).is_err());
+        assert!(Hip::new(1 << 32, 1, Representative::First).is_err());
+        assert!(Representative::parse("middle").is_err());
     }
 }

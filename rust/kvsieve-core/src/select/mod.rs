@@ -1,58 +1,92 @@
-//! Which residents a block of queries reads when everything is kept: the searches of HiP and InfiniteHiP, without their keys.
+//! Which residents a block of queries reads when everything is kept: selection rules, one a file, without their keys.
 //!
-//! Residents are numbered in text order. A search is over the *region* between sinks and window, for one key-value head; what it must
-//! know about keys it asks of a [`Score`]. The Python specification (`kvsieve.backends.reference`) has the algorithms and lists what was
-//! decided; both choose the same blocks wherever their scores are equal.
+//! Residents are numbered in text order. A rule selects from the *region* between sinks and window, for one key-value head; what it
+//! must know about keys it asks of a [`Score`]. The Python specification (`kvsieve.backends.reference`) has the algorithms and lists
+//! what was decided; both select the same blocks wherever their scores are equal.
+//!
+//! To add a rule: a file with a type that implements [`Select`] and a function that makes it of [`Parameters`], and its row in
+//! [`RULES`]. Nothing else knows a rule by its name.
 
+mod best;
+pub mod choices;
 pub mod hip;
 pub mod infinite;
-pub mod kept;
+pub mod parameters;
+pub mod representative;
+pub mod residents;
+pub mod rule;
 
+use std::any::Any;
+use std::fmt::Debug;
 use std::ops::Range;
+use std::sync::Arc;
 
-use crate::rank::rank;
 use crate::{Error, Result};
+pub use choices::{Choice, Choices};
+pub use parameters::{Parameter, Parameters};
+pub use representative::Representative;
+pub use residents::Residents;
+pub use rule::Rule;
 
-/// The best score of each stretch of residents.
-pub trait Score {
-    /// Writes to `out` the greatest score of each stretch, `-inf` when none of its keys can be seen. Stretches are not empty.
-    fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>);
-
-    /// Writes to `out` what the keys of each of these whole blocks (of [`BLOCK`](crate::ids::BLOCK) residents, counted from the first)
-    /// can score at most, `-inf` where no query sees the first of them: `sum over channels of max(q * greatest, q * least)`.
-    fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>);
-}
-
-/// Which part of a node speaks for it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Representative {
-    Centre,
-    First,
-    Last,
-    /// The best of all: reads everything. For tests.
-    Oracle,
-}
-
-impl Representative {
-    pub fn parse(name: &str) -> Result<Self> {
-        match name {
-            "centre" => Ok(Representative::Centre),
-            "first" => Ok(Representative::First),
-            "last" => Ok(Representative::Last),
-            "oracle" => Ok(Representative::Oracle),
-            other => Err(Error::OutOfRange {
-                what: "representative",
-                expected: "centre, first, last or oracle",
-                got: other.to_string(),
-            }),
-        }
+/// A selection rule.
+pub trait Select: Same + Any + Debug + Send + Sync {
+    /// Stages that it narrows the region in; each is computed anew at a pace of its own, and brings all later ones with it.
+    fn num_stages(&self) -> usize {
+        1
     }
+
+    /// Tokens that it selects at most; a region of no more is read whole.
+    fn most(&self) -> usize;
+
+    /// Whether it asks for [`Score::bounds`]: then every whole block has its minimum and maximum made before a selection.
+    fn page_bounds(&self) -> bool {
+        false
+    }
+
+    /// Whether it asks for [`Score::bounds`] of this very region: it need not where all blocks stay anyway.
+    fn judges_pages(&self, _region: &Range<u32>) -> bool {
+        self.page_bounds()
+    }
+
+    /// Selects from a region, for one key-value head.
+    fn select(&self, asked: Asked<'_>, score: &mut dyn Score) -> Result<Chosen>;
 }
+
+/// Every rule, by the name that a caller asks for it.
+pub const RULES: &[(&str, Make)] = &[("hip", hip::make), ("infinite", infinite::make)];
+
+/// Makes a rule of the parameters that it takes; all that are left over are refused.
+pub type Make = fn(&mut Parameters) -> Result<Arc<dyn Select>>;
+
+/// The rule `name`.
+pub fn make(name: &str, mut parameters: Parameters) -> Result<Arc<dyn Select>> {
+    let Some((_, make)) = RULES.iter().find(|(known, _)| *known == name) else {
+        let (what, expected) = ("selection", "the name of one of the core's rules");
+        return Err(Error::OutOfRange { what, expected, got: format!("{name:?}") });
+    };
+    let rule = make(&mut parameters)?;
+    parameters.finish()?;
+    Ok(rule)
+}
+
+/// What a rule is asked for.
+#[derive(Debug)]
+pub struct Asked<'a> {
+    /// The residents to select from.
+    pub region: Range<u32>,
+    /// The first stage to compute.
+    pub start: usize,
+    /// What went into each stage the last time: read for `start`, and written for the later ones. Of no use to a rule of one stage.
+    pub inputs: &'a mut Inputs,
+}
+
+/// For each stage, the ranges of residents that went into it.
+pub type Inputs = Vec<Vec<Range<u32>>>;
 
 /// What one query block reads of one key-value head, between sinks and window.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Chosen {
-    /// Chosen stretches of residents, ascending.
+    /// Selected ranges of residents, ascending.
     pub blocks: Vec<Range<u32>>,
     /// Representative keys scored; one that is met twice counts twice, though it may have been read once.
     pub reads: u64,
@@ -60,135 +94,73 @@ pub struct Chosen {
     pub rounds: u32,
 }
 
-/// The best `count` of `scores` as flags: by value, equal ones by index, NaN last.
-pub(crate) struct Best {
-    keys: Vec<u64>,
-    order: Vec<u64>,
+/// At which distance the last of a row's queries sees a run of its residents, as [`Span::shift`](crate::plan::Span) and
+/// [`Span::rotate_keys`](crate::plan::Span) say it. A query that many residents before it sees rotated keys so much nearer, and others
+/// where that one does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shown {
+    pub shift: i64,
+    pub rotate_keys: bool,
 }
 
-impl Best {
-    pub fn new() -> Self {
-        Best { keys: Vec::new(), order: Vec::new() }
-    }
+/// The best score of each range of residents.
+pub trait Score {
+    /// Writes to `out` the best score of each range, `-inf` when none of its keys can be seen. Ranges are not empty, and inside of the
+    /// region.
+    fn best(&mut self, ranges: &[Range<u32>], out: &mut Vec<f32>);
 
-    /// Calls `keep` with the indices of the best, ascending.
-    pub fn each(&mut self, scores: &[f32], count: usize, mut keep: impl FnMut(usize)) {
-        if count >= scores.len() {
-            return (0..scores.len()).for_each(keep);
-        }
-        let Some(last) = count.checked_sub(1) else { return };
-        self.keys.clear();
-        // The complement of the rank above the index: smaller is better, and no two are equal.
-        self.keys.extend(scores.iter().enumerate().map(|(i, &x)| u64::from(!rank(x)) << 32 | i as u64));
-        self.order.clone_from(&self.keys);
-        let (_, &mut worst, _) = self.order.select_nth_unstable(last);
-        for (i, _) in self.keys.iter().enumerate().filter(|(_, key)| **key <= worst) {
-            keep(i);
-        }
+    /// Writes to `out` what the keys of each of these whole blocks (of [`BLOCK`](crate::ids::BLOCK) residents, counted from the first)
+    /// can score at most, `-inf` where no query sees the first of them: `sum over channels of max(q * maximum, q * minimum)`.
+    fn bounds(&mut self, blocks: Range<u32>, out: &mut Vec<f32>);
+}
+
+/// Whether two rules of any type are the same; every comparable type can tell.
+pub trait Same {
+    fn same(&self, other: &dyn Any) -> bool;
+}
+
+impl<T: Any + PartialEq> Same for T {
+    fn same(&self, other: &dyn Any) -> bool {
+        other.downcast_ref::<T>().is_some_and(|other| self == other)
     }
 }
 
-/// The specification of [`hip`] and [`infinite`]: the definitions, node by node, over scores that are known.
+impl dyn Select {
+    /// [`Select::select`], and refuses what no rule may answer: the kernels go by it.
+    pub fn choose(&self, asked: Asked<'_>, score: &mut dyn Score) -> Result<Chosen> {
+        let region = asked.region.clone();
+        let chosen = self.select(asked, score)?;
+        let mut from = region.start;
+        for block in &chosen.blocks {
+            if block.start < from || block.end <= block.start || block.end > region.end {
+                let (what, expected) = ("what a rule selects", "ranges inside the region, ascending, none empty");
+                return Err(Error::OutOfRange { what, expected, got: format!("{block:?} of {region:?}") });
+            }
+            from = block.end;
+        }
+        Ok(chosen)
+    }
+}
+
+impl PartialEq for dyn Select {
+    fn eq(&self, other: &Self) -> bool {
+        self.same(other)
+    }
+}
+
+/// Scores that are known, for the tests of rules, and what is common to their naive twins.
 #[cfg(test)]
-mod naive {
-    use super::Representative;
+pub(crate) mod known {
+    use super::Score;
+    use crate::ids::BLOCK;
     use std::ops::Range;
 
-    fn top(scores: &[f32], count: usize) -> Vec<usize> {
-        let mut order: Vec<usize> = (0..scores.len()).collect();
-        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
-        order.truncate(count);
-        order.sort_unstable();
-        order
-    }
-
-    fn peak(scores: &[f32], of: Range<usize>) -> f32 {
-        scores[of].iter().copied().fold(f32::NEG_INFINITY, f32::max)
-    }
-
-    pub fn hip(scores: &[f32], region: Range<usize>, budget: usize, block: usize, by: Representative) -> Vec<usize> {
-        let (lo, n) = (region.start, region.len());
-        let (num, width) = (n.div_ceil(block), budget.div_ceil(block));
-        if n <= budget || num <= width {
-            return region.step_by(block).collect();
-        }
-        let peak = |b: Range<usize>| peak(scores, lo + b.start * block..(lo + b.end * block).min(region.end));
-        let mut nodes: Vec<Range<usize>> = (0..width).map(|j| num * j / width..num * (j + 1) / width).collect();
-        let mut found = Vec::new();
-        while nodes.iter().any(|node| node.len() > 1) {
-            let halves = nodes.iter().flat_map(|node| {
-                let middle = node.start + node.len() / 2;
-                [node.start..middle, middle..node.end]
-            });
-            let children: Vec<Range<usize>> = halves.filter(|half| !half.is_empty()).collect();
-            let speak = |node: &Range<usize>| match by {
-                Representative::Oracle => node.clone(),
-                Representative::First => node.start..node.start + 1,
-                Representative::Last => node.end - 1..node.end,
-                Representative::Centre => node.start + node.len() / 2..node.start + node.len() / 2 + 1,
-            };
-            let all: Vec<f32> = children.iter().map(|child| peak(speak(child))).collect();
-            let best = top(&all, width);
-            nodes = best.iter().map(|&i| children[i].clone()).collect();
-            found = best.iter().map(|&i| all[i]).collect();
-        }
-        let chosen = nodes.iter().zip(found).filter(|(_, score)| *score > f32::NEG_INFINITY);
-        chosen.map(|(node, _)| lo + node.start * block).collect()
-    }
-
-    /// One chunk's score: the best key on the way down.
-    fn way(scores: &[f32], chunk: Range<usize>, centre: bool) -> f32 {
-        let Range { start: mut lo, end: mut hi } = chunk;
-        let mut best = if hi - lo == 1 { scores[lo] } else { f32::NEG_INFINITY };
-        while hi - lo > 1 {
-            let mid = (lo + hi) / 2;
-            let (a, b) =
-                if centre { (scores[(lo + mid) / 2], scores[(mid + hi) / 2]) } else { (scores[lo], scores[mid]) };
-            best = best.max(a.max(b));
-            if b > a { lo = mid } else { hi = mid }
-        }
-        best
-    }
-
-    pub fn infinite(
-        scores: &[f32],
-        region: Range<usize>,
-        stages: &[(usize, usize)],
-        centre: bool,
-    ) -> Vec<Range<usize>> {
-        let dense = stages.last().is_some_and(|&(_, keep)| region.len() <= keep);
-        let mut chunks = if region.is_empty() { vec![] } else { vec![region] };
-        for &(length, keep) in stages {
-            let cut = |c: Range<usize>| c.clone().step_by(length).map(move |at| at..(at + length).min(c.end));
-            let pieces: Vec<Range<usize>> = chunks.into_iter().flat_map(cut).collect();
-            if dense || pieces.len() <= keep / length {
-                chunks = pieces;
-                continue;
-            }
-            let found: Vec<f32> = pieces.iter().map(|p| way(scores, p.clone(), centre)).collect();
-            let best = top(&found, keep / length).into_iter().filter(|&i| found[i] > f32::NEG_INFINITY);
-            chunks = best.map(|i| pieces[i].clone()).collect();
-        }
-        chunks
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::hip::Hip;
-    use super::infinite::{Infinite, Stage};
-    use super::*;
-    use crate::ids::BLOCK;
-    use proptest::prelude::*;
-
-    /// Scores that are known.
-    struct Known<'a>(&'a [f32]);
+    pub struct Known<'a>(pub &'a [f32]);
 
     impl Score for Known<'_> {
-        fn best(&mut self, stretches: &[Range<u32>], out: &mut Vec<f32>) {
-            let best = |s: &Range<u32>| &self.0[s.start as usize..s.end as usize];
+        fn best(&mut self, ranges: &[Range<u32>], out: &mut Vec<f32>) {
             out.clear();
-            out.extend(stretches.iter().map(|s| best(s).iter().copied().fold(f32::NEG_INFINITY, f32::max)));
+            out.extend(ranges.iter().map(|r| peak(self.0, r.start as usize..r.end as usize)));
         }
 
         /// As good as bounds can be.
@@ -198,11 +170,8 @@ mod tests {
         }
     }
 
-    const ALL: [Representative; 4] =
-        [Representative::Centre, Representative::First, Representative::Last, Representative::Oracle];
-
     /// Few distinct values, so that ties are met, and some that nobody sees.
-    fn scores(seed: u64, n: usize, values: u64) -> Vec<f32> {
+    pub fn scores(seed: u64, n: usize, values: u64) -> Vec<f32> {
         let mut state = seed | 1;
         (0..n)
             .map(|_| {
@@ -213,78 +182,77 @@ mod tests {
             .collect()
     }
 
-    proptest! {
-        #[test]
-        fn hip_is_its_naive_twin(
-            seed: u64, lo in 0usize..7, n in 0usize..400, budget in 1usize..90, block in 1usize..9, values in 2u64..1000, by in 0usize..4,
-        ) {
-            let known = scores(seed, lo + n, values);
-            let hip = Hip { budget, block, representative: ALL[by] };
-            let region = lo as u32..(lo + n) as u32;
-            let got = hip.search(region, &mut Known(&known)).unwrap();
-            let starts: Vec<usize> = got.blocks.iter().map(|b| b.start as usize).collect();
-            prop_assert_eq!(starts, naive::hip(&known, lo..lo + n, budget, block, ALL[by]));
-            for b in &got.blocks {
-                prop_assert_eq!(b.end, (b.start + block as u32).min((lo + n) as u32));
-            }
+    pub fn top(scores: &[f32], count: usize) -> Vec<usize> {
+        let mut order: Vec<usize> = (0..scores.len()).collect();
+        order.sort_by(|&a, &b| scores[b].total_cmp(&scores[a]));
+        order.truncate(count);
+        order.sort_unstable();
+        order
+    }
+
+    pub fn peak(scores: &[f32], of: Range<usize>) -> f32 {
+        scores[of].iter().copied().fold(f32::NEG_INFINITY, f32::max)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ids::BLOCK;
+
+    #[test]
+    fn a_rule_is_made_by_its_name() {
+        let hip = || Parameters::of([("budget", 64.into()), ("block", 2.into()), ("representative", "first".into())]);
+        let made = make("hip", hip()).unwrap();
+        assert_eq!((made.most(), made.num_stages(), made.page_bounds()), (64, 1, false));
+        assert!(*made == *make("hip", hip()).unwrap(), "of equal parameters");
+        let stages = vec![(BLOCK as usize, 256), (2, 32)];
+        let other = [("stages", stages.into()), ("representative", "first".into()), ("page_bounds", true.into())];
+        let other = make("infinite", Parameters::of(other)).unwrap();
+        assert!(*made != *other);
+        assert_eq!((other.most(), other.num_stages(), other.page_bounds()), (32, 2, true));
+    }
+
+    /// A rule that answers whatever it was told to.
+    #[derive(Debug, PartialEq)]
+    struct Parrot(Vec<Range<u32>>);
+
+    impl Select for Parrot {
+        fn most(&self) -> usize {
+            0
         }
 
-        #[test]
-        fn infinite_is_its_naive_twin(
-            seed: u64, lo in 0usize..7, n in 0usize..600, values in 2u64..1000, centre: bool,
-            factors in prop::collection::vec(1usize..5, 1..4), counts in prop::collection::vec(1usize..9, 3),
-        ) {
-            let mut chunk = 1;
-            let mut stages = Vec::new();
-            for (factor, count) in factors.iter().zip(&counts) {
-                chunk *= factor;
-                stages.insert(0, Stage { chunk, keep: chunk * count });
-            }
-            let known = scores(seed, lo + n, values);
-            let representative = if centre { Representative::Centre } else { Representative::First };
-            let infinite = Infinite::new(stages.clone(), representative, false).unwrap();
-            let region = lo as u32..(lo + n) as u32;
-            let mut cache = Vec::new();
-            let got = infinite.search(region.clone(), 0, &mut cache, &mut Known(&known)).unwrap();
-            let pairs: Vec<(usize, usize)> = stages.iter().map(|s| (s.chunk, s.keep)).collect();
-            let want = naive::infinite(&known, lo..lo + n, &pairs, centre);
-            let blocks: Vec<Range<usize>> = got.blocks.iter().map(|b| b.start as usize..b.end as usize).collect();
-            prop_assert_eq!(&blocks, &want);
-            for start in 1..stages.len() {
-                let again = infinite.search(region.clone(), start, &mut cache, &mut Known(&known)).unwrap();
-                prop_assert_eq!(&again.blocks, &got.blocks);
-            }
+        fn select(&self, _: Asked<'_>, _: &mut dyn Score) -> Result<Chosen> {
+            Ok(Chosen { blocks: self.0.clone(), ..Chosen::default() })
         }
     }
 
     #[test]
-    fn the_sixteen_keys_of_the_specification() {
-        let s = [1., 2., 3., 2.5, 0.5, 1.5, 5., 9., 4., 3.5, 2.2, 1.2, 6., 7., 1.1, 0.1];
-        let run = |budget, block, representative| {
-            Hip { budget, block, representative }.search(0..16, &mut Known(&s)).unwrap()
+    fn a_rule_that_answers_what_it_may_not_is_refused() {
+        let answer = |blocks: &[Range<u32>]| {
+            let rule: Arc<dyn Select> = Arc::new(Parrot(blocks.to_vec()));
+            rule.choose(Asked { region: 4..20, start: 0, inputs: &mut Inputs::new() }, &mut known::Known(&[]))
         };
-        let starts = |c: &Chosen| c.blocks.iter().map(|b| b.start).collect::<Vec<_>>();
-        let found = run(2, 1, Representative::Centre);
-        assert_eq!((starts(&found), found.reads, found.rounds), (vec![6, 7], 12, 3));
-        assert_eq!(starts(&run(2, 1, Representative::First)), [12, 13]);
-        assert_eq!(starts(&run(2, 1, Representative::Oracle)), [7, 13]);
-        assert_eq!(starts(&run(4, 2, Representative::First)), [8, 12]);
-        assert_eq!(run(4, 2, Representative::Centre).reads, 16);
+        assert_eq!(answer(&[4..6, 6..7, 19..20]).unwrap().blocks, [4..6, 6..7, 19..20]);
+        for bad in [&[3..5][..], &[19..21], &[8..9, 4..6], &[4..6, 5..7], &[5..5]] {
+            assert!(matches!(answer(bad), Err(Error::OutOfRange { .. })), "{bad:?}");
+        }
     }
 
     #[test]
-    fn what_cannot_be_right_is_refused() {
-        let refused = |hip: Hip| hip.search(0..9, &mut Known(&[0.0; 9])).is_err();
-        assert!(refused(Hip { budget: 0, block: 1, representative: Representative::First }));
-        assert!(refused(Hip { budget: 1, block: 0, representative: Representative::First }));
-        let stage = |chunk, keep| Stage { chunk, keep };
-        for stages in [vec![], vec![stage(8, 8), stage(3, 3)], vec![stage(8, 12)], vec![stage(0, 8)], vec![stage(8, 0)]]
-        {
-            assert!(Infinite::new(stages, Representative::First, false).is_err());
-        }
-        assert!(Infinite::new(vec![stage(8, 8)], Representative::Last, false).is_err());
-        let one = Infinite::new(vec![stage(4, 4)], Representative::First, false).unwrap();
-        assert!(one.search(0..9, 1, &mut Vec::new(), &mut Known(&[0.0; 9])).is_err());
-        assert!(Representative::parse("middle").is_err());
+    fn what_is_no_rule_is_refused_in_words() {
+        let said = |name, parameters| make(name, parameters).unwrap_err().to_string();
+        assert_eq!(
+            said("best", Parameters::default()),
+            "selection must be the name of one of the core's rules, got \"best\""
+        );
+        assert_eq!(said("hip", Parameters::default()), "budget must be given, got nothing");
+        let hip = |more: &[(&'static str, Parameter)]| {
+            let all = [("budget", 64.into()), ("block", 2.into()), ("representative", "first".into())];
+            Parameters::of(all.into_iter().chain(more.iter().cloned()))
+        };
+        assert_eq!(said("hip", hip(&[("pages", 1.into())])), "parameters must be those of the rule, got pages");
+        assert_eq!(said("hip", hip(&[("block", "two".into())])), "block must be a count, got \"two\"");
+        assert_eq!(said("hip", hip(&[("block", 0.into())])), "block must be at least 1 and below 2^32, got 0");
     }
 }

@@ -11,7 +11,7 @@ use super::packed::{PackedPiece, Thin, packed_calls, score_packed};
 use super::scratch::Parts;
 use super::tile::{Piece, TILE, Tile};
 use crate::kernels::rotate::{load_row, rotate_row};
-use crate::kernels::search::{Queries, four};
+use crate::kernels::select::{Queries, four};
 use crate::kernels::simd::{Elem, Simd};
 use crate::rope::{Layout, Rope};
 

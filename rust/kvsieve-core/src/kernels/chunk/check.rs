@@ -2,7 +2,7 @@
 
 use crate::kernels::sparse::Sparse;
 use crate::kernels::threads;
-use crate::select::kept::Choice;
+use crate::select::Choice;
 use crate::storage::arena::Arena;
 use crate::tensor::{ElemsMut, check_dtype, check_len};
 use crate::{Error, Result};

@@ -7,7 +7,7 @@ use super::compiled::Kernels;
 use super::residents::Residents;
 use super::shape::Shape;
 use crate::kernels::sparse::Sparse;
-use crate::select::kept::Rule;
+use crate::select::Rule;
 
 /// Consecutive queries of a row that share a choice.
 #[derive(Clone)]

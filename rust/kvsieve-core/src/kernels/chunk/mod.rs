@@ -25,11 +25,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use rayon::prelude::*;
 
 use super::isa::Level;
-use super::search::Inputs;
 use super::sparse::{Scoring, Sparse, SparseRow, Work, attend_sparse, fill_zero};
 use super::threads;
-use crate::select::Chosen;
-use crate::select::kept::{Choice, Rule};
+use crate::select::{Choice, Chosen, Inputs, Rule};
 use crate::storage::arena::Arena;
 use crate::tensor::{Dtype, ElemsMut};
 use crate::{Error, Result};
@@ -76,7 +74,7 @@ fn residents_of(arena: &Arena, rule: &Rule, args: &Sparse<'_>) -> Result<Vec<Res
     let [_, _, columns, _] = args.q.shape();
     let mut residents = Vec::with_capacity(args.rows.len());
     for row in args.rows {
-        let found = Residents::new(arena, row.runs, rule.is_bounded())?;
+        let found = Residents::new(arena, row.runs, rule.select.page_bounds())?;
         if row.new_len > columns || row.new_len > found.len as usize {
             let expected = format!("at most {columns} new tokens, all of them among {} residents", found.len);
             return Err(Error::Shape { what: "new_len", expected, got: row.new_len.to_string() });

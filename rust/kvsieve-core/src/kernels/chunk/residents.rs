@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use crate::Result;
 use crate::ids::{BLOCK, Run};
-use crate::kernels::search::bounds_of;
+use crate::kernels::select::bounds_of;
 use crate::storage::arena::Arena;
 
 /// A run of residents that lie together.

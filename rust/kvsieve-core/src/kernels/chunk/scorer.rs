@@ -35,6 +35,8 @@ impl Score for Scorer<'_> {
         let Scorer { common, keys, seen_from, scores, .. } = self;
         keys.clear();
         seen_from.clear();
+        // A rule may be anybody's; beyond the residents there is no key to read.
+        assert!(stretches.iter().all(|s| s.end <= self.residents.len), "a rule asks for keys outside its region");
         for stretch in stretches {
             self.residents.each(stretch.clone(), self.head, common.bytes, |key, _| keys.push(key));
         }

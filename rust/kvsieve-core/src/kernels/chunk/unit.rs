@@ -9,9 +9,8 @@ use super::reads::Reads;
 use super::scorer::Scorer;
 use super::shape::{Words, padded_rows};
 use crate::Result;
-use crate::kernels::search::{Inputs, check_bounds, sampled};
-use crate::select::Chosen;
-use crate::select::kept::Search;
+use crate::kernels::select::{check_bounds, sampled};
+use crate::select::{Asked, Chosen, Inputs};
 
 /// What a unit has found.
 pub(super) struct Found {
@@ -58,9 +57,7 @@ pub(super) fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_l
     }
     let residents = &common.residents[queries.row];
     let region = common.rule.region(queries.first, queries.columns.len())?;
-    if let Search::Infinite(infinite) = &common.rule.search
-        && infinite.judges_bounds(&region)
-    {
+    if common.rule.select.judges_pages(&region) {
         check_bounds((&residents.bounds, residents.even), &region)?;
     }
     KEPT.with_borrow_mut(|kept| {
@@ -103,10 +100,8 @@ fn search(
         split,
         split_words,
     };
-    let chosen = match &rule.search {
-        Search::Hip(hip) => hip.search(region.clone(), &mut scorer)?,
-        Search::Infinite(infinite) => infinite.search(region.clone(), 0, &mut inputs, &mut scorer)?,
-    };
+    let asked = Asked { region: region.clone(), start: 0, inputs: &mut inputs };
+    let chosen = rule.select.choose(asked, &mut scorer)?;
     Ok((chosen, inputs))
 }
 
