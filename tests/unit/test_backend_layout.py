@@ -96,7 +96,7 @@ CPU = torch.device("cpu")
         ({}, lambda can: can.check_selection(RULE, "post_rope", True), r"packs some; leave the packing out"),
         ({"storage": frozenset({"pruned"})}, lambda can: can.check_storage(Packing(64, 4, 4)), r"no quantized tokens"),
         ({"storage": frozenset()}, lambda can: can.check_storage(Packing(40)), r"no pruned tokens"),
-        ({"frames": frozenset({"post_rope"})}, lambda can: can.check_frame("pre_rope"), r"no keys pre_rope keys"),
+        ({"frames": frozenset({"post_rope"})}, lambda can: can.check_frame("pre_rope"), r"no pre_rope keys"),
     ],
 )
 def test_what_cannot_be_held_is_refused_with_what_to_do(change: dict[str, Any], ask: Any, message: str) -> None:
