@@ -85,8 +85,8 @@ def normal(generator: torch.Generator, *shape: int) -> torch.Tensor:
 class Row:
     """One row by the specification: its residents, pre-RoPE, and what it has chosen."""
 
-    def __init__(self, kind: str, rule: dict[str, Any], mode: Mode, place: str, rope: LayerRope | None, scale: float) -> None:
-        self.kind, self.rule, self.mode, self.place, self.rope, self.scale = kind, rule, mode, place, rope, scale
+    def __init__(self, kind: str, rule: dict[str, Any], mode: Mode, in_cache: bool, rope: LayerRope | None, scale: float) -> None:
+        self.kind, self.rule, self.mode, self.in_cache, self.rope, self.scale = kind, rule, mode, in_cache, rope, scale
         self.found: Selection | None = None
         self.k = self.v = torch.empty(0)
         self.true = torch.empty(0, dtype=torch.int64)
@@ -95,7 +95,7 @@ class Row:
 
     def at(self, indices: list[int]) -> list[int]:
         """Where the policy shows these residents."""
-        return indices if self.place == "slots" else self.true[indices].tolist()
+        return indices if self.in_cache else self.true[indices].tolist()
 
     def turned(self, q: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         return placed(q, self.k.to(q.dtype), self.at(positions), self.at(list(range(self.k.shape[1]))), self.rope)
@@ -171,7 +171,7 @@ class Rows:
         self,
         kind: str,
         mode: Mode,
-        spec: dict[str, Any],
+        spec: _core.Memory,
         shape: tuple[int, int, int, int],
         dtype: torch.dtype,
         rope: LayerRope | None,
@@ -187,7 +187,7 @@ class Rows:
         self.store = _core.Store(self.heads, self.dim, self.dim, DTYPES[dtype])
         self.mode, self.dtype, self.rope, self.make, self.scale = mode, dtype, rope, make, self.dim**-0.5
         self.generator = torch.Generator().manual_seed(seed)
-        self.naive = [Row(kind, rule, mode, spec["place"], rope, self.scale) for _ in range(self.rows)]
+        self.naive = [Row(kind, rule, mode, spec is SLOTS, rope, self.scale) for _ in range(self.rows)]
 
     def step(self, width: int, lens: list[int] | None = None, threads: int = 1) -> None:
         lens = lens or [width] * self.rows
@@ -263,7 +263,7 @@ def any_rule(rng: random.Random, kind: str) -> dict[str, Any]:
     return rule
 
 
-def any_rows(rng: random.Random, kind: str, mode: Mode, spec: dict[str, Any], dtype: torch.dtype, **change: Any) -> Rows:
+def any_rows(rng: random.Random, kind: str, mode: Mode, spec: _core.Memory, dtype: torch.dtype, **change: Any) -> Rows:
     shape = (rng.choice([1, 2, 3]), rng.choice([1, 2]), rng.choice([1, 2, 3, 4, 7]), rng.choice([8, 16, 32, 64, 128]))
     rope = change.pop("rope", quarters)(rng, shape[3])
     rule = {**any_rule(rng, kind), **change.pop("rule", {})}
