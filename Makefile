@@ -41,9 +41,10 @@ test: setup ## every test that needs no GPU: the Rust core, then Python against 
 	$(PYTEST) $(PYTEST_ARGS)
 
 # The seam with transformers and everything that `generate` does, without the real model and without the slow tests. What a backend
-# computes does not depend on transformers: one of them is enough here.
+# computes does not depend on transformers, nor what a policy does with what it is given: one backend is enough here, and one policy
+# of every kind.
 RELEASE ?= oldest newest
-RELEASE_ARGS ?= --backend cpu -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
+RELEASE_ARGS ?= --backend cpu --seam -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
 
 .PHONY: test-transformers
 test-transformers: setup ## the seam's and generate's tests on other releases (RELEASE="oldest newest", or 5.17.0, ...)
