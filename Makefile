@@ -78,7 +78,7 @@ lint-rust: setup
 lint-python: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	$(HOUSE) bash -c 'flock "$$MYPY_CACHE_DIR.lock" .venv/bin/mypy'
 	if [ -e python/kvsieve/_core.pyi ]; then .venv/bin/stubtest kvsieve._core; fi
 
 .PHONY: fmt
