@@ -37,3 +37,10 @@ pub mod select;
 pub mod store;
 
 pub use error::{Error, Result};
+
+#[cfg(test)]
+extern crate self as kvsieve_core;
+
+#[cfg(test)]
+#[path = "../tests/all.rs"]
+mod all;

@@ -1,8 +1,6 @@
 //! Random histories against plain lists, with a fake store on which every append and move is carried out.
 
-mod common;
-
-use common::{Store, Token, chains, planner, slots};
+use super::common::{Store, Token, cases, chains, planner, slots};
 use kvsieve_core::Error;
 use kvsieve_core::budget::Budget;
 use kvsieve_core::ids::{BLOCK, BlockId, PACKED};
@@ -624,7 +622,7 @@ fn history() -> impl Strategy<Value = (usize, Vec<(usize, Op)>)> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(cases(300))]
 
     #[test]
     fn tables_read_as_lists((chain, ops) in history()) {
