@@ -40,6 +40,10 @@ test: setup ## every test that needs no GPU: the Rust core, then Python against 
 	$(HOUSE) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
 	$(PYTEST) $(PYTEST_ARGS)
 
+.PHONY: compile-tests
+compile-tests: ## compile the Rust core's tests, and nothing else; `make test` runs them
+	$(HOUSE) cargo test --quiet --locked --workspace --exclude kvsieve-py --no-run
+
 # The seam with transformers and everything that `generate` does, without the real model and without the slow tests. What a backend
 # computes does not depend on transformers, nor what a policy does with what it is given: one backend is enough here, and one policy
 # of every kind.
