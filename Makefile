@@ -40,10 +40,15 @@ test: setup ## every test that needs no GPU: the Rust core, then Python against 
 	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
 	$(PYTEST) $(PYTEST_ARGS)
 
+.PHONY: compile-tests
+compile-tests: ## compile the Rust core's tests, and nothing else; `make test` runs them
+	$(HOUSE) cargo test --quiet --locked --workspace --exclude kvsieve-py --no-run
+
 # The seam with transformers and everything that `generate` does, without the real model and without the slow tests. What a backend
-# computes does not depend on transformers: one of them is enough here.
+# computes does not depend on transformers, nor what a policy does with what it is given: one backend is enough here, and one policy
+# of every kind.
 RELEASE ?= oldest newest
-RELEASE_ARGS ?= --backend cpu -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
+RELEASE_ARGS ?= --backend cpu --seam -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
 
 .PHONY: test-transformers
 test-transformers: setup ## the seam's and generate's tests on other releases (RELEASE="oldest newest", or 5.17.0, ...)
@@ -77,7 +82,7 @@ lint-rust: setup
 lint-python: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/mypy
+	$(HOUSE) bash -c 'flock "$$MYPY_CACHE_DIR.lock" .venv/bin/mypy'
 	if [ -e python/kvsieve/_core.pyi ]; then .venv/bin/stubtest kvsieve._core; fi
 
 .PHONY: fmt

@@ -3,6 +3,8 @@
 #   $KVSIEVE_CACHE/env-<hash>/     third-party packages; keyed by Python and lock files, shared by all clones
 #   $KVSIEVE_CACHE/docs-<hash>/    what builds the documentation; keyed by Python and requirements-docs.lock
 #   $KVSIEVE_CACHE/target-<hash>/  cargo's build outputs; keyed by rustc and Cargo.lock, shared by all clones
+#   $KVSIEVE_CACHE/emulator/       CUDA kernels as g++ compiles them for the tests; keyed by what they include
+#   $KVSIEVE_CACHE/mypy/           mypy's; it knows by itself what is fresh
 #   .venv/                         this clone's thin layer over env-<hash>: kvsieve's own wheel and console scripts
 
 set -euo pipefail
@@ -42,6 +44,8 @@ ENV="$CACHE/env-$({ printf '%s\n' "$PYTHON_ID"; cat "$LOCK" requirements-model.l
 DOCS_ENV="$CACHE/docs-$({ printf '%s\n' "$PYTHON_ID"; cat requirements-docs.lock; } | hash16)"
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-$CACHE/target-$({ rustc -vV; cat Cargo.lock; } | hash16)}"
 export PYO3_PYTHON="$ENV/bin/python"
+# What mypy found out about torch and the rest is true in every clone.
+export MYPY_CACHE_DIR="$CACHE/mypy"
 
 # How maturin links a wheel for others. On Linux zig links against the symbols of glibc 2.17 (2012), whatever glibc this
 # machine has, so that the wheel installs on every Linux that torch runs on; the compiler is rustc in either case.

@@ -21,7 +21,10 @@ from kvsieve.backends.cuda.nvrtc import SOURCES, Module
 from kvsieve.backends.cuda.ops.launch import values_of
 
 SHIM = Path(__file__).resolve().parent / "cuda"
-CACHE = Path(tempfile.gettempdir()) / f"kvsieve-emulator-{os.getuid()}"
+# With everything else that clones share; a kernel is compiled once for every state of the files that it includes.
+SHARED = os.environ.get("KVSIEVE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvsieve"
+CACHE = Path(SHARED) / "emulator"
+FLAGS = ["-std=c++17", "-O1", "-fno-strict-aliasing", "-fno-gnu-unique", "-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
 
 _one_at_a_time = threading.Lock()
 
@@ -80,30 +83,28 @@ class Emulator:
 
     def _build(self, module: Module) -> Path:
         source = f'#include "shim.h"\n#include "{module.file}"\n#include "half.h"\nKV_EXPORT(kernel, {module.expressions[0]})\n'
-        digest = hashlib.sha256(source.encode())
-        for path in sorted([*SHIM.glob("*.h"), *self.folder.glob("*.cu*")]):
+        digest = hashlib.sha256("\n".join([source, *FLAGS]).encode())
+        for path in included(self.folder / module.file, [SHIM / "shim.h", SHIM / "half.h"]):
             digest.update(path.read_bytes())
         built = CACHE / f"{digest.hexdigest()}.so"
         if not built.exists():
             CACHE.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
                 (Path(scratch) / "kernel.cpp").write_text(source)
-                command = [
-                    "g++",
-                    "-std=c++17",
-                    "-O1",
-                    "-fno-strict-aliasing",
-                    "-fno-gnu-unique",
-                    "-Wall",
-                    "-Wno-unknown-pragmas",
-                    "-shared",
-                    "-fPIC",
-                ]
-                command += [f"-I{SHIM}", f"-I{self.folder}", "kernel.cpp", "-o", "kernel.so"]
+                command = ["g++", *FLAGS, f"-I{SHIM}", f"-I{self.folder}", "kernel.cpp", "-o", "kernel.so"]
                 done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
                 assert done.returncode == 0, done.stderr
                 os.replace(Path(scratch) / "kernel.so", built)
         return built
+
+
+def included(file: Path, found: list[Path]) -> list[Path]:
+    """``found``, then ``file`` and all that it includes from its folder, each once. A kernel's machine code depends on no other."""
+    found = [*found, file]
+    for name in re.findall(r'^#include "(.+)"', file.read_text(), re.MULTILINE):
+        if file.parent / name not in found:
+            found = included(file.parent / name, found)
+    return found
 
 
 def without(folder: Path, file: str, pattern: str, which: int, to: Path) -> Path:

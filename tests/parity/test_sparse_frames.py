@@ -89,6 +89,7 @@ class Row:
         self.kind, self.rule, self.mode, self.in_cache, self.rope, self.scale = kind, rule, mode, in_cache, rope, scale
         self.found: Selection | None = None
         self.k = self.v = torch.empty(0)
+        self.shown: dict[str, torch.Tensor] = {}
         self.true = torch.empty(0, dtype=torch.int64)
         self.seen = self.step = self.since = self.next = 0
         self.searched = self.read = 0
@@ -98,12 +99,21 @@ class Row:
         return indices if self.in_cache else self.true[indices].tolist()
 
     def turned(self, q: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        return placed(q, self.k.to(q.dtype), self.at(positions), self.at(list(range(self.k.shape[1]))), self.rope)
+        """In float64, `placed`; what it makes of the keys depends on no query."""
+        if "placed" not in self.shown:
+            self.shown["placed"] = placed(q[:, :0], self.k.double(), [], self.at(list(range(self.k.shape[1]))), self.rope)[1]
+        return placed(q, self.k[:, :0].double(), self.at(positions), [], self.rope)[0], self.shown["placed"]
+
+    def at_one_distance(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """In float64, `relative`, likewise."""
+        if "relative" not in self.shown:
+            self.shown["relative"] = relative(q[:, :0], self.k.double(), self.rule["window"], self.rope)[1]
+        return relative(q, self.k[:, :0].double(), self.rule["window"], self.rope)[0], self.shown["relative"]
 
     def scores(self, q: torch.Tensor, positions: list[int]) -> np.ndarray:
         # Quarter turns are exact in any dtype, those of a model as good as the dtype.
         if self.mode in ("relative", "consecutive"):
-            pair = relative(q.double(), self.k.double(), self.rule["window"], self.rope)
+            pair = self.at_one_distance(q.double())
         else:
             pair = (q, self.k) if self.mode == "stored" else self.turned(q.double(), positions)
         return group_scores(*pair, positions, self.rule["window"], self.rule.get("query_stride", 1))
@@ -133,6 +143,7 @@ class Row:
 
     def feed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         first, count = self.k.shape[1] if self.seen else 0, k.shape[1]
+        self.shown.clear()
         self.k = torch.cat([self.k, k], 1) if self.seen else k
         self.v = torch.cat([self.v, v], 1) if self.seen else v
         self.true = torch.cat([self.true, torch.arange(self.seen, self.seen + count)])
