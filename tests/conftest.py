@@ -65,7 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     stays = set(chosen)
     config.hook.pytest_deselected(items=[item for item in items if item not in stays])
     items[:] = chosen
-    skip_without_a_card(items)
+    skip_without_a_gpu(items)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:
@@ -78,7 +78,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     gc.unfreeze()
 
 
-def skip_without_a_card(items: list[pytest.Item]) -> None:
+def skip_without_a_gpu(items: list[pytest.Item]) -> None:
     if not any(item.get_closest_marker("gpu") for item in items):
         return
     import torch

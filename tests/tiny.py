@@ -117,10 +117,10 @@ def kinds(policies: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
 
 
 def _kind(policy: Any) -> tuple[Any, ...]:
-    """Rotated keys or raw ones, logits, queries; whether tokens leave, are searched, or are packed."""
+    """Post-RoPE or pre-RoPE keys, logits, queries; whether tokens are evicted, selected, or compressed."""
     roles = [memory.roles for memory in policy.memories]
     takes = any(role.evict.per_head for role in roles), any(getattr(role.storage, "observe", 0) for role in roles)
-    does = any(role.evict.evicts for role in roles), roles[0].select.searches, not isinstance(roles[-1].storage, Plain)
+    does = any(role.evict.evicts for role in roles), roles[0].select.sparse, not isinstance(roles[-1].storage, Plain)
     return policy.stored_keys, policy.needs_surprisal, takes, does
 
 
