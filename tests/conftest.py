@@ -84,7 +84,7 @@ def skip_without_a_gpu(items: list[pytest.Item]) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        skip = pytest.mark.skip(reason="NO CUDA DEVICE HERE: the kernels for cards went untested; `make gpu` runs them")
+        skip = pytest.mark.skip(reason="NO CUDA DEVICE HERE: the CUDA kernels went untested; `make gpu` runs them")
         for item in items:
             if item.get_closest_marker("gpu"):
                 item.add_marker(skip)
