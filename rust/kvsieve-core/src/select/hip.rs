@@ -2,8 +2,12 @@
 
 use std::sync::Arc;
 
+use super::asked::{Asked, Chosen};
 use super::best::Best;
-use super::{Asked, Chosen, Parameters, Representative, Score, Select};
+use super::parameters::Parameters;
+use super::representative::Representative;
+use super::score::Score;
+use super::selector::Select;
 use crate::{Error, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -113,7 +117,7 @@ impl Select for Hip {
 #[cfg(test)]
 mod naive {
     use super::super::known::{peak, top};
-    use super::Representative;
+    use super::super::representative::Representative;
     use std::ops::Range;
 
     pub fn hip(scores: &[f32], region: Range<usize>, budget: usize, block: usize, by: Representative) -> Vec<usize> {

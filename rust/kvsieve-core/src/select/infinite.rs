@@ -6,8 +6,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::asked::{Asked, Chosen};
 use super::best::Best;
-use super::{Asked, Chosen, Parameters, Representative, Score, Select};
+use super::parameters::Parameters;
+use super::representative::Representative;
+use super::score::Score;
+use super::selector::Select;
 use crate::ids::BLOCK;
 use crate::{Error, Result};
 
@@ -247,7 +251,7 @@ mod naive {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Inputs;
+    use super::super::asked::Inputs;
     use super::super::known::{Known, scores};
     use super::*;
     use proptest::prelude::*;

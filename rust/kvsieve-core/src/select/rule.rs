@@ -6,7 +6,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Choice, Chosen, Select};
+use super::asked::Chosen;
+use super::choices::Choice;
+use super::selector::Select;
 use crate::ids::BLOCK;
 use crate::{Error, Result};
 
@@ -89,9 +91,9 @@ impl Rule {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Representative;
     use super::super::hip::Hip;
     use super::super::infinite::{Infinite, Stage};
+    use super::super::representative::Representative;
     use super::*;
     use proptest::prelude::*;
 

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::residents::Residents;
-use super::{QueryBlock, Selection};
+use super::selection::{QueryBlock, Selection};
 use crate::ids::BLOCK;
 use crate::kernels::threads;
 use crate::storage::arena::Arena;
