@@ -42,7 +42,7 @@ test: setup ## every test that needs no GPU: the Rust core, then Python against 
 
 .PHONY: compile-tests
 compile-tests: ## compile the Rust core's tests, and nothing else; `make test` runs them
-	$(HOUSE) cargo test --quiet --locked --workspace --exclude kvsieve-py --no-run
+	$(BUILD_ENV) cargo test --quiet --locked --workspace --exclude kvsieve-py --no-run
 
 # The seam with transformers and everything that `generate` does, without the real model and without the slow tests. What a backend
 # computes does not depend on transformers, nor what a policy does with what it is given: one backend is enough here, and one policy
@@ -55,8 +55,8 @@ test-transformers: setup ## the seam's and generate's tests on other releases (R
 	@OMP_NUM_THREADS=$(TEST_THREADS) PYTEST_JOBS=$(PYTEST_JOBS) scripts/test-transformers.sh $(RELEASE) -- $(RELEASE_ARGS) $(PYTEST_ARGS)
 
 .PHONY: test-fast
-test-fast: setup ## the same without doc tests and without the real model
-	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
+test-fast: setup ## the same without the real model
+	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
 	$(PYTEST) -m "not model and not gpu" $(PYTEST_ARGS)
 
 # The machine with the GPU may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
@@ -82,7 +82,7 @@ lint-rust: setup
 lint-python: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	$(HOUSE) bash -c 'flock "$$MYPY_CACHE_DIR.lock" .venv/bin/mypy'
+	$(BUILD_ENV) bash -c 'flock "$$MYPY_CACHE_DIR.lock" .venv/bin/mypy'
 	if [ -e python/kvsieve/_core.pyi ]; then .venv/bin/stubtest kvsieve._core; fi
 
 .PHONY: fmt
