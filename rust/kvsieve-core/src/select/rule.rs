@@ -98,7 +98,7 @@ mod tests {
     use proptest::prelude::*;
 
     fn hip(sinks: usize, window: usize, every: usize) -> Rule {
-        let hip = Hip::new(4, 2, Representative::Centre).unwrap();
+        let hip = Hip::new(4, 2, Representative::Middle).unwrap();
         Rule::new(Arc::new(hip), sinks, window, vec![every]).unwrap()
     }
 

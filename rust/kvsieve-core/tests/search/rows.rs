@@ -106,7 +106,7 @@ pub fn chosen(rule: &dyn Select, region: Range<u32>, inputs: &mut Inputs, score:
 }
 
 pub fn rules(noise: &mut Noise) -> (Hip, Infinite) {
-    let all = [Representative::Centre, Representative::First, Representative::Last, Representative::Oracle];
+    let all = [Representative::Middle, Representative::First, Representative::Last, Representative::Oracle];
     let (budget, block) = (1 + noise.below(60), 1 + noise.below(5));
     let hip = Hip::new(budget, block, all[noise.below(4)]).unwrap();
     let mut chunk = 1 + noise.below(4);
