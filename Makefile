@@ -55,8 +55,8 @@ test-transformers: setup ## the seam's and generate's tests on other releases (R
 	@OMP_NUM_THREADS=$(TEST_THREADS) PYTEST_JOBS=$(PYTEST_JOBS) scripts/test-transformers.sh $(RELEASE) -- $(RELEASE_ARGS) $(PYTEST_ARGS)
 
 .PHONY: test-fast
-test-fast: setup ## the same without doc tests and without the real model
-	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py --lib --tests $(CARGO_TEST_ARGS)
+test-fast: setup ## the same without the real model
+	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
 	$(PYTEST) -m "not model and not gpu" $(PYTEST_ARGS)
 
 # The machine with the GPU may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.

@@ -441,7 +441,7 @@ def searches(b: Bench) -> dict[str, Any]:
     stages = ((32, 128), (8, 64), (4, 32)) if b.dry else ((256, 32768), (32, 8192), (8, 2048))
     infinite = {"sinks": 256, "window": 1024, "query_block": 64, "query_stride": 8, **(few if b.dry else {})}
     return {
-        "HiP": SimpleNamespace(kind="hip", representative="centre", block=2, refresh=8, **hip),
+        "HiP": SimpleNamespace(kind="hip", representative="middle", block=2, refresh=8, **hip),
         "InfiniteHiP": SimpleNamespace(kind="infinite", representative="first", stages=stages, refresh=(16, 8, 4), **infinite),
     }
 

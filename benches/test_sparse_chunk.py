@@ -31,7 +31,7 @@ CHUNK = 4096
 RULE: dict[str, Any] = {
     "budget": 1024,
     "block": 8,
-    "representative": "centre",
+    "representative": "middle",
     "sinks": 64,
     "window": 1024,
     "refresh": 8,

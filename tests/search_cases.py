@@ -31,7 +31,7 @@ TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 def hip(**changes: Any) -> Any:
     """A rule such as a role gives."""
-    rule = {"kind": "hip", "sinks": 3, "window": 9, "query_block": 16, "query_stride": 1, "representative": "centre"}
+    rule = {"kind": "hip", "sinks": 3, "window": 9, "query_block": 16, "query_stride": 1, "representative": "middle"}
     return SimpleNamespace(**{**rule, "budget": 20, "block": 2, "refresh": 4, **changes})
 
 
@@ -200,7 +200,7 @@ def layer(kind: str, representative: str, group: int, dtype: torch.dtype, size: 
 
 def cases(device: torch.device, seeds: int) -> list[tuple[str, str, int, torch.dtype, int, torch.device, int]]:
     """Arguments for :func:`layer`: every representative and group."""
-    ways = [("hip", name) for name in ("centre", "first", "last", "oracle")] + [("infinite", name) for name in ("first", "centre")]
+    ways = [("hip", name) for name in ("middle", "first", "last", "oracle")] + [("infinite", name) for name in ("first", "middle")]
     found = []
     for seed in range(seeds):
         for i, (kind, representative) in enumerate(ways):

@@ -116,7 +116,7 @@ def test_sixteen_keys(change: dict[str, Any], starts: list[int], reads: int | No
         assert found[3] == pytest.approx(output, abs=1e-5)
 
 
-@pytest.mark.parametrize(("representative", "start"), [("first", 8), ("centre", 0)])
+@pytest.mark.parametrize(("representative", "start"), [("first", 8), ("middle", 0)])
 def test_the_walk_down_a_chunk(representative: str, start: int) -> None:
     """By first keys the second half finds 7 and the first 3; by middle ones 4 and 9."""
     rule = infinite(sinks=0, window=0, query_block=1, stages=((8, 8),), refresh=(1,), representative=representative)
@@ -343,7 +343,7 @@ def tiny_rope() -> Any:
     [
         hip(budget=0),
         hip(block=0),
-        hip(representative="middle"),
+        hip(representative="nearest"),
         hip(refresh=0),
         hip(query_block=0),
         hip(window=-1),

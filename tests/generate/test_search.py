@@ -37,7 +37,7 @@ SEARCHES: dict[str, Make] = {
     "hip": hip,
     "hip_first": lambda **changes: hip(representative="first", block=4, **changes),
     "infinite": infinite,
-    "infinite_centre": lambda **changes: infinite(representative="centre", **changes),
+    "infinite_middle": lambda **changes: infinite(representative="middle", **changes),
 }
 
 EVERY = pytest.mark.parametrize("name", list(SEARCHES))
@@ -215,7 +215,7 @@ OVER: dict[str, Callable[[str], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", ["hip", "infinite_centre"])
+@pytest.mark.parametrize("name", ["hip", "infinite_middle"])
 @pytest.mark.parametrize("over", list(OVER))
 def test_padded_rows_and_two_turns_of_whatever_is_selected_from(over: str, name: str) -> None:
     """Each row of a padded batch reads what it reads alone, in the first turn and in the second."""
@@ -490,7 +490,7 @@ def test_a_policy_that_reads_everything_has_no_trace() -> None:
         (lambda: kvsieve.HiP(8, sinks=-1), "sinks"),
         (lambda: kvsieve.HiP(8, refresh=0), "refresh"),
         (lambda: kvsieve.HiP(8, query_block=0), "query_block"),
-        (lambda: kvsieve.HiP(8, representative="middle"), "representative"),
+        (lambda: kvsieve.HiP(8, representative="nearest"), "representative"),
         (lambda: kvsieve.HiP(8, dense_layers=-1), "dense_layers"),
         (lambda: kvsieve.HiP(8, extend=-1), "after"),
         (lambda: kvsieve.InfiniteHiP("4k"), "preset"),

@@ -71,7 +71,7 @@ def test_a_sparse_layer_is_the_definition(case: Any) -> None:
 @pytest.mark.parametrize("dtype", list(search_cases.TOLERANCE), ids=str)
 @pytest.mark.parametrize("group", [1, 3, 4, 8])
 def test_a_sparse_layer_of_usual_sizes(size: int, dtype: torch.dtype, group: int) -> None:
-    for kind, representative in (("hip", "centre"), ("infinite", "first")):
+    for kind, representative in (("hip", "middle"), ("infinite", "first")):
         search_cases.layer(kind, representative, group, dtype, size, GPU, seed=2)
 
 

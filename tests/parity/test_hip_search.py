@@ -43,10 +43,10 @@ class TestTheTree:
         [
             (2, 1, "first", [12, 13]),
             (2, 1, "oracle", [7, 13]),
-            (4, 1, "centre", [6, 7, 12, 13]),
-            (8, 1, "centre", [2, 3, 6, 7, 8, 9, 12, 13]),
-            (16, 1, "centre", list(range(16))),
-            (4, 2, "centre", [2, 6]),
+            (4, 1, "middle", [6, 7, 12, 13]),
+            (8, 1, "middle", [2, 3, 6, 7, 8, 9, 12, 13]),
+            (16, 1, "middle", list(range(16))),
+            (4, 2, "middle", [2, 6]),
             (4, 2, "first", [8, 12]),
         ],
     )
@@ -59,7 +59,7 @@ class TestTheTree:
 
     @pytest.mark.parametrize(
         ("budget", "representative", "want"),
-        [(16, "centre", 7.849450), (2, "centre", 6.982014), (2, "oracle", 7.715218), (4, "centre", 7.866377)],
+        [(16, "middle", 7.849450), (2, "middle", 6.982014), (2, "oracle", 7.715218), (4, "middle", 7.866377)],
     )
     def test_outputs(self, budget: int, representative: str, want: float) -> None:
         found = hip_search(SIXTEEN, 0, 16, budget, 1, representative)
@@ -143,7 +143,7 @@ class TestWhatTheMathsPromises:
         lo=st.integers(0, 5),
         lengths=st.lists(st.integers(1, 4), min_size=1, max_size=3),
         counts=st.lists(st.integers(1, 9), min_size=3, max_size=3),
-        representative=st.sampled_from(["first", "centre"]),
+        representative=st.sampled_from(["first", "middle"]),
         seed=st.integers(0, 1 << 30),
     )
     @settings(max_examples=150, deadline=None)
@@ -171,13 +171,13 @@ class TestWhatTheMathsPromises:
 class TestStages:
     @pytest.mark.parametrize(
         ("chunk", "representative", "token", "score"),
-        [((8, 16), "first", 13, 7.0), ((8, 16), "centre", 8, 4.0), ((0, 8), "first", 2, 3.0), ((0, 8), "centre", 7, 9.0)],
+        [((8, 16), "first", 13, 7.0), ((8, 16), "middle", 8, 4.0), ((0, 8), "first", 2, 3.0), ((0, 8), "middle", 7, 9.0)],
     )
     def test_the_way_down(self, chunk: tuple[int, int], representative: str, token: int, score: float) -> None:
         best, at, reads = best_on_the_way(SIXTEEN[0], np.array([chunk]), representative)
         assert (best.tolist(), at.tolist(), reads) == ([score], [token], 6)
 
-    @pytest.mark.parametrize("representative", ["first", "centre"])
+    @pytest.mark.parametrize("representative", ["first", "middle"])
     def test_ragged_single_and_hidden_chunks(self, representative: str) -> None:
         scores = SIXTEEN[0].copy()
         scores[:3] = -np.inf
@@ -191,12 +191,12 @@ class TestStages:
         assert starts(hidden) == []
 
     def test_a_better_key_on_the_way_counts(self) -> None:
-        """The centre of a half may be better than where the walk ends: the chunk is worth the better one."""
+        """The middle of a half may be better than where the walk ends: the chunk is worth the better one."""
         scores = np.array([1.0, 0, 5, 1, 0, 0, 0, 0])
-        best, at, _ = best_on_the_way(scores, np.array([[0, 8]]), "centre")
+        best, at, _ = best_on_the_way(scores, np.array([[0, 8]]), "middle")
         assert (best[0], at[0]) == (5.0, 2)
         scores[2:4] = [9.0, 9.5]
-        assert best_on_the_way(scores, np.array([[0, 8]]), "centre")[0][0] == 9.5
+        assert best_on_the_way(scores, np.array([[0, 8]]), "middle")[0][0] == 9.5
 
     def test_when_stages_are_computed_again(self) -> None:
         want = [0, None, None, None, 2, None, None, None, 1, None, None, None, 2, None, None, None, 0, None]
@@ -237,8 +237,8 @@ class TestReads:
         assert infinite_hip_search(scores, lo, hi, (64, 32, 16), (32768, 16384, 4096), every_stage=True).reads == (five,)
 
 
-# Mean share of a run of needles that is found among 4,096 keys of N(0, 1), budget 256, 200 draws: HiP centre in blocks of 1 and 2,
-# first in blocks of 1, InfiniteHiP first and centre.
+# Mean share of a run of needles that is found among 4,096 keys of N(0, 1), budget 256, 200 draws: HiP middle in blocks of 1 and 2,
+# first in blocks of 1, InfiniteHiP first and middle.
 NEEDLES = {
     1: [0.195, 0.250, 0.350, 0.380, 0.280],
     4: [0.626, 0.369, 0.559, 0.463, 0.578],
@@ -250,7 +250,7 @@ NEEDLES = {
 FEW_DRAWS = {(1, 3), (4, 1)}
 
 # Keys whose correlation falls off over so many tokens, 64 channels, scores of standard deviation 3, budget 256 of 4,096: recall
-# of the best 256 / share of the attention scores selected, for HiP centre in blocks of 1, 2 and 8, InfiniteHiP first and centre;
+# of the best 256 / share of the attention scores selected, for HiP middle in blocks of 1, 2 and 8, InfiniteHiP first and middle;
 # then their own share.
 NEIGHBOURS = {
     0: ([(0.232, 0.225), (0.231, 0.216), (0.165, 0.209), (0.177, 0.274), (0.178, 0.268)], 0.921),
@@ -274,8 +274,8 @@ class TestHowWellItFinds:
             hits = [np.sum((t >= first) & (t < first + length)) for t, first in zip(map(found.tokens, range(draws)), at)]
             return float(np.mean(hits)) / length
 
-        got = [share(hip_search(scores, 0, 4096, 256, b, r)) for b, r in ((1, "centre"), (2, "centre"), (1, "first"))]
-        got += [share(infinite_hip_search(scores, 0, 4096, **SMALL, representative=r)) for r in ("first", "centre")]
+        got = [share(hip_search(scores, 0, 4096, 256, b, r)) for b, r in ((1, "middle"), (2, "middle"), (1, "first"))]
+        got += [share(infinite_hip_search(scores, 0, 4096, **SMALL, representative=r)) for r in ("first", "middle")]
         for i, (mine, want) in enumerate(zip(got, NEEDLES[length])):
             assert mine == pytest.approx(want, abs=0.13 if (length, i) in FEW_DRAWS else 0.08), i
 
@@ -303,7 +303,7 @@ class TestHowWellItFinds:
             return recall, most - float(np.mean([w[t].sum() for w, t in zip(weights, chosen)]))
 
         got = [quality(hip_search(scores, 0, 4096, 256, b)) for b in (1, 2, 8)]
-        found = [infinite_hip_search(scores, 0, 4096, **SMALL, representative=r) for r in ("first", "centre")]
+        found = [infinite_hip_search(scores, 0, 4096, **SMALL, representative=r) for r in ("first", "middle")]
         assert found[0].reads[0] == 2560
         table, exact = NEIGHBOURS[length]
         for i, ((recall, lost), (want, held)) in enumerate(zip(got + [quality(f) for f in found], table)):
@@ -407,8 +407,8 @@ class TestErrors:
         for budget, block in ((0, 1), (4, 0)):
             with pytest.raises(PolicyError, match="at least 1"):
                 hip_search(SIXTEEN, 0, 16, budget, block)
-        with pytest.raises(PolicyError, match="centre, first, last, oracle"):
-            hip_search(SIXTEEN, 0, 16, 4, 1, "middle")
+        with pytest.raises(PolicyError, match="middle, first, last, oracle"):
+            hip_search(SIXTEEN, 0, 16, 4, 1, "nearest")
         for lo, hi in ((-1, 4), (0, 17), (5, 4)):
             with pytest.raises(ShapeError, match="16 keys"):
                 hip_search(SIXTEEN, lo, hi, 4)
@@ -425,7 +425,7 @@ class TestErrors:
         for chunks, keep in (((8, 3), (8, 3)), ((8, 4), (12, 4)), ((8, 4), (8,)), ((), ()), ((8, 0), (8, 8))):
             with pytest.raises(PolicyError):
                 infinite_hip_search(SIXTEEN, 0, 16, chunks, keep)
-        with pytest.raises(PolicyError, match="first or centre"):
+        with pytest.raises(PolicyError, match="first or middle"):
             infinite_hip_search(SIXTEEN, 0, 16, (8, 4), (8, 4), "last")
         with pytest.raises(PolicyError, match="needs the inputs"):
             infinite_hip_search(SIXTEEN, 0, 16, (8, 4), (8, 4), start=1)

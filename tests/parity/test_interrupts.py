@@ -98,7 +98,7 @@ def test_a_sparse_chunk_stops_at_a_signal(bell: None, threads: int) -> None:
     ones = np.ones((1, heads, tokens, dim), np.float32)
     step = planner.begin([tokens], tokens, True, False)
     store.append(ones, ones, step)
-    rule = {"budget": 512, "block": 8, "representative": "centre", "sinks": 4, "window": 512, "refresh": [8], "query_block": 64}
+    rule = {"budget": 512, "block": 8, "representative": "middle", "sinks": 4, "window": 512, "refresh": [8], "query_block": 64}
     sparse = _core.Sparse("hip", **rule)
     out = np.empty((1, tokens, heads, dim), np.float32)
 

@@ -23,7 +23,7 @@ from kvsieve.policy.specs import make_planner
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": [4], "query_block": 16}
+HIP = {"budget": 20, "block": 2, "representative": "middle", "sinks": 3, "window": 9, "refresh": [4], "query_block": 16}
 INFINITE = {
     "stages": [(16, 96), (4, 32), (2, 12)],
     "representative": "first",
@@ -124,14 +124,14 @@ def test_rust_is_the_specification(kind: str, dtype: torch.dtype) -> None:
         rule["query_block"] = rng.choice([1, 8, 16])
         rule["query_stride"] = rng.choice([1, 1, 3, 4, 16])
         if kind == "hip":
-            rule["representative"] = ("centre", "first", "last", "oracle")[seed % 4]
+            rule["representative"] = ("middle", "first", "last", "oracle")[seed % 4]
             rule["block"], rule["budget"], rule["refresh"] = (
                 rng.choice([1, 2, 3, 8]),
                 rng.choice([4, 20, 64]),
                 [rng.choice([1, 3, 8])],
             )
         else:
-            rule["representative"] = ("first", "centre")[seed % 2]
+            rule["representative"] = ("first", "middle")[seed % 2]
         fast = Fast(kind, rule, (heads, dim), dtype)
         naive = [Naive(kind, rule, fast.scale, None) for _ in range(rows)]
         first = rng.choice([1, 30, 300])
@@ -331,7 +331,7 @@ class TestState:
 class TestErrors:
     @pytest.mark.parametrize(
         "change",
-        [{"budget": 0}, {"block": 0}, {"representative": "middle"}, {"refresh": [0]}, {"query_block": 0}, {"query_stride": 0}],
+        [{"budget": 0}, {"block": 0}, {"representative": "nearest"}, {"refresh": [0]}, {"query_block": 0}, {"query_stride": 0}],
     )
     def test_hip(self, change: dict[str, Any]) -> None:
         with pytest.raises(PolicyError):

@@ -24,7 +24,7 @@ from kvsieve.policy.specs import make_planner
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": [1], "query_block": 16}
+HIP = {"budget": 20, "block": 2, "representative": "middle", "sinks": 3, "window": 9, "refresh": [1], "query_block": 16}
 INFINITE = {
     "stages": [(16, 96), (4, 32), (2, 12)],
     "representative": "first",
@@ -126,10 +126,10 @@ def test_a_chunk_is_the_specification(kind: str, dtype: torch.dtype) -> None:
             "query_stride": rng.choice([1, 2, 3, 8, 100]),
         }
         if kind == "hip":
-            rule["representative"] = ("centre", "first", "last", "oracle")[seed % 4]
+            rule["representative"] = ("middle", "first", "last", "oracle")[seed % 4]
             rule["block"], rule["budget"] = rng.choice([1, 2, 3, 8, 16]), rng.choice([4, 20, 64])
         else:
-            rule["representative"] = ("first", "centre")[seed % 2]
+            rule["representative"] = ("first", "middle")[seed % 2]
         layer = Layer(kind, rule, (heads, *dims), dtype)
         whole: list[tuple[torch.Tensor, ...]] = [()] * rows
         first = rng.choice([2, 30, 300])

@@ -37,7 +37,7 @@ from kvsieve.policy.storage import Channels
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
-HIP = {"budget": 20, "block": 2, "representative": "centre", "sinks": 3, "window": 9, "refresh": [4], "query_block": 8}
+HIP = {"budget": 20, "block": 2, "representative": "middle", "sinks": 3, "window": 9, "refresh": [4], "query_block": 8}
 INFINITE = {
     "stages": [(16, 96), (4, 32), (2, 12)],
     "representative": "first",
@@ -267,10 +267,10 @@ def any_rule(rng: random.Random, kind: str) -> dict[str, Any]:
         "query_stride": rng.choice([1, 3, 4]),
     }
     if kind == "hip":
-        rule["representative"] = rng.choice(["centre", "first", "last", "oracle"])
+        rule["representative"] = rng.choice(["middle", "first", "last", "oracle"])
         rule["block"], rule["budget"], rule["refresh"] = rng.choice([1, 2, 3, 8]), rng.choice([4, 20, 64]), [rng.choice([1, 3, 8])]
     else:
-        rule["representative"] = rng.choice(["first", "centre"])
+        rule["representative"] = rng.choice(["first", "middle"])
     return rule
 
 

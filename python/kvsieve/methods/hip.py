@@ -34,7 +34,7 @@ class HiPSelection(SparseSelection):
     block: int = 2
     sinks: int = 16
     window: int = 256
-    representative: Literal["centre", "first", "last", "oracle"] = "centre"
+    representative: Literal["middle", "first", "last", "oracle"] = "middle"
     refresh: int = 1
     dense_layers: int = 3
     query_block: int = 64
@@ -46,7 +46,7 @@ class HiPSelection(SparseSelection):
             check_count(name, getattr(self, name), least=1)
         for name in ("sinks", "dense_layers"):
             check_count(name, getattr(self, name))
-        allowed = ("centre", "first", "last", "oracle")
+        allowed = ("middle", "first", "last", "oracle")
         if self.representative not in allowed:
             raise PolicyError(f"representative must be one of {', '.join(allowed)}, got {self.representative!r}")
 
@@ -71,7 +71,7 @@ def HiP(
     block: int = 2,
     sinks: int = 16,
     window: int = 256,
-    representative: Literal["centre", "first", "last", "oracle"] = "centre",
+    representative: Literal["middle", "first", "last", "oracle"] = "middle",
     refresh: int = 1,
     dense_layers: int = 3,
     query_block: int = 64,

@@ -44,7 +44,7 @@ class InfiniteHiPSelection(SparseSelection):
     sinks: int = 256
     window: int = 1024
     refresh: tuple[int, ...] = (16, 8, 4)
-    representative: Literal["first", "centre"] = "first"
+    representative: Literal["first", "middle"] = "first"
     dense_layers: int = 0
     wide_layers: int = 3
     wide: int = 4096
@@ -82,8 +82,8 @@ class InfiniteHiPSelection(SparseSelection):
                 )
         if self.wide_layers and self.wide % stages[-1][0]:
             raise PolicyError(f"wide must be a multiple of the last stage's chunk of {stages[-1][0]}, got {self.wide}")
-        if self.representative not in ("first", "centre"):
-            raise PolicyError(f"representative must be first or centre, got {self.representative!r}")
+        if self.representative not in ("first", "middle"):
+            raise PolicyError(f"representative must be first or middle, got {self.representative!r}")
         if self.page_bounds:
             if stages[0][0] != BLOCK:
                 raise PolicyError(
@@ -122,7 +122,7 @@ def InfiniteHiP(
     refresh: Sequence[int] | None = None,
     sinks: int = 256,
     window: int = 1024,
-    representative: Literal["first", "centre"] = "first",
+    representative: Literal["first", "middle"] = "first",
     dense_layers: int = 0,
     wide_layers: int = 3,
     wide: int = 4096,

@@ -20,7 +20,7 @@ use kvsieve_core::kernels::{Attend, SpanTrig, attend};
 use kvsieve_core::plan::{Move, Span, Spans};
 use kvsieve_core::reference;
 use kvsieve_core::rope::{Layout, Rope};
-use kvsieve_core::select::Representative::{self, Centre, First};
+use kvsieve_core::select::Representative::{self, First, Middle};
 use kvsieve_core::select::hip::Hip;
 use kvsieve_core::select::infinite::{Infinite, Stage};
 use kvsieve_core::select::{Choice, Rule, Shown};
@@ -320,7 +320,7 @@ fn main() {
             ("raw, scored where they stand", Kind::Placed),
         ] {
             let mut rules =
-                vec![("HiP 1024 centre, every token", hip(Centre, 1)), ("HiP 1024 centre, every 8", hip(Centre, 8))];
+                vec![("HiP 1024 middle, every token", hip(Middle, 1)), ("HiP 1024 middle, every 8", hip(Middle, 8))];
             if kind == Kind::Plain {
                 rules.push(("HiP 1024 first, every token", hip(First, 1)));
                 rules.push(("InfiniteHiP 3K, every token", infinite([1, 1, 1])));

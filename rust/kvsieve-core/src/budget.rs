@@ -1,6 +1,6 @@
 //! Budgets are counts of tokens, never ratios: what fits is known before anything is stored.
 
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, at_least_one};
 
 /// How many tokens a memory may hold, and how many of them are not up for choice.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -15,9 +15,7 @@ pub struct Budget {
 impl Budget {
     /// A budget must hold its sinks and its recent tokens, and at least one token that is not a sink.
     pub fn check(self) -> Result<Self> {
-        if self.total == 0 {
-            return Err(Error::OutOfRange { what: "budget", expected: "at least 1", got: "0".into() });
-        }
+        at_least_one("budget", self.total)?;
         if self.total < self.sinks.saturating_add(self.recent) {
             return Err(Error::BudgetTooSmall {
                 budget: self.total as u64,

@@ -38,6 +38,11 @@ pub enum Error {
 
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// Refuses a count of 0.
+pub fn at_least_one(what: &'static str, n: usize) -> Result<()> {
+    if n > 0 { Ok(()) } else { Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() }) }
+}
+
 impl Error {
     /// One of each variant, with the variant's name: for tests of what is made of them.
     pub fn samples() -> Vec<(&'static str, Error)> {

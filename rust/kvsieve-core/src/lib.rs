@@ -44,3 +44,10 @@ pub mod storage;
 pub mod tensor;
 
 pub use error::{Error, Result};
+
+#[cfg(test)]
+extern crate self as kvsieve_core;
+
+#[cfg(test)]
+#[path = "../tests/all.rs"]
+mod all;

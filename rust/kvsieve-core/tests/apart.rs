@@ -1,9 +1,6 @@
 //! Decode attention where heads read spans of their own, and many short ones, against the naive twin.
 
-#[path = "common/data.rs"]
-mod data;
-
-use data::{DTYPES, Data, Noise, filled, off, span, tolerance, widen};
+use super::common::data::{DTYPES, Data, Noise, filled, off, span, tolerance, widen};
 use kvsieve_core::Error;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::{Attend, Level, attend_apart, attend_unless};

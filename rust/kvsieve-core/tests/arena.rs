@@ -1,9 +1,6 @@
 //! The memory of one layer: what is appended, moved, gathered and written lies where it should.
 
-#[path = "common/data.rs"]
-mod data;
-
-use data::*;
+use super::common::data::*;
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::plan::{Append, Frame, Move, Step};

@@ -86,7 +86,7 @@ fn runs(noise: &mut Noise, n: usize, block: &mut u32, even: bool) -> Vec<Run> {
 }
 
 fn rule(noise: &mut Noise) -> Rule {
-    let all = [Representative::Centre, Representative::First, Representative::Last, Representative::Oracle];
+    let all = [Representative::Middle, Representative::First, Representative::Last, Representative::Oracle];
     let (sinks, window) = (noise.below(6), noise.one_of(&[0, 1, 9, 40, 400]));
     if noise.below(2) == 0 {
         let (budget, block) = (1 + noise.below(90), 1 + noise.below(9));
@@ -204,7 +204,7 @@ fn a_signal_leaves_the_choices_as_they_were() {
     let data = Data::of(&noise.eighths(2 * 1000 * 8), Dtype::F32);
     arena.write(&runs, data.elems(), data.elems()).unwrap();
     let q = noise.eighths(2 * 900 * 8);
-    let hip = Hip::new(8, 2, Representative::Centre).unwrap();
+    let hip = Hip::new(8, 2, Representative::Middle).unwrap();
     let rule = Rule::new(Arc::new(hip), 2, 4, vec![8]).unwrap();
     for threads in [1, 2] {
         let args = Sparse {

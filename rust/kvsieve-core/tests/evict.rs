@@ -1,5 +1,6 @@
 //! The retain rules: worked numbers, and agreement with their naive twins.
 
+use super::common::cases;
 use kvsieve_core::Error;
 use kvsieve_core::budget::Budget;
 use kvsieve_core::evict::{keep_window, naive, surprisal};
@@ -115,6 +116,8 @@ fn score() -> impl Strategy<Value = f32> {
 }
 
 proptest! {
+    #![proptest_config(cases(256))]
+
     #[test]
     fn keep_agrees_with_its_twin(
         scores in prop::collection::vec(score(), 0..60),

@@ -1,11 +1,8 @@
 //! The kernels against their naive twin, on every instruction set of the machine.
 
-#[path = "common/data.rs"]
-mod data;
-
 use std::sync::Arc;
 
-use data::*;
+use super::common::data::*;
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::isa::levels;

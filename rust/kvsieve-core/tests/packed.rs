@@ -1,11 +1,8 @@
 //! Packed blocks: what they hold, what moving them does, and attention over them in place.
 
-#[path = "common/data.rs"]
-mod data;
-
 use std::sync::Arc;
 
-use data::*;
+use super::common::data::*;
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, PACKED, Run};
 use kvsieve_core::kernels::isa::levels;

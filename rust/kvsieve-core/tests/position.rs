@@ -1,8 +1,6 @@
 //! Spans and parts say the same as the definition of each rule, key by key.
 
-mod common;
-
-use common::{chains, memory, planner, slots, window};
+use super::common::{cases, chains, memory, planner, slots, window};
 use kvsieve_core::plan::{Frame, NOWHERE, Part, Placing, Step};
 use kvsieve_core::planner::{MemorySpec, Planner};
 use kvsieve_core::position::{PositionRule, Rule, naive};
@@ -183,7 +181,7 @@ fn change(planner: &mut Planner, row: usize, kind: u8, back: u64, len: u64) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(1000))]
+    #![proptest_config(cases(1000))]
 
     #[test]
     fn spans_and_parts_agree_with_the_definition(

@@ -1,8 +1,6 @@
 //! Residents chosen per head: random histories of streams and forks, head by head against plain lists.
 
-mod common;
-
-use common::{manual, memory, slots, window};
+use super::common::{cases, manual, memory, slots, window};
 use kvsieve_core::error::Error;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::plan::{Frame, Move, Step};
@@ -204,7 +202,7 @@ impl World {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(cases(300))]
 
     #[test]
     fn each_head_reads_its_own_list(ops in prop::collection::vec(op(), 1..60)) {

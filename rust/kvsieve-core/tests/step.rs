@@ -1,8 +1,6 @@
 //! The step protocol, and every mistake a caller can make.
 
-mod common;
-
-use common::{Store, chains, manual, memory, planner, surprisal, window};
+use super::common::{Store, chains, manual, memory, planner, surprisal, window};
 use kvsieve_core::Error;
 use kvsieve_core::evict::Eviction;
 use kvsieve_core::ids::Run;

@@ -3,6 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvsieve_core::error::at_least_one;
 use kvsieve_core::ids::Run;
 use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::isa;
@@ -127,11 +128,8 @@ impl Sparse {
         let parameters = parameters.unwrap_or_default().into_iter().map(|(name, value)| (name, value.into()));
         let rule = select::make(rule, Parameters::of(parameters));
         let rule = rule.and_then(|rule| Rule::new(rule, sinks, window, refresh)).map_err(to_py)?;
-        for (what, n) in [("query_block", query_block), ("query_stride", query_stride)] {
-            if n == 0 {
-                return Err(to_py(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() }));
-            }
-        }
+        let zero = at_least_one("query_block", query_block).and_then(|()| at_least_one("query_stride", query_stride));
+        zero.map_err(to_py)?;
         Ok(Sparse { rule: Arc::new(rule), query_block, query_stride, choices: Mutex::default() })
     }
 

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use super::attend::{Attend, SpanTrig, attend_apart};
 use super::isa::Level;
 use super::select::{QueryBlock, Selection, Turn, select_unless};
+use crate::error::at_least_one;
 use crate::ids::{BLOCK, Run};
 use crate::plan::{Span, Spans};
 use crate::rope::Rope;
@@ -61,6 +62,13 @@ pub struct Sparse<'a> {
     pub sinks: Option<&'a [f32]>,
     pub threads: usize,
     pub level: Level,
+}
+
+impl Sparse<'_> {
+    pub(super) fn check_query_blocks(&self) -> Result<()> {
+        at_least_one("query_block", self.query_block)?;
+        at_least_one("query_stride", self.query_stride)
+    }
 }
 
 /// What a call has done.
@@ -169,11 +177,7 @@ pub fn attend_sparse(
     if let Some(lse) = lse.as_deref() {
         check_len("lse", lse.len(), rows * heads * columns)?;
     }
-    for (what, n) in [("query_block", args.query_block), ("query_stride", args.query_stride)] {
-        if n == 0 {
-            return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
-        }
-    }
+    args.check_query_blocks()?;
     let mut layouts = Vec::with_capacity(rows);
     for row in args.rows {
         let layout = Layout::new(row.runs, row.shown)?;

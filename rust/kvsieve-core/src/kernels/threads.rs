@@ -4,6 +4,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
 
+use crate::error::at_least_one;
 use crate::{Error, Result, fork};
 
 /// Bytes that a thread reads between two questions whether to stop: a few milliseconds, on the slowest level a tenth of a second.
@@ -14,10 +15,7 @@ pub(crate) const INLINE: usize = 256 << 10;
 
 /// Refuses a number of threads that nothing can run on.
 pub(crate) fn check(threads: usize) -> Result<()> {
-    if threads > 0 {
-        return Ok(());
-    }
-    Err(Error::OutOfRange { what: "threads", expected: "at least 1", got: "0".to_string() })
+    at_least_one("threads", threads)
 }
 
 /// Keyed by process too: after a fork the child has the parent's memory but none of its threads, and would wait for ever.

@@ -5,7 +5,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Chosen, Inputs};
+use super::asked::{Chosen, Inputs};
 use crate::{Error, Result};
 
 /// The choice of one row. A clone shares whatever is large.

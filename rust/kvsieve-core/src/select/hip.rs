@@ -2,8 +2,12 @@
 
 use std::sync::Arc;
 
+use super::asked::{Asked, Chosen};
 use super::best::Best;
-use super::{Asked, Chosen, Parameters, Representative, Score, Select};
+use super::parameters::Parameters;
+use super::representative::Representative;
+use super::score::Score;
+use super::selector::Select;
 use crate::{Error, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -45,7 +49,7 @@ impl Hip {
     fn speaks(&self, lo: u32, hi: u32) -> (u32, u32) {
         let at = match self.representative {
             Representative::Oracle => return (lo, hi),
-            Representative::Centre => lo + (hi - lo) / 2,
+            Representative::Middle => lo + (hi - lo) / 2,
             Representative::First => lo,
             Representative::Last => hi - 1,
         };
@@ -113,7 +117,7 @@ impl Select for Hip {
 #[cfg(test)]
 mod naive {
     use super::super::known::{peak, top};
-    use super::Representative;
+    use super::super::representative::Representative;
     use std::ops::Range;
 
     pub fn hip(scores: &[f32], region: Range<usize>, budget: usize, block: usize, by: Representative) -> Vec<usize> {
@@ -135,7 +139,7 @@ mod naive {
                 Representative::Oracle => node.clone(),
                 Representative::First => node.start..node.start + 1,
                 Representative::Last => node.end - 1..node.end,
-                Representative::Centre => node.start + node.len() / 2..node.start + node.len() / 2 + 1,
+                Representative::Middle => node.start + node.len() / 2..node.start + node.len() / 2 + 1,
             };
             let all: Vec<f32> = children.iter().map(|child| peak(speak(child))).collect();
             let best = top(&all, width);
@@ -155,7 +159,7 @@ mod tests {
     use std::ops::Range;
 
     const ALL: [Representative; 4] =
-        [Representative::Centre, Representative::First, Representative::Last, Representative::Oracle];
+        [Representative::Middle, Representative::First, Representative::Last, Representative::Oracle];
 
     fn select(hip: Hip, region: Range<u32>, scores: &[f32]) -> Chosen {
         hip.select(Asked { region, start: 0, inputs: &mut Vec::new() }, &mut Known(scores)).unwrap()
@@ -183,12 +187,12 @@ mod tests {
         let s = [1., 2., 3., 2.5, 0.5, 1.5, 5., 9., 4., 3.5, 2.2, 1.2, 6., 7., 1.1, 0.1];
         let run = |budget, block, representative| select(Hip::new(budget, block, representative).unwrap(), 0..16, &s);
         let starts = |c: &Chosen| c.blocks.iter().map(|b| b.start).collect::<Vec<_>>();
-        let found = run(2, 1, Representative::Centre);
+        let found = run(2, 1, Representative::Middle);
         assert_eq!((starts(&found), found.reads, found.rounds), (vec![6, 7], 12, 3));
         assert_eq!(starts(&run(2, 1, Representative::First)), [12, 13]);
         assert_eq!(starts(&run(2, 1, Representative::Oracle)), [7, 13]);
         assert_eq!(starts(&run(4, 2, Representative::First)), [8, 12]);
-        assert_eq!(run(4, 2, Representative::Centre).reads, 16);
+        assert_eq!(run(4, 2, Representative::Middle).reads, 16);
     }
 
     #[test]

@@ -6,8 +6,12 @@
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::asked::{Asked, Chosen};
 use super::best::Best;
-use super::{Asked, Chosen, Parameters, Representative, Score, Select};
+use super::parameters::Parameters;
+use super::representative::Representative;
+use super::score::Score;
+use super::selector::Select;
 use crate::ids::BLOCK;
 use crate::{Error, Result};
 
@@ -54,9 +58,9 @@ impl Infinite {
             let expected = "at least one; each chunk a multiple of the next, what is kept a multiple of its chunk";
             return Err(Error::OutOfRange { what: "stages", expected, got: format!("{stages:?}") });
         }
-        if !matches!(representative, Representative::First | Representative::Centre) {
+        if !matches!(representative, Representative::First | Representative::Middle) {
             let got = format!("{representative:?}");
-            return Err(Error::OutOfRange { what: "representative", expected: "first or centre", got });
+            return Err(Error::OutOfRange { what: "representative", expected: "first or middle", got });
         }
         if page_bounds && stages[0].chunk != BLOCK as usize {
             let (what, expected) =
@@ -209,13 +213,13 @@ mod naive {
     use std::ops::Range;
 
     /// One chunk's score: the best key on the way down.
-    fn way(scores: &[f32], chunk: Range<usize>, centre: bool) -> f32 {
+    fn way(scores: &[f32], chunk: Range<usize>, middle: bool) -> f32 {
         let Range { start: mut lo, end: mut hi } = chunk;
         let mut best = if hi - lo == 1 { scores[lo] } else { f32::NEG_INFINITY };
         while hi - lo > 1 {
             let mid = (lo + hi) / 2;
             let (a, b) =
-                if centre { (scores[(lo + mid) / 2], scores[(mid + hi) / 2]) } else { (scores[lo], scores[mid]) };
+                if middle { (scores[(lo + mid) / 2], scores[(mid + hi) / 2]) } else { (scores[lo], scores[mid]) };
             best = best.max(a.max(b));
             if b > a { lo = mid } else { hi = mid }
         }
@@ -226,7 +230,7 @@ mod naive {
         scores: &[f32],
         region: Range<usize>,
         stages: &[(usize, usize)],
-        centre: bool,
+        middle: bool,
     ) -> Vec<Range<usize>> {
         let dense = stages.last().is_some_and(|&(_, keep)| region.len() <= keep);
         let mut chunks = if region.is_empty() { vec![] } else { vec![region] };
@@ -237,7 +241,7 @@ mod naive {
                 chunks = pieces;
                 continue;
             }
-            let found: Vec<f32> = pieces.iter().map(|p| way(scores, p.clone(), centre)).collect();
+            let found: Vec<f32> = pieces.iter().map(|p| way(scores, p.clone(), middle)).collect();
             let best = top(&found, keep / length).into_iter().filter(|&i| found[i] > f32::NEG_INFINITY);
             chunks = best.map(|i| pieces[i].clone()).collect();
         }
@@ -247,7 +251,7 @@ mod naive {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Inputs;
+    use super::super::asked::Inputs;
     use super::super::known::{Known, scores};
     use super::*;
     use proptest::prelude::*;
@@ -265,7 +269,7 @@ mod tests {
     proptest! {
         #[test]
         fn infinite_is_its_naive_twin(
-            seed: u64, lo in 0usize..7, n in 0usize..600, values in 2u64..1000, centre: bool,
+            seed: u64, lo in 0usize..7, n in 0usize..600, values in 2u64..1000, middle: bool,
             factors in prop::collection::vec(1usize..5, 1..4), counts in prop::collection::vec(1usize..9, 3),
         ) {
             let mut chunk = 1;
@@ -275,13 +279,13 @@ mod tests {
                 stages.insert(0, Stage { chunk, keep: chunk * count });
             }
             let known = scores(seed, lo + n, values);
-            let representative = if centre { Representative::Centre } else { Representative::First };
+            let representative = if middle { Representative::Middle } else { Representative::First };
             let infinite = Infinite::new(stages.clone(), representative, false).unwrap();
             let region = lo as u32..(lo + n) as u32;
             let mut cache = Vec::new();
             let got = select(&infinite, region.clone(), 0, &mut cache, &known).unwrap();
             let pairs: Vec<(usize, usize)> = stages.iter().map(|s| (s.chunk, s.keep)).collect();
-            let want = naive::infinite(&known, lo..lo + n, &pairs, centre);
+            let want = naive::infinite(&known, lo..lo + n, &pairs, middle);
             let blocks: Vec<Range<usize>> = got.blocks.iter().map(|b| b.start as usize..b.end as usize).collect();
             prop_assert_eq!(&blocks, &want);
             for start in 1..stages.len() {

@@ -4,7 +4,7 @@ use crate::{Error, Result};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Representative {
-    Centre,
+    Middle,
     First,
     Last,
     /// The best of all: reads everything. For tests.
@@ -14,13 +14,13 @@ pub enum Representative {
 impl Representative {
     pub fn parse(name: &str) -> Result<Self> {
         match name {
-            "centre" => Ok(Representative::Centre),
+            "middle" => Ok(Representative::Middle),
             "first" => Ok(Representative::First),
             "last" => Ok(Representative::Last),
             "oracle" => Ok(Representative::Oracle),
             other => Err(Error::OutOfRange {
                 what: "representative",
-                expected: "centre, first, last or oracle",
+                expected: "middle, first, last or oracle",
                 got: other.to_string(),
             }),
         }

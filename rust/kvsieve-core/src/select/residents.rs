@@ -1,9 +1,17 @@
 //! A row's residents as a step leaves them, for a selection over all of them.
 
-use super::Shown;
 use crate::ids::Run;
 use crate::plan::{Append, Frame, Part, Placing, Span, Spans, Step};
 use crate::{Error, Result};
+
+/// At which distance the last of a row's queries sees a run of its residents, as [`Span::shift`](crate::plan::Span) and
+/// [`Span::rotate_keys`](crate::plan::Span) say it. A query that many residents before it sees rotated keys so much nearer, and others
+/// where that one does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Shown {
+    pub shift: i64,
+    pub rotate_keys: bool,
+}
 
 /// A row's residents after the step, in text order, and where its last query sees them.
 #[derive(Debug, Default)]

@@ -6,7 +6,9 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use super::{Choice, Chosen, Select};
+use super::asked::Chosen;
+use super::choices::Choice;
+use super::selector::Select;
 use crate::ids::BLOCK;
 use crate::{Error, Result};
 
@@ -89,14 +91,14 @@ impl Rule {
 
 #[cfg(test)]
 mod tests {
-    use super::super::Representative;
     use super::super::hip::Hip;
     use super::super::infinite::{Infinite, Stage};
+    use super::super::representative::Representative;
     use super::*;
     use proptest::prelude::*;
 
     fn hip(sinks: usize, window: usize, every: usize) -> Rule {
-        let hip = Hip::new(4, 2, Representative::Centre).unwrap();
+        let hip = Hip::new(4, 2, Representative::Middle).unwrap();
         Rule::new(Arc::new(hip), sinks, window, vec![every]).unwrap()
     }
 

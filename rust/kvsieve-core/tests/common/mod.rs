@@ -1,13 +1,22 @@
 //! Shared by the control-plane tests: chains to try, and a fake store that only knows which token sits where.
 #![allow(dead_code)]
 
+pub mod data;
+
 use kvsieve_core::budget::Budget;
 use kvsieve_core::evict::Eviction;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::plan::{Frame, Move, Step};
 use kvsieve_core::planner::{MemorySpec, Planner};
 use kvsieve_core::position::PositionRule;
+use proptest::test_runner::{Config, FileFailurePersistence};
 use std::collections::HashMap;
+
+/// So many random cases; those that failed once lie beside the file of the test.
+pub fn cases(count: u32) -> Config {
+    let kept = FileFailurePersistence::WithSource("proptest-regressions");
+    Config { failure_persistence: Some(Box::new(kept)), ..Config::with_cases(count) }
+}
 
 pub type Token = u64;
 

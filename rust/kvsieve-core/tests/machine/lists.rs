@@ -8,7 +8,7 @@ use kvsieve_core::evict::{Eviction, naive};
 use kvsieve_core::ids::BLOCK;
 use kvsieve_core::planner::MemorySpec;
 
-use super::common::Token;
+use super::super::common::Token;
 
 #[derive(Clone, Copy, Debug)]
 pub struct Tok {

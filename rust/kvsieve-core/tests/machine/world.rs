@@ -6,7 +6,7 @@ use kvsieve_core::evict::Eviction;
 use kvsieve_core::ids::{BlockId, PACKED};
 use kvsieve_core::planner::{MemorySpec, Planner};
 
-use super::common::{Store, Token, chains, planner, slots};
+use super::super::common::{Store, Token, chains, planner, slots};
 use super::lists::{ListRow, Lists, Tok, taken};
 use super::ops::Op;
 

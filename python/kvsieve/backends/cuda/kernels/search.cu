@@ -219,7 +219,7 @@ __device__ __forceinline__ int warp_sum(int x) {
     return x;
 }
 
-constexpr int kCentre = 0;
+constexpr int kMiddle = 0;
 constexpr int kFirst = 1;
 constexpr int kLast = 2;
 constexpr int kOracle = 3;

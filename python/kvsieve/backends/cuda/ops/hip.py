@@ -13,7 +13,7 @@ from kvsieve.backends.cuda.ops.residents import QUERY_COLUMNS, Residents, check_
 
 __all__ = ["REPRESENTATIVES", "Hip", "hip"]
 
-REPRESENTATIVES = {"centre": 0, "first": 1, "last": 2, "oracle": 3}
+REPRESENTATIVES = {"middle": 0, "first": 1, "last": 2, "oracle": 3}
 """Which block speaks for a node, by its number in the kernels."""
 
 

@@ -28,7 +28,7 @@ def rule_of(rule: Any) -> StagedRule:
     """
     stages, refresh = [(int(chunk), int(kept)) for chunk, kept in rule.stages], tuple(int(n) for n in rule.refresh)
     _check_stages(stages)
-    return StagedRule.of(rule, stages, refresh, stages[-1][1], ("first", "centre"))
+    return StagedRule.of(rule, stages, refresh, stages[-1][1], ("first", "middle"))
 
 
 def _check_stages(stages: Sequence[tuple[int, int]]) -> None:

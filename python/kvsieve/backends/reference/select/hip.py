@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["REPRESENTATIVES", "choose", "hip_search", "refresh"]
 
-REPRESENTATIVES = ("centre", "first", "last", "oracle")
+REPRESENTATIVES = ("middle", "first", "last", "oracle")
 """Which block speaks for a node: the middle one, the first, the last, or whichever is best (reads everything; for tests)."""
 
 
@@ -33,7 +33,7 @@ def _blocks(lo: int, hi: int, block: int, chosen: Ints) -> tuple[Ints, Ints]:
     return starts, np.minimum(starts + block, hi)
 
 
-def hip_search(scores: Floats, lo: int, hi: int, budget: int, block: int = 2, representative: str = "centre") -> Selection:
+def hip_search(scores: Floats, lo: int, hi: int, budget: int, block: int = 2, representative: str = "middle") -> Selection:
     """HiP's choice of about ``budget`` tokens of the region, in blocks (Lee et al., ICLR 2025, algorithm 1).
 
     Args:
@@ -76,7 +76,7 @@ def _hip_head(scores: Floats, lo: int, hi: int, budget: int, block: int, represe
             found = np.array([best_key[lo:hi].max() for lo, hi in zip(left, right)])
             first, end = left, right
         else:
-            first = {"centre": left + (right - left) // 2, "first": left, "last": right - 1}[representative]
+            first = {"middle": left + (right - left) // 2, "first": left, "last": right - 1}[representative]
             found, end = best_key[first], first + 1
         reads += int(np.sum(np.minimum(end * block, hi - lo) - first * block))
         rounds += 1

@@ -36,14 +36,14 @@ def best_on_the_way(scores: Floats, chunks: Ints, representative: str) -> tuple[
     """Walks down each chunk, always to the half whose representative key is better (ties: the left).
 
     Args:
-        scores: ``[n]``; chunks: ``[c, 2]``, none empty; representative: ``"first"`` or ``"centre"`` key of a half.
+        scores: ``[n]``; chunks: ``[c, 2]``, none empty; representative: ``"first"`` or ``"middle"`` key of a half.
 
     Returns:
         For each chunk the best score met and the token it ended at; and the number of keys scored: two a level, one for a chunk of
         one token.
     """
-    if representative not in ("first", "centre"):
-        raise PolicyError(f"representative must be first or centre, got {representative!r}")
+    if representative not in ("first", "middle"):
+        raise PolicyError(f"representative must be first or middle, got {representative!r}")
     scores = np.where(np.isnan(scores), -np.inf, scores)
     lo, hi = chunks[:, 0].copy(), chunks[:, 1].copy()
     best = np.where(hi - lo == 1, scores[lo], -np.inf)
@@ -85,7 +85,7 @@ def infinite_hip_search(
         scores: ``[Hkv, n]``, see :func:`group_scores`; lo, hi: the region, see :func:`region`.
         chunks: tokens of a chunk in each stage, each a multiple of the next.
         keep: tokens that leave each stage, each a multiple of its chunk.
-        representative: ``"first"`` key of a half (the paper), or its ``"centre"``.
+        representative: ``"first"`` key of a half (the paper), or its ``"middle"``.
         start: the first stage to compute; earlier ones are taken from ``inputs``, of an earlier selection over the same region.
         every_stage: score also where all chunks stay anyway, as the paper counts.
         bounds: ``[Hkv, blocks]``, see :func:`bound_scores`: judge the first stage's chunks, blocks of the text, by these. Each

@@ -35,11 +35,7 @@ pub(super) fn check(
     if let Some(sinks) = args.sinks {
         check_len("sinks", sinks.len(), heads)?;
     }
-    for (what, n) in [("query_block", args.query_block), ("query_stride", args.query_stride)] {
-        if n == 0 {
-            return Err(Error::OutOfRange { what, expected: "at least 1", got: "0".to_string() });
-        }
-    }
+    args.check_query_blocks()?;
     if args.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
         return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{:?}", args.softcap) });
     }

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::residents::Residents;
-use super::{QueryBlock, Selection};
+use super::selection::{QueryBlock, Selection};
+use crate::error::at_least_one;
 use crate::ids::BLOCK;
 use crate::kernels::threads;
 use crate::storage::arena::Arena;
@@ -52,9 +53,7 @@ pub(super) fn check(arena: &Arena, args: &Selection<'_>, num_inputs: usize) -> R
             return Err(Error::Shape { what: "query block", expected, got });
         }
     }
-    if args.query_stride == 0 {
-        return Err(Error::OutOfRange { what: "query_stride", expected: "at least 1", got: "0".to_string() });
-    }
+    at_least_one("query_stride", args.query_stride)?;
     if num_inputs != args.blocks.len() * kv_heads && (num_inputs > 0 || args.start > 0) {
         let expected = format!("{} x {kv_heads}", args.blocks.len());
         return Err(Error::Shape { what: "inputs", expected, got: num_inputs.to_string() });

@@ -11,24 +11,21 @@ mod batch;
 mod check;
 mod residents;
 mod scorer;
+pub mod selection;
 
 use std::cell::RefCell;
-use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::isa::Level;
 use super::rotate::{load_row, rotate_row};
 use super::rows::Making;
 use super::simd::{Elem, Portable};
 use super::threads;
-use crate::ids::Run;
-use crate::rope::Rope;
-use crate::select::{Asked, Chosen, Inputs, Select, Shown};
+use crate::select::{Asked, Chosen, Inputs};
 use crate::storage::arena::Arena;
-use crate::tensor::{Dtype, Elems, View};
+use crate::tensor::{Dtype, Elems};
 use crate::{Error, Result};
 use check::{check, check_shown};
 use residents::Residents;
@@ -37,63 +34,8 @@ use scorer::{Scorer, Scratch};
 pub(super) use batch::{Queries, four};
 pub(super) use check::check_bounds;
 pub(super) use residents::bounds_of;
-
-/// Queries of one row that share a choice: `columns` of `q`, one after another in the text.
-#[derive(Clone, Debug)]
-pub struct QueryBlock<'a> {
-    pub row: usize,
-    pub columns: Range<usize>,
-    /// The row's residents, in text order. All of them: a resident's number is its position.
-    pub runs: &'a [Run],
-    /// Where each run is seen. Empty where [`Selection::turn`] does not ask.
-    pub shown: &'a [Shown],
-    /// The position of the first query.
-    pub first: usize,
-    /// The residents to choose from.
-    pub region: Range<u32>,
-}
-
-/// How keys that were stored before their rotation meet the queries.
-#[derive(Clone, Copy, Debug)]
-pub struct Turn<'a> {
-    pub rope: &'a Rope,
-    /// Whether the rope's factor is still to be applied, to query and key.
-    pub apply_factor: bool,
-    /// All keys at one distance, the window's: the query is rotated by that, and keys stay as they lie. Otherwise keys are scored where
-    /// they are shown.
-    pub relative: bool,
-}
-
-/// Everything about a selection but the keys.
-#[derive(Clone, Copy, Debug)]
-pub struct Selection<'a> {
-    /// `[rows, heads, columns, key_dim]`, of the arena's dtype and in the frame of its keys.
-    pub q: View<'a>,
-    /// `None` to score keys as they lie.
-    pub turn: Option<Turn<'a>>,
-    pub blocks: &'a [QueryBlock<'a>],
-    /// Of a query block, every so many queries are scored, counted back from its last one.
-    pub query_stride: usize,
-    /// A query does not score the keys that its window shows anyway.
-    pub window: usize,
-    pub rule: &'a dyn Select,
-    /// The first stage to compute, with what went into each stage the last time.
-    pub start: usize,
-    pub threads: usize,
-    pub level: Level,
-}
-
-impl Selection<'_> {
-    /// Whether it may ask for page bounds.
-    fn asks_pages(&self) -> bool {
-        self.start == 0 && self.rule.page_bounds()
-    }
-}
-
-/// Of `count` queries, the first that is scored, and the end; from there by `stride`.
-pub(super) fn sampled(count: usize, stride: usize) -> Range<usize> {
-    count.saturating_sub(1) % stride..count
-}
+pub(super) use selection::sampled;
+pub use selection::{QueryBlock, Selection, Turn};
 
 /// Selects for each query block and key-value head (`block * kv_heads + head`).
 ///

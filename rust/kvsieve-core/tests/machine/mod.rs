@@ -1,13 +1,12 @@
 //! Random histories against plain lists, with a fake store on which every append and move is carried out.
 
 mod checks;
-#[path = "../common/mod.rs"]
-mod common;
 mod lists;
 mod ops;
 mod rearrange;
 mod world;
 
+use super::common::cases;
 use ops::{Op, history};
 use proptest::prelude::*;
 use world::World;
@@ -27,7 +26,7 @@ fn play(chain: usize, ops: &[(usize, Op)], check: impl Fn(&World, usize)) {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(300))]
+    #![proptest_config(cases(300))]
 
     #[test]
     fn tables_read_as_lists((chain, ops) in history()) {

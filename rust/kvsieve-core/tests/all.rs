@@ -1,0 +1,27 @@
+//! Everything that uses the core from outside. A part of the crate under test (see `src/lib.rs`), so that its kernels, which take
+//! minutes to compile, are compiled once for these tests and for those that stand beside the code.
+
+mod apart;
+mod arena;
+mod chunk;
+mod common;
+mod evict;
+mod kernels;
+mod layout;
+mod machine;
+mod packed;
+mod position;
+mod search;
+mod sieve;
+mod step;
+
+#[test]
+fn every_file_beside_this_one_is_compiled() {
+    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
+    for entry in std::fs::read_dir(here).unwrap() {
+        let name = entry.unwrap().file_name().into_string().unwrap();
+        let module = name.trim_end_matches(".rs");
+        let is_listed = include_str!("all.rs").contains(&format!("\nmod {module};"));
+        assert!(is_listed || module == "all" || module.contains('.'), "tests/{name} is in no list of tests/all.rs");
+    }
+}
