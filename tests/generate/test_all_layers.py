@@ -66,9 +66,9 @@ def test_no_room_to_pack_the_first_layer_leaves_everything_as_it_was(
                 assert calls
                 after = snapshot(stream)
                 assert all(torch.equal(before[key], after[key]) for key in before)
-                assert stream.stats().packed == 0
+                assert stream.stats().compressed == 0
             got.append(forwards(model, stream.cache, ids[:, 90:], [1]))
-            assert stream.stats().packed > 0
+            assert stream.stats().compressed > 0
     assert torch.equal(*got)
 
 

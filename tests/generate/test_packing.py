@@ -217,10 +217,10 @@ def test_an_ended_turn_is_packed_without_a_further_token() -> None:
     with kvsieve.stream(model, kvsieve.ThinK(0.5, recent=8)) as stream:
         stream.feed(tiny.ids(1, 100))
         before = stream.stats()
-        assert (before.packed, before.parts.keys) == (0, 0)
+        assert (before.compressed, before.parts.keys) == (0, 0)
         stream.end_turn()
         after = stream.stats()
-        assert after.packed == 92
+        assert after.compressed == 92
         assert after.parts.keys > 0
         parts = after.parts
         assert parts.keys + parts.values + parts.scales + parts.channels + parts.residual == after.bytes_held

@@ -200,7 +200,7 @@ def test_a_selection_from_compressed_tokens(pack: str, name: str) -> None:
             out = [forwards(model, stream.cache, ids[:, :112], [90, 1])]
             stream.end_turn()
             got.append(torch.cat([*out, forwards(model, stream.cache, ids[:, 112:], [20, 1])], 1))
-            assert stream.stats().packed > 90
+            assert stream.stats().compressed > 90
             assert not stream.trace()[1].dense
             read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
     assert float((got[0] - got[1]).abs().max()) <= 1e-3 * float(got[0].abs().max())
@@ -264,7 +264,7 @@ def test_packing_does_not_end_a_choice(name: str, backend: str) -> None:
                 forward(model, stream.cache, ids[:, at : at + 1])
                 steps.append([head.read.tolist() for layer in stream.trace()[:2] for head in layer.rows[0]])
             read.append(steps)
-            assert (stream.stats().packed > 100) == (extra is not None)
+            assert (stream.stats().compressed > 100) == (extra is not None)
     assert read[0] == read[1]
 
 
