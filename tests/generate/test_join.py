@@ -40,14 +40,12 @@ def read(stream: kvsieve.Stream, ids: torch.Tensor, start: int) -> torch.Tensor:
 
 
 def layout(past: int, lengths: Sequence[int], last: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions ``[n]`` and which token sees which, bool ``[n, n]``: written down token by token."""
+    """Positions ``[n]`` and which token sees which, bool ``[n, n]``: of what came before, the past, its own document, or all."""
     part = [0] * past + [at + 1 for at, count in enumerate(lengths) for _ in range(count)] + [-1] * last
     positions = [*range(past), *(past + i for count in lengths for i in range(count))]
     positions += [past + max(lengths, default=0) + i for i in range(last)]
-    n = len(part)
-    sees = torch.zeros(n, n, dtype=torch.bool)
-    for q, k in itertools.product(range(n), range(n)):
-        sees[q, k] = k <= q and (part[k] == 0 or part[k] == part[q] or part[q] == -1)
+    query, key = torch.tensor(part)[:, None], torch.tensor(part)[None]
+    sees = ((key == 0) | (key == query) | (query == -1)).tril()
     return torch.tensor(positions), sees
 
 
@@ -78,14 +76,15 @@ START = PAST.shape[1] + max(text.shape[1] for text in DOCUMENTS)
 @pytest.mark.parametrize("past", [0, 1, 64, 70])
 @pytest.mark.parametrize("changes", [{}, {"num_key_value_heads": 4}, {"num_key_value_heads": 1}], ids=["gqa", "mha", "mqa"])
 def test_joined_documents_are_the_masked_sequence(past: int, changes: dict[str, Any], backend: str) -> None:
-    model, begin = tiny.model(**changes), PAST[:, :past]
+    """Read key by key behind a few tokens, and part by part behind many."""
+    model, begin, text = tiny.model(**changes), PAST[:, :past], tiny.ids(1, 50, 10)
     with kvsieve.stream(model, kvsieve.Full(), backend) as base:
         if past:
             base.feed(begin)
         joined = base.join(documents(base, DOCUMENTS))
-        got = read(joined, QUESTION, past + 140)
-        assert torch.equal(joined.ids[0], torch.cat([begin, *DOCUMENTS, QUESTION], 1)[0])
-    torch.testing.assert_close(got, stock(begin, DOCUMENTS, QUESTION, **changes), **CLOSE)
+        got = torch.cat([read(joined, text[:, :5], past + 140), read(joined, text[:, 5:], past + 145)], 1)
+        assert torch.equal(joined.ids[0], torch.cat([begin, *DOCUMENTS, text], 1)[0])
+    torch.testing.assert_close(got, stock(begin, DOCUMENTS, text, **changes), **CLOSE)
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gpt_neox", "phi3", "olmo2", "starcoder2"])
@@ -397,6 +396,21 @@ def test_what_was_joined_is_compressed_as_one_text(name: str, backend: str) -> N
         forks[1].end_turn()
         with pytest.raises((StateError, CacheMismatchError)):
             base.join(forks)
+
+
+@pytest.mark.parametrize("name", list(STORED))
+def test_backends_compress_what_was_joined_alike(name: str) -> None:
+    found = []
+    for backend in tiny.BACKENDS:
+        with kvsieve.stream(tiny.model(), STORED[name], backend) as base:
+            base.feed(PAST)
+            base.end_turn()
+            joined = base.join(documents(base, DOCUMENTS))
+            joined.feed(QUESTION)
+            joined.end_turn()
+            assert joined.stats().compressed > 200
+            found.append(read(joined, tiny.ids(1, 3), START + 5))
+    torch.testing.assert_close(*found, atol=2e-2 if name != "think" else 1e-4, rtol=1e-4)
 
 
 @BACKEND
