@@ -90,7 +90,8 @@ class GraphDecoder:
         engine.expect(self._ids)
         engine.prepare()
         self._ids.copy_(ids)
-        self._positions.copy_(self._upload([engine.planner.seen(row) for row in range(engine.num_rows)])[:, None])
+        told = [seen + ahead for seen, ahead in zip(engine.blocks.seen, engine.positions.of_rows(engine.num_rows))]
+        self._positions.copy_(self._upload(told)[:, None])
         self._score()
         forward = engine.open([1] * engine.num_rows, 1)
         try:

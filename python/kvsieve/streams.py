@@ -7,22 +7,16 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kvsieve import backends, session
+from kvsieve import backends, reading, session
 from kvsieve import generate as turns
 from kvsieve import trace as tracing
-from kvsieve.errors import (
-    PolicyError,
-    ShapeError,
-    StateError,
-    UnsupportedError,
-    UnsupportedModelError,
-)
+from kvsieve.errors import PolicyError, ShapeError, StateError, UnsupportedError
 from kvsieve.policy.compose import Policy
-from kvsieve.runtime import by_position
+from kvsieve.runtime import by_position, joining
 from kvsieve.runtime.compression import Compression
 from kvsieve.stats import Kept, LayerStats, LayerTrace, Stats, StoredBytes
 
@@ -31,7 +25,6 @@ if TYPE_CHECKING:
 
     from transformers import PreTrainedModel
 
-    from kvsieve.facts import ModelFacts
     from kvsieve.model.cache import StreamCache
     from kvsieve.model.hooks import Attachment
     from kvsieve.runtime.engine import Engine
@@ -113,7 +106,7 @@ class Stream:
     ) -> None:
         from kvsieve.model.cache import StreamCache
         from kvsieve.model.hooks import attach
-        from kvsieve.model.support import look_through
+        from kvsieve.model.support import look_through, stored_keys
         from kvsieve.runtime.engine import Engine
 
         if not isinstance(policy, Policy):
@@ -125,7 +118,7 @@ class Stream:
             if _parent is None:
                 facts = self._attachment.facts
                 name = backend or backends.choose(facts.layers[0].device, facts.layers[0].dtype)
-                self._engine = Engine(policy, facts, backends.get(name), _stored_keys(type(self.model).__name__, policy, facts))
+                self._engine = Engine(policy, facts, backends.get(name), stored_keys(type(self.model).__name__, policy, facts))
             else:
                 self._engine = _parent._engine.fork()
             self._cache = StreamCache(self._engine, weakref.ref(self))
@@ -204,7 +197,7 @@ class Stream:
             StateError: for a layer or head that the stream does not have, or a head without its layer.
         """
         engine = self._engine
-        _check_head(engine, layer, head)
+        tracing.check_head(engine, layer, head)
         return [Kept(*engine.parts.eviction.kept(row, layer, head)) for row in range(engine.num_rows)]
 
     def trace(self) -> tuple[LayerTrace, ...]:
@@ -388,6 +381,52 @@ class Stream:
         child = Stream(self.model, self.policy, _parent=self)
         return child
 
+    def join(self, streams: Sequence[Stream], *, canonical: bool = False) -> Stream:
+        """A stream that goes on from several documents, each read by a fork of this stream (set-based prompting, arXiv 2406.06581).
+
+        It holds what this stream has read and then each document as its fork computed it: none has seen another, and all begin at
+        one position. What follows comes behind the longest and sees all. Blocks are shared, not copied; see docs/guides/join.md.
+
+        Args:
+            streams: forks of this stream, which may be empty; this one has not gone on since. Row by row in a batch.
+            canonical: order the documents by a hash of their ids: the order of ``streams`` changes nothing, to the last bit.
+
+        Raises:
+            UnsupportedError: for policies that evict or move tokens, page bounds, models with sliding layers, images.
+            CacheMismatchError: for a stream that is no fork of this one, or does not begin as this one.
+            StateError: for tokens that were said and not read, or a document that is compressed already.
+        """
+        forks = list(streams)
+        wrong = [type(one).__name__ for one in forks if not isinstance(one, Stream)]
+        if wrong:
+            raise StateError(f"join takes streams, forks of this one that have read a document each, got {', '.join(wrong)}")
+        joined = self.fork()
+        try:
+            joining.join(joined._engine, [one._check_open() for one in forks], canonical)
+        except BaseException:
+            joined.close()
+            raise
+        return joined
+
+    def read_twice(
+        self,
+        context: torch.Tensor | Mapping[str, Any],
+        question: torch.Tensor | Mapping[str, Any],
+        *,
+        keep: Literal["both", "second"] = "both",
+    ) -> None:
+        """Read question, context, context, question (JRT-Prompt, arXiv 2407.05483), for memories with a budget: when the context
+        comes again, the stream has seen what will be asked.
+
+        Args:
+            context, question: int64 ``[B, n]``, or what a tokenizer returned; as for :meth:`feed`.
+            keep: ``"second"`` evicts the first copy of the context once all is read; see :meth:`evict`.
+
+        Raises:
+            UnsupportedError: with ``keep="second"``, where :meth:`evict` refuses; nothing is read then. Others as :meth:`feed`.
+        """
+        reading.read_twice(self._reader(), context, question, keep)
+
     def mark(self) -> Mark:
         """This moment, to go back to with :meth:`rewind`: to regenerate an answer, to edit the last turn, to undo a call that was
         interrupted. Blocks are shared with the present until the present writes to them; a mark that is dropped gives its own back.
@@ -458,31 +497,3 @@ def _stored_bytes(engine: Engine) -> StoredBytes:
         return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held))
     keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
     return StoredBytes(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)
-
-
-def _check_head(engine: Engine, layer: int | None, head: int | None) -> None:
-    known = {facts.index: facts.num_kv_heads for facts in engine.facts.layers}
-    if layer is None and head is not None:
-        raise StateError(f"head {head} of which layer? pass layer= too, one of {sorted(known)}")
-    if layer is not None and layer not in known:
-        raise StateError(f"the stream holds no layer {layer!r}; its full-attention layers are {sorted(known)}")
-    if layer is not None and head is not None and not 0 <= head < known[layer]:
-        raise StateError(f"layer {layer} has key-value heads 0 to {known[layer] - 1}, not {head!r}")
-
-
-def _stored_keys(name: str, policy: Policy, facts: ModelFacts) -> str:
-    """How keys are stored, if this model's positions allow the policy at all."""
-    if not policy.moves:
-        return policy.stored_keys
-    if facts.dynamic_rope:
-        raise UnsupportedModelError(
-            f"{name} scales its rotary frequencies with the length (dynamic NTK), so {policy!r} cannot re-place its keys"
-        )
-    if not facts.has_rope and not _mixes_positions(facts):
-        raise UnsupportedModelError(f"{name} has no rotary positions, so {policy!r} cannot re-place its keys; use kvsieve.Full()")
-    return "pre_rope" if facts.longrope else policy.stored_keys
-
-
-def _mixes_positions(facts: ModelFacts) -> bool:
-    """Whether layers without rotation are meant: full attention without positions beside sliding layers that have them."""
-    return len(facts.layers) < len(facts.layer_types)

@@ -69,3 +69,18 @@ def ranges(positions: Ints) -> Ints:
         return np.empty((0, 2), np.int64)
     first, last = np.concatenate([[0], breaks]), np.concatenate([breaks, [len(positions)]]) - 1
     return np.stack([positions[first], positions[last] + 1], 1).astype(np.int64)
+
+
+def check_head(engine: Engine, layer: int | None, head: int | None) -> None:
+    """Refuse a layer or head that the stream does not hold.
+
+    Raises:
+        StateError: naming those that there are.
+    """
+    known = {facts.index: facts.num_kv_heads for facts in engine.facts.layers}
+    if layer is None and head is not None:
+        raise StateError(f"head {head} of which layer? pass layer= too, one of {sorted(known)}")
+    if layer is not None and layer not in known:
+        raise StateError(f"the stream holds no layer {layer!r}; its full-attention layers are {sorted(known)}")
+    if layer is not None and head is not None and not 0 <= head < known[layer]:
+        raise StateError(f"layer {layer} has key-value heads 0 to {known[layer] - 1}, not {head!r}")

@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "kvsieve"
 LEVELS = (
     ("cli",),
     ("serve", "evals", "bench", "view", "demo", "graphs"),
-    ("__init__", "streams", "generate", "session", "trace"),
+    ("__init__", "streams", "generate", "reading", "session", "trace"),
     ("model",),
     ("runtime",),
     ("backends",),

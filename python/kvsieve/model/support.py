@@ -9,7 +9,10 @@ from kvsieve.errors import UnsupportedModelError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["NEWEST", "OLDEST", "cache_name", "layer_types", "look_through", "refuse", "versions"]
+    from kvsieve.facts import ModelFacts
+    from kvsieve.policy.compose import Policy
+
+__all__ = ["NEWEST", "OLDEST", "cache_name", "layer_types", "look_through", "refuse", "stored_keys", "versions"]
 
 OLDEST, NEWEST = "5.16.0", "5.24.0"
 """The releases of transformers that are tested; newer ones are verified when a stream opens."""
@@ -126,3 +129,21 @@ def cache_name(model: PreTrainedModel) -> str:
         if "Cache" in str(parameter.annotation):
             return name
     raise UnsupportedModelError(f"{type(model).__name__} takes no cache, so no stream can open on it; {versions()}")
+
+
+def stored_keys(name: str, policy: Policy, facts: ModelFacts) -> str:
+    """How keys are stored, if this model's positions allow the policy at all."""
+    if not policy.moves:
+        return policy.stored_keys
+    if facts.dynamic_rope:
+        raise UnsupportedModelError(
+            f"{name} scales its rotary frequencies with the length (dynamic NTK), so {policy!r} cannot re-place its keys"
+        )
+    if not facts.has_rope and not _mixes_positions(facts):
+        raise UnsupportedModelError(f"{name} has no rotary positions, so {policy!r} cannot re-place its keys; use kvsieve.Full()")
+    return "pre_rope" if facts.longrope else policy.stored_keys
+
+
+def _mixes_positions(facts: ModelFacts) -> bool:
+    """Whether layers without rotation are meant: full attention without positions beside sliding layers that have them."""
+    return len(facts.layers) < len(facts.layer_types)

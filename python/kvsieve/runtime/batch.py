@@ -43,10 +43,11 @@ class Batch:
         return self.ids.shape[1]
 
     def positions(self, totals: Sequence[int], offsets: Sequence[int]) -> torch.Tensor:
-        """The position of each column, int64 ``[B, n]``, of rows that hold ``totals`` tokens when these are read."""
+        """The position of each column, int64 ``[B, n]``, of rows that hold ``totals`` tokens when these are read. Offsets may be
+        negative; no position is."""
         last = torch.tensor(totals, device=self.ids.device)[:, None]
         at = last - self.width + torch.arange(self.width, device=self.ids.device)
-        return at.clamp(min=0) + torch.tensor(offsets, device=self.ids.device)[:, None]
+        return (at.clamp(min=0) + torch.tensor(offsets, device=self.ids.device)[:, None]).clamp(min=0)
 
 
 def positions_of(engine: Engine, batch: Batch, given: Batch | None = None) -> torch.Tensor:

@@ -17,7 +17,7 @@ from kvsieve.backends.heap import trim_heap
 from kvsieve.errors import StateError
 from kvsieve.policy.storage import Channels, LayerShape, StorageObservation
 from kvsieve.runtime.cropping import GO_BACK, SPARE
-from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
+from kvsieve.runtime.part import Apply, Crop, Forward, Join, LayerInput, Saved, Setting, StreamPart
 from kvsieve.runtime.process import defer_sigint
 
 if TYPE_CHECKING:
@@ -262,6 +262,26 @@ class Compression(StreamPart):
 
     def return_to(self, state: tuple[Rings, bool, list[int]]) -> None:
         self._rings, self.reading, self.compressed_at = dict(state[0]), state[1], list(state[2])
+
+    def join(self, forks: Sequence[Compression], join: Join) -> Apply:
+        """What is compressed lies before all else, so only the common past may be. Channels are chosen by later queries."""
+        for at, fork in enumerate(forks):
+            planner = fork._blocks.planner
+            for row, past in enumerate(join.past if planner.num_rows else ()):
+                packed = planner.num_packed(row)
+                if packed and int(planner.positions(0, row)[packed - 1]) >= past:
+                    raise StateError(
+                        f"stream {at} has compressed a part of its document, and what is compressed must come before all else; "
+                        "join streams that were only fed, before their turn ends, under a rule that waits for the end of a prompt"
+                    )
+        reading = any(part.reading for part in (self, *forks))
+        queries = next((part._rings for part in (*forks, self) if part._rings), {})
+
+        def apply() -> None:
+            self.reading = reading
+            self._rings = {index: [ring[:, :0] for ring in rings] for index, rings in queries.items()}
+
+        return apply
 
     def save(self) -> Saved:
         """The channels of each row and layer, and the queries remembered."""

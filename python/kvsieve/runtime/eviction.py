@@ -12,7 +12,7 @@ from kvsieve.budget import BLOCK
 from kvsieve.errors import PolicyError
 from kvsieve.policy.evict import Residents
 from kvsieve.runtime.cropping import check_evicted
-from kvsieve.runtime.part import Apply, Crop, Forward, Saved, Setting, StreamPart
+from kvsieve.runtime.part import Apply, Crop, Forward, Join, Saved, Setting, StreamPart
 from kvsieve.runtime.pinning import num_pinned, pinned, with_pinned
 
 if TYPE_CHECKING:
@@ -157,6 +157,15 @@ class Eviction(StreamPart):
 
     def return_to(self, state: Any) -> None:
         self.evicted_at = list(state)
+
+    def join(self, forks: Sequence[Eviction], join: Join) -> Apply:
+        """What was evicted by name is gone; a crop into what was joined is refused anyway."""
+        evicted = any(any(part.evicted_at) for part in (self, *forks))
+
+        def apply() -> None:
+            self.evicted_at = join.totals if evicted else []
+
+        return apply
 
     def save(self) -> Saved:
         return Saved({"evicted_at": self.evicted_at})

@@ -13,11 +13,12 @@ engine holds a list of parts and calls each of them in turn; it knows none of th
     tokens go       must_read_again, check_crop, crop, force_crop, check_evict, evict_range
     rows move       select_rows
     moments         state, return_to: marks, forks, and candidates that are taken back
+    forks join      join
     a session file  save, restore
     the end         reset: everything is forgotten; release: the stream is closed
 
-`commit`, `crop` and `select_rows` come in two halves, so that an error leaves everything as it was. The method itself works out
-what will change, and may raise. What it returns makes the change, once the planner has made its own, and cannot fail.
+`commit`, `crop`, `select_rows` and `join` come in two halves, so that an error leaves everything as it was. The method itself works
+out what will change, and may raise. What it returns makes the change, once the planner has made its own, and cannot fail.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
+from kvsieve.errors import UnsupportedError
+
 if TYPE_CHECKING:
     from kvsieve._core import Planner, Step
     from kvsieve.backends.base import AttendCall, Backend, Store
@@ -36,7 +39,7 @@ if TYPE_CHECKING:
     from kvsieve.policy.compose import Policy
     from kvsieve.runtime.blocks import Blocks
 
-__all__ = ["Apply", "Crop", "Forward", "LayerInput", "Saved", "Setting", "State", "StreamPart", "unchanged"]
+__all__ = ["Apply", "Crop", "Forward", "Join", "LayerInput", "Saved", "Setting", "State", "StreamPart", "unchanged"]
 
 Apply: TypeAlias = Callable[[], None]
 """The second half of a change."""
@@ -124,6 +127,26 @@ class Crop:
     columns: int | None
     keeps_pins: bool
     read_again: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class Join:
+    """A stream goes on from several forks of it at once, which have read one document each.
+
+    Attributes:
+        past: tokens that each row of the stream has seen: what all have in common.
+        seen: for each fork, tokens that each of its rows has seen.
+        orders: for each row, the order of the forks.
+    """
+
+    past: list[int]
+    seen: list[list[int]]
+    orders: list[list[int]]
+
+    @property
+    def totals(self) -> list[int]:
+        """Tokens that each row holds then."""
+        return [past + sum(seen[row] - past for seen in self.seen) for row, past in enumerate(self.past)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -241,6 +264,17 @@ class StreamPart:
 
     def return_to(self, state: Any) -> None:
         """Make ``state``, of this part or of the same one in another stream, the present."""
+
+    def join(self, forks: Sequence[Any], join: Join) -> Apply:
+        """The stream goes on from several forks of it at once; ``forks`` are their parts of this kind. The second half: the planner
+        holds the tokens of all.
+
+        Raises:
+            UnsupportedError, StateError: if what they hold cannot be put together.
+        """
+        if self.state() is not None:
+            raise UnsupportedError(f"streams cannot be joined: what each knows for itself ({self.name}) cannot be put together")
+        return unchanged
 
     def save(self) -> Saved:
         """The same for a session file."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from kvsieve.errors import UnsupportedError
 from kvsieve.policy.position import Rebased
-from kvsieve.runtime.part import Apply, Forward, LayerInput, Setting, StreamPart
+from kvsieve.runtime.part import Apply, Forward, Join, LayerInput, Setting, StreamPart
 
 if TYPE_CHECKING:
     import numpy as np
@@ -168,6 +168,21 @@ class Selection(StreamPart):
             found = self._search(index)
             if found is not None:
                 found.return_to(choice)
+
+    def join(self, forks: Sequence[Selection], join: Join) -> Apply:
+        """What was chosen names residents by number, so it is chosen anew."""
+        if self.rule.needs_all_tokens:
+            raise UnsupportedError(
+                f"{self._policy!r} judges whole blocks of an unbroken text by page bounds, and blocks are not whole where texts "
+                "are joined; use kvsieve.HiP(...), which reads keys"
+            )
+
+        def apply() -> None:
+            self._read = []
+            for search in self.searches.values():
+                search.reset()
+
+        return apply
 
     def reset(self) -> None:
         self.searches.clear()

@@ -21,7 +21,7 @@ import torch
 
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError, UnsupportedError
 from kvsieve.runtime.cropping import GO_BACK
-from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart, unchanged
+from kvsieve.runtime.part import Apply, Crop, Forward, Join, LayerInput, Saved, Setting, StreamPart, unchanged
 from kvsieve.runtime.sliding_attention import Piece, plan, windowed
 
 if TYPE_CHECKING:
@@ -201,6 +201,12 @@ class SlidingLayers(StreamPart):
             kept = slice(keys.shape[2] - most, None)
             tensors[index] = keys[:, :, kept].index_select(0, order), values[:, :, kept].index_select(0, order)
         return partial(self.return_to, SlidingState(tensors, counts))
+
+    def join(self, forks: Sequence[SlidingLayers], join: Join) -> Apply:
+        raise UnsupportedError(
+            f"this model's layers {sorted(self.windows)} slide over the newest tokens, and documents that were read side by side "
+            "have no one end to slide from; feed the documents to one stream, one after the other"
+        )
 
     def state(self) -> SlidingState:
         return self.now

@@ -1,4 +1,8 @@
-"""Which positions the model was told that tokens have: a caller may have begun elsewhere than at 0, but not jump."""
+"""Which positions the model was told that tokens have: a caller may have begun elsewhere than at 0, but not jump.
+
+Streams that are joined have read their documents side by side, from one position on: the next token comes after the longest of
+them, and the model's positions are then *behind* the tokens seen.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvsieve.errors import CacheMismatchError, UnsupportedError
-from kvsieve.runtime.part import Apply, Forward, Saved, Setting, StreamPart
+from kvsieve.runtime.cropping import GO_BACK
+from kvsieve.runtime.part import Apply, Crop, Forward, Join, Saved, Setting, StreamPart
 
 if TYPE_CHECKING:
     from kvsieve.policy.compose import Policy
@@ -20,7 +25,9 @@ class ToldPositions(StreamPart):
     """How far the model's positions are ahead of the tokens that each row has seen.
 
     Attributes:
-        ahead: by how much, of each row; None of a row that nothing is known of. None before the first forward.
+        ahead: by how much, of each row; negative where documents were read side by side. None of a row that nothing is known of.
+            None before the first forward.
+        joined_at: tokens that each row had seen when streams were joined to it; empty if none ever were.
         several_axes: whether an image was read whose positions have several axes: where text goes on then, only the model knows.
     """
 
@@ -30,6 +37,7 @@ class ToldPositions(StreamPart):
         self._policy, self._pre_rope = policy, stored_keys == "pre_rope"
         self._moves = policy.moves or self._pre_rope
         self.ahead: list[int | None] | None = None
+        self.joined_at: list[int] = []
         self.several_axes = False
 
     @classmethod
@@ -56,7 +64,9 @@ class ToldPositions(StreamPart):
         Raises:
             CacheMismatchError: naming the row.
         """
-        if position_ids is None or position_ids.dim() != 2 or position_ids.device.type != "cpu":
+        if position_ids is None or position_ids.dim() != 2:
+            return
+        if position_ids.device.type != "cpu" and not self.joined_at:
             return
         lens, seen = forward.lens, forward.seen
         last = position_ids[:, -1].tolist()
@@ -101,25 +111,55 @@ class ToldPositions(StreamPart):
             )
         self.several_axes = True
 
+    def check_crop(self, crop: Crop) -> None:
+        """Refuse to forget a part of what was joined: documents that were read side by side have no one end to go back to."""
+        for row, (seen, gone, joined) in enumerate(zip(crop.seen, crop.counts, self.joined_at)):
+            if gone and seen - gone < joined:
+                raise CacheMismatchError(
+                    f"row {row}: cannot forget {gone} tokens of {seen}: the first {joined} were joined from several streams; "
+                    f"at most {max(seen - joined, 0)} can be forgotten; {GO_BACK}"
+                )
+
+    def join(self, forks: Sequence[ToldPositions], join: Join) -> Apply:
+        """The next token comes after the longest of the documents."""
+        if any(fork.several_axes for fork in (self, *forks)):
+            raise UnsupportedError(
+                "streams that hold an image whose positions have three axes cannot be joined: only the model knows where text goes "
+                "on; join streams of text only"
+            )
+        ends = [past + ahead for past, ahead in zip(join.past, self.of_rows(len(join.past)))]
+        for fork, seen in zip(forks, join.seen):
+            ends = [max(end, at + ahead) for end, at, ahead in zip(ends, seen, fork.of_rows(len(seen)))]
+        totals = join.totals
+
+        def apply() -> None:
+            self.ahead = [end - total for end, total in zip(ends, totals)]
+            self.joined_at = totals
+
+        return apply
+
     def select_rows(self, rows: Sequence[int]) -> Apply:
         def apply() -> None:
             if self.ahead is not None:
                 self.ahead = [self.ahead[row] for row in rows]
+            self.joined_at = [self.joined_at[row] for row in rows] if self.joined_at else []
 
         return apply
 
-    def state(self) -> tuple[list[int | None] | None, bool]:
-        return None if self.ahead is None else list(self.ahead), self.several_axes
+    def state(self) -> tuple[list[int | None] | None, list[int], bool]:
+        return None if self.ahead is None else list(self.ahead), list(self.joined_at), self.several_axes
 
-    def return_to(self, state: tuple[list[int | None] | None, bool]) -> None:
-        ahead, self.several_axes = state
-        self.ahead = None if ahead is None else list(ahead)
+    def return_to(self, state: tuple[list[int | None] | None, list[int], bool]) -> None:
+        ahead, joined_at, self.several_axes = state
+        self.ahead, self.joined_at = None if ahead is None else list(ahead), list(joined_at)
 
     def save(self) -> Saved:
-        return Saved({"ahead": self.ahead, "several_axes": self.several_axes})
+        return Saved({"ahead": self.ahead, "joined_at": self.joined_at, "several_axes": self.several_axes})
 
     def restore(self, saved: Saved) -> None:
         self.ahead, self.several_axes = saved.data["ahead"], saved.data["several_axes"]
+        # Not in files written before streams could be joined.
+        self.joined_at = list(saved.data.get("joined_at", []))
 
     def reset(self) -> None:
-        self.ahead, self.several_axes = None, False
+        self.ahead, self.joined_at, self.several_axes = None, [], False

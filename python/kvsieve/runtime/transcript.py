@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from kvsieve.errors import CacheMismatchError, PaddingError
-from kvsieve.runtime.part import Apply, Crop, Forward, Saved, Setting, StreamPart
+from kvsieve.runtime.part import Apply, Crop, Forward, Join, Saved, Setting, StreamPart
 from kvsieve.runtime.turn import Turn
 
 __all__ = ["Ids", "Row", "Transcript", "TranscriptState"]
@@ -289,6 +289,26 @@ class Transcript(StreamPart):
 
     def return_to(self, state: TranscriptState) -> None:
         self.columns, self.rows, self.foreign = state.columns, state.rows, state.foreign
+
+    def join(self, forks: Sequence[Transcript], join: Join) -> Apply:
+        rows = []
+        for at, (past, order) in enumerate(zip(join.past, join.orders)):
+            ids = self.rows[at].ids if self.rows else Ids()
+            for fork in order:
+                new = forks[fork].document(at, past)
+                ids = ids.append(new) if len(new) else ids
+            rows.append(Row(ids))
+
+        def apply() -> None:
+            extra = self.extra
+            self.rows = tuple(rows)
+            self.pad_left(extra)
+
+        return apply
+
+    def document(self, row: int, past: int) -> torch.Tensor:
+        """What a row has read after its first ``past`` tokens, int64 ``[n]``."""
+        return self.rows[row].ids.tensor()[past:] if self.rows else torch.zeros(0, dtype=torch.int64)
 
     def save(self) -> Saved:
         tensors = {}

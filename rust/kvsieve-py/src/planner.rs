@@ -200,6 +200,13 @@ impl Planner {
         self.get().fork().map(Self::wrap).map_err(to_py)
     }
 
+    /// What this planner holds, and then what each of `forks` of it has read since, in row `r` in the order `orders[r]`.
+    fn join(&self, forks: Vec<PyRef<'_, Planner>>, orders: Vec<Vec<usize>>) -> PyResult<Self> {
+        // One lock at a time.
+        let forks = forks.iter().map(|fork| fork.get().fork()).collect::<Result<Vec<_>>>().map_err(to_py)?;
+        self.get().join(&forks, &orders).map(Self::wrap).map_err(to_py)
+    }
+
     fn reset(&self) {
         self.get().reset();
     }

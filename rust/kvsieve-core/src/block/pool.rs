@@ -1,4 +1,5 @@
-//! Blocks with reference counts. One table holds at most one reference to a block, however many of its runs lie in it.
+//! Blocks with reference counts. A table holds one reference for neighbouring runs in a block, however many they are; only a joined table
+//! may come back to a block, and then holds another.
 
 use crate::ids::{BlockId, PACKED};
 use std::cmp::Reverse;

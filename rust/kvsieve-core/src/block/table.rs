@@ -5,6 +5,7 @@ use crate::plan::Move;
 use std::ops::Range;
 
 mod edit;
+mod join;
 mod pack;
 mod sieve;
 pub use edit::Edit;
@@ -76,7 +77,8 @@ impl Table {
         below(range.start)..below(range.end)
     }
 
-    /// The blocks that this table holds a reference to. Runs of one block are neighbours, so each block comes once.
+    /// The blocks that this table holds a reference to, once for each reference. Runs of one block are neighbours, so each block comes
+    /// once, unless streams were joined that share it.
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         blocks_of(&self.runs)
     }

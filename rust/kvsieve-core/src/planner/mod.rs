@@ -5,6 +5,7 @@
 
 mod check;
 mod early;
+mod join;
 mod open;
 mod pin;
 mod queries;

@@ -1,0 +1,25 @@
+//! Residents of another table, shared.
+
+use super::{Table, blocks_of};
+use crate::block::pool::Pool;
+use crate::ids::{BlockId, Position};
+
+impl Table {
+    /// The blocks that hold the residents from position `from` on.
+    pub fn blocks_from(&self, from: Position) -> Vec<BlockId> {
+        blocks_of(&self.runs_of(self.within(&(from..Position::MAX)))).collect()
+    }
+
+    /// Goes on with the residents of `other` from position `from` on, which is `to` here. Their blocks are shared.
+    pub fn share_from(&mut self, other: &Self, from: Position, to: Position, pool: &mut Pool) {
+        let range = other.within(&(from..Position::MAX));
+        let runs = other.runs_of(range.clone());
+        let last = self.runs.last().map(|run| run.block);
+        let known = usize::from(last.is_some() && last == runs.first().map(|run| run.block));
+        blocks_of(&runs).skip(known).for_each(|block| pool.retain(block));
+        self.runs.extend(runs);
+        self.positions.extend(other.positions[range.clone()].iter().map(|p| p - from + to));
+        self.scores.extend_from_slice(&other.scores[range]);
+        self.fresh = 0;
+    }
+}
