@@ -200,6 +200,6 @@ mod tests {
         assert!(Hip::new(0, 1, Representative::First).is_err());
         assert!(Hip::new(1, 0, Representative::First).is_err());
         assert!(Hip::new(1 << 32, 1, Representative::First).is_err());
-        assert!(Representative::parse("middle").is_err());
+        assert!(Representative::parse("nearest").is_err());
     }
 }
