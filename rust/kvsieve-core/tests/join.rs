@@ -1,8 +1,6 @@
 //! Streams that are joined: random histories of a family of forks against plain lists, and every mistake a caller can make.
 
-mod common;
-
-use common::{Store, Token, chains, memory, planner};
+use super::common::{Store, Token, chains, memory, planner};
 use kvsieve_core::Error;
 use kvsieve_core::evict::Eviction;
 use kvsieve_core::ids::Position;
