@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from drive import Layer, forward, forwards
+from drive import Layer, forward, forwards, pad_left
 from kvsieve.backends import attention_scores
 from kvsieve.backends.base import AttendCall, HeadSets
 from kvsieve.backends.cuda.capabilities import CAPABILITIES as CUDA
@@ -276,6 +276,39 @@ def test_sets_keep_their_size_and_lose_the_lowest_first(backend: str) -> None:
             assert read_by(stream) == [[sorted([*head[-budget:], 40 + step]) for head in heads] for heads in whole]
             assert [part_of(stream).rows[0].layers[index] for index in range(3)] == choices
         assert stream._engine.planner.resident(0, 0) == 70
+
+
+@BACKEND
+@pytest.mark.parametrize("chunk", [1, 16, 40])
+def test_the_last_piece_of_a_prompt_is_read_whole_though_it_is_one_token(chunk: int, backend: str) -> None:
+    """Of a batch, so that its rows end at other places of a piece."""
+    model, rows = tiny.model(), [tiny.ids(1, n, n)[0] for n in (49, 33)]
+    ids, mask = pad_left(rows)
+    with kvsieve.stream(model, kvsieve.RefreshKV(16, stride=1, similarity=-1.0), backend) as stream:
+        stream.feed(ids, attention_mask=mask, chunk=chunk)
+        assert [state.held for state in part_of(stream).rows] == [49, 33]
+        assert set(part_of(stream).full_steps.values()) <= {0}
+        mask = torch.cat([mask, torch.ones(2, 1, dtype=torch.long)], 1)
+        got = forward(model, stream.cache, tiny.ids(2, 1, 5), mask)
+        assert all(sets is not None for sets in part_of(stream).read[0])
+    for row, text in enumerate(rows):
+        with kvsieve.stream(model, kvsieve.RefreshKV(16, stride=1, similarity=-1.0), backend) as stream:
+            forward(model, stream.cache, text[None])
+            want = forward(model, stream.cache, tiny.ids(2, 1, 5)[row : row + 1])
+            assert float((got[row] - want[0]).abs().max()) <= 1e-4 * float(want.abs().max())
+
+
+@BACKEND
+@pytest.mark.parametrize("returned", [1, 3])
+def test_answers_begin_with_the_token_that_the_full_cache_would_give(returned: int, backend: str) -> None:
+    """A turn is read whole, also where it is cut before its last token because several answers are wanted."""
+    model, first = tiny.model(), []
+    for policy in (kvsieve.Full(), kvsieve.RefreshKV(8, similarity=-1.0)):
+        with kvsieve.stream(model, policy, backend) as stream:
+            how = {"do_sample": returned > 1, "top_k": 1, "num_return_sequences": returned}
+            out = stream.generate(tiny.ids(1, 60), max_new_tokens=3, output_logits=True, return_dict_in_generate=True, **how)
+            first.append(out.logits[0])
+    assert torch.allclose(*first, atol=1e-4 * float(first[0].abs().max()))
 
 
 @BACKEND

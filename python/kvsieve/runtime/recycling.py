@@ -134,14 +134,19 @@ class Recycling(StreamPart):
         self._held = [old + new for old, new in zip(before, forward.lens)]
         self._chosen, self._reads = {}, {}
         rows = self.rows if len(self.rows) == len(forward.lens) else [RowState()] * len(forward.lens)
-        self._modes = [self._mode(*row) for row in zip(rows, forward.lens, self._held)]
+        self._modes = [self._mode(*row) for row in zip(rows, forward.lens, self._alone(forward), self._held)]
 
-    def _mode(self, state: RowState, new: int, held: int) -> Mode:
+    @staticmethod
+    def _alone(forward: Forward) -> list[bool]:
+        """Of each row whether it reads one token, which is no piece of a longer prompt."""
+        return [new == 1 and not longer for new, longer in zip(forward.lens, forward.longer or [False] * len(forward.lens))]
+
+    def _mode(self, state: RowState, new: int, alone: bool, held: int) -> Mode:
         if not new:
             return "idle"
         if held <= self.rule.budget:
             return "whole"
-        if new > 1 or not state.layers:
+        if not alone or not state.layers:
             return "choose"
         if (state.steps + 1) % self.rule.stride:
             return "partial"
@@ -190,24 +195,25 @@ class Recycling(StreamPart):
 
     def commit(self, forward: Forward) -> Apply:
         old = self.rows if len(self.rows) == len(forward.lens) else [RowState()] * len(forward.lens)
-        rows = [self._after(row, *state) for row, state in enumerate(zip(old, self._modes, forward.lens))]
+        alone = self._alone(forward)
+        rows = [self._after(row, *state) for row, state in enumerate(zip(old, self._modes, alone))]
 
         def apply() -> None:
             for index, chosen in self._chosen.items():
-                single = sum(choice is not None and new == 1 for choice, new in zip(chosen, forward.lens))
+                single = sum(choice is not None and one for choice, one in zip(chosen, alone))
                 self.full_steps[index] = self.full_steps.get(index, 0) + single
             self.rows, self.read = rows, self._reads
             self.rollback()
 
         return apply
 
-    def _after(self, row: int, state: RowState, mode: Mode, new: int) -> RowState:
+    def _after(self, row: int, state: RowState, mode: Mode, alone: bool) -> RowState:
         if mode == "idle":
             return state
         if mode == "whole":
             return RowState()
         chosen = {index: choice for index, found in self._chosen.items() if (choice := found[row]) is not None}
-        if new > 1 or not state.layers:
+        if not alone or not state.layers:
             return RowState(chosen)
         return RowState({**state.layers, **chosen}, state.steps + 1)
 
