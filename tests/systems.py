@@ -60,6 +60,10 @@ def _quest(**changes: Any) -> Any:
     return kvsieve.Quest(**{"budget": 32, "sinks": 0, "window": 64, "query_block": 16, "query_stride": 3, **changes})
 
 
+def _refresh_kv() -> Any:
+    return methods.parse(_SMALL["refresh_kv"].small)
+
+
 def _think(**changes: Any) -> Any:
     return kvsieve.ThinK(0.5, recent=8, observe=8, **changes)
 
@@ -76,6 +80,7 @@ SYSTEMS: dict[str, System] = {
     **{name: _row(system) for name, system in _SMALL.items()},
     "lm_infinite_middle": System(lambda: kvsieve.LMInfinite(38, sinks=2, middle_top_k=8, middle_from_layer=1), ("selects",)),
     "quest_rarely": System(lambda: _quest(refresh=(8, 2), sinks=64), ("selects",)),
+    "refresh_kv_fixed": System(lambda: kvsieve.RefreshKV(48, stride=3, similarity=None, kernel=3), ("selects",)),
     "think_flush": System(lambda: _think(flush_every=16), ("stores",)),
     "think_prefill": System(lambda: _think(when="prefill"), ("stores",)),
     "quantized_prefill": System(lambda: _codes(when="prefill"), ("stores",)),
@@ -89,6 +94,8 @@ SYSTEMS: dict[str, System] = {
     "h2o_quantized_prefill": System(lambda: kvsieve.H2O(48, recent=8) | _codes(when="prefill"), ("evicts", "stores")),
     "hip_think": System(lambda: _hip() | _think(), ("selects", "stores")),
     "hip_quantized_prefill": System(lambda: _hip() | _codes(when="prefill"), ("selects", "stores")),
+    "refresh_kv_think": System(lambda: _refresh_kv() | _think(flush_every=4), ("selects", "stores")),
+    "refresh_kv_quantized_prefill": System(lambda: _refresh_kv() | _codes(when="prefill"), ("selects", "stores")),
     "chain": System(
         lambda: kvsieve.StreamingLLM(24, sinks=2) >> kvsieve.SirLLM(24, sinks=0, recent=0),
         ("evicts",),

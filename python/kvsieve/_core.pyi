@@ -315,6 +315,28 @@ class Sparse:
 class SparseState:
     """What the rows of a :class:`Sparse` have chosen at some time."""
 
+def attend_highest(
+    store: Store,
+    q: npt.NDArray[Any],
+    step: Step,
+    rows: Sequence[bool],
+    scale: float,
+    softcap: float | None,
+    sinks: npt.NDArray[np.float32] | None,
+    out: npt.NDArray[Any],
+    threads: int = 1,
+) -> list[npt.NDArray[np.float32] | None]: ...
+def attend_sets(
+    store: Store,
+    q: npt.NDArray[Any],
+    step: Step,
+    rows: Sequence[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], int, int] | None],
+    scale: float,
+    softcap: float | None,
+    sinks: npt.NDArray[np.float32] | None,
+    out: npt.NDArray[Any],
+    threads: int = 1,
+) -> None: ...
 def keep_surprisal(scores: npt.NDArray[np.float32], sinks: int, recent: int, budget: int, protected_tail: int = 0) -> list[int]: ...
 def keep_surprisal_published(
     scores: npt.NDArray[np.float32], sinks: int, entropy_slots: int, recent: int, incoming: int = 0

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsieve.errors import StateError
+from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.stats import HeadTrace, LayerTrace
 
@@ -23,11 +24,14 @@ Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 def trace(engine: Engine) -> tuple[LayerTrace, ...]:
     """See :meth:`kvsieve.Stream.trace`."""
-    selection = engine.parts.find(Selection)
-    if selection is None:
+    selection, recycling = engine.parts.find(Selection), engine.parts.find(Recycling)
+    if selection is None and recycling is None:
         raise StateError(f"{engine.policy!r} reads all that it holds; a trace shows what a selection left out, as of kvsieve.HiP")
     if not engine.num_rows:
         raise StateError("the stream has read nothing yet")
+    if selection is None:
+        assert recycling is not None
+        return _recycled(engine, recycling)
     rows = [selection.read_positions(row) for row in range(engine.num_rows)]
     found = []
     for layer in engine.facts.layers:
@@ -43,6 +47,26 @@ def trace(engine: Engine) -> tuple[LayerTrace, ...]:
             for row, positions in enumerate(rows)
         )
         found.append(LayerTrace(layer.index, False, *search.work, heads))
+    return tuple(found)
+
+
+def _recycled(engine: Engine, recycling: Recycling) -> tuple[LayerTrace, ...]:
+    rows = [engine.planner.positions(0, row) for row in range(engine.num_rows)]
+    found = []
+    for layer in engine.facts.layers:
+        heads, read = [], 0
+        sets = recycling.read.get(layer.index, [None] * len(rows))
+        for positions, mine in zip(rows, sets):
+            count = len(positions)
+            if mine is None:
+                heads.append(_everything(positions, layer.num_kv_heads))
+                read += layer.num_kv_heads * count
+                continue
+            whole = [mine.read(head, count).numpy() for head in range(layer.num_kv_heads)]
+            read += sum(map(len, whole))
+            chosen = [at[at < mine.rest] for at in whole]
+            heads.append(tuple(HeadTrace(ranges(positions[a]), ranges(positions[b]), 0, 0) for a, b in zip(whole, chosen)))
+        found.append(LayerTrace(layer.index, all(mine is None for mine in sets), 0, read, tuple(heads)))
     return tuple(found)
 
 

@@ -11,6 +11,7 @@ import torch
 from drive import forward, forwards, pad_left, same_memory
 from kvsieve.errors import KvsieveError
 from kvsieve.methods import SYSTEMS as PUBLISHED
+from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from systems import PROMPT, SYSTEMS
 from tiny import BACKENDS
@@ -62,7 +63,10 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         engine = stream._engine
         assert ("evicts" in SYSTEMS[name].doing) == (engine.blocks.resident < stream.seen)
         selection = engine.parts.find(Selection)
-        assert ("selects" in SYSTEMS[name].doing) == (engine.reads_top_k or (selection is not None and selection.searching))
+        recycling = engine.parts.find(Recycling)
+        selects = engine.reads_top_k or (selection is not None and selection.searching)
+        selects |= recycling is not None and all(sets[0] is not None for sets in recycling.read.values())
+        assert ("selects" in SYSTEMS[name].doing) == selects
         assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
 
 

@@ -252,7 +252,7 @@ def test_the_table_of_what_goes_together() -> None:
         "SnapKV, H2O": ["snapkv(512)", "h2o(512)"],
         "storage: ThinK, Quantized": ["{} | think()", "{} | quantized()"],
         "selection: HiP, InfiniteHiP": ["{} | hip()", "{} | infinitehip()"],
-        "Quest": ["{} | quest()"],
+        "Quest, RefreshKV": ["{} | quest()", "{} | refreshkv(512)"],
         "first in a chain": ["{} >> streamingllm(512)"],
         "later in a chain": ["streamingllm(512) >> {}"],
     }

@@ -17,10 +17,10 @@ import torch
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvsieve._core import Step
+    from kvsieve._core import Part, Step
     from kvsieve.backends.base import AttendCall, Store
 
-__all__ = ["attention_scores", "of_items", "of_prefill"]
+__all__ = ["attention_scores", "highest_of_last", "highest_of_prefill", "keys_of", "of_items", "of_prefill"]
 
 CELLS = 1 << 22
 """Most logits that exist at a time."""
@@ -67,6 +67,33 @@ def attention_scores(q: torch.Tensor, k: torch.Tensor, q_at: torch.Tensor, k_at:
     return out
 
 
+@torch.no_grad()
+def highest_of_last(q: torch.Tensor, k: torch.Tensor, call: AttendCall) -> torch.Tensor:
+    """The highest probability that one query, which sees all keys, gives to each of them, among the query heads of a group.
+
+    Args:
+        q: ``[H, D]``; k: ``[Hkv, n, D]``, both rotated.
+
+    Returns:
+        float32 ``[Hkv, n]`` (float64 for a query in float64).
+    """
+    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+    grouped = q.to(wide).view(k.shape[0], -1, q.shape[1])
+    logits = (grouped @ k.to(wide).transpose(1, 2)) * call.scale
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if call.sink_logits is None:
+        return logits.softmax(-1).amax(1)
+    sinks = call.sink_logits.detach().to(device=k.device, dtype=wide).view(*grouped.shape[:2], 1)
+    return torch.cat([sinks, logits], 2).softmax(-1)[..., 1:].amax(1)
+
+
+def keys_of(store: Store, part: Part, k: torch.Tensor, new: slice) -> torch.Tensor:
+    """Keys ``[Hkv, n, D]`` of a part's residents and new tokens, which are not stored yet."""
+    runs, keys = list(zip(*(a.tolist() for a in part.runs()))), k[part.row, :, new]
+    return torch.cat([store.read(runs)[0], keys], 1) if runs else keys
+
+
 def of_prefill(store: Store, q: torch.Tensor, k: torch.Tensor, step: Step, call: AttendCall) -> list[torch.Tensor | None]:
     """For each row :func:`attention_scores` of its new queries over its residents and new tokens; None without new tokens.
 
@@ -77,11 +104,25 @@ def of_prefill(store: Store, q: torch.Tensor, k: torch.Tensor, step: Step, call:
         new = slice(q.shape[2] - step.new_lens[part.row], None)
         if step.new_lens[part.row] == 0:
             continue
-        runs, keys = list(zip(*(a.tolist() for a in part.runs()))), k[part.row, :, new]
-        if runs:
-            keys = torch.cat([store.read(runs)[0], keys], 1)
+        keys = keys_of(store, part, k, new)
         q_at, k_at = torch.from_numpy(part.query_true()), torch.from_numpy(part.key_true()).expand(k.shape[1], -1)
         rows[part.row] = attention_scores(q[part.row, :, new], keys, q_at, k_at, call)
+    return rows
+
+
+def highest_of_prefill(
+    store: Store, q: torch.Tensor, k: torch.Tensor, step: Step, call: AttendCall, skip: Sequence[bool]
+) -> list[torch.Tensor | None]:
+    """For each row :func:`highest_of_last` of its last query; None without new tokens, and where ``skip`` says so.
+
+    To be called before the step's tokens are stored; the step must have parts and one memory.
+    """
+    rows: list[torch.Tensor | None] = [None] * q.shape[0]
+    for part in step.parts():
+        count = step.new_lens[part.row]
+        if count and not skip[part.row]:
+            keys = keys_of(store, part, k, slice(q.shape[2] - count, None))
+            rows[part.row] = highest_of_last(q[part.row, :, -1], keys, call)
     return rows
 
 

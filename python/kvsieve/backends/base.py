@@ -25,6 +25,7 @@ __all__ = [
     "Backend",
     "Capabilities",
     "HeadChoice",
+    "HeadSets",
     "HeldBytes",
     "SelectionCapabilities",
     "SelectionState",
@@ -111,6 +112,27 @@ class HeadChoice:
     rounds: int
 
 
+@dataclass(frozen=True, eq=False)
+class HeadSets:
+    """What the only new query of a row reads where each KV head chose tokens before. Residents are counted in text order.
+
+    Attributes:
+        tokens: int64 ``[Hkv, k]`` on the CPU, residents before ``rest``, ascending.
+        order: int64 ``[Hkv, k]``, those of less than ``gone`` are not read.
+        rest: every resident from this one on is read.
+    """
+
+    tokens: torch.Tensor
+    order: torch.Tensor
+    gone: int
+    rest: int
+
+    def read(self, head: int, count: int) -> torch.Tensor:
+        """Which of ``count`` residents a head reads: int64 ``[m]``, ascending."""
+        chosen = self.tokens[head][self.order[head] >= self.gone]
+        return torch.cat([chosen, torch.arange(self.rest, count)])
+
+
 # ----------------------------------------------------------------------------------------------------------------- capabilities
 
 
@@ -124,6 +146,7 @@ class SelectionCapabilities:
         stored_keys: ``"post_rope"`` (as the model rotated them) and ``"pre_rope"`` where it can select.
         compressed: whether some of the keys may be compressed.
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
+        recycled: whether heads can read tokens that they chose before, by scores that it tells (:meth:`Store.run_with_sets`).
     """
 
     rules: frozenset[str]
@@ -131,6 +154,7 @@ class SelectionCapabilities:
     stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     compressed: bool = True
     page_bounds: bool = True
+    recycled: bool = True
 
 
 @dataclass(frozen=True)
@@ -198,6 +222,13 @@ class Capabilities:
             raise BackendError(
                 f"backend {self.name!r} selects from keys as they came, and this policy compresses some; leave the storage rule "
                 "out, or use backend='reference'"
+            )
+
+    def check_recycling(self) -> None:
+        """Raise BackendError if heads cannot read tokens that they chose at an earlier step."""
+        if not self.selection.recycled:
+            raise BackendError(
+                f"backend {self.name!r} lets no head read tokens that it chose at an earlier step; use HiP, or backend='reference'"
             )
 
     def check_storage(self, packing: Packing) -> None:
@@ -278,6 +309,23 @@ class Store(Protocol):
             probabilities summed over the row's new queries and over the query heads of a group. None for a row without new tokens.
         """
 
+    def run_with_sets(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        sets: Sequence[HeadSets | None],
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """As :meth:`run`, for a lone memory whose tokens are seen as they were rotated; a row with sets, which has one new token,
+        reads these alone.
+
+        Returns:
+            The output, and for each other row with new tokens float32 ``[Hkv, n]`` over its residents, the new ones included, in
+            text order: the highest probability that the row's last query gives to each, among the query heads of a group.
+        """
+
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: Any
     ) -> torch.Tensor:
@@ -334,7 +382,12 @@ class Backend(Protocol):
 
 
 def check_stream(
-    backend: Backend, layers: Sequence[AttentionLayer], stored_keys: str, packings: Iterable[Packing], rule: SparseSelection | None
+    backend: Backend,
+    layers: Sequence[AttentionLayer],
+    stored_keys: str,
+    packings: Iterable[Packing],
+    rule: SparseSelection | None,
+    recycles: bool = False,
 ) -> None:
     """Ask, when a stream opens, whether ``backend`` can do all that will be asked of it.
 
@@ -342,6 +395,7 @@ def check_stream(
         layers: those that it will hold; stored_keys: how their keys are; packings: formats of compressed tokens, none where
             nothing is compressed.
         rule: by which queries select their keys, if they do.
+        recycles: whether heads read tokens that they chose at an earlier step.
 
     Raises:
         BackendError: with what it cannot do, and what to use instead.
@@ -352,6 +406,8 @@ def check_stream(
     can.check_stored_keys(stored_keys)
     for packing in packings:
         can.check_storage(packing)
+    if recycles:
+        can.check_recycling()
     if rule is not None:
         can.check_selection(rule, stored_keys, bool(packings))
         backend.make_selection(rule)

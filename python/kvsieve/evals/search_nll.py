@@ -32,6 +32,7 @@ from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 from kvsieve.policy.compose import Policy
+from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.transcript import Ids, Row, TranscriptState
 from kvsieve.view.live import plain_table
@@ -152,6 +153,8 @@ def exact_until(policy: Policy) -> int:
     """Tokens up to which a policy reads all that came before, so that a full cache can read them for it; 0 if unknown."""
     if policy.selection is not None:
         return int(policy.selection.dense_until)
+    if policy.recycling is not None:
+        return policy.recycling.budget
     (spec, *others) = policy.specs(1)
     return int(spec.evict.sinks + spec.evict.window) if spec.evict.rule == "window" and not others else 0
 
@@ -199,6 +202,9 @@ def continue_with(
 def _work(stream: kvsieve.Stream) -> tuple[float, float]:
     """Keys compared and keys read by the last query, in the mean over rows, layers and key-value heads."""
     engine, selection = stream._engine, stream._engine.parts.find(Selection)
+    if engine.parts.find(Recycling) is not None:
+        traced = [(layer.read, len(layer.rows) * len(layer.rows[0])) for layer in stream.trace()]
+        return 0.0, statistics.fmean(read / heads for read, heads in traced)
     (spec, *_) = stream.policy.specs(engine.facts.bytes_per_token)
     seen = [engine.planner.seen(row) for row in range(engine.num_rows)]
     whole = statistics.fmean(min(n, spec.evict.sinks + spec.evict.visible) if spec.evict.rule == "window" else n for n in seen)

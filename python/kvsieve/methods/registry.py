@@ -15,6 +15,7 @@ from kvsieve.methods.infinite_hip import InfiniteHiP
 from kvsieve.methods.lm_infinite import LMInfinite
 from kvsieve.methods.quantized import Quantized
 from kvsieve.methods.quest import Quest
+from kvsieve.methods.refresh_kv import RefreshKV
 from kvsieve.methods.sirllm import SirLLM
 from kvsieve.methods.snapkv import SnapKV
 from kvsieve.methods.streaming_llm import StreamingLLM
@@ -29,6 +30,7 @@ __all__ = [
     "LMInfinite",
     "Quantized",
     "Quest",
+    "RefreshKV",
     "SirLLM",
     "SnapKV",
     "StreamingLLM",
@@ -96,5 +98,6 @@ SYSTEMS: tuple[System, ...] = (
         "selects",
         "quest(32, sinks=0, window=64, query_block=16, query_stride=3)",
     ),
+    System(RefreshKV, "Xu et al., ACL 2025, arXiv 2411.05787", "selects", "refreshkv(48, stride=3, similarity=0.9, kernel=3)"),
 )
 """In the order in which they are listed to a reader."""

@@ -73,6 +73,15 @@ MEMORY: tuple[Refusal, ...] = (
         "not with {select}",
     ),
     Refusal(
+        lambda r: r.select.recycles and r.evict.evicts,
+        "{memory}: heads read tokens again that they chose before, and {evict} evicts some of them; keep everything",
+    ),
+    Refusal(
+        lambda r: r.select.recycles and r.position.moves,
+        "{memory}: heads choose by attention as the model has it, and read tokens where they stand; that goes with Original, not "
+        "with {position}",
+    ),
+    Refusal(
         lambda r: r.position.renumbers and not r.select.sparse,
         "{position} renumbers what a sparse selection found; it goes with a SparseSelection, not with {select}",
     ),

@@ -11,8 +11,9 @@ from kvsieve.budget import check_count
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
+    import torch
 
-__all__ = ["Dense", "Parameter", "SelectionRule", "SparseSelection", "TopKTokens"]
+__all__ = ["Dense", "Parameter", "RecycledSelection", "SelectionRule", "SparseSelection", "TopKTokens"]
 
 
 Parameter = bool | int | float | str | Sequence[tuple[int, int]]
@@ -30,6 +31,8 @@ class SelectionRule:
     """Whether it goes only with a memory that keeps every token."""
     needs_plain_storage: bool = False
     """Whether it goes only with keys that are stored as they came."""
+    recycles: ClassVar[bool] = False
+    """Whether tokens are read again that heads chose at an earlier step: none may be evicted, or moved."""
     top_k: int = 0
     """Tokens with the highest logits that the last query of a forward reads; 0 for a rule that does not count them so."""
     from_layer: int = 0
@@ -127,3 +130,34 @@ class SparseSelection(SelectionRule):
     def defines_itself(self) -> bool:
         """Whether :meth:`choose` is its definition."""
         return type(self).choose is not SparseSelection.choose
+
+
+class RecycledSelection(SelectionRule):
+    """Most steps of decode read, for each layer and KV head, tokens that the head chose at an earlier step, and what came since.
+
+    A *full* step reads everything, and each head chooses anew by the attention that its newest query gave to each token. Forwards
+    over several tokens of a row are full steps. Of the steps after them every :attr:`stride`-th may be one; see :attr:`similarity`.
+    A text of :attr:`budget` tokens is read whole, and the first token that it does not hold takes a full step.
+    """
+
+    sparse: ClassVar[bool] = True
+    recycles: ClassVar[bool] = True
+    budget: int
+    """Tokens that a head chooses. As the text goes on it reads so many before the newest one; the lowest scores go first."""
+    stride: int
+    """Single tokens between two steps that may be full."""
+    similarity: float | None
+    """None: every :attr:`stride`-th step is full. Otherwise it is in layers where the cosine of the mean query, before RoPE, with
+    that of the layer's last full step is not above this."""
+
+    def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each head goes on reading.
+
+        Args:
+            scores: float ``[Hkv, n]``, the highest probability that the newest query gave to each token, among the query heads of
+                the group.
+
+        Returns:
+            int64 ``[Hkv, k]``, ``k = min(budget, n)``: tokens, ascending, and the order in which they go, 0 first.
+        """
+        raise NotImplementedError

@@ -175,7 +175,9 @@ class Engine(Held):
     def _planned(self, lens: list[int], width: int) -> Forward:
         ids, foreign = self._expected or (None, False)
         seen = self.blocks.seen or [0] * len(lens)
-        return Forward(lens, width, seen, self.candidates.verifying, foreign, ids)
+        turn = self.transcript.turn
+        longer = () if turn is None else turn.longer(len(lens))
+        return Forward(lens, width, seen, self.candidates.verifying, foreign, ids, longer=longer)
 
     @exclusive
     def _begin(self, forward: Forward) -> Forward:

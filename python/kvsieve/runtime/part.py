@@ -78,6 +78,7 @@ class Forward:
         ids: int64 ``[B, width]``; None if the model was given embeddings.
         hidden: what the decoder returned, ``[B, width, hidden]``.
         logits: what the causal LM returned, ``[B, r, V]`` of its last ``r`` columns.
+        longer: for each row whether its tokens, even a single one, belong to a prompt of several; empty where nobody said so.
         step: the planner's plan; none before `begin` is over.
         owner: the thread that runs it.
     """
@@ -90,6 +91,7 @@ class Forward:
     ids: torch.Tensor | None = None
     hidden: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    longer: Sequence[bool] = ()
     step: Step | None = None
     owner: threading.Thread = field(default_factory=threading.current_thread)
 

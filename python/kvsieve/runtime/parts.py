@@ -10,6 +10,7 @@ from kvsieve.runtime.eviction import Eviction
 from kvsieve.runtime.head_eviction import HeadEviction
 from kvsieve.runtime.part import Setting, StreamPart
 from kvsieve.runtime.pinning import Pinning
+from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.sliding import SlidingLayers
 from kvsieve.runtime.surprisal import SurprisalScores
@@ -27,6 +28,7 @@ KINDS = (
     HeadEviction,
     Eviction,
     Selection,
+    Recycling,
     Pinning,  # the last one to be restored: it asks whether what is pinned is there
 )
 
@@ -70,4 +72,6 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     """
     compression = parts.find(Compression)
     packings = () if compression is None else compression.packing.values()
-    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, setting.policy.selection)
+    policy = setting.policy
+    recycles = policy.recycling is not None
+    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles)

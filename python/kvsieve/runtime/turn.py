@@ -77,6 +77,11 @@ class Turn:
             lens.append(real + (more if stop is None else min(max(stop - self.fed, 0), more)))
         return lens
 
+    def longer(self, batch: int) -> list[bool]:
+        """For each of ``batch`` rows, whether what comes next is of a prompt of several tokens, all of it or a piece."""
+        copies = batch // len(self.counts)
+        return [self.left > 0 and count > 1 for count in self.counts for _ in range(copies)]
+
     @property
     def place(self) -> tuple[int, int, bool]:
         """How far the turn has come."""

@@ -8,6 +8,7 @@ mod memory;
 mod plan;
 mod planner;
 mod select;
+mod sets;
 mod store;
 
 #[pymodule]
@@ -19,6 +20,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     planner::register(m)?;
     store::register(m)?;
     select::register(m)?;
+    sets::register(m)?;
     kernels::register(m)?;
     Ok(())
 }

@@ -39,6 +39,10 @@ impl Store {
         self.value_dim
     }
 
+    pub fn num_kv_heads(&self) -> usize {
+        self.num_kv_heads
+    }
+
     /// A guard never outlives the release of the GIL around it, so waiting for one cannot be waiting for ourselves.
     pub fn read<R: Send>(&self, py: Python<'_>, bytes: usize, f: impl FnOnce(&Arena) -> R + Send) -> R {
         if bytes < SMALL

@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve._core import Store
+from kvsieve._core import Store, attend_highest, attend_sets
 from kvsieve.backends.attention import Partial, attend, merge, visibility
-from kvsieve.backends.attention_scores import of_items, of_prefill
+from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cpu.prefill import attend_part
 from kvsieve.backends.cpu.tensors import DTYPES, view
@@ -27,8 +27,10 @@ from kvsieve.backends.runs import columns
 from kvsieve.policy.storage import Channels
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvsieve._core import Moves, Step
-    from kvsieve.backends.base import AttendCall
+    from kvsieve.backends.base import AttendCall, HeadSets
     from kvsieve.backends.cpu.selection import CpuSelection
     from kvsieve.policy.storage import Packing
 
@@ -123,6 +125,39 @@ class CpuStore:
         numbers = call.scale, call.softcap, sink_logits
         items = self._core.attend_mass(view(q), step, None, *numbers, view(out), threads=threads)
         return out, of_items([torch.from_numpy(item) for item in items], step)
+
+    def run_with_sets(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        sets: Sequence[HeadSets | None],
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        whole = [mine is None and count > 0 for mine, count in zip(sets, step.new_lens)]
+        scores: list[torch.Tensor | None] = [None] * q.shape[0]
+        if not step.has_spans:
+            scores = highest_of_prefill(self, q, k, step, call, [not mine for mine in whole])
+            out = self.run(q, k, v, step, call)
+        else:
+            self._core.append(view(k), view(v), step)
+            out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
+        numbers, threads = (call.scale, call.softcap, sink_logits), torch.get_num_threads()
+        if step.has_spans and (any(whole) or q.shape[2] > 1):
+            items = attend_highest(self._core, view(q), step, whole, *numbers, view(out), threads)
+            scores = [None if item is None else torch.from_numpy(item) for item in items]
+        if all(mine is None for mine in sets):
+            return out, scores
+        given = [None if s is None else (s.tokens.numpy(), s.order.numpy(), s.gone, s.rest) for s in sets]
+        alone = step.has_spans and q.shape[2] == 1 and not any(whole)
+        answer = out if alone else torch.empty(q.shape[0], 1, q.shape[1], v.shape[3], dtype=q.dtype)
+        attend_sets(self._core, view(q[:, :, -1:]), step, given, *numbers, view(answer), threads)
+        if not alone:
+            mine = [row for row, one in enumerate(sets) if one is not None]
+            out[mine, -1] = answer[mine, 0]
+        return out, scores
 
     def _merge_selected(
         self,

@@ -10,7 +10,9 @@ __all__ = ["CAPABILITIES"]
 
 CAPABILITIES = Capabilities(
     "cuda",
-    SelectionCapabilities(kinds(select.__path__), stored_keys=frozenset({"post_rope"}), compressed=False, page_bounds=False),
+    SelectionCapabilities(
+        kinds(select.__path__), stored_keys=frozenset({"post_rope"}), compressed=False, page_bounds=False, recycled=False
+    ),
     devices=frozenset({"cuda"}),
     dtypes=FLOATS,
     max_head_dim=256,  # the tiles of `attend`

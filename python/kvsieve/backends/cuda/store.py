@@ -32,8 +32,10 @@ from kvsieve.backends.runs import columns, pick
 from kvsieve.errors import ShapeError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from kvsieve._core import Moves, Step
-    from kvsieve.backends.base import AttendCall
+    from kvsieve.backends.base import AttendCall, HeadSets
     from kvsieve.backends.cuda.context import Context
     from kvsieve.backends.cuda.plan import DevicePart, Plan
     from kvsieve.backends.cuda.selection import CudaSelection
@@ -239,6 +241,22 @@ class CudaStore:
         assert lse is not None
         assert scores is not None
         return out, lse, list(torch.split(scores, np.diff(plan.key_starts).tolist(), 1))
+
+    def run_with_sets(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        sets: Sequence[HeadSets | None],
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        """Refused here, and by the capabilities when a stream opens.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("backend 'cuda' lets no head read tokens that it chose at an earlier step; use backend='reference'")
 
     def run_with_scores(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall

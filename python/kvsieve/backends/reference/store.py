@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -13,8 +13,9 @@ import torch
 
 from kvsieve._core import PACKED
 from kvsieve.backends.attention import Partial, attend, merge, rotate_part, visibility
-from kvsieve.backends.attention_scores import of_prefill
-from kvsieve.backends.base import HeldBytes, Runs
+from kvsieve.backends.attention_scores import highest_of_prefill, of_prefill
+from kvsieve.backends.base import HeadSets, HeldBytes, Runs
+from kvsieve.backends.reference.definition import sparse_attend
 from kvsieve.backends.reference.selection import Asking, ReferenceSelection
 from kvsieve.backends.reference.storage import PackedBlock
 from kvsieve.backends.runs import pick
@@ -121,6 +122,35 @@ class ReferenceStore:
         self._check(k, v)
         scores = of_prefill(self, q, k, step, call)
         return self.run(q, k, v, step, call), scores
+
+    def run_with_sets(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        sets: Sequence[HeadSets | None],
+    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
+        self._check(k, v)
+        scores = highest_of_prefill(self, q, k, step, call, [mine is not None for mine in sets])
+        wide = torch.float64 if q.dtype == torch.float64 else torch.float32
+        read = {}
+        for part in step.parts():
+            mine = sets[part.row]
+            if mine is None or not step.new_lens[part.row]:
+                continue
+            old_k, old_v = self.read(list(zip(*(a.tolist() for a in part.runs()))))
+            keys, values = (torch.cat([old, new[part.row, :, -1:]], 1).to(wide) for old, new in ((old_k, k), (old_v, v)))
+            visible = torch.zeros(keys.shape[0], 1, keys.shape[1], dtype=torch.bool)
+            for head in range(keys.shape[0]):
+                visible[head, 0, mine.read(head, keys.shape[1])] = True
+            found = sparse_attend(q[part.row, :, -1:].to(wide), keys, values, visible.to(q.device), call.scale, call.softcap)
+            read[part.row] = merge([found], call.sink_logits)[:, 0]
+        out = self.run(q, k, v, step, call)
+        for row, answer in read.items():
+            out[row, -1] = answer.to(out.dtype)
+        return out, scores
 
     @_locked
     def permute(self, source: Runs, keep: torch.Tensor, to: Runs) -> None:

@@ -11,10 +11,11 @@ pub mod read;
 pub mod rotate;
 mod rows;
 pub mod select;
+pub mod sets;
 mod simd;
 pub mod sparse;
 pub mod surprisal;
 pub mod threads;
 
-pub use attend::{Attend, SpanTrig, attend, attend_apart, attend_unless};
+pub use attend::{Attend, SpanTrig, attend, attend_apart, attend_highest, attend_unless};
 pub use isa::Level;

@@ -81,16 +81,16 @@ pub struct Work {
 }
 
 /// Where the residents of a row lie.
-struct Layout<'a> {
+pub(super) struct Layout<'a> {
     runs: &'a [Run],
     shown: &'a [Shown],
     /// The first resident of each run.
     starts: Vec<u32>,
-    len: u32,
+    pub(super) len: u32,
 }
 
 impl<'a> Layout<'a> {
-    fn new(runs: &'a [Run], shown: &'a [Shown]) -> Result<Self> {
+    pub(super) fn new(runs: &'a [Run], shown: &'a [Shown]) -> Result<Self> {
         if !shown.is_empty() {
             check_len("shown", shown.len(), runs.len())?;
         }
@@ -109,7 +109,7 @@ impl<'a> Layout<'a> {
 
     /// Appends residents `stretch` as the query at `position` sees them, as spans. `from` is a run at or before the first one; returns
     /// the run of the last.
-    fn push(&self, stretch: Range<u32>, position: usize, from: usize, out: &mut Vec<Span>) -> usize {
+    pub(super) fn push(&self, stretch: Range<u32>, position: usize, from: usize, out: &mut Vec<Span>) -> usize {
         let behind = i64::from(self.len) - 1 - position as i64;
         let mut at = from;
         // Whole blocks, as they mostly are, are found at once.

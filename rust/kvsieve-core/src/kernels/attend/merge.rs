@@ -11,6 +11,8 @@ pub(super) struct Results<'a> {
     pub out: ElemsMut<'a>,
     pub lse: Option<&'a mut [f32]>,
     pub mass: Option<&'a mut [f32]>,
+    /// Whether the mass is the highest probability among the heads of a group, and not their sum.
+    pub highest: bool,
 }
 
 /// What the units have found.
@@ -71,7 +73,7 @@ impl Head<'_> {
 
 /// Fills the results.
 pub(super) fn merge(common: &Common<'_>, found: &Found<'_>, results: Results<'_>) {
-    let Results { mut out, mut lse, mass } = results;
+    let Results { mut out, mut lse, mass, highest } = results;
     let (args, group, stretches) = (common.args, common.group, found.stretches);
     let [_, heads, queries, _] = args.q.shape();
     let (kv_heads, value_dim) = (common.arena.num_kv_heads(), common.arena.value_dim());
@@ -97,27 +99,28 @@ pub(super) fn merge(common: &Common<'_>, found: &Found<'_>, results: Results<'_>
             write_out(&mut out, common.arena.dtype(), (item * heads + head) * value_dim, &sums, norm.factor);
             if wants_mass && item_keys > 0 {
                 let to = &mut item_mass[kv_head * item_keys..][..item_keys];
-                add_mass(found, (list, logits_at), (kv_head, kv_heads), (g, group), &norm, to);
+                add_mass(found, (list, logits_at), (kv_head, kv_heads), (g, group), (&norm, highest), to);
             }
         }
         logits_at += item_keys * heads;
     }
 }
 
-/// Adds a head's probabilities to those of its group; `at` is where the item's logits begin.
+/// Adds a head's probabilities to those of its group, or keeps the highest; `at` is where the item's logits begin.
 fn add_mass(
     found: &Found<'_>,
     (list, mut at): (usize, usize),
     (kv_head, kv_heads): (usize, usize),
     (g, group): (usize, usize),
-    norm: &Norm,
+    (norm, highest): (&Norm, bool),
     mut to: &mut [f32],
 ) {
     for keys in found.stretches.of_list(list).iter().map(|s| s.keys) {
         let unit = &found.logits[at + kv_head * group * keys + g * keys..][..keys];
         let (mine, others) = std::mem::take(&mut to).split_at_mut(keys);
         for (m, x) in mine.iter_mut().zip(unit) {
-            *m += (x - norm.max).exp() * norm.factor;
+            let p = (x - norm.max).exp() * norm.factor;
+            *m = if highest { m.max(p) } else { *m + p };
         }
         at += kv_heads * group * keys;
         to = others;

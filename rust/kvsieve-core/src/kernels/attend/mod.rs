@@ -60,7 +60,18 @@ pub fn attend_unless(
     mass: Option<&mut [f32]>,
     stop: &dyn Fn() -> bool,
 ) -> Result<()> {
-    run_all(arena, args, false, Results { out, lse, mass }, stop)
+    run_all(arena, args, false, Results { out, lse, mass, highest: false }, stop)
+}
+
+/// [`attend_unless`], where `mass` is the highest probability of each key among the query heads of the group, instead of their sum.
+pub fn attend_highest(
+    arena: &Arena,
+    args: &Attend<'_>,
+    out: ElemsMut<'_>,
+    mass: &mut [f32],
+    stop: &dyn Fn() -> bool,
+) -> Result<()> {
+    run_all(arena, args, false, Results { out, lse: None, mass: Some(mass), highest: true }, stop)
 }
 
 /// [`attend_unless`] where every key-value head reads spans of its own: head `h` of item `i` those from
@@ -72,7 +83,7 @@ pub fn attend_apart(
     lse: Option<&mut [f32]>,
     stop: &dyn Fn() -> bool,
 ) -> Result<()> {
-    run_all(arena, args, true, Results { out, lse, mass: None }, stop)
+    run_all(arena, args, true, Results { out, lse, mass: None, highest: false }, stop)
 }
 
 /// `apart`: whether each key-value head has a list of spans of its own.
