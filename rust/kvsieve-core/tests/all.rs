@@ -13,6 +13,7 @@ mod machine;
 mod packed;
 mod position;
 mod search;
+mod sets;
 mod sieve;
 mod step;
 

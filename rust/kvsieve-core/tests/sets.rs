@@ -1,10 +1,7 @@
 //! Attention to sets of tokens that every head chose for itself, and the probabilities by which it chooses, against the kernels that
 //! are tested against the naive twin.
 
-#[path = "common/data.rs"]
-mod data;
-
-use data::{DTYPES, Data, Noise, filled, span};
+use super::common::data::{DTYPES, Data, Noise, filled, span};
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
