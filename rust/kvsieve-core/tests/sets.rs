@@ -7,9 +7,9 @@ use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
 use kvsieve_core::kernels::isa::levels;
 use kvsieve_core::kernels::sets::{AttendSets, Sets, attend_sets};
-use kvsieve_core::kernels::{Attend, attend, attend_apart, attend_highest};
+use kvsieve_core::kernels::{Attend, Level, attend, attend_apart, attend_highest};
 use kvsieve_core::plan::Spans;
-use kvsieve_core::tensor::Dtype;
+use kvsieve_core::tensor::{Dtype, View};
 
 /// Runs of blocks in any order, the last ones not full, with holes as evictions leave them.
 fn runs(noise: &mut Noise, blocks: usize) -> Vec<Run> {
@@ -113,6 +113,11 @@ fn sets_that_name_what_is_not_there_are_refused() {
     assert!(attended(&[1, 2], &[0, 0, 0], 9).is_err());
 }
 
+fn asked<'a>(q: View<'a>, spans: &'a Spans, sinks: Option<&'a [f32]>, level: Level) -> Attend<'a> {
+    let (trig, scale, softcap, apply_factor, threads) = (None, 0.4, None, false, 1);
+    Attend { q, spans, trig, scale, softcap, sinks, apply_factor, threads, level }
+}
+
 #[test]
 fn the_highest_probability_of_a_group() {
     let mut noise = Noise(11);
@@ -135,13 +140,9 @@ fn the_highest_probability_of_a_group() {
         let sinks = [None, Some(&sinks[..])][noise.below(2)];
         let keys = mass_len(&spans, kv_heads);
         for level in levels() {
-            let args = |q, sinks| {
-                let (trig, scale, softcap, apply_factor, threads) = (None, 0.4, None, false, 1);
-                Attend { q, spans: &spans, trig, scale, softcap, sinks, apply_factor, threads, level }
-            };
             let mut out = Data::of(&vec![7.0; heads * queries * 32], dtype);
             let mut mass = vec![7.0; keys];
-            let all = args(q.view([1, heads, queries, 32]), sinks);
+            let all = asked(q.view([1, heads, queries, 32]), &spans, sinks, level);
             attend_highest(&arena, &all, out.elems_mut(), &mut mass, &|| false).unwrap();
             let mut plain = Data::of(&vec![8.0; heads * queries * 32], dtype);
             attend(&arena, &all, plain.elems_mut(), None, None).unwrap();
@@ -157,7 +158,7 @@ fn the_highest_probability_of_a_group() {
                 let (mine, sinks) = (Data::of(&pick(&wide), dtype), sinks.map(pick));
                 let mut out = Data::of(&vec![7.0; kv_heads * queries * 32], dtype);
                 let mut mass = vec![7.0; keys];
-                let one = args(mine.view([1, kv_heads, queries, 32]), sinks.as_deref());
+                let one = asked(mine.view([1, kv_heads, queries, 32]), &spans, sinks.as_deref(), level);
                 attend(&arena, &one, out.elems_mut(), None, Some(&mut mass)).unwrap();
                 highest.iter_mut().zip(&mass).for_each(|(h, m)| *h = h.max(*m));
             }
