@@ -82,8 +82,8 @@ fn every_head_reads_its_set_and_the_rest() {
             let (trig, apply_factor, threads) = (None, false, 1);
             let args = Attend { q, spans: &spans, trig, scale, softcap, sinks, apply_factor, threads, level };
             attend_apart(&arena, &args, exact.elems_mut(), None, &|| false).unwrap();
-            let off = data::off(&out.f64s(), &exact.f64s());
-            assert!(off <= data::tolerance(dtype), "round {round} {level:?} {dtype:?}: {off}");
+            let off = super::common::data::off(&out.f64s(), &exact.f64s());
+            assert!(off <= super::common::data::tolerance(dtype), "round {round} {level:?} {dtype:?}: {off}");
         }
     }
 }
