@@ -24,6 +24,8 @@ __all__ = [
     "Step",
     "Store",
     "__version__",
+    "attend_highest",
+    "attend_sets",
     "error_samples",
     "isa",
     "isa_levels",
