@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import importlib.util
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -23,8 +22,6 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     only = "of the tests that are parametrised over backends, run those on this one only"
     parser.addoption("--backend", choices=("cpu", "reference"), help=only)
-    seam = "of the tests that are parametrised over policies, run those on one policy of every kind only (`tiny.kinds`)"
-    parser.addoption("--seam", action="store_true", help=seam)
 
 
 def on_other_backends(item: pytest.Item, backend: str) -> bool:
@@ -32,39 +29,13 @@ def on_other_backends(item: pytest.Item, backend: str) -> bool:
     return call is not None and call.params.get("backend", backend) != backend
 
 
-def one_of_a_kind(items: list[pytest.Item]) -> list[pytest.Item]:
-    """Of every test the first on each kind of policy, for each choice of its other parameters.
-
-    The parameter `policy` names a row of `tiny.POLICIES`; a module's `POLICY_KINDS` says of which kinds the rows of its tables are.
-    """
-    import tiny
-
-    policies = {"policy": tiny.kinds({name: make(64) for name, make in tiny.POLICIES.items()})}
-
-    def place(item: pytest.Item) -> tuple[Any, ...]:
-        tables = {**policies, **getattr(getattr(item, "module", None), "POLICY_KINDS", {})}
-        params = getattr(getattr(item, "callspec", None), "params", {})
-        return item.nodeid.split("[")[0], *((name, kind(tables.get(name, {}), value)) for name, value in sorted(params.items()))
-
-    def kind(table: dict[str, Any], value: Any) -> Any:
-        return table.get(value, value) if isinstance(value, str) else id(value)
-
-    found: dict[Any, pytest.Item] = {}
-    for item in items:
-        found.setdefault(place(item), item)
-    return list(found.values())
-
-
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    backend, chosen = config.getoption("--backend"), list(items)
+    backend = config.getoption("--backend")
     if backend is not None:
-        chosen = [item for item in chosen if not on_other_backends(item, backend)]
-    if config.getoption("--seam"):
-        chosen = one_of_a_kind(chosen)
-    stays = set(chosen)
-    config.hook.pytest_deselected(items=[item for item in items if item not in stays])
-    items[:] = chosen
+        others = [item for item in items if on_other_backends(item, backend)]
+        config.hook.pytest_deselected(items=others)
+        items[:] = [item for item in items if not on_other_backends(item, backend)]
     skip_without_a_gpu(items)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import kvsieve
 import torch
-from kvsieve.policy.storage import Plain
 
 # On tensors this small a second thread only costs; on a busy machine, several times the whole run.
 torch.set_num_threads(1)
@@ -108,20 +107,5 @@ BOUNDED = [name for name, make in POLICIES.items() if make(64).memories[-1].role
 
 PER_HEAD = [name for name, make in POLICIES.items() if make(64).memories[0].roles.evict.per_head]
 """The policies under which the heads of a row hold different tokens."""
-
-
-def kinds(policies: dict[str, Any]) -> dict[str, tuple[Any, ...]]:
-    """Of policies by name, what each takes from the model and from `generate`, and shows them. Those of one kind differ in what is
-    kvsieve's own, whatever the release of transformers."""
-    return {name: _kind(policy) for name, policy in policies.items()}
-
-
-def _kind(policy: Any) -> tuple[Any, ...]:
-    """Post-RoPE or pre-RoPE keys, logits, queries; whether tokens are evicted, selected, or compressed."""
-    roles = [memory.roles for memory in policy.memories]
-    takes = any(role.evict.per_head for role in roles), any(getattr(role.storage, "observe", 0) for role in roles)
-    does = any(role.evict.evicts for role in roles), roles[0].select.sparse, not isinstance(roles[-1].storage, Plain)
-    return policy.stored_keys, policy.needs_surprisal, takes, does
-
 
 BACKENDS = ["reference", "cpu"]

@@ -61,7 +61,7 @@ def test_with_room_for_everything_it_is_full_bit_for_bit(policy: str, backend: s
     want, _ = fed(backend, kvsieve.Full(), ids, chunks)
     for budget in (60, 500):
         got, kept = fed(backend, tiny.POLICIES[policy](budget), ids, chunks)
-        # The chunk path of both is the same call; few queries of H2O go through the pass that hands out probabilities too.
+        # Prefill of both is the same call; few queries of H2O go through the pass that hands out probabilities too.
         assert torch.equal(got, want)
         assert kept == [list(range(60))] * 6
 

@@ -24,7 +24,6 @@ SYSTEMS: dict[str, Any] = {
     "sirllm_hip": lambda: tiny.POLICIES["sirllm"](60) | kvsieve.HiP(16, block=2, sinks=2, window=8, dense_layers=0),
 }
 EVERY = pytest.mark.parametrize("system", list(SYSTEMS))
-POLICY_KINDS = {"system": tiny.kinds({name: make() for name, make in SYSTEMS.items()})}
 
 
 def answers(stream: kvsieve.Stream, rows: int) -> list[torch.Tensor]:

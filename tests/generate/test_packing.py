@@ -44,7 +44,6 @@ THINK |= {
 }
 
 UNBOUNDED = ["pairs", "single", "flush", "codes", "both"]
-POLICY_KINDS = {"make": tiny.kinds({name: make() for name, make in THINK.items()})}
 
 
 @pytest.fixture(params=list(THINK), ids=list(THINK))

@@ -32,7 +32,6 @@ KINDS: dict[str, Callable[..., Any]] = {
     "the paper's": lambda **changes: quest(budget=128, block=64, candidates=1, window=70, **changes),
 }
 EVERY = pytest.mark.parametrize("name", list(KINDS))
-POLICY_KINDS = {"name": tiny.kinds({name: make() for name, make in KINDS.items()})}
 
 LONG = 420
 """Tokens of a text that has four blocks, or more, to choose from."""

@@ -41,7 +41,6 @@ SEARCHES: dict[str, Make] = {
 }
 
 EVERY = pytest.mark.parametrize("name", list(SEARCHES))
-POLICY_KINDS = {"name": tiny.kinds({name: make() for name, make in SEARCHES.items()})}
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 

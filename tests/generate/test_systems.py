@@ -18,7 +18,6 @@ from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 EVERY = pytest.mark.parametrize("name", list(SYSTEMS))
-POLICY_KINDS = {"name": tiny.kinds({name: system.make() for name, system in SYSTEMS.items()})}
 
 # Two ways of going on: long chunks, short ones and single tokens.
 PIECES = ((40, 1, 5, 23, 1, 1), (17, 1, 40, 1, 3, 1))

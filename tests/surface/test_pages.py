@@ -213,7 +213,8 @@ def test_the_registry_feeds_the_menu_the_tables_and_the_reference() -> None:
         assert re.search(rf"::: kvsieve\.methods\.\w+\.{policy}$", reference, re.MULTILINE), policy
         assert f"[`{policy}`]({page.name})" in index, policy
     named = re.findall(r"^\| \[`(\w+)\(\w*\)`\]\(([\w/.-]+)\)", pages.README.read_text(encoding="utf-8"), re.MULTILINE)
-    assert len(named) > 5
+    # A new system's row may wait; none of these may go.
+    assert len(named) >= 12
     assert not [name for name, target in named if pages.ROOT / target != page_of(name)]
 
 

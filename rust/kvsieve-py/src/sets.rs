@@ -15,14 +15,10 @@ use pyo3::prelude::*;
 use crate::error::{Signals, to_py};
 use crate::kernels::{Input, Output};
 use crate::plan::Step;
-use crate::store::Store;
+use crate::store::{Store, spans, strided};
 
 /// A row's sets as Python writes them: tokens and ranks `[kv_heads, count]`, the lowest rank that is read, and where the rest begins.
 type Given<'py> = (PyReadonlyArray2<'py, i64>, PyReadonlyArray2<'py, i64>, i64, u32);
-
-fn strided(what: &'static str) -> PyErr {
-    to_py(Error::Shape { what, expected: "a C-contiguous array".to_string(), got: "a strided one".to_string() })
-}
 
 fn shape(what: &'static str, expected: String, got: String) -> PyErr {
     to_py(Error::Shape { what, expected, got })
@@ -125,9 +121,8 @@ fn attend_highest<'py>(
     out: &Bound<'_, PyAny>,
     threads: usize,
 ) -> PyResult<Vec<Option<Bound<'py, PyArray2<f32>>>>> {
+    let spans = spans(step)?;
     let step = &step.inner;
-    let missing = Error::Unsupported("this step is for the chunk path: it has no spans");
-    let spans = step.spans.as_ref().ok_or_else(|| to_py(missing))?;
     if rows.len() != step.num_rows {
         return Err(shape("rows", format!("{} rows", step.num_rows), rows.len().to_string()));
     }

@@ -120,12 +120,12 @@ impl Store {
     }
 }
 
-fn strided(what: &'static str) -> PyErr {
+pub fn strided(what: &'static str) -> PyErr {
     to_py(Error::Shape { what, expected: "a C-contiguous array".to_string(), got: "a strided one".to_string() })
 }
 
-fn spans(step: &Step) -> PyResult<&Spans> {
-    let missing = Error::Unsupported("this step is for the chunk path: it has no spans");
+pub fn spans(step: &Step) -> PyResult<&Spans> {
+    let missing = Error::Unsupported("this step is for prefill: it has no spans");
     step.inner.spans.as_ref().ok_or_else(|| to_py(missing))
 }
 

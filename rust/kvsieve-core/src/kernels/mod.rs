@@ -7,6 +7,7 @@ pub mod attend;
 pub mod chunk;
 pub mod isa;
 pub mod merge;
+mod queries;
 pub mod read;
 pub mod rotate;
 mod rows;

@@ -49,8 +49,9 @@ fn push_head(layout: &Layout<'_>, row: &Sets<'_>, head: usize, count: usize, spa
     };
     let (mut at, mut open, mut from) = (0, 0..0, 0);
     for (&token, _) in tokens.iter().zip(ranks).filter(|(_, rank)| **rank >= row.skip) {
-        let token = u32::try_from(token).ok().filter(|&token| token >= from && token < row.rest);
-        let token = token.ok_or_else(|| wrong(format!("{tokens:?}, and a rest from {} on", row.rest)))?;
+        let resident = u32::try_from(token).ok().filter(|&token| token >= from && token < row.rest);
+        let got = || wrong(format!("{token} where {from} or more may come, and a rest from {} on", row.rest));
+        let token = resident.ok_or_else(got)?;
         from = token + 1;
         if token != open.end {
             at = layout.push(open, position, at, &mut spans.spans);

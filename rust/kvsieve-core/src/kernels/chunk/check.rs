@@ -1,5 +1,6 @@
 //! What of a call does not fit together.
 
+use crate::kernels::queries::check_queries;
 use crate::kernels::sparse::Sparse;
 use crate::kernels::threads;
 use crate::select::Choice;
@@ -17,15 +18,9 @@ pub(super) fn check(
 ) -> Result<usize> {
     args.level.check()?;
     threads::check(args.threads)?;
-    check_dtype("q", args.q.elems(), arena.dtype())?;
+    let group = check_queries(&args.q, arena)?;
     check_dtype("out", out.as_ref(), arena.dtype())?;
-    let shape = args.q.shape();
-    let [rows, heads, columns, dim] = shape;
-    let kv_heads = arena.num_kv_heads();
-    if dim != arena.key_dim() || heads == 0 || !heads.is_multiple_of(kv_heads) {
-        let expected = format!("[rows, multiple of {kv_heads}, columns, {}]", arena.key_dim());
-        return Err(Error::Shape { what: "q", expected, got: format!("{shape:?}") });
-    }
+    let [rows, heads, columns, _] = args.q.shape();
     check_len("rows", args.rows.len(), rows)?;
     check_len("choices", choices.len(), rows)?;
     check_len("out", out.len(), rows * columns * heads * arena.value_dim())?;
@@ -39,5 +34,5 @@ pub(super) fn check(
     if args.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
         return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{:?}", args.softcap) });
     }
-    Ok(heads / kv_heads)
+    Ok(group)
 }

@@ -6,9 +6,9 @@ use super::residents::Residents;
 use super::selection::{QueryBlock, Selection};
 use crate::error::at_least_one;
 use crate::ids::BLOCK;
+use crate::kernels::queries::check_queries;
 use crate::kernels::threads;
 use crate::storage::arena::Arena;
-use crate::tensor::check_dtype;
 use crate::{Error, Result};
 
 /// Refuses keys that cannot be scored where they are shown.
@@ -38,14 +38,9 @@ pub(super) fn check_shown(args: &Selection<'_>, block: &QueryBlock<'_>, resident
 pub(super) fn check(arena: &Arena, args: &Selection<'_>, num_inputs: usize) -> Result<usize> {
     args.level.check()?;
     threads::check(args.threads)?;
-    check_dtype("q", args.q.elems(), arena.dtype())?;
-    let shape = args.q.shape();
-    let [rows, heads, columns, dim] = shape;
+    let group = check_queries(&args.q, arena)?;
+    let [rows, _, columns, _] = args.q.shape();
     let kv_heads = arena.num_kv_heads();
-    if dim != arena.key_dim() || heads == 0 || !heads.is_multiple_of(kv_heads) {
-        let expected = format!("[rows, multiple of {kv_heads}, columns, {}]", arena.key_dim());
-        return Err(Error::Shape { what: "q", expected, got: format!("{shape:?}") });
-    }
     for block in args.blocks {
         if block.row >= rows || block.columns.is_empty() || block.columns.end > columns {
             let expected = format!("queries of {rows} rows and {columns} columns");
@@ -58,7 +53,7 @@ pub(super) fn check(arena: &Arena, args: &Selection<'_>, num_inputs: usize) -> R
         let expected = format!("{} x {kv_heads}", args.blocks.len());
         return Err(Error::Shape { what: "inputs", expected, got: num_inputs.to_string() });
     }
-    Ok(heads / kv_heads)
+    Ok(group)
 }
 
 /// Refuses a region that is not made of whole blocks whose minimum and maximum are known; `even` if all runs but the last are whole blocks.
