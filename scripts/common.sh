@@ -53,6 +53,21 @@ WHEEL_ARGS=()
 if [ "$(uname -s)" = Linux ]; then WHEEL_ARGS=(--zig --compatibility manylinux_2_17); fi
 export CARGO_ZIGBUILD_PYTHON_PATH="$ENV/bin/python"
 
+# Hold the target folder, for as long as this shell and what it runs: others may build in it beside us, but none from other sources.
+claim_target() {
+    mkdir -p "$CARGO_TARGET_DIR"
+    exec 7>"$CARGO_TARGET_DIR/.kvsieve.lock"
+    local status
+    while flock -s 7; do
+        status=0
+        "$PYTHON" scripts/target_sources.py check "$CARGO_TARGET_DIR" || status=$?
+        [ "$status" != 0 ] || return 0
+        [ "$status" = 3 ] || die "cannot tell which sources $CARGO_TARGET_DIR was built from"
+        flock 7
+        "$PYTHON" scripts/target_sources.py claim "$CARGO_TARGET_DIR"
+    done
+}
+
 # One hash over the names and contents of everything that ends up in the wheel.
 sources_hash() {
     local here=()

@@ -42,11 +42,11 @@ make_wheel() {
     [ "$(cat "$VENV/wheel.stamp" 2>/dev/null)" = "$fresh" ] && return
     say "building the wheel (release)"
     rm -rf "$VENV/wheel.stamp" "$VENV/wheel"
-    mkdir -p "$CARGO_TARGET_DIR"
-    # cargo guards its own work, but maturin copies the library afterwards: another clone must not build in between.
-    flock "$CARGO_TARGET_DIR/.kvsieve.lock" \
-        "$ENV/bin/maturin" build --release --locked --interpreter "$ENV/bin/python" --out "$VENV/wheel" "${WHEEL_ARGS[@]}" \
-        >"$VENV/wheel.log" 2>&1 || { cat "$VENV/wheel.log" >&2; die "the wheel did not build"; }
+    # cargo guards its own work, but maturin copies the library afterwards.
+    (
+        claim_target
+        exec "$ENV/bin/maturin" build --release --locked --interpreter "$ENV/bin/python" --out "$VENV/wheel" "${WHEEL_ARGS[@]}"
+    ) >"$VENV/wheel.log" 2>&1 || { cat "$VENV/wheel.log" >&2; die "the wheel did not build"; }
     rm -rf "$(site_of "$VENV")"/kvsieve "$(site_of "$VENV")"/kvsieve-*.dist-info
     "$ENV/bin/python" -m pip --disable-pip-version-check --python "$VENV/bin/python" install \
         --quiet --no-deps --no-index --force-reinstall "$VENV"/wheel/*.whl
