@@ -24,6 +24,7 @@ __all__ = [
     "Step",
     "Store",
     "__version__",
+    "attend_heaviest",
     "attend_highest",
     "attend_sets",
     "error_samples",
@@ -317,6 +318,23 @@ class Sparse:
 class SparseState:
     """What the rows of a :class:`Sparse` have chosen at some time."""
 
+def attend_heaviest(
+    store: Store,
+    q: npt.NDArray[Any],
+    step: Step,
+    rows: Sequence[bool],
+    rope: Rope | None,
+    scale: float,
+    softcap: float | None,
+    sinks: npt.NDArray[np.float32] | None,
+    out: npt.NDArray[Any],
+    *,
+    top: int,
+    mass: float,
+    renormalise: bool,
+    threads: int = 1,
+    apply_factor: bool = False,
+) -> npt.NDArray[np.float32]: ...
 def attend_highest(
     store: Store,
     q: npt.NDArray[Any],

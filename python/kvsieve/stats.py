@@ -13,11 +13,19 @@ __all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Stats", "StoredByte
 
 @dataclass(frozen=True)
 class LayerStats:
-    """One full-attention layer: its index, resident tokens of the fullest row, and bytes of keys and values held."""
+    """One full-attention layer.
+
+    Attributes:
+        index: the layer's index in the model.
+        resident: tokens of the fullest row.
+        bytes_held: bytes of keys and values.
+        value_mass: the least probability mass that a query head added up in the last forward; None where all values were.
+    """
 
     index: int
     resident: int
     bytes_held: int
+    value_mass: float | None = None
 
 
 @dataclass(frozen=True)

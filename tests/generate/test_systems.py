@@ -13,6 +13,7 @@ from kvsieve.errors import KvsieveError
 from kvsieve.methods import SYSTEMS as PUBLISHED
 from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
+from kvsieve.runtime.value_selection import ValueSelection
 from systems import PROMPT, SYSTEMS
 from tiny import BACKENDS
 
@@ -65,6 +66,8 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         recycling = engine.parts.find(Recycling)
         selects = engine.reads_top_k or (selection is not None and selection.searching)
         selects |= recycling is not None and all(sets[0] is not None for sets in recycling.read.values())
+        values = engine.parts.find(ValueSelection)
+        selects |= values is not None and all(bool((mass < 1).all()) for mass in values.mass.values())
         assert ("selects" in SYSTEMS[name].doing) == selects
         assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
 

@@ -254,6 +254,7 @@ def test_the_table_of_what_goes_together() -> None:
         "storage: ThinK, Quantized": ["{} | think()", "{} | quantized()"],
         "selection: HiP, InfiniteHiP": ["{} | hip()", "{} | infinitehip()"],
         "Quest, RefreshKV": ["{} | quest()", "{} | refreshkv(512)"],
+        "SelectiveV": ["{} | selectivev()"],
         "first in a chain": ["{} >> streamingllm(512)"],
         "later in a chain": ["streamingllm(512) >> {}"],
     }

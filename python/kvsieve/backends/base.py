@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from kvsieve._core import Moves, Step
     from kvsieve.facts import AttentionLayer, LayerRope
-    from kvsieve.policy.select import SparseSelection
+    from kvsieve.policy.select import HeaviestValues, SparseSelection
     from kvsieve.policy.storage import Channels, Packing
 
 __all__ = [
@@ -147,6 +147,7 @@ class SelectionCapabilities:
         compressed: whether some of the keys may be compressed.
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
         recycled: whether heads can read tokens that they chose before, by scores that it tells (:meth:`Store.run_with_sets`).
+        heaviest_values: whether a query can add up the heaviest values alone (:meth:`Store.run_heaviest`).
     """
 
     rules: frozenset[str]
@@ -155,6 +156,7 @@ class SelectionCapabilities:
     compressed: bool = True
     page_bounds: bool = True
     recycled: bool = True
+    heaviest_values: bool = True
 
 
 @dataclass(frozen=True)
@@ -230,6 +232,11 @@ class Capabilities:
             raise BackendError(
                 f"backend {self.name!r} lets no head read tokens that it chose at an earlier step; use HiP, or backend='reference'"
             )
+
+    def check_heaviest_values(self) -> None:
+        """Raise BackendError if a query cannot add up the heaviest values alone."""
+        if not self.selection.heaviest_values:
+            raise BackendError(f"backend {self.name!r} adds up all values; use HiP to read fewer tokens, or backend='reference'")
 
     def check_storage(self, packing: Packing) -> None:
         """Raise BackendError if tokens cannot be stored so."""
@@ -324,6 +331,22 @@ class Store(Protocol):
         Returns:
             The output, and for each other row with new tokens float32 ``[Hkv, n]`` over its residents, the new ones included, in
             text order: the highest probability that the row's last query gives to each, among the query heads of a group.
+        """
+
+    def run_heaviest(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        rule: HeaviestValues,
+        rows: Sequence[bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`run`, for a lone memory; the named rows, which have one new token each, add up the heaviest values alone.
+
+        Returns:
+            The output, and float32 ``[B, H]``: the probability mass of what was added up, nan for the other rows.
         """
 
     def run_selected(

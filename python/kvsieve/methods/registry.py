@@ -16,6 +16,7 @@ from kvsieve.methods.lm_infinite import LMInfinite
 from kvsieve.methods.quantized import Quantized
 from kvsieve.methods.quest import Quest
 from kvsieve.methods.refresh_kv import RefreshKV
+from kvsieve.methods.selective_v import SelectiveV
 from kvsieve.methods.sirllm import SirLLM
 from kvsieve.methods.snapkv import SnapKV
 from kvsieve.methods.streaming_llm import StreamingLLM
@@ -31,6 +32,7 @@ __all__ = [
     "Quantized",
     "Quest",
     "RefreshKV",
+    "SelectiveV",
     "SirLLM",
     "SnapKV",
     "StreamingLLM",
@@ -99,5 +101,6 @@ SYSTEMS: tuple[System, ...] = (
         "quest(32, sinks=0, window=64, query_block=16, query_stride=3)",
     ),
     System(RefreshKV, "Xu et al., ACL 2025, arXiv 2411.05787", "selects", "refreshkv(48, stride=3, similarity=0.9, kernel=3)"),
+    System(SelectiveV, "after Lin et al., 2025, arXiv 2501.13629", "selects", "selectivev(24)"),
 )
 """In the order in which they are listed to a reader."""

@@ -121,6 +121,10 @@ CHAIN: tuple[Refusal, ...] = (
         "{memory} selects from all that a query may read, so it cannot be one part of a chain",
     ),
     Refusal(
+        lambda r: r.select.thins_values,
+        "{memory} adds up the heaviest of all values that a query may read, so it cannot be one part of a chain",
+    ),
+    Refusal(
         lambda r: not r.evict.evicts,
         "{memory} evicts nothing, so nothing can flow into what follows it; put it last",
         where="all but the last",

@@ -23,7 +23,7 @@ from kvsieve.errors import PolicyError
 from kvsieve.policy.compatible import NAMES, Roles, check_chain, check_join, check_memory
 from kvsieve.policy.evict import EvictionRule, KeepAll
 from kvsieve.policy.position import Original, PositionRule
-from kvsieve.policy.select import Dense, RecycledSelection, SelectionRule, SparseSelection
+from kvsieve.policy.select import Dense, HeaviestValues, RecycledSelection, SelectionRule, SparseSelection
 from kvsieve.policy.specs import MemorySpec, StoredKeys
 from kvsieve.policy.storage import Plain, StorageRule, join
 
@@ -66,6 +66,12 @@ class Policy:
         """What lets heads read again what they chose at an earlier step; None if there is no such rule."""
         select = self.memories[0].select
         return select if isinstance(select, RecycledSelection) else None
+
+    @property
+    def heaviest_values(self) -> HeaviestValues | None:
+        """What decides which values a query adds up; None if it adds up all that it reads."""
+        select = self.memories[0].select
+        return select if isinstance(select, HeaviestValues) else None
 
     @property
     def needs_surprisal(self) -> bool:

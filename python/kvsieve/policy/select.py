@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from kvsieve.budget import check_count
+from kvsieve.errors import PolicyError
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
     import torch
 
-__all__ = ["Dense", "Parameter", "RecycledSelection", "SelectionRule", "SparseSelection", "TopKTokens"]
+__all__ = ["Dense", "HeaviestValues", "Parameter", "RecycledSelection", "SelectionRule", "SparseSelection", "TopKTokens"]
 
 
 Parameter = bool | int | float | str | Sequence[tuple[int, int]]
@@ -33,6 +34,8 @@ class SelectionRule:
     """Whether it goes only with keys that are stored as they came."""
     recycles: ClassVar[bool] = False
     """Whether tokens are read again that heads chose at an earlier step: none may be evicted, or moved."""
+    thins_values: ClassVar[bool] = False
+    """Whether every key is compared, but only some values are added up."""
     top_k: int = 0
     """Tokens with the highest logits that the last query of a forward reads; 0 for a rule that does not count them so."""
     from_layer: int = 0
@@ -60,6 +63,29 @@ class TopKTokens(SelectionRule):
     @property
     def top_k(self) -> int:  # type: ignore[override]
         return self.k
+
+
+@dataclass(frozen=True)
+class HeaviestValues(SelectionRule):
+    """A single new token compares itself with every key, and adds up only the values with the highest probabilities, of each query
+    head its own: ``top``, or fewer that have ``mass`` of the probability already. Of equal ones the earlier.
+
+    ``renormalise`` scales the probabilities of those that are added up to the sum of all. Without it, with a mass ``M`` of what was
+    added up, the result is off by at most ``(1 - M) * max |v|``; with it by twice that.
+    """
+
+    thins_values: ClassVar[bool] = True
+    top: int | None = 100
+    mass: float | None = None
+    renormalise: bool = False
+
+    def __post_init__(self) -> None:
+        if self.top is not None:
+            check_count("top_m", self.top, least=1)
+        if self.mass is not None and not (isinstance(self.mass, float) and 0 < self.mass < 1):
+            raise PolicyError(f"mass must be between 0 and 1, got {self.mass!r}")
+        if self.top is None and self.mass is None:
+            raise PolicyError("say how many values are added up: top_m, mass, or both")
 
 
 class SparseSelection(SelectionRule):

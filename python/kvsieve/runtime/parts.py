@@ -16,6 +16,7 @@ from kvsieve.runtime.sliding import SlidingLayers
 from kvsieve.runtime.surprisal import SurprisalScores
 from kvsieve.runtime.told_positions import ToldPositions
 from kvsieve.runtime.transcript import Transcript
+from kvsieve.runtime.value_selection import ValueSelection
 
 __all__ = ["KINDS", "Parts", "check_backend"]
 
@@ -29,6 +30,7 @@ KINDS = (
     Eviction,
     Selection,
     Recycling,
+    ValueSelection,
     Pinning,  # the last one to be restored: it asks whether what is pinned is there
 )
 

@@ -6,6 +6,7 @@ mod arena;
 mod chunk;
 mod common;
 mod evict;
+mod heaviest;
 mod join;
 mod kernels;
 mod layout;

@@ -3,6 +3,7 @@
 use pyo3::prelude::*;
 
 mod error;
+mod heaviest;
 mod kernels;
 mod memory;
 mod plan;
@@ -21,6 +22,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     select::register(m)?;
     sets::register(m)?;
+    heaviest::register(m)?;
     kernels::register(m)?;
     Ok(())
 }

@@ -91,7 +91,7 @@ fn items(step: &plan::Step, spans: &Spans, row: usize) -> Range<usize> {
 }
 
 /// What `rows` read, and nothing of the others.
-fn of_rows(step: &plan::Step, spans: &Spans, rows: &[bool]) -> Spans {
+pub fn of_rows(step: &plan::Step, spans: &Spans, rows: &[bool]) -> Spans {
     let mut mine = Spans { num_rows: spans.num_rows, num_queries: spans.num_queries, starts: vec![0], spans: vec![] };
     for item in 0..spans.starts.len() - 1 {
         let row = item / spans.num_queries.max(1);

@@ -416,7 +416,7 @@ fn token_axis(what: &'static str, shape: &[usize], heads: usize) -> PyResult<usi
 
 impl Step {
     /// The rotations for this step's spans: the first layer that asks makes them, the others find them.
-    fn trig(&self, rope: &Rope, spans: &Spans) -> Arc<SpanTrig> {
+    pub fn trig(&self, rope: &Rope, spans: &Spans) -> Arc<SpanTrig> {
         let mut made = self.trig.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some((_, trig)) = made.iter().find(|(id, _)| *id == rope.id) {
             return Arc::clone(trig);

@@ -16,12 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve._core import Store, attend_highest, attend_sets
+from kvsieve._core import Store, attend_heaviest, attend_highest, attend_sets
 from kvsieve.backends.attention import Partial, attend, merge, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cpu.prefill import attend_part
 from kvsieve.backends.cpu.tensors import DTYPES, view
+from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.prefill_plan import PrefillPlan
 from kvsieve.backends.runs import columns
 from kvsieve.policy.storage import Channels
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends.base import AttendCall, HeadSets
     from kvsieve.backends.cpu.selection import CpuSelection
+    from kvsieve.policy.select import HeaviestValues
     from kvsieve.policy.storage import Packing
 
 __all__ = ["CpuStore", "Plans"]
@@ -158,6 +160,48 @@ class CpuStore:
             mine = [row for row, one in enumerate(sets) if one is not None]
             out[mine, -1] = answer[mine, 0]
         return out, scores
+
+    def run_heaviest(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        rule: HeaviestValues,
+        rows: Sequence[bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not step.has_spans:
+            # A row's single token beside another row's prompt: rare, and much else is to be done then.
+            found = of_rows(self, (q, k, v), step, call, rule, rows)
+            return found.put_in(self.run(q, k, v, step, call))
+        alone = all(one or not count for one, count in zip(rows, step.new_lens))
+        if alone:
+            self._core.append(view(k), view(v), step)
+            out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        else:
+            out = self.run(q, k, v, step, call)
+        answer = out if alone else torch.empty_like(out)
+        kept = attend_heaviest(
+            self._core,
+            view(q),
+            step,
+            list(rows),
+            rope=None if call.rope is None else call.rope.core,
+            scale=call.scale,
+            softcap=call.softcap,
+            sinks=None if call.sink_logits is None else call.sink_logits.detach().float().numpy(),
+            out=view(answer),
+            top=2**62 if rule.top is None else rule.top,
+            mass=1.0 if rule.mass is None else rule.mass,
+            renormalise=rule.renormalise,
+            threads=torch.get_num_threads(),
+            apply_factor=step.stored_keys == "pre_rope",
+        )
+        mine = torch.tensor(rows)
+        if not alone:
+            out[mine] = answer[mine]
+        return out, torch.from_numpy(kept[:, :, -1]).masked_fill(~mine[:, None], torch.nan)
 
     def _merge_selected(
         self,

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from kvsieve.backends.cuda.plan import DevicePart, Plan
     from kvsieve.backends.cuda.selection import CudaSelection
     from kvsieve.facts import LayerRope
+    from kvsieve.policy.select import HeaviestValues
     from kvsieve.policy.storage import Channels, Packing
 
 __all__ = ["CudaStore"]
@@ -257,6 +258,23 @@ class CudaStore:
             UnsupportedError: always.
         """
         raise UnsupportedError("backend 'cuda' lets no head read tokens that it chose at an earlier step; use backend='reference'")
+
+    def run_heaviest(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        rule: HeaviestValues,
+        rows: Sequence[bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refused here, and by the capabilities when a stream opens.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("backend 'cuda' adds up all values; use backend='reference'")
 
     def run_with_scores(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall

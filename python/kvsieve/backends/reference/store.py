@@ -15,6 +15,7 @@ from kvsieve._core import PACKED
 from kvsieve.backends.attention import Partial, attend, merge, rotate_part, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_prefill
 from kvsieve.backends.base import HeadSets, HeldBytes, Runs
+from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.reference.definition import sparse_attend
 from kvsieve.backends.reference.selection import Asking, ReferenceSelection
 from kvsieve.backends.reference.storage import PackedBlock
@@ -25,6 +26,7 @@ from kvsieve.errors import ShapeError, StateError
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Step
     from kvsieve.backends.base import AttendCall
+    from kvsieve.policy.select import HeaviestValues
     from kvsieve.policy.storage import Channels, Packing
 
 __all__ = ["ReferenceStore"]
@@ -151,6 +153,21 @@ class ReferenceStore:
         for row, answer in read.items():
             out[row, -1] = answer.to(out.dtype)
         return out, scores
+
+    def run_heaviest(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        rule: HeaviestValues,
+        rows: Sequence[bool],
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._check(k, v)
+        found = of_rows(self, (q, k, v), step, call, rule, rows)
+        out = self.run(q, k, v, step, call)
+        return found.put_in(out)
 
     @_locked
     def permute(self, source: Runs, keep: torch.Tensor, to: Runs) -> None:

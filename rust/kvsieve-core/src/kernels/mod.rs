@@ -18,5 +18,5 @@ pub mod sparse;
 pub mod surprisal;
 pub mod threads;
 
-pub use attend::{Attend, SpanTrig, attend, attend_apart, attend_highest, attend_unless};
+pub use attend::{Attend, Heaviest, SpanTrig, attend, attend_apart, attend_heaviest, attend_highest, attend_unless};
 pub use isa::Level;

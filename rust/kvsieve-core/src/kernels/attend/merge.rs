@@ -16,31 +16,32 @@ pub(super) struct Results<'a> {
 }
 
 /// What the units have found.
-pub(super) struct Found<'a> {
-    pub stretches: &'a Stretches,
-    pub partials: &'a [f32],
+pub(super) struct Found {
+    pub stretches: Stretches,
+    pub partials: Vec<f32>,
     /// Numbers from one unit's partial result to the next.
     pub stride: usize,
-    pub logits: &'a [f32],
+    /// Of each stretch and key-value head `[group][keys]`; empty when they are not wanted.
+    pub logits: Vec<f32>,
 }
 
 /// The partial results of one head of one item.
-struct Head<'a> {
-    found: &'a Found<'a>,
-    list: usize,
+pub(super) struct Head<'a> {
+    pub found: &'a Found,
+    pub list: usize,
     /// Of the heads that share the list.
-    sharer: usize,
+    pub sharer: usize,
     /// The query head in its group.
-    g: usize,
-    group: usize,
-    value_dim: usize,
+    pub g: usize,
+    pub group: usize,
+    pub value_dim: usize,
 }
 
 /// How the weights of a head are normalised.
-struct Norm {
-    max: f32,
-    lse: f32,
-    factor: f32,
+pub(super) struct Norm {
+    pub max: f32,
+    pub lse: f32,
+    pub factor: f32,
 }
 
 impl Head<'_> {
@@ -55,7 +56,7 @@ impl Head<'_> {
     }
 
     /// Adds the weighted values up in `sums`, which is zero; `sink` is one more logit.
-    fn sum(&self, sink: Option<f32>, sums: &mut [f32]) -> Norm {
+    pub fn sum(&self, sink: Option<f32>, sums: &mut [f32]) -> Norm {
         let num = self.found.stretches.of_list(self.list).len();
         let max = (0..num).map(|i| self.max_of(i)).fold(f32::NEG_INFINITY, f32::max);
         let mut weights = 0f32;
@@ -72,9 +73,9 @@ impl Head<'_> {
 }
 
 /// Fills the results.
-pub(super) fn merge(common: &Common<'_>, found: &Found<'_>, results: Results<'_>) {
+pub(super) fn merge(common: &Common<'_>, found: &Found, results: Results<'_>) {
     let Results { mut out, mut lse, mass, highest } = results;
-    let (args, group, stretches) = (common.args, common.group, found.stretches);
+    let (args, group, stretches) = (common.args, common.group, &found.stretches);
     let [_, heads, queries, _] = args.q.shape();
     let (kv_heads, value_dim) = (common.arena.num_kv_heads(), common.arena.value_dim());
     let (lists, wants_mass) = (stretches.lists, mass.is_some());
@@ -108,7 +109,7 @@ pub(super) fn merge(common: &Common<'_>, found: &Found<'_>, results: Results<'_>
 
 /// Adds a head's probabilities to those of its group, or keeps the highest; `at` is where the item's logits begin.
 fn add_mass(
-    found: &Found<'_>,
+    found: &Found,
     (list, mut at): (usize, usize),
     (kv_head, kv_heads): (usize, usize),
     (g, group): (usize, usize),
@@ -127,7 +128,7 @@ fn add_mass(
     }
 }
 
-fn write_out(out: &mut ElemsMut<'_>, dtype: Dtype, at: usize, sums: &[f32], norm: f32) {
+pub(super) fn write_out(out: &mut ElemsMut<'_>, dtype: Dtype, at: usize, sums: &[f32], norm: f32) {
     // An empty item has sums of zero and a norm of zero.
     match (out, dtype) {
         (ElemsMut::F32(out), _) => out[at..].iter_mut().zip(sums).for_each(|(o, s)| *o = s * norm),

@@ -9,6 +9,7 @@ mod args;
 mod codes;
 mod compiled;
 mod heads;
+mod heaviest;
 mod inner;
 mod job;
 mod merge;
@@ -31,6 +32,7 @@ use crate::{Error, Result};
 use args::check;
 pub use args::{Attend, mass_len};
 use compiled::{kernel, run};
+pub use heaviest::Heaviest;
 use merge::{Found, Results, merge};
 pub use trig::SpanTrig;
 use units::{Common, Stretches, Unit};
@@ -86,26 +88,46 @@ pub fn attend_apart(
     run_all(arena, args, true, Results { out, lse, mass: None, highest: false }, stop)
 }
 
+/// [`attend_unless`] that adds up the heaviest values alone, of each query head its own; `kept`, `[rows, heads, queries]`, gets the
+/// probability mass of these among the keys, 0 when nothing was read. What is not added up is not read either.
+pub fn attend_heaviest(
+    arena: &Arena,
+    args: &Attend<'_>,
+    keep: &Heaviest,
+    out: ElemsMut<'_>,
+    kept: &mut [f32],
+    stop: &dyn Fn() -> bool,
+) -> Result<()> {
+    keep.check()?;
+    let group = check(arena, args, false, &out, Some(kept), None)?;
+    let common = Common { values: false, ..Common::new(arena, args, group) };
+    let found = find(&common, false, true, stop)?;
+    heaviest::fill(&common, &found, keep, out, kept)
+}
+
 /// `apart`: whether each key-value head has a list of spans of its own.
 fn run_all(arena: &Arena, args: &Attend<'_>, apart: bool, results: Results<'_>, stop: &dyn Fn() -> bool) -> Result<()> {
     let group = check(arena, args, apart, &results.out, results.lse.as_deref(), results.mass.as_deref())?;
-    let factor = match args.trig {
-        Some(trig) if args.apply_factor => (trig.rope().factor() * trig.rope().factor()) as f32,
-        _ => 1.0,
-    };
-    let common = Common { arena, args, group, factor };
+    let common = Common::new(arena, args, group);
+    let found = find(&common, apart, results.mass.is_some(), stop)?;
+    merge(&common, &found, results);
+    Ok(())
+}
+
+/// Runs all units. `logits`: whether those are wanted.
+fn find(common: &Common<'_>, apart: bool, logits: bool, stop: &dyn Fn() -> bool) -> Result<Found> {
+    let Common { arena, args, group, .. } = *common;
     let stretches = Stretches::new(args.spans, arena.num_kv_heads(), apart);
     let [_, heads, queries, _] = args.q.shape();
     let stride = group * (arena.value_dim() + 2);
     let mut partials = vec![0f32; stretches.num_units() * stride];
-    let mut logits = vec![0f32; if results.mass.is_some() { stretches.total_keys * heads } else { 0 }];
+    let mut logits = vec![0f32; if logits { stretches.total_keys * heads } else { 0 }];
     let mut units = stretches.units((&mut partials, stride), &mut logits, group);
     // All queries of a row over one stretch after each other: the first finds the keys in memory, the others in a cache.
     units.sort_by_key(|unit| (unit.item / queries, unit.stretch, unit.kv_head));
-    run_units(&common, &mut units, stretches.total_keys * arena.token_bytes() / stretches.lists, stop)?;
+    run_units(common, &mut units, stretches.total_keys * arena.token_bytes() / stretches.lists, stop)?;
     drop(units);
-    merge(&common, &Found { stretches: &stretches, partials: &partials, stride, logits: &logits }, results);
-    Ok(())
+    Ok(Found { stretches, partials, stride, logits })
 }
 
 /// Runs the units, which read so many bytes in all, a breath at a time.

@@ -49,10 +49,12 @@ pub(super) unsafe fn run_unit<S: Codes, E: Elem, const D: usize>(
             make_weights::<S>(&job, (done, tile.len), unit.logits, &mut parts, &mut ahead);
         }
 
-        let mut stretches = [(std::ptr::null(), 0); TILE];
-        let mut ahead = Ahead::new(following.stretches(true, &mut stretches), weigh_calls::<S, E>(&job, tile));
-        // SAFETY: as above.
-        unsafe { weigh_tile::<S, E>(&job, tile, &mut parts, &mut ahead) };
+        if common.values {
+            let mut stretches = [(std::ptr::null(), 0); TILE];
+            let mut ahead = Ahead::new(following.stretches(true, &mut stretches), weigh_calls::<S, E>(&job, tile));
+            // SAFETY: as above.
+            unsafe { weigh_tile::<S, E>(&job, tile, &mut parts, &mut ahead) };
+        }
         done += tile.len;
         turn = 1 - turn;
     }

@@ -16,6 +16,18 @@ pub(super) struct Common<'a> {
     pub group: usize,
     /// The square of the rope's factor, applied to the query for both sides.
     pub factor: f32,
+    /// Whether values are added up.
+    pub values: bool,
+}
+
+impl<'a> Common<'a> {
+    pub fn new(arena: &'a Arena, args: &'a Attend<'a>, group: usize) -> Self {
+        let factor = match args.trig {
+            Some(trig) if args.apply_factor => (trig.rope().factor() * trig.rope().factor()) as f32,
+            _ => 1.0,
+        };
+        Common { arena, args, group, factor, values: true }
+    }
 }
 
 /// A stretch of one item's spans for one key-value head.

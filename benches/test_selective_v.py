@@ -1,0 +1,56 @@
+"""One layer's decode attention that adds up the heaviest values alone, beside all of them: plain, and as codes of 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from kvsieve import _core
+from kvsieve.backends import get
+from kvsieve.backends.base import AttendCall
+from kvsieve.backends.heaviest_values import heaviest
+from kvsieve.policy.select import HeaviestValues
+from kvsieve.policy.storage import Channels, Packing
+from rounds import interleaved, record
+
+HEADS, KV_HEADS, DIM = 32, 8, 128
+LENGTH = 32768
+TOP = 100
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("value_bits", [0, 4], ids=["plain", "values of 4 bits"])
+def test_a_step_of_one_layer(benchmark: Any, value_bits: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    k, v = (torch.randn(1, KV_HEADS, LENGTH, DIM, generator=generator).bfloat16() for _ in "kv")
+    # Twice as long: attention with a point to it.
+    q = 2 * torch.randn(1, HEADS, 1, DIM, generator=generator).bfloat16()
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.original())], "post_rope")
+    held = list(range(LENGTH - 1))
+    planner.restore(LENGTH - 1, [(LENGTH - 1, [(held, [0.0] * len(held))])])
+    store = get("cpu").make_store(k, v)
+    store.write(planner.runs(0, 0), k[0, :, :-1], v[0, :, :-1])
+    if value_bits:
+        store.set_packing(Packing(DIM, 0, value_bits, 64))
+        store.pack(planner.pack(0, LENGTH - 64, 1), Channels.all(k[0], None))
+    step, new, call = planner.begin([1], 1, True, False), (k[:, :, -1:], v[:, :, -1:]), AttendCall(DIM**-0.5)
+    rule = HeaviestValues(TOP)
+    got, mass = store.run_heaviest(q, *new, step, call, rule, [True])
+    want, want_mass = heaviest([(q[0, :, 0].double(), k[0].double(), v[0].double())], call, rule)
+    assert float((got[0, 0].double() - want).abs().max() / want.abs().max()) < (0.2 if value_bits else 2e-2)
+    torch.testing.assert_close(mass[0].double(), want_mass, atol=1e-3, rtol=0)
+    took = interleaved(
+        {
+            "all": lambda: store.run(q, *new, step, call),
+            "heaviest": lambda: store.run_heaviest(q, *new, step, call, rule, [True]),
+        }
+    )
+    record(
+        benchmark,
+        lambda: store.run_heaviest(q, *new, step, call, rule, [True]),
+        took,
+        length=LENGTH,
+        mass=round(float(mass.mean()), 3),
+        times_as_fast=round(took["all"] / took["heaviest"], 2),
+    )

@@ -1,0 +1,237 @@
+//! Of each query head the heaviest values, added up by their exact probabilities.
+
+use half::{bf16, f16};
+use rayon::prelude::*;
+
+use super::merge::{Found, Head, Norm, write_out};
+use super::units::Common;
+use crate::kernels::rotate::load_row;
+use crate::kernels::simd::Portable;
+use crate::kernels::threads;
+use crate::plan::Span;
+use crate::tensor::{Dtype, ElemsMut};
+use crate::{Error, Result};
+
+/// Which values are added up: of the heaviest ones `top`, or fewer that have `mass` already. Of equal ones the earlier.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Heaviest {
+    /// At least 1.
+    pub top: usize,
+    /// Of the probability of all keys, a learned sink not counted; above 0. At 1 and above it is never enough.
+    pub mass: f32,
+    /// Whether the probabilities of those that are added up are scaled to the sum of all.
+    pub renormalise: bool,
+}
+
+impl Heaviest {
+    pub(super) fn check(&self) -> Result<()> {
+        crate::error::at_least_one("top", self.top)?;
+        if self.mass.is_nan() || self.mass <= 0.0 {
+            return Err(Error::OutOfRange { what: "mass", expected: "above 0", got: format!("{}", self.mass) });
+        }
+        Ok(())
+    }
+}
+
+/// Keys that are looked at together: most of them hold nothing that could be chosen.
+const LOOK: usize = 32;
+
+/// So many are chosen first where only their mass says how many it takes.
+const FIRST: usize = 64;
+
+/// A logit and the number of its key.
+type Candidate = (f32, u32);
+
+/// Fills the results.
+pub(super) fn fill(
+    common: &Common<'_>,
+    found: &Found,
+    keep: &Heaviest,
+    mut out: ElemsMut<'_>,
+    kept: &mut [f32],
+) -> Result<()> {
+    let args = common.args;
+    let [_, heads, queries, _] = args.q.shape();
+    let (items, value_dim) = (args.spans.starts.len() - 1, common.arena.value_dim());
+    // Where the logits of each item begin.
+    let mut starts = vec![0; items];
+    let mut at = 0;
+    for (item, start) in starts.iter_mut().enumerate() {
+        *start = at;
+        at += found.stretches.of_item(item).iter().map(|s| s.keys).sum::<usize>() * heads;
+    }
+    let mut sums = vec![0f32; items * heads * value_dim];
+    let each = |(i, sums): (usize, &mut [f32])| {
+        let (item, head) = (i / heads, i % heads);
+        one_head(common, found, keep, (item, head, starts[item]), sums)
+    };
+    let alone = args.threads == 1 || found.stretches.total_keys * heads < threads::INLINE;
+    let done: Vec<(f32, f32)> = if alone {
+        sums.chunks_exact_mut(value_dim).enumerate().map(each).collect()
+    } else {
+        threads::pool(args.threads)?.install(|| sums.par_chunks_exact_mut(value_dim).enumerate().map(each).collect())
+    };
+    for (i, (factor, mass)) in done.into_iter().enumerate() {
+        let (item, head) = (i / heads, i % heads);
+        write_out(&mut out, common.arena.dtype(), i * value_dim, &sums[i * value_dim..][..value_dim], factor);
+        kept[(item / queries * heads + head) * queries + item % queries] = mass;
+    }
+    Ok(())
+}
+
+/// Adds up what one head keeps of an item; returns the factor of the sums, and the mass that was kept.
+fn one_head(
+    common: &Common<'_>,
+    found: &Found,
+    keep: &Heaviest,
+    (item, head, start): (usize, usize, usize),
+    sums: &mut [f32],
+) -> (f32, f32) {
+    let (arena, group) = (common.arena, common.group);
+    let (kv_head, g) = (head / group, head % group);
+    let this = Head { found, list: item, sharer: kv_head, g, group, value_dim: sums.len() };
+    let norm = this.sum(common.args.sinks.map(|sinks| sinks[head]), sums);
+    if !norm.lse.is_finite() {
+        // Nothing was read, or a logit is no number: then the sums are none either.
+        return (norm.factor, if norm.lse.is_nan() { f32::NAN } else { 0.0 });
+    }
+    let (mut at, mut logits) = (start, Vec::new());
+    for keys in found.stretches.of_list(item).iter().map(|s| s.keys) {
+        logits.push(&found.logits[at + (kv_head * group + g) * keys..][..keys]);
+        at += arena.num_kv_heads() * group * keys;
+    }
+    let (chosen, mass) = choose(&logits, &norm, keep);
+    let starts = &common.args.spans.starts;
+    let spans = &common.args.spans.spans[starts[item] as usize..starts[item + 1] as usize];
+    add_up(common, kv_head, spans, &chosen, norm.max, sums);
+    (if keep.renormalise { norm.factor / mass } else { norm.factor }, mass)
+}
+
+/// The heaviest keys in the order of the text, and their mass.
+fn choose(logits: &[&[f32]], norm: &Norm, keep: &Heaviest) -> (Vec<Candidate>, f32) {
+    let all: usize = logits.iter().map(|piece| piece.len()).sum();
+    let most = keep.top.min(all);
+    let by_mass = keep.mass < 1.0;
+    let mut count = if by_mass { FIRST.min(most) } else { most };
+    loop {
+        let mut chosen = best(logits, count);
+        let mut mass = 0f64;
+        let enough = chosen.iter().position(|&(x, _)| {
+            mass += f64::from(x - norm.lse).exp();
+            by_mass && mass >= f64::from(keep.mass)
+        });
+        if enough.is_some() || count == most {
+            chosen.truncate(enough.map_or(count, |last| last + 1));
+            chosen.sort_unstable_by_key(|&(_, key)| key);
+            return (chosen, mass.min(1.0) as f32);
+        }
+        count = (4 * count).min(most);
+    }
+}
+
+/// The `count` greatest logits, the greatest first, of equal ones the earlier.
+fn best(logits: &[&[f32]], count: usize) -> Vec<Candidate> {
+    let order = |a: &Candidate, b: &Candidate| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
+    let room = (4 * count).max(LOOK);
+    let mut held: Vec<Candidate> = Vec::with_capacity(room + LOOK);
+    // Whatever comes later must be greater than the least of those that are held already.
+    let mut bar = f32::NEG_INFINITY;
+    let mut first = 0u32;
+    for piece in logits {
+        for look in piece.chunks(LOOK) {
+            if held.len() < count || look.iter().fold(false, |any, &x| any | (x > bar)) {
+                let passes = |&(_, x): &(u32, &f32)| *x > bar || held.len() < count;
+                let new: Vec<Candidate> = (first..).zip(look).filter(passes).map(|(key, &x)| (x, key)).collect();
+                held.extend(new);
+                if held.len() >= room {
+                    held.select_nth_unstable_by(count - 1, order);
+                    held.truncate(count);
+                    bar = held.iter().fold(f32::INFINITY, |least, &(x, _)| least.min(x));
+                }
+            }
+            first += look.len() as u32;
+        }
+    }
+    held.sort_unstable_by(order);
+    held.truncate(count);
+    held
+}
+
+/// Adds the values of the chosen keys to the sums, by their weights relative to the greatest logit.
+fn add_up(common: &Common<'_>, kv_head: usize, spans: &[Span], chosen: &[Candidate], max: f32, sums: &mut [f32]) {
+    let mut row = vec![0f32; sums.len()];
+    let mut spans = spans.iter();
+    let (mut span, mut begins, mut next) = (None, 0u32, 0u32);
+    for &(logit, key) in chosen {
+        while key >= next {
+            let Some(one) = spans.next() else { return };
+            (span, begins) = (Some(one), next);
+            next += one.hi - one.lo;
+        }
+        let Some(span) = span else { return };
+        read_value(common, kv_head, span, span.lo + key - begins, &mut row);
+        let weight = (logit - max).exp();
+        sums.iter_mut().zip(&row).for_each(|(sum, x)| *sum += weight * x);
+    }
+}
+
+/// The value in a slot of a span.
+fn read_value(common: &Common<'_>, kv_head: usize, span: &Span, slot: u32, to: &mut [f32]) {
+    let arena = common.arena;
+    // SAFETY (all): `args::check` has made sure that the span lies in a block with memory; a value has as many elements as `to`, of the
+    // arena's dtype; the portable level needs nothing.
+    if span.block.is_packed()
+        && let Some(packed) = arena.packed()
+    {
+        return unsafe { packed.values_f32(span.block, kv_head, slot, to) };
+    }
+    let (_, value) = arena.rows(span.block, kv_head, slot);
+    match arena.dtype() {
+        Dtype::F32 => unsafe { load_row::<Portable, f32>(value.cast(), to) },
+        Dtype::BF16 => unsafe { load_row::<Portable, bf16>(value.cast(), to) },
+        Dtype::F16 => unsafe { load_row::<Portable, f16>(value.cast(), to) },
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Against sorting everything; few different numbers, so that many are equal.
+        #[test]
+        fn the_best_are_those_of_a_full_sort(
+            pieces in prop::collection::vec(prop::collection::vec(-3i8..4, 1..200), 1..4), count in 1usize..90,
+        ) {
+            let pieces: Vec<Vec<f32>> =
+                pieces.iter().map(|piece| piece.iter().map(|&x| f32::from(x)).collect()).collect();
+            let views: Vec<&[f32]> = pieces.iter().map(|piece| &piece[..]).collect();
+            let mut want: Vec<Candidate> = pieces.concat().into_iter().zip(0..).collect();
+            want.sort_by(|a, b| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1)));
+            want.truncate(count);
+            prop_assert_eq!(best(&views, count), want);
+        }
+    }
+
+    #[test]
+    fn as_many_are_kept_as_the_mass_takes() {
+        // exp: 4, 2, 1, 1 of 8.
+        let logits: Vec<f32> = [1f32, 4.0, 1.0, 2.0].iter().map(|x| x.ln()).collect();
+        let norm = Norm { max: 4f32.ln(), lse: 8f32.ln(), factor: 0.5 };
+        let keys = |top, mass| {
+            let (chosen, mass) = choose(&[&logits], &norm, &Heaviest { top, mass, renormalise: false });
+            (chosen.iter().map(|&(_, key)| key).collect::<Vec<_>>(), mass)
+        };
+        let near = |got: (Vec<u32>, f32), want: &[u32], mass: f32| {
+            assert_eq!(got.0, want);
+            assert!((got.1 - mass).abs() < 1e-6, "{} is not {mass}", got.1);
+        };
+        near(keys(2, 1.0), &[1, 3], 0.75);
+        near(keys(3, 1.0), &[0, 1, 3], 0.875);
+        near(keys(9, 0.4), &[1], 0.5);
+        near(keys(9, 0.7), &[1, 3], 0.75);
+        near(keys(1, 0.7), &[1], 0.5);
+        near(keys(9, 1.0), &[0, 1, 2, 3], 1.0);
+    }
+}
