@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import kvsieve
@@ -41,6 +42,7 @@ def close(name: str, got: torch.Tensor, want: torch.Tensor) -> bool:
     return bool((got - want).abs().max() <= SYSTEMS[name].tolerance * want.abs().max())
 
 
+@functools.cache
 def alone(name: str, backend: str, at: int) -> list[torch.Tensor]:
     """Logits of the pieces, by a stream that nobody forked."""
     with opened(name, backend) as stream:
