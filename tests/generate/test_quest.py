@@ -220,7 +220,7 @@ def test_a_fork_and_its_parent_do_not_touch_each_other(backend: str) -> None:
 def test_a_forward_that_died_leaves_everything_as_it_was(
     name: str, width: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids, got = tiny.model(), tiny.ids(1, 390), []
+    model, ids, got = tiny.model(), tiny.ids(1, 350), []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
