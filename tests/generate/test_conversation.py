@@ -332,7 +332,8 @@ def test_what_looks_back_sees_all_turns(name: str, beams: int, sizes: tuple[int,
 
 
 def test_what_looks_back_sees_rows_of_unlike_length() -> None:
-    model, rows, more = tiny.model(), [tiny.ids(1, 20)[0], tiny.ids(1, 9, 2)[0]], [tiny.ids(1, 3, 4)[0], tiny.ids(1, 8, 6)[0]]
+    # A processor sees the pads of a batch, so the texts are ones that are not answered with the pad.
+    model, rows, more = tiny.model(), [tiny.ids(1, 20)[0], tiny.ids(1, 9, 3)[0]], [tiny.ids(1, 3, 4)[0], tiny.ids(1, 8, 6)[0]]
     arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "repetition_penalty": 1.8}
     with kvsieve.stream(model, kvsieve.Full()) as stream:
         first = stream.generate(*pad_left(rows), **arguments)[:, 20:]
@@ -340,6 +341,7 @@ def test_what_looks_back_sees_rows_of_unlike_length() -> None:
     for at in range(2):
         text = rows[at][None]
         want = model.generate(text, **arguments)
+        assert 0 not in want
         assert first[at].tolist() == want[0, len(rows[at]) :].tolist()
         text = torch.cat([want, more[at][None]], 1)
         assert second[at].tolist() == model.generate(text, **arguments)[0, text.shape[1] :].tolist()
