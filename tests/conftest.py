@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import importlib.util
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -68,3 +70,23 @@ def model_file() -> Path:
     if spec is None or spec.origin is None:
         pytest.fail("the small model is not installed; `make setup` installs it")
     return next(Path(spec.origin).parent.glob("*.gguf"))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """The small model in float32 and its tokenizer, loaded once by a process. Do not change it."""
+    from kvsieve.evals.models import load_smollm2
+
+    return load_smollm2()
+
+
+@pytest.fixture
+def loaded(smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands that load the small model get a copy of the one that was loaded before."""
+    import torch
+
+    def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+        return copy.deepcopy(smollm2[0]).to(dtype), smollm2[1]
+
+    for module in ("kvsieve.evals.models", "kvsieve.demo.stages"):
+        monkeypatch.setattr(f"{module}.load_smollm2", load)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
 import kvsieve
 import torch
+from kvsieve.model.hooks import Attachment
 
 # On tensors this small a second thread only costs; on a busy machine, several times the whole run.
 torch.set_num_threads(1)
@@ -17,7 +19,7 @@ _SHAPE: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": 64,
     "intermediate_size": 96,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 16,
@@ -28,23 +30,27 @@ _SHAPE: dict[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# What each family adds to the common shape. Mixed layer types where the family has them.
-_MIXED = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 24}
+# What each family adds to the common shape. Mixed layer types where the family has them, and then two that a stream serves.
+MIXED = {
+    "num_hidden_layers": 3,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "sliding_window": 24,
+}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("Llama", {}),
     "mistral": ("Mistral", {"sliding_window": None}),
     "qwen2": ("Qwen2", {}),
     "qwen3": ("Qwen3", {}),
-    "gemma2": ("Gemma2", {**_MIXED, "query_pre_attn_scalar": 16}),
-    "gemma3": ("Gemma3", {**_MIXED, "query_pre_attn_scalar": 16}),
+    "gemma2": ("Gemma2", {**MIXED, "query_pre_attn_scalar": 16}),
+    "gemma3": ("Gemma3", {**MIXED, "query_pre_attn_scalar": 16}),
     "phi3": ("Phi3", {}),
     "gpt_neox": ("GPTNeoX", {"rotary_pct": 0.5, "num_key_value_heads": None, "head_dim": None}),
     "olmo2": ("Olmo2", {}),
-    "cohere2": ("Cohere2", {**_MIXED, "logit_scale": 0.25}),
-    "ministral": ("Ministral", _MIXED),
+    "cohere2": ("Cohere2", {**MIXED, "logit_scale": 0.25}),
+    "ministral": ("Ministral", MIXED),
     "glm4": ("Glm4", {"partial_rotary_factor": 0.5}),
-    "smollm3": ("SmolLM3", {"no_rope_layers": [1, 1, 0]}),
-    "gpt_oss": ("GptOss", {**_MIXED, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "smollm3": ("SmolLM3", {"num_hidden_layers": 3, "no_rope_layers": [1, 1, 0]}),
+    "gpt_oss": ("GptOss", {**MIXED, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "starcoder2": ("Starcoder2", {}),
 }
 
@@ -60,9 +66,8 @@ def config(family: str, **changes: Any) -> Any:
     return getattr(transformers, f"{stem}Config")(**values)
 
 
-@functools.cache
-def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
-    """A tiny random model, the same for the same arguments. Do not change it."""
+def fresh(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model with the weights of :func:`model`, that a test may change."""
     import transformers
 
     name = FAMILIES[family][0]
@@ -78,6 +83,46 @@ def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int =
     made.generation_config.pad_token_id = 0
     made.generation_config.eos_token_id = None
     return made
+
+
+_examined: dict[Any, dict[Any, Any]] = {}
+"""What opening a stream found out about the models of :func:`model`, by the modes it was opened under."""
+
+
+@functools.cache
+def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Any:
+    """A tiny random model, the same for the same arguments. Do not change it.
+
+    A stream that opens on a model runs some tokens through it, which costs more than most tests do after it. As nobody changes this
+    model, what the first stream found serves those that follow under the same modes. `fresh` and copies are examined every time.
+    """
+    made = fresh(family, dtype, seed, **changes)
+    _examined[made] = {}
+    return made
+
+
+def is_shared(made: Any) -> bool:
+    """Whether this is a model of :func:`model`, which all tests of a process share and nobody changes."""
+    return made in _examined
+
+
+_examine = Attachment._examine
+
+
+@functools.wraps(_examine)
+def _examine_once(attachment: Attachment) -> None:
+    of_model, known = attachment.model, _examined.get(attachment.model)
+    if known is None:
+        return _examine(attachment)
+    modes = torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled("cpu"), of_model.training
+    if modes not in known:
+        _examine(attachment)
+        known[modes] = attachment.facts
+    # Another object each time: a cache knows by it on which stream's model it was made.
+    attachment._facts = dataclasses.replace(known[modes])
+
+
+Attachment._examine = _examine_once  # type: ignore[method-assign]
 
 
 def ids(batch: int, length: int, seed: int = 0) -> torch.Tensor:

@@ -127,7 +127,7 @@ def test_a_forward_inside_a_streams_forward_is_a_forward_of_its_own() -> None:
             inner[:] = [stock(model), stock(other), streamed(other)]
 
     want = [stock(model), stock(other), stock(other)]
-    handle = model.model.layers[2].register_forward_pre_hook(hook)
+    handle = model.model.layers[1].register_forward_pre_hook(hook)
     close(streamed(model), want[0])
     handle.remove()
     close(inner, want)

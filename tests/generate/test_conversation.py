@@ -12,7 +12,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from drive import forward, greedy, pad_left
+from drive import forward, greedy, pad_left, solo
 from kvsieve.errors import CacheMismatchError, KvsieveError, PaddingError, StateError, UnsupportedError
 from transformers import (
     BatchEncoding,
@@ -27,11 +27,6 @@ from transformers import (
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 ROOMY = [name for name in tiny.POLICIES if name != "lm_infinite_middle"]
 HOW: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
-
-
-def solo(model: Any, texts: list[torch.Tensor], new: int = 6) -> list[list[int]]:
-    """The stock greedy continuation of each text alone."""
-    return [greedy(model, text[None], new)[0, len(text) :].tolist() for text in texts]
 
 
 def joined(*parts: Any) -> torch.Tensor:
@@ -129,7 +124,7 @@ def test_a_refused_first_call_reads_nothing_of_a_long_prompt(slip: str) -> None:
         with pytest.raises((ValueError, TypeError)):
             stream.generate(long, **SLIPS[slip])
         assert (stream.seen, stream.ids) == (0, [])
-        assert torch.equal(stream.generate(long, **HOW), greedy(model, long, 6))
+        assert torch.equal(stream.generate(long, **HOW), torch.cat([long, torch.tensor(solo(model, [long[0]]))], 1))
 
 
 # ------------------------------------------------------------------------------------------------------------------- interruptions
@@ -337,7 +332,8 @@ def test_what_looks_back_sees_all_turns(name: str, beams: int, sizes: tuple[int,
 
 
 def test_what_looks_back_sees_rows_of_unlike_length() -> None:
-    model, rows, more = tiny.model(), [tiny.ids(1, 20)[0], tiny.ids(1, 9, 2)[0]], [tiny.ids(1, 3, 4)[0], tiny.ids(1, 8, 6)[0]]
+    # A processor sees the pads of a batch, so the texts are ones that are not answered with the pad.
+    model, rows, more = tiny.model(), [tiny.ids(1, 20)[0], tiny.ids(1, 9, 3)[0]], [tiny.ids(1, 3, 4)[0], tiny.ids(1, 8, 6)[0]]
     arguments: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6, "repetition_penalty": 1.8}
     with kvsieve.stream(model, kvsieve.Full()) as stream:
         first = stream.generate(*pad_left(rows), **arguments)[:, 20:]
@@ -345,6 +341,7 @@ def test_what_looks_back_sees_rows_of_unlike_length() -> None:
     for at in range(2):
         text = rows[at][None]
         want = model.generate(text, **arguments)
+        assert 0 not in want
         assert first[at].tolist() == want[0, len(rows[at]) :].tolist()
         text = torch.cat([want, more[at][None]], 1)
         assert second[at].tolist() == model.generate(text, **arguments)[0, text.shape[1] :].tolist()

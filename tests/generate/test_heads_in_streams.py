@@ -63,7 +63,7 @@ def test_with_room_for_everything_it_is_full_bit_for_bit(policy: str, backend: s
         got, kept = fed(backend, tiny.POLICIES[policy](budget), ids, chunks)
         # Prefill of both is the same call; few queries of H2O go through the pass that hands out probabilities too.
         assert torch.equal(got, want)
-        assert kept == [list(range(60))] * 6
+        assert kept == [list(range(60))] * 4
 
 
 @BACKEND
@@ -113,8 +113,8 @@ def test_decoding_holds_at_most_a_block_more_and_always_what_it_must(policy: str
 def test_turns_and_what_is_held(policy: str, backend: str) -> None:
     model = tiny.model()
     with kvsieve.stream(model, tiny.POLICIES[policy](32), backend) as stream:
-        gone: list[set[int]] = [set() for _ in range(6)]
-        before: list[set[int]] = [set() for _ in range(6)]
+        gone: list[set[int]] = [set() for _ in range(4)]
+        before: list[set[int]] = [set() for _ in range(4)]
         for at in range(6):
             stream.generate(tiny.ids(1, 20, at), max_new_tokens=9, do_sample=False)
             now = [set(k) for k in heads(stream)]
@@ -181,9 +181,9 @@ def test_rows_are_selected_and_repeated_with_what_they_saw(policy: str, backend:
 
 @BACKEND
 @RULE
-@pytest.mark.parametrize("layer", [0, 1, 2])
+@pytest.mark.parametrize("layer", [0, 1])
 def test_a_forward_that_died_saw_nothing(policy: str, layer: int, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, ids = tiny.model(), tiny.ids(2, 200)
+    model, ids = tiny.model(), tiny.ids(2, 150)
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
@@ -213,7 +213,7 @@ def test_a_forward_that_died_saw_nothing(policy: str, layer: int, backend: str, 
 @pytest.mark.parametrize("decoded", [0, 20, 90])
 def test_a_crop_is_exact_or_refused(decoded: int, backend: str) -> None:
     """Exact: as if the tokens had never been read, whichever are evicted later. Refused: nothing has changed."""
-    model, ids, more = tiny.model(), tiny.ids(1, 60 + decoded), tiny.ids(1, 150, 4)
+    model, ids, more = tiny.model(), tiny.ids(1, 60 + decoded), tiny.ids(1, 90, 4)
     policy, exact = kvsieve.SnapKV(40, observe=8, kernel=3), []
     with kvsieve.stream(model, policy, backend) as stream:
         forwards(model, stream.cache, ids[:, :30], [30])
@@ -308,8 +308,8 @@ def test_after_filler_every_head_keeps_its_best(backend: str) -> None:
     model = tiny.model()
     with kvsieve.stream(model, kvsieve.H2O(20, recent=10, sinks=1), backend) as stream:
         forwards(model, stream.cache, tiny.ids(1, 100), [30, 1])
-        before = {(x, h): stream.kept(x, h)[0] for x in range(3) for h in range(2)}
-        keys = {x: stream._engine.stores[x].read(stream._engine.planner.runs(0, 0))[0] for x in range(3)}
+        before = {(x, h): stream.kept(x, h)[0] for x in range(2) for h in range(2)}
+        keys = {x: stream._engine.stores[x].read(stream._engine.planner.runs(0, 0))[0] for x in range(2)}
         since = stream._engine.parts.the(HeadEviction).rows[0].since
         left = since - 4
         stream._engine.crop_rows([100 - left])
@@ -352,8 +352,8 @@ def test_assisted_decoding_leaves_what_plain_decoding_leaves(policy: str, budget
     ids = torch.cat([tiny.ids(1, 9, 4)] * 7, 1)
     made = tiny.POLICIES[policy](budget)
     with kvsieve.stream(model, made, backend) as plain, kvsieve.stream(model, made, backend) as assisted:
-        want = greedy(model, ids, 80, past_key_values=plain.cache)
-        got = greedy(model, ids, 80, past_key_values=assisted.cache, prompt_lookup_num_tokens=5)
+        want = greedy(model, ids, 70, past_key_values=plain.cache)
+        got = greedy(model, ids, 70, past_key_values=assisted.cache, prompt_lookup_num_tokens=5)
         assert torch.equal(got, want)
         a, b = snapshot(plain), snapshot(assisted)
         assert heads(plain) == heads(assisted)
@@ -378,7 +378,7 @@ def test_a_file_holds_what_was_seen(family: str, policy: str, backend: str, tmp_
             stream.end_turn()  # before any forward: attention scores need what the file says of each layer's attention
             loaded.end_turn()
             assert same_memory(stream, loaded)
-            more = tiny.ids(4, 90, 5)
+            more = tiny.ids(4, 78, 5)
             a, b = (forwards(model, one.cache, more, [10, 1]) for one in (stream, loaded))
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
             assert [heads(stream, row) for row in range(4)] == [heads(loaded, row) for row in range(4)]

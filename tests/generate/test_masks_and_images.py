@@ -92,9 +92,11 @@ def _llava() -> Any:
 
 
 def _gemma3() -> Any:
-    mixed = {"layer_types": ["sliding_attention", "full_attention", "full_attention"], "sliding_window": 64}
     return transformers.Gemma3Config(
-        text_config={**_SHAPE, **mixed}, vision_config=_PIXELS, mm_tokens_per_image=4, image_token_index=IMAGE
+        text_config={**_SHAPE, **tiny.MIXED, "sliding_window": 64},
+        vision_config=_PIXELS,
+        mm_tokens_per_image=4,
+        image_token_index=IMAGE,
     )
 
 

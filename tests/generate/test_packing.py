@@ -130,11 +130,10 @@ def test_recent_and_generated_keys_are_whole(backend: str) -> None:
             )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_decoding_equals_the_definition(backend: str, make: Make) -> None:
+def test_decoding_equals_the_definition(make: Make) -> None:
     """Logits of a stream equal those of one whose every read is at full width."""
     model, ids = tiny.model(), tiny.ids(2, 130)
-    with kvsieve.stream(model, make(), backend=backend) as stream:
+    with kvsieve.stream(model, make(), backend="cpu") as stream:
         got = forwards(model, stream.cache, ids, [60, 40, 1])
         held = packed(stream)
     with kvsieve.stream(model, make(), backend="reference") as stream:
@@ -274,7 +273,7 @@ def test_a_crop_is_exact_or_refused(make: Make, request: pytest.FixtureRequest) 
                     with kvsieve.stream(model, make()) as twin:
                         left = at - count
                         forwards(model, twin.cache, ids[:, :left], [min(left, 80), 1])
-                        got, want = (forwards(model, one.cache, more, [30, 1]) for one in (fork, twin))
+                        got, want = (forwards(model, one.cache, more, [35, 1]) for one in (fork, twin))
                         torch.testing.assert_close(got, want, atol=2e-4, rtol=0)
                     exact.append((at, count))
     name = request.node.callspec.id
@@ -393,11 +392,11 @@ def test_a_role_of_ones_own() -> None:
 
 def test_skipped_layers_stay_whole() -> None:
     model = tiny.model()
-    with kvsieve.stream(model, kvsieve.ThinK(0.5, recent=8, skip_layers=[1])) as stream:
+    with kvsieve.stream(model, kvsieve.ThinK(0.5, recent=8, skip_layers=[0])) as stream:
         stream.generate(tiny.ids(1, 80), max_new_tokens=5, do_sample=False)
         block = stream._engine.planner.runs(0, 0)[0][0]
         kept = {index: store.channels(block).index.shape[1] for index, store in stream._engine.stores.items()}
-        assert kept == {0: 8, 1: 16, 2: 8}
+        assert kept == {0: 16, 1: 8}
 
 
 def test_norms_over_all_or_over_what_is_pruned() -> None:

@@ -72,7 +72,7 @@ def test_bytes_are_really_freed(policy: str, backend: str) -> None:
     model, budget, chunk = tiny.model(), 256, 200
     with kvsieve.stream(model, tiny.POLICIES[policy](budget), backend) as stream:
         token = stream._engine.facts.bytes_per_token
-        assert token == 3 * 2 * 32 * 4
+        assert token == 2 * 2 * 32 * 4
         peak = 0
         for lo in range(0, 1200, chunk):
             forward(model, stream.cache, tiny.ids(1, chunk, lo))
@@ -117,17 +117,17 @@ def test_a_smaller_budget_holds_fewer_bytes(policy: str, backend: str) -> None:
 
 @BACKEND
 def test_storing_what_was_evicted_never_grows_without_end(backend: str) -> None:
-    """Steady decoding: what is held stays within a constant of the budget, for thousands of steps."""
-    model, ids = tiny.model(), tiny.ids(1, 700)
+    """Steady decoding: what is held stays within a constant of the budget, block after block."""
+    model, ids = tiny.model(), tiny.ids(1, 450)
     for policy in ("streaming", "sirllm"):
         with kvsieve.stream(model, tiny.POLICIES[policy](64), backend) as stream:
             token = stream._engine.facts.bytes_per_token
             sizes = []
-            for lo in range(700):
+            for lo in range(450):
                 forward(model, stream.cache, ids[:, lo : lo + 1])
                 sizes.append(stream.stats().bytes_held)
             assert max(sizes) <= (64 + 3 * 64) * token
-            assert max(sizes[:350]) == max(sizes[350:])
+            assert max(sizes[:225]) == max(sizes[225:])
 
 
 @BACKEND
@@ -174,9 +174,10 @@ def test_nothing_evicted_ever_comes_back(policy: str, backend: str) -> None:
 @EVERY
 def test_stored_keys_and_values_never_change(policy: str, backend: str) -> None:
     """What is moved between blocks arrives bit for bit: no key is rotated in place, none drifts."""
-    model, first = tiny.model(), {}
+    model = tiny.model()
+    first = torch.full((2, 400, 32), torch.nan)
     with kvsieve.stream(model, tiny.POLICIES[policy](48), backend) as stream:
-        for lo, width in enumerate([40, 20, 1, 1, 30] + [1] * 80):
+        for lo, width in enumerate([40, 20, 1, 1, 30] + [1] * 70):
             forward(model, stream.cache, tiny.ids(1, width, lo))
             planner = stream._engine.planner
             for memory in range(planner.num_memories):
@@ -184,8 +185,7 @@ def test_stored_keys_and_values_never_change(policy: str, backend: str) -> None:
                 for head in range(len(keys)):
                     at = stream.kept(1, head)[0] if policy in tiny.PER_HEAD else None
                     positions = planner.positions(memory, 0) if at is None else at.positions
-                    for i, position in enumerate(positions.tolist()):
-                        now = (keys[head, i].clone(), values[head, i].clone())
-                        was = first.setdefault((head, position), now)
-                        assert torch.equal(now[0], was[0])
-                        assert torch.equal(now[1], was[1])
+                    places, now = torch.from_numpy(positions.astype("int64")), torch.cat([keys[head], values[head]], -1)
+                    new = first[head, places].isnan().all(-1)
+                    first[head, places[new]] = now[new]
+                    assert torch.equal(first[head, places], now)

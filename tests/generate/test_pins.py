@@ -388,13 +388,13 @@ def test_what_is_pinned_before_the_first_token_is_saved_and_reset(tmp_path: Any)
 @EVERY
 def test_beams_and_candidates_keep_pins(policy: str, backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, 10).repeat(1, 6)
-    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 60}
+    how: dict[str, Any] = {"do_sample": False, "max_new_tokens": 24}
     with kvsieve.stream(model, tiny.POLICIES[policy](BUDGET), backend) as stream:
-        stream.generate(ids, num_beams=3, max_new_tokens=40, do_sample=False)
+        stream.generate(ids, num_beams=3, max_new_tokens=20, do_sample=False)
         stream.reset()
         stream.pin(4, 9)
         stream.pin(70, 76)
-        stream.generate(ids, num_beams=3, max_new_tokens=40, do_sample=False)
+        stream.generate(ids, num_beams=3, max_new_tokens=20, do_sample=False)
         assert holds(stream, {*range(4, 9), *range(70, 76)})
         assert stream.pins == [[(4, 9), (70, 76)]]
     told = []
@@ -402,7 +402,7 @@ def test_beams_and_candidates_keep_pins(policy: str, backend: str) -> None:
         with kvsieve.stream(model, tiny.POLICIES[policy](BUDGET), backend) as stream:
             stream.pin(4, 9)
             stream.pin(70, 76)
-            told.append(greedy(model, ids, 60, past_key_values=stream.cache, **extra))
+            told.append(greedy(model, ids, 24, past_key_values=stream.cache, **extra))
             assert holds(stream, {*range(4, 9), *range(70, 76)})
             assert stream.pins == [[(4, 9), (70, 76)]]
     assert torch.equal(*told), how

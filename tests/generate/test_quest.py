@@ -45,7 +45,7 @@ def test_a_text_that_fits_is_the_full_cache_bit_for_bit(family: str, name: str, 
     model, ids = tiny.model(family), tiny.ids(2, policy.selection.dense_until)
     for each in (kvsieve.Full(), policy):
         with kvsieve.stream(model, each, backend) as stream:
-            got.append(forwards(model, stream.cache, ids, [60, 1]))
+            got.append(forwards(model, stream.cache, ids, [ids.shape[1] - 20, 1]))
             assert stream.stats().parts.bounds == 0
     assert torch.equal(*got)
 
@@ -58,7 +58,7 @@ def test_the_backends_agree(family: str, name: str, dtype: torch.dtype) -> None:
     got, read = {}, []
     for backend in BACKENDS:
         with kvsieve.stream(model, KINDS[name](), backend) as stream:
-            got[backend] = forwards(model, stream.cache, ids, [380, 5, 1], mask)[:, -300:]
+            got[backend] = forwards(model, stream.cache, ids, [400, 5, 1], mask)[:, -300:]
             read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
     difference = (got["cpu"].float() - got["reference"].float()).abs()
     scale = got["reference"].float().abs().max()
@@ -121,11 +121,11 @@ def test_a_row_equals_its_solo_run(name: str, backend: str) -> None:
     """Left padding, and rows of which one is selected from long before the other."""
     model, rows = tiny.model(), [tiny.ids(1, n, n)[0] for n in (330, 140, 18)]
     ids, mask = pad_left(rows)
-    more = tiny.ids(3, 70, 5)
+    more = tiny.ids(3, 60, 5)
     with kvsieve.stream(model, KINDS[name](), backend) as stream:
         forward(model, stream.cache, ids, mask)
         whole = torch.cat([mask, torch.ones_like(more)], 1)
-        got = torch.cat([forward(model, stream.cache, more[:, i : i + 1], whole[:, : ids.shape[1] + i + 1]) for i in range(70)], 1)
+        got = torch.cat([forward(model, stream.cache, more[:, i : i + 1], whole[:, : ids.shape[1] + i + 1]) for i in range(60)], 1)
     for row in range(3):
         with kvsieve.stream(model, KINDS[name](), backend) as solo:
             forward(model, solo.cache, rows[row][None])
@@ -150,7 +150,7 @@ def test_what_was_cropped_leaves_no_bounds_behind(backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, LONG)
     with kvsieve.stream(model, quest(), backend) as stream:
         forward(model, stream.cache, ids[:, :150])
-        forwards(model, stream.cache, tiny.ids(1, 260, 8), [200, 1])
+        forwards(model, stream.cache, tiny.ids(1, 260, 8), [240, 1])
         stream.cache.crop(-260)
         got = forwards(model, stream.cache, ids[:, 150:], [250, 1])
     with kvsieve.stream(model, quest(), backend) as stream:
@@ -164,7 +164,7 @@ def test_what_was_cropped_leaves_no_bounds_behind(backend: str) -> None:
 def test_assisted_decoding_is_lossless(how: str, backend: str) -> None:
     model = tiny.model()
     ids = torch.cat([tiny.ids(1, 9, 4)] * 30, 1)
-    extra = {"prompt_lookup_num_tokens": 4} if how == "lookup" else {"assistant_model": tiny.model(seed=1, num_hidden_layers=2)}
+    extra = {"prompt_lookup_num_tokens": 4} if how == "lookup" else {"assistant_model": tiny.model(seed=1, num_hidden_layers=1)}
     with kvsieve.stream(model, quest(), backend) as stream:
         want = greedy(model, ids, 40, past_key_values=stream.cache)
     with kvsieve.stream(model, quest(), backend) as stream:
@@ -184,7 +184,7 @@ def test_beams_are_those_of_the_specification() -> None:
 def test_rows_are_selected_and_repeated_with_what_they_chose(name: str, backend: str) -> None:
     """Rows share whole blocks and their bounds; a block that is half full is copied when one of them goes on."""
     model, ids = tiny.model(), tiny.ids(2, 300)
-    tail = tiny.ids(1, 90, 3)
+    tail = tiny.ids(1, 40, 3)
     with kvsieve.stream(model, KINDS[name](), backend) as stream:
         forwards(model, stream.cache, ids, [290, 1])
         stream.cache.reorder_cache(torch.tensor([1, 1]))
@@ -202,11 +202,11 @@ def test_rows_are_selected_and_repeated_with_what_they_chose(name: str, backend:
 @BACKEND
 def test_a_fork_and_its_parent_do_not_touch_each_other(backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, 300)
-    one, two = tiny.ids(1, 140, 1), tiny.ids(1, 140, 2)
+    one, two = tiny.ids(1, 90, 1), tiny.ids(1, 90, 2)
     with kvsieve.stream(model, quest(), backend) as stream:
         forwards(model, stream.cache, ids, [290, 1])
         with stream.fork() as child:
-            mixed = [[forward(model, s.cache, x[:, i : i + 1]) for s, x in ((stream, one), (child, two))] for i in range(140)]
+            mixed = [[forward(model, s.cache, x[:, i : i + 1]) for s, x in ((stream, one), (child, two))] for i in range(90)]
     for which, x in enumerate((one, two)):
         with kvsieve.stream(model, quest(), backend) as solo:
             forwards(model, solo.cache, ids, [290, 1])
@@ -220,7 +220,7 @@ def test_a_fork_and_its_parent_do_not_touch_each_other(backend: str) -> None:
 def test_a_forward_that_died_leaves_everything_as_it_was(
     name: str, width: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids, got = tiny.model(), tiny.ids(1, LONG), []
+    model, ids, got = tiny.model(), tiny.ids(1, 350), []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
@@ -230,7 +230,7 @@ def test_a_forward_that_died_leaves_everything_as_it_was(
             forwards(model, stream.cache, ids[:, :310], [300, 1])
             if unlucky:
                 with monkeypatch.context() as patch:
-                    patch.setattr(model.model.layers[2].mlp, "forward", dies)
+                    patch.setattr(model.model.layers[1].mlp, "forward", dies)
                     with pytest.raises(RuntimeError, match="out of memory"):
                         forward(model, stream.cache, tiny.ids(1, width, 9))
             got.append(forwards(model, stream.cache, ids[:, 310:], [1]))
@@ -245,10 +245,10 @@ def test_turns_and_what_is_saved(backend: str, tmp_path: Path) -> None:
         stream.generate(tiny.ids(1, 131, 7), max_new_tokens=8, do_sample=False)
         assert stream.stats().resident == stream.seen == 250 + 8 + 131 + 7
         stream.save(tmp_path / "stream.safetensors")
-        want = forwards(model, stream.cache, tiny.ids(1, 80, 2), [1])
+        want = forwards(model, stream.cache, tiny.ids(1, 60, 2), [1])
     with kvsieve.load(tmp_path / "stream.safetensors", model, backend) as stream:
         assert repr(stream.policy) == repr(quest())
-        torch.testing.assert_close(forwards(model, stream.cache, tiny.ids(1, 80, 2), [1]), want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(forwards(model, stream.cache, tiny.ids(1, 60, 2), [1]), want, atol=1e-5, rtol=0)
     with kvsieve.stream(model, quest(), backend) as stream:
         last = forward(model, stream.cache, tiny.ids(1, 250))
         for at in range(250, 258):
@@ -263,7 +263,7 @@ def test_what_fits_is_read_whole_with_an_extension_too(name: str, backend: str) 
     model, ids, got = tiny.model(), tiny.ids(2, policy.selection.dense_until), []
     for extend in (False, True):
         with kvsieve.stream(model, KINDS[name](extend=extend), backend) as stream:
-            got.append(forwards(model, stream.cache, ids, [64, 1]))
+            got.append(forwards(model, stream.cache, ids, [ids.shape[1] - 20, 1]))
     assert float((got[1] - got[0]).abs().max()) <= 1e-3 * float(got[0].abs().max())
 
 
@@ -276,7 +276,7 @@ def test_within_the_trained_length_pre_rope_blocks_are_judged_by_content(family:
     for backend in BACKENDS:
         with kvsieve.stream(model, KINDS[name](extend=400), backend) as stream:
             parts = []
-            for lo, hi in [(0, 320), *((at, at + 1) for at in range(320, LONG))]:
+            for lo, hi in [(0, 320), (320, 384), *((at, at + 1) for at in range(384, LONG))]:
                 parts.append(forward(model, stream.cache, ids[:, lo:hi], mask[:, :hi]))
                 if hi in (390, LONG):
                     read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
@@ -323,7 +323,7 @@ def test_bounds_are_counted(dtype: torch.dtype) -> None:
 @BACKEND
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_a_block_with_a_key_of_nan_is_not_found(sign: float, backend: str) -> None:
-    model, ids = tiny.model(num_hidden_layers=2), tiny.ids(1, LONG)
+    model, ids = tiny.model(), tiny.ids(1, LONG)
     with kvsieve.stream(model, quest(), backend) as stream:
 
         def hook(module: Any, args: Any, output: torch.Tensor) -> torch.Tensor:

@@ -237,7 +237,7 @@ def test_the_schedule_of_the_figure(backend: str) -> None:
         for token in tiny.ids(1, 4, 2).split(1, 1):
             forward(tiny.model(), stream.cache, token)
             full.append([heads is None for heads in read_by(stream)])
-        assert full == [[False] * 3, [False] * 3, [True] * 3, [False] * 3]
+        assert full == [[False] * 2, [False] * 2, [True] * 2, [False] * 2]
 
 
 # ----------------------------------------------------------------------------------------------------------------------- schedule
@@ -268,13 +268,13 @@ def test_sets_keep_their_size_and_lose_the_lowest_first(backend: str) -> None:
     budget, model = 12, tiny.model()
     with kvsieve.stream(model, kvsieve.RefreshKV(budget, stride=100, similarity=None), backend) as stream:
         stream.feed(tiny.ids(1, 40))
-        choices = [part_of(stream).rows[0].layers[index] for index in range(3)]
+        choices = [part_of(stream).rows[0].layers[index] for index in range(2)]
         going = [[c.tokens[h][c.order[h].argsort()].tolist() for h in range(2)] for c in choices]
         for step, token in enumerate(tiny.ids(1, 30, 2).split(1, 1)):
             forward(model, stream.cache, token)
             whole = [[head + list(range(40, 40 + step)) for head in heads] for heads in going]
             assert read_by(stream) == [[sorted([*head[-budget:], 40 + step]) for head in heads] for heads in whole]
-            assert [part_of(stream).rows[0].layers[index] for index in range(3)] == choices
+            assert [part_of(stream).rows[0].layers[index] for index in range(2)] == choices
         assert stream._engine.planner.resident(0, 0) == 70
 
 
@@ -465,7 +465,7 @@ def test_after_tokens_were_taken_out_heads_choose_anew(backend: str) -> None:
         forwards(model, stream.cache, ids[:, :42], [40, 1])
         stream.evict(5, 9)
         forward(model, stream.cache, ids[:, 42:43])
-        assert read_by(stream) == [None] * 3
+        assert read_by(stream) == [None] * 2
         forward(model, stream.cache, ids[:, 43:44])
         sets = part_of(stream).read[0][0]
         assert sets is not None

@@ -35,7 +35,8 @@ def infinite(**changes: Any) -> Any:
 
 SEARCHES: dict[str, Make] = {
     "hip": hip,
-    "hip_first": lambda **changes: hip(representative="first", block=4, **changes),
+    # Both layers of a model search under this one, and only the second under the one before.
+    "hip_first": lambda **changes: hip(**{"representative": "first", "block": 4, "dense_layers": 0, **changes}),
     "infinite": infinite,
     "infinite_middle": lambda **changes: infinite(representative="middle", **changes),
 }
@@ -77,7 +78,7 @@ def test_one_token_more_is_selected_from(name: str, backend: str) -> None:
         last = forward(model, stream.cache, ids[:, -1:])
         layers = stream.trace()
     assert not torch.allclose(last, full[:, -1:], atol=1e-4)
-    assert [layer.dense for layer in layers] == [name.startswith("hip"), False, False]
+    assert [layer.dense for layer in layers] == [name == "hip", False]
     assert all(layer.read < 2 * (length + 9) for layer in layers if not layer.dense)
 
 
@@ -252,7 +253,7 @@ def test_padded_rows_and_two_turns_of_whatever_is_selected_from(over: str, name:
 @EVERY
 def test_packing_does_not_end_a_choice(name: str, backend: str) -> None:
     """A choice names residents by number, which packing does not change: a layer that packs all it has reads what it would have."""
-    model, ids, read = tiny.model(), tiny.ids(1, 120), []
+    model, ids, read = tiny.model(num_hidden_layers=3), tiny.ids(1, 120), []
     # The last layer drops channels, so that there is something to pack; those before it are packed whole.
     for extra in (None, kvsieve.ThinK(0.5, recent=8, observe=8, flush_every=4, skip_layers=(0, 1))):
         policy = SEARCHES[name]() if extra is None else SEARCHES[name]() | extra
@@ -315,7 +316,7 @@ def test_far_beyond_it_distances_stay_those_that_were_trained(backend: str) -> N
 def test_assisted_decoding_is_lossless(name: str, how: str, backend: str) -> None:
     model = tiny.model()
     ids = torch.cat([tiny.ids(1, 9, 4)] * 7, 1)
-    extra = {"prompt_lookup_num_tokens": 4} if how == "lookup" else {"assistant_model": tiny.model(seed=1, num_hidden_layers=2)}
+    extra = {"prompt_lookup_num_tokens": 4} if how == "lookup" else {"assistant_model": tiny.model(seed=1, num_hidden_layers=1)}
     with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
         want = greedy(model, ids, 24, past_key_values=stream.cache)
     with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
@@ -567,7 +568,7 @@ def test_a_budget_that_is_no_multiple_of_the_block_is_rounded_up(backend: str) -
 def test_a_key_of_nan_is_not_found(policy: Any, backend: str) -> None:
     """Nor does it hide others. (In a block of several keys it may come with one that is found.)"""
     # Of two layers, so that what is broken does not spread to other tokens' keys.
-    model, ids = tiny.model(num_hidden_layers=2), tiny.ids(1, 100)
+    model, ids = tiny.model(), tiny.ids(1, 100)
     attention = model.model.layers[1].self_attn
     with kvsieve.stream(model, policy, backend) as stream:
         poison = {"on": True}

@@ -469,7 +469,7 @@ class TestPacked:
             rows = any_rows(rng, kind, mode, spec, dtype)
             kept_, channels = channels_of(rng, rows.heads, rows.dim, None if mode == "stored" else rows.rope)
             rows.rope = None if mode == "stored" else rows.rope
-            first = rng.choice([70, 300])
+            first = rng.choice([70, 160])
             rows.step(first, [rng.randint(70, first) for _ in rows.naive])
             rows.step(1)
             for upto in (rng.randint(10, 65), rng.randint(66, 140), 400):

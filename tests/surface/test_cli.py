@@ -225,6 +225,7 @@ def test_folders_without_a_model_say_what_they_hold(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("loaded")
 @pytest.mark.parametrize("folder", [False, True])
 def test_a_gguf_file_is_the_model_that_it_holds(
     folder: bool, tmp_path: Path, model_file: Path, capsys: pytest.CaptureFixture[str]
@@ -260,6 +261,7 @@ def need_model() -> None:
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("loaded")
 def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need_model()
     path = tmp_path / "out.json"
@@ -273,16 +275,17 @@ def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("loaded")
 def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need_model()
     pytest.importorskip("matplotlib")
-    argv = ["demo", "--quick", "--tokens", "1600", "--budget", "256", "--chunk", "256", "--out", str(tmp_path)]
+    argv = ["demo", "--quick", "--tokens", "1000", "--budget", "256", "--chunk", "256", "--out", str(tmp_path)]
     assert main(argv) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     reading = {row["memory"]: row for row in report["reading"]}
     shopping = {row["memory"]: row for row in report["shopping"]}
-    assert [(row["first"], row["stop"]) for row in reading.values()] == [(0, 1600)] * 4
-    assert reading["full cache"]["resident"] == 1600
+    assert [(row["first"], row["stop"]) for row in reading.values()] == [(0, 1000)] * 4
+    assert reading["full cache"]["resident"] == 1000
     assert all(row["resident"] <= 256 for name, row in reading.items() if name != "full cache")
     assert reading["SirLLM"]["bytes_held"] < reading["full cache"]["bytes_held"] / 2
     assert all(0 < row["nll_compared"] < 8 for row in reading.values())
@@ -295,4 +298,4 @@ def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.
     assert all(name in out for name in (*reading, "answered", "report.json"))
     assert out.index("questions answered") < out.index("reading up to token")
     assert " ".join(out.split()).endswith(report["verdict"])
-    assert "up to token 1,600 only, so nothing here shows" in report["verdict"]
+    assert "up to token 1,000 only, so nothing here shows" in report["verdict"]

@@ -9,6 +9,7 @@ import re
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -36,12 +37,10 @@ def test_every_published_system_has_its_page_and_every_page_its_system() -> None
 
 
 @pytest.fixture(scope="module")
-def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def small_model(tmp_path_factory: pytest.TempPathFactory, smollm2: tuple[Any, Any]) -> Path:
     """The small model as a folder in bfloat16, such as the Hub has it."""
-    from kvsieve.evals.models import load_smollm2
-
     folder = tmp_path_factory.mktemp("smollm2")
-    model, tokenizer = load_smollm2(torch.bfloat16)
+    model, tokenizer = smollm2
     config = copy.deepcopy(model.config)
     config.__dict__.pop(
         "quantization_config", None

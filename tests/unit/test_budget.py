@@ -107,6 +107,6 @@ def test_a_byte_budget_too_small_for_a_model_is_refused_on_opening() -> None:
 
 
 def test_a_byte_budget_too_small_for_its_sinks_is_refused_on_opening() -> None:
-    token = 3 * 2 * 32 * 4
+    token = 2 * 2 * 32 * 4
     with pytest.raises(BudgetError, match="sinks"):
         kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(f"{3 * 64 * token}B", sinks=64), "reference")

@@ -303,16 +303,23 @@ def test_meter_of_a_dynamic_cache_counts_keys_and_values() -> None:
 
 @pytest.mark.model
 def test_a_gguf_file_is_read_through_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its table of contents takes seconds, and transformers asks for it three times."""
+    """Its table of contents takes seconds, and transformers asks three times; for gguf's table of names, at every module."""
     gguf = pytest.importorskip("gguf")
     made: list[Any] = []
+    named: list[Any] = []
+    names = gguf.get_tensor_name_map
 
     class Counted(gguf.GGUFReader):  # type: ignore[misc, name-defined]
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             made.append(args)
             super().__init__(*args, **kwargs)
 
+    def counted(*args: Any) -> Any:
+        named.append(args)
+        return names(*args)
+
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
+    monkeypatch.setattr(gguf, "get_tensor_name_map", counted)
     models.load_smollm2()
-    assert len(made) == 1
-    assert gguf.GGUFReader is Counted
+    assert (len(made), len(named)) == (1, 1)
+    assert (gguf.GGUFReader, gguf.get_tensor_name_map) == (Counted, counted)

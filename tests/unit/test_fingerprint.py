@@ -26,7 +26,7 @@ def test_two_copies_of_the_same_weights_are_the_same() -> None:
     model = tiny.model()
     want = fingerprint.weights(model)
     assert len(want) == 64
-    assert fingerprint.weights(tiny.model.__wrapped__()) == want
+    assert fingerprint.weights(tiny.fresh()) == want
     assert fingerprint.weights(offloaded(copy.deepcopy(model))) == want
     with kvsieve.stream(model, kvsieve.StreamingLLM(64)) as stream:
         stream.feed(tiny.ids(1, 20))
@@ -64,7 +64,7 @@ def test_int8_weights_of_another_model_are_others() -> None:
 
 def test_frequencies_that_follow_the_length_do_not_count() -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    model = tiny.model.__wrapped__(rope_parameters=rope, max_position_embeddings=32)
+    model = tiny.fresh(rope_parameters=rope, max_position_embeddings=32)
     before = fingerprint.weights(model)
     with torch.no_grad():
         model(tiny.ids(1, 64))

@@ -15,7 +15,6 @@ from kvsieve import policy as roles
 from kvsieve.cli import main
 from kvsieve.errors import KvsieveError
 from kvsieve.evals import packing_nll
-from kvsieve.evals.models import load_smollm2
 from kvsieve.evals.packing_nll import AtRandom, ByKeyNorm
 from kvsieve.evals.shopping_text import FILLERS
 from kvsieve.methods.think import ChannelPruned
@@ -147,10 +146,10 @@ def total_variation(seen: roles.StorageObservation, channels: torch.Tensor) -> f
 
 
 @pytest.fixture(scope="module")
-def real() -> tuple[Any, torch.Tensor]:
+def real(smollm2: tuple[Any, Any]) -> tuple[Any, torch.Tensor]:
     """The small model, and a text that no release of Python changes."""
     torch.set_num_threads(1)
-    model, tokenizer = load_smollm2()
+    model, tokenizer = smollm2
     text = "\n\n".join(f"{question}\n{answer}" for question, answer in FILLERS)
     ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"][:, : PROMPT + AFTER]
     assert ids.shape[1] == PROMPT + AFTER
@@ -197,6 +196,7 @@ def test_think_has_the_least_error_on_a_real_model_then_key_norm_then_random(rea
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("loaded")
 def test_the_command_prints_a_table_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "packing.json"
     argv = ["eval", "packing", "--quick", "--windows", "2", "--prompt", "160", "--continuation", "40", "--only", "at random"]

@@ -55,15 +55,14 @@ class Naive:
 
     def read(self, query: torch.Tensor, seen: list[tuple[torch.Tensor, torch.Tensor]]) -> torch.Tensor:
         out = []
+        keys, values = (torch.stack(tensors) for tensors in zip(*seen))
         for head in range(HEADS):
-            keys = torch.stack([k[head // 2] for k, _ in seen])
-            values = torch.stack([v[head // 2] for _, v in seen])
-            logits = keys @ query[head] * self.call.scale
+            logits = keys[:, head // 2] @ query[head] * self.call.scale
             if self.call.softcap is not None:
                 logits = torch.tanh(logits / self.call.softcap) * self.call.softcap
             weights = logits.exp()
             below = weights.sum() + (0 if self.call.sink_logits is None else self.call.sink_logits[head].double().exp())
-            out.append(weights / below @ values)
+            out.append(weights / below @ values[:, head // 2])
         return torch.stack(out)
 
 

@@ -108,7 +108,7 @@ def test_a_stream_is_looked_at_at_every_step(backend: str, tmp_path: Path) -> No
     with kvsieve.stream(model, policy, backend) as stream:
         assert torch.equal(new, stream.generate(ids, max_new_tokens=9, do_sample=False)[0, 90:])
     assert reads.seen == list(range(90, 99))
-    assert (reads.dense, reads.layers, len(reads.heads[0])) == (1, 2, 4)
+    assert (reads.dense, reads.layers, len(reads.heads[0])) == (1, 1, 2)
     # The choice of the prompt's last block is the first of four steps.
     assert [count > 0 for count in reads.scored] == [step % 4 == 0 for step in range(9)]
     assert all(2 + 8 < read <= 2 + 8 + 3 + 16 for read in reads.read)
@@ -168,6 +168,7 @@ def test_mistakes_are_one_line(argv: list[str], says: str, capsys: pytest.Captur
 
 
 @pytest.mark.model
+@pytest.mark.usefixtures("loaded")
 def test_the_command_draws_and_writes_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[Any]) -> None:
     pytest.importorskip("matplotlib")
     policy = "hip(64, window=64, sinks=4, refresh=8)"

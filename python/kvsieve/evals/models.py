@@ -183,18 +183,22 @@ def _check_causal(name: str, config: Any) -> None:
 
 @contextlib.contextmanager
 def _parsed_once() -> Iterator[None]:
-    """A GGUF file's table of contents is read once. Transformers asks for it three times: configuration, tokenizer, weights."""
+    """A GGUF file's table of contents is read once, and so is gguf's table of names.
+
+    Transformers asks for the one three times (configuration, tokenizer, weights), and for the other once for every module of it.
+    """
     if importlib.util.find_spec("gguf") is None:
         yield
         return
     import gguf
 
-    reader = gguf.GGUFReader
+    reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
     gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
+    gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(names)
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        gguf.GGUFReader, gguf.get_tensor_name_map = reader, names
 
 
 @contextlib.contextmanager
