@@ -494,6 +494,6 @@ def _stored_bytes(engine: Engine) -> StoredBytes:
     held = [store.held() for store in engine.stores.values()]
     keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
     if engine.parts.find(Compression) is None:
-        return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held))
+        return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held), engine.bytes_of_summaries)
     keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
     return StoredBytes(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)

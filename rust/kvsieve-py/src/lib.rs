@@ -5,6 +5,7 @@ use pyo3::prelude::*;
 mod error;
 mod kernels;
 mod memory;
+mod pieces;
 mod plan;
 mod planner;
 mod select;
@@ -21,6 +22,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     select::register(m)?;
     sets::register(m)?;
+    pieces::register(m)?;
     kernels::register(m)?;
     Ok(())
 }

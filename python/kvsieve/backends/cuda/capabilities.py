@@ -11,7 +11,12 @@ __all__ = ["CAPABILITIES"]
 CAPABILITIES = Capabilities(
     "cuda",
     SelectionCapabilities(
-        kinds(select.__path__), stored_keys=frozenset({"post_rope"}), compressed=False, page_bounds=False, recycled=False
+        kinds(select.__path__),
+        stored_keys=frozenset({"post_rope"}),
+        compressed=False,
+        page_bounds=False,
+        recycled=False,
+        fetched=False,
     ),
     devices=frozenset({"cuda"}),
     dtypes=FLOATS,
