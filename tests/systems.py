@@ -81,6 +81,9 @@ SYSTEMS: dict[str, System] = {
     "lm_infinite_middle": System(lambda: kvsieve.LMInfinite(38, sinks=2, middle_top_k=8, middle_from_layer=1), ("selects",)),
     "quest_rarely": System(lambda: _quest(refresh=(8, 2), sinks=64), ("selects",)),
     "refresh_kv_fixed": System(lambda: kvsieve.RefreshKV(48, stride=3, similarity=None, kernel=3), ("selects",)),
+    "infllm_per_head": System(
+        lambda: kvsieve.InfLLM(24, blocks=2, block=4, representatives=1, sinks=2, per_head=True, query_block=8), ("selects",)
+    ),
     "think_flush": System(lambda: _think(flush_every=16), ("stores",)),
     "think_prefill": System(lambda: _think(when="prefill"), ("stores",)),
     "quantized_prefill": System(lambda: _codes(when="prefill"), ("stores",)),

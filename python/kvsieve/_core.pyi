@@ -18,6 +18,7 @@ __all__ = [
     "Part",
     "Planner",
     "PositionRule",
+    "Residents",
     "Rope",
     "Sparse",
     "SparseState",
@@ -26,6 +27,7 @@ __all__ = [
     "__version__",
     "attend_heaviest",
     "attend_highest",
+    "attend_pieces",
     "attend_sets",
     "error_samples",
     "isa",
@@ -100,6 +102,14 @@ class Step:
     def append_table(self) -> npt.NDArray[np.int32]: ...
     def span_table(self) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], npt.NDArray[np.int64]] | None: ...
     def parts(self) -> list[Part]: ...
+
+@final
+class Residents:
+    """Where the residents of a row lie once a step's tokens are stored, in text order."""
+
+    def __new__(cls, step: Step, row: int) -> Residents: ...
+    def __len__(self) -> int: ...
+    def runs(self, lo: int, hi: int) -> list[_Triple]: ...
 
 @final
 class Eviction:
@@ -346,6 +356,20 @@ def attend_highest(
     out: npt.NDArray[Any],
     threads: int = 1,
 ) -> list[npt.NDArray[np.float32] | None]: ...
+def attend_pieces(
+    store: Store,
+    q: npt.NDArray[Any],
+    residents: Residents,
+    given: Sequence[tuple[int, int, int, int, bool]],
+    rope: Rope | None,
+    scale: float,
+    softcap: float | None,
+    sinks: npt.NDArray[np.float32] | None,
+    out: npt.NDArray[Any],
+    lse: npt.NDArray[np.float32] | None = None,
+    scored: int | None = None,
+    threads: int = 1,
+) -> npt.NDArray[np.float32] | None: ...
 def attend_sets(
     store: Store,
     q: npt.NDArray[Any],

@@ -38,6 +38,7 @@ class StoredBytes:
         channels: which channels of keys were kept.
         residual: keys and values that are not compressed yet.
         bounds: what a selection by page bounds knows of blocks.
+        summaries: what a selection that fetches blocks knows of them.
     """
 
     keys: int
@@ -46,6 +47,7 @@ class StoredBytes:
     channels: int
     residual: int
     bounds: int = 0
+    summaries: int = 0
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ class LayerTrace:
         index: the layer's index in the model.
         dense: whether it read everything.
         scored: keys compared in the last forward, over all rows, queries and key-value heads.
-        read: keys attended to, likewise; of a dense layer, by the newest query of each row.
+        read: keys attended to, likewise; of a dense layer, by the newest query of each row. Where blocks are fetched, both are
+            of the newest queries alone, which share a choice.
         rows: for each row its key-value heads.
     """
 

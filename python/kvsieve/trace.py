@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsieve.errors import StateError
+from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.stats import HeadTrace, LayerTrace
@@ -24,11 +25,13 @@ Ints: TypeAlias = "npt.NDArray[np.int64]"
 
 def trace(engine: Engine) -> tuple[LayerTrace, ...]:
     """See :meth:`kvsieve.Stream.trace`."""
-    selection, recycling = engine.parts.find(Selection), engine.parts.find(Recycling)
-    if selection is None and recycling is None:
+    selection, recycling, fetching = engine.parts.find(Selection), engine.parts.find(Recycling), engine.parts.find(Fetching)
+    if selection is None and recycling is None and fetching is None:
         raise StateError(f"{engine.policy!r} reads all that it holds; a trace shows what a selection left out, as of kvsieve.HiP")
     if not engine.num_rows:
         raise StateError("the stream has read nothing yet")
+    if fetching is not None:
+        return _fetched(engine, fetching)
     if selection is None:
         assert recycling is not None
         return _recycled(engine, recycling)
@@ -67,6 +70,26 @@ def _recycled(engine: Engine, recycling: Recycling) -> tuple[LayerTrace, ...]:
             chosen = [at[at < mine.rest] for at in whole]
             heads.append(tuple(HeadTrace(ranges(positions[a]), ranges(positions[b]), 0, 0) for a, b in zip(whole, chosen)))
         found.append(LayerTrace(layer.index, all(mine is None for mine in sets), 0, read, tuple(heads)))
+    return tuple(found)
+
+
+def _fetched(engine: Engine, fetching: Fetching) -> tuple[LayerTrace, ...]:
+    found, nothing = [], np.empty((0, 2), np.int64)
+    for layer in engine.facts.layers:
+        rows, compared, read, dense = [], 0, 0, True
+        for last in fetching.read.get(layer.index, [None] * engine.num_rows):
+            heads = []
+            for head in range(layer.num_kv_heads):
+                if last is None:
+                    heads.append(HeadTrace(nothing, nothing, 0, 0))
+                    continue
+                mine, blocks = last.read(head), last.blocks(fetching.rule, head)
+                compared, read = compared + last.choice.compared, read + sum(hi - lo for lo, hi in mine)
+                dense = dense and len(last.choice.pieces) == 1
+                ranges_read = ranges(np.concatenate([np.arange(*span) for span in mine]))
+                heads.append(HeadTrace(ranges_read, blocks, last.choice.compared, 1 if last.choice.compared else 0))
+            rows.append(tuple(heads))
+        found.append(LayerTrace(layer.index, dense, compared, read, tuple(rows)))
     return tuple(found)
 
 

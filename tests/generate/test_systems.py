@@ -12,6 +12,7 @@ import torch
 from drive import forward, forwards, pad_left, same_memory
 from kvsieve.errors import KvsieveError
 from kvsieve.methods import SYSTEMS as PUBLISHED
+from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.value_selection import ValueSelection
@@ -65,11 +66,13 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         engine = stream._engine
         assert ("evicts" in SYSTEMS[name].doing) == (engine.blocks.resident < stream.seen)
         selection = engine.parts.find(Selection)
-        recycling = engine.parts.find(Recycling)
+        recycling, fetching = engine.parts.find(Recycling), engine.parts.find(Fetching)
         selects = engine.reads_top_k or (selection is not None and selection.searching)
         selects |= recycling is not None and all(sets[0] is not None for sets in recycling.read.values())
         values = engine.parts.find(ValueSelection)
         selects |= values is not None and all(bool((mass < 1).all()) for mass in values.mass.values())
+        fetched = [] if fetching is None else [rows[0] for rows in fetching.read.values()]
+        selects |= bool(fetched) and all(last is not None and last.choice.compared > 0 for last in fetched)
         assert ("selects" in SYSTEMS[name].doing) == selects
         assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
 

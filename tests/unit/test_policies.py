@@ -130,7 +130,13 @@ class TestRegistry:
 
 @pytest.mark.parametrize("make", [system.make for system in SYSTEMS], ids=lambda make: make.__name__)
 def test_policies_are_frozen_and_hashable(make: Any) -> None:
-    known = {kvsieve.Full: (), kvsieve.ThinK: (0.4,), kvsieve.Quantized: (4,), kvsieve.InfiniteHiP: ("fast",)}
+    known = {
+        kvsieve.Full: (),
+        kvsieve.ThinK: (0.4,),
+        kvsieve.Quantized: (4,),
+        kvsieve.InfiniteHiP: ("fast",),
+        kvsieve.LongHeads: (768,),
+    }
     args = known.get(make, (64,))
     policy = make(*args)
     assert policy == make(*args)

@@ -14,14 +14,15 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-    from kvsieve._core import Moves, Step
+    from kvsieve._core import Moves, Residents, Step
     from kvsieve.facts import AttentionLayer, LayerRope
-    from kvsieve.policy.select import HeaviestValues, SparseSelection
+    from kvsieve.policy.select import HeaviestValues, Piece, SparseSelection
     from kvsieve.policy.storage import Channels, Packing
 
 __all__ = [
     "FLOATS",
     "AttendCall",
+    "Attended",
     "Backend",
     "Capabilities",
     "HeadChoice",
@@ -133,6 +134,21 @@ class HeadSets:
         return torch.cat([chosen, torch.arange(self.rest, count)])
 
 
+@dataclass(frozen=True, eq=False)
+class Attended:
+    """Attention of some queries to pieces of their row's text.
+
+    Attributes:
+        out: ``[H, m, Dv]``, learned sink logits taken into account; lse: ``[H, m]``, without them, -inf where nothing is read.
+        scores: float32 ``[Hkv, hi - lo]`` of the first piece, if it was asked for: probabilities summed over the queries and over
+            the query heads of a group.
+    """
+
+    out: torch.Tensor
+    lse: torch.Tensor
+    scores: torch.Tensor | None = None
+
+
 # ----------------------------------------------------------------------------------------------------------------- capabilities
 
 
@@ -148,6 +164,7 @@ class SelectionCapabilities:
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
         recycled: whether heads can read tokens that they chose before, by scores that it tells (:meth:`Store.run_with_sets`).
         heaviest_values: whether a query can add up the heaviest values alone (:meth:`Store.run_heaviest`).
+        fetched: whether queries can read pieces of the text at distances that they are told (:meth:`Store.attend_pieces`).
     """
 
     rules: frozenset[str]
@@ -157,6 +174,7 @@ class SelectionCapabilities:
     page_bounds: bool = True
     recycled: bool = True
     heaviest_values: bool = True
+    fetched: bool = True
 
 
 @dataclass(frozen=True)
@@ -237,6 +255,13 @@ class Capabilities:
         """Raise BackendError if a query cannot add up the heaviest values alone."""
         if not self.selection.heaviest_values:
             raise BackendError(f"backend {self.name!r} adds up all values; use HiP to read fewer tokens, or backend='reference'")
+
+    def check_fetching(self) -> None:
+        """Raise BackendError if queries cannot read pieces of the text at distances that they are told."""
+        if not self.selection.fetched:
+            raise BackendError(
+                f"backend {self.name!r} reads no blocks at other distances than their own; use HiP, or backend='reference'"
+            )
 
     def check_storage(self, packing: Packing) -> None:
         """Raise BackendError if tokens cannot be stored so."""
@@ -349,6 +374,24 @@ class Store(Protocol):
             The output, and float32 ``[B, H]``: the probability mass of what was added up, nan for the other rows.
         """
 
+    def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """Store the step's new keys and values, as :meth:`run` does, without attention."""
+
+    def attend_pieces(
+        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+    ) -> Attended:
+        """Attention of some of a row's queries to pieces of its text. What they read is stored already, pre-RoPE.
+
+        Args:
+            q: ``[H, m, D]``, not rotated: those of the residents from number ``first`` on.
+            residents: where the row's tokens lie.
+            pieces: at least one; those that a head reads are disjoint.
+            scored: whether the scores of the first piece, which all heads read, are wanted.
+
+        Returns:
+            ``out`` in the dtype of ``q``.
+        """
+
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: Any
     ) -> torch.Tensor:
@@ -411,6 +454,7 @@ def check_stream(
     packings: Iterable[Packing],
     rule: SparseSelection | None,
     recycles: bool = False,
+    fetches: bool = False,
 ) -> None:
     """Ask, when a stream opens, whether ``backend`` can do all that will be asked of it.
 
@@ -419,6 +463,7 @@ def check_stream(
             nothing is compressed.
         rule: by which queries select their keys, if they do.
         recycles: whether heads read tokens that they chose at an earlier step.
+        fetches: whether queries read blocks of the text at distances that they are told.
 
     Raises:
         BackendError: with what it cannot do, and what to use instead.
@@ -431,6 +476,8 @@ def check_stream(
         can.check_storage(packing)
     if recycles:
         can.check_recycling()
+    if fetches:
+        can.check_fetching()
     if rule is not None:
         can.check_selection(rule, stored_keys, bool(packings))
         backend.make_selection(rule)

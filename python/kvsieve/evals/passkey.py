@@ -150,7 +150,8 @@ def ask(stream: kvsieve.Stream, tokenizer: Any, key: Passkey) -> tuple[str, floa
     shares: list[float] = []
 
     def look(ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
-        if stream.policy.selection is not None or stream.policy.recycling is not None:
+        policy = stream.policy
+        if any(rule is not None for rule in (policy.selection, policy.recycling, policy.fetching)):
             heads = [head.read for layer in stream.trace() if not layer.dense for head in layer.rows[0]]
             shares.append(float(share_read(heads, edges, stream.seen)[0]) if heads else 1.0)
         return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)

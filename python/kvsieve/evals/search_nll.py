@@ -32,6 +32,7 @@ from kvsieve.evals.packing_nll import Price, price, windows
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 from kvsieve.policy.compose import Policy
+from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.transcript import Ids, Row, TranscriptState
@@ -141,6 +142,8 @@ class Prompts:
 
 def _residents(stream: kvsieve.Stream, count: int) -> list[int]:
     (spec, *others) = stream.policy.specs(stream._engine.facts.bytes_per_token)
+    if stream.policy.fetching is not None:
+        raise KvsieveError(f"{stream.policy!r} sums up the text as it reads it: it must read the prompt itself")
     if spec.evict.rule == "keep_all" and not others:
         return list(range(count))
     if spec.evict.rule == "window" and not others:
@@ -202,9 +205,10 @@ def continue_with(
 def _work(stream: kvsieve.Stream) -> tuple[float, float]:
     """Keys compared and keys read by the last query, in the mean over rows, layers and key-value heads."""
     engine, selection = stream._engine, stream._engine.parts.find(Selection)
-    if engine.parts.find(Recycling) is not None:
-        traced = [(layer.read, len(layer.rows) * len(layer.rows[0])) for layer in stream.trace()]
-        return 0.0, statistics.fmean(read / heads for read, heads in traced)
+    if engine.parts.find(Recycling) is not None or engine.parts.find(Fetching) is not None:
+        traced = [(layer, len(layer.rows) * len(layer.rows[0])) for layer in stream.trace()]
+        compared = statistics.fmean(layer.scored / heads for layer, heads in traced)
+        return compared, statistics.fmean(layer.read / heads for layer, heads in traced)
     (spec, *_) = stream.policy.specs(engine.facts.bytes_per_token)
     seen = [engine.planner.seen(row) for row in range(engine.num_rows)]
     whole = statistics.fmean(min(n, spec.evict.sinks + spec.evict.visible) if spec.evict.rule == "window" else n for n in seen)

@@ -12,7 +12,9 @@ from kvsieve.methods.full import Full
 from kvsieve.methods.h2o import H2O
 from kvsieve.methods.hip import HiP
 from kvsieve.methods.infinite_hip import InfiniteHiP
+from kvsieve.methods.infllm import InfLLM
 from kvsieve.methods.lm_infinite import LMInfinite
+from kvsieve.methods.longheads import LongHeads
 from kvsieve.methods.quantized import Quantized
 from kvsieve.methods.quest import Quest
 from kvsieve.methods.refresh_kv import RefreshKV
@@ -27,8 +29,10 @@ __all__ = [
     "H2O",
     "Full",
     "HiP",
+    "InfLLM",
     "InfiniteHiP",
     "LMInfinite",
+    "LongHeads",
     "Quantized",
     "Quest",
     "RefreshKV",
@@ -102,5 +106,12 @@ SYSTEMS: tuple[System, ...] = (
     ),
     System(RefreshKV, "Xu et al., ACL 2025, arXiv 2411.05787", "selects", "refreshkv(48, stride=3, similarity=0.9, kernel=3)"),
     System(SelectiveV, "after Lin et al., 2025, arXiv 2501.13629", "selects", "selectivev(24)"),
+    System(
+        InfLLM,
+        "Xiao et al., NeurIPS 2024, arXiv 2402.04617",
+        "selects",
+        "infllm(window=32, blocks=3, block=8, representatives=2, sinks=4, query_block=16)",
+    ),
+    System(LongHeads, "Lu et al., Findings of EMNLP 2024, arXiv 2402.10685", "selects", "longheads(96, chunk=16)"),
 )
 """In the order in which they are listed to a reader."""

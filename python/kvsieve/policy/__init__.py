@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from kvsieve.policy.compose import Chain, Memory, Policy
 from kvsieve.policy.evict import EvictionRule, HeadObservation, KeepAll, PerHeadEviction, Residents
-from kvsieve.policy.position import Capped, FixedDistance, InCache, Original, PositionRule, Rebased
-from kvsieve.policy.select import Dense, RecycledSelection, SelectionRule, SparseSelection, TopKTokens
+from kvsieve.policy.position import Capped, Fetched, FixedDistance, InCache, Original, PositionRule, Rebased
+from kvsieve.policy.select import Dense, FetchedSelection, Piece, RecycledSelection, SelectionRule, SparseSelection, TopKTokens
 from kvsieve.policy.storage import Channels, LayerShape, Packing, Plain, PrunedAndQuantized, StorageObservation, StorageRule
 
 __all__ = [
@@ -14,6 +14,8 @@ __all__ = [
     "Channels",
     "Dense",
     "EvictionRule",
+    "Fetched",
+    "FetchedSelection",
     "FixedDistance",
     "HeadObservation",
     "InCache",
@@ -23,6 +25,7 @@ __all__ = [
     "Original",
     "Packing",
     "PerHeadEviction",
+    "Piece",
     "Plain",
     "Policy",
     "PositionRule",

@@ -82,6 +82,14 @@ MEMORY: tuple[Refusal, ...] = (
         "with {position}",
     ),
     Refusal(
+        lambda r: r.position.places_fetched and not r.select.fetches,
+        "{position} shows blocks where the selection that fetches them says; it goes with a FetchedSelection, not with {select}",
+    ),
+    Refusal(
+        lambda r: r.select.fetches and not r.position.places_fetched,
+        "{memory}: blocks are read where {select} places them; it goes with the position rule Fetched, not with {position}",
+    ),
+    Refusal(
         lambda r: r.position.renumbers and not r.select.sparse,
         "{position} renumbers what a sparse selection found; it goes with a SparseSelection, not with {select}",
     ),

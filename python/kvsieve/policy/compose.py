@@ -23,7 +23,7 @@ from kvsieve.errors import PolicyError
 from kvsieve.policy.compatible import NAMES, Roles, check_chain, check_join, check_memory
 from kvsieve.policy.evict import EvictionRule, KeepAll
 from kvsieve.policy.position import Original, PositionRule
-from kvsieve.policy.select import Dense, HeaviestValues, RecycledSelection, SelectionRule, SparseSelection
+from kvsieve.policy.select import Dense, FetchedSelection, HeaviestValues, RecycledSelection, SelectionRule, SparseSelection
 from kvsieve.policy.specs import MemorySpec, StoredKeys
 from kvsieve.policy.storage import Plain, StorageRule, join
 
@@ -72,6 +72,12 @@ class Policy:
         """What decides which values a query adds up; None if it adds up all that it reads."""
         select = self.memories[0].select
         return select if isinstance(select, HeaviestValues) else None
+
+    @property
+    def fetching(self) -> FetchedSelection | None:
+        """What fetches blocks of the text; None if there is no such rule."""
+        select = self.memories[0].select
+        return select if isinstance(select, FetchedSelection) else None
 
     @property
     def needs_surprisal(self) -> bool:

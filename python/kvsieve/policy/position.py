@@ -9,7 +9,7 @@ from kvsieve.budget import check_count
 from kvsieve.policy.evict import EvictionRule
 from kvsieve.policy.specs import PositionSpec, StoredKeys
 
-__all__ = ["Capped", "FixedDistance", "InCache", "Original", "PositionRule", "Rebased"]
+__all__ = ["Capped", "Fetched", "FixedDistance", "InCache", "Original", "PositionRule", "Rebased"]
 
 
 class PositionRule:
@@ -23,6 +23,8 @@ class PositionRule:
     """Whether it is relative to the edge of a window, which only the first memory of a chain has."""
     renumbers: ClassVar[bool] = False
     """Whether it numbers what a sparse selection found."""
+    places_fetched: ClassVar[bool] = False
+    """Whether tokens are seen where a selection places what it fetches."""
 
     def stored_keys(self, evict: EvictionRule) -> StoredKeys:
         """How keys must be stored for this rule to be exact."""
@@ -103,3 +105,13 @@ class FixedDistance(PositionRule):
 
     def spec(self) -> PositionSpec:
         return PositionSpec("fixed", self.distance)
+
+
+@dataclass(frozen=True)
+class Fetched(PositionRule):
+    """Where a selection that fetches blocks places them; see :class:`kvsieve.policy.FetchedSelection`."""
+
+    places_fetched: ClassVar[bool] = True
+
+    def spec(self) -> PositionSpec:
+        return PositionSpec("original")

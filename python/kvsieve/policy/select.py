@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
@@ -14,7 +14,17 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     import torch
 
-__all__ = ["Dense", "HeaviestValues", "Parameter", "RecycledSelection", "SelectionRule", "SparseSelection", "TopKTokens"]
+__all__ = [
+    "Dense",
+    "FetchedSelection",
+    "HeaviestValues",
+    "Parameter",
+    "Piece",
+    "RecycledSelection",
+    "SelectionRule",
+    "SparseSelection",
+    "TopKTokens",
+]
 
 
 Parameter = bool | int | float | str | Sequence[tuple[int, int]]
@@ -36,6 +46,8 @@ class SelectionRule:
     """Whether tokens are read again that heads chose at an earlier step: none may be evicted, or moved."""
     thins_values: ClassVar[bool] = False
     """Whether every key is compared, but only some values are added up."""
+    fetches: ClassVar[bool] = False
+    """Whether blocks of the text are read where the rule places them, and not where they stand."""
     top_k: int = 0
     """Tokens with the highest logits that the last query of a forward reads; 0 for a rule that does not count them so."""
     from_layer: int = 0
@@ -187,3 +199,83 @@ class RecycledSelection(SelectionRule):
             int64 ``[Hkv, k]``, ``k = min(budget, n)``: tokens, ascending, and the order in which they go, 0 first.
         """
         raise NotImplementedError
+
+
+class Piece(NamedTuple):
+    """Tokens ``lo..hi`` of a row, and where some of its queries, which follow each other, see them.
+
+    Attributes:
+        lo, hi: residents in text order, at least one.
+        distance: how far the first query sees the first token. Each token after it is nearer by one, for each query after it all
+            of them are further by one.
+        fixed: whether all queries see all tokens at ``distance`` instead.
+        nearest, within: a query sees only those that stand at least ``nearest``, and less than ``within``, tokens before it in the
+            text; None for no limit. Never any behind it.
+        head: the KV head that reads them; None for all.
+    """
+
+    lo: int
+    hi: int
+    distance: int
+    fixed: bool = False
+    nearest: int = 0
+    within: int | None = None
+    head: int | None = None
+
+
+class FetchedSelection(SelectionRule):
+    """Blocks of the text are summed up once, and queries fetch those whose summaries suit them best, to where the rule places them.
+
+    Queries of a prompt with equal ``position // query_block`` share what they fetch, so it does not matter where a text is cut, if
+    it is at multiples of ``query_block``; every token that is decoded chooses alone. All layers fetch.
+    """
+
+    sparse: ClassVar[bool] = True
+    fetches: ClassVar[bool] = True
+    needs_all_tokens: bool = True
+    needs_plain_storage: bool = True
+    summary: ClassVar[str]
+    """How a block is summed up, by the name of its kind in :mod:`kvsieve.runtime.summaries`."""
+    start: int
+    """The first token of the first block."""
+    block: int
+    """Tokens of a block."""
+    query_block: int
+    """Queries of a prompt that share what they fetch."""
+    per_head: bool
+    """Whether every KV head fetches blocks of its own."""
+    representatives: int = 0
+    """Tokens that stand for a block, for summaries that are made of some."""
+    compared_at: int
+    """The distance to which queries are rotated before they are compared with summaries."""
+
+    longest: int = 0
+    """Tokens that are shown side by side, which no model may be trained for less of; 0 where that is not so."""
+
+    def num_blocks(self, seen: int) -> int:
+        """Blocks that are summed up once ``seen`` tokens have been read."""
+        raise NotImplementedError
+
+    def candidates(self, first: int) -> range:
+        """The blocks among which queries from token ``first`` on choose."""
+        raise NotImplementedError
+
+    def limit(self, first: int) -> int:
+        """How many of them they fetch, at most."""
+        raise NotImplementedError
+
+    def pieces(self, first: int, count: int, chosen: Sequence[Sequence[int]]) -> list[Piece]:
+        """What ``count`` queries from token ``first`` on read, disjoint for each head.
+
+        Args:
+            chosen: ascending blocks for each KV head, or one list for all of them.
+
+        Returns:
+            What all heads see at true distances comes first.
+        """
+        raise NotImplementedError
+
+    def query_blocks(self, first: int, count: int) -> list[tuple[int, int]]:
+        """``count`` queries from token ``first`` on as ranges of tokens that share a choice."""
+        ends = [*range((first // self.query_block + 1) * self.query_block, first + count, self.query_block), first + count]
+        return list(zip([first, *ends[:-1]], ends))

@@ -84,12 +84,17 @@ class Held:
     @property
     def bytes_held(self) -> int:
         """Bytes of keys and values that the allocator holds."""
-        return self.blocks.bytes_held + self.bytes_of_parts
+        return self.blocks.bytes_held + self.bytes_of_parts + self.bytes_of_summaries
 
     @property
     def bytes_of_parts(self) -> int:
         """The share of those that no policy decides on: the sliding layers'."""
         return sum(part.bytes_held for part in self.parts)
+
+    @property
+    def bytes_of_summaries(self) -> int:
+        """The share of those that sums up blocks of the text."""
+        return sum(part.bytes_of_summaries for part in self.parts)
 
     @exclusive
     def rollback(self) -> None:

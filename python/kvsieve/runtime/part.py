@@ -299,6 +299,11 @@ class StreamPart:
         """Bytes of keys and values that it holds beside the stores."""
         return 0
 
+    @property
+    def bytes_of_summaries(self) -> int:
+        """Bytes of what it knows of blocks of the text."""
+        return 0
+
     def reset(self) -> None:
         """Forget everything."""
 

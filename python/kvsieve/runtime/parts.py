@@ -7,6 +7,7 @@ from typing import TypeVar
 from kvsieve.backends.base import check_stream
 from kvsieve.runtime.compression import Compression
 from kvsieve.runtime.eviction import Eviction
+from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.head_eviction import HeadEviction
 from kvsieve.runtime.part import Setting, StreamPart
 from kvsieve.runtime.pinning import Pinning
@@ -31,6 +32,7 @@ KINDS = (
     Selection,
     Recycling,
     ValueSelection,
+    Fetching,
     Pinning,  # the last one to be restored: it asks whether what is pinned is there
 )
 
@@ -75,5 +77,5 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     compression = parts.find(Compression)
     packings = () if compression is None else compression.packing.values()
     policy = setting.policy
-    recycles = policy.recycling is not None
-    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles)
+    recycles, fetches = policy.recycling is not None, policy.fetching is not None
+    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles, fetches)

@@ -12,6 +12,7 @@ mod kernels;
 mod layout;
 mod machine;
 mod packed;
+mod pieces;
 mod position;
 mod search;
 mod sets;

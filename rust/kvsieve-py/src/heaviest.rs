@@ -60,8 +60,7 @@ fn attend_heaviest<'py>(
     let keep = Heaviest { top, mass, renormalise };
     let mut kept = vec![0f32; num_rows * heads * queries];
     let signals = Signals::default();
-    let done =
-        store.read(py, usize::MAX, |arena| heaviest(arena, &args, &keep, out, &mut kept, &|| signals.arrived()));
+    let done = store.read(py, usize::MAX, |arena| heaviest(arena, &args, &keep, out, &mut kept, &|| signals.arrived()));
     done.map_err(|err| signals.error(err))?;
     PyArray1::from_vec(py, kept).reshape([num_rows, heads, queries])
 }

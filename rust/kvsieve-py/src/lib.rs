@@ -6,6 +6,7 @@ mod error;
 mod heaviest;
 mod kernels;
 mod memory;
+mod pieces;
 mod plan;
 mod planner;
 mod select;
@@ -23,6 +24,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     select::register(m)?;
     sets::register(m)?;
     heaviest::register(m)?;
+    pieces::register(m)?;
     kernels::register(m)?;
     Ok(())
 }

@@ -15,7 +15,7 @@ from kvsieve.backends.prefill_plan import BAND, PrefillPlan
 if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
 
-__all__ = ["attend_part"]
+__all__ = ["attend_part", "dense", "flash"]
 
 QUERIES = 256
 """A long prompt is cut at multiples of so many queries."""
@@ -24,7 +24,7 @@ WORK = 10 << 30
 """Floating-point operations of one call into torch, about: less than a fifth of a second of one core."""
 
 
-def _flash(
+def flash(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -40,8 +40,8 @@ def _flash(
     return out[0], lse[0]
 
 
-def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, scale: float) -> Partial:
-    """Causal attention of ``q`` ``[H, m, D]`` over ``num_old`` keys that all see, and then their own; as :func:`_flash`.
+def dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, scale: float) -> Partial:
+    """Causal attention of ``q`` ``[H, m, D]`` over ``num_old`` keys that all see, and then their own; as :func:`flash`.
 
     In pieces of about :data:`WORK` where that is needed, because nothing can interrupt torch inside one: first by key-value head,
     which costs nothing, then by queries and keys.
@@ -66,12 +66,12 @@ def _dense(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, scal
 
 
 def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, num_new: int, scale: float) -> Partial:
-    """:func:`_dense`, with at most :data:`WORK` in a call over old keys."""
+    """:func:`dense`, with at most :data:`WORK` in a call over old keys."""
     most = max(QUERIES, WORK // (4 * q.shape[0] * q.shape[1] * q.shape[2]))
     cuts = [slice(at, min(at + most, num_old)) for at in range(0, num_old, most)]
-    pieces = [_flash(q, k[:, cut], v[:, cut], scale) for cut in cuts]
+    pieces = [flash(q, k[:, cut], v[:, cut], scale) for cut in cuts]
     if num_new:
-        pieces.append(_flash(q, k[:, num_old:], v[:, num_old:], scale, causal=True))
+        pieces.append(flash(q, k[:, num_old:], v[:, num_old:], scale, causal=True))
     return join(pieces)
 
 
@@ -88,6 +88,6 @@ def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Prefill
         ]
         return concatenate(done)
     if part.near is None:
-        return _dense(q, k, v, plan.num_old, call.scale)
-    outs = [_flash(q[:, queries], k[:, keys], v[:, keys], call.scale, bias=bias) for queries, keys, bias in plan.band_list()]
+        return dense(q, k, v, plan.num_old, call.scale)
+    outs = [flash(q[:, queries], k[:, keys], v[:, keys], call.scale, bias=bias) for queries, keys, bias in plan.band_list()]
     return concatenate(outs)

@@ -20,6 +20,7 @@ from kvsieve._core import Store, attend_heaviest, attend_highest, attend_sets
 from kvsieve.backends.attention import Partial, attend, merge, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
+from kvsieve.backends.cpu.pieces import attend_many, attend_one
 from kvsieve.backends.cpu.prefill import attend_part
 from kvsieve.backends.cpu.tensors import DTYPES, view
 from kvsieve.backends.heaviest_values import of_rows
@@ -30,10 +31,10 @@ from kvsieve.policy.storage import Channels
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvsieve._core import Moves, Step
-    from kvsieve.backends.base import AttendCall, HeadSets
+    from kvsieve._core import Moves, Residents, Step
+    from kvsieve.backends.base import AttendCall, Attended, HeadSets
     from kvsieve.backends.cpu.selection import CpuSelection
-    from kvsieve.policy.select import HeaviestValues
+    from kvsieve.policy.select import HeaviestValues, Piece
     from kvsieve.policy.storage import Packing
 
 __all__ = ["CpuStore", "Plans"]
@@ -90,6 +91,16 @@ class CpuStore:
         if lse is not None:
             self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
         return out
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        self._core.append(view(k), view(v), step)
+
+    def attend_pieces(
+        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+    ) -> Attended:
+        if q.shape[1] == 1:
+            return attend_one(self._core, q, first, residents, pieces, call, scored)
+        return attend_many(q, first, pieces, lambda lo, hi: self.read(residents.runs(lo, hi)), call, scored)
 
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: CpuSelection

@@ -34,13 +34,13 @@ from kvsieve.errors import ShapeError, StateError, UnsupportedError
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from kvsieve._core import Moves, Step
-    from kvsieve.backends.base import AttendCall, HeadSets
+    from kvsieve._core import Moves, Residents, Step
+    from kvsieve.backends.base import AttendCall, Attended, HeadSets
     from kvsieve.backends.cuda.context import Context
     from kvsieve.backends.cuda.plan import DevicePart, Plan
     from kvsieve.backends.cuda.selection import CudaSelection
     from kvsieve.facts import LayerRope
-    from kvsieve.policy.select import HeaviestValues
+    from kvsieve.policy.select import HeaviestValues, Piece
     from kvsieve.policy.storage import Channels, Packing
 
 __all__ = ["CudaStore"]
@@ -275,6 +275,24 @@ class CudaStore:
             UnsupportedError: always.
         """
         raise UnsupportedError("backend 'cuda' adds up all values; use backend='reference'")
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        """Refused here, and by the capabilities when a stream opens.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("backend 'cuda' stores tokens as it attends to them; use backend='reference'")
+
+    def attend_pieces(
+        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+    ) -> Attended:
+        """Refused here, and by the capabilities when a stream opens.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("backend 'cuda' reads no blocks at other distances than their own; use backend='reference'")
 
     def run_with_scores(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall

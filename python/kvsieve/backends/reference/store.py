@@ -16,6 +16,7 @@ from kvsieve.backends.attention import Partial, attend, merge, rotate_part, visi
 from kvsieve.backends.attention_scores import highest_of_prefill, of_prefill
 from kvsieve.backends.base import HeadSets, HeldBytes, Runs
 from kvsieve.backends.heaviest_values import of_rows
+from kvsieve.backends.pieces import attend_pieces
 from kvsieve.backends.reference.definition import sparse_attend
 from kvsieve.backends.reference.selection import Asking, ReferenceSelection
 from kvsieve.backends.reference.storage import PackedBlock
@@ -24,9 +25,9 @@ from kvsieve.budget import BLOCK
 from kvsieve.errors import ShapeError, StateError
 
 if TYPE_CHECKING:
-    from kvsieve._core import Moves, Step
-    from kvsieve.backends.base import AttendCall
-    from kvsieve.policy.select import HeaviestValues
+    from kvsieve._core import Moves, Residents, Step
+    from kvsieve.backends.base import AttendCall, Attended
+    from kvsieve.policy.select import HeaviestValues, Piece
     from kvsieve.policy.storage import Channels, Packing
 
 __all__ = ["ReferenceStore"]
@@ -89,6 +90,15 @@ class ReferenceStore:
                 out[row, q.shape[2] - m :] = merge(parts, call.sink_logits).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
+        self._check(k, v)
+        self._append(k, v, step)
+
+    def attend_pieces(
+        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+    ) -> Attended:
+        return attend_pieces(q, first, pieces, lambda lo, hi: self.read(residents.runs(lo, hi)), call, scored)
 
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: ReferenceSelection

@@ -7,6 +7,7 @@ pub mod attend;
 pub mod chunk;
 pub mod isa;
 pub mod merge;
+pub mod pieces;
 mod queries;
 pub mod read;
 pub mod rotate;
@@ -18,5 +19,7 @@ pub mod sparse;
 pub mod surprisal;
 pub mod threads;
 
-pub use attend::{Attend, Heaviest, SpanTrig, attend, attend_apart, attend_heaviest, attend_highest, attend_unless};
+pub use attend::{
+    Attend, Heaviest, SpanTrig, attend, attend_apart, attend_apart_mass, attend_heaviest, attend_highest, attend_unless,
+};
 pub use isa::Level;

@@ -86,7 +86,7 @@ pub(super) fn check(
         check_pairs(arena, trig, spans)?;
     }
     if let Some(mass) = mass {
-        check_len("mass", mass.len(), mass_len(spans, arena.num_kv_heads()))?;
+        check_len("mass", mass.len(), mass_len(spans, if apart { 1 } else { arena.num_kv_heads() }))?;
     }
     Ok(heads / arena.num_kv_heads())
 }

@@ -58,7 +58,7 @@ pub(super) fn fill(
     let mut at = 0;
     for (item, start) in starts.iter_mut().enumerate() {
         *start = at;
-        at += found.stretches.of_item(item).iter().map(|s| s.keys).sum::<usize>() * heads;
+        at += found.stretches.of_list(item).iter().map(|s| s.keys).sum::<usize>() * heads;
     }
     let mut sums = vec![0f32; items * heads * value_dim];
     let each = |(i, sums): (usize, &mut [f32])| {

@@ -77,53 +77,49 @@ pub(super) fn merge(common: &Common<'_>, found: &Found, results: Results<'_>) {
     let Results { mut out, mut lse, mass, highest } = results;
     let (args, group, stretches) = (common.args, common.group, &found.stretches);
     let [_, heads, queries, _] = args.q.shape();
-    let (kv_heads, value_dim) = (common.arena.num_kv_heads(), common.arena.value_dim());
+    let value_dim = common.arena.value_dim();
     let (lists, wants_mass) = (stretches.lists, mass.is_some());
     let mut sums = vec![0f32; value_dim];
     let mut mass_rest = mass.unwrap_or_default();
     let mut logits_at = 0;
-    for item in 0..(args.spans.starts.len() - 1) / lists {
+    for list in 0..args.spans.starts.len() - 1 {
+        let (item, first_head) = (list / lists, list % lists);
         let (row, query) = (item / queries, item % queries);
-        let item_keys: usize = stretches.of_item(item).iter().map(|s| s.keys).sum();
-        let (item_mass, others) = mass_rest.split_at_mut(if wants_mass { item_keys * kv_heads } else { 0 });
+        let keys: usize = stretches.of_list(list).iter().map(|s| s.keys).sum();
+        // Of one list all that share it, `keys` each.
+        let (list_mass, others) = mass_rest.split_at_mut(if wants_mass { keys * stretches.sharing } else { 0 });
         mass_rest = others;
-        item_mass.fill(0.0);
-        for head in 0..heads {
-            let (kv_head, g) = (head / group, head % group);
-            let list = item * lists + kv_head % lists;
-            let this = Head { found, list, sharer: kv_head % stretches.sharing, g, group, value_dim };
+        list_mass.fill(0.0);
+        for reader in 0..stretches.sharing * group {
+            let (sharer, g) = (reader / group, reader % group);
+            let head = (first_head + sharer) * group + g;
+            let this = Head { found, list, sharer, g, group, value_dim };
             sums.fill(0.0);
             let norm = this.sum(args.sinks.map(|sinks| sinks[head]), &mut sums);
             if let Some(lse) = &mut lse {
                 lse[(row * heads + head) * queries + query] = norm.lse;
             }
             write_out(&mut out, common.arena.dtype(), (item * heads + head) * value_dim, &sums, norm.factor);
-            if wants_mass && item_keys > 0 {
-                let to = &mut item_mass[kv_head * item_keys..][..item_keys];
-                add_mass(found, (list, logits_at), (kv_head, kv_heads), (g, group), (&norm, highest), to);
+            if wants_mass && keys > 0 {
+                let to = &mut list_mass[sharer * keys..][..keys];
+                add_mass(&this, logits_at, (&norm, highest), to);
             }
         }
-        logits_at += item_keys * heads;
+        logits_at += keys * stretches.sharing * group;
     }
 }
 
-/// Adds a head's probabilities to those of its group, or keeps the highest; `at` is where the item's logits begin.
-fn add_mass(
-    found: &Found,
-    (list, mut at): (usize, usize),
-    (kv_head, kv_heads): (usize, usize),
-    (g, group): (usize, usize),
-    (norm, highest): (&Norm, bool),
-    mut to: &mut [f32],
-) {
+/// Adds a head's probabilities to those of its group, or keeps the highest; the list's logits begin `at`.
+fn add_mass(head: &Head<'_>, mut at: usize, (norm, highest): (&Norm, bool), mut to: &mut [f32]) {
+    let Head { found, list, sharer, g, group, .. } = *head;
     for keys in found.stretches.of_list(list).iter().map(|s| s.keys) {
-        let unit = &found.logits[at + kv_head * group * keys + g * keys..][..keys];
+        let unit = &found.logits[at + sharer * group * keys + g * keys..][..keys];
         let (mine, others) = std::mem::take(&mut to).split_at_mut(keys);
         for (m, x) in mine.iter_mut().zip(unit) {
             let p = (x - norm.max).exp() * norm.factor;
             *m = if highest { m.max(p) } else { *m + p };
         }
-        at += kv_heads * group * keys;
+        at += found.stretches.sharing * group * keys;
         to = others;
     }
 }

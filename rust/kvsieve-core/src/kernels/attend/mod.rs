@@ -105,6 +105,19 @@ pub fn attend_heaviest(
     heaviest::fill(&common, &found, keep, out, kept)
 }
 
+/// [`attend_apart`]; `mass`, for each list after another, is the probability of each key in the order of its spans, summed over the query
+/// heads of the group.
+pub fn attend_apart_mass(
+    arena: &Arena,
+    args: &Attend<'_>,
+    out: ElemsMut<'_>,
+    lse: Option<&mut [f32]>,
+    mass: &mut [f32],
+    stop: &dyn Fn() -> bool,
+) -> Result<()> {
+    run_all(arena, args, true, Results { out, lse, mass: Some(mass), highest: false }, stop)
+}
+
 /// `apart`: whether each key-value head has a list of spans of its own.
 fn run_all(arena: &Arena, args: &Attend<'_>, apart: bool, results: Results<'_>, stop: &dyn Fn() -> bool) -> Result<()> {
     let group = check(arena, args, apart, &results.out, results.lse.as_deref(), results.mass.as_deref())?;
@@ -121,7 +134,7 @@ fn find(common: &Common<'_>, apart: bool, logits: bool, stop: &dyn Fn() -> bool)
     let [_, heads, queries, _] = args.q.shape();
     let stride = group * (arena.value_dim() + 2);
     let mut partials = vec![0f32; stretches.num_units() * stride];
-    let mut logits = vec![0f32; if logits { stretches.total_keys * heads } else { 0 }];
+    let mut logits = vec![0f32; if logits { stretches.total_keys * heads / stretches.lists } else { 0 }];
     let mut units = stretches.units((&mut partials, stride), &mut logits, group);
     // All queries of a row over one stretch after each other: the first finds the keys in memory, the others in a cache.
     units.sort_by_key(|unit| (unit.item / queries, unit.stretch, unit.kv_head));

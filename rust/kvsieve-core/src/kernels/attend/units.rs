@@ -95,11 +95,6 @@ impl Stretches {
         &self.all[self.firsts[list]..self.firsts[list + 1]]
     }
 
-    /// Those of one item.
-    pub fn of_item(&self, item: usize) -> &[Stretch] {
-        &self.all[self.firsts[item * self.lists]..self.firsts[(item + 1) * self.lists]]
-    }
-
     /// The units, each with its part of `partials`, `stride` numbers, and of `logits`, if there are any: `group` for each key.
     pub fn units<'a>(
         &self,

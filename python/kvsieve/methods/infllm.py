@@ -1,0 +1,125 @@
+"""InfLLM (Xiao et al., NeurIPS 2024, arXiv 2402.04617).
+
+Departures from the paper and the published code, and why:
+
+* A token is read once: inside the window of a query at its true distance, beyond it at the fixed one. The published code shows
+  tokens at a window's edge twice to all but the last query of a block.
+* The fixed distance is ``window - 1``, the largest one inside the window, as in the published code; the paper says ``window``.
+* A token's representative score is the sum of the attention that it gets from the queries that see it in their window, as in the
+  published code; the paper has the mean of raw logits. Sums are float32.
+* Tokens that represent a block are chosen for each KV head, not for each query head: scores are summed over the group.
+* Of equal scores the earlier token, and the earlier block, is taken.
+* All blocks stay where they are: what the published code calls offloading and its cache change no result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+from kvsieve.budget import check_count
+from kvsieve.errors import PolicyError
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import Fetched
+from kvsieve.policy.select import FetchedSelection, Piece
+
+__all__ = ["InfLLM", "InfLLMSelection"]
+
+
+@dataclass(frozen=True)
+class InfLLMSelection(FetchedSelection):
+    """Sinks, a window, and the blocks whose representative tokens suit the queries best; see :func:`kvsieve.InfLLM`."""
+
+    summary: ClassVar[str] = "representatives"
+    window: int = 4096
+    blocks: int = 16
+    block: int = 128
+    representatives: int = 4
+    sinks: int = 128
+    per_head: bool = False
+    query_block: int = 512
+
+    def __post_init__(self) -> None:
+        for name in ("window", "block", "representatives", "query_block"):
+            check_count(name, getattr(self, name), least=1)
+        for name in ("blocks", "sinks"):
+            check_count(name, getattr(self, name))
+        if self.representatives > self.block:
+            raise PolicyError(f"a block of {self.block} tokens cannot have {self.representatives} representatives")
+        if not isinstance(self.per_head, bool):
+            raise PolicyError(f"per_head must be True or False, got {self.per_head!r}")
+
+    @property
+    def start(self) -> int:  # type: ignore[override]
+        return self.sinks
+
+    @property
+    def compared_at(self) -> int:  # type: ignore[override]
+        return self.window - 1
+
+    def num_blocks(self, seen: int) -> int:
+        return max((seen - self.sinks - self.window) // self.block, 0)
+
+    def candidates(self, first: int) -> range:
+        return range(self.num_blocks(first))
+
+    def limit(self, first: int) -> int:
+        return self.blocks
+
+    def pieces(self, first: int, count: int, chosen: Sequence[Sequence[int]]) -> list[Piece]:
+        near = max(first - self.window + 1, 0)
+        found = [Piece(near, first + count, first - near, within=self.window)]
+        for head, blocks in enumerate(chosen):
+            for _, run in groupby(enumerate(blocks), lambda each: each[1] - each[0]):
+                numbers = [number for _, number in run]
+                lo, hi = self._first_token(numbers[0]), self._first_token(numbers[-1] + 1)
+                found.append(self._far(lo, hi, None if len(chosen) == 1 else head))
+        # Sinks, and what no block has yet, where they are beyond the window.
+        beyond = first + count - self.window
+        tail = self._first_token(self.num_blocks(first))
+        found += [self._far(lo, hi) for lo, hi in ((0, min(self.sinks, beyond)), (tail, beyond)) if lo < hi]
+        return found
+
+    def _first_token(self, block: int) -> int:
+        return self.sinks + block * self.block
+
+    def _far(self, lo: int, hi: int, head: int | None = None) -> Piece:
+        return Piece(lo, hi, self.window - 1, fixed=True, nearest=self.window, head=head)
+
+
+def InfLLM(
+    window: int = 4096,
+    blocks: int = 16,
+    block: int = 128,
+    representatives: int = 4,
+    sinks: int = 128,
+    per_head: bool = False,
+    query_block: int = 512,
+) -> Memory:
+    """Keep every token; a query reads its window, the first tokens, and the blocks of the text that suit it best, without training.
+
+    Inside the window tokens are at their true distances. All that lies beyond it is at ``window - 1``, so no distance is larger,
+    however long the text is. Blocks are of tokens that have left the window; each is summed up by the mean key of the tokens that
+    got the most attention while they were in it. Nothing is freed. Runs on the backends ``cpu`` and ``reference``.
+
+    Args:
+        window: tokens that a query sees at their true distance, itself included. At most what the model was trained for.
+        blocks: blocks that are read; one choice for all heads of a layer.
+        block: tokens of a block.
+        representatives: tokens of a block by which it is compared.
+        sinks: first tokens, which are always read. Blocks begin after them.
+        per_head: each KV head chooses blocks for itself.
+        query_block: queries of a prompt that share a choice: those of equal ``position // query_block``. A decoded one is alone.
+
+    Raises:
+        PolicyError: for counts that are none, or more representatives than a block has tokens.
+
+    >>> InfLLM(window=2048)
+    InfLLM(window=2048)
+    """
+    select = InfLLMSelection(window, blocks, block, representatives, sinks, per_head, query_block)
+    plain = vars(InfLLMSelection())
+    text = ", ".join(f"{name}={value!r}" for name, value in vars(select).items() if value != plain[name])
+    return Memory(position=Fetched(), select=select, text=f"InfLLM({text})")

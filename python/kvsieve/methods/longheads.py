@@ -1,0 +1,103 @@
+"""LongHeads (Lu et al., Findings of EMNLP 2024, arXiv 2402.10685).
+
+Departures from the paper and the published code, and why:
+
+* A token sees itself, in a prompt as in decoding; the published code hides it from itself in a prompt.
+* Prompts of any length are summed up; the published code fails on some when they are continued.
+* Heads that share keys choose together: summaries are made, and scores are summed, for each KV head. The paper has no such heads.
+* Queries of a prompt that lie in one chunk share what they read beside it; the published code searches for every token.
+* Of equal scores the earlier chunk is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from kvsieve.budget import check_count
+from kvsieve.errors import PolicyError
+from kvsieve.policy.compose import Memory
+from kvsieve.policy.position import Fetched
+from kvsieve.policy.select import FetchedSelection, Piece
+
+__all__ = ["LongHeads", "LongHeadsSelection"]
+
+
+@dataclass(frozen=True)
+class LongHeadsSelection(FetchedSelection):
+    """The first chunk, the newest two, and for each head those that suit it best, side by side; see :func:`kvsieve.LongHeads`."""
+
+    summary: ClassVar[str] = "chunk_attention"
+    start: ClassVar[int] = 0
+    per_head: ClassVar[bool] = True
+    compared_at: ClassVar[int] = 0
+    context: int = 2048
+    chunk: int = 256
+
+    def __post_init__(self) -> None:
+        for name in ("context", "chunk"):
+            check_count(name, getattr(self, name), least=1)
+        if self.context % self.chunk or self.context < 3 * self.chunk:
+            raise PolicyError(f"context must be at least 3 whole chunks of {self.chunk} tokens, got {self.context}")
+
+    @property
+    def block(self) -> int:  # type: ignore[override]
+        return self.chunk
+
+    @property
+    def query_block(self) -> int:  # type: ignore[override]
+        return self.chunk
+
+    @property
+    def longest(self) -> int:  # type: ignore[override]
+        return self.context
+
+    def num_blocks(self, seen: int) -> int:
+        return seen // self.chunk
+
+    def candidates(self, first: int) -> range:
+        return range(1, max(first // self.chunk - 1, 1))
+
+    def limit(self, first: int) -> int:
+        return self.context // self.chunk - 3
+
+    def pieces(self, first: int, count: int, chosen: Sequence[Sequence[int]]) -> list[Piece]:
+        current, others = first // self.chunk, len(chosen[0])
+        if others == len(self.candidates(first)):
+            return [Piece(0, first + count, first)]
+        # Chunk 0, what was chosen, and the chunk before the current one: so many chunks stand before it, in this order.
+        within = first - current * self.chunk
+        found = [self._piece(current - 1, within + self.chunk, first + count)]
+        found.append(self._piece(0, within + (others + 2) * self.chunk))
+        for head, blocks in enumerate(chosen):
+            found += [self._piece(block, within + (others + 1 - at) * self.chunk, head=head) for at, block in enumerate(blocks)]
+        return found
+
+    def _piece(self, chunk: int, distance: int, end: int = 0, head: int | None = None) -> Piece:
+        lo = chunk * self.chunk
+        return Piece(lo, end or lo + self.chunk, distance, head=head)
+
+
+def LongHeads(context: int, chunk: int = 256) -> Memory:
+    """Keep every token; each KV head reads chunks of the text that suit it, side by side, as if there were no others.
+
+    A query reads the first chunk, its own and the one before it, and of the others those whose summaries suit it best. No distance
+    is larger than ``context - 1``. A text of which all chunks fit is read whole, exactly. Nothing is freed. Queries of a prompt
+    that lie in one chunk, and in one forward, share what they read, so the last token of a prompt may read other chunks than the
+    same token would if it were decoded. Runs on the backends ``cpu`` and ``reference``.
+
+    Args:
+        context: tokens that are read at most, in whole chunks, at least three. Leave margin below the length that the model was
+            trained for, as half of it; more than that length is refused when the stream opens.
+        chunk: tokens of a chunk.
+
+    Raises:
+        PolicyError: for counts that are none, or a context that is not at least three whole chunks.
+
+    >>> LongHeads(2048)
+    LongHeads(context=2048)
+    """
+    select = LongHeadsSelection(context, chunk)
+    text = f"context={context!r}" if chunk == LongHeadsSelection().chunk else f"context={context!r}, chunk={chunk!r}"
+    return Memory(position=Fetched(), select=select, text=f"LongHeads({text})")

@@ -1,0 +1,309 @@
+"""Fetching: queries read blocks of the text by their summaries, at the distances where the policy's rule places them.
+
+Every token is stored, pre-RoPE. A block of queries
+
+    chooses     among the blocks that were summed up before it, by the sum over query heads of <query, summary>
+    fetches     what it is about to read (:meth:`Fetching._fetch`)
+    reads       the pieces of the text that the rule makes of its choice
+    sums up     the blocks that are complete after it
+
+and the next one begins, so that one choice may depend on what the one before has read. Tokens of a row are numbered by their
+positions, because none ever goes. A layer's state is never changed, only replaced: forks, marks and beams share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeAlias
+
+import numpy as np
+import torch
+
+from kvsieve._core import Residents
+from kvsieve.errors import PolicyError, StateError, UnsupportedError, UnsupportedModelError
+from kvsieve.runtime.cropping import GO_BACK
+from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
+from kvsieve.runtime.summaries import News, Summed, summary_of
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from kvsieve.backends.base import Store
+    from kvsieve.policy.select import FetchedSelection, Piece
+
+__all__ = ["Choice", "Fetched", "Fetching"]
+
+Rows: TypeAlias = "list[Mapping[int, Summed]]"
+"""Of each row what its layers know, by layer."""
+
+
+@dataclass(frozen=True, eq=False)
+class Choice:
+    """What a block of queries reads.
+
+    Attributes:
+        compared: summaries that each KV head compared them with.
+        blocks: int64 ``[Hkv, n]``, or ``[1, n]`` for all heads, ascending.
+        pieces: what they read, these blocks included.
+    """
+
+    compared: int
+    blocks: torch.Tensor
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True, eq=False)
+class Fetched:
+    """What a row read last in one layer: by the query of number ``query``, or by the block of queries that it ends."""
+
+    query: int
+    choice: Choice
+
+    def read(self, head: int) -> list[tuple[int, int]]:
+        """Tokens that its last query reads for a KV head: ranges ``lo..hi``, ascending."""
+        found = []
+        for piece in self.choice.pieces:
+            if piece.head in (None, head):
+                lo = piece.lo if piece.within is None else max(piece.lo, self.query - piece.within + 1)
+                hi = min(piece.hi, self.query - piece.nearest + 1)
+                if lo < hi:
+                    found.append((lo, hi))
+        return sorted(found)
+
+    def blocks(self, rule: FetchedSelection, head: int) -> npt.NDArray[np.int64]:
+        """The blocks that a KV head chose, int64 ``[n, 2]``: ranges of tokens."""
+        numbers = self.choice.blocks[min(head, len(self.choice.blocks) - 1)].numpy()
+        lo = rule.start + numbers * rule.block
+        return np.stack([lo, lo + rule.block], 1)
+
+
+State: TypeAlias = "tuple[Rows, dict[int, list[Fetched | None]]]"
+
+
+class Fetching(StreamPart):
+    """Summaries of the blocks of a stream's rows, and what they fetched.
+
+    Attributes:
+        rule: the policy's.
+        rows: what each row's layers know; empty before the first forward.
+        read: by layer, what each row read in the last forward; None for a row without new tokens.
+    """
+
+    name = "fetching"
+    stores_all = True
+
+    def __init__(self, rule: FetchedSelection, setting: Setting) -> None:
+        self.rule, self.summary = rule, summary_of(rule)
+        self._policy, self._blocks = setting.policy, setting.blocks
+        self._devices = {layer.index: layer.device for layer in setting.facts.layers}
+        self.rows: Rows = []
+        self.read: dict[int, list[Fetched | None]] = {}
+        self._residents: dict[int, Residents] = {}
+        self._new: dict[int, list[Summed | None]] = {}
+        self._reads: dict[int, list[Fetched | None]] = {}
+
+    @classmethod
+    def of(cls, setting: Setting) -> Fetching | None:
+        """None if no rule fetches blocks.
+
+        Raises:
+            PolicyError: for a rule that shows more tokens side by side than the model was trained for.
+            UnsupportedModelError: if the model's values cannot be compared with its keys, where the rule does so.
+        """
+        rule, facts = setting.policy.fetching, setting.facts
+        if rule is None:
+            return None
+        if facts.trained_length is not None and rule.longest > facts.trained_length:
+            raise PolicyError(
+                f"{setting.policy!r} shows up to {rule.longest} tokens side by side, and this model was trained for "
+                f"{facts.trained_length}; choose fewer, such as {facts.trained_length // 2}"
+            )
+        if rule.summary == "chunk_attention" and any(layer.key_dim != layer.value_dim for layer in facts.layers):
+            raise UnsupportedModelError(
+                f"{setting.policy!r} compares keys with values, which are of other sizes in this model; use kvsieve.InfLLM(...)"
+            )
+        return cls(rule, setting)
+
+    # ------------------------------------------------------------------------------------------------------------- one forward
+
+    def begin(self, forward: Forward) -> None:
+        self._residents, self._new, self._reads = {}, {}, {}
+        known = self.rows or [{}] * len(forward.lens)
+        for row, (seen, new) in enumerate(zip(forward.seen, forward.lens)):
+            if seen and new and not known[row]:
+                raise StateError(
+                    f"row {row}: the model has not read the {seen} tokens that the stream holds through it, so {self._policy!r} "
+                    "knows no summaries of them; feed it the text"
+                )
+
+    def attend(self, layer: LayerInput) -> torch.Tensor | None:
+        store, step, q = layer.store, layer.forward.step, layer.q
+        if store is None or step is None:
+            return None
+        store.append(layer.k, layer.v, step)
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], layer.v.shape[3])
+        states: list[Summed | None] = [None] * q.shape[0]
+        reads: list[Fetched | None] = [None] * q.shape[0]
+        for row, count in enumerate(step.new_lens):
+            if not count:
+                continue
+            if row not in self._residents:
+                self._residents[row] = Residents(step, row)
+            first = len(self._residents[row]) - count
+            states[row] = self.rows[row].get(layer.index) if self.rows else None
+            for lo, hi in self.rule.query_blocks(first, count):
+                columns = slice(q.shape[2] - count + lo - first, q.shape[2] - count + hi - first)
+                answer, states[row], choice = self.query_block(layer, row, lo, q[row, :, columns], states[row])
+                out[row, columns], reads[row] = answer.transpose(0, 1), Fetched(hi - 1, choice)
+        self._new[layer.index], self._reads[layer.index] = states, reads
+        return out
+
+    def query_block(
+        self, layer: LayerInput, row: int, first: int, q: torch.Tensor, state: Summed | None
+    ) -> tuple[torch.Tensor, Summed, Choice]:
+        """Queries ``q`` ``[H, m, D]`` of a row's tokens from ``first`` on: ``[H, m, Dv]``, what is known then, and what they read."""
+        store, residents = layer.store, self._residents[row]
+        assert store is not None
+        choice = self._choose(layer, first, q, state)
+        self._fetch(store, residents, choice.pieces)
+        scored = self.summary.needs_scores
+        found = store.attend_pieces(q, first, residents, choice.pieces, layer.call, scored)
+        news = News(
+            first + q.shape[1],
+            q,
+            layer.k,
+            lambda lo, hi: store.read(residents.runs(lo, hi)),
+            layer.call,
+            found.scores,
+            choice.pieces[0].lo,
+        )
+        return found.out, self.summary.after(state, news), choice
+
+    def _choose(self, layer: LayerInput, first: int, q: torch.Tensor, state: Summed | None) -> Choice:
+        """What queries ``q`` ``[H, m, D]`` from token ``first`` on read."""
+        among, most = self.rule.candidates(first), self.rule.limit(first)
+        compared = 0
+        if len(among) <= most:
+            blocks = torch.arange(among.start, among.stop)[None]
+        else:
+            assert state is not None
+            scores = self._compare(layer, q, state.table.data[:, among.start : among.stop])
+            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :most]
+            blocks, compared = best.sort(dim=1).values.cpu() + among.start, len(among)
+        return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks.tolist()))
+
+    def _compare(self, layer: LayerInput, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
+        """How well summaries ``[Hkv, n, D]`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads."""
+        queries = q.detach().float()
+        if layer.call.rope is not None and self.rule.compared_at:
+            at = torch.full((queries.shape[1],), self.rule.compared_at, device=q.device)
+            queries = layer.call.rope.rotate(queries, at)
+        grouped = queries.mean(1).view(summaries.shape[0], -1, queries.shape[2]).sum(1)
+        scores: torch.Tensor = (summaries @ grouped[..., None])[..., 0]
+        return scores if self.rule.per_head else scores.sum(0, keepdim=True)
+
+    def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
+        """What is about to be read by one layer: where blocks are not all in memory, they are brought here.
+
+        ``residents.runs(piece.lo, piece.hi)`` are the slots of a piece.
+        """
+
+    def commit(self, forward: Forward) -> Apply:
+        old = self.rows or [{}] * len(forward.lens)
+        rows = []
+        for row, layers in enumerate(old):
+            new = {index: state for index, states in self._new.items() if (state := states[row]) is not None}
+            rows.append({**layers, **new} if new else layers)
+
+        def apply() -> None:
+            self.rows, self.read = rows, self._reads
+            self.rollback()
+
+        return apply
+
+    def rollback(self) -> None:
+        self._residents, self._new, self._reads = {}, {}, {}
+
+    def must_step(self, width: int, has_prompt: bool) -> bool:
+        """What a rejected candidate has read must not count, nor be what others choose by."""
+        return True
+
+    # -------------------------------------------------------------------------------------------------------------- tokens, rows
+
+    def check_evict(self, row: int, start: int, stop: int) -> None:
+        raise UnsupportedError(
+            f"{self._policy!r} sums up blocks of an unbroken text, so no tokens can be taken out of it; go back to a mark taken "
+            "before these tokens"
+        )
+
+    def check_crop(self, crop: Crop) -> None:
+        """Refuse to go back to where blocks could not be summed up as if the forgotten tokens had never been there.
+
+        Raises:
+            StateError: naming the row.
+        """
+        for row, gone in enumerate(crop.counts if crop.columns is not None else ()):
+            left, states = crop.seen[row] - gone, self.rows[row].values() if self.rows else ()
+            if gone and left > 0 and not all(self.summary.can_forget(state, left) for state in states):
+                raise StateError(
+                    f"row {row}: cannot forget {gone} tokens: what they have read is part of what {self._policy!r} knows of the "
+                    f"blocks before them; {GO_BACK}"
+                )
+
+    def crop(self, crop: Crop) -> Apply:
+        left = [seen - gone for seen, gone in zip(crop.seen, crop.counts)]
+        rows = [
+            {} if not count else {index: self.summary.cropped(state, count) for index, state in layers.items()} if gone else layers
+            for layers, count, gone in zip(self.rows, left, crop.counts)
+        ]
+
+        def apply() -> None:
+            self.read, self.rows = {}, rows
+
+        return apply
+
+    def select_rows(self, rows: Sequence[int]) -> Apply:
+        def apply() -> None:
+            self.read = {}
+            self.rows = [self.rows[row] for row in rows] if self.rows else []
+
+        return apply
+
+    # ----------------------------------------------------------------------------------------------------------------- moments
+
+    def state(self) -> State:
+        return list(self.rows), dict(self.read)
+
+    def return_to(self, state: State) -> None:
+        self.rows, self.read = list(state[0]), dict(state[1])
+
+    def save(self) -> Saved:
+        tensors = {
+            f"{name}.{index}.{row}": tensor
+            for row, layers in enumerate(self.rows)
+            for index, state in layers.items()
+            for name, tensor in state.tensors.items()
+        }
+        return Saved({"layers": [list(layers) for layers in self.rows]}, tensors)
+
+    def restore(self, saved: Saved) -> None:
+        self.rows = []
+        for row, layers in enumerate(saved.data["layers"]):
+            found = {}
+            for index in layers:
+                end = f".{index}.{row}"
+                tensors = {name.removesuffix(end): x for name, x in saved.tensors.items() if name.endswith(end)}
+                found[index] = Summed.of(tensors, self._devices[index])
+            self.rows.append(found)
+
+    @property
+    def bytes_of_summaries(self) -> int:
+        states = [state for layers in self.rows for state in layers.values()]
+        shared = dict(state.table.memory for state in states)
+        own = {id(state): state.nbytes for state in states}
+        return sum(shared.values()) + sum(own.values())
+
+    def reset(self) -> None:
+        self.rows, self.read = [], {}
+        self.rollback()

@@ -1,0 +1,281 @@
+"""Summaries of blocks: one vector for each KV head and block, made once, when a block is complete.
+
+A row's summaries are a value (:class:`Summed`): a table that only grows, which forks and marks share, and what the blocks to come
+need. A kind of summary says how that value goes on after some queries, and what it must be told for it.
+
+    representatives     the mean of the tokens that were attended to most (InfLLM); of keys before RoPE
+    chunk_attention     what the chunk attends to in itself (LongHeads); of keys rotated to their places in it
+    mean_key            the mean of all keys before RoPE
+
+All of them are float32.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from kvsieve.backends.attention import attend
+
+if TYPE_CHECKING:
+    from kvsieve.backends.base import AttendCall
+    from kvsieve.policy.select import FetchedSelection
+
+__all__ = ["KINDS", "ChunkAttention", "MeanKey", "News", "Representatives", "Summary", "Summed", "Table", "summary_of"]
+
+
+class _Shared:
+    """Memory of a table and of all that have grown from it: ``[Hkv, capacity, D]``, the first ``used`` blocks of it written."""
+
+    def __init__(self, data: torch.Tensor) -> None:
+        self.data, self.used = data, 0
+        self.lock = threading.Lock()
+
+
+class Table:
+    """Summaries of the first blocks of a row, float32 ``[Hkv, n, D]``. A value: growing makes another one.
+
+    It grows in memory that it shares with what it has grown from, so a block costs no copy of the others; where two forks grow from
+    one table the second one copies it.
+    """
+
+    def __init__(self, shared: _Shared, count: int) -> None:
+        self._shared, self._count = shared, count
+
+    @classmethod
+    def of(cls, data: torch.Tensor) -> Table:
+        """The summaries ``data`` ``[Hkv, n, D]``."""
+        empty = cls(_Shared(data.new_empty(data.shape[0], 0, data.shape[2])), 0)
+        return empty.then(data)
+
+    def __len__(self) -> int:
+        return self._count
+
+    @property
+    def data(self) -> torch.Tensor:
+        """``[Hkv, n, D]``; not to be written to."""
+        return self._shared.data[:, : self._count]
+
+    @property
+    def memory(self) -> tuple[int, int]:
+        """A number for the memory that it shares with others, and how many bytes that is."""
+        return id(self._shared), self._shared.data.nbytes
+
+    def first(self, count: int) -> Table:
+        """The first ``count`` of them."""
+        return self if count >= self._count else Table(self._shared, count)
+
+    def then(self, more: torch.Tensor) -> Table:
+        """These, and ``more`` ``[Hkv, m, D]``."""
+        shared, end = self._shared, self._count + more.shape[1]
+        with shared.lock:
+            if shared.used == self._count and end <= shared.data.shape[1]:
+                shared.data[:, self._count : end] = more
+                shared.used = end
+                return Table(shared, end)
+        grown = _Shared(more.new_empty(more.shape[0], max(2 * end, 16), more.shape[2]))
+        grown.data[:, : self._count], grown.data[:, self._count : end] = self.data, more
+        grown.used = end
+        return Table(grown, end)
+
+
+@dataclass(frozen=True, eq=False)
+class Summed:
+    """What one layer of a row knows of its blocks.
+
+    Attributes:
+        table: their summaries.
+        scores: float32 ``[Hkv, n]``, attention that the tokens behind the last block got from the queries that see them in their
+            window; empty for kinds that do not need it.
+        queries: those of the block that is not complete, ``[H, m, D]`` each, not rotated; empty for kinds that do not need them.
+    """
+
+    table: Table
+    scores: torch.Tensor
+    queries: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes beside the table's."""
+        return self.scores.nbytes + sum(piece.nbytes for piece in self.queries)
+
+    @property
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Copies for a session file."""
+        found = {"table": self.table.data.clone(), "scores": self.scores.clone()}
+        return {**found, "queries": torch.cat(self.queries, 1)} if self.queries else found
+
+    @classmethod
+    def of(cls, tensors: dict[str, torch.Tensor], device: torch.device) -> Summed:
+        """The inverse of :attr:`tensors`."""
+        queries = (tensors["queries"].to(device),) if "queries" in tensors else ()
+        return cls(Table.of(tensors["table"].to(device)), tensors["scores"].to(device), queries)
+
+
+@dataclass(frozen=True, eq=False)
+class News:
+    """What a block of queries has done.
+
+    Attributes:
+        seen: tokens that the row has seen with them.
+        q: they themselves, ``[H, m, D]``, not rotated; k: keys like the row's, ``[B, Hkv, q, D]``.
+        read: keys ``[Hkv, n, D]`` and values of the tokens ``lo..hi``, pre-RoPE.
+        call: the numbers that the layer's attention adds.
+        scores: float32 ``[Hkv, n]``, attention that the tokens from ``scores_from`` on got from them; None where it is not needed.
+    """
+
+    seen: int
+    q: torch.Tensor
+    k: torch.Tensor
+    read: Callable[[int, int], tuple[torch.Tensor, torch.Tensor]]
+    call: AttendCall
+    scores: torch.Tensor | None = None
+    scores_from: int = 0
+
+
+class Summary:
+    """A kind of summary."""
+
+    name: ClassVar[str]
+    needs_scores: ClassVar[bool] = False
+    """Whether it must be told how much attention tokens get inside the window."""
+
+    def __init__(self, rule: FetchedSelection) -> None:
+        self.rule = rule
+
+    def begin(self, k: torch.Tensor) -> Summed:
+        """Before the first token, for keys like ``k`` ``[B, Hkv, q, D]``."""
+        table = Table.of(torch.zeros(k.shape[1], 0, k.shape[3], device=k.device))
+        return Summed(table, torch.zeros(k.shape[1], 0, device=k.device))
+
+    def after(self, state: Summed | None, news: News) -> Summed:
+        """What is known once some queries have read."""
+        raise NotImplementedError
+
+    def can_forget(self, state: Summed, left: int) -> bool:
+        """Whether what is known of the first ``left`` tokens alone can still be told."""
+        raise NotImplementedError
+
+    def cropped(self, state: Summed, left: int) -> Summed:
+        """What is known of a row of which ``left`` tokens are left, as well as that can be told."""
+        return replace(state, table=state.table.first(max((left - self.rule.start) // self.rule.block, 0)))
+
+    def due(self, state: Summed, seen: int) -> tuple[int, int]:
+        """The first token that no block has, and how many blocks more are complete."""
+        done = len(state.table)
+        return self.rule.start + done * self.rule.block, max(self.rule.num_blocks(seen) - done, 0)
+
+    def split(self, x: torch.Tensor, count: int) -> torch.Tensor:
+        """``x`` ``[Hkv, count * block, ...]`` as ``[Hkv, count, block, ...]``."""
+        return x.reshape(x.shape[0], count, self.rule.block, *x.shape[2:])
+
+
+class Representatives(Summary):
+    """The mean of the tokens that got the most attention from the queries that see them in their window; of equal ones the earlier.
+
+    Xiao et al., NeurIPS 2024, arXiv 2402.04617.
+    """
+
+    name = "representatives"
+    needs_scores = True
+
+    def after(self, state: Summed | None, news: News) -> Summed:
+        state = state or self.begin(news.k)
+        assert news.scores is not None
+        base, count = self.due(state, news.seen)
+        scores = news.scores.new_zeros(news.scores.shape[0], max(news.seen - base, 0))
+        scores[:, : state.scores.shape[1]] = state.scores
+        lo = max(base, news.scores_from)
+        scores[:, lo - base :] += news.scores[:, lo - news.scores_from :]
+        if not count:
+            return replace(state, scores=scores)
+        end = count * self.rule.block
+        keys = self.split(news.read(base, base + end)[0].float(), count)
+        best = (
+            self.split(scores[:, :end], count).sort(dim=2, descending=True, stable=True).indices[..., : self.rule.representatives]
+        )
+        more = keys.gather(2, best[..., None].expand(-1, -1, -1, keys.shape[3])).mean(2)
+        return replace(state, table=state.table.then(more), scores=scores[:, end:].clone())
+
+    def can_forget(self, state: Summed, left: int) -> bool:
+        """Attention that forgotten tokens gave is part of sums."""
+        return False
+
+    def cropped(self, state: Summed, left: int) -> Summed:
+        """The attention that forgotten tokens gave stays counted."""
+        found = super().cropped(state, left)
+        lost = (len(state.table) - len(found.table)) * self.rule.block
+        base = self.due(found, left)[0]
+        scores = torch.nn.functional.pad(state.scores, (lost, 0))[:, : max(left - base, 0)]
+        return replace(found, scores=scores)
+
+
+class ChunkAttention(Summary):
+    """Two attentions inside a chunk: the mean answer ``u`` of its queries to its keys, and what ``u`` as a query gives of the keys.
+
+    Queries and keys are rotated to their places in the chunk, and see all of it. ``u`` is the mean over the query heads of a group.
+    Lu et al., Findings of EMNLP 2024, arXiv 2402.10685.
+    """
+
+    name = "chunk_attention"
+
+    def after(self, state: Summed | None, news: News) -> Summed:
+        state = state or self.begin(news.k)
+        held = (*state.queries, news.q.detach().clone())
+        base, count = self.due(state, news.seen)
+        if not count:
+            return replace(state, queries=held)
+        assert count == 1, "query blocks do not reach beyond a chunk"
+        keys, values = (x.float() for x in news.read(base, base + self.rule.block))
+        more = self.of_chunk(torch.cat(held, 1).float(), keys, values, news.call)
+        return replace(state, table=state.table.then(more[:, None]), queries=())
+
+    def of_chunk(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: AttendCall) -> torch.Tensor:
+        """The summary ``[Hkv, D]`` of a chunk: its last queries ``[H, m, D]``, mostly all; keys and values ``[Hkv, w, D]``."""
+        size = k.shape[1]
+        if call.rope is not None:
+            at = torch.arange(size, device=k.device)
+            q, k = call.rope.rotate(q, at[size - q.shape[1] :]), call.rope.rotate(k, at)
+        seen = torch.ones(q.shape[1], size, dtype=torch.bool, device=k.device)
+        answers = attend(q, k, v, seen, call.scale, call.softcap)[0]
+        mean = answers.mean(1).view(k.shape[0], -1, v.shape[2]).mean(1)
+        return attend(mean[:, None], k, k, seen[:1], call.scale, call.softcap)[0][:, 0]
+
+    def can_forget(self, state: Summed, left: int) -> bool:
+        return left >= len(state.table) * self.rule.block
+
+    def cropped(self, state: Summed, left: int) -> Summed:
+        """Queries of a chunk that was complete are gone: what comes then is all that its summary is made of."""
+        found = super().cropped(state, left)
+        known = left - len(state.table) * self.rule.block
+        queries = (torch.cat(state.queries, 1)[:, :known],) if state.queries and known > 0 else ()
+        return replace(found, queries=queries)
+
+
+class MeanKey(Summary):
+    """The mean of all keys of a block."""
+
+    name = "mean_key"
+
+    def after(self, state: Summed | None, news: News) -> Summed:
+        state = state or self.begin(news.k)
+        base, count = self.due(state, news.seen)
+        if not count:
+            return state
+        keys = self.split(news.read(base, base + count * self.rule.block)[0].float(), count)
+        return replace(state, table=state.table.then(keys.mean(2)))
+
+    def can_forget(self, state: Summed, left: int) -> bool:
+        return True
+
+
+KINDS: tuple[type[Summary], ...] = (Representatives, ChunkAttention, MeanKey)
+
+
+def summary_of(rule: FetchedSelection) -> Summary:
+    """The kind that ``rule`` names."""
+    return next(kind for kind in KINDS if kind.name == rule.summary)(rule)
