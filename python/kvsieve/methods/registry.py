@@ -13,6 +13,7 @@ from kvsieve.methods.h2o import H2O
 from kvsieve.methods.hip import HiP
 from kvsieve.methods.infinite_hip import InfiniteHiP
 from kvsieve.methods.lm_infinite import LMInfinite
+from kvsieve.methods.memory_bank import MemoryBank
 from kvsieve.methods.quantized import Quantized
 from kvsieve.methods.quest import Quest
 from kvsieve.methods.refresh_kv import RefreshKV
@@ -20,6 +21,7 @@ from kvsieve.methods.sirllm import SirLLM
 from kvsieve.methods.snapkv import SnapKV
 from kvsieve.methods.streaming_llm import StreamingLLM
 from kvsieve.methods.think import ThinK
+from kvsieve.policy.bank import BankRule
 from kvsieve.policy.compose import Policy
 
 __all__ = [
@@ -28,6 +30,7 @@ __all__ = [
     "HiP",
     "InfiniteHiP",
     "LMInfinite",
+    "MemoryBank",
     "Quantized",
     "Quest",
     "RefreshKV",
@@ -45,13 +48,14 @@ class System:
     Attributes:
         make: the constructor. Its name is the public one, ``kvsieve.<name>``.
         paper: where it was published; empty for the baseline.
-        does: what it decides: which tokens are evicted, which are selected to be read, how they are stored; or nothing.
+        does: what it decides: which tokens are evicted, which are selected to be read, how they are stored; that
+            evicted ones can be found again; or nothing.
         small: a text of it so small that a few hundred tokens put it to work; what the tests drive.
     """
 
-    make: Callable[..., Policy]
+    make: Callable[..., Policy | BankRule]
     paper: str
-    does: Literal["evicts", "selects", "stores", "nothing"]
+    does: Literal["evicts", "selects", "stores", "recalls", "nothing"]
     small: str
 
     @property
@@ -99,5 +103,11 @@ SYSTEMS: tuple[System, ...] = (
         "quest(32, sinks=0, window=64, query_block=16, query_stride=3)",
     ),
     System(RefreshKV, "Xu et al., ACL 2025, arXiv 2411.05787", "selects", "refreshkv(48, stride=3, similarity=0.9, kernel=3)"),
+    System(
+        MemoryBank,
+        "after LongMem, Wang et al., NeurIPS 2023, arXiv 2306.07174",
+        "recalls",
+        "streamingllm(40, sinks=2) >> memorybank(capacity=192, chunk=4, top_k=16)",
+    ),
 )
 """In the order in which they are listed to a reader."""

@@ -129,6 +129,8 @@ class Held:
         """Let the policy evict. Without ``force`` a rule that ranks tokens waits until it is a whole block over budget."""
         for part in self.parts:
             part.evict(force, turn_ended)
+        for part in self.parts:
+            part.evicted()
         if force:
             self.blocks.free_unused()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from kvsieve.backends.base import check_stream
+from kvsieve.runtime.bank import Banking
 from kvsieve.runtime.compression import Compression
 from kvsieve.runtime.eviction import Eviction
 from kvsieve.runtime.head_eviction import HeadEviction
@@ -25,6 +26,7 @@ KINDS = (
     SlidingLayers,
     Compression,  # before what attends: it looks at each layer's queries
     SurprisalScores,
+    Banking,  # before what evicts: it looks at what is held until then
     HeadEviction,
     Eviction,
     Selection,
@@ -74,4 +76,5 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     packings = () if compression is None else compression.packing.values()
     policy = setting.policy
     recycles = policy.recycling is not None
-    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles)
+    recalls = policy.bank is not None
+    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles, recalls)
