@@ -58,8 +58,8 @@ _SMALL = {system.page.replace("-", "_"): system for system in PUBLISHED}
 
 
 def _row(system: methods.System) -> System:
-    doing = {"nothing": (), "recalls": ("evicts", "recalls")}.get(system.does, (system.does,))
-    return System(functools.partial(methods.parse, system.small), doing)
+    several: dict[str, tuple[str, ...]] = {"nothing": (), "recalls": ("evicts", "recalls")}
+    return System(functools.partial(methods.parse, system.small), several.get(system.does, (system.does,)))
 
 
 def _hip() -> Any:

@@ -8,6 +8,7 @@ from kvsieve.bank.entries import BankLayer
 from kvsieve.errors import StateError
 from kvsieve.model import fingerprint
 from kvsieve.runtime.bank import Banking
+from kvsieve.runtime.exclusive import exclusive
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,6 +47,7 @@ def tokenizer_of(tokenizer: Any) -> dict[str, Any]:
     return {"tokenizer": fingerprint.tokenizer(tokenizer)}
 
 
+@exclusive
 def remember(engine: Engine) -> None:
     """All that the engine's rows still hold goes to its bank; it then holds nothing.
 
@@ -56,6 +58,5 @@ def remember(engine: Engine) -> None:
     if part is None:
         raise StateError("this stream has no bank; open one with a policy such as StreamingLLM(1024) >> MemoryBank()")
     engine.idle()
-    with engine.lock:
-        part.remember()
-        engine.reset()
+    part.remember()
+    engine.reset()

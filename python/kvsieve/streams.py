@@ -18,8 +18,7 @@ from kvsieve.errors import PolicyError, ShapeError, StateError, UnsupportedError
 from kvsieve.policy.bank import BankRule
 from kvsieve.policy.compose import Policy, with_bank
 from kvsieve.runtime import by_position, joining
-from kvsieve.runtime.compression import Compression
-from kvsieve.stats import Kept, LayerStats, LayerTrace, Stats, StoredBytes
+from kvsieve.stats import Kept, LayerTrace, Stats
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -173,26 +172,7 @@ class Stream:
 
     def stats(self) -> Stats:
         """What this stream has seen and holds."""
-        engine = self._engine
-        planner, facts, resident, seen = engine.planner, engine.facts, engine.blocks.resident, engine.blocks.seen
-        layers = tuple(
-            LayerStats(layer.index, resident, engine.stores[layer.index].bytes_held if layer.index in engine.stores else 0)
-            for layer in facts.layers
-        )
-        held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.bytes_of_parts
-        return Stats(
-            seen=max(seen, default=0),
-            resident=resident,
-            bytes_held=held,
-            bytes_full=full,
-            ratio=held / full if full else 0.0,
-            compressed=max((planner.num_packed(row) for row in range(planner.num_rows)), default=0),
-            parts=_stored_bytes(engine),
-            backend=engine.backend.name,
-            policy=repr(self.policy),
-            stored_keys=engine.stored_keys,
-            layers=layers,
-        )
+        return tracing.stats(self._engine)
 
     def kept(self, layer: int | None = None, head: int | None = None) -> list[Kept]:
         """The resident tokens of each row and their scores, in text order.
@@ -324,7 +304,7 @@ class Stream:
 
     def remember(self) -> None:
         """What the stream still holds goes to its bank, as if it had been evicted, and the stream starts a new session: a text ends
-        that is to be found later, to its last token. See :class:`kvsieve.MemoryBank`.
+        that is to be found later. A token that was said and not read yet is not among them. See :class:`kvsieve.MemoryBank`.
 
         Raises:
             StateError: without a bank, for one that is read-only, or in a fork.
@@ -510,12 +490,3 @@ class Stream:
         chunk: int = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
         trained = self._engine.facts.trained_length
         return chunk if trained is None else max(min(chunk, trained // 2), 1)
-
-
-def _stored_bytes(engine: Engine) -> StoredBytes:
-    held = [store.held() for store in engine.stores.values()]
-    keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
-    if engine.parts.find(Compression) is None:
-        return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held))
-    keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
-    return StoredBytes(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)

@@ -1,4 +1,4 @@
-"""What a policy that selects read at the last forward, in positions of the text."""
+"""What a stream tells of itself: what it holds, and what a policy that selects read last, in positions of the text."""
 
 from __future__ import annotations
 
@@ -8,16 +8,18 @@ import numpy as np
 import numpy.typing as npt
 
 from kvsieve.errors import StateError
+from kvsieve.runtime.bank import Banking
+from kvsieve.runtime.compression import Compression
 from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
-from kvsieve.stats import HeadTrace, LayerTrace
+from kvsieve.stats import HeadTrace, LayerStats, LayerTrace, Stats, StoredBytes
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import HeadChoice
     from kvsieve.policy.select import SparseSelection
     from kvsieve.runtime.engine import Engine
 
-__all__ = ["ranges", "trace"]
+__all__ = ["ranges", "stats", "trace"]
 
 Ints: TypeAlias = "npt.NDArray[np.int64]"
 
@@ -108,3 +110,37 @@ def check_head(engine: Engine, layer: int | None, head: int | None) -> None:
         raise StateError(f"the stream holds no layer {layer!r}; its full-attention layers are {sorted(known)}")
     if layer is not None and head is not None and not 0 <= head < known[layer]:
         raise StateError(f"layer {layer} has key-value heads 0 to {known[layer] - 1}, not {head!r}")
+
+
+def stats(engine: Engine) -> Stats:
+    """What a stream has seen and holds."""
+    planner, facts, resident, seen = engine.planner, engine.facts, engine.blocks.resident, engine.blocks.seen
+    layers = tuple(
+        LayerStats(layer.index, resident, engine.stores[layer.index].bytes_held if layer.index in engine.stores else 0)
+        for layer in facts.layers
+    )
+    bank = engine.parts.find(Banking)
+    beside = engine.bytes_of_parts - (0 if bank is None else bank.bytes_held)
+    held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + beside
+    return Stats(
+        seen=max(seen, default=0),
+        resident=resident,
+        bytes_held=held,
+        bytes_full=full,
+        ratio=held / full if full else 0.0,
+        compressed=max((planner.num_packed(row) for row in range(planner.num_rows)), default=0),
+        parts=_stored_bytes(engine),
+        backend=engine.backend.name,
+        policy=repr(engine.policy),
+        stored_keys=engine.stored_keys,
+        layers=layers,
+    )
+
+
+def _stored_bytes(engine: Engine) -> StoredBytes:
+    held = [store.held() for store in engine.stores.values()]
+    keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
+    if engine.parts.find(Compression) is None:
+        return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held))
+    keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
+    return StoredBytes(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)

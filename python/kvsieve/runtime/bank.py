@@ -26,6 +26,7 @@ from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError
 from kvsieve.policy.compose import Banked
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
+from kvsieve.runtime.pinning import num_pinned
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner
@@ -108,7 +109,7 @@ class Banking(StreamPart):
         self._new = []
         if not self.rows:
             held = [self._book.entries(name) for name in self._names(forward)]
-            begun = [entries if self._most is None else entries.flush() for entries in held]
+            begun = [entries if self.rule.read_only else entries.flush() for entries in held]
             self._new = [RowState(name, entries) for name, entries in zip(self._names(forward), begun)]
 
     def _names(self, forward: Forward) -> tuple[str, ...]:
@@ -160,16 +161,18 @@ class Banking(StreamPart):
     # ---------------------------------------------------------------------------------------------------------------- evicting
 
     def evict(self, force: bool, turn_ended: bool) -> None:
-        full = self._most is not None and bool(self.rows) and self._blocks.resident > self._most
-        self._before = self._blocks.planner.fork() if full else None
+        planner = self._blocks.planner
+        # With pinned tokens to come, a window evicts before it is full.
+        full = self._most is not None and bool(self.rows) and (self._blocks.resident > self._most or num_pinned(planner) > 0)
+        self._before = planner.fork() if full else None
 
     def evicted(self) -> None:
         before, self._before = self._before, None
         if before is not None:
-            now = self._blocks.planner
-            rows = range(before.num_rows)
-            self.rows = [self._with(row, before, *_gone(before, now, row)) for row in rows]
-            self._publish()
+            with self._blocks.all_layers("filling the bank"):
+                now, rows = self._blocks.planner, range(before.num_rows)
+                self.rows = [self._with(row, before, *_gone(before, now, row)) for row in rows]
+                self._publish()
 
     def _with(self, row: int, planner: Planner, positions: npt.NDArray[np.int64], runs: Runs) -> RowState:
         """A row's state once the tokens at ``positions``, ascending, in the slots ``runs``, have gone to the bank."""
@@ -191,9 +194,8 @@ class Banking(StreamPart):
         Raises:
             StateError: of a fork, or where nothing may be written.
         """
-        if not self.leads or self._most is None:
+        if not self.leads:
             why = "its bank is read-only" if self.rule.read_only else "a fork leaves the bank to its original"
-            why = why if self.rule.read_only or not self.leads else "its policy keeps every token"
             raise StateError(f"this stream writes nothing to its bank: {why}")
         planner = self._blocks.planner
         rows = [self._with(row, planner, *_gone(planner, None, row)) for row in range(planner.num_rows)]
@@ -269,8 +271,8 @@ class Banking(StreamPart):
                 if getattr(entries, key) != row[key]:
                     raise CacheMismatchError(
                         f"when the stream was saved, {row['written']} tokens had been written to namespace {row['name']!r} of its "
-                        f"bank and {row['dropped']} dropped; now it is {entries.written} and {entries.dropped}. Save both together, "
-                        "and load the stream with that bank: kvsieve.load(path, model, bank=bank)"
+                        f"bank and {row['dropped']} dropped; now it is {entries.written} and {entries.dropped}. Save both, and "
+                        "load the stream with that bank: kvsieve.load(path, model, bank=bank)"
                     )
             rows.append(RowState(row["name"], entries, row["left_at"], row["newest"]))
         self.rows = rows

@@ -1,0 +1,51 @@
+"""Perplexity of a text's second reading, with a bank that read it before and without: SmolLM2-135M behind a small window.
+
+python benches/second_reading.py [tokens] [window]
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import kvsieve
+import torch
+from kvsieve.evals.models import load_smollm2
+from kvsieve.evals.texts import read_text
+
+CHUNK = 256
+"""Tokens of a forward: what one reads it does not find."""
+
+
+@torch.no_grad()
+def surprisals(model: object, policy: kvsieve.policy.Policy, ids: torch.Tensor) -> torch.Tensor:
+    """Nats of every token but the first: ``[n - 1]``."""
+    logps = []
+    with kvsieve.stream(model, policy) as stream:  # type: ignore[arg-type]
+        for piece in ids.split(CHUNK, 1):
+            logps.append(model(input_ids=piece, past_key_values=stream.cache, use_cache=True).logits.float().log_softmax(-1))  # type: ignore[operator]
+    return -torch.cat(logps, 1)[0, :-1].gather(-1, ids[0, 1:, None])[:, 0]
+
+
+def main(count: int = 2048, window: int = 512) -> None:
+    torch.set_num_threads(1)
+    model, tokenizer = load_smollm2()
+    ids = tokenizer(read_text(), return_tensors="pt")["input_ids"][:, :count]
+    alone = surprisals(model, kvsieve.StreamingLLM(window), ids)
+    print(f"StreamingLLM({window})                perplexity {math.exp(float(alone.mean())):.3f}", flush=True)
+    bank = kvsieve.MemoryBank()
+    written = bank.ingest(model, ids, window=window)
+    print(f"{written} tokens in the bank, {bank.stats().bytes_held / written / 1024:.1f} KiB a token", flush=True)
+    for bias in (0.0, -2.0, 2.0):
+        policy = kvsieve.StreamingLLM(window) >> bank.like(read_only=True, bias=bias)
+        gain = surprisals(model, policy, ids) - alone
+        error = float(gain.std()) / len(gain) ** 0.5
+        nats = float(gain.mean())
+        print(
+            f"  >> MemoryBank(bias={bias}): perplexity {math.exp(float(alone.mean()) + nats):.3f}, {nats:+.4f} ± {error:.4f} nats",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))
