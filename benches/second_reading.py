@@ -16,6 +16,9 @@ from kvsieve.evals.texts import read_text
 CHUNK = 256
 """Tokens of a forward: what one reads it does not find."""
 
+SKIP = 3000
+"""Where in the text it begins."""
+
 
 @torch.no_grad()
 def surprisals(model: object, policy: kvsieve.policy.Policy, ids: torch.Tensor) -> torch.Tensor:
@@ -30,21 +33,19 @@ def surprisals(model: object, policy: kvsieve.policy.Policy, ids: torch.Tensor) 
 def main(count: int = 2048, window: int = 512) -> None:
     torch.set_num_threads(1)
     model, tokenizer = load_smollm2()
-    ids = tokenizer(read_text(), return_tensors="pt")["input_ids"][:, :count]
+    every = tokenizer(read_text(), return_tensors="pt")["input_ids"]
+    ids, other = every[:, SKIP : SKIP + count], every[:, SKIP + 2 * count : SKIP + 3 * count]
     alone = surprisals(model, kvsieve.StreamingLLM(window), ids)
-    print(f"StreamingLLM({window})                perplexity {math.exp(float(alone.mean())):.3f}", flush=True)
-    bank = kvsieve.MemoryBank()
-    written = bank.ingest(model, ids, window=window)
-    print(f"{written} tokens in the bank, {bank.stats().bytes_held / written / 1024:.1f} KiB a token", flush=True)
-    for bias in (0.0, -2.0, 2.0):
-        policy = kvsieve.StreamingLLM(window) >> bank.like(read_only=True, bias=bias)
-        gain = surprisals(model, policy, ids) - alone
-        error = float(gain.std()) / len(gain) ** 0.5
-        nats = float(gain.mean())
-        print(
-            f"  >> MemoryBank(bias={bias}): perplexity {math.exp(float(alone.mean()) + nats):.3f}, {nats:+.4f} ± {error:.4f} nats",
-            flush=True,
-        )
+    print(f"StreamingLLM({window}): perplexity {math.exp(float(alone.mean())):.3f}", flush=True)
+    banks = {"the text": kvsieve.MemoryBank(), "another text": kvsieve.MemoryBank()}
+    for bank, read in zip(banks.values(), (ids, other)):
+        bank.ingest(model, read, window=window)
+    for name, bias in (("the text", 0.0), ("the text", -2.0), ("the text", 2.0), ("another text", 0.0)):
+        policy = kvsieve.StreamingLLM(window) >> banks[name].like(read_only=True, bias=bias)
+        change = surprisals(model, policy, ids) - alone
+        nats, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
+        perplexity = math.exp(float(alone.mean()) + nats)
+        print(f">> MemoryBank(bias={bias}) of {name}: perplexity {perplexity:.3f}, {nats:+.3f} ± {error:.3f} nats", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,10 +26,11 @@ def test_recalling_in_one_layer(benchmark: Any, length: int) -> None:
     rope = LayerRope(1e4 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM), "half")
     q, own = torch.randn(HEADS, 1, DIM, generator=generator), torch.randn(1, HEADS, DIM, generator=generator)
     lse = torch.randn(HEADS, 1, generator=generator)
+    table = recall.table_of(rope, 1023, torch.float32)
     asks = q.view(KV_HEADS, -1, 1, DIM).sum(1)
 
     def answer() -> torch.Tensor:
-        found = recall.recall(recall.turned(q, rope, 1023), entries, 0, 0, TOP_K // CHUNK, AttendCall(DIM**-0.5))
+        found = recall.recall(rope.turn(q, table), entries, 0, 0, TOP_K // CHUNK, AttendCall(DIM**-0.5))
         return recall.joined(own, lse, found, 0.0)
 
     assert answer().shape == (1, HEADS, DIM)

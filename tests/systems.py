@@ -113,13 +113,5 @@ SYSTEMS: dict[str, System] = {
     "memory_bank_of_scores": System(
         lambda: _sirllm(40) >> kvsieve.MemoryBank(capacity=64, layers=[0, 2], chunk=1, top_k=6, bias=1.0), ("evicts", "recalls")
     ),
-    "memory_bank_of_chain": System(
-        lambda: (
-            kvsieve.StreamingLLM(24, sinks=2)
-            >> kvsieve.SirLLM(24, sinks=0, recent=0)
-            >> kvsieve.MemoryBank(chunk=8, top_k=16, capacity=512)
-        ),
-        ("evicts", "recalls"),
-    ),
     "chain_to_all": System(lambda: kvsieve.StreamingLLM(24, sinks=2) >> kvsieve.Full(), ()),
 }

@@ -21,6 +21,7 @@ from transformers import LlamaForCausalLM
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 WINDOW = 24
+CHAIN = "streamingllm(12, sinks=2) >> sirllm(12, sinks=0, recent=0)"
 
 
 def window() -> Any:
@@ -117,7 +118,7 @@ def test_a_bias_moves_the_answer_from_the_window_to_the_bank() -> None:
 
 
 @BACKEND
-@pytest.mark.parametrize("policy", ["streamingllm(24, sinks=2)", "sirllm(24, sinks=2, recent=4)", "lminfinite(23, sinks=2)"])
+@pytest.mark.parametrize("policy", ["streamingllm(24, sinks=2)", "sirllm(24, sinks=2, recent=4)", "lminfinite(23, sinks=2)", CHAIN])
 def test_what_is_evicted_is_in_the_bank_once_and_nothing_else_is(policy: str, backend: str) -> None:
     """Every key that a stream without a budget holds is in the bank or still held."""
     model, ids = tiny.model(), tiny.ids(1, 90)
@@ -129,7 +130,9 @@ def test_what_is_evicted_is_in_the_bank_once_and_nothing_else_is(policy: str, ba
             assert written(bank) + resident == stream.seen
         stream.end_turn()
         assert written(bank) + stream._engine.blocks.resident == 90
-        left = stream._engine.stores[0].read(stream._engine.planner.runs(0, 0))[0].transpose(0, 1).flatten(1)
+        planner = stream._engine.planner
+        runs = [run for memory in range(planner.num_memories) for run in planner.runs(memory, 0)]
+        left = stream._engine.stores[0].read(runs)[0].transpose(0, 1).flatten(1)
     with kvsieve.stream(model, kvsieve.Memory(position=FixedDistance(0)), backend) as stream:
         forward(model, stream.cache, ids)
         every = stream._engine.stores[0].read(stream._engine.planner.runs(0, 0))[0].transpose(0, 1).flatten(1)
@@ -417,7 +420,7 @@ def test_a_bank_of_another_model_is_refused(tmp_path: Path) -> None:
     bank = kvsieve.MemoryBank.load(path)
     for other, said in (
         (tiny.model(seed=1), "other weights or configuration"),
-        (tiny.model(dtype=torch.bfloat16), "the bank holds layers"),
+        (tiny.model(dtype=torch.bfloat16), "the bank holds"),
         (tiny.model("mistral"), "other model class"),
         (tiny.model(rms_norm_eps=1e-3), "other weights or configuration"),
         (with_rope(rope_type="default", rope_theta=5e4), "other rotary positions"),

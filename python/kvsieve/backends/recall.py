@@ -13,6 +13,8 @@ which is one softmax over the keys of both, the bank's logits raised by ``bias``
 
 from __future__ import annotations
 
+from bisect import bisect_right
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
 import torch
@@ -21,22 +23,23 @@ from kvsieve.backends.attention import Partial, attend
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
-    from kvsieve.bank.entries import Entries
+    from kvsieve.bank.entries import Entries, Piece
     from kvsieve.facts import LayerRope
 
-__all__ = ["QUERIES", "choose", "gather", "joined", "recall", "turned"]
+__all__ = ["QUERIES", "choose", "gather", "joined", "recall", "table_of"]
 
 QUERIES = 16
 """Queries of a prompt that share a choice: those of equal ``position // QUERIES`` in one forward."""
 
+FEW = 64
+"""So many chunks, of all heads, are read one by one where they lie in several pieces."""
 
-def turned(q: torch.Tensor, rope: LayerRope | None, distance: int) -> torch.Tensor:
-    """Queries ``[..., m, D]`` before RoPE, turned so that a key before RoPE is seen at ``distance``."""
-    if rope is None:
-        return q
-    cos, sin = rope.table(torch.tensor([distance], device=q.device), q.dtype)
-    # The model scales queries and keys; the keys are as they were before.
-    return rope.turn(q, (cos * rope.factor, sin * rope.factor))
+
+def table_of(rope: LayerRope, distance: int, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The rotation of a query by which a key before RoPE is seen at ``distance``: for :meth:`LayerRope.turn`, on the CPU."""
+    cos, sin = rope.table(torch.tensor([distance]), dtype)
+    # The model scales queries and keys, and keys are as they were before.
+    return cos * rope.factor, sin * rope.factor
 
 
 def choose(entries: Entries, layer: int, asks: torch.Tensor, count: int) -> torch.Tensor:
@@ -59,36 +62,51 @@ def choose(entries: Entries, layer: int, asks: torch.Tensor, count: int) -> torc
 def gather(entries: Entries, layer: int, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Keys and values ``[Hkv, b, n * chunk, D]`` of ``chunks`` ``[Hkv, b, n]``, and which of their slots hold a token, bool
     ``[Hkv, b, n * chunk]``; None where all do."""
-    heads = torch.arange(chunks.shape[0])[:, None, None].expand_as(chunks)
     pieces = [piece for piece in entries.pieces if piece.lo < piece.hi]
-    lengths = None
+    few = len(pieces) > 1 and chunks.numel() <= FEW
+    k, v, lengths = (_one_by_one if few else _by_piece)(pieces, layer, chunks)
+    seen = (torch.arange(k.shape[3]) < lengths[..., None]).flatten(2) if entries.ragged else None
+    return k.flatten(2, 3), v.flatten(2, 3), seen
+
+
+def _by_piece(pieces: list[Piece], layer: int, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Keys and values ``[Hkv, b, n, chunk, D]`` and lengths ``[Hkv, b, n]`` of chunks, all that are in one piece at a time."""
+    heads = torch.arange(chunks.shape[0])[:, None, None].expand_as(chunks)
     if len(pieces) == 1:
         segment, lo, _ = pieces[0]
         at = chunks + lo
-        k, v = segment.keys[layer][heads, at], segment.values[layer][heads, at]
-        lengths = segment.lengths[at] if entries.ragged else None
-    else:
-        sample = pieces[0].segment
-        k, v = (x[layer].new_empty(*chunks.shape, *x[layer].shape[2:]) for x in (sample.keys, sample.values))
-        lengths = torch.empty_like(chunks) if entries.ragged else None
-        first = 0
-        for segment, lo, hi in pieces:
-            here = ((chunks >= first) & (chunks < first + hi - lo)).nonzero(as_tuple=True)
-            if len(here[0]):
-                at = chunks[here] - first + lo
-                k[here], v[here] = segment.keys[layer][here[0], at], segment.values[layer][here[0], at]
-                if lengths is not None:
-                    lengths[here] = segment.lengths[at]
-            first += hi - lo
-    seen = None if lengths is None else (torch.arange(k.shape[3]) < lengths[..., None]).flatten(2)
-    return k.flatten(2, 3), v.flatten(2, 3), seen
+        return segment.keys[layer][heads, at], segment.values[layer][heads, at], segment.lengths[at]
+    sample = pieces[0].segment
+    k, v = (x[layer].new_empty(*chunks.shape, *x[layer].shape[2:]) for x in (sample.keys, sample.values))
+    lengths, first = torch.empty_like(chunks), 0
+    for segment, lo, hi in pieces:
+        here = ((chunks >= first) & (chunks < first + hi - lo)).nonzero(as_tuple=True)
+        if len(here[0]):
+            at = chunks[here] - first + lo
+            k[here], v[here] = segment.keys[layer][here[0], at], segment.values[layer][here[0], at]
+            lengths[here] = segment.lengths[at]
+        first += hi - lo
+    return k, v, lengths
+
+
+def _one_by_one(pieces: list[Piece], layer: int, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The same, where there are few."""
+    ends = list(accumulate(piece.hi - piece.lo for piece in pieces))
+    places = []
+    for head, rows in enumerate(chunks.tolist()):
+        for number in (one for row in rows for one in row):
+            at = bisect_right(ends, number)
+            places.append((pieces[at].segment, head, number - ends[at] + pieces[at].hi))
+    k, v = (torch.stack([getattr(s, name)[layer][head, at] for s, head, at in places]) for name in ("keys", "values"))
+    lengths = torch.stack([s.lengths[at] for s, _, at in places])
+    return k.view(*chunks.shape, *k.shape[1:]), v.view(*chunks.shape, *v.shape[1:]), lengths.view(chunks.shape)
 
 
 def recall(q: torch.Tensor, entries: Entries, layer: int, first: int, count: int, call: AttendCall) -> Partial:
     """Attention of a row's new queries to what they find.
 
     Args:
-        q: float ``[H, m, D]`` on the CPU, as of :func:`turned`; first: the position of the first of them.
+        q: float ``[H, m, D]`` on the CPU, turned by :func:`table_of`; first: the position of the first of them.
         entries: of the row's namespace, with at least one whole chunk.
         count: chunks that a query finds.
 
@@ -97,7 +115,9 @@ def recall(q: torch.Tensor, entries: Entries, layer: int, first: int, count: int
     """
     kv_heads = entries.pieces[0].segment.means[layer].shape[0]
     (heads, m, dim), group = q.shape, q.shape[0] // kv_heads
-    at = torch.arange(m) + first % QUERIES if m > 1 else torch.zeros(1, dtype=torch.int64)
+    if m == 1:
+        return _one(q.view(kv_heads, group, dim), entries, layer, count, call)
+    at = torch.arange(m) + first % QUERIES
     block, blocks = at // QUERIES, int(at[-1]) // QUERIES + 1
     summed = q.view(kv_heads, group, m, dim).sum(1)
     asks = summed.new_zeros(kv_heads, blocks, dim).index_add_(1, block, summed)
@@ -113,6 +133,19 @@ def recall(q: torch.Tensor, entries: Entries, layer: int, first: int, count: int
     out = out.view(*back, -1).transpose(1, 2).reshape(heads, blocks * width, -1)
     lse = lse.view(back).transpose(1, 2).reshape(heads, blocks * width)
     return out[:, slots], lse[:, slots]
+
+
+def _one(q: torch.Tensor, entries: Entries, layer: int, count: int, call: AttendCall) -> Partial:
+    """The same for one query, given as ``[Hkv, group, D]``."""
+    k, v, seen = gather(entries, layer, choose(entries, layer, q.sum(1, keepdim=True).float(), count))
+    logits = torch.bmm(q, k[:, 0].to(q.dtype).transpose(1, 2)) * call.scale
+    if call.softcap is not None:
+        logits = call.softcap * torch.tanh(logits / call.softcap)
+    if seen is not None:
+        logits = logits.masked_fill(~seen, -torch.inf)
+    lse = torch.logsumexp(logits, -1, keepdim=True)
+    out = torch.bmm(torch.exp(logits - lse), v[:, 0].to(q.dtype))
+    return out.flatten(0, 1)[:, None], lse.flatten(0, 1)
 
 
 def joined(own: torch.Tensor, lse: torch.Tensor, found: Partial, bias: float) -> torch.Tensor:

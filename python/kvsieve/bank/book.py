@@ -103,10 +103,10 @@ class Book:
             if self.shape is None:
                 self.shape = Shape(chosen, self.terms.chunk, self.terms.capacity)
             elif self.shape.layers != chosen:
-                raise CacheMismatchError(
-                    f"the bank holds layers {[tuple(x) for x in self.shape.layers[:1]]}... ({len(self.shape.layers)}), this model "
-                    f"has {[tuple(x) for x in chosen[:1]]}... ({len(chosen)}): (index, KV heads, sizes of a key and a value, dtype)"
-                )
+                mine, theirs = chosen, self.shape.layers
+                differs = next((pair for pair in zip(theirs, mine) if pair[0] != pair[1]), None)
+                found = f"{len(theirs)} layers, this model {len(mine)}" if differs is None else "{}, this model {}".format(*differs)
+                raise CacheMismatchError(f"the bank holds {found}; it belongs to another model, or to another choice of layers")
             self.know(identity)
             return self.shape
 

@@ -30,7 +30,8 @@ LARGEST = 8192
 Tensors = Mapping[int, torch.Tensor]
 
 
-class BankLayer(NamedTuple):
+@dataclass(frozen=True)
+class BankLayer:
     """One layer that has a bank: its index, KV heads, the sizes of a key and a value, and their dtype."""
 
     index: int
@@ -39,10 +40,8 @@ class BankLayer(NamedTuple):
     value_dim: int
     dtype: torch.dtype
 
-    @property
-    def bytes_per_token(self) -> int:
-        """Bytes of one token's key and value."""
-        return self.num_kv_heads * (self.key_dim + self.value_dim) * self.dtype.itemsize
+    def __str__(self) -> str:
+        return f"layer {self.index} with {self.num_kv_heads} KV heads of {self.key_dim} and {self.value_dim} in {self.dtype}"
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def write(path: Path, content: Content) -> None:
         "identity": identity,
         "chunk": shape.chunk,
         "capacity": shape.capacity,
-        "layers": [[*layer[:4], str(layer.dtype).removeprefix("torch.")] for layer in shape.layers],
+        "layers": [[x.index, x.num_kv_heads, x.key_dim, x.value_dim, str(x.dtype).removeprefix("torch.")] for x in shape.layers],
         "namespaces": rows,
         "checksums": {key: _checksum(tensor) for key, tensor in tensors.items()},
     }
@@ -173,7 +173,7 @@ def _content(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> 
     wrong = [key for key, tensor in tensors.items() if _checksum(tensor) != header["checksums"][key]]
     if wrong:
         raise ValueError(f"{', '.join(wrong[:3])} are not what was written")
-    layers = tuple(BankLayer(*row[:4], getattr(torch, row[4])) for row in header["layers"])
+    layers = tuple(BankLayer(index, heads, k, v, getattr(torch, dtype)) for index, heads, k, v, dtype in header["layers"])
     shape = Shape(layers, header["chunk"], header["capacity"])
     namespaces = {}
     for at, row in enumerate(header["namespaces"]):

@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.backends.recall import joined, recall, turned
+from kvsieve.backends.recall import joined, recall, table_of
 from kvsieve.bank.entries import Entries, Shape
 from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError
 from kvsieve.policy.compose import Banked
@@ -31,6 +31,7 @@ from kvsieve.runtime.pinning import num_pinned
 if TYPE_CHECKING:
     from kvsieve._core import Planner
     from kvsieve.backends.base import Runs
+    from kvsieve.facts import LayerRope
     from kvsieve.policy.bank import BankRule
 
 __all__ = ["Banking", "RowState"]
@@ -74,6 +75,7 @@ class Banking(StreamPart):
         shape = self._book.shape
         self._layers = frozenset(x.index for x in shape.layers) if shape else frozenset[int]()
         self._new: list[RowState] = []
+        self._tables: dict[tuple[int, torch.dtype], tuple[torch.Tensor, torch.Tensor]] = {}
         self._before: Planner | None = None
 
     @classmethod
@@ -134,12 +136,19 @@ class Banking(StreamPart):
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         for row in found:
             new = slice(q.shape[2] - layer.forward.lens[row], None)
-            asked = turned(q[row, :, new].detach().to("cpu", wide), layer.call.rope, self.distance)
+            asked = q[row, :, new].detach().to("cpu", wide)
+            if layer.call.rope is not None:
+                asked = layer.call.rope.turn(asked, self._table(layer.index, layer.call.rope, wide))
             count = self.rule.top_k // self.rule.chunk
             answer = recall(asked, rows[row].entries, layer.index, layer.forward.seen[row], count, layer.call)
             there = (answer[0].to(out.device), answer[1].to(out.device))
             out[row, new] = joined(out[row, new].to(wide), lse[row, :, new].to(wide), there, self.rule.bias).to(out.dtype)
         return out
+
+    def _table(self, layer: int, rope: LayerRope, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        if (layer, dtype) not in self._tables:
+            self._tables[layer, dtype] = table_of(rope, self.distance, dtype)
+        return self._tables[layer, dtype]
 
     def commit(self, forward: Forward) -> Apply:
         rows = self.rows or self._new
