@@ -56,7 +56,7 @@ def systems() -> list[System]:
 
 def _summary(module: str, name: str) -> str:
     tree = ast.parse((METHODS / f"{module}.py").read_text(encoding="utf-8"))
-    made = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+    made = next(node for node in tree.body if isinstance(node, ast.FunctionDef | ast.ClassDef) and node.name == name)
     return re.sub(r"``", "`", (ast.get_docstring(made) or "").split("\n\n")[0].replace("\n", " ").rstrip("."))
 
 

@@ -16,6 +16,7 @@ import kvsieve
 from kvsieve import methods
 from kvsieve.methods import SYSTEMS as PUBLISHED
 from kvsieve.methods.quantized import QuantizedStorage
+from kvsieve.policy.compose import with_bank
 
 PROMPT = 300
 """Tokens of a prompt under which every system is at work."""
@@ -27,7 +28,8 @@ class System:
 
     Attributes:
         make: the policy.
-        doing: what it is found doing once the prompt has been read and a token decoded: ``"evicts"``, ``"selects"``, ``"stores"``.
+        doing: what it is found doing once the prompt has been read and a token decoded: ``"evicts"``, ``"selects"``, ``"stores"``,
+            ``"recalls"``.
     """
 
     make: Callable[[], Any]
@@ -37,6 +39,13 @@ class System:
     def retains(self) -> bool:
         """Whether it keeps every token where it is."""
         return "evicts" not in self.doing and len(self.make().memories) == 1
+
+    def of_rows(self, rows: int) -> Any:
+        """The policy of a batch of so many texts."""
+        policy = self.make()
+        if policy.bank is None:
+            return policy
+        return with_bank(policy, policy.bank.namespace([f"row {row}" for row in range(rows)]))
 
     @property
     def tolerance(self) -> float:
@@ -49,7 +58,8 @@ _SMALL = {system.page.replace("-", "_"): system for system in PUBLISHED}
 
 
 def _row(system: methods.System) -> System:
-    return System(functools.partial(methods.parse, system.small), () if system.does == "nothing" else (system.does,))
+    several: dict[str, tuple[str, ...]] = {"nothing": (), "recalls": ("evicts", "recalls")}
+    return System(functools.partial(methods.parse, system.small), several.get(system.does, (system.does,)))
 
 
 def _hip() -> Any:
@@ -102,6 +112,9 @@ SYSTEMS: dict[str, System] = {
     "chain": System(
         lambda: kvsieve.StreamingLLM(24, sinks=2) >> kvsieve.SirLLM(24, sinks=0, recent=0),
         ("evicts",),
+    ),
+    "memory_bank_of_scores": System(
+        lambda: _sirllm(40) >> kvsieve.MemoryBank(capacity=64, layers=[0, 2], chunk=1, top_k=6, bias=1.0), ("evicts", "recalls")
     ),
     "chain_to_all": System(lambda: kvsieve.StreamingLLM(24, sinks=2) >> kvsieve.Full(), ()),
 }

@@ -9,12 +9,13 @@ Importing kvsieve changes nothing in `transformers`, and imports neither its mod
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kvsieve import errors, methods, policy
 from kvsieve._core import __version__
 from kvsieve.errors import KvsieveError
-from kvsieve.methods import registry
+from kvsieve.methods import memory_bank, registry
 from kvsieve.methods.registry import *  # noqa: F403
 from kvsieve.policy.compose import Memory
 
@@ -40,12 +41,13 @@ __all__ += registry.__all__
 _LAZY = {"load": "streams", "Kept": "stats", "Stats": "stats", "Stream": "streams", "stream": "streams"}
 
 
+memory_bank.SEAM.append(lambda: import_module("kvsieve.streams"))
+
+
 def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'kvsieve' has no attribute {name!r}")
-    from importlib import import_module
-
     value = globals()[name] = getattr(import_module(f"kvsieve.{module}"), name)
     return value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "AccuracyError",
     "BackendError",
+    "BankError",
     "BenchError",
     "BudgetError",
     "CacheMismatchError",
@@ -53,6 +54,10 @@ class StateError(KvsieveError, RuntimeError):
 
 class BackendError(KvsieveError, RuntimeError):
     """A backend that cannot run here; the message says what to install."""
+
+
+class BankError(KvsieveError, OSError):
+    """A bank's file that cannot be read, written or locked; what was saved before is as it was."""
 
 
 class UnsupportedError(KvsieveError, NotImplementedError):

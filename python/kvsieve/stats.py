@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["HeadTrace", "Kept", "LayerStats", "LayerTrace", "Stats", "StoredBytes"]
+__all__ = ["BankStats", "HeadTrace", "Kept", "LayerStats", "LayerTrace", "NamespaceStats", "Stats", "StoredBytes"]
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,8 @@ class LayerStats:
 
 @dataclass(frozen=True)
 class StoredBytes:
-    """The bytes of a stream's keys and values by what they hold; their sum, and the sliding layers' bytes, is ``bytes_held``.
+    """The bytes of a stream's keys and values by what they hold; their sum, with those of sliding layers and of a bank, is
+    ``bytes_held``.
 
     Attributes:
         keys, values: compressed tokens; of a policy that compresses nothing, all tokens.
@@ -133,3 +134,39 @@ class LayerTrace:
     scored: int
     read: int
     rows: tuple[tuple[HeadTrace, ...], ...]
+
+
+@dataclass(frozen=True)
+class NamespaceStats:
+    """What one namespace of a bank holds.
+
+    Attributes:
+        tokens: tokens held, those of an unfinished chunk among them.
+        chunks: whole chunks, which can be found.
+        pending: tokens of the chunk that is being filled.
+        first: the number of the oldest token held; those before it are gone. Numbers never change.
+        written: tokens ever written; the number of the next one.
+    """
+
+    tokens: int
+    chunks: int
+    pending: int
+    first: int
+    written: int
+
+
+@dataclass(frozen=True)
+class BankStats:
+    """What a bank holds.
+
+    Attributes:
+        tokens: of all namespaces.
+        capacity: most tokens of a namespace.
+        bytes_held: bytes of keys, values and mean keys in host memory, for all layers and namespaces.
+        namespaces: by name, those that hold something.
+    """
+
+    tokens: int
+    capacity: int
+    bytes_held: int
+    namespaces: dict[str, NamespaceStats]

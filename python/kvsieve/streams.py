@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kvsieve import backends, reading, session
+from kvsieve import backends, banks, reading, session
 from kvsieve import generate as turns
 from kvsieve import trace as tracing
 from kvsieve.errors import PolicyError, ShapeError, StateError, UnsupportedError
-from kvsieve.policy.compose import Policy
+from kvsieve.policy.bank import BankRule
+from kvsieve.policy.compose import Policy, with_bank
 from kvsieve.runtime import by_position, joining
 from kvsieve.runtime.report import stats_of
 from kvsieve.stats import Kept, LayerTrace, Stats
@@ -74,7 +75,14 @@ def stream(model: PreTrainedModel, policy: Policy, backend: str | None = None) -
     return Stream(model, policy, backend)
 
 
-def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None = None, *, tokenizer: Any = None) -> Stream:
+def load(
+    path: str | PathLike[str],
+    model: PreTrainedModel,
+    backend: str | None = None,
+    *,
+    tokenizer: Any = None,
+    bank: BankRule | None = None,
+) -> Stream:
     """Open the stream saved at ``path`` on ``model``; it goes on where it was.
 
     Args:
@@ -82,13 +90,16 @@ def load(path: str | PathLike[str], model: PreTrainedModel, backend: str | None 
         model: the same model; its layers, heads, dtype, weights and positions are compared with the file's.
         backend: as for :func:`kvsieve.stream`.
         tokenizer: compared with the one that was given to :meth:`Stream.save`, if both were.
+        bank: of a stream that had one, the bank as it was then, where it is open already or has no file: a session's file says how
+            far the bank had come, and not what it holds.
 
     Raises:
-        CacheMismatchError: if the file was written for another model, for other weights, or with another tokenizer.
+        CacheMismatchError: if the file was written for another model, for other weights, or with another tokenizer, or the bank is
+            not as it was when the stream was saved.
         KvsieveError: if the file is not a kvsieve stream.
     """
     with session.opened(path) as saved:
-        found = Stream(model, saved.policy, backend)
+        found = Stream(model, saved.policy if bank is None else with_bank(saved.policy, bank), backend)
         try:
             saved.check(found._engine, found.model, tokenizer)
             saved.restore(found._engine)
@@ -119,6 +130,7 @@ class Stream:
                 facts = self._attachment.facts
                 name = backend or backends.choose(facts.layers[0].device, facts.layers[0].dtype)
                 self._engine = Engine(policy, facts, backends.get(name), stored_keys(type(self.model).__name__, policy, facts))
+                banks.lead(self._engine, self.model)
             else:
                 self._engine = _parent._engine.fork()
             self._cache = StreamCache(self._engine, weakref.ref(self))
@@ -288,8 +300,18 @@ class Stream:
             engine.end_turn()
 
     def reset(self) -> None:
-        """Forget everything, give all memory back, and start a new session."""
+        """Forget everything, give all memory back, and start a new session. A bank keeps what it holds."""
         self.cache.reset()
+
+    def remember(self) -> None:
+        """What the stream still holds goes to its bank, as if it had been evicted, and the stream starts a new session: a text ends
+        that is to be found later. A token that was said and not read yet is not among them. See :class:`kvsieve.MemoryBank`.
+
+        Raises:
+            StateError: without a bank, for one that is read-only, or in a fork.
+        """
+        banks.remember(self._check_open())
+        self.reset()
 
     @property
     def ids(self) -> list[torch.Tensor]:

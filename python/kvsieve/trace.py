@@ -1,4 +1,4 @@
-"""What a policy that selects read at the last forward, in positions of the text."""
+"""What a stream tells of itself: what it holds, and what a policy that selects read last, in positions of the text."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import torch
 from drive import forward, forwards, pad_left, same_memory
 from kvsieve.errors import KvsieveError
 from kvsieve.methods import SYSTEMS as PUBLISHED
+from kvsieve.runtime.bank import Banking
 from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
@@ -26,8 +27,8 @@ EVERY = pytest.mark.parametrize("name", list(SYSTEMS))
 PIECES = ((40, 1, 5, 23, 1, 1), (17, 1, 40, 1, 3, 1))
 
 
-def opened(name: str, backend: str) -> kvsieve.Stream:
-    return kvsieve.stream(tiny.model(), SYSTEMS[name].make(), backend)
+def opened(name: str, backend: str, rows: int = 1) -> kvsieve.Stream:
+    return kvsieve.stream(tiny.model(), SYSTEMS[name].of_rows(rows), backend)
 
 
 def read(stream: kvsieve.Stream, rows: int = 1) -> None:
@@ -74,6 +75,9 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         fetched = [] if fetching is None else [rows[0] for rows in fetching.read.values()]
         selects |= bool(fetched) and all(last is not None and last.choice.compared > 0 for last in fetched)
         assert ("selects" in SYSTEMS[name].doing) == selects
+        banking = engine.parts.find(Banking)
+        recalls = banking is not None and banking.rows[0].entries.num_chunks > 0
+        assert ("recalls" in SYSTEMS[name].doing) == recalls
         assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
 
 
@@ -175,7 +179,7 @@ def test_a_padded_row_equals_its_solo_run(name: str, backend: str) -> None:
     after = tiny.ids(2, 48, 3)
     ids, mask = pad_left(rows)
     mask = torch.cat([mask, torch.ones(2, 48, dtype=torch.long)], 1)
-    with opened(name, backend) as stream:
+    with opened(name, backend, 2) as stream:
         got = forwards(model, stream.cache, torch.cat([ids, after], 1), [PROMPT, 1, 1, 44, 1], mask)
     for row, text in enumerate(rows):
         with opened(name, backend) as stream:

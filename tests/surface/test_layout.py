@@ -17,12 +17,13 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "kvsieve"
 LEVELS = (
     ("cli",),
     ("serve", "evals", "bench", "view", "demo", "graphs"),
-    ("__init__", "streams", "generate", "reading", "session", "trace"),
+    ("__init__", "streams", "generate", "reading", "session", "trace", "banks"),
     ("model",),
     ("runtime",),
     ("backends",),
     ("methods",),
     ("policy",),
+    ("bank",),
     ("errors", "budget", "stats", "facts", "_core"),
 )
 """Folders and files of the package, the highest first: each may import its own level and those below."""

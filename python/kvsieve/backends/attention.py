@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from kvsieve._core import Part
     from kvsieve.facts import LayerRope
 
-__all__ = ["Partial", "attend", "concatenate", "join", "merge", "rotate_part", "visibility"]
+__all__ = ["Partial", "attend", "concatenate", "join", "merge", "rotate_part", "total", "visibility"]
 
 Partial = tuple[torch.Tensor, torch.Tensor]
 """Attention over some of the keys: out ``[H, m, Dv]``, and the log-sum-exp ``[H, m]`` that lets it merge with the rest."""
@@ -71,6 +71,14 @@ def merge(parts: list[Partial], sink_logits: torch.Tensor | None = None) -> torc
     total = torch.logsumexp(every, 0)
     weights = torch.exp(lse - torch.where(total.isneginf(), 0.0, total))
     return sum((w[..., None] * part[0] for w, part in zip(weights, parts)), torch.zeros_like(parts[0][0]))
+
+
+def total(parts: list[Partial], sink_logits: torch.Tensor | None = None) -> torch.Tensor:
+    """The log-sum-exp ``[H, m]`` of what :func:`merge` joins, learned logits among them."""
+    lse = [part[1] for part in parts]
+    if sink_logits is not None:
+        lse.append(sink_logits.to(lse[0].dtype)[:, None].expand_as(lse[0]))
+    return lse[0] if len(lse) == 1 else torch.logsumexp(torch.stack(lse), 0)
 
 
 def join(pieces: list[Partial]) -> Partial:

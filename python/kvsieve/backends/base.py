@@ -188,6 +188,7 @@ class Capabilities:
         stored_keys: as of :class:`SelectionCapabilities`, of what it attends to without a selection.
         storage: ways to store compressed tokens: ``"pruned"`` (fewer channels), ``"quantized"`` (codes).
         needs_parts: whether every step must come with its parts, decoding steps included.
+        tells_lse: whether attention can tell its log-sum-exp (:meth:`Store.run_with_lse`), which a bank's answer is joined by.
     """
 
     name: str
@@ -199,6 +200,7 @@ class Capabilities:
     stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     storage: frozenset[str] = frozenset({"pruned", "quantized"})
     needs_parts: bool = False
+    tells_lse: bool = True
 
     def fits(self, dtype: torch.dtype, *dims: int) -> bool:
         """Whether keys and values of ``dims`` channels in ``dtype`` can be held."""
@@ -261,6 +263,14 @@ class Capabilities:
         if not self.selection.fetched:
             raise BackendError(
                 f"backend {self.name!r} reads no blocks at other distances than their own; use HiP, or backend='reference'"
+            )
+
+    def check_lse(self) -> None:
+        """Raise BackendError if attention cannot tell its log-sum-exp."""
+        if not self.tells_lse:
+            raise BackendError(
+                f"backend {self.name!r} does not tell the log-sum-exp of its attention, and a bank's is joined to it by that; "
+                "leave the MemoryBank out, or use backend='reference'"
             )
 
     def check_storage(self, packing: Packing) -> None:
@@ -329,6 +339,16 @@ class Store(Protocol):
 
         Returns:
             ``[B, q, H, Dv]`` in the model's dtype; rows of pad queries are zero.
+        """
+
+    def run_with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`run`, for memories of which all is read, and what lets the answer be joined with attention to other keys.
+
+        Returns:
+            The output, bit for bit that of :meth:`run`, and float32 ``[B, H, q]`` (float64 for queries in float64): the
+            log-sum-exp of the logits, learned sinks among them; -inf for pads.
         """
 
     def run_with_scores(
@@ -454,7 +474,6 @@ def check_stream(
     packings: Iterable[Packing],
     rule: SparseSelection | None,
     recycles: bool = False,
-    fetches: bool = False,
 ) -> None:
     """Ask, when a stream opens, whether ``backend`` can do all that will be asked of it.
 
@@ -463,7 +482,6 @@ def check_stream(
             nothing is compressed.
         rule: by which queries select their keys, if they do.
         recycles: whether heads read tokens that they chose at an earlier step.
-        fetches: whether queries read blocks of the text at distances that they are told.
 
     Raises:
         BackendError: with what it cannot do, and what to use instead.
@@ -476,8 +494,6 @@ def check_stream(
         can.check_storage(packing)
     if recycles:
         can.check_recycling()
-    if fetches:
-        can.check_fetching()
     if rule is not None:
         can.check_selection(rule, stored_keys, bool(packings))
         backend.make_selection(rule)

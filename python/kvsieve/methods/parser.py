@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from typing import Any
 
 from kvsieve.errors import PolicyError
 from kvsieve.methods.registry import SYSTEMS
@@ -25,10 +26,15 @@ def parse(text: str) -> Policy:
         tree = ast.parse(text.strip(), mode="eval").body
     except SyntaxError as err:
         raise PolicyError(f"cannot read the policy {text!r}: {err.msg}; write for example 'sirllm(budget=1024)'") from None
-    return _build(tree, text)
+    found = _build(tree, text)
+    if not isinstance(found, Policy):
+        raise PolicyError(
+            f"{found!r} is the end of a chain: write a policy before it, such as 'streamingllm(1024) >> {text.strip()}'"
+        )
+    return found
 
 
-def _build(node: ast.expr, text: str) -> Policy:
+def _build(node: ast.expr, text: str) -> Any:
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.BitOr):
         return _build(node.left, text) | _build(node.right, text)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.RShift):

@@ -15,6 +15,7 @@ from kvsieve.methods.infinite_hip import InfiniteHiP
 from kvsieve.methods.infllm import InfLLM
 from kvsieve.methods.lm_infinite import LMInfinite
 from kvsieve.methods.longheads import LongHeads
+from kvsieve.methods.memory_bank import MemoryBank
 from kvsieve.methods.quantized import Quantized
 from kvsieve.methods.quest import Quest
 from kvsieve.methods.refresh_kv import RefreshKV
@@ -23,6 +24,7 @@ from kvsieve.methods.sirllm import SirLLM
 from kvsieve.methods.snapkv import SnapKV
 from kvsieve.methods.streaming_llm import StreamingLLM
 from kvsieve.methods.think import ThinK
+from kvsieve.policy.bank import BankRule
 from kvsieve.policy.compose import Policy
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "InfiniteHiP",
     "LMInfinite",
     "LongHeads",
+    "MemoryBank",
     "Quantized",
     "Quest",
     "RefreshKV",
@@ -51,13 +54,14 @@ class System:
     Attributes:
         make: the constructor. Its name is the public one, ``kvsieve.<name>``.
         paper: where it was published; empty for the baseline.
-        does: what it decides: which tokens are evicted, which are selected to be read, how they are stored; or nothing.
+        does: what it decides: which tokens are evicted, which are selected to be read, how they are stored; that
+            evicted ones can be found again; or nothing.
         small: a text of it so small that a few hundred tokens put it to work; what the tests drive.
     """
 
-    make: Callable[..., Policy]
+    make: Callable[..., Policy | BankRule]
     paper: str
-    does: Literal["evicts", "selects", "stores", "nothing"]
+    does: Literal["evicts", "selects", "stores", "recalls", "nothing"]
     small: str
 
     @property
@@ -113,5 +117,11 @@ SYSTEMS: tuple[System, ...] = (
         "infllm(window=32, blocks=3, block=8, representatives=2, sinks=4, query_block=16)",
     ),
     System(LongHeads, "Lu et al., Findings of EMNLP 2024, arXiv 2402.10685", "selects", "longheads(96, chunk=16)"),
+    System(
+        MemoryBank,
+        "after LongMem, Wang et al., NeurIPS 2023, arXiv 2306.07174",
+        "recalls",
+        "streamingllm(40, sinks=2) >> memorybank(capacity=192, chunk=4, top_k=16)",
+    ),
 )
 """In the order in which they are listed to a reader."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from kvsieve.policy.compose import Chain, Memory, Policy
+from kvsieve.policy.bank import BankRule
+from kvsieve.policy.compose import Banked, Chain, Memory, Policy
 from kvsieve.policy.evict import EvictionRule, HeadObservation, KeepAll, PerHeadEviction, Residents
 from kvsieve.policy.position import Capped, Fetched, FixedDistance, InCache, Original, PositionRule, Rebased
 from kvsieve.policy.select import Dense, FetchedSelection, Piece, RecycledSelection, SelectionRule, SparseSelection, TopKTokens
 from kvsieve.policy.storage import Channels, LayerShape, Packing, Plain, PrunedAndQuantized, StorageObservation, StorageRule
 
 __all__ = [
+    "BankRule",
+    "Banked",
     "Capped",
     "Chain",
     "Channels",

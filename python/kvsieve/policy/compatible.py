@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from kvsieve.errors import PolicyError
+from kvsieve.policy.bank import BankRule
 from kvsieve.policy.evict import EvictionRule
 from kvsieve.policy.position import PositionRule
 from kvsieve.policy.select import SelectionRule
 from kvsieve.policy.storage import StorageRule, join
 
-__all__ = ["CHAIN", "MEMORY", "NAMES", "Refusal", "Roles", "check_chain", "check_join", "check_memory"]
+__all__ = ["BANK", "CHAIN", "MEMORY", "NAMES", "Refusal", "Roles", "check_bank", "check_chain", "check_join", "check_memory"]
 
 
 NAMES = ("evict", "position", "select", "storage")
@@ -149,6 +150,22 @@ CHAIN: tuple[Refusal, ...] = (
 )
 """Memories that cannot be in a chain, or not there."""
 
+BANK: tuple[Refusal, ...] = (
+    Refusal(
+        lambda r: r.evict.per_head,
+        "{memory} keeps other tokens for each head, so what it evicts is no one token that a bank could hold",
+    ),
+    Refusal(
+        lambda r: not r.storage.plain,
+        "{memory} compresses its tokens; a bank holds keys and values as they came, so leave the storage rule out before it",
+    ),
+    Refusal(
+        lambda r: not r.select.reads_all,
+        "{memory} lets a query read a selection, and a bank's answer is joined to attention over all that is held",
+    ),
+)
+"""Memories that no bank can follow."""
+
 
 def check_memory(memory: HasRoles) -> None:
     """Refuse what cannot be one memory.
@@ -170,6 +187,24 @@ def check_chain(memories: Sequence[HasRoles]) -> None:
     for row in CHAIN:
         for memory in span[row.where]:
             _ask(row, memory)
+
+
+def check_bank(memories: Sequence[HasRoles], bank: BankRule) -> None:
+    """Refuse memories that ``bank`` cannot follow.
+
+    Raises:
+        PolicyError: with the sentence of the row, or if nothing says at which distance the bank's tokens are seen.
+    """
+    for row in BANK:
+        for memory in memories:
+            _ask(row, memory)
+    if bank.distance is None:
+        for memory in memories:
+            if not memory.roles.evict.evicts:
+                raise PolicyError(
+                    f"{memory!r} keeps every token, so nothing says at which distance those of the bank are seen; give the bank a "
+                    "distance, such as MemoryBank(distance=1023)"
+                )
 
 
 def check_join(left: HasRoles, right: HasRoles) -> None:

@@ -20,14 +20,15 @@ from functools import cached_property
 from typing import Any
 
 from kvsieve.errors import PolicyError
-from kvsieve.policy.compatible import NAMES, Roles, check_chain, check_join, check_memory
+from kvsieve.policy.bank import BankRule
+from kvsieve.policy.compatible import NAMES, Roles, check_bank, check_chain, check_join, check_memory
 from kvsieve.policy.evict import EvictionRule, KeepAll
 from kvsieve.policy.position import Original, PositionRule
 from kvsieve.policy.select import Dense, FetchedSelection, HeaviestValues, RecycledSelection, SelectionRule, SparseSelection
 from kvsieve.policy.specs import MemorySpec, StoredKeys
 from kvsieve.policy.storage import Plain, StorageRule, join
 
-__all__ = ["Chain", "Memory", "Policy"]
+__all__ = ["Banked", "Chain", "Memory", "Policy", "with_bank"]
 
 
 class Policy:
@@ -80,6 +81,11 @@ class Policy:
         return select if isinstance(select, FetchedSelection) else None
 
     @property
+    def bank(self) -> BankRule | None:
+        """What the last memory's evicted tokens flow into, if they are not lost."""
+        return None
+
+    @property
     def needs_surprisal(self) -> bool:
         """Whether the policy scores tokens by the model's own logits."""
         return any(memory.roles.evict.needs_surprisal for memory in self.memories)
@@ -91,6 +97,8 @@ class Policy:
     def __or__(self, other: object) -> Policy:
         if not isinstance(other, Policy):
             return NotImplemented
+        if self.bank is not None or other.bank is not None:
+            raise PolicyError(f"cannot join {self} and {other}: a bank is the end of a chain; join first, then chain with >>")
         left, right = self.memories, other.memories
         if len(left) > 1 and len(right) > 1:
             raise PolicyError(f"cannot join two chains, {self} and {other}; join the memories first, then chain with >>")
@@ -98,6 +106,12 @@ class Policy:
         return _chain((*left[:-1], joined, *right[1:]))
 
     def __rshift__(self, other: object) -> Policy:
+        if isinstance(other, BankRule | Policy) and self.bank is not None:
+            raise PolicyError(f"{self!r} ends with a bank, which evicts nothing that could flow into {other!r}")
+        if isinstance(other, BankRule):
+            return Banked(self, other)
+        if isinstance(other, Banked):
+            return Banked(self >> other.before, other.end)
         if not isinstance(other, Policy):
             return NotImplemented
         return _chain((*self.memories, *other.memories))
@@ -171,6 +185,61 @@ class Chain(Policy):
         if self.text is not None:
             return self.text
         return " >> ".join(f"({m!r})" if " | " in repr(m) else repr(m) for m in self.parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Banked(Policy):
+    """A policy whose evicted tokens flow into a bank, and whose queries read there as well.
+
+    Raises:
+        PolicyError: for a policy that no bank goes with.
+    """
+
+    before: Policy
+    end: BankRule
+
+    def __post_init__(self) -> None:
+        check_bank(self.before.memories, self.end)
+
+    @property
+    def bank(self) -> BankRule:
+        return self.end
+
+    @property
+    def memories(self) -> tuple[Memory, ...]:
+        return self.before.memories
+
+    @property
+    def stored_keys(self) -> StoredKeys:
+        return "pre_rope"
+
+    @property
+    def moves(self) -> bool:
+        return True
+
+    def distance(self, bytes_per_token: int) -> int:
+        """At which distance a query sees every token of the bank: as far as the oldest token that the policy can show it."""
+        if self.end.distance is not None:
+            return self.end.distance
+        specs = self.before.specs(bytes_per_token)
+        budget = sum(spec.evict.budget or spec.evict.sinks + spec.evict.window for spec in specs)
+        farthest = [spec.position.distance for spec in specs if spec.position.distance is not None]
+        return min([budget - 1, *farthest])
+
+    def __repr__(self) -> str:
+        before = f"({self.before!r})" if " | " in repr(self.before) else repr(self.before)
+        return f"{before} >> {self.end!r}"
+
+
+def with_bank(policy: Policy, bank: BankRule) -> Policy:
+    """``policy`` with ``bank`` in place of its own.
+
+    Raises:
+        PolicyError: if it has none.
+    """
+    if not isinstance(policy, Banked):
+        raise PolicyError(f"{policy!r} has no bank that {bank!r} could take the place of")
+    return Banked(policy.before, bank)
 
 
 def _chain(memories: tuple[Memory, ...]) -> Policy:

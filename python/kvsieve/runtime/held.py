@@ -18,6 +18,7 @@ from kvsieve.runtime.exclusive import exclusive
 from kvsieve.runtime.part import Crop, Forward, Setting, State
 from kvsieve.runtime.parts import Parts, check_backend
 from kvsieve.runtime.pinning import Pinning
+from kvsieve.runtime.process import defer_sigint
 from kvsieve.runtime.told_positions import ToldPositions
 from kvsieve.runtime.transcript import Transcript
 
@@ -88,7 +89,7 @@ class Held:
 
     @property
     def bytes_of_parts(self) -> int:
-        """The share of those that no policy decides on: the sliding layers'."""
+        """The share of those that lie beside the stores: the sliding layers', and a bank's."""
         return sum(part.bytes_held for part in self.parts)
 
     @property
@@ -132,8 +133,11 @@ class Held:
     @exclusive
     def evict(self, force: bool, turn_ended: bool = False) -> None:
         """Let the policy evict. Without ``force`` a rule that ranks tokens waits until it is a whole block over budget."""
-        for part in self.parts:
-            part.evict(force, turn_ended)
+        with defer_sigint():
+            for part in self.parts:
+                part.evict(force, turn_ended)
+            for part in self.parts:
+                part.evicted()
         if force:
             self.blocks.free_unused()
 

@@ -8,6 +8,7 @@ engine holds a list of parts and calls each of them in turn; it knows none of th
                     attend      once per layer: the first part that answers answers for all, or else the store does
                     commit      the model is through (in two halves, see below)
                     evict       tokens may be evicted
+                    evicted     they are, and what they left behind is not written over yet
                     settled     evictions are over: what is resident stays until the next forward
                     rollback    instead of all that: the forward died
     tokens go       must_read_again, check_crop, crop, force_crop, check_evict, evict_range
@@ -205,6 +206,9 @@ class StreamPart:
 
     def evict(self, force: bool, turn_ended: bool) -> None:
         """Evict what the policy would. Without ``force`` a rule that ranks tokens waits until it is a whole block over budget."""
+
+    def evicted(self) -> None:
+        """All parts have evicted; slots that are free now have not been given back, or written to."""
 
     def settled(self, turn_ended: bool) -> None:
         """Evictions are over, and no resident is a candidate."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TypeVar
 
 from kvsieve.backends.base import check_stream
+from kvsieve.runtime.bank import Banking
 from kvsieve.runtime.compression import Compression
 from kvsieve.runtime.eviction import Eviction
 from kvsieve.runtime.fetching import Fetching
@@ -27,6 +28,7 @@ KINDS = (
     SlidingLayers,
     Compression,  # before what attends: it looks at each layer's queries
     SurprisalScores,
+    Banking,  # before what evicts: it looks at what is held until then
     HeadEviction,
     Eviction,
     Selection,
@@ -77,5 +79,11 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     compression = parts.find(Compression)
     packings = () if compression is None else compression.packing.values()
     policy = setting.policy
-    recycles, fetches = policy.recycling is not None, policy.fetching is not None
-    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles, fetches)
+    recycles = policy.recycling is not None
+    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles)
+    if policy.fetching is not None:
+        setting.backend.capabilities.check_fetching()
+    if policy.heaviest_values is not None:
+        setting.backend.capabilities.check_heaviest_values()
+    if policy.bank is not None:
+        setting.backend.capabilities.check_lse()

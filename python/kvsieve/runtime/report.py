@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from kvsieve.runtime.bank import Banking
 from kvsieve.runtime.compression import Compression
 from kvsieve.runtime.value_selection import ValueSelection
 from kvsieve.stats import LayerStats, Stats, StoredBytes
@@ -17,7 +18,9 @@ __all__ = ["stats_of"]
 def stats_of(engine: Engine) -> Stats:
     """Of one stream."""
     planner, facts, seen = engine.planner, engine.facts, engine.blocks.seen
-    held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + engine.bytes_of_parts
+    bank = engine.parts.find(Banking)
+    beside = engine.bytes_of_parts - (0 if bank is None else bank.bytes_held)
+    held, full = engine.bytes_held, sum(seen) * facts.bytes_per_token + beside
     return Stats(
         seen=max(seen, default=0),
         resident=engine.blocks.resident,
@@ -47,6 +50,6 @@ def _stored_bytes(engine: Engine) -> StoredBytes:
     held = [store.held() for store in engine.stores.values()]
     keys, values = sum(h.plain_keys for h in held), sum(h.plain_values for h in held)
     if engine.parts.find(Compression) is None:
-        return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held))
+        return StoredBytes(keys, values, 0, 0, 0, sum(h.bounds for h in held), engine.bytes_of_summaries)
     keys, values, tail = sum(h.keys for h in held), sum(h.values for h in held), keys + values
     return StoredBytes(keys, values, sum(h.scales for h in held), sum(h.channels for h in held), tail)

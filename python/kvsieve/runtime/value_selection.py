@@ -38,16 +38,9 @@ class ValueSelection(StreamPart):
 
     @classmethod
     def of(cls, setting: Setting) -> ValueSelection | None:
-        """None if queries add up all that they read.
-
-        Raises:
-            BackendError: if the backend cannot do otherwise.
-        """
+        """None if queries add up all that they read."""
         rule = setting.policy.heaviest_values
-        if rule is None:
-            return None
-        setting.backend.capabilities.check_heaviest_values()
-        return cls(rule, setting)
+        return None if rule is None else cls(rule, setting)
 
     def begin(self, forward: Forward) -> None:
         planner = self._blocks.planner

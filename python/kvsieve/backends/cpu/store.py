@@ -17,7 +17,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve._core import Store, attend_heaviest, attend_highest, attend_sets
-from kvsieve.backends.attention import Partial, attend, merge, visibility
+from kvsieve.backends.attention import Partial, attend, merge, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cpu.pieces import attend_many, attend_one
@@ -75,6 +75,27 @@ class CpuStore:
         out = self._prefill(q, k, v, step, call)
         self._core.append(view(k), view(v), step)
         return out
+
+    def run_with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not step.has_spans:
+            lse = torch.full(q.shape[:3], -torch.inf)
+            out = self._prefill(q, k, v, step, call, lse)
+            self._core.append(view(k), view(v), step)
+            return out, lse
+        self._core.append(view(k), view(v), step)
+        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
+        found = np.empty(tuple(q.shape[:3]), np.float32)
+        rope = None if call.rope is None else call.rope.core
+        sinks = None if call.sink_logits is None else call.sink_logits.detach().float()
+        numbers = call.scale, call.softcap, None if sinks is None else sinks.numpy()
+        threads, factor = torch.get_num_threads(), step.stored_keys == "pre_rope"
+        self._core.attend(view(q), step, rope, *numbers, view(out), found, threads=threads, apply_factor=factor)
+        lse = torch.from_numpy(found)
+        if sinks is not None:  # the kernel tells it without them
+            lse = torch.where(lse.isneginf(), lse, torch.logaddexp(lse, sinks[None, :, None]))
+        return out, lse
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._core.append(view(k), view(v), step)
@@ -262,7 +283,16 @@ class CpuStore:
         k[:, plan.num_old :], v[:, plan.num_old :] = new_k[:, lo:hi], new_v[:, lo:hi]
         return k.float(), v.float()
 
-    def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+    def _prefill(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        step: Step,
+        call: AttendCall,
+        lse: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``lse`` ``[B, H, q]`` is filled in where it is given."""
         rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
         width = q.shape[2]
         for plan in self._plans.of(step):
@@ -276,6 +306,9 @@ class CpuStore:
             if tables is not None and call.rope is not None:
                 queries, keys = call.rope.turn(queries, tables[0]), call.rope.turn(keys, tables[1])
             rows[part.row].append(attend_part(queries, keys, values, plan, call))
+        for row, parts in enumerate(rows if lse is not None else ()):
+            if parts and lse is not None:
+                lse[row, :, width - step.new_lens[row] :] = total(parts, call.sink_logits)
         if len(rows) == 1 and len(rows[0]) == 1 and call.sink_logits is None and step.new_lens[0] == width:
             # The common case, without a copy: torch's kernel writes queries before heads anyway.
             return rows[0][0][0].transpose(0, 1)[None].to(q.dtype)

@@ -276,6 +276,16 @@ class CudaStore:
         """
         raise UnsupportedError("backend 'cuda' adds up all values; use backend='reference'")
 
+    def run_with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Refused here, and by the capabilities when a stream opens.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("backend 'cuda' does not tell the log-sum-exp of its attention; use backend='reference'")
+
     def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         """Refused here, and by the capabilities when a stream opens.
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve._core import PACKED
-from kvsieve.backends.attention import Partial, attend, merge, rotate_part, visibility
+from kvsieve.backends.attention import Partial, attend, merge, rotate_part, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_prefill
 from kvsieve.backends.base import HeadSets, HeldBytes, Runs
 from kvsieve.backends.heaviest_values import of_rows
@@ -68,9 +68,15 @@ class ReferenceStore:
         return HeldBytes(self._k.nbytes, self._v.nbytes, keys, values, scales, sum(channels.values()))
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
+        return self.run_with_lse(q, k, v, step, call)[0]
+
+    def run_with_lse(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._check(k, v)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], v.shape[3])
+        lse = torch.full(q.shape[:3], -torch.inf, dtype=wide, device=q.device)
         rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
         for part in step.parts():
             if part.top_k and not call.top_k:
@@ -88,8 +94,9 @@ class ReferenceStore:
             if parts:
                 m = step.new_lens[row]
                 out[row, q.shape[2] - m :] = merge(parts, call.sink_logits).transpose(0, 1).to(out.dtype)
+                lse[row, :, q.shape[2] - m :] = total(parts, call.sink_logits)
         self._append(k, v, step)
-        return out
+        return out, lse
 
     def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self._check(k, v)
