@@ -84,11 +84,11 @@ def test_where_a_prompt_is_cut_at_query_blocks_changes_nothing(backend: str) -> 
 def test_a_session_file_goes_on_as_the_stream_would(tmp_path: Path, backend: str) -> None:
     model = tiny.model()
     with kvsieve.stream(model, small(), backend) as stream:
-        forwards(model, stream.cache, tiny.ids(2, 61), [56, 1])
+        forwards(model, stream.cache, tiny.ids(2, 51), [48, 1])
         stream.save(tmp_path / "stream.safetensors")
-        want = forwards(model, stream.cache, tiny.ids(2, 20, 3), [1])
+        want = forwards(model, stream.cache, tiny.ids(2, 10, 3), [1])
     with kvsieve.load(tmp_path / "stream.safetensors", model, backend=backend) as loaded:
-        assert torch.equal(forwards(model, loaded.cache, tiny.ids(2, 20, 3), [1]), want)
+        assert torch.equal(forwards(model, loaded.cache, tiny.ids(2, 10, 3), [1]), want)
 
 
 @BACKEND
@@ -202,7 +202,7 @@ def test_numbers_that_are_none_are_refused(arguments: dict[str, Any], said: str)
     [
         ("sirllm(64) | infllm()", "decide position"),
         ("streamingllm(64) | infllm()", "decide position"),
-        ("snapkv(64) | infllm()", "positions differ per head"),
+        ("snapkv(64) | infllm()", "decide position"),
         ("hip(64) | infllm()", "decide select"),
         ("infllm() | think(0.4)", "stores them otherwise"),
         ("infllm() | quantized(8)", "stores them otherwise"),

@@ -29,9 +29,6 @@ class LongHeadsSelection(FetchedSelection):
     """The first chunk, the newest two, and for each head those that suit it best, side by side; see :func:`kvsieve.LongHeads`."""
 
     summary: ClassVar[str] = "chunk_attention"
-    start: ClassVar[int] = 0
-    per_head: ClassVar[bool] = True
-    compared_at: ClassVar[int] = 0
     context: int = 2048
     chunk: int = 256
 
@@ -40,6 +37,18 @@ class LongHeadsSelection(FetchedSelection):
             check_count(name, getattr(self, name), least=1)
         if self.context % self.chunk or self.context < 3 * self.chunk:
             raise PolicyError(f"context must be at least 3 whole chunks of {self.chunk} tokens, got {self.context}")
+
+    @property
+    def start(self) -> int:  # type: ignore[override]
+        return 0
+
+    @property
+    def per_head(self) -> bool:  # type: ignore[override]
+        return True
+
+    @property
+    def compared_at(self) -> int:  # type: ignore[override]
+        return 0
 
     @property
     def block(self) -> int:  # type: ignore[override]
