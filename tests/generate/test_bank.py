@@ -140,7 +140,7 @@ def test_what_is_evicted_is_in_the_bank_once_and_nothing_else_is(policy: str, ba
     both = torch.cat([numbers(bank), left])
     assert len(both) == 90
     assert torch.equal(*((torch.cdist(every, keys) < 1e-3).sum(1) for keys in (both, every)))
-    if policy.startswith("streaming"):
+    if policy.startswith("streamingllm(24"):
         torch.testing.assert_close(numbers(bank), every[2 : 2 + 90 - WINDOW], atol=1e-4, rtol=0)
 
 
@@ -184,7 +184,7 @@ def test_a_forward_that_dies_leaves_the_bank(backend: str, monkeypatch: pytest.M
         forward(model, stream.cache, ids[:, :60])
         before = written(bank)
         with monkeypatch.context() as patched:
-            patched.setattr(model.model.layers[2].mlp, "forward", lambda x: (_ for _ in ()).throw(MemoryError("none left")))
+            patched.setattr(model.model.layers[1].mlp, "forward", lambda x: (_ for _ in ()).throw(MemoryError("none left")))
             with pytest.raises(MemoryError):
                 forward(model, stream.cache, ids[:, 60:])
         assert written(bank) == before
@@ -414,9 +414,9 @@ def test_a_bank_that_was_saved_gives_the_same_logits(tmp_path: Path, backend: st
 
 def test_a_bank_of_another_model_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "a.bank"
-    with bank_of(path=path, layers=[0, 2]) as bank:
+    with bank_of(path=path, layers=[1]) as bank:
         bank.ingest(tiny.model(), tiny.ids(1, 40), window=WINDOW, tokenizer=Vocabulary("abc"))
-        assert [layer.index for layer in bank.book.shape.layers] == [0, 2]  # type: ignore[union-attr]
+        assert [layer.index for layer in bank.book.shape.layers] == [1]  # type: ignore[union-attr]
     bank = kvsieve.MemoryBank.load(path)
     for other, said in (
         (tiny.model(seed=1), "other weights or configuration"),

@@ -97,7 +97,7 @@ def test_a_forward_that_died_leaves_nothing(backend: str) -> None:
     with kvsieve.stream(model, small(), backend) as stream, kvsieve.stream(model, small(), backend) as other:
         forwards(model, stream.cache, ids, [40])
         forwards(model, other.cache, ids, [40])
-        hook = model.model.layers[2].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("died")))
+        hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: (_ for _ in ()).throw(KeyError("died")))
         try:
             with pytest.raises(KeyError, match="died"):
                 forward(model, stream.cache, tiny.ids(1, 40, 9))
@@ -219,7 +219,7 @@ def test_roles_that_need_each_other() -> None:
     select = kvsieve.InfLLM().select
     with pytest.raises(PolicyError, match="goes with a FetchedSelection"):
         kvsieve.Memory(position=kvsieve.policy.Fetched())
-    with pytest.raises(PolicyError, match="of which .* evicts some"):
+    with pytest.raises(PolicyError, match=r"of which .* evicts some"):
         kvsieve.Memory(evict=kvsieve.SirLLM(64).evict, select=select, position=kvsieve.policy.Fetched())
     with pytest.raises(PolicyError, match="evicts the text between"):
         kvsieve.Memory(evict=kvsieve.StreamingLLM(64).evict, select=select, position=kvsieve.policy.Fetched())

@@ -162,7 +162,7 @@ class Fetching(StreamPart):
     def query_block(
         self, layer: LayerInput, row: int, first: int, q: torch.Tensor, state: Summed | None
     ) -> tuple[torch.Tensor, Summed, Choice]:
-        """Queries ``q`` ``[H, m, D]`` of a row's tokens from ``first`` on: ``[H, m, Dv]``, what is known then, and what they read."""
+        """Queries ``q`` ``[H, m, D]`` of tokens from ``first`` on: ``[H, m, Dv]``, what is known then, and what they read."""
         store, residents = layer.store, self._residents[row]
         assert store is not None
         choice = self._choose(layer, first, q, state)
