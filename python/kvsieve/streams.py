@@ -180,6 +180,7 @@ class Stream:
             policy=repr(self.policy),
             stored_keys=engine.stored_keys,
             layers=layers,
+            tiers=engine.tier_stats,
         )
 
     def kept(self, layer: int | None = None, head: int | None = None) -> list[Kept]:

@@ -30,6 +30,7 @@ __all__ = [
     "SelectionCapabilities",
     "SelectionState",
     "Store",
+    "TierFile",
     "check_stream",
 ]
 
@@ -168,6 +169,7 @@ class Capabilities:
         stored_keys: as of :class:`SelectionCapabilities`, of what it attends to without a selection.
         storage: ways to store compressed tokens: ``"pruned"`` (fewer channels), ``"quantized"`` (codes).
         needs_parts: whether every step must come with its parts, decoding steps included.
+        tiers: whether blocks may lie in a file (:class:`kvsieve.backends.tiers.HoldsTiers`).
     """
 
     name: str
@@ -179,6 +181,7 @@ class Capabilities:
     stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     storage: frozenset[str] = frozenset({"pruned", "quantized"})
     needs_parts: bool = False
+    tiers: bool = True
 
     def fits(self, dtype: torch.dtype, *dims: int) -> bool:
         """Whether keys and values of ``dims`` channels in ``dtype`` can be held."""
@@ -229,6 +232,14 @@ class Capabilities:
         if not self.selection.recycled:
             raise BackendError(
                 f"backend {self.name!r} lets no head read tokens that it chose at an earlier step; use HiP, or backend='reference'"
+            )
+
+    def check_tiers(self) -> None:
+        """Raise BackendError if all blocks must be in memory."""
+        if not self.tiers:
+            raise BackendError(
+                f"backend {self.name!r} holds all tokens on the device, and none in a file; leave Tiered (host_budget=) out, or "
+                "use backend='reference'"
             )
 
     def check_storage(self, packing: Packing) -> None:
@@ -359,6 +370,22 @@ class Store(Protocol):
     def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
         """The inverse of :meth:`read`. Packed blocks keep the channels that they have."""
 
+    def fetch(self, runs: Runs) -> None:
+        """Make the blocks of these runs stay in memory until this thread fetches again, or the forward ends; before they are read.
+
+        Where no block lies in a file this does nothing.
+
+        Raises:
+            TierError, TierDamagedError: if one cannot be read from its file. MemoryError: if there is no memory for it.
+        """
+
+
+class TierFile(Protocol):
+    """Where the blocks of all layers of a stream lie that are not in memory. It goes with the last of its users."""
+
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of the blocks in it, and of the file."""
+
 
 class Backend(Protocol):
     """Makes stores, and computes what is not attention."""
@@ -377,6 +404,13 @@ class Backend(Protocol):
             BackendError: if it cannot select so.
         """
 
+    def make_tier(self, folder: str) -> TierFile:
+        """A file in ``folder`` for blocks of this backend's stores.
+
+        Raises:
+            BackendError: if they are all in memory. TierError: if it cannot be made.
+        """
+
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         """``logsumexp(logits) - logits[ids]``: float32 ``[n]`` in nats, from ``[n, V]`` and int64 ``[n]``."""
 
@@ -388,6 +422,7 @@ def check_stream(
     packings: Iterable[Packing],
     rule: SparseSelection | None,
     recycles: bool = False,
+    tiered: bool = False,
 ) -> None:
     """Ask, when a stream opens, whether ``backend`` can do all that will be asked of it.
 
@@ -396,6 +431,7 @@ def check_stream(
             nothing is compressed.
         rule: by which queries select their keys, if they do.
         recycles: whether heads read tokens that they chose at an earlier step.
+        tiered: whether some blocks may lie in a file.
 
     Raises:
         BackendError: with what it cannot do, and what to use instead.
@@ -406,6 +442,8 @@ def check_stream(
     can.check_stored_keys(stored_keys)
     for packing in packings:
         can.check_storage(packing)
+    if tiered:
+        can.check_tiers()
     if recycles:
         can.check_recycling()
     if rule is not None:

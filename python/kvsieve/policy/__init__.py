@@ -6,7 +6,16 @@ from kvsieve.policy.compose import Chain, Memory, Policy
 from kvsieve.policy.evict import EvictionRule, HeadObservation, KeepAll, PerHeadEviction, Residents
 from kvsieve.policy.position import Capped, FixedDistance, InCache, Original, PositionRule, Rebased
 from kvsieve.policy.select import Dense, RecycledSelection, SelectionRule, SparseSelection, TopKTokens
-from kvsieve.policy.storage import Channels, LayerShape, Packing, Plain, PrunedAndQuantized, StorageObservation, StorageRule
+from kvsieve.policy.storage import (
+    Channels,
+    LayerShape,
+    Packing,
+    Plain,
+    PrunedAndQuantized,
+    StorageObservation,
+    StorageRule,
+    Tiered,
+)
 
 __all__ = [
     "Capped",
@@ -34,5 +43,6 @@ __all__ = [
     "SparseSelection",
     "StorageObservation",
     "StorageRule",
+    "Tiered",
     "TopKTokens",
 ]

@@ -33,6 +33,8 @@ class SelectionRule:
     """Whether it goes only with keys that are stored as they came."""
     recycles: ClassVar[bool] = False
     """Whether tokens are read again that heads chose at an earlier step: none may be evicted, or moved."""
+    fetches: ClassVar[bool] = False
+    """Whether what follows it fetches the blocks that each layer reads, so that others may lie in a file (:class:`Tiered`)."""
     top_k: int = 0
     """Tokens with the highest logits that the last query of a forward reads; 0 for a rule that does not count them so."""
     from_layer: int = 0

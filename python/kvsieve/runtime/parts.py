@@ -14,6 +14,7 @@ from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.sliding import SlidingLayers
 from kvsieve.runtime.surprisal import SurprisalScores
+from kvsieve.runtime.tiers import Tiers
 from kvsieve.runtime.told_positions import ToldPositions
 from kvsieve.runtime.transcript import Transcript
 
@@ -23,6 +24,7 @@ KINDS = (
     Transcript,
     ToldPositions,
     SlidingLayers,
+    Tiers,  # before what attends: it fetches what layers read
     Compression,  # before what attends: it looks at each layer's queries
     SurprisalScores,
     HeadEviction,
@@ -74,4 +76,5 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     packings = () if compression is None else compression.packing.values()
     policy = setting.policy
     recycles = policy.recycling is not None
-    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles)
+    tiered = policy.tiers is not None
+    check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles, tiered)

@@ -10,6 +10,7 @@ mod planner;
 mod select;
 mod sets;
 mod store;
+mod tier;
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -21,6 +22,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     select::register(m)?;
     sets::register(m)?;
+    tier::register(m)?;
     kernels::register(m)?;
     Ok(())
 }

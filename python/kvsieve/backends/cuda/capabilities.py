@@ -17,4 +17,5 @@ CAPABILITIES = Capabilities(
     dtypes=FLOATS,
     max_head_dim=256,  # the tiles of `attend`
     row_bytes=16,  # rows are read in whole vectors
+    tiers=False,
 )
