@@ -15,6 +15,9 @@ __all__ = [
     "RangeError",
     "ShapeError",
     "StateError",
+    "TierDamagedError",
+    "TierError",
+    "TierFullError",
     "UnsupportedError",
     "UnsupportedModelError",
 ]
@@ -50,6 +53,18 @@ class CacheMismatchError(KvsieveError, ValueError):
 
 class StateError(KvsieveError, RuntimeError):
     """A call at the wrong moment: a closed stream, a step that was never opened."""
+
+
+class TierError(KvsieveError, OSError):
+    """The file of a stream's blocks cannot be made, read or written. Blocks that were not written stay in memory."""
+
+
+class TierFullError(TierError):
+    """No space is left for a stream's blocks in their file. They stay in memory, and the stream goes on once there is space."""
+
+
+class TierDamagedError(TierError):
+    """A block in a stream's file is not what was written there."""
 
 
 class BackendError(KvsieveError, RuntimeError):

@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-__all__ = ["BankStats", "HeadTrace", "Kept", "LayerStats", "LayerTrace", "NamespaceStats", "Stats", "StoredBytes"]
+__all__ = [
+    "BankStats",
+    "HeadTrace",
+    "Kept",
+    "LayerStats",
+    "LayerTrace",
+    "NamespaceStats",
+    "Stats",
+    "StoredBytes",
+    "TierStats",
+]
 
 
 @dataclass(frozen=True)
@@ -52,6 +62,30 @@ class StoredBytes:
 
 
 @dataclass(frozen=True)
+class TierStats:
+    """Blocks in memory and in a file, over all layers, since the stream was opened; forks of it share them.
+
+    Attributes:
+        bytes_in_memory: of keys and values in memory.
+        bytes_in_file: of the copies that the file holds; copies of blocks that are in memory as well count.
+        file_bytes: size of the file.
+        hits: blocks that a layer fetched and that were in memory.
+        loads: blocks that it read from the file to stay in memory.
+        spills: blocks that were written to the file.
+        bytes_read, bytes_written: bytes moved.
+    """
+
+    bytes_in_memory: int
+    bytes_in_file: int
+    file_bytes: int
+    hits: int
+    loads: int
+    spills: int
+    bytes_read: int
+    bytes_written: int
+
+
+@dataclass(frozen=True)
 class Stats:
     """What a stream has seen and holds.
 
@@ -67,6 +101,7 @@ class Stats:
         policy: the policy, as text.
         stored_keys: how keys are stored, ``"post_rope"`` (as the model rotated them) or ``"pre_rope"``.
         layers: one entry per full-attention layer.
+        tiers: blocks in memory and in a file; None for a policy that holds all in memory.
     """
 
     seen: int
@@ -80,6 +115,7 @@ class Stats:
     policy: str
     stored_keys: str
     layers: tuple[LayerStats, ...]
+    tiers: TierStats | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON."""

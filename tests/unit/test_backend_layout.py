@@ -18,7 +18,8 @@ import tiny
 import torch
 from kvsieve import backends
 from kvsieve._core import selection_rules
-from kvsieve.backends.base import Capabilities, check_stream
+from kvsieve.backends.base import check_stream
+from kvsieve.backends.capabilities import Capabilities
 from kvsieve.backends.rules import implementation
 from kvsieve.errors import BackendError, PolicyError
 from kvsieve.policy.storage import Packing

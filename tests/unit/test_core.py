@@ -17,6 +17,10 @@ CLASSES = {
     "Shape": errors.ShapeError,
     "OutOfMemory": MemoryError,
     "BadBlock": errors.StateError,
+    "NotInMemory": errors.StateError,
+    "TierFull": errors.TierFullError,
+    "TierFailed": errors.TierError,
+    "TierDamaged": errors.TierDamagedError,
     "Interrupted": errors.KvsieveError,
     "Unsupported": errors.UnsupportedError,
 }

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 
-from kvsieve.backends.base import FLOATS
+from kvsieve.backends.capabilities import FLOATS
 from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:

@@ -1,4 +1,4 @@
-"""What every backend offers, as protocols, and what each of them can hold, as data that is asked when a stream opens."""
+"""What every backend offers, as protocols, and the data that goes in and out."""
 
 from __future__ import annotations
 
@@ -8,41 +8,31 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from kvsieve.errors import BackendError
-
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
     from kvsieve._core import Moves, Residents, Step
+    from kvsieve.backends.capabilities import Capabilities
     from kvsieve.facts import AttentionLayer, LayerRope
     from kvsieve.policy.select import HeaviestValues, Piece, SparseSelection
     from kvsieve.policy.storage import Channels, Packing
 
 __all__ = [
-    "FLOATS",
     "AttendCall",
     "Attended",
     "Backend",
-    "Capabilities",
     "HeadChoice",
     "HeadSets",
     "HeldBytes",
-    "SelectionCapabilities",
     "SelectionState",
     "Store",
+    "TierFile",
     "check_stream",
 ]
 
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-"""The dtypes that the fast backends hold."""
-
 Runs = list[tuple[int, int, int]]
 """Runs of slots (block, lo, hi)."""
-
-DEVICES = {"cpu": "the CPU", "cuda": "a CUDA device"}
-"""Types of devices in words."""
-
 
 # ------------------------------------------------------------------------------------------------------------------------- data
 
@@ -147,149 +137,6 @@ class Attended:
     out: torch.Tensor
     lse: torch.Tensor
     scores: torch.Tensor | None = None
-
-
-# ----------------------------------------------------------------------------------------------------------------- capabilities
-
-
-@dataclass(frozen=True)
-class SelectionCapabilities:
-    """Which selections a backend can follow.
-
-    Attributes:
-        rules: kinds of rules that it implements.
-        definitions: whether it also follows a rule by the definition that the rule brings along.
-        stored_keys: ``"post_rope"`` (as the model rotated them) and ``"pre_rope"`` where it can select.
-        compressed: whether some of the keys may be compressed.
-        page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
-        recycled: whether heads can read tokens that they chose before, by scores that it tells (:meth:`Store.run_with_sets`).
-        heaviest_values: whether a query can add up the heaviest values alone (:meth:`Store.run_heaviest`).
-        fetched: whether queries can read pieces of the text at distances that they are told (:meth:`Store.attend_pieces`).
-    """
-
-    rules: frozenset[str]
-    definitions: bool = False
-    stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
-    compressed: bool = True
-    page_bounds: bool = True
-    recycled: bool = True
-    heaviest_values: bool = True
-    fetched: bool = True
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a backend can hold.
-
-    Attributes:
-        name: of the backend; devices: types of devices, None for every one; dtypes: of keys and values, None for every float.
-        max_head_dim: channels of a key or a value, at most; None for any number.
-        row_bytes: a key, and a value, is a multiple of so many bytes.
-        stored_keys: as of :class:`SelectionCapabilities`, of what it attends to without a selection.
-        storage: ways to store compressed tokens: ``"pruned"`` (fewer channels), ``"quantized"`` (codes).
-        needs_parts: whether every step must come with its parts, decoding steps included.
-        tells_lse: whether attention can tell its log-sum-exp (:meth:`Store.run_with_lse`), which a bank's answer is joined by.
-    """
-
-    name: str
-    selection: SelectionCapabilities
-    devices: frozenset[str] | None = None
-    dtypes: tuple[torch.dtype, ...] | None = None
-    max_head_dim: int | None = None
-    row_bytes: int = 1
-    stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
-    storage: frozenset[str] = frozenset({"pruned", "quantized"})
-    needs_parts: bool = False
-    tells_lse: bool = True
-
-    def fits(self, dtype: torch.dtype, *dims: int) -> bool:
-        """Whether keys and values of ``dims`` channels in ``dtype`` can be held."""
-        if self.dtypes is not None and dtype not in self.dtypes:
-            return False
-        size, most = dtype.itemsize, self.max_head_dim
-        return all(d > 0 and (most is None or d <= most) and d * size % self.row_bytes == 0 for d in dims)
-
-    def check_heads(self, dtype: torch.dtype, *dims: int) -> None:
-        """Raise BackendError where :meth:`fits` does not hold."""
-        if not self.fits(dtype, *dims):
-            limit = "" if self.max_head_dim is None else f" heads of at most {self.max_head_dim} channels"
-            if self.row_bytes > 1:
-                limit += f" in whole {self.row_bytes}-byte pieces (a multiple of {max(1, self.row_bytes // dtype.itemsize)})"
-            sizes = f"{' and '.join(map(str, dims))} in {dtype}" if limit else str(dtype)
-            raise BackendError(f"backend {self.name!r} holds {self._dtypes()}{limit}, not {sizes}; use backend='reference'")
-
-    def check_layer(self, device: torch.device, dtype: torch.dtype, *dims: int) -> None:
-        """Raise BackendError if keys and values of ``dims`` channels in ``dtype`` on ``device`` cannot be held."""
-        if self.devices is not None and device.type not in self.devices:
-            where = " or ".join(DEVICES.get(name, name) for name in sorted(self.devices))
-            other = "'cpu' or 'reference'" if device.type == "cpu" else "'reference'"
-            raise BackendError(f"backend {self.name!r} holds tensors on {where}, not on {device}; use {other}")
-        self.check_heads(dtype, *dims)
-
-    def check_selection(self, rule: SparseSelection, stored_keys: str, compressed: bool) -> None:
-        """Raise BackendError if ``rule`` cannot be followed over keys that are stored so, or where some are compressed."""
-        can = self.selection
-        if rule.page_bounds and not can.page_bounds:
-            raise BackendError(f"backend {self.name!r} keeps no page bounds; use HiP or InfiniteHiP, or backend='reference'")
-        if rule.kind not in can.rules and not (can.definitions and rule.defines_itself):
-            raise BackendError(
-                f"backend {self.name!r} selects by {', '.join(sorted(can.rules))}, not by {rule.kind!r}; use backend='reference'"
-            )
-        if stored_keys not in can.stored_keys:
-            raise BackendError(
-                f"backend {self.name!r} selects from post-RoPE keys, and this policy stores pre-RoPE ones; leave out extend= and "
-                "policies that move tokens, such as SirLLM, or use backend='reference'"
-            )
-        if compressed and not can.compressed:
-            raise BackendError(
-                f"backend {self.name!r} selects from keys as they came, and this policy compresses some; leave the storage rule "
-                "out, or use backend='reference'"
-            )
-
-    def check_recycling(self) -> None:
-        """Raise BackendError if heads cannot read tokens that they chose at an earlier step."""
-        if not self.selection.recycled:
-            raise BackendError(
-                f"backend {self.name!r} lets no head read tokens that it chose at an earlier step; use HiP, or backend='reference'"
-            )
-
-    def check_heaviest_values(self) -> None:
-        """Raise BackendError if a query cannot add up the heaviest values alone."""
-        if not self.selection.heaviest_values:
-            raise BackendError(f"backend {self.name!r} adds up all values; use HiP to read fewer tokens, or backend='reference'")
-
-    def check_fetching(self) -> None:
-        """Raise BackendError if queries cannot read pieces of the text at distances that they are told."""
-        if not self.selection.fetched:
-            raise BackendError(
-                f"backend {self.name!r} reads no blocks at other distances than their own; use HiP, or backend='reference'"
-            )
-
-    def check_lse(self) -> None:
-        """Raise BackendError if attention cannot tell its log-sum-exp."""
-        if not self.tells_lse:
-            raise BackendError(
-                f"backend {self.name!r} does not tell the log-sum-exp of its attention, and a bank's is joined to it by that; "
-                "leave the MemoryBank out, or use backend='reference'"
-            )
-
-    def check_storage(self, packing: Packing) -> None:
-        """Raise BackendError if tokens cannot be stored so."""
-        asked = "quantized" if packing.key_bits or packing.value_bits else "pruned"
-        if asked not in self.storage:
-            raise BackendError(
-                f"backend {self.name!r} stores no {asked} tokens; leave the storage rule out, or use backend='reference'"
-            )
-
-    def check_stored_keys(self, stored_keys: str) -> None:
-        """Raise BackendError if keys that are stored so cannot be read."""
-        if stored_keys not in self.stored_keys:
-            name = stored_keys.replace("_rope", "-RoPE")
-            raise BackendError(f"backend {self.name!r} reads no {name} keys; use backend='reference'")
-
-    def _dtypes(self) -> str:
-        names = [str(dtype).removeprefix("torch.") for dtype in self.dtypes or ()]
-        return " and ".join([", ".join(names[:-1]), names[-1]]) if len(names) > 1 else "".join(names)
 
 
 # -------------------------------------------------------------------------------------------------------------------- protocols
@@ -445,6 +292,22 @@ class Store(Protocol):
     def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
         """The inverse of :meth:`read`. Packed blocks keep the channels that they have."""
 
+    def fetch(self, runs: Runs) -> None:
+        """Make the blocks of these runs stay in memory until this thread fetches again, or the forward ends; before they are read.
+
+        Where no block lies in a file this does nothing.
+
+        Raises:
+            TierError, TierDamagedError: if one cannot be read from its file. MemoryError: if there is no memory for it.
+        """
+
+
+class TierFile(Protocol):
+    """Where the blocks of all layers of a stream lie that are not in memory. It goes with the last of its users."""
+
+    def bytes(self) -> tuple[int, int]:
+        """Bytes of the blocks in it, and of the file."""
+
 
 class Backend(Protocol):
     """Makes stores, and computes what is not attention."""
@@ -461,6 +324,13 @@ class Backend(Protocol):
         Raises:
             PolicyError: numbers that cannot be right.
             BackendError: if it cannot select so.
+        """
+
+    def make_tier(self, folder: str) -> TierFile:
+        """A file in ``folder`` for blocks of this backend's stores.
+
+        Raises:
+            BackendError: if they are all in memory. TierError: if it cannot be made.
         """
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

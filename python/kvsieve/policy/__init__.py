@@ -7,7 +7,16 @@ from kvsieve.policy.compose import Banked, Chain, Memory, Policy
 from kvsieve.policy.evict import EvictionRule, HeadObservation, KeepAll, PerHeadEviction, Residents
 from kvsieve.policy.position import Capped, Fetched, FixedDistance, InCache, Original, PositionRule, Rebased
 from kvsieve.policy.select import Dense, FetchedSelection, Piece, RecycledSelection, SelectionRule, SparseSelection, TopKTokens
-from kvsieve.policy.storage import Channels, LayerShape, Packing, Plain, PrunedAndQuantized, StorageObservation, StorageRule
+from kvsieve.policy.storage import (
+    Channels,
+    LayerShape,
+    Packing,
+    Plain,
+    PrunedAndQuantized,
+    StorageObservation,
+    StorageRule,
+    Tiered,
+)
 
 __all__ = [
     "BankRule",
@@ -40,5 +49,6 @@ __all__ = [
     "SparseSelection",
     "StorageObservation",
     "StorageRule",
+    "Tiered",
     "TopKTokens",
 ]

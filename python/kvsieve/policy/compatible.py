@@ -113,6 +113,10 @@ MEMORY: tuple[Refusal, ...] = (
         "with it",
     ),
     Refusal(
+        lambda r: r.storage.tiered and r.evict.evicts,
+        "{memory}: {storage} is for streams that keep every token, and {evict} evicts some: its budget bounds memory already",
+    ),
+    Refusal(
         lambda r: r.position.moves and not r.storage.keeps_pairs,
         "{position} shows tokens at other distances, which rotates their keys again, and keys whose channels were dropped one by "
         "one cannot be rotated; drop whole rotary pairs: channels='pairs'",
@@ -141,6 +145,10 @@ CHAIN: tuple[Refusal, ...] = (
     Refusal(
         lambda r: not r.storage.plain,
         "{memory} compresses its tokens; in a chain they would have to be decompressed to flow on, so it stands alone",
+    ),
+    Refusal(
+        lambda r: r.storage.tiered,
+        "{memory} holds tokens in a file; a chain bounds memory by what it evicts, so it stands alone",
     ),
     Refusal(
         lambda r: r.position.needs_window,

@@ -26,7 +26,7 @@ from kvsieve.policy.evict import EvictionRule, KeepAll
 from kvsieve.policy.position import Original, PositionRule
 from kvsieve.policy.select import Dense, FetchedSelection, HeaviestValues, RecycledSelection, SelectionRule, SparseSelection
 from kvsieve.policy.specs import MemorySpec, StoredKeys
-from kvsieve.policy.storage import Plain, StorageRule, join
+from kvsieve.policy.storage import Plain, StorageRule, Tiered, join
 
 __all__ = ["Banked", "Chain", "Memory", "Policy", "with_bank"]
 
@@ -55,6 +55,12 @@ class Policy:
         """How the policy stores tokens; None if it leaves them as they come."""
         rules = [memory.roles.storage for memory in self.memories]
         return None if len(rules) > 1 or rules[0].plain else rules[0]
+
+    @property
+    def tiers(self) -> Tiered | None:
+        """Which tokens are in memory and which in a file; None if all are in memory."""
+        storage = self.memories[0].storage
+        return storage if isinstance(storage, Tiered) else None
 
     @property
     def selection(self) -> SparseSelection | None:

@@ -47,7 +47,8 @@ class SelectionRule:
     thins_values: ClassVar[bool] = False
     """Whether every key is compared, but only some values are added up."""
     fetches: ClassVar[bool] = False
-    """Whether blocks of the text are read where the rule places them, and not where they stand."""
+    """Whether blocks of the text are read where the rule places them, and not where they stand. Others may lie in a
+    file (:class:`kvsieve.policy.Tiered`)."""
     top_k: int = 0
     """Tokens with the highest logits that the last query of a forward reads; 0 for a rule that does not count them so."""
     from_layer: int = 0

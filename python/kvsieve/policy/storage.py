@@ -6,7 +6,11 @@ torch is imported where tensors are made, so that naming a policy does not load 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from os import PathLike, fspath
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+
+from kvsieve.budget import check_count, parse_bytes
+from kvsieve.errors import BudgetError, PolicyError
 
 if TYPE_CHECKING:
     import torch
@@ -21,6 +25,7 @@ __all__ = [
     "RotaryPairs",
     "StorageObservation",
     "StorageRule",
+    "Tiered",
     "join",
 ]
 
@@ -179,6 +184,8 @@ class StorageRule:
     """Whether what is kept of a key can still be rotated."""
     plain: ClassVar[bool] = False
     """Whether tokens stay as they came."""
+    tiered: ClassVar[bool] = False
+    """Whether some of them may lie in a file."""
     prunes: ClassVar[bool] = False
     """Whether it keeps some channels of the keys, so that a rule that makes codes of them can be joined to it by ``|``."""
     quantizes: ClassVar[bool] = False
@@ -207,6 +214,64 @@ class Plain(StorageRule):
     """As it came, in the model's dtype."""
 
     plain: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class Tiered(StorageRule):
+    """As it came, for streams that keep every token and hold more than memory has: only so many full blocks are in memory. The
+    others are in a file that nobody else sees, and that goes with the stream.
+
+    A rule that fetches the blocks that it reads (:attr:`SelectionRule.fetches`) moves no others. Under every other rule each layer
+    fetches all that it holds, so memory must have one layer at a time. Neither the budget nor the order changes an output.
+
+    Attributes:
+        memory_budget: bytes of keys and values in memory, of all layers and rows together (an int, or a text such as ``"64MiB"``).
+            What one layer reads at a time may take more, and so may the newest tokens of many rows.
+        disk: the folder of the file; None for the system's folder for temporary files. It should not be one that lies in memory.
+        keep: newest tokens of each row that stay in memory.
+        order: which blocks leave memory first. ``"recency"``: those that were fetched longest ago. ``"scores"``: those of the
+            lowest score, where each step of a layer makes it ``score * decay`` and adds the attention that the block got (InfLLM,
+            Xiao et al., arXiv 2402.04617).
+        decay: of scores.
+        background: whether a thread writes blocks while the model goes on. At most 32 blocks of a layer are then in memory for
+            longer; what could not be written is said at the end of the next forward.
+
+    Raises:
+        BudgetError: for a budget that is no count of bytes. PolicyError: for the others.
+    """
+
+    memory_budget: int | str
+    disk: str | PathLike[str] | None = None
+    keep: int = 0
+    order: Literal["recency", "scores"] = "recency"
+    decay: float = 0.1
+    background: bool = False
+    plain: ClassVar[bool] = True
+    tiered: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        budget = self.memory_budget
+        if isinstance(budget, bool) or not isinstance(budget, (int, str)) or (isinstance(budget, int) and budget < 1):
+            raise BudgetError(f"memory_budget is a count of bytes, an int or a text such as '64MiB', got {budget!r}")
+        if isinstance(budget, str):
+            parse_bytes(budget)
+        if self.disk is not None:
+            if not isinstance(self.disk, (str, PathLike)):
+                raise PolicyError(f"disk must be the path of a folder, got {self.disk!r}")
+            object.__setattr__(self, "disk", fspath(self.disk))
+        check_count("keep", self.keep)
+        if self.order not in ("recency", "scores"):
+            raise PolicyError(f"order must be 'recency' or 'scores', got {self.order!r}")
+        if not isinstance(self.background, bool):
+            raise PolicyError(f"background must be True or False, got {self.background!r}")
+        number = isinstance(self.decay, (int, float)) and not isinstance(self.decay, bool)
+        if not number or not 0.0 <= self.decay <= 1.0:
+            raise PolicyError(f"decay must lie between 0 and 1, got {self.decay!r}")
+
+    @property
+    def budget_bytes(self) -> int:
+        """:attr:`memory_budget` as bytes."""
+        return parse_bytes(self.memory_budget) if isinstance(self.memory_budget, str) else self.memory_budget
 
 
 @dataclass(frozen=True)

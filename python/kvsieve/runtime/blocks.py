@@ -17,6 +17,7 @@ from kvsieve.runtime.process import defer_sigint
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Planner
     from kvsieve.backends.base import Store
+    from kvsieve.runtime.shared_tiers import SharedTiers
 
 __all__ = ["Blocks"]
 
@@ -28,6 +29,7 @@ class Blocks:
         planner: what is resident where; replaced when a stream returns to a moment.
         stores: by layer index. Forks share them: which blocks are whose the planners know.
         lock: of a stream and its forks, under which both change: what planners decide and what stores do is not interleaved.
+        tiers: where blocks of the stores lie that are not in memory, if any may; forks share it.
         broken: what went wrong in the midst of a change that all layers must make; the stream is then of no use.
     """
 
@@ -35,12 +37,13 @@ class Blocks:
         self.planner = planner
         self.stores: dict[int, Store] = {}
         self.lock = threading.RLock()
+        self.tiers: SharedTiers | None = None
         self.broken: str | None = None
 
     def fork(self) -> Blocks:
         """The same tokens, in blocks that are copied when one of the two writes to them."""
         child = Blocks(self.planner.fork())
-        child.stores, child.lock = self.stores, self.lock
+        child.stores, child.lock, child.tiers = self.stores, self.lock, self.tiers
         return child
 
     @property

@@ -19,6 +19,7 @@ from kvsieve.runtime.part import Crop, Forward, Setting, State
 from kvsieve.runtime.parts import Parts, check_backend
 from kvsieve.runtime.pinning import Pinning
 from kvsieve.runtime.process import defer_sigint
+from kvsieve.runtime.tiers import Tiers
 from kvsieve.runtime.told_positions import ToldPositions
 from kvsieve.runtime.transcript import Transcript
 
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from kvsieve.backends.base import Backend, Store
     from kvsieve.facts import ModelFacts
     from kvsieve.policy.compose import Policy
+    from kvsieve.stats import TierStats
 
 __all__ = ["Held"]
 
@@ -96,6 +98,12 @@ class Held:
     def bytes_of_summaries(self) -> int:
         """The share of those that sums up blocks of the text."""
         return sum(part.bytes_of_summaries for part in self.parts)
+
+    @property
+    def tier_stats(self) -> TierStats | None:
+        """Blocks in memory and in a file; None where all are in memory."""
+        tiers = self.parts.find(Tiers)
+        return None if tiers is None else tiers.stats()
 
     @exclusive
     def rollback(self) -> None:

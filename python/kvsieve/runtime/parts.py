@@ -16,6 +16,7 @@ from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.sliding import SlidingLayers
 from kvsieve.runtime.surprisal import SurprisalScores
+from kvsieve.runtime.tiers import Tiers
 from kvsieve.runtime.told_positions import ToldPositions
 from kvsieve.runtime.transcript import Transcript
 from kvsieve.runtime.value_selection import ValueSelection
@@ -26,6 +27,7 @@ KINDS = (
     Transcript,
     ToldPositions,
     SlidingLayers,
+    Tiers,  # before what attends: it fetches what layers read
     Compression,  # before what attends: it looks at each layer's queries
     SurprisalScores,
     Banking,  # before what evicts: it looks at what is held until then
@@ -87,3 +89,5 @@ def check_backend(setting: Setting, parts: Parts) -> None:
         setting.backend.capabilities.check_heaviest_values()
     if policy.bank is not None:
         setting.backend.capabilities.check_lse()
+    if policy.tiers is not None:
+        setting.backend.capabilities.check_tiers()

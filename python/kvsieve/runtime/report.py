@@ -33,6 +33,7 @@ def stats_of(engine: Engine) -> Stats:
         policy=repr(engine.policy),
         stored_keys=engine.stored_keys,
         layers=_layers(engine),
+        tiers=engine.tier_stats,
     )
 
 

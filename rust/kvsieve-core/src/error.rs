@@ -29,6 +29,14 @@ pub enum Error {
     OutOfMemory { bytes: usize },
     #[error("block {block} is not in the store, which holds {have} blocks")]
     BadBlock { block: u32, have: u32 },
+    #[error("block {block} is not in memory; fetch it before it is read")]
+    NotInMemory { block: u32 },
+    #[error("no space for {bytes} bytes of blocks in the stream's file ({reason}); they stay in memory")]
+    TierFull { bytes: u64, reason: String },
+    #[error("could not {what} the file of the stream's blocks: {reason}")]
+    TierFailed { what: &'static str, reason: String },
+    #[error("block {block} is damaged: its file no longer holds what was written to it")]
+    TierDamaged { block: u32 },
     /// The caller asked to stop; it knows why.
     #[error("interrupted; nothing was changed")]
     Interrupted,
@@ -68,6 +76,10 @@ impl Error {
             Shape { what, expected: got(), got: got() },
             OutOfMemory { bytes: 1 },
             BadBlock { block: 1, have: 0 },
+            NotInMemory { block: 1 },
+            TierFull { bytes: 1, reason: got() },
+            TierFailed { what, reason: got() },
+            TierDamaged { block: 1 },
             Interrupted {},
             Unsupported { 0: what },
         ]

@@ -66,6 +66,12 @@ pub(crate) fn hold() -> RwLockReadGuard<'static, ()> {
     BUSY.read().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Forks between the first process and this one: what a process made it can tell from what it came with.
+pub(crate) fn generation() -> u64 {
+    install();
+    GENERATION.load(Ordering::Relaxed)
+}
+
 /// Who waits for whom, in one process.
 struct Gate {
     generation: u64,

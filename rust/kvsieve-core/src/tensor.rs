@@ -102,6 +102,14 @@ impl ElemsMut<'_> {
         }
     }
 
+    /// The same elements for a while.
+    pub(crate) fn reborrow(&mut self) -> ElemsMut<'_> {
+        match self {
+            ElemsMut::F32(s) => ElemsMut::F32(s),
+            ElemsMut::Bits(s) => ElemsMut::Bits(s),
+        }
+    }
+
     pub(crate) fn as_bytes_mut_ptr(&mut self) -> *mut u8 {
         match self {
             ElemsMut::F32(s) => s.as_mut_ptr().cast(),

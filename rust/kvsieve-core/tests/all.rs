@@ -18,6 +18,8 @@ mod search;
 mod sets;
 mod sieve;
 mod step;
+mod tier;
+mod tier_later;
 
 #[test]
 fn every_file_beside_this_one_is_compiled() {

@@ -32,6 +32,10 @@ pub fn to_py(err: Error) -> PyErr {
         Error::RowMismatch { .. } | Error::CropTooLong { .. } => "CacheMismatchError",
         Error::Shape { .. } => "ShapeError",
         Error::NoStep { .. } | Error::StepOpen { .. } | Error::BadBlock { .. } | Error::PinsGone { .. } => "StateError",
+        Error::NotInMemory { .. } => "StateError",
+        Error::TierFull { .. } => "TierFullError",
+        Error::TierFailed { .. } => "TierError",
+        Error::TierDamaged { .. } => "TierDamagedError",
         Error::Unsupported(_) => "UnsupportedError",
         // Where a caller asked to stop, what its signal's handler raised goes before this.
         Error::Interrupted => "KvsieveError",

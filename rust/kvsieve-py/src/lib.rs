@@ -12,6 +12,7 @@ mod planner;
 mod select;
 mod sets;
 mod store;
+mod tier;
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
@@ -25,6 +26,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     sets::register(m)?;
     heaviest::register(m)?;
     pieces::register(m)?;
+    tier::register(m)?;
     kernels::register(m)?;
     Ok(())
 }

@@ -278,6 +278,18 @@ impl Planner {
         let runs = planner.runs(memory, row).map_err(to_py)?;
         Ok(runs.iter().map(|r| (r.block.0, r.lo, r.hi)).collect())
     }
+
+    /// The blocks of a row's newest `count` residents, and at least its last one; the newest first.
+    fn newest_blocks(&self, memory: usize, row: usize, count: usize) -> PyResult<Vec<u32>> {
+        let planner = self.get();
+        let (runs, mut left) = (planner.runs(memory, row).map_err(to_py)?, count.max(1));
+        let newest = runs.iter().rev().take_while(|run| {
+            let wanted = left > 0;
+            left = left.saturating_sub(run.len() as usize);
+            wanted
+        });
+        Ok(newest.map(|run| run.block.0).collect())
+    }
 }
 
 /// Indices kept by the sinks, the recent tokens and the highest scores.

@@ -22,7 +22,7 @@ use crate::kernels::{Input, Output, Rope};
 use crate::plan::{Moves, Step};
 
 /// Work on fewer bytes takes less time than another Python thread may keep the GIL from us, so it is not released.
-const SMALL: usize = 256 << 10;
+pub(crate) const SMALL: usize = 256 << 10;
 
 /// One layer's keys and values. See `kvsieve_core::storage::arena::Arena`.
 #[pyclass(frozen, module = "kvsieve._core")]
@@ -244,8 +244,9 @@ impl Store {
             .collect()
     }
 
-    /// Copies the tokens of the runs to rows `at..` of `k_out` and `v_out`, each `[heads, tokens, channels]`.
-    #[pyo3(signature = (blocks, lo, hi, k_out, v_out, at=0))]
+    /// Copies the tokens of the runs to rows `at..` of `k_out` and `v_out`, each `[heads, tokens, channels]`; with `spilled` also those of
+    /// blocks that are in a file only.
+    #[pyo3(signature = (blocks, lo, hi, k_out, v_out, at=0, spilled=false))]
     #[allow(clippy::too_many_arguments)]
     fn gather(
         &self,
@@ -256,6 +257,7 @@ impl Store {
         k_out: &Bound<'_, PyAny>,
         v_out: &Bound<'_, PyAny>,
         at: usize,
+        spilled: bool,
     ) -> PyResult<()> {
         let runs = runs(&blocks, &lo, &hi).map_err(to_py)?;
         let (mut k, mut v) = (Output::new("k_out", k_out)?, Output::new("v_out", v_out)?);
@@ -265,8 +267,11 @@ impl Store {
             return Err(to_py(Error::Shape { what: "v_out", expected, got }));
         }
         let (k, v) = (k.elems("k_out")?, v.elems("v_out")?);
-        let bytes = self.runs_bytes(&runs);
-        self.read(py, bytes, |arena| arena.gather(&runs, k, v, at, total)).map_err(to_py)
+        let bytes = if spilled { SMALL } else { self.runs_bytes(&runs) };
+        let gather = |arena: &Arena| {
+            if spilled { arena.gather_any(&runs, k, v, at, total) } else { arena.gather(&runs, k, v, at, total) }
+        };
+        self.read(py, bytes, gather).map_err(to_py)
     }
 
     /// Stores saved tokens, `[heads, tokens, channels]`, at the slots of the runs: the inverse of `gather`.

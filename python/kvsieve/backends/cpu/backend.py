@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvsieve._core import surprisal
+from kvsieve._core import TierFile, surprisal
 from kvsieve.backends.cpu.capabilities import CAPABILITIES
 from kvsieve.backends.cpu.selection import CpuSelection
 from kvsieve.backends.cpu.store import CpuStore, Plans
@@ -33,6 +33,9 @@ class CpuBackend:
 
     def make_selection(self, rule: SparseSelection) -> CpuSelection:
         return CpuSelection(rule)
+
+    def make_tier(self, folder: str) -> TierFile:
+        return TierFile(folder)
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         targets = ids.detach().contiguous().numpy()

@@ -1,7 +1,7 @@
 """What the CPU backend can hold."""
 
 from kvsieve._core import selection_rules
-from kvsieve.backends.base import FLOATS, Capabilities, SelectionCapabilities
+from kvsieve.backends.capabilities import FLOATS, Capabilities, SelectionCapabilities
 
 __all__ = ["CAPABILITIES"]
 

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve._core import Store, attend_heaviest, attend_highest, attend_sets
+from kvsieve._core import Store, Tier, TierFile, attend_heaviest, attend_highest, attend_sets
 from kvsieve.backends.attention import Partial, attend, merge, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
@@ -26,10 +26,12 @@ from kvsieve.backends.cpu.tensors import DTYPES, view
 from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.prefill_plan import PrefillPlan
 from kvsieve.backends.runs import columns
+from kvsieve.backends.tiers import TierCounts
+from kvsieve.errors import UnsupportedError
 from kvsieve.policy.storage import Channels
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from kvsieve._core import Moves, Residents, Step
     from kvsieve.backends.base import AttendCall, Attended, HeadSets
@@ -61,6 +63,7 @@ class CpuStore:
         self._dtype = k.dtype
         self._core = Store(k.shape[1], k.shape[3], v.shape[3], DTYPES[k.dtype])
         self._shape = (k.shape[1], k.shape[3], v.shape[3])
+        self._tier: Tier | None = None
 
     @property
     def bytes_held(self) -> int:
@@ -349,8 +352,47 @@ class CpuStore:
         k = torch.empty(heads, count, key_dim, dtype=self._dtype)
         v = torch.empty(heads, count, value_dim, dtype=self._dtype)
         if count:
-            self._core.gather(*table, view(k), view(v), 0)
+            self._core.gather(*table, view(k), view(v), 0, spilled=self._tier is not None)
         return k, v
 
     def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
         self._core.write(*columns(runs), view(k.contiguous()), view(v.contiguous()))
+
+    # ------------------------------------------------------------------------------------------------------- blocks in a file
+
+    def fetch(self, runs: Runs) -> None:
+        if self._tier is not None:
+            self._tier.fetch(_numbers(block for block, _, _ in runs))
+
+    def set_tier(self, file: TierFile, capacity: int, decay: float | None) -> None:
+        self._tier = Tier(self._core, file, capacity, decay)
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        self._tiered().hold(_numbers(blocks))
+
+    def trim(self, keep: Sequence[int], later: bool = False) -> None:
+        self._tiered().trim(_numbers(keep), later)
+
+    def spill(self, blocks: Sequence[int], later: bool = False) -> None:
+        self._tiered().spill(_numbers(blocks), later)
+
+    def prefetch(self, runs: Runs) -> None:
+        self._tiered().prefetch(_numbers(block for block, _, _ in runs))
+
+    def finish(self) -> None:
+        self._tiered().finish()
+
+    def score(self, blocks: Sequence[int], mass: Sequence[float]) -> None:
+        self._tiered().score(_numbers(blocks), np.asarray(mass, np.float64))
+
+    def tier_counts(self) -> TierCounts:
+        return TierCounts() if self._tier is None else TierCounts(*self._tier.counts())
+
+    def _tiered(self) -> Tier:
+        if self._tier is None:
+            raise UnsupportedError("this layer's blocks lie in no file; open the stream with kvsieve.policy.Tiered(...)")
+        return self._tier
+
+
+def _numbers(blocks: Iterable[int]) -> npt.NDArray[np.int64]:
+    return np.fromiter(blocks, np.int64)

@@ -18,8 +18,10 @@ from kvsieve.backends.cuda.context import Context
 from kvsieve.backends.cuda.ops.surprisal import surprisal
 from kvsieve.backends.cuda.selection import CudaSelection
 from kvsieve.backends.cuda.store import CudaStore
+from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:
+    from kvsieve.backends.base import TierFile
     from kvsieve.policy.select import SparseSelection
 
 __all__ = ["CudaBackend"]
@@ -45,6 +47,9 @@ class CudaBackend:
 
     def make_selection(self, rule: SparseSelection) -> CudaSelection:
         return CudaSelection(rule)
+
+    def make_tier(self, folder: str) -> TierFile:
+        raise BackendError(f"backend 'cuda' holds all tokens on the device, so there can be no file in {folder}")
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return surprisal(logits, ids)

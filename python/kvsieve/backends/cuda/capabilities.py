@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from kvsieve.backends.base import FLOATS, Capabilities, SelectionCapabilities
+from kvsieve.backends.capabilities import FLOATS, Capabilities, SelectionCapabilities
 from kvsieve.backends.cuda import select
 from kvsieve.backends.rules import kinds
 
@@ -24,4 +24,5 @@ CAPABILITIES = Capabilities(
     max_head_dim=256,  # the tiles of `attend`
     row_bytes=16,  # rows are read in whole vectors
     tells_lse=False,
+    tiers=False,
 )

@@ -9,6 +9,7 @@ import torch
 from kvsieve.backends.reference.capabilities import CAPABILITIES
 from kvsieve.backends.reference.selection import ReferenceSelection
 from kvsieve.backends.reference.store import ReferenceStore
+from kvsieve.backends.reference.tier import ReferenceFile
 
 if TYPE_CHECKING:
     from kvsieve.policy.select import SparseSelection
@@ -27,6 +28,9 @@ class ReferenceBackend:
 
     def make_selection(self, rule: SparseSelection) -> ReferenceSelection:
         return ReferenceSelection(rule)
+
+    def make_tier(self, folder: str) -> ReferenceFile:
+        return ReferenceFile()
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         wide = logits.float()

@@ -1,6 +1,6 @@
 """What the reference can hold: everything."""
 
-from kvsieve.backends.base import Capabilities, SelectionCapabilities
+from kvsieve.backends.capabilities import Capabilities, SelectionCapabilities
 from kvsieve.backends.reference import select
 from kvsieve.backends.rules import kinds
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import numpy as np
@@ -20,12 +20,14 @@ from kvsieve.backends.pieces import attend_pieces
 from kvsieve.backends.reference.definition import sparse_attend
 from kvsieve.backends.reference.selection import Asking, ReferenceSelection
 from kvsieve.backends.reference.storage import PackedBlock
+from kvsieve.backends.reference.tier import ReferenceFile, ReferenceTier
 from kvsieve.backends.runs import pick
+from kvsieve.backends.tiers import TierCounts
 from kvsieve.budget import BLOCK
-from kvsieve.errors import ShapeError, StateError
+from kvsieve.errors import ShapeError, StateError, UnsupportedError
 
 if TYPE_CHECKING:
-    from kvsieve._core import Moves, Residents, Step
+    from kvsieve._core import Moves, Part, Residents, Step
     from kvsieve.backends.base import AttendCall, Attended
     from kvsieve.policy.select import HeaviestValues, Piece
     from kvsieve.policy.storage import Channels, Packing
@@ -56,6 +58,7 @@ class ReferenceStore:
         self._v = v.new_zeros(0, v.shape[1], BLOCK, v.shape[3])
         self._packing: Packing | None = None
         self._packed: dict[int, PackedBlock] = {}
+        self._tier: ReferenceTier | None = None
 
     @property
     def bytes_held(self) -> int:
@@ -84,7 +87,7 @@ class ReferenceStore:
             m = step.new_lens[part.row]
             lo, hi = part.new_range
             new = slice(q.shape[2] - m + lo, q.shape[2] - m + hi)
-            old_k, old_v = self.read(list(zip(*(a.tolist() for a in part.runs()))))
+            old_k, old_v = self._in_memory(part)
             keys = torch.cat([old_k, k[part.row, :, new]], 1).to(wide)
             values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
             queries, keys = rotate_part(q[part.row, :, q.shape[2] - m :].to(wide), keys, part, step.stored_keys, call.rope)
@@ -119,7 +122,7 @@ class ReferenceStore:
             if not m:
                 continue
             new = slice(q.shape[2] - m, None)
-            old_k, old_v = self.read(list(zip(*(a.tolist() for a in part.runs()))))
+            old_k, old_v = self._in_memory(part)
             keys = torch.cat([old_k, k[part.row, :, new]], 1).to(wide)
             values = torch.cat([old_v, v[part.row, :, new]], 1).to(wide)
             queries = q[part.row, :, new].to(wide)
@@ -159,7 +162,7 @@ class ReferenceStore:
             mine = sets[part.row]
             if mine is None or not step.new_lens[part.row]:
                 continue
-            old_k, old_v = self.read(list(zip(*(a.tolist() for a in part.runs()))))
+            old_k, old_v = self._in_memory(part)
             keys, values = (torch.cat([old, new[part.row, :, -1:]], 1).to(wide) for old, new in ((old_k, k), (old_v, v)))
             visible = torch.zeros(keys.shape[0], 1, keys.shape[1], dtype=torch.bool)
             for head in range(keys.shape[0]):
@@ -211,6 +214,7 @@ class ReferenceStore:
     @_locked
     def _append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self._ensure(step.num_blocks)
+        self._change((block, slot + count) for _, _, block, slot, count in step.appends())
         for move in step.copies():
             self._move(*move)
         for row, new, block, slot, count in step.appends():
@@ -226,6 +230,9 @@ class ReferenceStore:
 
     def _move(self, source: int, source_slot: int, to: int, to_slot: int, count: int) -> None:
         self._ensure(to + 1)
+        if self._tier is not None:
+            self._tier.load([source])
+        self._change([(to, to_slot + count)])
         for blocks in (self._k, self._v):
             blocks[to, :, to_slot : to_slot + count] = blocks[source, :, source_slot : source_slot + count].clone()
 
@@ -266,6 +273,8 @@ class ReferenceStore:
 
     @_locked
     def pack(self, moves: Moves, channels: Channels | int) -> None:
+        if self._tier is not None:
+            self._tier.load(move[0] for move in moves.tuples())
         chosen = self._packed[channels].channels if isinstance(channels, int) else channels
         table = moves.tuples()
         for _, _, to, _, _ in table:
@@ -279,6 +288,8 @@ class ReferenceStore:
 
     @_locked
     def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
+        if self._tier is not None:
+            self._tier.free(lambda block: block < len(in_use) and bool(in_use[block]))
         used = np.flatnonzero(in_use)
         keep = int(used[-1]) + 1 if used.size else 0
         if keep < self._k.shape[0]:
@@ -292,8 +303,10 @@ class ReferenceStore:
         for block, lo, hi in runs:
             if block >= PACKED:
                 k, v = self._packed[block].read(lo, hi, key_dim)
-            else:
+            elif self._tier is None:
                 k, v = self._k[block, :, lo:hi], self._v[block, :, lo:hi]
+            else:
+                k, v = (x[:, lo:hi].to(self._k.device) for x in self._tier.peek(block))
             keys.append(k)
             values.append(v)
         # Codes read as float32, and stay that precise beside tokens of fewer bits.
@@ -308,6 +321,70 @@ class ReferenceStore:
                 self._packed[block].write(lo, k[:, new], v[:, new])
             else:
                 self._ensure(block + 1)
+                self._change([(block, hi)])
                 self._k[block, :, lo:hi] = k[:, new]
                 self._v[block, :, lo:hi] = v[:, new]
             at += hi - lo
+
+    # ------------------------------------------------------------------------------------------------------- blocks in a file
+
+    def _in_memory(self, part: Part) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a part's residents, all of which must be in memory."""
+        runs = list(zip(*(a.tolist() for a in part.runs())))
+        if self._tier is not None:
+            self._tier.check(block for block, _, _ in runs)
+        return self.read(runs)
+
+    def _change(self, ends: Iterable[tuple[int, int]]) -> None:
+        if self._tier is not None:
+            self._tier.change(ends)
+
+    def _get_block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._k[block], self._v[block]
+
+    def _put_block(self, block: int, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        k, v = (torch.nan, torch.nan) if tensors is None else tensors
+        self._k[block], self._v[block] = k, v
+
+    @_locked
+    def fetch(self, runs: Runs) -> None:
+        if self._tier is not None:
+            self._tier.fetch(block for block, _, _ in runs if block < PACKED)
+
+    @_locked
+    def set_tier(self, file: ReferenceFile, capacity: int, decay: float | None) -> None:
+        self._tier = ReferenceTier(file, capacity, decay, self._get_block, self._put_block)
+        self._tier.change((block, BLOCK) for block in range(len(self._k)))
+
+    @_locked
+    def hold(self, blocks: Sequence[int]) -> None:
+        self._tiered().hold(blocks)
+
+    @_locked
+    def trim(self, keep: Sequence[int], later: bool = False) -> None:
+        """``later`` is at once here."""
+        self._tiered().trim(keep)
+
+    @_locked
+    def spill(self, blocks: Sequence[int], later: bool = False) -> None:
+        """As of :meth:`trim`."""
+        self._tiered().spill(blocks)
+
+    @_locked
+    def prefetch(self, runs: Runs) -> None:
+        self._tiered().load(block for block, _, _ in runs if block < PACKED)
+
+    def finish(self) -> None:
+        self._tiered()
+
+    @_locked
+    def score(self, blocks: Sequence[int], mass: Sequence[float]) -> None:
+        self._tiered().score(blocks, mass)
+
+    def tier_counts(self) -> TierCounts:
+        return TierCounts() if self._tier is None else self._tier.counts()
+
+    def _tiered(self) -> ReferenceTier:
+        if self._tier is None:
+            raise UnsupportedError("this layer's blocks lie in no file; open the stream with kvsieve.policy.Tiered(...)")
+        return self._tier

@@ -6,3 +6,4 @@ mod buf;
 pub mod packed;
 mod reservation;
 mod slabs;
+pub mod tier;

@@ -7,7 +7,7 @@ use crate::{Error, Result};
 
 impl Arena {
     /// The number of tokens of the runs, when `k` and `v` are `[heads, total, dim]` with room for them from row `at` on.
-    fn check_runs(&self, runs: &[Run], k: Elems<'_>, v: Elems<'_>, at: usize, total: usize) -> Result<()> {
+    pub(super) fn check_runs(&self, runs: &[Run], k: Elems<'_>, v: Elems<'_>, at: usize, total: usize) -> Result<()> {
         for run in runs {
             Self::check_slots("run", run.lo, run.hi)?;
             self.check_id(run.block.0)?;

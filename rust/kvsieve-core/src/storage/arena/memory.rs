@@ -8,6 +8,7 @@ use crate::ids::{BLOCK, BlockId, PACKED};
 use crate::storage::bounds::Bounds;
 use crate::storage::packed::{Packed, PackedBytes, Packing};
 use crate::storage::slabs::{MAX_BLOCKS, Slabs, needs, number, reserve_all};
+use crate::storage::tier::Tier;
 use crate::tensor::{Dtype, Elems, widen};
 use crate::{Error, Result};
 
@@ -24,6 +25,8 @@ pub struct Arena {
     pub(super) values: Slabs,
     pub(super) packed: Option<Packed>,
     pub(super) bounds: Option<Bounds>,
+    /// Of blocks that may lie in a file.
+    pub(super) tier: Option<Tier>,
 }
 
 /// Where the tokens of one block lie.
@@ -47,7 +50,7 @@ impl Arena {
         }
         let rows = |dim: usize| Slabs::of_rows(heads, dim * dtype.size());
         let (keys, values) = (rows(key_dim), rows(value_dim));
-        Ok(Arena { heads, key_dim, value_dim, dtype, keys, values, packed: None, bounds: None })
+        Ok(Arena { heads, key_dim, value_dim, dtype, keys, values, packed: None, bounds: None, tier: None })
     }
 
     pub fn num_kv_heads(&self) -> usize {
@@ -119,15 +122,22 @@ impl Arena {
         self.reserve((0..num_blocks).map(|block| (BlockId(block), BLOCK)))
     }
 
-    /// Gives these blocks memory up to a slot; on failure nothing has changed.
+    /// Gives these blocks memory up to a slot, with what they hold in a file; on failure no token has changed.
     pub(super) fn reserve(&mut self, wanted: impl Iterator<Item = (BlockId, u32)>) -> Result<()> {
-        reserve_all([&mut self.keys, &mut self.values].into_iter(), &needs(wanted))
+        let needs = needs(wanted);
+        self.load_for(needs.iter().map(|&(block, _)| BlockId(block as u32)))?;
+        reserve_all([&mut self.keys, &mut self.values].into_iter(), &needs)
     }
 
     /// What is known of these plain blocks no longer holds: they are written.
     pub(super) fn touch(&mut self, blocks: impl Iterator<Item = BlockId>) {
-        if let Some(bounds) = &mut self.bounds {
-            blocks.for_each(|block| bounds.touch(block));
+        for block in blocks {
+            if let Some(bounds) = &mut self.bounds {
+                bounds.touch(block);
+            }
+            if let Some(tier) = self.tier.as_mut().filter(|_| !block.is_packed()) {
+                tier.touch(number(block));
+            }
         }
     }
 
@@ -144,11 +154,17 @@ impl Arena {
                 if let Some(bounds) = &mut self.bounds {
                     bounds.free(block);
                 }
+                if let Some(tier) = &mut self.tier {
+                    tier.free(block);
+                }
             }
         }
     }
 
     pub(super) fn bad_block(&self, block: u32) -> Error {
+        if self.is_spilled(BlockId(block)) {
+            return Error::NotInMemory { block };
+        }
         Error::BadBlock { block, have: self.num_blocks() }
     }
 

@@ -29,6 +29,7 @@ impl Arena {
 
     /// Makes moves from plain blocks to packed ones: what lands there keeps these channels.
     pub fn pack(&mut self, moves: &[Move], chosen: &Chosen) -> Result<()> {
+        self.load_for(moves.iter().map(|m| m.from))?;
         let (heads, key_dim, kb) = (self.heads, self.key_dim, self.key_dim * self.dtype.size());
         let vb = self.value_dim * self.dtype.size();
         for m in moves {
@@ -114,6 +115,7 @@ impl Arena {
                 return Err(Error::BadBlock { block: a.block.0, have: step.num_blocks });
             }
         }
+        self.load_for(step.copies.iter().map(|m| m.from))?;
         self.check_moves(&step.copies)?;
         if let Some(m) = step.copies.iter().find(|m| m.to.is_packed()) {
             return Err(self.bad_block(m.to.0));
@@ -188,6 +190,7 @@ impl Arena {
 
     /// Applies the moves in order.
     pub fn apply(&mut self, moves: &[Move]) -> Result<()> {
+        self.load_for(moves.iter().map(|m| m.from))?;
         self.check_moves(moves)?;
         let (packed, plain): (Vec<Move>, Vec<Move>) = moves.iter().partition(|m| m.to.is_packed());
         self.reserve(plain.iter().map(ends))?;

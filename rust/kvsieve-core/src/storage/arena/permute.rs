@@ -63,6 +63,7 @@ impl Arena {
     ///
     /// `keep` is `[heads][tokens of to]`. All is read before anything is written, so the two may overlap in any way.
     pub fn permute(&mut self, from: &[Run], keep: &[i64], to: &[Run]) -> Result<()> {
+        self.load_for(from.iter().map(|run| run.block))?;
         let (heads, slots) = (self.num_kv_heads(), self.slots(from)?);
         let count: usize = to.iter().map(|run| run.hi.saturating_sub(run.lo) as usize).sum();
         if Some(keep.len()) != count.checked_mul(heads) {

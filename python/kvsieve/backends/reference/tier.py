@@ -1,0 +1,169 @@
+"""Which blocks of a layer are in memory, written to be read: the definition that ``Arena`` of the Rust core follows.
+
+The "file" holds tensors on the CPU. A block that left memory is NaN in the store, so what would read it all the same shows.
+"""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import torch
+
+from kvsieve.backends.tiers import TierCounts
+from kvsieve.budget import BLOCK
+from kvsieve.errors import StateError
+
+__all__ = ["ReferenceFile", "ReferenceTier"]
+
+Tensors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
+"""Keys ``[Hkv, 64, D]`` and values ``[Hkv, 64, Dv]`` of a block."""
+
+
+class ReferenceFile:
+    """Stands for the file: it knows the layers that hold the blocks that were written out."""
+
+    def __init__(self) -> None:
+        self.layers: weakref.WeakSet[ReferenceTier] = weakref.WeakSet()
+
+    def bytes(self) -> tuple[int, int]:
+        held = sum(layer.counts().bytes_in_file for layer in self.layers)
+        return held, held
+
+
+class ReferenceTier:
+    """The blocks of one layer.
+
+    Args:
+        get: keys and values of a block in memory; put: the other way round, None for nothing to be read any more.
+    """
+
+    def __init__(
+        self,
+        file: ReferenceFile,
+        capacity: int,
+        decay: float | None,
+        get: Callable[[int], Tensors],
+        put: Callable[[int, Tensors | None], None],
+    ) -> None:
+        file.layers.add(self)
+        self._capacity, self._decay = capacity, decay
+        self._get, self._put = get, put
+        self._copies: dict[int, Tensors] = {}
+        self._away: set[int] = set()
+        self._ends: dict[int, int] = {}
+        self._used: dict[int, int] = {}
+        self._scores: dict[int, float] = {}
+        self._protected: set[int] = set()
+        self._leases: dict[int, set[int]] = {}
+        self._clock = 0
+        self._hits = self._loads = self._spills = self._read = self._written = 0
+
+    def check(self, blocks: Iterable[int]) -> None:
+        """Refuse to read blocks that are not in memory.
+
+        Raises:
+            StateError: naming one.
+        """
+        gone = self._away.intersection(blocks)
+        if gone:
+            raise StateError(f"block {min(gone)} is not in memory; fetch it before it is read")
+
+    def peek(self, block: int) -> Tensors:
+        """Keys and values of a block, which stays where it is."""
+        if block not in self._away:
+            return self._get(block)
+        k, v = self._copies[block]
+        self._read += k.nbytes + v.nbytes
+        return k, v
+
+    def change(self, ends: Iterable[tuple[int, int]]) -> None:
+        """Blocks are about to be written, up to these slots."""
+        for block, end in ends:
+            self.load([block])
+            self._ends[block] = max(end, self._ends.get(block, 0))
+            self._copies.pop(block, None)
+            self._use(block)
+
+    def free(self, in_use: Callable[[int], bool]) -> None:
+        """Blocks that nobody holds are forgotten."""
+        for block in [block for block in self._used if not in_use(block)]:
+            self._copies.pop(block, None)
+            self._away.discard(block)
+            del self._used[block], self._ends[block]
+            self._scores.pop(block, None)
+
+    def load(self, blocks: Iterable[int]) -> None:
+        """Blocks that left memory are there again."""
+        for block in self._away.intersection(blocks):
+            k, v = self._copies[block]
+            self._put(block, (k, v))
+            self._away.discard(block)
+            self._use(block)
+            self._loads += 1
+            self._read += k.nbytes + v.nbytes
+
+    def fetch(self, blocks: Iterable[int]) -> None:
+        wanted = set(blocks)
+        missing = self._away & wanted
+        self._leases[threading.get_ident()] = wanted
+        over = len(self._in_memory()) + len(missing) - self._capacity
+        if missing:
+            for block in self._leaving(self._in_memory() & set(self._copies))[: max(over, 0)]:
+                self._leave(block)
+        for block in sorted(wanted):
+            if block in missing:
+                self.load([block])
+            else:
+                self._hits += 1
+                self._use(block)
+
+    def hold(self, blocks: Iterable[int]) -> None:
+        held = set(blocks)
+        self._protected |= held
+        self.load(held)
+
+    def trim(self, keep: Iterable[int]) -> None:
+        self._leases.pop(threading.get_ident(), None)
+        self._protected = set(keep)
+        over = len(self._in_memory()) - self._capacity
+        self.spill(self._leaving(self._in_memory())[: max(over, 0)])
+
+    def spill(self, blocks: Iterable[int]) -> None:
+        for block in self._in_memory().intersection(blocks):
+            if block not in self._copies:
+                k, v = (x.detach().to("cpu", copy=True) for x in self._get(block))
+                self._copies[block] = k, v
+                self._spills += 1
+                self._written += k.nbytes + v.nbytes
+            self._leave(block)
+
+    def score(self, blocks: Sequence[int], mass: Sequence[float]) -> None:
+        decay = 1.0 if self._decay is None else self._decay
+        self._scores = {block: score * decay for block, score in self._scores.items()}
+        for block, more in zip(blocks, mass, strict=True):
+            self._scores[block] = self._scores.get(block, 0.0) + more
+
+    def counts(self) -> TierCounts:
+        in_file = sum(k.nbytes + v.nbytes for k, v in list(self._copies.values()))
+        return TierCounts(self._hits, self._loads, self._spills, self._read, self._written, in_file)
+
+    def _in_memory(self) -> set[int]:
+        """Full blocks that are in memory."""
+        return {block for block, end in self._ends.items() if end == BLOCK} - self._away
+
+    def _leaving(self, blocks: set[int]) -> list[int]:
+        """Those that may leave memory, the first to go first."""
+        free = blocks - self._protected - set().union(*self._leases.values())
+        scores = self._scores if self._decay is not None else {}
+        return sorted(free, key=lambda block: (scores.get(block, 0.0), self._used[block], block))
+
+    def _leave(self, block: int) -> None:
+        self._away.add(block)
+        self._put(block, None)
+
+    def _use(self, block: int) -> None:
+        self._clock += 1
+        self._used[block] = self._clock

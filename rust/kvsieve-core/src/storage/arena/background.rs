@@ -1,0 +1,137 @@
+//! Blocks that leave memory, and come back, while others compute: what the file's thread does for an arena.
+//!
+//! What a block holds is copied when it is to be written, and its memory is given back once that is done, unless the block was read or
+//! written meanwhile. What was read lies beside until the next call here puts it in its place.
+
+use super::memory::Arena;
+use crate::Result;
+use crate::ids::{BLOCK, BlockId, Run};
+use crate::storage::slabs::number;
+use crate::storage::tier::{Answer, Copied, Done, Work};
+
+/// Blocks of a layer that are under way at most: they are in memory twice.
+const UNDER_WAY: usize = 32;
+
+impl Arena {
+    /// As [`Arena::spill`], later. Blocks whose memory is not given back yet count as in memory.
+    ///
+    /// # Errors
+    /// [`crate::Error::TierFull`] where there is no space for one; and what went wrong with those that were written meanwhile, which are in
+    /// memory still.
+    pub fn spill_later(&mut self, blocks: &[BlockId]) -> Result<()> {
+        self.collect()?;
+        self.tier()?.failure()?;
+        for block in self.numbers(blocks.iter().copied())? {
+            self.send_out(block)?;
+        }
+        Ok(())
+    }
+
+    /// As [`Arena::trim`], but what has no copy yet is written later.
+    pub fn trim_later(&mut self, keep: &[BlockId]) -> Result<()> {
+        self.leaving(keep)?.into_iter().try_for_each(|block| self.send_out(block))
+    }
+
+    fn send_out(&mut self, block: usize) -> Result<()> {
+        if self.keys.slots(block) != BLOCK || self.tier()?.is_pending(block) {
+            return Ok(());
+        }
+        if self.tier()?.copy(block).is_some() {
+            self.give_back(block);
+            return Ok(());
+        }
+        self.make_way()?;
+        let bytes = self.packed_up(block)?;
+        let tier = self.tier()?;
+        let extent = tier.file.allocate(bytes.len())?;
+        tier.send(block, extent, Work::Write(bytes)).inspect_err(|_| tier.file.free(extent))
+    }
+
+    /// Begins to read those of these blocks that are not in memory. A fetch that comes before they are there waits for them.
+    ///
+    /// What cannot be read is said by the fetch that needs it.
+    pub fn prefetch(&mut self, runs: &[Run]) -> Result<()> {
+        if self.tier.is_none() {
+            return Ok(());
+        }
+        self.collect()?;
+        if !self.tier()?.file.at_home() {
+            return Ok(());
+        }
+        let wanted = self.numbers(runs.iter().map(|run| run.block).filter(|block| !block.is_packed()))?;
+        let missing: Vec<_> = wanted.into_iter().filter(|&block| self.spilled(block)).collect();
+        self.drop_copied(missing.len());
+        let len = BLOCK as usize * self.token_bytes();
+        for block in missing {
+            self.make_way()?;
+            let tier = self.tier()?;
+            if let Some(Copied { extent, sum }) = tier.copy(block).filter(|_| !tier.is_pending(block)) {
+                tier.send(block, extent, Work::Read(len, sum))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing is under way, and says what went wrong.
+    pub fn finish(&mut self) -> Result<()> {
+        while self.tier()?.num_pending() > 0 {
+            self.collect_some(true)?;
+        }
+        self.collect()?;
+        self.tier()?.failure()
+    }
+
+    /// Waits until there is place for one more.
+    fn make_way(&mut self) -> Result<()> {
+        while self.tier()?.num_pending() >= UNDER_WAY {
+            self.collect_some(true)?;
+        }
+        Ok(())
+    }
+
+    /// Waits until nothing is under way for a block.
+    pub(super) fn await_block(&mut self, block: usize) -> Result<()> {
+        while self.tier()?.is_pending(block) {
+            self.collect_some(true)?;
+        }
+        Ok(())
+    }
+
+    /// What the thread has done takes effect.
+    pub(super) fn collect(&mut self) -> Result<()> {
+        if self.tier.is_some() { self.collect_some(false) } else { Ok(()) }
+    }
+
+    fn collect_some(&mut self, wait: bool) -> Result<()> {
+        self.tier()?.answers(wait).into_iter().try_for_each(|answer| self.adopt(answer))
+    }
+
+    fn adopt(&mut self, answer: Answer) -> Result<()> {
+        let (block, extent) = (answer.block, answer.extent);
+        let tier = self.tier()?;
+        let current = tier.is_current(&answer);
+        match answer.done {
+            Done::Written(Ok((sum, bytes))) if current.is_some() => {
+                tier.copied(block, Copied { extent, sum }, bytes);
+                let leaves = current == Some(false) && !tier.leaving(std::iter::once(block)).is_empty();
+                if leaves {
+                    self.give_back(block);
+                }
+            }
+            Done::Written(written) => {
+                tier.file.free(extent);
+                if let (Err(err), Some(_)) = (written, current) {
+                    tier.failed(err);
+                }
+            }
+            Done::Read(Ok(bytes)) if current.is_some() && self.spilled(block) => self.put_back(block, &bytes)?,
+            Done::Read(_) => {}
+        }
+        Ok(())
+    }
+
+    /// Whether something is under way for the block; for tests.
+    pub fn is_under_way(&self, block: BlockId) -> bool {
+        !block.is_packed() && self.tier.as_ref().is_some_and(|tier| tier.is_pending(number(block)))
+    }
+}

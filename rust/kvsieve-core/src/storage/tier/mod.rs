@@ -1,0 +1,11 @@
+//! Blocks that are not in memory: the file in which they lie, and what is known of each.
+
+mod checksum;
+mod file;
+mod table;
+mod worker;
+
+pub use file::{Extent, Medium, TierFile};
+pub(super) use table::{Copied, Tier};
+pub use table::{Counts, Order};
+pub(super) use worker::{Answer, Done, Work};

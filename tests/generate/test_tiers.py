@@ -1,0 +1,272 @@
+"""Streams that hold more than their budget of memory: every output is that of the stream that holds all in memory."""
+
+from __future__ import annotations
+
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import kvsieve
+import pytest
+import tiny
+import torch
+from drive import forward, forwards, greedy, pad_left, same_memory
+from kvsieve.backends.cuda.capabilities import CAPABILITIES as CUDA
+from kvsieve.errors import BackendError, BudgetError, StateError, TierError
+from kvsieve.policy import Memory, Tiered
+from kvsieve.runtime.tiers import Tiers
+from tiny import BACKENDS
+
+BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+
+BLOCK = 3 * 64 * 2 * 2 * 16 * 4
+"""Bytes of a block of 64 tokens in all layers of the tiny model."""
+
+
+def tiered(disk: Any, blocks: int = 3, base: Any = None, **others: Any) -> Any:
+    return (base or kvsieve.Full()) | Memory(storage=Tiered(blocks * BLOCK, str(disk), **others))
+
+
+def files(folder: Path) -> list[str]:
+    """Descriptors of this process that lead to files that were in ``folder``."""
+    links = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue
+        if target.startswith(str(folder)):
+            links.append(f"/proc/self/fd/{name}")
+    return links
+
+
+@BACKEND
+@pytest.mark.parametrize("options", [{}, {"order": "scores"}, {"background": True}], ids=["recency", "scores", "background"])
+def test_a_long_text(backend: str, options: Any, tmp_path: Path) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 700)
+    policy = tiered(tmp_path, **options)
+    with kvsieve.stream(model, kvsieve.Full(), backend) as full, kvsieve.stream(model, policy, backend) as stream:
+        chunks = [300, 64, 1, 1, 1, 200, 1]
+        assert torch.equal(forwards(model, stream.cache, ids, chunks), forwards(model, full.cache, ids, chunks))
+        assert same_memory(full, stream)
+        for store in stream._engine.stores.values():
+            store.finish()  # type: ignore[attr-defined]
+        stats = stream.stats().tiers
+        assert stats is not None
+        assert full.stats().tiers is None
+        assert stats.loads > 0
+        assert stats.spills > 0
+        assert stats.bytes_in_file > 0
+        # Three full blocks a layer, and what is not full yet.
+        assert backend == "reference" or stats.bytes_in_memory <= 4 * BLOCK < full.stats().bytes_held
+        assert stats.file_bytes >= stats.bytes_in_file
+        assert stream.stats().as_dict()["tiers"]["loads"] == stats.loads
+        assert list(tmp_path.iterdir()) == [], "the file has no name"
+
+
+@BACKEND
+@pytest.mark.parametrize("name", ["hip", "refresh_kv"])
+def test_with_a_selection(backend: str, name: str, tmp_path: Path) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 330)
+    base = kvsieve.HiP(64, sinks=4, window=16, dense_layers=1) if name == "hip" else kvsieve.RefreshKV(64, stride=4)
+    with kvsieve.stream(model, base, backend) as plain, kvsieve.stream(model, tiered(tmp_path, base=base), backend) as stream:
+        assert torch.equal(forwards(model, stream.cache, ids, [300, 1]), forwards(model, plain.cache, ids, [300, 1]))
+
+
+@BACKEND
+def test_rows_crops_marks_and_forks(backend: str, tmp_path: Path) -> None:
+    model = tiny.model()
+    rows = [tiny.ids(1, n, seed=n)[0] for n in (400, 290)]
+    ids, mask = pad_left(rows)
+    policies = (kvsieve.Full(), tiered(tmp_path, keep=64))
+    streams = [kvsieve.stream(model, policy, backend) for policy in policies]
+    more = [tiny.ids(2, 80, seed=seed) for seed in range(4)]
+
+    def same(*calls: Any) -> None:
+        results = [[call(stream) for call in calls] for stream in streams]
+        for one, other in zip(*results):
+            assert one is None or torch.equal(one, other)
+        assert same_memory(*streams)
+
+    def read(new: torch.Tensor, chunk: int) -> Any:
+        return lambda stream: stream.feed(new, chunk=chunk)
+
+    same(lambda stream: stream.feed(ids, mask, chunk=150))
+    marks = [stream.mark() for stream in streams]
+    same(read(more[0], 80), lambda stream: stream.cache.crop(-300), read(more[1], 40))
+    same(lambda stream: stream.cache.reorder_cache(torch.tensor([1, 1])), read(more[2], 80))
+    forks = [stream.fork() for stream in streams]
+    same(read(more[3], 80))
+    for fork in forks:
+        fork.feed(more[0], chunk=16)
+    assert same_memory(*forks)
+    same(read(more[1], 1))
+    for stream, mark in zip(streams, marks):
+        stream.rewind(mark)
+    same(read(more[2], 80))
+    assert same_memory(*forks)
+    for stream in streams:
+        stream.close()
+    assert len(files(tmp_path)) == (backend == "cpu"), "a fork has the file still"
+    forks[1].feed(more[1], chunk=40)
+    forks[0].feed(more[1], chunk=40)
+    assert same_memory(*forks)
+    for fork in forks:
+        fork.close()
+    assert len(files(tmp_path)) == (backend == "cpu"), "and so have marks"
+    for held in (marks, streams, forks):
+        held.clear()
+    del mark, stream, fork
+    assert files(tmp_path) == []
+
+
+@BACKEND
+def test_generate_and_beams(backend: str, tmp_path: Path) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 320)
+    for kwargs in ({}, {"num_beams": 3}):
+        answers = []
+        for policy in (kvsieve.Full(), tiered(tmp_path, keep=10)):
+            with kvsieve.stream(model, policy, backend) as stream:
+                first = stream.generate(ids, max_new_tokens=6, do_sample=False, **kwargs)
+                answers.append((first, stream.generate(tiny.ids(1, 130, 1), max_new_tokens=6, do_sample=False, **kwargs)))
+        assert all(torch.equal(a, b) for a, b in zip(*answers))
+    with kvsieve.stream(model, tiered(tmp_path), backend) as stream, kvsieve.stream(model, kvsieve.Full(), backend) as full:
+        mine, theirs = (greedy(model, ids, 8, past_key_values=one.cache) for one in (stream, full))
+        assert torch.equal(mine, theirs)
+        stream.reset()
+        stats = stream.stats().tiers
+        assert stats is not None
+        assert (stats.bytes_in_file, stats.loads) == (0, 0)
+        assert torch.equal(stream.generate(ids, max_new_tokens=3, do_sample=False)[0, -3:], theirs[0, 320:323])
+
+
+@BACKEND
+def test_documents_that_are_joined(backend: str, tmp_path: Path) -> None:
+    model = tiny.model()
+    joined = []
+    for policy in (kvsieve.Full(), tiered(tmp_path, keep=64)):
+        stream = kvsieve.stream(model, policy, backend)
+        stream.feed(tiny.ids(1, 70))
+        forks = [stream.fork() for _ in range(3)]
+        for seed, fork in enumerate(forks):
+            fork.feed(tiny.ids(1, 200, seed), chunk=50)
+        joined.append(stream.join(forks))
+        joined[-1].feed(tiny.ids(1, 90, 9), chunk=30)
+    assert same_memory(*joined)
+
+
+def test_the_newest_tokens_stay(tmp_path: Path) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, tiered(tmp_path, blocks=5, keep=150), "cpu") as stream:
+        stream.feed(tiny.ids(1, 900), chunk=300)
+
+        def spilled() -> list[bool]:
+            planner, store = stream._engine.planner, stream._engine.stores[0]
+            return [store._tier.is_spilled(block) for block, _, _ in planner.runs(0, 0)]  # type: ignore[attr-defined]
+
+        # 900 tokens are 14 blocks and 4 tokens: three blocks hold the newest 150 but for those.
+        assert spilled()[-4:] == [False] * 4
+        assert sum(spilled()) == 9
+        stream.cache.crop(-500)
+        assert spilled()[-3:] != [False] * 3
+        stream.feed(tiny.ids(1, 1))
+        assert spilled()[-4:] == [False] * 4
+        # The part tells what layers fetch, and takes scores.
+        tiers = stream._engine.parts.find(Tiers)
+        assert tiers is not None
+        before = tiers.stats()
+        tiers.fetch(0, [(0, 0, 64), (1, 3, 9)])
+        tiers.score(0, [0, 1], [0.5, 0.25])
+        after = tiers.stats()
+        assert (after.hits + after.loads) - (before.hits + before.loads) == 2
+        assert spilled()[:2] == [False, False]
+
+
+def test_forks_on_threads(tmp_path: Path) -> None:
+    model = tiny.model()
+    want = []
+    with kvsieve.stream(model, kvsieve.Full(), "cpu") as full:
+        for seed in range(3):
+            with full.fork() as fork:
+                fork.feed(tiny.ids(1, 300, seed), chunk=37)
+                want.append(forward(model, fork.cache, tiny.ids(1, 2, seed)))
+    got: dict[int, torch.Tensor] = {}
+    with kvsieve.stream(model, tiered(tmp_path, keep=64), "cpu") as stream:
+        forks = [stream.fork() for _ in range(3)]
+
+        def work(seed: int) -> None:
+            forks[seed].feed(tiny.ids(1, 300, seed), chunk=37)
+            got[seed] = forward(model, forks[seed].cache, tiny.ids(1, 2, seed))
+
+        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert all(torch.equal(got[seed], want[seed]) for seed in range(3))
+
+
+# --------------------------------------------------------------------------------------------------------------------- faults
+
+
+def test_a_file_that_is_damaged(tmp_path: Path) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 500)
+    with kvsieve.stream(model, tiered(tmp_path), "cpu") as stream:
+        stream.feed(ids, chunk=100)
+        mark = stream.mark()
+        (file,) = files(tmp_path)
+        with open(file, "r+b") as handle:
+            whole = handle.read(100)
+            handle.seek(0)
+            handle.write(bytes(100))
+            handle.flush()
+            with pytest.raises(TierError, match="damaged"):
+                stream.feed(tiny.ids(1, 3))
+            handle.seek(0)
+            handle.write(whole)
+        stream.rewind(mark)
+        stream.feed(tiny.ids(1, 3))
+        os.truncate(file, 1000)
+        with pytest.raises(TierError, match="shorter"):
+            stream.feed(tiny.ids(1, 3))
+
+
+def test_a_forked_process_writes_to_no_file_that_is_not_its_own(tmp_path: Path) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 500)
+    with kvsieve.stream(model, tiered(tmp_path), "cpu") as stream:
+        stream.feed(ids, chunk=100)
+        store: Any = stream._engine.stores[0]
+        runs = stream._engine.planner.runs(0, 0)
+        sums = store.read(runs)[0].sum()
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                assert store.read(runs)[0].sum() == sums
+                store.hold([block for block, _, _ in runs])
+                store.write([(runs[0][0], 0, 1)], *(torch.zeros(2, 1, 16) for _ in range(2)))
+                try:
+                    store.spill([runs[0][0]])
+                except kvsieve.errors.UnsupportedError:
+                    code = 0
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        stream.feed(tiny.ids(1, 100))
+        assert store.read(runs)[0].sum() == sums
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    model = tiny.model()
+    with pytest.raises(BudgetError, match="give it at least"):
+        kvsieve.stream(model, tiered(tmp_path, blocks=3, keep=128), "cpu")
+    with pytest.raises(TierError, match="could not create"):
+        kvsieve.stream(model, tiered(tmp_path / "none"), "cpu")
+    with pytest.raises(BackendError, match="none in a file"):
+        CUDA.check_tiers()
+    stream = kvsieve.stream(model, tiered(tmp_path), "cpu")
+    stream.close()
+    with pytest.raises(StateError):
+        stream.feed(tiny.ids(1, 3))
+    assert files(tmp_path) == []

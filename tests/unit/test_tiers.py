@@ -1,0 +1,249 @@
+"""Blocks in a file, store by store: whatever comes and goes, what is read is what a store without a file holds."""
+
+from __future__ import annotations
+
+import gc
+import random
+import resource
+from pathlib import Path
+from typing import Any
+
+import kvsieve
+import pytest
+import torch
+from kvsieve import backends
+from kvsieve.backends.base import AttendCall
+from kvsieve.errors import BudgetError, PolicyError, StateError, TierError, TierFullError, UnsupportedError
+from kvsieve.policy import Memory, Tiered
+from kvsieve.policy.specs import make_planner
+from tiny import BACKENDS
+
+BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+
+HEADS, DIM = 2, 8
+
+
+class Twins:
+    """Two stores under one planner, and its forks: one of them may spill."""
+
+    def __init__(self, backend: str, folder: Path, capacity: int, rows: int = 2, decay: float | None = None) -> None:
+        made = backends.get(backend)
+        example = torch.zeros(1, HEADS, 1, DIM)
+        self.tiered: Any = made.make_store(example, example)
+        self.plain: Any = made.make_store(example, example)
+        self.file = made.make_tier(str(folder))
+        self.tiered.set_tier(self.file, capacity, decay)
+        self.planners = [make_planner(kvsieve.Full().specs(1), "post_rope")]
+        self.rows, self.generator = rows, torch.Generator().manual_seed(7)
+
+    def runs(self, planner: Any) -> list[tuple[int, int, int]]:
+        return [run for row in range(planner.num_rows) for run in planner.runs(0, row)]
+
+    def feed(self, planner: Any, lens: list[int]) -> None:
+        width = max(lens)
+        q, k, v = (torch.randn(self.rows, HEADS, width, DIM, generator=self.generator) for _ in range(3))
+        runs = self.runs(planner)
+        self.tiered.fetch(runs)
+        step = planner.begin(lens, width, True, False)
+        call = AttendCall(DIM**-0.5)
+        got, want = (store.run(q, k, v, step, call) for store in (self.tiered, self.plain))
+        assert torch.equal(got, want)
+        planner.commit()
+
+    def both(self, method: str, *args: Any) -> None:
+        for store in (self.tiered, self.plain):
+            getattr(store, method)(*args)
+
+    def free_unused(self) -> None:
+        planner = self.planners[0]
+        self.both("free_unused", planner.blocks_in_use(), planner.packed_in_use())
+        moves = planner.tidy()
+        if len(moves):
+            self.both("apply", moves)
+            self.both("free_unused", planner.blocks_in_use(), planner.packed_in_use())
+
+    def check(self) -> None:
+        for planner in self.planners:
+            for row in range(planner.num_rows):
+                runs = planner.runs(0, row)
+                for got, want in zip(self.tiered.read(runs), self.plain.read(runs)):
+                    assert torch.equal(got, want)
+
+
+@BACKEND
+@pytest.mark.parametrize("seed", range(4))
+def test_no_schedule_changes_an_output(backend: str, seed: int, tmp_path: Path) -> None:
+    rng = random.Random(seed)
+    twins = Twins(backend, tmp_path, capacity=rng.choice([0, 3, 8]), decay=rng.choice([None, 0.1]))
+    for _ in range(60):
+        planner = rng.choice(twins.planners)
+        seen = min((planner.seen(row) for row in range(planner.num_rows)), default=0)
+        held = [block for block, _, _ in twins.runs(planner)]
+        some = rng.sample(held, min(len(held), 5))
+        act = rng.choice(["feed"] * 3 + ["crop", "rows", "fork", "drop", "spill", "trim", "hold", "free", "score", "prefetch"])
+        if act == "feed":
+            twins.feed(planner, [rng.choice([1, 1, 40, 90, 200]) for _ in range(twins.rows)])
+        elif act == "crop" and seen > 1:
+            planner.crop_rows([rng.randrange(1, min(seen, 150)) for _ in range(twins.rows)])
+        elif act == "rows" and seen:
+            planner.select_rows([rng.randrange(twins.rows) for _ in range(twins.rows)])
+        elif act == "fork" and len(twins.planners) < 4:
+            twins.planners.append(planner.fork())
+        elif act == "drop" and len(twins.planners) > 1:
+            twins.planners.remove(planner)
+            del planner
+        elif act == "spill":
+            twins.tiered.spill(some, later=rng.random() < 0.5)
+        elif act == "trim":
+            twins.tiered.trim(some, later=rng.random() < 0.5)
+        elif act == "prefetch":
+            twins.tiered.prefetch([(block, 0, 1) for block in some])
+        elif act == "hold":
+            twins.tiered.hold(some)
+        elif act == "score":
+            twins.tiered.score(some, [rng.random() for _ in some])
+        elif act == "free":
+            twins.free_unused()
+        twins.check()
+    twins.tiered.finish()
+    counts = twins.tiered.tier_counts()
+    assert counts.loads
+    assert counts.spills
+
+
+@BACKEND
+def test_what_is_not_in_memory_is_never_read(backend: str, tmp_path: Path) -> None:
+    twins = Twins(backend, tmp_path, capacity=2, rows=1)
+    planner = twins.planners[0]
+    twins.feed(planner, [300])
+    twins.tiered.trim([])
+    runs = planner.runs(0, 0)
+    step = planner.begin([1], 1, True, True)
+    q = torch.randn(1, HEADS, 1, DIM)
+    with pytest.raises(StateError, match="block 0 is not in memory; fetch it"):
+        twins.tiered.run(q, q, q, step, AttendCall(1.0))
+    planner.rollback()
+    twins.check()
+    # Of the five blocks of 300 tokens the last one is not full, and two of the others fit.
+    assert twins.tiered.tier_counts().spills == 2
+    twins.tiered.fetch(runs)
+    counts = twins.tiered.tier_counts()
+    assert (counts.hits, counts.loads) == (3, 2)
+    block = 64 * 2 * HEADS * DIM * 4
+    assert (counts.bytes_written, counts.bytes_in_file) == (2 * block, 2 * block)
+    assert counts.bytes_read == 2 * block + 2 * block, "once to be checked, once to stay"
+    # They have copies: to give them back again writes nothing.
+    twins.tiered.trim([])
+    assert twins.tiered.tier_counts().bytes_written == 2 * block
+    twins.feed(planner, [1])
+
+
+@BACKEND
+def test_memory_is_given_back(backend: str, tmp_path: Path) -> None:
+    twins = Twins(backend, tmp_path, capacity=3, rows=1)
+    block = 64 * 2 * HEADS * DIM * 4
+    for _ in range(10):
+        twins.feed(twins.planners[0], [64])
+        twins.tiered.trim([])
+        held = twins.tiered.bytes_held
+        assert backend == "reference" or held <= 3 * block
+    used, size = twins.file.bytes()
+    assert used >= 7 * block
+    assert size >= used
+    assert twins.tiered.tier_counts().bytes_in_file == used
+    del twins.tiered
+    gc.collect()
+    assert twins.file.bytes()[0] == 0
+
+
+@BACKEND
+def test_the_order_in_which_blocks_leave(backend: str, tmp_path: Path) -> None:
+    def spilled(twins: Twins, **scores: float) -> list[int]:
+        before = twins.tiered.tier_counts().spills
+        twins.tiered.trim([6])
+        assert twins.tiered.tier_counts().spills == before + 3
+        gone = []
+        for block in range(7):
+            loads = twins.tiered.tier_counts().loads
+            twins.tiered.hold([block])
+            gone += [block] if twins.tiered.tier_counts().loads > loads else []
+        return gone
+
+    recent = Twins(backend, tmp_path, capacity=4, rows=1)
+    recent.feed(recent.planners[0], [7 * 64])
+    recent.tiered.fetch([(0, 0, 64), (2, 5, 6)])
+    assert spilled(recent) == [1, 3, 4]
+    scored = Twins(backend, tmp_path, capacity=4, rows=1, decay=0.5)
+    scored.feed(scored.planners[0], [7 * 64])
+    scored.tiered.score([0, 1, 3], [8.0, 0.5, 3.0])
+    scored.tiered.score([2, 3, 4], [1.0, 0.5, 4.5])
+    assert spilled(scored) == [1, 2, 5], "4, 0.25, 1, 2 and 4.5 of blocks 0 to 4; 6 is kept"
+
+
+@BACKEND
+def test_a_store_without_a_file(backend: str) -> None:
+    example = torch.zeros(1, HEADS, 1, DIM)
+    store: Any = backends.get(backend).make_store(example, example)
+    store.fetch([])
+    for act in (lambda: store.trim([]), lambda: store.spill([0]), lambda: store.hold([0]), lambda: store.score([0], [1.0])):
+        with pytest.raises(UnsupportedError, match="Tiered"):
+            act()
+    assert store.tier_counts() == (0, 0, 0, 0, 0, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------------- the file
+
+
+def test_a_folder_that_is_none(tmp_path: Path) -> None:
+    for folder in (tmp_path / "none", Path("/proc/self")):
+        with pytest.raises(TierError, match="could not create"):
+            backends.get("cpu").make_tier(str(folder))
+
+
+def test_a_limit_on_the_size_of_files(tmp_path: Path) -> None:
+    """As a full disk: blocks stay in memory, and go on their way once there is space."""
+    twins = Twins("cpu", tmp_path, capacity=2, rows=1)
+    planner = twins.planners[0]
+    twins.feed(planner, [20 * 64])
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40_000, before[1]))
+    try:
+        with pytest.raises(TierFullError, match=r"no space for .* bytes .* they stay in memory"):
+            twins.tiered.trim([])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 0 < twins.tiered.tier_counts().spills < 18
+    twins.check()
+    twins.feed(planner, [5])
+    twins.tiered.trim([])
+    assert twins.tiered.tier_counts().bytes_in_file >= 18 * 64 * 2 * HEADS * DIM * 4
+    twins.check()
+
+
+# ------------------------------------------------------------------------------------------------------------------- the rule
+
+
+def test_budgets_and_folders() -> None:
+    assert Tiered("64MiB").budget_bytes == 64 << 20
+    assert Tiered(1000, Path("/somewhere")) == Tiered(1000, "/somewhere")
+    for budget in (0, -1, 1.5, True, "many", None):
+        with pytest.raises(BudgetError):
+            Tiered(budget)  # type: ignore[arg-type]
+    for wrong in ({"disk": 3}, {"keep": -1}, {"order": "random"}, {"decay": 1.1}, {"decay": "0.1"}, {"background": 1}):
+        with pytest.raises(PolicyError):
+            Tiered("1MiB", **wrong)  # type: ignore[arg-type]
+
+
+def test_what_it_goes_with() -> None:
+    tiered = Memory(storage=Tiered("1MiB"))
+    assert (kvsieve.Full() | tiered).tiers == Tiered("1MiB")
+    assert (kvsieve.HiP() | tiered).compression is None
+    assert kvsieve.Full().tiers is None
+    with pytest.raises(PolicyError, match="keep every token"):
+        kvsieve.StreamingLLM(100) | tiered
+    with pytest.raises(PolicyError, match="keep every token"):
+        kvsieve.SnapKV(100) | tiered
+    with pytest.raises(PolicyError, match="both"):
+        kvsieve.Quantized() | tiered
+    with pytest.raises(PolicyError, match="stands alone"):
+        kvsieve.StreamingLLM(100) >> tiered
