@@ -94,6 +94,13 @@ SYSTEMS: dict[str, System] = {
     "infllm_per_head": System(
         lambda: kvsieve.InfLLM(24, blocks=2, block=4, representatives=1, sinks=2, per_head=True, query_block=8), ("selects",)
     ),
+    # Three blocks of 64 tokens in memory: of a prompt some lie in the file.
+    "infllm_tiered": System(
+        lambda: kvsieve.InfLLM(24, blocks=2, block=8, representatives=1, sinks=2, query_block=8, host_budget="96KiB"), ("selects",)
+    ),
+    "longheads_tiered": System(
+        lambda: kvsieve.LongHeads(96, chunk=16) | kvsieve.Memory(storage=kvsieve.policy.Tiered("96KiB")), ("selects",)
+    ),
     "think_flush": System(lambda: _think(flush_every=16), ("stores",)),
     "think_prefill": System(lambda: _think(when="prefill"), ("stores",)),
     "quantized_prefill": System(lambda: _codes(when="prefill"), ("stores",)),

@@ -9,7 +9,7 @@ Departures from the paper and the published code, and why:
   published code; the paper has the mean of raw logits. Sums are float32.
 * Tokens that represent a block are chosen for each KV head, not for each query head: scores are summed over the group.
 * Of equal scores the earlier token, and the earlier block, is taken.
-* All blocks stay where they are: what the published code calls offloading and its cache change no result.
+* Where blocks lie, and which of them are in memory, changes no result.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from os import PathLike
 from typing import ClassVar
 
 from kvsieve.budget import check_count
@@ -24,6 +25,7 @@ from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Fetched
 from kvsieve.policy.select import FetchedSelection, Piece
+from kvsieve.policy.storage import Tiered
 
 __all__ = ["InfLLM", "InfLLMSelection"]
 
@@ -97,12 +99,15 @@ def InfLLM(
     sinks: int = 128,
     per_head: bool = False,
     query_block: int = 512,
+    host_budget: int | str | None = None,
+    disk: str | PathLike[str] | None = None,
 ) -> Memory:
     """Keep every token; a query reads its window, the first tokens, and the blocks of the text that suit it best, without training.
 
     Inside the window tokens are at their true distances. All that lies beyond it is at ``window - 1``, so no distance is larger,
     however long the text is. Blocks are of tokens that have left the window; each is summed up by the mean key of the tokens that
-    got the most attention while they were in it. Nothing is freed. Runs on the backends ``cpu`` and ``reference``.
+    got the most attention while they were in it. Nothing is evicted; with ``host_budget`` blocks that no query reads lie in a file.
+    Runs on the backends ``cpu`` and ``reference``.
 
     Args:
         window: tokens that a query sees at their true distance, itself included. At most what the model was trained for.
@@ -112,14 +117,25 @@ def InfLLM(
         sinks: first tokens, which are always read. Blocks begin after them.
         per_head: each KV head chooses blocks for itself.
         query_block: queries of a prompt that share a choice: those of equal ``position // query_block``. A decoded one is alone.
+        host_budget: bytes of keys and values in memory, of all layers (an int, or a text such as ``"1GiB"``); None for all of them.
+            It changes no output. ``Memory(storage=policy.Tiered(...))`` has more to choose.
+        disk: the folder of the file; None for the system's folder for temporary files.
 
     Raises:
-        PolicyError: for counts that are none, or more representatives than a block has tokens.
+        PolicyError: for counts that are none, more representatives than a block has tokens, or a folder without a budget.
+        BudgetError: for a budget that is no count of bytes.
 
     >>> InfLLM(window=2048)
     InfLLM(window=2048)
     """
     select = InfLLMSelection(window, blocks, block, representatives, sinks, per_head, query_block)
     plain = vars(InfLLMSelection())
-    text = ", ".join(f"{name}={value!r}" for name, value in vars(select).items() if value != plain[name])
-    return Memory(position=Fetched(), select=select, text=f"InfLLM({text})")
+    told = {name: value for name, value in vars(select).items() if value != plain[name]}
+    storage = None
+    if host_budget is not None:
+        storage = Tiered(host_budget, disk, keep=window + block)
+        told |= {"host_budget": host_budget} | ({} if storage.disk is None else {"disk": storage.disk})
+    elif disk is not None:
+        raise PolicyError("a folder without a host_budget: say how many bytes of keys and values may be in memory")
+    text = ", ".join(f"{name}={value!r}" for name, value in told.items())
+    return Memory(position=Fetched(), select=select, storage=storage, text=f"InfLLM({text})")

@@ -96,6 +96,7 @@ class Fetching(StreamPart):
     def __init__(self, rule: FetchedSelection, setting: Setting) -> None:
         self.rule, self.summary = rule, summary_of(rule)
         self._policy, self._blocks = setting.policy, setting.blocks
+        self._tiered = setting.policy.tiers is not None
         self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: Rows = []
         self.read: dict[int, list[Fetched | None]] = {}
@@ -204,10 +205,9 @@ class Fetching(StreamPart):
         return scores if self.rule.per_head else scores.sum(0, keepdim=True)
 
     def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
-        """What is about to be read by one layer: where blocks are not all in memory, they are brought here.
-
-        ``residents.runs(piece.lo, piece.hi)`` are the slots of a piece.
-        """
+        """What is about to be read by one layer: where blocks are not all in memory, they are brought there."""
+        if self._tiered:
+            store.fetch([run for piece in pieces for run in residents.runs(piece.lo, piece.hi)])
 
     def commit(self, forward: Forward) -> Apply:
         old = self.rows or [{}] * len(forward.lens)
