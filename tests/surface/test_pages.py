@@ -233,7 +233,7 @@ def is_policy(code: str) -> bool:
     """Whether ``code`` is a whole policy with its arguments, such as ``SirLLM(1024) | ThinK(0.4)``."""
     part = rf"(?:{'|'.join(constructors())})\((?:[^()]|\([^()]*\))*\)"
     return re.fullmatch(rf"{part}(?: (?:\||>>) {part})*", code) is not None and not re.search(
-        r"\((budget|window|ratio|bits|preset)\)", code
+        r"\((budget|window|ratio|bits|preset|path)\)", code
     )
 
 
