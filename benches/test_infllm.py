@@ -22,27 +22,27 @@ from rounds import interleaved, record
 HEADS, KV_HEADS, DIM = 8, 2, 128
 
 
-def planned(policy: Any, length: int) -> tuple[Any, Any]:
-    """A planner that holds all but the newest of ``length`` tokens, and the step of that one."""
-    planner, held = make_planner(policy.specs(1), policy.stored_keys), list(range(length - 1))
-    planner.restore(length - 1, [(length - 1, [(held, [0.0] * len(held))])])
-    return planner, planner.begin([1], 1, True, False)
+def planned(policy: Any, length: int) -> tuple[Any, Any, Any]:
+    """A planner that holds ``length`` tokens, where they lie, and the step of one more."""
+    planner = make_planner(policy.specs(1), policy.stored_keys)
+    planner.restore(length, [(length, [(list(range(length)), [0.0] * length)])])
+    return planner, planner.runs(0, 0), planner.begin([1], 1, True, False)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("length", [32768, 131072])
 def test_a_step_of_one_layer(benchmark: Any, length: int) -> None:
     generator = torch.Generator().manual_seed(length)
-    k, v = (torch.randn(1, KV_HEADS, length, DIM, generator=generator) for _ in "kv")
+    k, v = (torch.randn(1, KV_HEADS, length + 1, DIM, generator=generator) for _ in "kv")
     q = torch.randn(1, HEADS, 1, DIM, generator=generator)
     policy, backend = kvsieve.InfLLM(), get("cpu")
     rule = policy.fetching
     assert rule is not None
-    planner, step = planned(policy, length)
-    dense_planner, dense_step = planned(kvsieve.Full(), length)
-    assert planner.runs(0, 0) == dense_planner.runs(0, 0), "one store serves both"
+    planner, runs, step = planned(policy, length)
+    _, same, dense_step = planned(kvsieve.Full(), length)
+    assert runs == same, "one store serves both"
     store = backend.make_store(k, v)
-    store.write(planner.runs(0, 0), k[0, :, :-1], v[0, :, :-1])
+    store.write(runs, k[0, :, :-1], v[0, :, :-1])
 
     frequencies = 10000.0 ** (-torch.arange(0, DIM, 2, dtype=torch.float64) / DIM)
     call, dense_call = AttendCall(DIM**-0.5, rope=LayerRope(frequencies, "half")), AttendCall(DIM**-0.5)
@@ -50,10 +50,10 @@ def test_a_step_of_one_layer(benchmark: Any, length: int) -> None:
     setting: Any = SimpleNamespace(policy=policy, facts=facts, blocks=Blocks(planner))
     part = Fetching.of(setting)
     assert part is not None
-    table = Table.of(torch.randn(KV_HEADS, rule.num_blocks(length - 1), DIM, generator=generator))
-    behind = length - 1 - rule.start - len(table) * rule.block
+    table = Table.of(torch.randn(KV_HEADS, rule.num_blocks(length), DIM, generator=generator))
+    behind = length - rule.start - len(table) * rule.block
     part.rows = [{0: Summed(table, torch.zeros(KV_HEADS, behind))}]
-    forward = Forward([1], 1, [length - 1], step=step)
+    forward = Forward([1], 1, [length], step=step)
     layer = LayerInput(0, q, k[:, :, -1:], v[:, :, -1:], call, forward, store)
 
     def fetching() -> torch.Tensor:
@@ -69,7 +69,9 @@ def test_a_step_of_one_layer(benchmark: Any, length: int) -> None:
     assert last is not None
     assert last.choice.compared == len(table)
     pieces = last.choice.pieces
-    want = attend_pieces(q[0].double(), length - 1, pieces, lambda lo, hi: (k[0, :, lo:hi], v[0, :, lo:hi]), call, False)
+    want = attend_pieces(
+        q[0].double(), length, pieces, lambda lo, hi: (k[0, :, lo:hi].double(), v[0, :, lo:hi].double()), call, False
+    )
     torch.testing.assert_close(got.double(), want.out[:, 0], atol=1e-5, rtol=0)
     took = interleaved({"all": dense, "fetching": fetching})
     read = sum(hi - lo for lo, hi in last.read(0))

@@ -115,5 +115,5 @@ class FetchingLayer:
         """The blocks that the last queries chose, of each KV head."""
         read = self.part.read[0][row]
         assert read is not None
-        blocks = read.choice.blocks.tolist()
+        blocks = read.choice.blocks
         return blocks * (self.store.read([])[0].shape[0] if len(blocks) == 1 else 1)

@@ -133,11 +133,11 @@ def test_a_text_of_which_all_chunks_fit_is_the_full_cache(backend: str) -> None:
 
 
 @BACKEND
-@pytest.mark.parametrize("length", [3, 8, 9, 17, 31, 40])
+@pytest.mark.parametrize("length", [3, 8, 9, 40])
 def test_prompts_of_any_length_go_on(length: int, backend: str) -> None:
     with kvsieve.stream(tiny.model(), kvsieve.LongHeads(24, 8), backend) as stream:
-        stream.generate(tiny.ids(1, length), max_new_tokens=30, do_sample=False)
-        assert stream.seen == length + 29
+        stream.generate(tiny.ids(1, length), max_new_tokens=20, do_sample=False)
+        assert stream.seen == length + 19
 
 
 @BACKEND

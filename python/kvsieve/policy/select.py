@@ -248,7 +248,7 @@ class FetchedSelection(SelectionRule):
     representatives: int = 0
     """Tokens that stand for a block, for summaries that are made of some."""
     compared_at: int
-    """The distance to which queries are rotated before they are compared with summaries."""
+    """The distance at which queries are compared with summaries."""
 
     longest: int = 0
     """Tokens that are shown side by side, which no model may be trained for less of; 0 where that is not so."""

@@ -44,12 +44,12 @@ class Choice:
 
     Attributes:
         compared: summaries that each KV head compared them with.
-        blocks: int64 ``[Hkv, n]``, or ``[1, n]`` for all heads, ascending.
+        blocks: ascending, of each KV head, or one list for all of them.
         pieces: what they read, these blocks included.
     """
 
     compared: int
-    blocks: torch.Tensor
+    blocks: list[list[int]]
     pieces: list[Piece]
 
 
@@ -73,7 +73,7 @@ class Fetched:
 
     def blocks(self, rule: FetchedSelection, head: int) -> npt.NDArray[np.int64]:
         """The blocks that a KV head chose, int64 ``[n, 2]``: ranges of tokens."""
-        numbers = self.choice.blocks[min(head, len(self.choice.blocks) - 1)].numpy()
+        numbers = np.array(self.choice.blocks[min(head, len(self.choice.blocks) - 1)], np.int64)
         lo = rule.start + numbers * rule.block
         return np.stack([lo, lo + rule.block], 1)
 
@@ -166,7 +166,7 @@ class Fetching(StreamPart):
         """Queries ``q`` ``[H, m, D]`` of tokens from ``first`` on: ``[H, m, Dv]``, what is known then, and what they read."""
         store, residents = layer.store, self._residents[row]
         assert store is not None
-        choice = self._choose(layer, first, q, state)
+        choice = self._choose(first, q, state)
         self._fetch(store, residents, choice.pieces)
         scored = self.summary.needs_scores
         found = store.attend_pieces(q, first, residents, choice.pieces, layer.call, scored)
@@ -181,28 +181,25 @@ class Fetching(StreamPart):
         )
         return found.out, self.summary.after(state, news), choice
 
-    def _choose(self, layer: LayerInput, first: int, q: torch.Tensor, state: Summed | None) -> Choice:
+    def _choose(self, first: int, q: torch.Tensor, state: Summed | None) -> Choice:
         """What queries ``q`` ``[H, m, D]`` from token ``first`` on read."""
         among, most = self.rule.candidates(first), self.rule.limit(first)
         compared = 0
         if len(among) <= most:
-            blocks = torch.arange(among.start, among.stop)[None]
+            blocks = [list(among)]
         else:
             assert state is not None
-            scores = self._compare(layer, q, state.table.data[:, among.start : among.stop])
-            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :most]
-            blocks, compared = best.sort(dim=1).values.cpu() + among.start, len(among)
-        return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks.tolist()))
+            scores = self._compare(q, state.table.data[:, among.start : among.stop])
+            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :most].tolist()
+            blocks, compared = [sorted(among[at] for at in mine) for mine in best], len(among)
+        return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks))
 
-    def _compare(self, layer: LayerInput, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
+    def _compare(self, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
         """How well summaries ``[Hkv, n, D]`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads."""
-        queries = q.detach().float()
-        if layer.call.rope is not None and self.rule.compared_at:
-            at = torch.full((queries.shape[1],), self.rule.compared_at, device=q.device)
-            queries = layer.call.rope.rotate(queries, at)
-        grouped = queries.mean(1).view(summaries.shape[0], -1, queries.shape[2]).sum(1)
-        scores: torch.Tensor = (summaries @ grouped[..., None])[..., 0]
-        return scores if self.rule.per_head else scores.sum(0, keepdim=True)
+        mean = q.detach().float().sum(1).view(summaries.shape[0], -1, q.shape[2]).sum(1)
+        if self.rule.per_head:
+            return (summaries * mean[:, None]).sum(-1)
+        return torch.mv(summaries.transpose(0, 1).flatten(1), mean.flatten())[None]
 
     def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
         """What is about to be read by one layer: where blocks are not all in memory, they are brought there."""

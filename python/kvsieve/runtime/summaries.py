@@ -7,7 +7,8 @@ need. A kind of summary says how that value goes on after some queries, and what
     chunk_attention     what the chunk attends to in itself (LongHeads); of keys rotated to their places in it
     mean_key            the mean of all keys before RoPE
 
-All of them are float32.
+All of them are float32, and turned so that queries are compared with them as they come, before RoPE: where a rule compares queries
+at a distance, summaries are rotated by as much backwards.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["KINDS", "ChunkAttention", "MeanKey", "News", "Representatives", "Sum
 
 
 class _Shared:
-    """Memory of a table and of all that have grown from it: ``[Hkv, capacity, D]``, the first ``used`` blocks of it written."""
+    """Memory of a table and of all that have grown from it: ``[capacity, Hkv, D]``, of which ``used`` blocks are written."""
 
     def __init__(self, data: torch.Tensor) -> None:
         self.data, self.used = data, 0
@@ -49,7 +50,7 @@ class Table:
     @classmethod
     def of(cls, data: torch.Tensor) -> Table:
         """The summaries ``data`` ``[Hkv, n, D]``."""
-        empty = cls(_Shared(data.new_empty(data.shape[0], 0, data.shape[2])), 0)
+        empty = cls(_Shared(data.new_empty(0, data.shape[0], data.shape[2])), 0)
         return empty.then(data)
 
     def __len__(self) -> int:
@@ -57,8 +58,8 @@ class Table:
 
     @property
     def data(self) -> torch.Tensor:
-        """``[Hkv, n, D]``; not to be written to."""
-        return self._shared.data[:, : self._count]
+        """``[Hkv, n, D]``; not to be written to. Block by block in memory, so one product compares all heads."""
+        return self._shared.data[: self._count].transpose(0, 1)
 
     @property
     def memory(self) -> tuple[int, int]:
@@ -73,12 +74,12 @@ class Table:
         """These, and ``more`` ``[Hkv, m, D]``."""
         shared, end = self._shared, self._count + more.shape[1]
         with shared.lock:
-            if shared.used == self._count and end <= shared.data.shape[1]:
-                shared.data[:, self._count : end] = more
+            if shared.used == self._count and end <= shared.data.shape[0]:
+                shared.data[self._count : end] = more.transpose(0, 1)
                 shared.used = end
                 return Table(shared, end)
-        grown = _Shared(more.new_empty(more.shape[0], max(2 * end, 16), more.shape[2]))
-        grown.data[:, : self._count], grown.data[:, self._count : end] = self.data, more
+        grown = _Shared(more.new_empty(max(2 * end, 16), more.shape[0], more.shape[2]))
+        grown.data[: self._count], grown.data[self._count : end] = shared.data[: self._count], more.transpose(0, 1)
         grown.used = end
         return Table(grown, end)
 
@@ -106,7 +107,7 @@ class Summed:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Copies for a session file."""
-        found = {"table": self.table.data.clone(), "scores": self.scores.clone()}
+        found = {"table": self.table.data.clone(memory_format=torch.contiguous_format), "scores": self.scores.clone()}
         return {**found, "queries": torch.cat(self.queries, 1)} if self.queries else found
 
     @classmethod
@@ -173,6 +174,13 @@ class Summary:
         """``x`` ``[Hkv, count * block, ...]`` as ``[Hkv, count, block, ...]``."""
         return x.reshape(x.shape[0], count, self.rule.block, *x.shape[2:])
 
+    def turned(self, summaries: torch.Tensor, call: AttendCall) -> torch.Tensor:
+        """``[Hkv, n, D]`` as queries are compared with them: :attr:`FetchedSelection.compared_at` tokens before these."""
+        if call.rope is None or not self.rule.compared_at:
+            return summaries
+        at = torch.full((summaries.shape[1],), -self.rule.compared_at, device=summaries.device)
+        return call.rope.rotate(summaries, at, factor=False)
+
 
 class Representatives(Summary):
     """The mean of the tokens that got the most attention from the queries that see them in their window; of equal ones the earlier.
@@ -199,7 +207,7 @@ class Representatives(Summary):
             self.split(scores[:, :end], count).sort(dim=2, descending=True, stable=True).indices[..., : self.rule.representatives]
         )
         more = keys.gather(2, best[..., None].expand(-1, -1, -1, keys.shape[3])).mean(2)
-        return replace(state, table=state.table.then(more), scores=scores[:, end:].clone())
+        return replace(state, table=state.table.then(self.turned(more, news.call)), scores=scores[:, end:].clone())
 
     def can_forget(self, state: Summed, left: int) -> bool:
         """Attention that forgotten tokens gave is part of sums."""
@@ -267,7 +275,7 @@ class MeanKey(Summary):
         if not count:
             return state
         keys = self.split(news.read(base, base + count * self.rule.block)[0].float(), count)
-        return replace(state, table=state.table.then(keys.mean(2)))
+        return replace(state, table=state.table.then(self.turned(keys.mean(2), news.call)))
 
     def can_forget(self, state: Summed, left: int) -> bool:
         return True
