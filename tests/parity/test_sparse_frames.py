@@ -89,7 +89,6 @@ class Row:
         self.kind, self.rule, self.mode, self.in_cache, self.rope, self.scale = kind, rule, mode, in_cache, rope, scale
         self.found: Selection | None = None
         self.k = self.v = torch.empty(0)
-        self.shown: dict[str, torch.Tensor] = {}
         self.true = torch.empty(0, dtype=torch.int64)
         self.seen = self.step = self.since = self.next = 0
         self.searched = self.read = 0
@@ -99,33 +98,23 @@ class Row:
         return indices if self.in_cache else self.true[indices].tolist()
 
     def turned(self, q: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """In float64, `placed`; what it makes of the keys depends on no query."""
-        if "placed" not in self.shown:
-            self.shown["placed"] = placed(q[:, :0], self.k.double(), [], self.at(list(range(self.k.shape[1]))), self.rope)[1]
-        return placed(q, self.k[:, :0].double(), self.at(positions), [], self.rope)[0], self.shown["placed"]
+        """In float64, `placed`."""
+        return placed(q.double(), self.k.double(), self.at(positions), self.at(list(range(self.k.shape[1]))), self.rope)
 
-    def at_one_distance(self, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """In float64, `relative`, likewise."""
-        if "relative" not in self.shown:
-            self.shown["relative"] = relative(q[:, :0], self.k.double(), self.rule["window"], self.rope)[1]
-        return relative(q, self.k[:, :0].double(), self.rule["window"], self.rope)[0], self.shown["relative"]
-
-    def scores(self, q: torch.Tensor, positions: list[int]) -> np.ndarray:
-        # Quarter turns are exact in any dtype, those of a model as good as the dtype.
+    def scored(self, q: torch.Tensor, positions: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys as a search takes them. Quarter turns are exact in any dtype, those of a model as good as the dtype."""
         if self.mode in ("relative", "consecutive"):
-            pair = self.at_one_distance(q.double())
-        else:
-            pair = (q, self.k) if self.mode == "stored" else self.turned(q.double(), positions)
-        return group_scores(*pair, positions, self.rule["window"], self.rule.get("query_stride", 1))
+            return relative(q.double(), self.k.double(), self.rule["window"], self.rope)
+        return (q, self.k) if self.mode == "stored" else self.turned(q, positions)
 
-    def choose(self, q: torch.Tensor, positions: list[int], start: int) -> None:
+    def choose(self, q: torch.Tensor, k: torch.Tensor, positions: list[int], start: int) -> None:
         rule = self.rule
         if start == 0:
             lo, hi = region(positions, rule["sinks"], rule["window"])
         else:
             assert self.found is not None
             lo, hi = self.found.lo, self.found.hi
-        scores = self.scores(q, positions)
+        scores = group_scores(q, k, positions, rule["window"], rule.get("query_stride", 1))
         if self.kind == "hip":
             self.found = hip_search(scores, lo, hi, rule["budget"], rule["block"], rule["representative"])
         else:
@@ -135,41 +124,41 @@ class Row:
         self.searched += sum(self.found.reads)
 
     def answer(self, q: torch.Tensor, visible: torch.Tensor, positions: list[int]) -> torch.Tensor:
-        q, k, v = q.double(), self.k.double(), self.v.double()
         if self.mode == "consecutive":
+            q, k, v = q.double(), self.k.double(), self.v.double()
             return consecutive_attend(q, k, v, visible, positions, self.rope, self.scale)[0]
-        q, k = (q, k) if self.mode == "stored" else self.turned(q, positions)
-        return sparse_attend(q, k, v, visible, self.scale)[0]
+        q, k = (q.double(), self.k.double()) if self.mode == "stored" else self.turned(q, positions)
+        return sparse_attend(q, k, self.v.double(), visible, self.scale)[0]
 
     def feed(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         first, count = self.k.shape[1] if self.seen else 0, k.shape[1]
-        self.shown.clear()
         self.k = torch.cat([self.k, k], 1) if self.seen else k
         self.v = torch.cat([self.v, v], 1) if self.seen else v
         self.true = torch.cat([self.true, torch.arange(self.seen, self.seen + count)])
         self.seen += count
-        out, lo = [], 0
+        all_at = list(range(first, first + count))
+        asked, keys = self.scored(q, all_at)
+        masks, lo = [], 0
         while lo < count:
             size = min(count - lo, self.rule["query_block"] - (first + lo) % self.rule["query_block"])
-            positions = list(range(first + lo, first + lo + size))
-            mine = q[:, lo : lo + size]
+            positions = all_at[lo : lo + size]
             refresh = self.rule["refresh"]
             most = self.rule["stages"][-1][1] if self.kind == "infinite" else self.rule["budget"]
             follows = size == 1 and self.found is not None and self.next == positions[0]
             follows = follows and self.found is not None and self.found.hi - self.found.lo > most
             start = first_stage(self.step, refresh) if follows else 0
             if start is not None:
-                self.choose(mine, positions, start)
+                self.choose(asked[:, lo : lo + size], keys, positions, start)
                 if start == 0:
                     self.step, self.since = 0, positions[-1]
             self.step, self.next = self.step + 1, positions[-1] + 1
             assert self.found is not None
             window = self.rule["window"] + positions[-1] - self.since
-            visible = kept(self.found, positions, self.k.shape[1], self.rule["sinks"], window)
-            self.read += int(visible.sum())
-            out.append(self.answer(mine, visible, positions))
+            masks.append(kept(self.found, positions, self.k.shape[1], self.rule["sinks"], window))
             lo += size
-        return torch.cat(out, 1)
+        visible = torch.cat(masks, 1)
+        self.read += int(visible.sum())
+        return self.answer(q, visible, all_at)
 
     def keep(self, indices: list[int]) -> None:
         self.k, self.v, self.true = self.k[:, indices], self.v[:, indices], self.true[indices]

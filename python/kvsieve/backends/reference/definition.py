@@ -268,12 +268,21 @@ def consecutive_attend(
     """
     group = q.shape[0] // k.shape[0]
     out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_full(q.shape[:2], -torch.inf)
+    table = None if rope is None else rope.table(torch.arange(k.shape[1] + 1), q.dtype)
+
+    def turned(x: torch.Tensor, first: int) -> torch.Tensor:
+        """``x`` ``[h, n, D]`` at places ``first, first + 1, ...``."""
+        if rope is None or table is None:
+            return x
+        cos, sin = (one[first : first + x.shape[1]] for one in table)
+        return rope.turn(x, (cos, sin))
+
     for head, mine in enumerate(visible):
         heads = slice(head * group, (head + 1) * group)
         for i, position in enumerate(positions):
             tokens = mine[i].nonzero()[:, 0]
             before = int((tokens < position).sum())
-            query, keys = placed(q[heads, i : i + 1], k[head : head + 1, tokens], [before], range(len(tokens)), rope)
+            query, keys = turned(q[heads, i : i + 1], before), turned(k[head : head + 1, tokens], 0)
             seen = torch.ones(1, len(tokens), dtype=torch.bool)
             found = attend(query, keys, v[head : head + 1, tokens], seen, scale, softcap)
             out[heads, i : i + 1], lse[heads, i : i + 1] = found
