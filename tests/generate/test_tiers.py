@@ -20,7 +20,7 @@ from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
-BLOCK = 3 * 64 * 2 * 2 * 16 * 4
+BLOCK = 2 * 64 * 2 * 2 * 16 * 4
 """Bytes of a block of 64 tokens in all layers of the tiny model."""
 
 
