@@ -100,9 +100,12 @@ impl Mailbox {
     }
 }
 
+/// A job, and the file that it is about.
+type Addressed = (Arc<TierFile>, Job);
+
 /// The thread of a file, from its first job on.
 #[derive(Default)]
-pub(super) struct Worker(Mutex<Option<Sender<(Arc<TierFile>, Job)>>>);
+pub(super) struct Worker(Mutex<Option<Sender<Addressed>>>);
 
 impl Worker {
     /// # Errors
@@ -125,7 +128,7 @@ fn failed(reason: &str) -> Error {
 }
 
 /// Until the last user of the file is gone, and with it the sender.
-fn work(jobs: &Receiver<(Arc<TierFile>, Job)>) {
+fn work(jobs: &Receiver<Addressed>) {
     while let Ok((file, Job { block, ticket, extent, work, to })) = jobs.recv() {
         let done = match work {
             Work::Write(bytes) => Done::Written(file.write(extent, &bytes).map(|sum| (sum, bytes.len()))),
