@@ -4,9 +4,9 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::merge::{Found, Head, Norm, write_out};
+use super::scratch::padded;
 use super::units::Common;
-use crate::kernels::rotate::load_row;
-use crate::kernels::simd::Portable;
+use crate::kernels::simd::{Elem, Simd, dispatch};
 use crate::kernels::threads;
 use crate::plan::Span;
 use crate::tensor::{Dtype, ElemsMut};
@@ -34,7 +34,9 @@ impl Heaviest {
 }
 
 /// Keys that are looked at together: most of them hold nothing that could be chosen.
-const LOOK: usize = 32;
+const LOOK: usize = 128;
+
+const LANES: usize = 16;
 
 /// So many are chosen first where only their mass says how many it takes.
 const FIRST: usize = 64;
@@ -129,6 +131,18 @@ fn choose(logits: &[&[f32]], norm: &Norm, keep: &Heaviest) -> (Vec<Candidate>, f
     }
 }
 
+/// Whether one of these is above the bar. Lanes of their own, so that it is done by vectors.
+fn any_above(look: &[f32], bar: f32) -> bool {
+    let mut top = [f32::NEG_INFINITY; LANES];
+    let (whole, rest) = look.as_chunks::<LANES>();
+    for x in whole {
+        for (top, &x) in top.iter_mut().zip(x) {
+            *top = if x > *top { x } else { *top };
+        }
+    }
+    top.iter().chain(rest).any(|&x| x > bar)
+}
+
 /// The `count` greatest logits, the greatest first, of equal ones the earlier.
 fn best(logits: &[&[f32]], count: usize) -> Vec<Candidate> {
     let order = |a: &Candidate, b: &Candidate| b.0.total_cmp(&a.0).then(a.1.cmp(&b.1));
@@ -139,7 +153,7 @@ fn best(logits: &[&[f32]], count: usize) -> Vec<Candidate> {
     let mut first = 0u32;
     for piece in logits {
         for look in piece.chunks(LOOK) {
-            if held.len() < count || look.iter().fold(false, |any, &x| any | (x > bar)) {
+            if held.len() < count || any_above(look, bar) {
                 let passes = |&(_, x): &(u32, &f32)| *x > bar || held.len() < count;
                 let new: Vec<Candidate> = (first..).zip(look).filter(passes).map(|(key, &x)| (x, key)).collect();
                 held.extend(new);
@@ -157,39 +171,73 @@ fn best(logits: &[&[f32]], count: usize) -> Vec<Candidate> {
     held
 }
 
+/// A value of the arena's dtype, and its weight.
+type Weighed = (*const u8, f32);
+
 /// Adds the values of the chosen keys to the sums, by their weights relative to the greatest logit.
 fn add_up(common: &Common<'_>, kv_head: usize, spans: &[Span], chosen: &[Candidate], max: f32, sums: &mut [f32]) {
+    let arena = common.arena;
+    let mut plain: Vec<Weighed> = Vec::with_capacity(chosen.len());
     let mut row = vec![0f32; sums.len()];
     let mut spans = spans.iter();
     let (mut span, mut begins, mut next) = (None, 0u32, 0u32);
     for &(logit, key) in chosen {
         while key >= next {
-            let Some(one) = spans.next() else { return };
+            let Some(one) = spans.next() else { break };
             (span, begins) = (Some(one), next);
             next += one.hi - one.lo;
         }
-        let Some(span) = span else { return };
-        read_value(common, kv_head, span, span.lo + key - begins, &mut row);
-        let weight = (logit - max).exp();
-        sums.iter_mut().zip(&row).for_each(|(sum, x)| *sum += weight * x);
+        let Some(span) = span else { break };
+        let (slot, weight) = (span.lo + key - begins, (logit - max).exp());
+        match arena.packed() {
+            Some(packed) if span.block.is_packed() => {
+                // SAFETY: `args::check` has made sure that the span lies in a block with memory; the row takes one value.
+                unsafe { packed.values_f32(span.block, kv_head, slot, &mut row) };
+                sums.iter_mut().zip(&row).for_each(|(sum, x)| *sum += weight * x);
+            }
+            _ => plain.push((arena.rows(span.block, kv_head, slot).1, weight)),
+        }
     }
+    add_plain(common, &plain, sums);
 }
 
-/// The value in a slot of a span.
-fn read_value(common: &Common<'_>, kv_head: usize, span: &Span, slot: u32, to: &mut [f32]) {
-    let arena = common.arena;
-    // SAFETY (all): `args::check` has made sure that the span lies in a block with memory; a value has as many elements as `to`, of the
-    // arena's dtype; the portable level needs nothing.
-    if span.block.is_packed()
-        && let Some(packed) = arena.packed()
-    {
-        return unsafe { packed.values_f32(span.block, kv_head, slot, to) };
+/// Adds values that lie as numbers.
+fn add_plain(common: &Common<'_>, rows: &[Weighed], sums: &mut [f32]) {
+    let (level, mut wide) = (common.args.level, vec![0f32; padded(sums.len())]);
+    wide[..sums.len()].copy_from_slice(sums);
+    let (dim, to) = (sums.len(), &mut wide[..]);
+    match common.arena.dtype() {
+        Dtype::F32 => dispatch!(level, add::<f32>(rows: &[Weighed], dim: usize, to: &mut [f32]) -> ()),
+        Dtype::BF16 => dispatch!(level, add::<bf16>(rows: &[Weighed], dim: usize, to: &mut [f32]) -> ()),
+        Dtype::F16 => dispatch!(level, add::<f16>(rows: &[Weighed], dim: usize, to: &mut [f32]) -> ()),
     }
-    let (_, value) = arena.rows(span.block, kv_head, slot);
-    match arena.dtype() {
-        Dtype::F32 => unsafe { load_row::<Portable, f32>(value.cast(), to) },
-        Dtype::BF16 => unsafe { load_row::<Portable, bf16>(value.cast(), to) },
-        Dtype::F16 => unsafe { load_row::<Portable, f16>(value.cast(), to) },
+    sums.copy_from_slice(&wide[..dim]);
+}
+
+/// Rows that are asked for before they are read: they lie here and there.
+const AHEAD: usize = 8;
+
+/// # Safety
+/// As for [`Simd`]; every row has `dim` elements of `E`; the sums are whole vectors.
+#[inline(always)]
+unsafe fn add<S: Simd, E: Elem>(rows: &[Weighed], dim: usize, sums: &mut [f32]) {
+    let whole = dim / S::LANES * S::LANES;
+    let to = sums.as_mut_ptr();
+    for (i, &(row, weight)) in rows.iter().enumerate() {
+        // SAFETY: any address may be asked for; channels below `dim`, the last ones by a partial load; sums beyond it are there.
+        unsafe {
+            if let Some(&(next, _)) = rows.get(i + AHEAD) {
+                (0..dim * size_of::<E>()).step_by(64).for_each(|at| S::prefetch(next.wrapping_add(at)));
+            }
+            let (row, weight) = (row.cast::<E>(), S::splat(weight));
+            for c in (0..whole).step_by(S::LANES) {
+                S::store(to.add(c), S::fma(weight, E::load::<S>(row.add(c)), S::load(to.add(c))));
+            }
+            if whole < dim {
+                let x = E::load_part::<S>(row.add(whole), dim - whole);
+                S::store(to.add(whole), S::fma(weight, x, S::load(to.add(whole))));
+            }
+        }
     }
 }
 
