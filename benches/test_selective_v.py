@@ -15,25 +15,24 @@ from kvsieve.policy.storage import Channels, Packing
 from rounds import interleaved, record
 
 HEADS, KV_HEADS, DIM = 32, 8, 128
-LENGTH = 32768
 TOP = 100
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("value_bits", [0, 4], ids=["plain", "values of 4 bits"])
-def test_a_step_of_one_layer(benchmark: Any, value_bits: int) -> None:
+@pytest.mark.parametrize(("length", "value_bits"), [(32768, 0), (131072, 0), (32768, 4)])
+def test_a_step_of_one_layer(benchmark: Any, length: int, value_bits: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(1, KV_HEADS, LENGTH, DIM, generator=generator).bfloat16() for _ in "kv")
+    k, v = (torch.randn(1, KV_HEADS, length, DIM, generator=generator).bfloat16() for _ in "kv")
     # Twice as long: attention with a point to it.
     q = 2 * torch.randn(1, HEADS, 1, DIM, generator=generator).bfloat16()
     planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.original())], "post_rope")
-    held = list(range(LENGTH - 1))
-    planner.restore(LENGTH - 1, [(LENGTH - 1, [(held, [0.0] * len(held))])])
+    held = list(range(length - 1))
+    planner.restore(length - 1, [(length - 1, [(held, [0.0] * len(held))])])
     store = get("cpu").make_store(k, v)
     store.write(planner.runs(0, 0), k[0, :, :-1], v[0, :, :-1])
     if value_bits:
         store.set_packing(Packing(DIM, 0, value_bits, 64))
-        store.pack(planner.pack(0, LENGTH - 64, 1), Channels.all(k[0], None))
+        store.pack(planner.pack(0, length - 64, 1), Channels.all(k[0], None))
     step, new, call = planner.begin([1], 1, True, False), (k[:, :, -1:], v[:, :, -1:]), AttendCall(DIM**-0.5)
     rule = HeaviestValues(TOP)
     got, mass = store.run_heaviest(q, *new, step, call, rule, [True])
@@ -50,7 +49,7 @@ def test_a_step_of_one_layer(benchmark: Any, value_bits: int) -> None:
         benchmark,
         lambda: store.run_heaviest(q, *new, step, call, rule, [True]),
         took,
-        length=LENGTH,
+        length=length,
         mass=round(float(mass.mean()), 3),
         times_as_fast=round(took["all"] / took["heaviest"], 2),
     )
