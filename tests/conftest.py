@@ -38,6 +38,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if on_other_backends(item, backend)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if not on_other_backends(item, backend)]
+    # Long tests begin early, and those of the small model side by side in one worker, which loads it once.
+    items.sort(key=lambda item: item.get_closest_marker("model") is None)
     skip_without_a_gpu(items)
 
 

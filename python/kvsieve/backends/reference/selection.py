@@ -190,14 +190,15 @@ def consecutive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torc
     rope, group = call.rope, q.shape[0] // k.shape[0]
     assert rope is not None
     out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[:2])
+    counts = visible.sum(-1).tolist()
+    cos, sin = rope.table(torch.arange(max(map(max, counts)), device=q.device), q.dtype)
     for head in range(k.shape[0]):
         heads = slice(head * group, (head + 1) * group)
-        for i in range(q.shape[1]):
-            read = visible[head, i]
-            at = torch.arange(int(read.sum()), device=q.device)
-            query = rope.rotate(q[heads, i : i + 1], at[-1:])
-            keys = rope.rotate(k[head : head + 1, read], at)
-            every = read.new_ones(1, len(at))
+        for i, count in enumerate(counts[head]):
+            read = visible[head, i].nonzero()[:, 0]
+            query = rope.turn(q[heads, i : i + 1], (cos[count - 1 : count], sin[count - 1 : count]))
+            keys = rope.turn(k[head : head + 1, read], (cos[:count], sin[:count]))
+            every = visible.new_ones(1, count)
             out[heads, i : i + 1], lse[heads, i : i + 1] = attend(
                 query, keys, v[head : head + 1, read], every, call.scale, call.softcap
             )
