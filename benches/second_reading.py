@@ -37,15 +37,17 @@ def main(count: int = 2048, window: int = 512) -> None:
     ids, other = every[:, SKIP : SKIP + count], every[:, SKIP + 2 * count : SKIP + 3 * count]
     alone = surprisals(model, kvsieve.StreamingLLM(window), ids)
     print(f"StreamingLLM({window}): perplexity {math.exp(float(alone.mean())):.3f}", flush=True)
-    banks = {"the text": kvsieve.MemoryBank(), "another text": kvsieve.MemoryBank()}
-    for bank, read in zip(banks.values(), (ids, other)):
-        bank.ingest(model, read, window=window)
-    for name, bias in (("the text", 0.0), ("the text", -2.0), ("the text", 2.0), ("another text", 0.0)):
-        policy = kvsieve.StreamingLLM(window) >> banks[name].like(read_only=True, bias=bias)
-        change = surprisals(model, policy, ids) - alone
-        nats, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
-        perplexity = math.exp(float(alone.mean()) + nats)
-        print(f">> MemoryBank(bias={bias}) of {name}: perplexity {perplexity:.3f}, {nats:+.3f} ± {error:.3f} nats", flush=True)
+    layers = model.config.num_hidden_layers
+    for chosen in (None, range(layers // 3, 2 * layers // 3)):
+        for name, read in (("the text", ids), ("another text", other)):
+            bank = kvsieve.MemoryBank(layers=chosen)
+            bank.ingest(model, read, window=window)
+            for bias in (0.0, -2.0) if chosen is None else (0.0,):
+                policy = kvsieve.StreamingLLM(window) >> bank.like(read_only=True, bias=bias)
+                change = surprisals(model, policy, ids) - alone
+                nats, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
+                perplexity = math.exp(float(alone.mean()) + nats)
+                print(f"{bank!r} of {name}, bias={bias}: {perplexity:.3f}, {nats:+.3f} ± {error:.3f} nats", flush=True)
 
 
 if __name__ == "__main__":
