@@ -219,7 +219,7 @@ def test_roles_that_need_each_other() -> None:
     select = kvsieve.InfLLM().select
     with pytest.raises(PolicyError, match="goes with a FetchedSelection"):
         kvsieve.Memory(position=kvsieve.policy.Fetched())
-    with pytest.raises(PolicyError, match="of which .* evicts some"):
+    with pytest.raises(PolicyError, match=r"of which .* evicts some"):
         kvsieve.Memory(evict=kvsieve.SirLLM(64).evict, select=select, position=kvsieve.policy.Fetched())
     with pytest.raises(PolicyError, match="evicts the text between"):
         kvsieve.Memory(evict=kvsieve.StreamingLLM(64).evict, select=select, position=kvsieve.policy.Fetched())
