@@ -199,7 +199,8 @@ class Fetching(StreamPart):
         mean = q.detach().float().sum(1).view(summaries.shape[0], -1, q.shape[2]).sum(1)
         if self.rule.per_head:
             return (summaries * mean[:, None]).sum(-1)
-        return torch.mv(summaries.transpose(0, 1).flatten(1), mean.flatten())[None]
+        # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
+        return (summaries.transpose(0, 1).flatten(1) * mean.flatten()).sum(-1)[None]
 
     def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
         """What is about to be read by one layer: where blocks are not all in memory, they are brought there."""

@@ -58,7 +58,7 @@ class Table:
 
     @property
     def data(self) -> torch.Tensor:
-        """``[Hkv, n, D]``; not to be written to. Block by block in memory, so one product compares all heads."""
+        """``[Hkv, n, D]``; not to be written to. Block by block in memory: all heads are compared at once."""
         return self._shared.data[: self._count].transpose(0, 1)
 
     @property
