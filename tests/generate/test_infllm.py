@@ -239,3 +239,47 @@ def test_a_text_of_it_is_read_back() -> None:
 def test_a_backend_that_cannot_says_so() -> None:
     with pytest.raises(BackendError, match="at other distances than their own"):
         CUDA.check_fetching()
+
+
+@BACKEND
+@pytest.mark.parametrize("base", ["infllm", "infllm per head", "longheads"])
+def test_where_blocks_lie_changes_no_output(base: str, backend: str, tmp_path: Path) -> None:
+    """As many blocks in memory as all, a few, and the fewest that there can be, in either order of leaving."""
+    make = {
+        "infllm": lambda: kvsieve.InfLLM(64, blocks=3, block=32, representatives=2, sinks=8, query_block=64),
+        "infllm per head": lambda: kvsieve.InfLLM(64, blocks=2, block=8, sinks=8, query_block=64, per_head=True),
+        "longheads": lambda: kvsieve.LongHeads(128, chunk=32),
+    }[base]
+    model, ids, blocks = tiny.model(), tiny.ids(1, 424), 64 * 2 * 2 * (16 + 16) * 4
+    with kvsieve.stream(model, make(), backend) as stream:
+        want, whole = forwards(model, stream.cache, ids, [400, 1]), stream.stats()
+    for count, order in ((20, "recency"), (4, "recency"), (3, "recency"), (3, "scores")):
+        where = kvsieve.Memory(storage=kvsieve.policy.Tiered(count * blocks, str(tmp_path), keep=64, order=order))  # type: ignore[arg-type]
+        with kvsieve.stream(model, make() | where, backend) as stream:
+            assert torch.equal(forwards(model, stream.cache, ids, [400, 1]), want)
+            tiers = stream.stats().tiers
+            assert tiers is not None
+            assert tiers.hits > 0
+            if count == 20:
+                assert (tiers.loads, tiers.spills) == (0, 0)
+                continue
+            assert tiers.bytes_read >= tiers.loads * (blocks // 2) > 0
+            # The block that is being filled is there besides. The reference frees nothing.
+            assert backend == "reference" or tiers.bytes_in_memory <= (count + 1) * blocks < whole.parts.keys + whole.parts.values
+    assert list(tmp_path.iterdir()) == []
+
+
+@BACKEND
+def test_its_budget_of_memory_is_one_of_tiers(backend: str, tmp_path: Path) -> None:
+    made = small(host_budget=5 * 32768, disk=str(tmp_path))
+    assert made.memories[0].storage == kvsieve.policy.Tiered(5 * 32768, str(tmp_path), keep=20)
+    assert kvsieve.methods.parse(repr(made)) == made
+    with kvsieve.stream(tiny.model(), made, backend) as stream:
+        stream.feed(tiny.ids(1, 500), chunk=100)
+        tiers = stream.stats().tiers
+        assert tiers is not None
+        assert tiers.spills > 0
+    with pytest.raises(PolicyError, match="host_budget"):
+        small(disk=str(tmp_path))
+    with pytest.raises(kvsieve.errors.BudgetError, match="give it at least"):
+        kvsieve.stream(tiny.model(), small(host_budget=32768), backend)
