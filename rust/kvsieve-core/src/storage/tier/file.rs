@@ -12,7 +12,7 @@ use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::checksum::checksum;
-use super::worker::{Job, Worker};
+use super::worker::{Task, Worker};
 use crate::fork::generation;
 use crate::{Error, Result};
 
@@ -87,9 +87,9 @@ impl TierFile {
         space.map_or((0, 0), |space| (space.used, space.grown))
     }
 
-    /// Has a job done by the thread of the file.
-    pub(in crate::storage) fn send(self: &Arc<Self>, job: Job) -> Result<()> {
-        self.worker.send(self, job)
+    /// Has something done by the thread of the file.
+    pub(super) fn run(&self, task: Task) -> Result<()> {
+        self.worker.run(task)
     }
 
     /// An extent of at least `bytes`.
@@ -185,8 +185,8 @@ mod system {
     use std::path::Path;
     use std::sync::atomic::{AtomicU64, Ordering};
 
-    use super::{Medium, failed, full};
     use crate::Result;
+    use crate::storage::tier::file::{Medium, failed, full, is_full};
 
     impl Medium for File {
         fn grow(&self, len: u64) -> io::Result<()> {
@@ -245,7 +245,7 @@ mod system {
                 Err(err) if err.kind() == io::ErrorKind::AlreadyExists => {}
                 Err(err) => {
                     let err = io::Error::new(err.kind(), format!("{}: {err}", folder.display()));
-                    return Err(if super::is_full(&err) { full(0, &err) } else { failed("create", &err.to_string()) });
+                    return Err(if is_full(&err) { full(0, &err) } else { failed("create", &err.to_string()) });
                 }
             }
         }
@@ -257,7 +257,7 @@ mod system {
 mod system {
     use std::path::Path;
 
-    use super::Medium;
+    use crate::storage::tier::file::Medium;
     use crate::{Error, Result};
 
     pub fn create(_folder: &Path) -> Result<Box<dyn Medium>> {

@@ -2,10 +2,11 @@
 
 mod checksum;
 mod file;
+mod jobs;
 mod table;
 mod worker;
 
 pub use file::{Extent, Medium, TierFile};
+pub(super) use jobs::{Answer, Done, Work};
 pub(super) use table::{Copied, Tier};
 pub use table::{Counts, Order};
-pub(super) use worker::{Answer, Done, Work};

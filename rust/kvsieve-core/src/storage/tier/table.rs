@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{ThreadId, current};
 
 use super::file::{Extent, TierFile};
-use super::worker::{Answer, Done, Job, Mailbox, Work};
+use super::jobs::{Answer, Done, Job, Mailbox, Work, send};
 use crate::{Error, Result};
 
 /// Threads whose last fetch is kept: more do not read one layer at once.
@@ -248,7 +248,7 @@ impl Tier {
     pub fn send(&mut self, block: usize, extent: Extent, work: Work) -> Result<()> {
         self.tickets += 1;
         let (ticket, used) = (self.tickets, self.entry(block).used);
-        self.file.send(Job { block, ticket, extent, work, to: Arc::clone(&self.mailbox) })?;
+        send(&self.file, Job { block, ticket, extent, work, to: Arc::clone(&self.mailbox) })?;
         self.pending.insert(block, (ticket, used));
         Ok(())
     }
