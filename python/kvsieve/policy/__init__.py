@@ -6,7 +6,16 @@ from kvsieve.policy.bank import BankRule
 from kvsieve.policy.compose import Banked, Chain, Memory, Policy
 from kvsieve.policy.evict import EvictionRule, HeadObservation, KeepAll, PerHeadEviction, Residents
 from kvsieve.policy.position import Capped, Fetched, FixedDistance, InCache, Original, PositionRule, Rebased
-from kvsieve.policy.select import Dense, FetchedSelection, Piece, RecycledSelection, SelectionRule, SparseSelection, TopKTokens
+from kvsieve.policy.select import (
+    Dense,
+    FetchedSelection,
+    HeaviestValues,
+    Piece,
+    RecycledSelection,
+    SelectionRule,
+    SparseSelection,
+    TopKTokens,
+)
 from kvsieve.policy.storage import (
     Channels,
     LayerShape,
@@ -30,6 +39,7 @@ __all__ = [
     "FetchedSelection",
     "FixedDistance",
     "HeadObservation",
+    "HeaviestValues",
     "InCache",
     "KeepAll",
     "LayerShape",
