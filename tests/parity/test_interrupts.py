@@ -129,11 +129,11 @@ def test_a_torch_chunk_is_cut_where_one_call_would_be_long(monkeypatch: pytest.M
     for old, count, own in [(0, 300, True), (130, 70, True), (500, 33, True), (200, 40, False)]:
         q, k, v = torch.randn(6, count, 32), torch.randn(2, old + count * own, 32), torch.randn(2, old + count * own, 32)
         monkeypatch.setattr(prefill, "WORK", 1 << 60)
-        whole = prefill._dense(q, k, v, old, 0.2)
+        whole = prefill.dense(q, k, v, old, 0.2)
         monkeypatch.setattr(prefill, "WORK", 4 * 3 * 32 * 32 * 64)
         monkeypatch.setattr(prefill, "QUERIES", 16)
-        with unittest.mock.patch.object(prefill, "_flash", wraps=prefill._flash) as flash:
-            pieces = prefill._dense(q, k, v, old, 0.2)
+        with unittest.mock.patch.object(prefill, "flash", wraps=prefill.flash) as flash:
+            pieces = prefill.dense(q, k, v, old, 0.2)
         assert flash.call_count > 4
         torch.testing.assert_close(pieces, whole, rtol=1e-5, atol=1e-5)
 
