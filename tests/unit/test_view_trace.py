@@ -156,6 +156,8 @@ def test_what_does_not_fit_together_is_not_drawn(tmp_path: Path) -> None:
     ("argv", "says"),
     [
         (["--policy", "sirllm(64)"], "a selection leaves out"),
+        (["--policy", "selectivev(8)"], "a selection leaves out"),
+        (["--policy", "refreshkv(64)"], "everything at some steps"),
         (["--prompt-file", "no-such-file.txt"], "no-such-file.txt"),
         (["--model", "no-such-folder"], "no model at no-such-folder"),
     ],
@@ -184,3 +186,33 @@ def test_the_command_draws_and_writes_numbers(tmp_path: Path, capsys: pytest.Cap
     assert all(4 + 64 < step["read"] <= 4 + 64 + 64 + 3 for step in report["steps"])
     assert [len(panel["share"]) for panel in report["panels"]] == [4, 4, 4]
     assert "4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.model
+@pytest.mark.usefixtures("loaded")
+@pytest.mark.parametrize(
+    ("policy", "first", "newest", "read"),
+    [
+        ("infllm(window=64, blocks=2, block=16, sinks=8, query_block=64)", 8, 64, (8 + 64 + 2 * 16, 8 + 64 + 3 * 16)),
+        ("longheads(128, chunk=32)", 32, 33, (3 * 32, 4 * 32)),
+    ],
+)
+def test_what_was_fetched_is_drawn(policy: str, first: int, newest: int, read: tuple[int, int], tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    out = tmp_path / "trace.png"
+    argv = ["view", "trace", "--policy", policy, "--tokens", "300", "--max-new-tokens", "3", "--threads", "1"]
+    assert main([*argv, "--out", str(out)]) == 0
+    report = json.loads(out.with_suffix(".json").read_text())
+    assert _size(out) >= (1200, 600)
+    assert (report["layers_that_search"], report["layers_that_read_everything"]) == (30, 0)
+    # The prompt's last queries chose before they came, so what no block had then is read besides.
+    assert read[0] <= report["steps"][0]["read"] <= read[1] + 64
+    assert all(read[0] <= step["read"] <= read[1] for step in report["steps"][1:])
+    assert all(step["compared"] > 0 for step in report["steps"])
+    sinks, between, window = (np.array(panel["share"], float) for panel in report["panels"])
+    assert (sinks == 1).all(), "the first tokens are read by every head"
+    assert [panel["edges"][-1] - panel["edges"][0] for panel in report["panels"]] == [first, 300 - first - newest, newest + 2]
+    assert 0 < between.mean() < 0.6
+    # What the first step reads of its window, and the tokens that came since, but for what has left it.
+    assert (window[0][: newest - 2] == 1).all()
+    assert (window[-1][-3:] == 1).all()

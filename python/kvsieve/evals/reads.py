@@ -115,7 +115,12 @@ def run(settings: Settings) -> dict[str, Any]:
     from kvsieve.methods import parse
 
     policy = parse(settings.policy)
-    if policy.selection is None:
+    rule = policy.selection or policy.fetching
+    if policy.recycling is not None:
+        raise PolicyError(
+            f"{policy!r} reads everything at some steps, which is not drawn; stream.trace() tells what it read: try 'hip(512)'"
+        )
+    if rule is None:
         raise PolicyError(f"{policy!r} reads all that it holds; a trace shows what a selection leaves out: try 'hip(512)'")
     text = read_text(settings.text)
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
@@ -123,8 +128,7 @@ def run(settings: Settings) -> dict[str, Any]:
     with kvsieve.stream(model, policy, backend=settings.backend) as stream:
         reads, new = record(stream, ids, settings.max_new_tokens)
         backend = stream.stats().backend
-    rule = policy.selection
-    panels = reads.panels(rule.sinks, rule.window)
+    panels = reads.panels(*rule.always_read)
     kv_heads = len(reads.heads[0]) // reads.layers
     dense = f"; {reads.dense} more layers read everything" if reads.dense else ""
     draw_reads(

@@ -61,6 +61,10 @@ class InfLLMSelection(FetchedSelection):
     def compared_at(self) -> int:  # type: ignore[override]
         return self.window - 1
 
+    @property
+    def always_read(self) -> tuple[int, int]:
+        return self.sinks, self.window
+
     def num_blocks(self, seen: int) -> int:
         return max((seen - self.sinks - self.window) // self.block, 0)
 

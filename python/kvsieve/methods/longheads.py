@@ -62,6 +62,11 @@ class LongHeadsSelection(FetchedSelection):
     def longest(self) -> int:  # type: ignore[override]
         return self.context
 
+    @property
+    def always_read(self) -> tuple[int, int]:
+        # Its own chunk may have begun with it; the one before is whole.
+        return self.chunk, self.chunk + 1
+
     def num_blocks(self, seen: int) -> int:
         return seen // self.chunk
 

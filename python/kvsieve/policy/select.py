@@ -138,6 +138,11 @@ class SparseSelection(SelectionRule):
         return (1,)
 
     @property
+    def always_read(self) -> tuple[int, int]:
+        """How many of the first and of the newest tokens a query reads, whatever is selected."""
+        return self.sinks, self.window
+
+    @property
     def num_found(self) -> int:
         """Most tokens that are read between the sinks and the window."""
         return self.dense_until - self.sinks - self.window
@@ -252,6 +257,11 @@ class FetchedSelection(SelectionRule):
 
     longest: int = 0
     """Tokens that are shown side by side, which no model may be trained for less of; 0 where that is not so."""
+
+    @property
+    def always_read(self) -> tuple[int, int]:
+        """How many of the first and of the newest tokens a query reads, whatever it fetches."""
+        return 0, 1
 
     def num_blocks(self, seen: int) -> int:
         """Blocks that are summed up once ``seen`` tokens have been read."""
