@@ -1,6 +1,5 @@
 //! Attention that adds up the heaviest values alone.
 
-use kvsieve_core::Error;
 use kvsieve_core::kernels::isa::isa;
 use kvsieve_core::kernels::{Attend, Heaviest, SpanTrig, attend_heaviest as heaviest};
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
@@ -10,7 +9,7 @@ use crate::error::{Signals, to_py};
 use crate::kernels::{Input, Output, Rope};
 use crate::plan::Step;
 use crate::sets::of_rows;
-use crate::store::{Store, spans, strided};
+use crate::store::{Store, check_rows, sink_logits, spans};
 
 /// Attends the queries of the rows that are told to, others get zeros: `q` `[rows, heads, queries, channels]`, `out` `[rows, queries,
 /// heads, channels]`. Each query head adds up its `top` heaviest values, or fewer that have `mass` of the probability already. Returns
@@ -36,20 +35,14 @@ fn attend_heaviest<'py>(
     apply_factor: bool,
 ) -> PyResult<Bound<'py, PyArray3<f32>>> {
     let all = spans(step)?;
-    if rows.len() != step.inner.num_rows {
-        let (expected, got) = (format!("{} rows", step.inner.num_rows), rows.len().to_string());
-        return Err(to_py(Error::Shape { what: "rows", expected, got }));
-    }
+    check_rows(rows.len(), &step.inner)?;
     let q = Input::new("q", q)?;
     let view = q.view("q")?;
     let [num_rows, heads, queries, _] = view.shape();
     let mut out = Output::new("out", out)?;
     out.expect("out", &[num_rows, queries, heads, store.value_dim()])?;
     let out = out.elems("out")?;
-    let sinks = match &sinks {
-        Some(sinks) => Some(sinks.as_slice().map_err(|_| strided("sinks"))?),
-        None => None,
-    };
+    let sinks = sink_logits(&sinks)?;
     let some = rows.contains(&false).then(|| of_rows(&step.inner, all, &rows));
     let mine = some.as_ref().unwrap_or(all);
     let made = rope.filter(|_| some.is_some()).map(|rope| SpanTrig::new(mine, &rope.inner));

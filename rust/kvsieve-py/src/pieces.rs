@@ -11,7 +11,7 @@ use pyo3::prelude::*;
 use crate::error::{Signals, to_py};
 use crate::kernels::{Input, Output, Rope};
 use crate::plan::Step;
-use crate::store::{Store, strided};
+use crate::store::{Store, sink_logits, strided};
 
 /// Where the residents of a row lie once a step's tokens are stored, in text order.
 #[pyclass(frozen, sequence, module = "kvsieve._core")]
@@ -93,10 +93,7 @@ fn attend_pieces<'py>(
         fixed,
     };
     let given: Vec<Piece> = given.iter().map(piece).collect();
-    let sinks = match &sinks {
-        Some(sinks) => Some(sinks.as_slice().map_err(|_| strided("sinks"))?),
-        None => None,
-    };
+    let sinks = sink_logits(&sinks)?;
     let lse = match &mut lse {
         Some(lse) => Some(lse.as_slice_mut().map_err(|_| strided("lse"))?),
         None => None,

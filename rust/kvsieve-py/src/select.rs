@@ -20,7 +20,7 @@ use pyo3::prelude::*;
 use crate::error::{Signals, to_py};
 use crate::kernels::{Input, Output, Rope};
 use crate::plan::Step;
-use crate::store::Store;
+use crate::store::{Store, sink_logits};
 
 /// One layer's attention to what is selected: the rule, and what each row has chosen. See `kvsieve_core::select`.
 #[pyclass(frozen, module = "kvsieve._core")]
@@ -186,10 +186,7 @@ impl Sparse {
             Some(lse) => Some(lse.as_slice_mut().map_err(|_| strided("lse"))?),
             None => None,
         };
-        let sinks = match &sinks {
-            Some(sinks) => Some(sinks.as_slice().map_err(|_| strided("sinks"))?),
-            None => None,
-        };
+        let sinks = sink_logits(&sinks)?;
         let level = isa().map_err(to_py)?;
         let signals = Signals::default();
         let residents = self.residents(py, store, step)?;

@@ -15,7 +15,7 @@ use pyo3::prelude::*;
 use crate::error::{Signals, to_py};
 use crate::kernels::{Input, Output};
 use crate::plan::Step;
-use crate::store::{Store, spans, strided};
+use crate::store::{Store, check_rows, sink_logits, spans, strided};
 
 /// A row's sets as Python writes them: tokens and ranks `[kv_heads, count]`, the lowest rank that is read, and where the rest begins.
 type Given<'py> = (PyReadonlyArray2<'py, i64>, PyReadonlyArray2<'py, i64>, i64, u32);
@@ -42,9 +42,7 @@ fn attend_sets(
     threads: usize,
 ) -> PyResult<()> {
     let step = &step.inner;
-    if rows.len() != step.num_rows {
-        return Err(shape("rows", format!("{} rows", step.num_rows), rows.len().to_string()));
-    }
+    check_rows(rows.len(), step)?;
     let q = Input::new("q", q)?;
     let view = q.view("q")?;
     let mut out = Output::new("out", out)?;
@@ -73,10 +71,7 @@ fn attend_sets(
         let ranks = ranks.as_slice().map_err(|_| strided("ranks"))?;
         all.push(Sets { runs: &residents.runs, tokens, ranks, skip: *skip, rest: *rest });
     }
-    let sinks = match &sinks {
-        Some(sinks) => Some(sinks.as_slice().map_err(|_| strided("sinks"))?),
-        None => None,
-    };
+    let sinks = sink_logits(&sinks)?;
     let level = isa().map_err(to_py)?;
     let signals = Signals::default();
     let args = AttendSets { q: view, rows: &all, scale, softcap, sinks, threads, level };
@@ -123,19 +118,14 @@ fn attend_highest<'py>(
 ) -> PyResult<Vec<Option<Bound<'py, PyArray2<f32>>>>> {
     let spans = spans(step)?;
     let step = &step.inner;
-    if rows.len() != step.num_rows {
-        return Err(shape("rows", format!("{} rows", step.num_rows), rows.len().to_string()));
-    }
+    check_rows(rows.len(), step)?;
     let q = Input::new("q", q)?;
     let view = q.view("q")?;
     let [num_rows, heads, queries, _] = view.shape();
     let mut out = Output::new("out", out)?;
     out.expect("out", &[num_rows, queries, heads, store.value_dim()])?;
     let out = out.elems("out")?;
-    let sinks = match &sinks {
-        Some(sinks) => Some(sinks.as_slice().map_err(|_| strided("sinks"))?),
-        None => None,
-    };
+    let sinks = sink_logits(&sinks)?;
     let mine = of_rows(step, spans, &rows);
     let kv_heads = store.num_kv_heads();
     let level = isa().map_err(to_py)?;

@@ -105,10 +105,7 @@ impl Store {
             Some(lse) => Some(lse.as_slice_mut().map_err(|_| strided("lse"))?),
             None => None,
         };
-        let sinks = match &sinks {
-            Some(sinks) => Some(sinks.as_slice().map_err(|_| strided("sinks"))?),
-            None => None,
-        };
+        let sinks = sink_logits(&sinks)?;
         let trig = rope.map(|rope| step.trig(rope, spans));
         let trig: Option<&SpanTrig> = trig.as_deref();
         let level = isa().map_err(to_py)?;
@@ -122,6 +119,20 @@ impl Store {
 
 pub fn strided(what: &'static str) -> PyErr {
     to_py(Error::Shape { what, expected: "a C-contiguous array".to_string(), got: "a strided one".to_string() })
+}
+
+/// Learned logits that take part in the normalisation, as a slice.
+pub fn sink_logits<'a>(given: &'a Option<PyReadonlyArray1<'_, f32>>) -> PyResult<Option<&'a [f32]>> {
+    given.as_ref().map(|logits| logits.as_slice().map_err(|_| strided("sinks"))).transpose()
+}
+
+/// Refuses what is not given for each row of a step.
+pub fn check_rows(given: usize, step: &kvsieve_core::plan::Step) -> PyResult<()> {
+    if given == step.num_rows {
+        return Ok(());
+    }
+    let expected = format!("{} rows", step.num_rows);
+    Err(to_py(Error::Shape { what: "rows", expected, got: given.to_string() }))
 }
 
 pub fn spans(step: &Step) -> PyResult<&Spans> {
