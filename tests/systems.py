@@ -96,10 +96,11 @@ SYSTEMS: dict[str, System] = {
     ),
     # Three blocks of 64 tokens in memory: of a prompt some lie in the file.
     "infllm_tiered": System(
-        lambda: kvsieve.InfLLM(24, blocks=2, block=8, representatives=1, sinks=2, query_block=8, host_budget="96KiB"), ("selects",)
+        lambda: kvsieve.InfLLM(24, blocks=2, block=8, representatives=1, sinks=2, query_block=8, host_budget="96KiB"),
+        ("selects", "spills"),
     ),
     "longheads_tiered": System(
-        lambda: kvsieve.LongHeads(96, chunk=16) | kvsieve.Memory(storage=kvsieve.policy.Tiered("96KiB")), ("selects",)
+        lambda: kvsieve.LongHeads(96, chunk=16) | kvsieve.Memory(storage=kvsieve.policy.Tiered("96KiB")), ("selects", "spills")
     ),
     "think_flush": System(lambda: _think(flush_every=16), ("stores",)),
     "think_prefill": System(lambda: _think(when="prefill"), ("stores",)),

@@ -63,14 +63,14 @@ class StoredBytes:
 
 @dataclass(frozen=True)
 class TierStats:
-    """Blocks in memory and in a file, over all layers, since the stream was opened; forks of it share them.
+    """Blocks in memory and in a file, over all layers, since the stream was opened or reset; forks of it share them.
 
     Attributes:
         bytes_in_memory: of keys and values in memory.
         bytes_in_file: of the copies that the file holds; copies of blocks that are in memory as well count.
         file_bytes: size of the file.
         hits: blocks that a layer fetched and that were in memory.
-        loads: blocks that it read from the file to stay in memory.
+        loads: blocks that were read from the file to stay in memory, for a layer to read, or because they were written or moved.
         spills: blocks that were written to the file.
         bytes_read, bytes_written: bytes moved.
     """

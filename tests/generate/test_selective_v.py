@@ -165,7 +165,8 @@ def test_a_prompt_is_read_whole_however_it_is_cut(chunk: int, backend: str) -> N
 def test_the_mass_that_was_asked_for_is_reached(backend: str) -> None:
     with kvsieve.stream(tiny.model(), kvsieve.SelectiveV(None, mass=0.8), backend) as stream:
         forwards(tiny.model(), stream.cache, tiny.ids(1, 70), [60, 1])
-        assert all(layer.value_mass is not None and layer.value_mass >= 0.8 - 1e-6 for layer in stream.stats().layers)
+        # One value more than it takes is at most a share of the mass.
+        assert all(layer.value_mass is not None and 0.8 - 1e-6 <= layer.value_mass < 0.97 for layer in stream.stats().layers)
 
 
 def test_what_makes_no_policy_is_refused() -> None:

@@ -79,6 +79,8 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         recalls = banking is not None and banking.rows[0].entries.num_chunks > 0
         assert ("recalls" in SYSTEMS[name].doing) == recalls
         assert ("stores" in SYSTEMS[name].doing) == (engine.planner.num_packed(0) > 0)
+        tiers = engine.tier_stats
+        assert ("spills" in SYSTEMS[name].doing) == (tiers is not None and tiers.spills > 0)
 
 
 @BACKEND

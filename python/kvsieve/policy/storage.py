@@ -231,7 +231,7 @@ class Tiered(StorageRule):
         keep: newest tokens of each row that stay in memory.
         order: which blocks leave memory first. ``"recency"``: those that were fetched longest ago. ``"scores"``: those of the
             lowest score, where each step of a layer makes it ``score * decay`` and adds the attention that the block got (InfLLM,
-            Xiao et al., arXiv 2402.04617).
+            Xiao et al., arXiv 2402.04617). No policy of kvsieve's own tells that attention yet, so this is ``"recency"`` for them.
         decay: of scores.
         background: whether a thread writes blocks while the model goes on. At most 32 blocks of a layer are then in memory for
             longer; what could not be written is said at the end of the next forward.
