@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from kvsieve.backends.attention import Partial, attend
+from kvsieve.backends.ranking import greatest
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
@@ -47,16 +48,7 @@ def choose(entries: Entries, layer: int, asks: torch.Tensor, count: int) -> torc
     one held; ``n`` is ``count``, or all there are."""
     pieces = [piece for piece in entries.pieces if piece.lo < piece.hi]
     scores = torch.cat([asks @ p.segment.means[layer][:, p.lo : p.hi].transpose(1, 2) for p in pieces], 2)
-    held = scores.shape[2]
-    if count >= held:
-        return torch.arange(held).expand(*scores.shape[:2], held)
-    best = scores.topk(count, dim=2, sorted=False)
-    tied = (scores >= best.values.amin(2, keepdim=True)).sum(2) > count
-    found = best.indices
-    if bool(tied.any()):
-        newest_first = scores.flip(2).sort(dim=2, descending=True, stable=True).indices[..., :count]
-        found = held - 1 - newest_first
-    return found.sort(dim=2).values
+    return greatest(scores, count, newest=True)
 
 
 def gather(entries: Entries, layer: int, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from kvsieve._core import Residents
+from kvsieve.backends.ranking import greatest
 from kvsieve.errors import PolicyError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
@@ -190,8 +191,7 @@ class Fetching(StreamPart):
         else:
             assert state is not None
             scores = self._compare(q, state.table.data[:, among.start : among.stop])
-            best = scores.sort(dim=1, descending=True, stable=True).indices[:, :most].tolist()
-            blocks, compared = [sorted(among[at] for at in mine) for mine in best], len(among)
+            blocks, compared = (greatest(scores, most) + among.start).tolist(), len(among)
         return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks))
 
     def _compare(self, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
