@@ -44,4 +44,9 @@ impl Run {
     pub fn is_empty(&self) -> bool {
         self.hi == self.lo
     }
+
+    /// Whether this run lies behind `before` in the same block.
+    pub fn goes_on(&self, before: &Self) -> bool {
+        self.block == before.block && self.lo >= before.hi
+    }
 }

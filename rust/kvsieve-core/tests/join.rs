@@ -1,6 +1,6 @@
 //! Streams that are joined: random histories of a family of forks against plain lists, and every mistake a caller can make.
 
-use super::common::{Store, Token, chains, memory, planner};
+use super::common::{Store, Token, cases, chains, memory, planner};
 use kvsieve_core::Error;
 use kvsieve_core::evict::Eviction;
 use kvsieve_core::ids::Position;
@@ -96,8 +96,8 @@ impl Family {
 enum Op {
     Feed(usize, [usize; ROWS]),
     Fork(usize),
-    /// Documents of so many tokens; the last one goes on from the first one where `nested`.
-    Join(usize, Vec<[usize; ROWS]>, bool),
+    /// Documents of so many tokens; the last one goes on from the first one where `nested`, and all are joined so many times over.
+    Join(usize, Vec<[usize; ROWS]>, bool, usize),
     Crop(usize, u64),
     Evict(usize, u64, u64),
     Tidy(usize),
@@ -110,8 +110,9 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         3 => (which(), lens()).prop_map(|(at, lens)| Op::Feed(at, lens)),
         1 => which().prop_map(Op::Fork),
-        3 => (which(), prop::collection::vec(lens(), 0..4), any::<bool>()).prop_map(|(at, lens, nested)| Op::Join(at, lens, nested)),
-        1 => (which(), 0..90u64).prop_map(|(at, n)| Op::Crop(at, n)),
+        3 => (which(), prop::collection::vec(lens(), 0..4), any::<bool>(), prop_oneof![Just(1usize), Just(2)])
+            .prop_map(|(at, lens, nested, times)| Op::Join(at, lens, nested, times)),
+        1 => (which(), prop_oneof![0..4u64, 0..90u64]).prop_map(|(at, n)| Op::Crop(at, n)),
         2 => (which(), 0..300u64, 1..90u64).prop_map(|(at, start, n)| Op::Evict(at, start, start + n)),
         1 => which().prop_map(Op::Tidy),
         1 => which().prop_map(Op::Drop),
@@ -119,7 +120,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(96))]
+    #![proptest_config(cases(128))]
 
     #[test]
     fn every_stream_holds_its_tokens(ops in prop::collection::vec(op(), 1..30)) {
@@ -131,7 +132,7 @@ proptest! {
             match op {
                 Op::Feed(at, lens) => family.feed(at % n, &lens),
                 Op::Fork(at) => drop(family.fork(at % n)),
-                Op::Join(at, lens, nested) => {
+                Op::Join(at, lens, nested, times) => {
                     let at = at % n;
                     let mut forks: Vec<usize> = Vec::new();
                     for (i, lens) in lens.iter().enumerate() {
@@ -139,7 +140,7 @@ proptest! {
                         forks.push(family.fork(from));
                         family.feed(forks[i], lens);
                     }
-                    family.join(at, &forks);
+                    family.join(at, &forks.repeat(times));
                     family.check();
                     let joined = family.streams.pop().unwrap();
                     family.streams.truncate(n);
@@ -201,6 +202,32 @@ fn blocks_are_shared_and_not_copied() {
     // The last document's tail is the joined stream's alone now, and is filled where it is.
     let step = joined.begin(&[10], 10, true, false).unwrap();
     assert!(step.copies.is_empty());
+}
+
+#[test]
+fn a_document_that_is_joined_twice_is_not_written_to() {
+    let mut store = Store::default();
+    let base = all();
+    let mut document = base.fork().unwrap();
+    let step = document.begin(&[50], 50, true, false).unwrap();
+    store.append(&step, |_, new| new as u64);
+    document.commit().unwrap();
+    let twice = [document.fork().unwrap(), document];
+    let mut joined = base.join(&twice, &of_one(2)).unwrap();
+    drop(twice);
+    joined.crop(1).unwrap();
+    let step = joined.begin(&[1], 1, true, false).unwrap();
+    store.append(&step, |_, _| 99);
+    joined.commit().unwrap();
+    assert!(store.read(joined.runs(0, 0).unwrap()).into_iter().eq((0..50).chain(0..49).chain([99])));
+    // Many holes: what is left is moved together, the second reading apart from the first.
+    for start in (0..50u32).rev().map(|i| u64::from(2 * i)) {
+        store.run(&joined.evict(None, &(start..start + 1)).unwrap());
+    }
+    let odd = |n: u64| (1..n).step_by(2);
+    assert!(store.read(joined.runs(0, 0).unwrap()).into_iter().eq(odd(50).chain(odd(49)).chain([99])));
+    drop(joined);
+    assert_eq!(base.used_blocks(), 0);
 }
 
 #[test]

@@ -1,5 +1,5 @@
-//! Blocks with reference counts. A table holds one reference for neighbouring runs in a block, however many they are; only a joined table
-//! may come back to a block, and then holds another.
+//! Blocks with reference counts. A table holds one reference for neighbouring runs that ascend in a block, however many they are; only a
+//! joined table may come back to a block, or to slots of it, and then holds another.
 
 use crate::ids::{BlockId, PACKED};
 use std::cmp::Reverse;

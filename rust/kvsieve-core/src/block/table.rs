@@ -77,8 +77,8 @@ impl Table {
         below(range.start)..below(range.end)
     }
 
-    /// The blocks that this table holds a reference to, once for each reference. Runs of one block are neighbours, so each block comes
-    /// once, unless streams were joined that share it.
+    /// The blocks that this table holds a reference to, once for each reference. Runs of one block are neighbours and ascend, so each
+    /// block comes once, unless streams were joined that share it.
     pub fn blocks(&self) -> impl Iterator<Item = BlockId> + '_ {
         blocks_of(&self.runs)
     }
@@ -226,14 +226,14 @@ impl Table {
 
     /// Copies the tail run to a block of its own if others read its block too.
     fn own_tail(&mut self, edit: &mut Edit<'_>) {
-        let earlier = self.runs.len().checked_sub(2).map(|i| self.runs[i].block);
+        let before = self.runs.len().checked_sub(2).map(|i| self.runs[i]);
         let Some(tail) = self.runs.last_mut() else { return };
         if !edit.pool.is_shared(tail.block) {
             return;
         }
         let to = edit.pool.alloc();
         edit.moves.push(Move { from: tail.block, from_slot: tail.lo, to, to_slot: tail.lo, len: tail.len() });
-        if earlier != Some(tail.block) {
+        if before.is_none_or(|before| !tail.goes_on(&before)) {
             edit.retired.push(tail.block);
         }
         tail.block = to;
@@ -252,8 +252,10 @@ impl Table {
     }
 }
 
+/// A block for each reference that a table with these runs holds: one for neighbours that go on in it. A run that goes back to slots
+/// which the run before it has too (a document that was joined twice) has a reference of its own, so that the block counts as shared.
 fn blocks_of(runs: &[Run]) -> impl Iterator<Item = BlockId> + '_ {
-    let starts = (0..runs.len()).filter(|&i| i == 0 || runs[i - 1].block != runs[i].block);
+    let starts = (0..runs.len()).filter(|&i| i == 0 || !runs[i].goes_on(&runs[i - 1]));
     starts.map(|i| runs[i].block)
 }
 

@@ -14,8 +14,7 @@ impl Table {
     pub fn share_from(&mut self, other: &Self, from: Position, to: Position, pool: &mut Pool) {
         let range = other.within(&(from..Position::MAX));
         let runs = other.runs_of(range.clone());
-        let last = self.runs.last().map(|run| run.block);
-        let known = usize::from(last.is_some() && last == runs.first().map(|run| run.block));
+        let known = usize::from(self.runs.last().zip(runs.first()).is_some_and(|(last, run)| run.goes_on(last)));
         blocks_of(&runs).skip(known).for_each(|block| pool.retain(block));
         self.runs.extend(runs);
         self.positions.extend(other.positions[range.clone()].iter().map(|p| p - from + to));

@@ -1,7 +1,7 @@
 //! Slots that hold another token for each head.
 
-use super::{Edit, Table, push_piece};
-use crate::ids::{BlockId, Position, Run};
+use super::{Edit, Table, blocks_of, push_piece};
+use crate::ids::{Position, Run};
 
 impl Table {
     /// Drops all but the slots of the first `count` residents and the last `recent` residents, and returns where the residents
@@ -23,23 +23,25 @@ impl Table {
     fn own_first(&mut self, count: usize, edit: &mut Edit<'_>) {
         let n = self.len();
         let mut runs = Vec::with_capacity(self.runs.len() + 1);
-        let mut replaced: Vec<(BlockId, BlockId)> = Vec::new();
-        let mut base = 0;
+        let mut own = Vec::new();
+        let (mut base, mut last) = (0, None);
         for run in &self.runs {
             let before = runs.len();
             push_piece(&mut runs, run, base, &(0..count));
             if runs.len() > before && edit.pool.is_shared(run.block) {
-                if replaced.last().is_none_or(|&(old, _)| old != run.block) {
-                    replaced.push((run.block, edit.pool.alloc_like(run.block)));
+                if last.is_none_or(|last| !run.goes_on(&last)) {
+                    own.push(edit.pool.alloc_like(run.block));
                 }
-                runs[before].block = replaced[replaced.len() - 1].1;
+                runs[before].block = own[own.len() - 1];
+                last = Some(*run);
             }
             push_piece(&mut runs, run, base, &(count..n));
             base += run.len() as usize;
         }
         // The block with the last of them may hold recent tokens too, which are read where they are.
-        let left = replaced.iter().map(|&(old, _)| old).filter(|old| runs.iter().all(|run| run.block != *old));
-        edit.retired.extend(left);
+        let mut left = blocks_of(&runs).filter(|block| !own.contains(block)).peekable();
+        edit.retired.extend(blocks_of(&self.runs).filter(|block| left.next_if_eq(block).is_none()));
+        drop(left);
         self.runs = runs;
     }
 }
