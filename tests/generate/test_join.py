@@ -308,6 +308,24 @@ def test_a_fork_that_goes_on_changes_nothing_that_was_joined(backend: str) -> No
 
 
 @BACKEND
+def test_a_document_joined_twice_is_two_that_say_the_same(backend: str) -> None:
+    """Its blocks are there once. What is evicted from one reading is not overwritten in the other."""
+    answers = []
+    for shared in (True, False):
+        with kvsieve.stream(tiny.model(), kvsieve.Full(), backend) as base:
+            forks = documents(base, [DOCUMENTS[2]] * 2)
+            joined = base.join([forks[0], forks[0].fork()] if shared else forks)
+            for fork in forks:
+                fork.close()
+            joined.evict(51, 62)
+            joined.feed(tiny.ids(1, 20, 5))
+            for start in range(2, 80, 2):
+                joined.evict(start, start + 1)
+            answers.append(joined.generate(QUESTION, **HOW))
+    assert torch.equal(*answers)
+
+
+@BACKEND
 def test_pins_and_evicting_count_the_tokens_of_ids(backend: str) -> None:
     with kvsieve.stream(tiny.model(), kvsieve.Full(), backend) as base:
         base.feed(PAST)
