@@ -82,7 +82,7 @@ lint-python: setup
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	$(BUILD_ENV) bash -c 'flock "$$MYPY_CACHE_DIR.lock" .venv/bin/mypy'
-	if [ -e python/kvsieve/_core.pyi ]; then .venv/bin/stubtest kvsieve._core; fi
+	if [ -e python/kvsieve/_core.pyi ]; then .venv/bin/stubtest kvsieve._core --mypy-config-file scripts/stubtest.ini; fi
 
 .PHONY: fmt
 fmt: setup ## format everything, and fix what ruff can fix

@@ -50,6 +50,7 @@ def test_a_text_that_fits_is_the_full_cache_bit_for_bit(family: str, name: str, 
     assert torch.equal(*got)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -286,6 +287,7 @@ def test_within_the_trained_length_pre_rope_blocks_are_judged_by_content(family:
     assert read[:2] == read[2:]
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("family", ["qwen3", "glm4"])
 def test_beyond_it_what_is_read_stands_side_by_side(family: str, name: str) -> None:

@@ -137,6 +137,7 @@ def read_by(stream: kvsieve.Stream) -> list[list[list[int]] | None]:
     return found
 
 
+@pytest.mark.slow
 @BACKEND
 @pytest.mark.parametrize("similarity", [None, 0.3, 0.6])
 @pytest.mark.parametrize(("seed", "shape"), list(enumerate(GQA)))

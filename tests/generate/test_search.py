@@ -82,6 +82,7 @@ def test_one_token_more_is_selected_from(name: str, backend: str) -> None:
     assert all(layer.read < 2 * (length + 9) for layer in layers if not layer.dense)
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gpt_neox"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
@@ -282,6 +283,7 @@ def test_within_the_trained_length_an_extension_changes_nothing(name: str, backe
         assert float((other - got[0]).abs().max()) <= 1e-3 * float(got[0].abs().max())
 
 
+@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("family", ["llama", "qwen3", "glm4"])
 def test_beyond_it_what_is_read_stands_side_by_side(family: str, name: str) -> None:

@@ -41,6 +41,7 @@ def files(folder: Path) -> list[str]:
     return links
 
 
+@pytest.mark.slow
 @BACKEND
 @pytest.mark.parametrize("options", [{}, {"order": "scores"}, {"background": True}], ids=["recency", "scores", "background"])
 def test_a_long_text(backend: str, options: Any, tmp_path: Path) -> None:
