@@ -9,7 +9,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from drive import forward, forwards
+from drive import forward, forwards, greedy
 from fetched import FetchingLayer, rope
 from kvsieve.backends.base import AttendCall
 from kvsieve.errors import PolicyError, StateError
@@ -135,9 +135,14 @@ def test_a_text_of_which_all_chunks_fit_is_the_full_cache(backend: str) -> None:
 @BACKEND
 @pytest.mark.parametrize("length", [3, 8, 9, 40])
 def test_prompts_of_any_length_go_on(length: int, backend: str) -> None:
-    with kvsieve.stream(tiny.model(), kvsieve.LongHeads(24, 8), backend) as stream:
-        stream.generate(tiny.ids(1, length), max_new_tokens=20, do_sample=False)
+    """As the stock model while all chunks are read, and on from there."""
+    model, prompt = tiny.model(), tiny.ids(1, length)
+    with kvsieve.stream(model, kvsieve.LongHeads(24, 8), backend) as stream:
+        told = stream.generate(prompt, max_new_tokens=20, do_sample=False)
         assert stream.seen == length + 19
+    assert told.shape == (1, length + 20)
+    fits = max(length + 1, 24) if length <= 24 else length
+    assert torch.equal(told[:, :fits], greedy(model, prompt, 20)[:, :fits])
 
 
 @BACKEND
