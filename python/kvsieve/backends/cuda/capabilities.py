@@ -17,7 +17,6 @@ CAPABILITIES = Capabilities(
         page_bounds=False,
         recycled=False,
         heaviest_values=False,
-        fetched=False,
     ),
     devices=frozenset({"cuda"}),
     dtypes=FLOATS,

@@ -18,7 +18,7 @@ from kvsieve.backends.prefill_plan import PrefillPlan
 if TYPE_CHECKING:
     from kvsieve._core import Step
 
-__all__ = ["DevicePart", "Plan", "splits"]
+__all__ = ["DevicePart", "Plan", "filling", "splits"]
 
 
 class Plan:
@@ -124,10 +124,17 @@ def splits(plan: Plan, kv_heads: int, group: int, key_dim: int, raw: bool = Fals
     found = plan.splits.get((kv_heads, group, key_dim, raw, bits))
     if found is not None:
         return found
-    heads, subsets = heads_of(group, key_dim)
-    others = kv_heads * -(-group // (heads * subsets)) * max(plan.buffer.items, 1)
-    fill = launcher_of(plan.device).processors(plan.device) * resident(group, key_dim, raw, bits) // others
     # Beyond the smallest capacity by powers of two, so that a growing memory changes the shape of a launch seldom.
     most = plan.most_spans if plan.most_spans <= 256 else round_up(plan.most_spans)
-    found = plan.splits[kv_heads, group, key_dim, raw, bits] = max(1, min(fill, most))
+    found = max(1, min(filling(plan.device, max(plan.buffer.items, 1) * kv_heads, group, key_dim, raw, bits), most))
+    plan.splits[kv_heads, group, key_dim, raw, bits] = found
     return found
+
+
+def filling(
+    device: torch.device, heads: int, group: int, key_dim: int, raw: bool = False, bits: tuple[int, int] | None = None
+) -> int:
+    """Thread blocks of `attend` for each of ``heads`` KV heads of all queries that fill the GPU once; 0 where these fill it."""
+    together, subsets = heads_of(group, key_dim)
+    others = heads * -(-group // (together * subsets))
+    return launcher_of(device).processors(device) * resident(group, key_dim, raw, bits) // others

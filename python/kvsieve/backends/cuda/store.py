@@ -25,6 +25,7 @@ from kvsieve.backends.cuda.ops.rotate import rotate
 from kvsieve.backends.cuda.ops.scatter import scatter
 from kvsieve.backends.cuda.ops.top_k import top_k
 from kvsieve.backends.cuda.ops.unpack import unpack
+from kvsieve.backends.cuda.pieces import Held, attend_pieces
 from kvsieve.backends.cuda.plan import splits
 from kvsieve.backends.cuda.prefill import attend_part
 from kvsieve.backends.cuda.storage import PackedChannels, PackedStore, PlainStore, dense_blocks
@@ -145,7 +146,7 @@ class CudaStore:
         asked.residents = asked.residents._replace(blocks=self.plain.table.tensor)
         return selection.run(q, (self._shape[0], self._shape[2]), asked, call)
 
-    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _check_stored(self, k: torch.Tensor, v: torch.Tensor) -> None:
         (heads, key_dim, value_dim), dtype, device = self._shape, self.dtype, self.device
         for name, x, dim in (("keys", k, key_dim), ("values", v, value_dim)):
             _, its_heads, _, its_dim = x.shape
@@ -154,6 +155,10 @@ class CudaStore:
                     f"this layer holds {name} of {heads} heads of size {dim} in {dtype} on {device}, "
                     f"got {its_heads} heads of size {its_dim} in {x.dtype} on {x.device}"
                 )
+
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._check_stored(k, v)
+        (heads, key_dim, _), dtype, device = self._shape, self.dtype, self.device
         _, query_heads, _, its_dim = q.shape
         if q.dtype is not dtype or q.device != device or its_dim != key_dim or query_heads % heads:
             raise ShapeError(
@@ -287,22 +292,14 @@ class CudaStore:
         raise UnsupportedError("backend 'cuda' does not tell the log-sum-exp of its attention; use backend='reference'")
 
     def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
-        """Refused here, and by the capabilities when a stream opens.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("backend 'cuda' stores tokens as it attends to them; use backend='reference'")
+        self._check_stored(k, v)
+        self._append(k, v, self._context.plan(step, self.device))
 
     def attend_pieces(
         self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
     ) -> Attended:
-        """Refused here, and by the capabilities when a stream opens.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("backend 'cuda' reads no blocks at other distances than their own; use backend='reference'")
+        held = Held(self._context, self.table, self._shape, residents, self.read)
+        return attend_pieces(held, q, first, pieces, call, scored)
 
     def run_with_scores(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
