@@ -32,7 +32,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tests")]
 
-from gpu_fetching import fetching  # noqa: E402
+from gpu_fetching import fetching, host  # noqa: E402
 from gpu_measure import Bench, Dense, caught, rope  # noqa: E402
 
 Section = Callable[[Bench], dict[str, Any]]
@@ -623,6 +623,7 @@ SECTIONS: list[tuple[str, Section]] = [
     ("packed", packed),
     ("sparse", sparse),
     ("fetching", fetching),
+    ("host", host),
     ("launches", launches),
     ("operations", operations),
     ("whole_token", whole_token),

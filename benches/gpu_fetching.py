@@ -1,6 +1,7 @@
 """InfLLM's and LongHeads' layers on a GPU: what one decoded token and one block of a prompt's queries take, beside dense attention.
 
-By the wall clock, the host's part among it: which blocks are read is told to the host, which lays out what the kernel reads.
+By the wall clock, the host's part among it: which blocks are read is told to the host, which lays out what the kernel reads. And
+what it takes to bring blocks from the host's memory.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from typing import Any
 
 from gpu_measure import Bench, Dense, caught
 
-__all__ = ["fetching"]
+__all__ = ["fetching", "host"]
 
 
 def fetching(b: Bench) -> dict[str, Any]:
@@ -91,3 +92,41 @@ def layer(b: Bench, held: Dense, rule: Any) -> dict[str, Any]:
     row["token_chosen_us"] = round(b.wall(lambda: attend(first, token, asked), 200), 1)
     row["queries"], row["block_us"] = width, round(b.wall(lambda: attend(begin, queries), 5), 1)
     return row
+
+
+def host(b: Bench) -> dict[str, Any]:
+    """Blocks of one layer of which a quarter is on the device: random ones are fetched, and compared with what was written."""
+    import random
+
+    import kvsieve
+    import torch
+    from kvsieve import backends
+    from kvsieve.policy.specs import make_planner
+
+    length, wanted = (1000, 3) if b.dry else (128 << 10, 32)
+    backend, planner = backends.get("cuda"), make_planner(kvsieve.Full().specs(1), "post_rope")
+    planner.restore(length, [(length, [(list(range(length)), [0.0] * length)])])
+    example = torch.zeros(1, b.kv_heads, 1, b.dim, dtype=b.dtype, device=b.device)
+    store, runs = backend.make_store(example, example), planner.runs(0, 0)
+    store.set_tier(backend.make_tier(None), len(runs) // 4, None)
+    for run in runs:
+        x = torch.full((b.kv_heads, run[2] - run[1], b.dim), float(run[0] % 100), dtype=b.dtype, device=b.device)
+        store.write([run], x, -x)
+        store.trim([])
+    rng = random.Random(0)
+
+    def fetch() -> None:
+        chosen = rng.sample(runs[:-1], wanted)
+        store.fetch(chosen)
+        k, v = store.read(chosen)
+        found.append((k[0, ::64, 0], v[0, ::64, 0], [float(block % 100) for block, _, _ in chosen]))
+
+    found: list[Any] = []
+    before, taken = store.tier_counts(), b.wall(fetch, 50)
+    counts = store.tier_counts()
+    for k, v, want in found:
+        assert k.tolist() == want == (-v).tolist(), "what was fetched is not what was written"
+    loads, rounds = counts.loads - before.loads, len(found)
+    moved = (counts.bytes_read - before.bytes_read) / rounds
+    row = {"blocks": len(runs), "fetched": wanted, "loaded": round(loads / rounds, 1), "us": round(taken, 1)}
+    return {**row, "gb_per_s": round(moved / taken / 1e3, 2), "host_bytes": counts.bytes_in_file}

@@ -10,6 +10,9 @@ import piece_cases
 import pytest
 import tiny
 import torch
+from backend_cases import close
+from fetched import FetchingLayer, Numbers, infllm, rope
+from kvsieve.backends.base import AttendCall
 from kvsieve.backends.cuda.ops.attend import Attend
 from kvsieve.backends.cuda.pieces import cut
 from kvsieve.backends.pieces import sees
@@ -38,6 +41,29 @@ def test_pieces_are_those_of_the_definition(case: piece_cases.Case) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_layer_equals_the_reference(policy: str, dtype: torch.dtype) -> None:
     piece_cases.layer(policy, dtype, CPU)
+
+
+@pytest.mark.parametrize(
+    ("n", "query_block", "heads"), [(Numbers(6, 2, 3, 2, 1), 4, 4), (Numbers(5, 3, 2, 3, 2, per_head=True), 8, 6)]
+)
+def test_a_layer_is_the_twin(n: Numbers, query_block: int, heads: int) -> None:
+    """InfLLM written out key by key: outputs, and the blocks that every call chose last."""
+    generator = torch.Generator().manual_seed(query_block)
+    q, k, v = (torch.randn(1, count, 52, 16, generator=generator) for count in (heads, 2, 2))
+    calls, at, blocks = [40, *[1] * 6, 3, 1, 2], 0, []
+    policy = kvsieve.InfLLM(n.n_local, n.topk, n.bs, n.r_k, n.n_init, n.per_head, query_block)
+    layer = FetchingLayer("cuda", policy, AttendCall(0.3, rope=rope(16, "interleaved", 1.1)))
+    outs, chosen = [], []
+    for size in calls:
+        ends = [*range((at // query_block + 1) * query_block, at + size, query_block), at + size]
+        blocks += [hi - lo for lo, hi in zip([at, *ends[:-1]], ends)]
+        outs.append(layer.feed(*(x[:, :, at : at + size] for x in (q, k, v))))
+        chosen.append((at + size, layer.chosen()))
+        at += size
+    want = infllm((q[0], k[0], v[0]), blocks, n, rope(16, "interleaved", 1.1), 0.3)
+    close(torch.cat(outs, 1)[0].transpose(0, 1), want.out, 1e-5)
+    last = {sum(blocks[: i + 1]): found for i, found in enumerate(want.chosen)}
+    assert all(found == last[end] for end, found in chosen)
 
 
 @POLICY

@@ -27,6 +27,7 @@ def test_every_section_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     for row in (record["fetching"]["200"], record["fetching"]["500"]):
         assert {"dense", "InfLLM", "InfLLM per head", "LongHeads"} <= set(row)
         assert row["LongHeads"]["tokens_read"] <= 64 < row["LongHeads"]["compared"] * 16
+    assert 0 < record["host"]["loaded"] <= record["host"]["fetched"] == 3
     assert record["whole_token"]["SirLLM 500"]["captures"] == 1
     assert "SirLLM" in capsys.readouterr().out
 

@@ -12,6 +12,7 @@ import kvsieve
 import piece_cases
 import pytest
 import search_cases
+import tier_cases
 import tiny
 import torch
 from backend_cases import on
@@ -148,6 +149,20 @@ def test_a_fetching_model_equals_the_reference(family: str, policy: str) -> None
 @pytest.mark.parametrize("policy", list(piece_cases.POLICIES))
 def test_fetching_streams_fork_beam_rewind_and_save(policy: str, tmp_path: Path) -> None:
     piece_cases.loops(policy, GPU, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_blocks_on_the_host_change_no_output(seed: int) -> None:
+    tier_cases.schedule("cuda", seed, None, GPU)
+
+
+def test_what_is_on_the_host_is_never_read() -> None:
+    tier_cases.never_read("cuda", None, GPU)
+
+
+@pytest.mark.parametrize("base", list(tier_cases.BASES))
+def test_a_model_with_blocks_on_the_host(base: str) -> None:
+    tier_cases.model(base, GPU)
 
 
 @pytest.mark.parametrize("policy", list(piece_cases.POLICIES))

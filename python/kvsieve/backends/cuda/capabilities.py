@@ -23,5 +23,4 @@ CAPABILITIES = Capabilities(
     max_head_dim=256,  # the tiles of `attend`
     row_bytes=16,  # rows are read in whole vectors
     tells_lse=False,
-    tiers=False,
 )

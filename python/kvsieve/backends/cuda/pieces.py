@@ -7,7 +7,7 @@ different pieces, each head is an item of its own, and its spans name it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -45,7 +45,8 @@ class Held(NamedTuple):
 
     Attributes:
         context: the backend's; blocks: the layer's table of them; shape: KV heads, channels of a key and of a value.
-        residents: where the row's tokens lie; read: keys and values of runs.
+        residents: where the row's tokens lie; read: keys and values of runs, wherever they are.
+        check: raises StateError for blocks that are not on the device; None where all are.
     """
 
     context: Context
@@ -53,6 +54,7 @@ class Held(NamedTuple):
     shape: tuple[int, int, int]
     residents: Residents
     read: Callable[[Runs], Partial]
+    check: Callable[[Iterable[int]], None] | None = None
 
 
 class Spans(NamedTuple):
@@ -131,6 +133,8 @@ def _attend_one(held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piece]
     """The query ``q`` ``[H, 1, D]``, in place."""
     (kv_heads, key_dim, value_dim), (heads, _, _), rope, device = held.shape, q.shape, call.rope, q.device
     group, asked = heads // kv_heads, Spans.of(pieces, first, held.residents, kv_heads, rope is not None)
+    if held.check is not None:
+        held.check(asked.spans[:, 0].tolist())
     starts, spans, shifts, keys = asked.upload(device)
     rotations = in_block = None
     if rope is not None:

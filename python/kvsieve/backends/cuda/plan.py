@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -54,8 +55,12 @@ class Plan:
         self.buffer = buffer
         copies = step.copy_table()
         self.copies = upload(copies, device) if len(copies) else None
-        self.written = sorted({*copies[:, 1].tolist(), *(block for _, _, block, _, _ in step.appends())})
-        """Blocks that the step writes to."""
+        copied = [(to, (slots >> 16) + count) for _, to, slots, count in copies.tolist()]
+        self.copied = copies[:, 0].tolist()
+        """Shared blocks that are copied before they are written."""
+        self.ends = copied + [(block, slot + count) for _, _, block, slot, count in step.appends()]
+        """Blocks that the step writes to, up to which slot."""
+        self.written = sorted({block for block, _ in self.ends})
         self._parts: list[DevicePart] | None = None
 
     @property
@@ -65,6 +70,13 @@ class Plan:
             step = self.step
             self._parts = [DevicePart(self.device, PrefillPlan.of(p, step.new_lens[p.row])) for p in step.parts()]
         return self._parts
+
+    @cached_property
+    def reads(self) -> frozenset[int]:
+        """Blocks that it reads, if all that is held is read."""
+        if self.spans is not None:
+            return frozenset(np.unique(self.spans[1][:, 0]).tolist())
+        return frozenset(block for p in self.parts for block in p.plan.runs[0].tolist())
 
     def residents(self) -> StepResidents:
         """All residents of each row, for a selection. Where a layer's blocks lie is for the layer to say.
