@@ -44,9 +44,21 @@ class LayerRope:
 
         return Rope(self.inv_freq.tolist(), self.layout, self.factor)
 
+    def frequencies(self, device: torch.device) -> torch.Tensor:
+        """:attr:`inv_freq` on ``device``, where it is copied once: a copy waits for the device."""
+        if device == self.inv_freq.device:
+            return self.inv_freq
+        if device not in self._copies:
+            self._copies[device] = self.inv_freq.to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, torch.Tensor]:
+        return {}
+
     def table(self, positions: torch.Tensor, dtype: torch.dtype, *, factor: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
         """Cosines and sines ``[n, R/2]`` of int64 ``positions`` ``[n]``; the phases are exact for any position."""
-        angle = positions.to(torch.float64)[:, None] * self.inv_freq.to(positions.device)[None, :]
+        angle = positions.to(torch.float64)[:, None] * self.frequencies(positions.device)[None, :]
         scale = self.factor if factor else 1.0
         return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 

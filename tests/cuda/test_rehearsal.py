@@ -24,6 +24,10 @@ def test_every_section_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert {"dense", "HiP", "InfiniteHiP", "chunk"} <= set(row)
         assert row["HiP"]["keys_read"] < 200
         assert {"choice stands", "from stage 1", "from stage 2", "from stage 3"} <= set(row["InfiniteHiP"])
+    for row in (record["fetching"]["200"], record["fetching"]["500"]):
+        assert {"dense", "InfLLM", "InfLLM per head", "LongHeads"} <= set(row)
+        assert row["LongHeads"]["tokens_read"] <= 64 < row["LongHeads"]["compared"] * 16
+    assert 0 < record["host"]["loaded"] <= record["host"]["fetched"] == 3
     assert record["whole_token"]["SirLLM 500"]["captures"] == 1
     assert "SirLLM" in capsys.readouterr().out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +239,7 @@ def test_a_text_of_it_is_read_back() -> None:
 
 def test_a_backend_that_cannot_says_so() -> None:
     with pytest.raises(BackendError, match="at other distances than their own"):
-        CUDA.check_fetching()
+        replace(CUDA, selection=replace(CUDA.selection, fetched=False)).check_fetching()
 
 
 @BACKEND

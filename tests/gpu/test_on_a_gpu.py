@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import backend_cases
 import kernel_cases
 import kvsieve
+import piece_cases
 import pytest
 import search_cases
+import tier_cases
 import tiny
 import torch
 from backend_cases import on
@@ -117,6 +120,68 @@ def test_a_selecting_step_never_waits_for_the_gpu() -> None:
             tested.planner.commit()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+MORE_PIECES: list[piece_cases.Case] = [
+    (dtype, size, size, group, count) for dtype in HALVES for size in (64, 128, 256) for group in (1, 4, 7) for count in (1, 90)
+]
+
+
+@pytest.mark.parametrize(
+    "case", [*piece_cases.CASES, *MORE_PIECES], ids=lambda c: "-".join(str(x).removeprefix("torch.") for x in c)
+)
+def test_pieces_are_those_of_the_definition(case: piece_cases.Case) -> None:
+    piece_cases.pieces(case, GPU)
+
+
+@pytest.mark.parametrize("policy", list(piece_cases.POLICIES))
+@pytest.mark.parametrize("dtype", list(piece_cases.TOLERANCE), ids=str)
+def test_a_fetching_layer_equals_the_reference(policy: str, dtype: torch.dtype) -> None:
+    piece_cases.layer(policy, dtype, GPU)
+
+
+@pytest.mark.parametrize("policy", list(piece_cases.POLICIES))
+@pytest.mark.parametrize("family", list(tiny.FAMILIES))
+def test_a_fetching_model_equals_the_reference(family: str, policy: str) -> None:
+    piece_cases.model(family, policy, GPU)
+
+
+@pytest.mark.parametrize("policy", list(piece_cases.POLICIES))
+def test_fetching_streams_fork_beam_rewind_and_save(policy: str, tmp_path: Path) -> None:
+    piece_cases.loops(policy, GPU, tmp_path)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_blocks_on_the_host_change_no_output(seed: int) -> None:
+    tier_cases.schedule("cuda", seed, None, GPU)
+
+
+def test_what_is_on_the_host_is_never_read() -> None:
+    tier_cases.never_read("cuda", None, GPU)
+
+
+@pytest.mark.parametrize("base", list(tier_cases.BASES))
+def test_a_model_with_blocks_on_the_host(base: str) -> None:
+    tier_cases.model(base, GPU)
+
+
+@pytest.mark.parametrize("policy", list(piece_cases.POLICIES))
+def test_a_fetching_step_waits_once_a_layer(policy: str) -> None:
+    """For the choice of blocks, which is the host's to place."""
+    model, token = on(tiny.model(), GPU), tiny.ids(1, 1).to(GPU)
+    with kvsieve.stream(model, piece_cases.POLICIES[policy]()) as stream, torch.no_grad():
+        stream.feed(tiny.ids(1, 150).to(GPU))
+        model(input_ids=token, past_key_values=stream.cache, use_cache=True)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            with warnings.catch_warnings(record=True) as waits:
+                warnings.simplefilter("always")
+                for _ in range(40):
+                    model(input_ids=token, past_key_values=stream.cache, use_cache=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) == 40 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("policy", list(tiny.POLICIES))

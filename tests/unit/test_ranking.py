@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kvsieve.backends.ranking import greatest
+from kvsieve.backends.ranking import _counted, greatest
 
 
 @pytest.mark.parametrize("newest", [False, True])
@@ -21,3 +21,5 @@ def test_the_greatest_are_those_of_a_full_sort(newest: bool) -> None:
         for row, mine in zip(scores.flatten(0, 1).tolist(), found.flatten(0, 1).tolist()):
             ranked = sorted(range(n), key=lambda i, row=row: (-row[i], -i if newest else i))  # type: ignore[misc]
             assert mine == sorted(ranked[:count])
+        if count < n:
+            assert torch.equal(_counted(scores, count, newest), found), "as on a device that nothing waits for"

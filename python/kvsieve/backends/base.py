@@ -326,11 +326,11 @@ class Backend(Protocol):
             BackendError: if it cannot select so.
         """
 
-    def make_tier(self, folder: str) -> TierFile:
-        """A file in ``folder`` for blocks of this backend's stores.
+    def make_tier(self, folder: str | None) -> TierFile:
+        """A file in ``folder`` for blocks of this backend's stores; None for where it has them best.
 
         Raises:
-            BackendError: if they are all in memory. TierError: if it cannot be made.
+            BackendError: if they are all in memory, or in no file. TierError: if it cannot be made.
         """
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:

@@ -111,7 +111,7 @@ def InfLLM(
     Inside the window tokens are at their true distances. All that lies beyond it is at ``window - 1``, so no distance is larger,
     however long the text is. Blocks are of tokens that have left the window; each is summed up by the mean key of the tokens that
     got the most attention while they were in it. Nothing is evicted; with ``host_budget`` blocks that no query reads lie in a file.
-    Runs on the backends ``cpu`` and ``reference``.
+    Runs on every backend.
 
     Args:
         window: tokens that a query sees at their true distance, itself included. At most what the model was trained for.
@@ -122,8 +122,9 @@ def InfLLM(
         per_head: each KV head chooses blocks for itself.
         query_block: queries of a prompt that share a choice: those of equal ``position // query_block``. A decoded one is alone.
         host_budget: bytes of keys and values in memory, of all layers (an int, or a text such as ``"1GiB"``); None for all of them.
-            It changes no output. ``Memory(storage=policy.Tiered(...))`` has more to choose.
-        disk: the folder of the file; None for the system's folder for temporary files.
+            On the backend ``cuda`` bytes on the device; what is not there is in memory of the host. It changes no output.
+            ``Memory(storage=policy.Tiered(...))`` has more to choose.
+        disk: the folder of the file; None for the system's folder for temporary files. Refused on ``cuda``, which has no file.
 
     Raises:
         PolicyError: for counts that are none, more representatives than a block has tokens, or a folder without a budget.

@@ -219,7 +219,8 @@ class Plain(StorageRule):
 @dataclass(frozen=True)
 class Tiered(StorageRule):
     """As it came, for streams that keep every token and hold more than memory has: only so many full blocks are in memory. The
-    others are in a file that nobody else sees, and that goes with the stream.
+    others are in a file that nobody else sees, and that goes with the stream. On the backend ``cuda`` memory is the device's, and
+    the others are in pinned memory of the host.
 
     A rule that fetches the blocks that it reads (:attr:`SelectionRule.fetches`) moves no others. Under every other rule each layer
     fetches all that it holds, so memory must have one layer at a time. Neither the budget nor the order changes an output.
@@ -228,13 +229,14 @@ class Tiered(StorageRule):
         memory_budget: bytes of keys and values in memory, of all layers and rows together (an int, or a text such as ``"64MiB"``).
             What one layer reads at a time may take more, and so may the newest tokens of many rows.
         disk: the folder of the file; None for the system's folder for temporary files. It should not be one that lies in memory.
+            Refused on ``cuda``.
         keep: newest tokens of each row that stay in memory.
         order: which blocks leave memory first. ``"recency"``: those that were fetched longest ago. ``"scores"``: those of the
             lowest score, where each step of a layer makes it ``score * decay`` and adds the attention that the block got (InfLLM,
             Xiao et al., arXiv 2402.04617). No policy of kvsieve's own tells that attention yet, so this is ``"recency"`` for them.
         decay: of scores.
         background: whether a thread writes blocks while the model goes on. At most 32 blocks of a layer are then in memory for
-            longer; what could not be written is said at the end of the next forward.
+            longer; what could not be written is said at the end of the next forward. On ``cuda`` they are always copied so.
 
     Raises:
         BudgetError: for a budget that is no count of bytes. PolicyError: for the others.

@@ -10,7 +10,6 @@ of a row of any fork: a policy reads those without fetching them, so they stay.
 
 from __future__ import annotations
 
-import tempfile
 from typing import TYPE_CHECKING, cast
 
 from kvsieve.backends.tiers import HoldsTiers, TierCounts
@@ -62,7 +61,7 @@ class Tiers(StreamPart):
         self._rule, self._blocks = rule, setting.blocks
         self._fetches = setting.policy.memories[0].roles.select.fetches
         if self._blocks.tiers is None:
-            self._blocks.tiers = SharedTiers(setting.backend.make_tier(str(rule.disk or tempfile.gettempdir())))
+            self._blocks.tiers = SharedTiers(setting.backend.make_tier(None if rule.disk is None else str(rule.disk)))
         self._shared: SharedTiers | None = self._blocks.tiers
         self._all: Runs = []
 

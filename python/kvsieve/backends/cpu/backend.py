@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +35,8 @@ class CpuBackend:
     def make_selection(self, rule: SparseSelection) -> CpuSelection:
         return CpuSelection(rule)
 
-    def make_tier(self, folder: str) -> TierFile:
-        return TierFile(folder)
+    def make_tier(self, folder: str | None) -> TierFile:
+        return TierFile(folder or tempfile.gettempdir())
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         targets = ids.detach().contiguous().numpy()

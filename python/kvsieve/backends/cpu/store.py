@@ -24,6 +24,7 @@ from kvsieve.backends.cpu.pieces import attend_many, attend_one
 from kvsieve.backends.cpu.prefill import attend_part
 from kvsieve.backends.cpu.tensors import DTYPES, view
 from kvsieve.backends.heaviest_values import of_rows
+from kvsieve.backends.piece_matrices import in_order
 from kvsieve.backends.prefill_plan import PrefillPlan
 from kvsieve.backends.runs import columns
 from kvsieve.backends.tiers import TierCounts
@@ -124,7 +125,7 @@ class CpuStore:
     ) -> Attended:
         if q.shape[1] == 1:
             return attend_one(self._core, q, first, residents, pieces, call, scored)
-        return attend_many(q, first, pieces, lambda lo, hi: self.read(residents.runs(lo, hi)), call, scored)
+        return attend_many(q, first, pieces, lambda spans: self.read(in_order(residents, spans)), call, scored)
 
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: CpuSelection

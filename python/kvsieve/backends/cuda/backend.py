@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvsieve.backends.block_tier import HostCopies
 from kvsieve.backends.cuda import launcher
 from kvsieve.backends.cuda.capabilities import CAPABILITIES
 from kvsieve.backends.cuda.context import Context
@@ -21,7 +22,6 @@ from kvsieve.backends.cuda.store import CudaStore
 from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:
-    from kvsieve.backends.base import TierFile
     from kvsieve.policy.select import SparseSelection
 
 __all__ = ["CudaBackend"]
@@ -48,8 +48,13 @@ class CudaBackend:
     def make_selection(self, rule: SparseSelection) -> CudaSelection:
         return CudaSelection(rule)
 
-    def make_tier(self, folder: str) -> TierFile:
-        raise BackendError(f"backend 'cuda' holds all tokens on the device, so there can be no file in {folder}")
+    def make_tier(self, folder: str | None) -> HostCopies:
+        if folder is not None:
+            raise BackendError(
+                f"backend 'cuda' holds blocks that are not on the device in memory of the host, and none in a file; leave disk="
+                f"{folder!r} out, or use backend='reference'"
+            )
+        return HostCopies()
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         return surprisal(logits, ids)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from kvsieve.backends.prefill_plan import PrefillPlan
 if TYPE_CHECKING:
     from kvsieve._core import Step
 
-__all__ = ["DevicePart", "Plan", "splits"]
+__all__ = ["DevicePart", "Plan", "filling", "splits"]
 
 
 class Plan:
@@ -54,8 +55,12 @@ class Plan:
         self.buffer = buffer
         copies = step.copy_table()
         self.copies = upload(copies, device) if len(copies) else None
-        self.written = sorted({*copies[:, 1].tolist(), *(block for _, _, block, _, _ in step.appends())})
-        """Blocks that the step writes to."""
+        copied = [(to, (slots >> 16) + count) for _, to, slots, count in copies.tolist()]
+        self.copied = copies[:, 0].tolist()
+        """Shared blocks that are copied before they are written."""
+        self.ends = copied + [(block, slot + count) for _, _, block, slot, count in step.appends()]
+        """Blocks that the step writes to, up to which slot."""
+        self.written = sorted({block for block, _ in self.ends})
         self._parts: list[DevicePart] | None = None
 
     @property
@@ -65,6 +70,13 @@ class Plan:
             step = self.step
             self._parts = [DevicePart(self.device, PrefillPlan.of(p, step.new_lens[p.row])) for p in step.parts()]
         return self._parts
+
+    @cached_property
+    def reads(self) -> frozenset[int]:
+        """Blocks that it reads, if all that is held is read."""
+        if self.spans is not None:
+            return frozenset(np.unique(self.spans[1][:, 0]).tolist())
+        return frozenset(block for p in self.parts for block in p.plan.runs[0].tolist())
 
     def residents(self) -> StepResidents:
         """All residents of each row, for a selection. Where a layer's blocks lie is for the layer to say.
@@ -124,10 +136,17 @@ def splits(plan: Plan, kv_heads: int, group: int, key_dim: int, raw: bool = Fals
     found = plan.splits.get((kv_heads, group, key_dim, raw, bits))
     if found is not None:
         return found
-    heads, subsets = heads_of(group, key_dim)
-    others = kv_heads * -(-group // (heads * subsets)) * max(plan.buffer.items, 1)
-    fill = launcher_of(plan.device).processors(plan.device) * resident(group, key_dim, raw, bits) // others
     # Beyond the smallest capacity by powers of two, so that a growing memory changes the shape of a launch seldom.
     most = plan.most_spans if plan.most_spans <= 256 else round_up(plan.most_spans)
-    found = plan.splits[kv_heads, group, key_dim, raw, bits] = max(1, min(fill, most))
+    found = max(1, min(filling(plan.device, max(plan.buffer.items, 1) * kv_heads, group, key_dim, raw, bits), most))
+    plan.splits[kv_heads, group, key_dim, raw, bits] = found
     return found
+
+
+def filling(
+    device: torch.device, heads: int, group: int, key_dim: int, raw: bool = False, bits: tuple[int, int] | None = None
+) -> int:
+    """Thread blocks of `attend` for each of ``heads`` KV heads of all queries that fill the GPU once; 0 where these fill it."""
+    together, subsets = heads_of(group, key_dim)
+    others = heads * -(-group // (together * subsets))
+    return launcher_of(device).processors(device) * resident(group, key_dim, raw, bits) // others

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
     from kvsieve.backends.cuda.plan import DevicePart
 
-__all__ = ["attend_part"]
+__all__ = ["BAND", "attend_part", "fused"]
 
 BAND = 256
 """Queries of a prefill that share one band of keys."""
 
 
-def _fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False) -> Partial:
+def fused(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, causal: bool = False) -> Partial:
     """Out ``[H, m, Dv]`` and lse ``[H, m]`` of ``q`` ``[H, m, D]`` over all keys, or, causal, over as many keys as queries."""
     heads, m, dim = q.shape
     group = heads // k.shape[0]
@@ -58,9 +58,9 @@ def attend_part(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: DevicePart
         return concatenate([_plain(q, k, v, p, call, band, slice(None)) for band in bands])
     if p.part.near is None:
         old = p.num_old
-        pieces = [_fused(q, k[:, :old], v[:, :old], call.scale)] if old else []
+        pieces = [fused(q, k[:, :old], v[:, :old], call.scale)] if old else []
         if k.shape[1] > old:
-            pieces.append(_fused(q, k[:, old:], v[:, old:], call.scale, causal=True))
+            pieces.append(fused(q, k[:, old:], v[:, old:], call.scale, causal=True))
         return join(pieces)
     return concatenate([_attend_band(q, k, v, p, call, band) for band in bands])
 
@@ -74,6 +74,6 @@ def _attend_band(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, p: DevicePar
     after, end = (int(np.searchsorted(at, edge, side="right")) for edge in (first, last))
     if middle >= after:
         return _plain(q, k, v, p, call, band, slice(begin, end))
-    pieces = [_fused(q[:, band], k[:, middle:after], v[:, middle:after], call.scale)]
+    pieces = [fused(q[:, band], k[:, middle:after], v[:, middle:after], call.scale)]
     pieces += [_plain(q, k, v, p, call, band, keys) for keys in (slice(begin, middle), slice(after, end)) if keys.stop > keys.start]
     return join(pieces)

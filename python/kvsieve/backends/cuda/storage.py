@@ -59,10 +59,15 @@ def extent(slab: int) -> tuple[int, int]:
 
 
 class PlainStore:
-    """One layer's plain blocks: slabs, and the table of where each block lies."""
+    """One layer's plain blocks: slabs, and the table of where each block lies.
+
+    Attributes:
+        apart: whether every block has a slab of its own, so that it can go alone; said before there are any.
+    """
 
     def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.apart = False
         self.slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.table = Table(4, device)
 
@@ -74,7 +79,7 @@ class PlainStore:
         """Give these blocks memory."""
         heads, key_dim, value_dim = self.shape
         for block in blocks:
-            slab, first, size = locate(block)
+            slab, first, size = (block, block, 1) if self.apart else locate(block)
             if slab in self.slabs:
                 continue
             tokens = size * BLOCK
@@ -89,10 +94,19 @@ class PlainStore:
     def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
         """Give back slabs none of whose blocks is in use."""
         for slab in list(self.slabs):
-            first, size = extent(slab)
+            first, size = (slab, 1) if self.apart else extent(slab)
             if not in_use[first : first + size].any():
                 del self.slabs[slab]
                 self.table.rows(first, size)[:] = 0
+
+    def block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values of a block that has memory of its own."""
+        return self.slabs[block]
+
+    def drop(self, block: int) -> None:
+        """Give back a block's own memory."""
+        del self.slabs[block]
+        self.table.rows(block, 1)[:] = 0
 
 
 class PackedStore:

@@ -5,6 +5,7 @@ A prefill gathers the residents once and rotates them to where the policy shows 
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -25,9 +26,11 @@ from kvsieve.backends.cuda.ops.rotate import rotate
 from kvsieve.backends.cuda.ops.scatter import scatter
 from kvsieve.backends.cuda.ops.top_k import top_k
 from kvsieve.backends.cuda.ops.unpack import unpack
+from kvsieve.backends.cuda.pieces import Held, attend_pieces
 from kvsieve.backends.cuda.plan import splits
 from kvsieve.backends.cuda.prefill import attend_part
 from kvsieve.backends.cuda.storage import PackedChannels, PackedStore, PlainStore, dense_blocks
+from kvsieve.backends.cuda.tier import KeepsOnHost
 from kvsieve.backends.runs import columns, pick
 from kvsieve.errors import ShapeError, StateError, UnsupportedError
 
@@ -56,7 +59,7 @@ class Keys(NamedTuple):
     total: int
 
 
-class CudaStore:
+class CudaStore(KeepsOnHost):
     """One layer's plain and packed blocks."""
 
     def __init__(self, context: Context, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -66,6 +69,7 @@ class CudaStore:
         self.plain = PlainStore(self._shape, k.dtype, k.device)
         self._packed: PackedStore | None = None
         self._prepared: Plan | None = None
+        self._lock = threading.RLock()
 
     @property
     def bytes_held(self) -> int:
@@ -78,9 +82,13 @@ class CudaStore:
     @property
     def table(self) -> torch.Tensor:
         """Where each plain block lies, on the device."""
+        if self._tier is not None:
+            self._tier.side.join()
         return self.plain.table.tensor
 
     def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
+        if self._tier is not None:
+            self._tier.free(lambda block: block < len(in_use) and bool(in_use[block]))
         self.plain.free_unused(in_use)
         if self._packed is not None:
             self._packed.free_unused(packed_in_use)
@@ -98,6 +106,7 @@ class CudaStore:
     def _prepare(self, plan: Plan) -> None:
         if self._prepared is plan:
             return
+        self._change(plan.copied, plan.ends)
         self.plain.reserve(plan.written)
         table = self.table
         if self._packed is not None:
@@ -119,6 +128,7 @@ class CudaStore:
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._check(q, k, v)
         plan = self._context.plan(step, self.device)
+        self._check_there(plan)
         if step.has_spans:
             self._append(k, v, plan)
             return self._decode(q, k, v, plan, call)
@@ -140,12 +150,13 @@ class CudaStore:
         selection.begin()
         self._check(q, k, v)
         plan = self._context.plan(step, self.device)
+        self._check_there(plan)
         asked = plan.residents()
         self._append(k, v, plan)
-        asked.residents = asked.residents._replace(blocks=self.plain.table.tensor)
+        asked.residents = asked.residents._replace(blocks=self.table)
         return selection.run(q, (self._shape[0], self._shape[2]), asked, call)
 
-    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+    def _check_stored(self, k: torch.Tensor, v: torch.Tensor) -> None:
         (heads, key_dim, value_dim), dtype, device = self._shape, self.dtype, self.device
         for name, x, dim in (("keys", k, key_dim), ("values", v, value_dim)):
             _, its_heads, _, its_dim = x.shape
@@ -154,6 +165,10 @@ class CudaStore:
                     f"this layer holds {name} of {heads} heads of size {dim} in {dtype} on {device}, "
                     f"got {its_heads} heads of size {its_dim} in {x.dtype} on {x.device}"
                 )
+
+    def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        self._check_stored(k, v)
+        (heads, key_dim, _), dtype, device = self._shape, self.dtype, self.device
         _, query_heads, _, its_dim = q.shape
         if q.dtype is not dtype or q.device != device or its_dim != key_dim or query_heads % heads:
             raise ShapeError(
@@ -164,7 +179,7 @@ class CudaStore:
     def _append(self, k: torch.Tensor, v: torch.Tensor, plan: Plan) -> None:
         self._prepare(plan)
         buffer = plan.buffer
-        Append(k, v, self.plain.table.tensor, buffer.appends, buffer.counts, buffer.tokens).launch()
+        Append(k, v, self.table, buffer.appends, buffer.counts, buffer.tokens).launch()
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
         chosen = [p for p in plan.parts if p.part.top_k] if call.top_k else []
@@ -204,7 +219,7 @@ class CudaStore:
         rotates = raw and rope is not None
         return Attend(
             q if q.stride(-1) == 1 else q.contiguous(),
-            self.plain.table.tensor,
+            self.table,
             buffer.starts,
             buffer.spans,
             rotations,
@@ -287,22 +302,15 @@ class CudaStore:
         raise UnsupportedError("backend 'cuda' does not tell the log-sum-exp of its attention; use backend='reference'")
 
     def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
-        """Refused here, and by the capabilities when a stream opens.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("backend 'cuda' stores tokens as it attends to them; use backend='reference'")
+        self._check_stored(k, v)
+        self._append(k, v, self._context.plan(step, self.device))
 
     def attend_pieces(
         self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
     ) -> Attended:
-        """Refused here, and by the capabilities when a stream opens.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("backend 'cuda' reads no blocks at other distances than their own; use backend='reference'")
+        there = None if self._tier is None else self._tier.check
+        held = Held(self._context, self.table, self._shape, residents, self.read, there)
+        return attend_pieces(held, q, first, pieces, call, scored)
 
     def run_with_scores(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
@@ -311,6 +319,7 @@ class CudaStore:
         if not step.has_spans:
             scores = of_prefill(self, q, k, step, call)
             return self.run(q, k, v, step, call), scores
+        self._check_there(self._context.plan(step, self.device))
         self._append(k, v, self._context.plan(step, self.device))
         out, _, items = self.attend_with_scores(q, step, call)
         return out, of_items(items, step)
@@ -392,6 +401,7 @@ class CudaStore:
     def apply(self, moves: Moves) -> None:
         table = moves.table()
         packed = table[:, 0] >= PACKED
+        self._change(table[:, 0].tolist(), [(to, (slots >> 16) + count) for _, to, slots, count in table.tolist()])
         if not packed.any():
             self.plain.reserve(sorted(set(table[:, 1].tolist())))
             move(self.table, self._context.moves(moves, table, self.device), *self._shape, self.dtype)
@@ -439,7 +449,9 @@ class CudaStore:
         self.write(to, *chosen)
 
     def read(self, runs: Runs) -> Partial:
-        return self._read(DeviceRuns(columns(runs), self.device))
+        if self._tier is None or not self._tier.away(block for block, _, _ in runs):
+            return self._read(DeviceRuns(columns(runs), self.device))
+        return self._tier.read(runs, lambda mine: self._read(DeviceRuns(columns(mine), self.device)))
 
     def _read(self, runs: DeviceRuns) -> Partial:
         """Keys and values of ``runs`` at full width, in the layer's dtype."""
@@ -453,15 +465,13 @@ class CudaStore:
             unpack(packed.table.tensor, runs.packed, k, v, key_dim, value_dim, self.dtype, packed.format)
         return k, v
 
-    def fetch(self, runs: Runs) -> None:
-        """All blocks are on the device."""
-
     def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
         k, v = aligned(k.contiguous()), aligned(v.contiguous())
         blocks, lo, hi = columns(runs)
         at = np.cumsum(hi - lo) - (hi - lo)
         is_packed = blocks >= PACKED
         if not is_packed.all():
+            self._change([], [(block, end) for block, _, end in runs if block < PACKED])
             self.plain.reserve(sorted(set(blocks[~is_packed].tolist())))
             table = np.stack([blocks, lo, hi, at], 1)[~is_packed].astype(np.int32)
             scatter(k, v, self.table, upload(table, self.device))

@@ -6,10 +6,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvsieve.backends.block_tier import HostCopies
 from kvsieve.backends.reference.capabilities import CAPABILITIES
 from kvsieve.backends.reference.selection import ReferenceSelection
 from kvsieve.backends.reference.store import ReferenceStore
-from kvsieve.backends.reference.tier import ReferenceFile
 
 if TYPE_CHECKING:
     from kvsieve.policy.select import SparseSelection
@@ -29,8 +29,8 @@ class ReferenceBackend:
     def make_selection(self, rule: SparseSelection) -> ReferenceSelection:
         return ReferenceSelection(rule)
 
-    def make_tier(self, folder: str) -> ReferenceFile:
-        return ReferenceFile()
+    def make_tier(self, folder: str | None) -> HostCopies:
+        return HostCopies()
 
     def surprisal(self, logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
         wide = logits.float()

@@ -15,16 +15,15 @@ from kvsieve._core import PACKED
 from kvsieve.backends.attention import Partial, attend, merge, rotate_part, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_prefill
 from kvsieve.backends.base import HeadSets, HeldBytes, Runs
+from kvsieve.backends.block_tier import BlockTier, HasTier, HostCopies
 from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.pieces import attend_pieces
 from kvsieve.backends.reference.definition import sparse_attend
 from kvsieve.backends.reference.selection import Asking, ReferenceSelection
 from kvsieve.backends.reference.storage import PackedBlock
-from kvsieve.backends.reference.tier import ReferenceFile, ReferenceTier
 from kvsieve.backends.runs import pick
-from kvsieve.backends.tiers import TierCounts
 from kvsieve.budget import BLOCK
-from kvsieve.errors import ShapeError, StateError, UnsupportedError
+from kvsieve.errors import ShapeError, StateError
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Residents, Step
@@ -38,6 +37,11 @@ __all__ = ["ReferenceStore"]
 F = TypeVar("F", bound=Callable[..., Any])
 
 
+def _save(tensors: tuple[torch.Tensor, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    k, v = (x.detach().to("cpu", copy=True) for x in tensors)
+    return k, v
+
+
 def _locked(method: F) -> F:
     """Forks write to one store, each to blocks of its own, but all of them make it grow."""
 
@@ -49,7 +53,7 @@ def _locked(method: F) -> F:
     return cast("F", wrapped)
 
 
-class ReferenceStore:
+class ReferenceStore(HasTier):
     """Blocks ``[block, Hkv, 64, D]`` of keys and values, in plain tensors."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -58,7 +62,6 @@ class ReferenceStore:
         self._v = v.new_zeros(0, v.shape[1], BLOCK, v.shape[3])
         self._packing: Packing | None = None
         self._packed: dict[int, PackedBlock] = {}
-        self._tier: ReferenceTier | None = None
 
     @property
     def bytes_held(self) -> int:
@@ -343,48 +346,11 @@ class ReferenceStore:
         return self._k[block], self._v[block]
 
     def _put_block(self, block: int, tensors: tuple[torch.Tensor, torch.Tensor] | None) -> None:
+        """A block that left memory is NaN, so what would read it all the same shows."""
         k, v = (torch.nan, torch.nan) if tensors is None else tensors
         self._k[block], self._v[block] = k, v
 
     @_locked
-    def fetch(self, runs: Runs) -> None:
-        if self._tier is not None:
-            self._tier.fetch(block for block, _, _ in runs if block < PACKED)
-
-    @_locked
-    def set_tier(self, file: ReferenceFile, capacity: int, decay: float | None) -> None:
-        self._tier = ReferenceTier(file, capacity, decay, self._get_block, self._put_block)
+    def set_tier(self, file: HostCopies, capacity: int, decay: float | None) -> None:
+        self._tier = BlockTier(file, capacity, decay, self._get_block, self._put_block, _save)
         self._tier.change((block, BLOCK) for block in range(len(self._k)))
-
-    @_locked
-    def hold(self, blocks: Sequence[int]) -> None:
-        self._tiered().hold(blocks)
-
-    @_locked
-    def trim(self, keep: Sequence[int], later: bool = False) -> None:
-        """``later`` is at once here."""
-        self._tiered().trim(keep)
-
-    @_locked
-    def spill(self, blocks: Sequence[int], later: bool = False) -> None:
-        """As of :meth:`trim`."""
-        self._tiered().spill(blocks)
-
-    @_locked
-    def prefetch(self, runs: Runs) -> None:
-        self._tiered().load(block for block, _, _ in runs if block < PACKED)
-
-    def finish(self) -> None:
-        self._tiered()
-
-    @_locked
-    def score(self, blocks: Sequence[int], mass: Sequence[float]) -> None:
-        self._tiered().score(blocks, mass)
-
-    def tier_counts(self) -> TierCounts:
-        return TierCounts() if self._tier is None else self._tier.counts()
-
-    def _tiered(self) -> ReferenceTier:
-        if self._tier is None:
-            raise UnsupportedError("this layer's blocks lie in no file; open the stream with kvsieve.policy.Tiered(...)")
-        return self._tier

@@ -172,21 +172,22 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         __syncthreads();  // the last batch's table and tiles are done with; the queries are there
         if (tid < num) {
             const Span span = spans[batch + tid];
+            const i64 head = kv_head + span.head();
             Where w;
             if (PACKED && span.block >= kPackedFrom) {
                 const PackedBlock block = packed[span.block - kPackedFrom];
-                const i64 rows = i64(kv_head) * block.stride;
+                const i64 rows = head * block.stride;
                 w.key = block.key + u64(rows * key_row);
                 w.value = block.value + u64(rows * value_row);
                 Scales s;
                 s.keys = block.key_scales + u64((rows >> log_group) * key_scale_row);
                 s.values = block.value_scales + u64(rows * value_scale_row);
-                s.channels = block.channels + u64(kv_head) * (1 + wide) * sizeof(short);
+                s.channels = block.channels + u64(head) * (1 + wide) * sizeof(short);
                 scales_of[tid] = s;
             } else {
                 const Block block = blocks[span.block];
-                w.key = block.key + u64(i64(kv_head) * block.stride) * (DK * sizeof(T));
-                w.value = block.value + u64(i64(kv_head) * block.stride) * (DV * sizeof(T));
+                w.key = block.key + u64(head * block.stride) * (DK * sizeof(T));
+                w.value = block.value + u64(head * block.stride) * (DV * sizeof(T));
                 if (PACKED) scales_of[tid].channels = 0;
             }
             w.lo = span.lo();

@@ -35,13 +35,15 @@ struct alignas(16) Block {
 // Slots [lo, hi) of a block, as one query reads them. See `Span` in rust/kvsieve-core/src/plan.rs.
 struct alignas(16) Span {
     int block;
-    u32 slots;   // lo | hi << 8 | (keys are rotated by their slot) << 16
+    u32 slots;   // lo | hi << 8 | (keys are rotated by their slot) << 16 | head << 17
     int before;  // keys of this item before the span
     int turn;    // row of the table of turns by which the query is rotated, plus one; 0 for none
 
     __device__ int lo() const { return int(slots & 255u); }
     __device__ int hi() const { return int(slots >> 8 & 255u); }
     __device__ bool rotate() const { return (slots >> 16 & 1u) != 0; }
+    // Added to the thread block's key-value head. Not 0 where each item is one head's, which read different keys (pieces.py).
+    __device__ int head() const { return int(slots >> 17); }
 };
 
 // Column `column` of row `row` of the input goes to `slot` of `block`.

@@ -54,14 +54,15 @@ class Attend(NamedTuple):
     Attributes:
         q: ``[B, H, q, D]``, any strides but 1 along D.
         blocks: as for :class:`Append`.
-        starts: int32 ``[B * q + 1]``; spans: int32 ``[capacity, 4]`` as ``Step.span_table`` gives them.
+        starts: int32 ``[B * q + 1]``; spans: int32 ``[capacity, 4]`` as ``Step.span_table`` gives them. They may name a KV
+            head, where each item is of one: ``B`` is the number of KV heads then, ``H`` the query heads of one, and ``kv_heads`` 1.
         rotations: float32 ``[n, R]``, those that spans name; in_block: float32 ``[64, R]``, those of a block's slots. Both None
             where nothing rotates.
         splits: thread blocks per item and head.
         scale, softcap: of the logits; softcap 0 for none.
         layout: 0 nothing rotates, 1 half, 2 interleaved; factor: multiplies the rotated channels of the queries.
         raw: whether spans may ask for keys to be rotated.
-        sink_logits: float32 ``[H]``: learned logits without a value.
+        sink_logits: float32 ``[H]``: learned logits without a value; ``[B * H]`` where each row has its own, for one query each.
         key_starts: int64 ``[B * q + 1]``, where each item's keys begin among ``total_keys``; None unless scores are wanted.
         packed: int64 ``[n, 8]``, where packed blocks lie, which spans number from ``_core.PACKED`` on; format: theirs, as the four
             integers of a :class:`Format`. Both None where there are none.
@@ -112,6 +113,9 @@ class Attend(NamedTuple):
         if self.layout:
             require(self.rotations is not None and self.in_block is not None, "rotations and in_block are needed where keys rotate")
             require(0 < 2 * self.pairs <= key_dim, f"{2 * self.pairs} rotated channels in keys of {key_dim}")
+        if self.sink_logits is not None:
+            mine, own = self.sink_logits.shape[0], self.items * heads
+            require(mine in (heads, own), f"{mine} sink logits: {heads}, or {own} where each row has its own")
         require((self.packed is None) == (self.format is None), "packed blocks need a format, and a format packed blocks")
         if self.format is not None:
             Format(*self.format).check(key_dim, self.value_dim)
@@ -133,7 +137,7 @@ class Attend(NamedTuple):
         (rows, heads, queries, key_dim), device, dtype = q.shape, q.device, q.dtype
         items, group = rows * queries, heads // kv_heads
         per_warp, subsets = heads_of(group, key_dim)
-        held = scratch(items * heads, splits, heads, value_dim, device)
+        held = scratch(items * heads, splits, heads if self.sink_logits is None else len(self.sink_logits), value_dim, device)
         logits = norms = None
         if self.key_starts is not None:
             logits = torch.empty(heads, self.total_keys, dtype=torch.float32, device=device)

@@ -16,7 +16,7 @@ class Partials(NamedTuple):
     """Partial results in scratch memory: float32 out ``[items, H, splits, Dv]``, and behind it lse ``[items, H, splits]``.
 
     Attributes:
-        out, lse: addresses; splits, heads: their numbers; memory: what keeps them alive.
+        out, lse: addresses; splits: their number; heads: how many sink logits there are; memory: what keeps them alive.
     """
 
     out: int
@@ -27,7 +27,7 @@ class Partials(NamedTuple):
 
 
 def scratch(results: int, splits: int, heads: int, value_dim: int, device: torch.device) -> Partials:
-    """Room for ``splits`` parts of each of ``results`` results, ``heads`` of them an item; not written."""
+    """Room for ``splits`` parts of each of ``results`` results, whose sink logits repeat after ``heads`` of them; not written."""
     parts = results * splits
     memory = torch.empty(parts * (value_dim + 1), dtype=torch.float32, device=device)
     address = memory.data_ptr()

@@ -1,6 +1,6 @@
 """Which blocks of a layer are in memory, written to be read: the definition that ``Arena`` of the Rust core follows.
 
-The "file" holds tensors on the CPU. A block that left memory is NaN in the store, so what would read it all the same shows.
+Copies of the others are tensors on the CPU. What a backend does so that a block comes and goes is its own.
 """
 
 from __future__ import annotations
@@ -8,49 +8,55 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
+from kvsieve._core import PACKED
 from kvsieve.backends.tiers import TierCounts
 from kvsieve.budget import BLOCK
-from kvsieve.errors import StateError
+from kvsieve.errors import StateError, UnsupportedError
 
-__all__ = ["ReferenceFile", "ReferenceTier"]
+if TYPE_CHECKING:
+    from kvsieve.backends.base import Runs
+
+__all__ = ["BlockTier", "HasTier", "HostCopies"]
 
 Tensors: TypeAlias = tuple[torch.Tensor, torch.Tensor]
 """Keys ``[Hkv, 64, D]`` and values ``[Hkv, 64, Dv]`` of a block."""
 
 
-class ReferenceFile:
-    """Stands for the file: it knows the layers that hold the blocks that were written out."""
+class HostCopies:
+    """In the place of a file: it knows the layers that hold the blocks that left memory."""
 
     def __init__(self) -> None:
-        self.layers: weakref.WeakSet[ReferenceTier] = weakref.WeakSet()
+        self.layers: weakref.WeakSet[BlockTier] = weakref.WeakSet()
 
     def bytes(self) -> tuple[int, int]:
         held = sum(layer.counts().bytes_in_file for layer in self.layers)
         return held, held
 
 
-class ReferenceTier:
+class BlockTier:
     """The blocks of one layer.
 
     Args:
-        get: keys and values of a block in memory; put: the other way round, None for nothing to be read any more.
+        get: keys and values of a block in memory; put: the other way round, None for nothing to be read any more; save: a copy of
+            such tensors on the CPU, or one that is being made before anything that is asked for later.
     """
 
     def __init__(
         self,
-        file: ReferenceFile,
+        file: HostCopies,
         capacity: int,
         decay: float | None,
         get: Callable[[int], Tensors],
         put: Callable[[int, Tensors | None], None],
+        save: Callable[[Tensors], Tensors],
     ) -> None:
         file.layers.add(self)
         self._capacity, self._decay = capacity, decay
-        self._get, self._put = get, put
+        self._get, self._put, self._save = get, put, save
         self._copies: dict[int, Tensors] = {}
         self._away: set[int] = set()
         self._ends: dict[int, int] = {}
@@ -61,13 +67,17 @@ class ReferenceTier:
         self._clock = 0
         self._hits = self._loads = self._spills = self._read = self._written = 0
 
+    def away(self, blocks: Iterable[int]) -> set[int]:
+        """Those of ``blocks`` that are not in memory."""
+        return self._away.intersection(blocks)
+
     def check(self, blocks: Iterable[int]) -> None:
         """Refuse to read blocks that are not in memory.
 
         Raises:
             StateError: naming one.
         """
-        gone = self._away.intersection(blocks)
+        gone = self.away(blocks)
         if gone:
             raise StateError(f"block {min(gone)} is not in memory; fetch it before it is read")
 
@@ -134,8 +144,7 @@ class ReferenceTier:
     def spill(self, blocks: Iterable[int]) -> None:
         for block in self._in_memory().intersection(blocks):
             if block not in self._copies:
-                k, v = (x.detach().to("cpu", copy=True) for x in self._get(block))
-                self._copies[block] = k, v
+                k, v = self._copies[block] = self._save(self._get(block))
                 self._spills += 1
                 self._written += k.nbytes + v.nbytes
             self._leave(block)
@@ -167,3 +176,48 @@ class ReferenceTier:
     def _use(self, block: int) -> None:
         self._clock += 1
         self._used[block] = self._clock
+
+
+class HasTier:
+    """What a store offers whose blocks a :class:`BlockTier` knows: :class:`kvsieve.backends.tiers.HoldsTiers`, but for setting one.
+    What is said to happen later is done at once, or begins at once.
+    """
+
+    _tier: BlockTier | None = None
+    _lock: threading.RLock
+
+    def fetch(self, runs: Runs) -> None:
+        if self._tier is not None:
+            with self._lock:
+                self._tier.fetch(block for block, _, _ in runs if block < PACKED)
+
+    def hold(self, blocks: Sequence[int]) -> None:
+        with self._lock:
+            self._tiered().hold(blocks)
+
+    def trim(self, keep: Sequence[int], later: bool = False) -> None:
+        with self._lock:
+            self._tiered().trim(keep)
+
+    def spill(self, blocks: Sequence[int], later: bool = False) -> None:
+        with self._lock:
+            self._tiered().spill(blocks)
+
+    def prefetch(self, runs: Runs) -> None:
+        with self._lock:
+            self._tiered().load(block for block, _, _ in runs if block < PACKED)
+
+    def finish(self) -> None:
+        self._tiered()
+
+    def score(self, blocks: Sequence[int], mass: Sequence[float]) -> None:
+        with self._lock:
+            self._tiered().score(blocks, mass)
+
+    def tier_counts(self) -> TierCounts:
+        return TierCounts() if self._tier is None else self._tier.counts()
+
+    def _tiered(self) -> BlockTier:
+        if self._tier is None:
+            raise UnsupportedError("this layer's blocks lie in no file; open the stream with kvsieve.policy.Tiered(...)")
+        return self._tier
