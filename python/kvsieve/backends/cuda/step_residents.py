@@ -14,6 +14,7 @@ from kvsieve._core import PACKED
 from kvsieve.backends.cuda.buffers import upload
 from kvsieve.backends.cuda.ops.launch import launcher_of
 from kvsieve.backends.cuda.ops.residents import Residents
+from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, UnsupportedError
 
 if TYPE_CHECKING:
@@ -48,19 +49,49 @@ class StepResidents:
     """What a step's layers share.
 
     Attributes:
-        residents: where they lie; first: each row's first new position; lens: its new tokens.
+        residents: where they lie; runs: the same on the host, of each row; counts: how many it has.
+        first: its first new position; lens: its new tokens.
         decode: whether queries are so few that their keys are shared out.
         schedules: those of this step so far; upload: a table to the device, once for equal ones.
         processors: of the device.
     """
 
     residents: Residents
+    runs: list[Runs]
+    counts: list[int]
     first: list[int]
     lens: list[int]
     decode: bool
     schedules: dict[Any, Schedule]
     upload: Upload
     processors: int
+    _whole: npt.NDArray[np.int64] | None = None
+
+    def unbroken(self) -> StepResidents:
+        """Itself.
+
+        Raises:
+            UnsupportedError: for a row that does not keep every token: residents are then not numbered by their positions.
+        """
+        for held, first, new in zip(self.counts, self.first, self.lens):
+            if new and held != first + new:
+                raise UnsupportedError(_MOVED)
+        return self
+
+    def whole_blocks(self) -> npt.NDArray[np.int64]:
+        """The full blocks of all rows, in any order.
+
+        Raises:
+            UnsupportedError: for a row whose blocks, but for the last, are not full: they are then not those of the text.
+        """
+        if self._whole is None:
+            for mine in self.runs:
+                if (mine[:, 1] != 0).any() or (mine[:-1, 2] != BLOCK).any():
+                    raise UnsupportedError(
+                        "page bounds are of whole blocks of an unbroken text, and some blocks of a row are not whole"
+                    )
+            self._whole = np.concatenate([mine[mine[:, 2] == BLOCK, 0] for mine in self.runs])
+        return self._whole
 
 
 def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResidents:
@@ -75,7 +106,6 @@ def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResid
             "backend 'cuda' selects from post-RoPE keys, and this policy stores pre-RoPE ones; "
             "select with a policy that moves no token, or use backend='reference'"
         )
-    first = [int(at) for at in step.first_new]
     runs = _of_parts(step) if spans is None else _of_spans(step, *spans)
     for row, mine in enumerate(runs):
         if step.new_lens[row] and (mine[:, 0] >= PACKED).any():
@@ -83,8 +113,6 @@ def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResid
                 "backend 'cuda' selects from keys as they came, and some of these are compressed; leave the storage rule out, "
                 "or use backend='reference'"
             )
-        if step.new_lens[row] and int((mine[:, 2] - mine[:, 1]).sum()) != first[row] + step.new_lens[row]:
-            raise UnsupportedError(_MOVED)
     if spans is not None:
         starts, table, items = shared.starts, shared.spans, step.num_queries
     else:
@@ -94,7 +122,17 @@ def find_residents(step: Step, spans: Spans | None, shared: Shared) -> StepResid
     processors = launcher_of(shared.device).processors(shared.device)
     decode = step.num_rows * step.num_queries <= DECODE_QUERIES
     blocks = starts.new_empty((0, 4), dtype=torch.int64)
-    return StepResidents(Residents(blocks, starts, table, items), first, step.new_lens, decode, {}, shared.upload, processors)
+    return StepResidents(
+        residents=Residents(blocks, starts, table, items),
+        runs=runs,
+        counts=[int((mine[:, 2] - mine[:, 1]).sum()) for mine in runs],
+        first=[int(at) for at in step.first_new],
+        lens=step.new_lens,
+        decode=decode,
+        schedules={},
+        upload=shared.upload,
+        processors=processors,
+    )
 
 
 def _of_spans(step: Step, starts: npt.NDArray[np.int32], spans: npt.NDArray[np.int32]) -> list[Runs]:
@@ -125,7 +163,8 @@ def _of_parts(step: Step) -> list[Runs]:
         block, slot = appends[appends[:, 0] == row][:, 2:].T
         begins = np.flatnonzero(np.diff(block, prepend=-1))
         new = np.stack([block[begins], slot[begins], slot[begins] + np.diff(begins, append=len(block))], 1)
-        if len(held) and len(new) and held[-1, 0] == new[0, 0] and held[-1, 2] == new[0, 1]:
+        # In a block that others share they go on in a copy of it, which this step makes.
+        if len(held) and len(new) and held[-1, 2] == new[0, 1]:
             new[0, 1] = held[-1, 1]
             held = held[:-1]
         found.append(np.concatenate([held, new]))

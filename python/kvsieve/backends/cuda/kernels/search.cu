@@ -6,6 +6,9 @@
 //     `narrow`: one stage of InfiniteHiP: cut what the stage before chose into chunks, score each by the best key met on a walk down
 //               its halves, keep the `most` best
 //
+//     with BOUNDS, a chunk is a block of the text, and its score is max over the same queries of sum_c max(q[c] * most[c], q[c] * least[c])
+//               over the bounds of its keys (see page_bounds.cu): what a key of it can score at most
+//
 // Of equal scores the earlier wins; NaN and what no query sees score -inf, and what scores -inf is not chosen in the end.
 //
 // Shapes (row-major):
@@ -65,14 +68,16 @@ struct Scorer {
     // Queries of the block before the first one that is sampled.
     __device__ int skipped(const QueryBlock& of) const { return (of.count - 1) % stride; }
 
-    // The best score of this lane's key, resident `t` at `address`, or of none (address 0). All lanes of a warp together.
+    // The best score of this lane's key, resident `t` at `address`, or of none (address 0). All lanes of a warp together. With BOUNDS
+    // the address is that of a block's maxima, which its minima follow.
+    template <bool BOUNDS = false>
     __device__ float best(u64 address, int t) {
         float mine = -KV_INF;
         const u32 live = __ballot_sync(0xffffffffu, address != 0);
 #pragma unroll 1
         for (int from = 0; from < 32; from += KEYS) {
             if ((live >> from & (KEYS == 32 ? 0xffffffffu : (1u << KEYS % 32) - 1u)) == 0) continue;
-            Pack16 keys[UNROLL][K::pieces];
+            Pack16 keys[UNROLL][K::pieces], leasts[BOUNDS ? UNROLL : 1][K::pieces];
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
                 const u64 key = __shfl_sync(0xffffffffu, address, from + u * K::together + lane / K::lanes);
@@ -80,6 +85,10 @@ struct Scorer {
                 for (int p = 0; p < K::pieces; p++) {
                     keys[u][p] = Pack16{0, 0, 0, 0};
                     if (key != 0 && K::inside(lane, p)) keys[u][p] = ((const Pack16*)key)[K::at(lane, p) / K::vec];
+                    if constexpr (BOUNDS) {
+                        leasts[u][p] = Pack16{0, 0, 0, 0};
+                        if (key != 0 && K::inside(lane, p)) leasts[u][p] = ((const Pack16*)key)[(DK + K::at(lane, p)) / K::vec];
+                    }
                 }
             }
             const int at = __shfl_sync(0xffffffffu, t, from + lane % K::lanes / SAME * K::together + lane / K::lanes);
@@ -95,13 +104,21 @@ struct Scorer {
                     for (int h = 0; h < HEADS; h++) scores[h][u] = 0.f;
 #pragma unroll
                     for (int p = 0; p < K::pieces; p++) {
-                        float x[K::vec];
+                        float x[K::vec], y[K::vec];
                         unpack<T>(keys[u][p], x);
+                        if constexpr (BOUNDS) unpack<T>(leasts[u][p], y);
 #pragma unroll
                         for (int h = 0; h < HEADS; h++)
 #pragma unroll
-                            for (int e = 0; e < K::vec; e++)
-                                scores[h][u] = fmaf(x[e], turned[h][p * K::vec + e], scores[h][u]);
+                            for (int e = 0; e < K::vec; e++) {
+                                const float by = turned[h][p * K::vec + e];
+                                if constexpr (BOUNDS) {  // of its positive and its negative part, as the definition has it
+                                    scores[h][u] = fmaf(by < 0.f ? 0.f : by, x[e], scores[h][u]);
+                                    scores[h][u] = fmaf(by > 0.f ? 0.f : by, y[e], scores[h][u]);
+                                } else {
+                                    scores[h][u] = fmaf(x[e], by, scores[h][u]);
+                                }
+                            }
                     }
                 }
 #pragma unroll
@@ -353,7 +370,7 @@ hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __
     }
 }
 
-template <typename T, int DK, int HEADS>
+template <typename T, int DK, int HEADS, bool BOUNDS = false>
 __global__ void __launch_bounds__(kSearchers, 1)
 narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks, const int* __restrict__ starts,
        const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, i64 group, i64 window, i64 stride,
@@ -423,6 +440,17 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         // A lane walks down a chunk, always to the better half.
         const int c = begin + lane;
         int lo = c < num ? begins(c) : 0, hi = c < num ? smaller(lo + chunk, mine.hi) : 0;
+        if constexpr (BOUNDS) {
+            u64 address = 0;
+            if (c < num) {
+                int slot;
+                address = residents.find(lo, slot).bounds + u64(kv_head) * (2 * DK * sizeof(T));
+                reads += 2;
+            }
+            const float bound = scorer.template best<true>(address, lo);
+            if (c < num) ranks[c] = rank_of(bound);
+            continue;
+        }
         float best = -KV_INF, left = -KV_INF;
         reads += hi - lo == 1 ? 1 : 0;
         if (representative == kFirst) {

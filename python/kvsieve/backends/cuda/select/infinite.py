@@ -1,4 +1,4 @@
-"""InfiniteHiP's search (Lee et al., 2025): stages that narrow the region, each judging chunks on their own."""
+"""InfiniteHiP's search (Lee et al., 2025), and Quest's: stages that narrow the region, each judging chunks on their own."""
 
 from __future__ import annotations
 
@@ -60,4 +60,5 @@ def search(asked: StepSelection, stage: int) -> torch.Tensor:
         held=asked.held[stage],
         spare=asked.spares[stage],
         arrivals=asked.arrivals(asked.schedule.num_blocks),
+        by_bounds=rule.page_bounds and stage == 0,
     ).launch()
