@@ -78,9 +78,9 @@ class Plan:
             self._residents = find_residents(self.step, self.spans, shared)
         return self._residents
 
-    def upload(self, values: npt.NDArray[np.int32]) -> torch.Tensor:
+    def upload(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """A copy on the device; one for equal values."""
-        key = (values.shape, values.tobytes())
+        key = (values.shape, values.dtype, values.tobytes())
         if key not in self._uploads:
             self._uploads[key] = upload(values, self.device)
         return self._uploads[key]

@@ -8,7 +8,6 @@ import numpy as np
 import torch
 
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
-from kvsieve.backends.cuda.buffers import upload
 from kvsieve.backends.cuda.head_sets import attend_sets
 from kvsieve.backends.cuda.heaviest_values import Scored, heaviest
 from kvsieve.backends.cuda.ops.attend import HIGHEST, LOGITS, SUMMED
@@ -81,7 +80,7 @@ class TellingStore(CudaStore):
     def _keys(self, plan: Plan, told: int) -> tuple[Keys, npt.NDArray[np.int64]]:
         if plan.key_starts is None:
             raise ShapeError("this step is for prefill: it has no spans")
-        return Keys(upload(plan.key_starts, self.device), int(plan.key_starts[-1]), told), plan.key_starts
+        return Keys(plan.upload(plan.key_starts), int(plan.key_starts[-1]), told), plan.key_starts
 
     def run_with_sets(
         self,
