@@ -241,6 +241,7 @@ def sanitizer(b: Bench) -> dict[str, Any]:
 def small() -> None:
     """The small cases alone, for compute-sanitizer."""
     import kernel_cases
+    import raw_cases
     import search_cases
     import telling_cases
     import torch
@@ -257,6 +258,8 @@ def small() -> None:
     for added in (telling_cases.ADDED[0], telling_cases.ADDED[-1]):
         telling_cases.add_values(added, torch.device("cuda", 0))
     telling_cases.page_bounds(torch.float32, 16, torch.device("cuda", 0))
+    raw_cases.layer("infinite", "placed", torch.device("cuda", 0))
+    raw_cases.layer("hip", "consecutive", torch.device("cuda", 0))
     telling_cases.quest_layer(3, torch.float32, 16, torch.device("cuda", 0))
     stages = {"stages": ((4, 640), (2, 300)), "refresh": (1, 1)}
     for rule in (search_cases.hip(budget=150, block=1), search_cases.infinite(**stages)):

@@ -32,6 +32,8 @@ def systems(b: Bench) -> dict[str, Any]:
                 with caught(row, name):
                     row[name] = measure(b, held)
             del held
+            with caught(row, "HiP past the length"):
+                row["HiP past the length"] = extended(b, length)
     return rows
 
 
@@ -123,6 +125,42 @@ def quest(b: Bench, held: Dense) -> dict[str, Any]:
     return {**row, "bytes of bounds": last.held().bounds, "selects anew: us": timed(b, held, again)}
 
 
+def extended(b: Bench, length: int) -> dict[str, Any]:
+    """HiP from keys before RoPE: at true distances, and beyond the trained length."""
+    from dataclasses import replace
+
+    import kvsieve
+    import torch
+    from gpu import Dense
+
+    held = Dense(b, length, raw=True)
+    policy = kvsieve.HiP(32, sinks=4, window=16, dense_layers=0) if b.dry else kvsieve.HiP(512, dense_layers=0)
+    rule, store, row = policy.selection, held.stores[-1], {}
+    k, v = (x.float() for x in store.read(held.runs))
+    rope, group = held.call.rope, b.heads // b.kv_heads
+    for name, past in (("within it", False), ("past it", True)):
+        search, call = held.backend.make_selection(rule), replace(held.call, relative=past, consecutive=past)
+        out = store.run_selected(held.q, held.k, held.v, held.step, call, search)
+        errors = []
+        for head, choice in enumerate(search.choice(0)):
+            near = [*range(min(rule.sinks, choice.end)), *range(choice.end, length + 1)]
+            chosen = [token for lo, hi in choice.ranges.tolist() for token in range(lo, hi)]
+            at = torch.tensor(sorted({*near, *chosen}), device=b.device)
+            mine, places = slice(head * group, (head + 1) * group), torch.arange(len(at), device=b.device) if past else at
+            q, keys = rope.rotate(held.q[0, mine].float(), places[-1:]), rope.rotate(k[head, at], places)
+            want = torch.softmax(q[:, 0] @ keys.T * call.scale, -1) @ v[head, at]
+            errors.append(close(out[0, 0, mine], want))
+        row[f"{name}: relative_error"] = max(errors)
+        found = {id(one): held.backend.make_selection(rule) for one in held.stores}
+
+        def again(one: Any, call: Any = call, found: Any = found) -> None:
+            one.run_selected(held.q, held.k, held.v, held.step, call, found[id(one)])
+            found[id(one)].undo()
+
+        row[f"{name}, selects anew: us"] = timed(b, held, again)
+    return row
+
+
 def bank(b: Bench, held: Dense) -> dict[str, Any]:
     import torch
     from kvsieve.backends.recall import recall
@@ -153,7 +191,7 @@ def lines(record: dict[str, Any]) -> list[str]:
     """The section as a table."""
     found = ["", "| one layer over | dense us | system | step | us |", "|---|---|---|---|---|"]
     for length, row in record.get("systems", {}).items():
-        for name in ("SelectiveV", "RefreshKV", "Quest", "MemoryBank") if isinstance(row, dict) else ():
+        for name in ("SelectiveV", "RefreshKV", "Quest", "MemoryBank", "HiP past the length") if isinstance(row, dict) else ():
             steps = {step.removesuffix(": us"): us for step, us in row.get(name, {}).items() if step.endswith(": us")}
             found += [f"| {length} | {row.get('dense')} | {name} | {step} | {us} |" for step, us in steps.items()]
     return found

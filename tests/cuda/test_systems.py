@@ -24,7 +24,7 @@ from systems import SYSTEMS
 NAMES = [
     name
     for name in SYSTEMS
-    if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest")) and "stores" not in SYSTEMS[name].doing
+    if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest", "sirllm_hip")) and "stores" not in SYSTEMS[name].doing
 ]
 
 PROPERTIES = [

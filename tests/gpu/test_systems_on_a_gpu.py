@@ -8,6 +8,7 @@ from typing import Any
 
 import kvsieve
 import pytest
+import raw_cases
 import search_cases
 import telling_cases
 import tiny
@@ -24,7 +25,7 @@ GPU = torch.device("cuda", 0)
 NAMES = [
     name
     for name in SYSTEMS
-    if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest")) and "stores" not in SYSTEMS[name].doing
+    if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest", "sirllm_hip")) and "stores" not in SYSTEMS[name].doing
 ]
 
 
@@ -59,6 +60,29 @@ def test_a_layer_of_quest_is_the_definition(group: int, dtype: torch.dtype, size
 def test_a_model_under_quest_equals_the_reference(family: str) -> None:
     policy = kvsieve.Quest(32, candidates=2, sinks=0, window=64, query_block=16, query_stride=3)
     search_cases.model(family, policy, GPU)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("mode", raw_cases.MODES)
+@pytest.mark.parametrize("kind", list(raw_cases.RULES))
+def test_a_selection_from_pre_rope_keys_is_the_references(kind: str, mode: raw_cases.Mode, seed: int) -> None:
+    raw_cases.layer(kind, mode, GPU, seed=seed)
+
+
+@pytest.mark.parametrize("mode", raw_cases.MODES)
+@pytest.mark.parametrize(("dtype", "size"), [(torch.bfloat16, 128), (torch.float16, 64)], ids=str)
+def test_a_selection_from_pre_rope_keys_in_half_precision(dtype: torch.dtype, size: int, mode: raw_cases.Mode) -> None:
+    raw_cases.layer("infinite", mode, GPU, dtype, size=size)
+
+
+@pytest.mark.parametrize("kind", ["hip", "infinite"])
+def test_a_selection_from_what_was_retained(kind: str) -> None:
+    raw_cases.slots(kind, GPU)
+
+
+@pytest.mark.parametrize("extend", [40, 400])
+def test_a_model_beyond_its_length_equals_the_reference(extend: int) -> None:
+    search_cases.model("llama", search_cases.hip_policy(extend=extend, dense_layers=0), GPU)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -82,7 +82,7 @@ def test_an_operation_is_a_file_of_its_name() -> None:
     package = importlib.import_module("kvsieve.backends.cuda.ops")
     for module in pkgutil.iter_modules(package.__path__):
         found = importlib.import_module(f"{package.__name__}.{module.name}")
-        if module.name not in ("declare", "format", "launch", "residents"):
+        if module.name not in ("angles", "declare", "format", "launch", "residents"):
             assert callable(getattr(found, module.name))
             assert getattr(torch.ops.kvsieve, module.name).default._schema.name == f"kvsieve::{module.name}"
             assert module.name in kernel_cases.operations(), "it has no row of arguments"
@@ -108,7 +108,11 @@ CPU = torch.device("cpu")
             lambda can: can.check_selection(kvsieve.Quest().selection, "post_rope", False),
             r"page bounds.*HiP",
         ),
-        ({}, lambda can: can.check_selection(RULE, "pre_rope", False), r"stores pre-RoPE ones; leave out extend="),
+        (
+            {"selection": replace(capabilities("cuda").selection, stored_keys=frozenset({"post_rope"}))},
+            lambda can: can.check_selection(RULE, "pre_rope", False),
+            r"stores pre-RoPE ones; leave out extend=",
+        ),
         ({}, lambda can: can.check_selection(RULE, "post_rope", True), r"compresses some; leave the storage rule out"),
         ({"storage": frozenset({"pruned"})}, lambda can: can.check_storage(Packing(64, 4, 4)), r"no quantized tokens"),
         ({"storage": frozenset()}, lambda can: can.check_storage(Packing(40)), r"no pruned tokens"),

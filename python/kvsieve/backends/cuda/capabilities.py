@@ -12,7 +12,6 @@ CAPABILITIES = Capabilities(
     "cuda",
     SelectionCapabilities(
         kinds(select.__path__),
-        stored_keys=frozenset({"post_rope"}),
         compressed=False,
         fetched=False,
     ),

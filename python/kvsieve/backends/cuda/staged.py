@@ -70,7 +70,8 @@ class StagedRule:
                 f"page bounds are of blocks of {BLOCK} tokens: the first chunk must be one, sinks whole ones and the window at "
                 f"least one, got {chunks[0]}, {sinks} and {window}"
             )
-        return cls(sinks, window, query_block, query_stride, rule.representative, chunks, most, refresh, budget, page_bounds)
+        numbers = (sinks, window, query_block, query_stride, rule.representative, chunks, most, refresh)
+        return cls(*numbers, budget=budget, page_bounds=page_bounds)
 
     @property
     def stages(self) -> int:

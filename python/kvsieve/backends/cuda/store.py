@@ -15,6 +15,7 @@ from kvsieve._core import PACKED
 from kvsieve.backends.attention import Partial, merge, total
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cuda.buffers import DeviceRuns, upload
+from kvsieve.backends.cuda.ops.angles import Angles
 from kvsieve.backends.cuda.ops.append import Append
 from kvsieve.backends.cuda.ops.attend import SUMMED, Attend
 from kvsieve.backends.cuda.ops.gather import copy_runs
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall, Attended
     from kvsieve.backends.cuda.context import Context
     from kvsieve.backends.cuda.plan import DevicePart, Plan
-    from kvsieve.backends.cuda.selection import CudaSelection
+    from kvsieve.backends.cuda.selection import CudaSelection, Turns
     from kvsieve.facts import LayerRope
     from kvsieve.policy.select import Piece
     from kvsieve.policy.storage import Channels, Packing
@@ -134,18 +135,30 @@ class CudaStore:
         Keys are stored first, a chunk's as well, and read where they lie. After an error the choices are as before.
 
         Raises:
-            BackendError: for pre-RoPE keys, or compressed ones.
-            UnsupportedError: for a memory that does not keep every token where the model put it.
+            BackendError: for compressed keys.
+            UnsupportedError: for post-RoPE keys of a memory that does not keep every token where the model put it; for pre-RoPE
+                ones that are not shown at their numbers among the residents.
         """
         selection.begin()
         self._check(q, k, v)
         plan = self._context.plan(step, self.device)
-        asked = plan.residents().unbroken()
+        asked = plan.residents()
+        raw = step.stored_keys == "pre_rope"
+        if not raw:
+            asked.unbroken()
+        elif not call.consecutive:
+            asked.check_numbered()
         self._append(k, v, plan)
         if selection.rule.page_bounds:
             self.plain.bound(asked.whole_blocks())
         asked.residents = asked.residents._replace(blocks=self.plain.table.tensor)
-        return selection.run(q, (self._shape[0], self._shape[2]), asked, call)
+        return selection.run(q, (self._shape[0], self._shape[2]), asked, call, self._turns(call.rope) if raw else None)
+
+    def _turns(self, rope: LayerRope | None) -> Turns | None:
+        """Turns of as many positions as are asked for."""
+        if rope is None:
+            return None
+        return lambda count: Angles(self._context.angles(rope, self.device, count), LAYOUTS[rope.layout], rope.factor**2)
 
     def _check(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
         (heads, key_dim, value_dim), dtype, device = self._shape, self.dtype, self.device
