@@ -137,7 +137,9 @@ def small() -> None:
     """The small cases alone, for compute-sanitizer."""
     import kernel_cases
     import piece_cases
+    import raw_cases
     import search_cases
+    import telling_cases
     import torch
     from kvsieve.backends.cuda import launcher
 
@@ -148,6 +150,14 @@ def small() -> None:
         run()
     piece_cases.pieces(piece_cases.CASES[0], torch.device("cuda", 0))
     search_cases.uneven(torch.device("cuda", 0))
+    for told in (telling_cases.TOLD[1], telling_cases.TOLD[-1]):
+        telling_cases.told(told, torch.device("cuda", 0))
+    for added in (telling_cases.ADDED[0], telling_cases.ADDED[-1]):
+        telling_cases.add_values(added, torch.device("cuda", 0))
+    telling_cases.page_bounds(torch.float32, 16, torch.device("cuda", 0))
+    raw_cases.layer("infinite", "placed", torch.device("cuda", 0))
+    raw_cases.layer("hip", "consecutive", torch.device("cuda", 0))
+    telling_cases.quest_layer(3, torch.float32, 16, torch.device("cuda", 0))
     stages = {"stages": ((4, 640), (2, 300)), "refresh": (1, 1)}
     for rule in (search_cases.hip(budget=150, block=1), search_cases.infinite(**stages)):
         search_cases.one_query(rule, 2600, torch.device("cuda", 0))
@@ -419,6 +429,13 @@ def sparse_chunk(b: Bench, held: Dense) -> dict[str, Any]:
     return row
 
 
+def systems(b: Bench) -> dict[str, Any]:
+    """SelectiveV, RefreshKV, Quest and MemoryBank."""
+    import gpu_systems
+
+    return gpu_systems.systems(b)
+
+
 def operations(b: Bench) -> dict[str, Any]:
     """The other kernels, once each in a size that decoding with a budget of 4,096 meets."""
     import torch
@@ -624,6 +641,7 @@ SECTIONS: list[tuple[str, Section]] = [
     ("sparse", sparse),
     ("fetching", fetching),
     ("host", host),
+    ("systems", systems),
     ("launches", launches),
     ("operations", operations),
     ("whole_token", whole_token),
@@ -666,6 +684,8 @@ def errors(record: Any, at: str = "") -> list[str]:
 def table(record: dict[str, Any]) -> str:
     """The record as tables."""
     dry = ["", "A REHEARSAL ON THE CPU: no number below is a measurement."] if record.get("about", {}).get("dry") else []
+    import gpu_systems
+
     lines = [*dry, "", json.dumps(record.get("about", {})), f"copy {record.get('copy', {}).get('gb_per_s')} GB/s", ""]
     lines += ["| attention over | kvsieve | raw | sdpa | flex | copy |", "|---|---|---|---|---|---|"]
     for length, row in record.get("attention", {}).items():
@@ -690,6 +710,7 @@ def table(record: dict[str, Any]) -> str:
             cells = (mine.get("choice stands", {}).get("us", "failed"), mine.get("scheduled"), mine.get("every_step"))
             fast = row.get("chunk", {}).get(f"{name}_times_as_fast")
             lines.append(f"| {length} | {dense} | {name} | {' | '.join(map(str, cells))} | {fast} |")
+    lines += gpu_systems.lines(record)
     lines += ["", "| operation | us |", "|---|---|"]
     lines += [
         f"| {name} | {row['us']:.1f} |"

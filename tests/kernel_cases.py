@@ -635,6 +635,9 @@ def operations() -> dict[str, tuple[Any, ...]]:
     queries = torch.tensor([[0, 0, 1, 60, 2, 57, 0, 0, 0, *[-1] * 7]], dtype=ints)
     asked = (torch.randn(1, 4, 1, 16), held.table, starts, plain, 1, queries, 1)
     at = torch.zeros(1, 2, dtype=ints)
+    bounds = torch.zeros(7, 2, 2, 16)
+    bounded = held.table.clone()
+    bounded[:, 3] = bounds.data_ptr() + torch.arange(7) * bounds[0].nbytes
     return {
         "hip": (*asked, 2, 4, 1, 2, 4, 0, slots, slots[:0].clone()),
         "narrow": (*asked, 2, 4, 1, 0, 2, 4, 28, 1, 0, 0, None, None, slots, slots[:0].clone(), torch.zeros(4, dtype=ints)),
@@ -652,5 +655,17 @@ def operations() -> dict[str, tuple[Any, ...]]:
         "rotate": (k, torch.arange(61), rope.inv_freq, 1, 1.0, None),
         "surprisal": (torch.randn(3, 50), torch.tensor([1, 2, 3])),
         "top_k": (torch.randn(3, 50), 7),
-        "_keep": (held, packed),
+        "add_values": (
+            torch.zeros(1, 4, 3, dtype=torch.int64),
+            torch.rand(1, 4, 3),
+            starts[:1],
+            held.table,
+            starts,
+            plain,
+            2,
+            8,
+            torch.float32,
+        ),
+        "page_bounds": (bounded, torch.tensor([1, 6], dtype=ints), 2, 16, torch.float32),
+        "_keep": (held, packed, bounds),
     }

@@ -18,13 +18,16 @@ from kvsieve.backends.cuda.graphs import CapturedForward
 from kvsieve.backends.cuda.store import CudaStore
 from kvsieve.errors import StateError, UnsupportedError
 from kvsieve.model.support import cache_name
+from kvsieve.runtime.bank import Banking
 from kvsieve.runtime.compression import Compression
 from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.head_eviction import HeadEviction
+from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.sliding import SlidingLayers
 from kvsieve.runtime.surprisal import SurprisalScores
 from kvsieve.runtime.tiers import Tiers
+from kvsieve.runtime.value_selection import ValueSelection
 
 if TYPE_CHECKING:
     from kvsieve._core import Step
@@ -47,9 +50,9 @@ class GraphDecoder:
 
     Raises:
         StateError: if the stream has seen nothing yet, or verifies candidates.
-        UnsupportedError: for another backend, a memory read by top-k, a sparse selection, fetched blocks, blocks on the
-            host, a rule per head, SirLLM's published score, or sliding layers; at the first token, for a policy that compresses
-            by queries, if the prompt had too few.
+        UnsupportedError: for another backend, a memory read by top-k, a sparse selection, RefreshKV, SelectiveV, a bank, fetched
+            blocks, blocks on the host, a rule per head, SirLLM's published score, or sliding layers; at the first token, for one
+            that compresses by queries, if the prompt had too few.
     """
 
     def __init__(self, stream: Stream) -> None:
@@ -64,6 +67,14 @@ class GraphDecoder:
             raise UnsupportedError("which blocks are fetched is told to the host in each layer; decode it without a graph")
         if engine.parts.find(Tiers) is not None:
             raise UnsupportedError("blocks come from the host and go there in each layer; decode it without a graph")
+        if engine.parts.find(Recycling) is not None:
+            raise UnsupportedError(
+                "which step reads everything is decided on the host's side of each layer; decode it without a graph"
+            )
+        if engine.parts.find(ValueSelection) is not None:
+            raise UnsupportedError("the heaviest values are picked among as many keys as there are; decode it without a graph")
+        if engine.parts.find(Banking) is not None:
+            raise UnsupportedError("a bank is searched on the host's side of each layer; decode it without a graph")
         if engine.parts.find(HeadEviction) is not None:
             raise UnsupportedError("a rule per head looks at each layer's queries on the host's side; decode it without a graph")
         if engine.parts.find(SlidingLayers) is not None:

@@ -78,6 +78,10 @@ def test_what_a_graph_cannot_hold_is_refused() -> None:
         ("cuda", tiny.POLICIES["lm_infinite_middle"](30), "llama"),
         ("cuda", tiny.POLICIES["snapkv"](30), "llama"),
         ("cuda", tiny.POLICIES["h2o"](30), "llama"),
+        ("cuda", kvsieve.Quest(64), "llama"),
+        ("cuda", kvsieve.RefreshKV(30), "llama"),
+        ("cuda", kvsieve.SelectiveV(8), "llama"),
+        ("cuda", kvsieve.StreamingLLM(30) >> kvsieve.MemoryBank(chunk=4, top_k=16, capacity=64), "llama"),
         ("cuda", kvsieve.Full(), "gemma2"),
     ):
         with kvsieve.stream(tiny.model(family), policy, backend) as stream:

@@ -87,7 +87,10 @@ def test_attend_compiles_without_spills(module: Module, arch: int) -> None:
 def other_modules() -> list[Module]:
     names, flags = list(DTYPES.values()), ("false", "true")
     sized = [f"{name}, {dim}, {dim}" for name in names for dim in DIMS]
+    dims = [f"{name}, {dim}" for name in names for dim in DIMS]
     return [
+        Module("add_values.cu", tuple(f"add_values<{a}{bits}>" for a in dims for bits in ("", ", 0", ", 2", ", 4", ", 8"))),
+        Module("page_bounds.cu", tuple(f"page_bounds<{a}>" for a in dims)),
         Module("append.cu", tuple(f"append<{s}>" for s in sized)),
         Module("carry.cu", ("carry",)),
         *(
@@ -113,8 +116,12 @@ def search_modules() -> list[Module]:
     searches = [
         f"{name}<{a}, {dim}, {n}>" for name in ("hip", "narrow") for a, dim in sizes for n in (1, 2, 4) if n == 4 or dim == 128
     ]
+    searches += [f"narrow<{a}, {dim}, {n}, true>" for a, dim in sizes for n in (1, 2, 4) if n == 4 or dim == 128]
+    searches += [f"hip<{a}, {dim}, {n}, true>" for a, dim in sizes for n in (1, 2, 4) if n == 4 or dim == 128]
+    searches += [f"narrow<{a}, {dim}, 4, {bounds}, true>" for a, dim in sizes for bounds in ("false", "true")]
     heads = [(a, dim, n) for a, dim in sizes for n in (1, 2, 3, 4) if n == 4 or (a, dim) == ("bf16", 128)]
-    reads = [f"sparse<{a}, {dim}, {dim}, {n}, {chunk}>" for a, dim, n in heads for chunk in ("false", "true")]
+    flags = [f"{chunk}{raw}" for chunk in ("false", "true") for raw in ("", ", true")]
+    reads = [f"sparse<{a}, {dim}, {dim}, {n}, {flag}>" for a, dim, n in heads for flag in flags]
     return [Module("search.cu", tuple(searches)), Module("sparse.cu", tuple(reads))]
 
 

@@ -28,6 +28,10 @@ def test_every_section_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
         assert {"dense", "InfLLM", "InfLLM per head", "LongHeads"} <= set(row)
         assert row["LongHeads"]["tokens_read"] <= 64 < row["LongHeads"]["compared"] * 16
     assert 0 < record["host"]["loaded"] <= record["host"]["fetched"] == 3
+    for row in (record["systems"]["200"], record["systems"]["500"]):
+        assert {"dense", "SelectiveV", "RefreshKV", "Quest", "MemoryBank", "HiP past the length"} <= set(row)
+        assert row["SelectiveV"]["100 values: mass"] < 1
+        assert row["RefreshKV"]["relative_error"] is not None
     assert record["whole_token"]["SirLLM 500"]["captures"] == 1
     assert "SirLLM" in capsys.readouterr().out
 

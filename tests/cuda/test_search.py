@@ -8,7 +8,6 @@ from typing import Any
 
 import emulator
 import kvsieve
-import numpy as np
 import pytest
 import search_cases
 import tiny
@@ -322,10 +321,10 @@ def test_memories_that_cannot_be_selected_from(width: int) -> None:
 
     with pytest.raises(UnsupportedError, match="keeps every token"):
         refused(fed(kvsieve.StreamingLLM(40, sinks=2)), width)
-    raw = Layer("cuda", kvsieve.SirLLM(100, sinks=2, recent=4), rope=tiny_rope(), scale=0.25)
-    raw.feed(*(torch.randn(1, h, 9, 16) for h in (4, 2, 2)), scores=[np.zeros(9, np.float32)])
-    with pytest.raises(BackendError, match=r"pre-RoPE.*reference"):
-        refused(raw, width)
+    far = Layer("cuda", kvsieve.LMInfinite(38, sinks=2), rope=tiny_rope(), scale=0.25)
+    far.feed(*(torch.randn(1, h, 80, 16) for h in (4, 2, 2)))
+    with pytest.raises(UnsupportedError, match=r"side by side.*reference|keeps every token"):
+        refused(far, width)
     packed = fed(kvsieve.Full())
     packed.pack(64, Channels(torch.arange(8).expand(2, 8), (0, 0)), Packing(8))
     with pytest.raises(BackendError, match=r"compressed.*leave"):
@@ -401,8 +400,6 @@ def test_what_a_stream_may_not_ask() -> None:
         with pytest.raises(UnsupportedError, match="selection is due"):
             GraphDecoder(stream)
     for policy, match in (
-        (search_cases.hip_policy(extend=40), "pre-RoPE"),
-        (kvsieve.SirLLM(64) | search_cases.hip_policy(), "pre-RoPE"),
         (search_cases.hip_policy() | kvsieve.ThinK(0.5, recent=4, observe=4), "compresses some"),
         (kvsieve.HiP(2048, block=1), "1024"),
     ):

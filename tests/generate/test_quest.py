@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -374,8 +375,9 @@ def test_its_text_is_read_back(policy: Any) -> None:
     assert repr(parse(repr(policy))) == repr(policy)
 
 
-def test_a_gpu_refuses_it_when_the_stream_opens() -> None:
+def test_a_backend_without_bounds_refuses_it_when_the_stream_opens() -> None:
     from kvsieve.backends.cuda.capabilities import CAPABILITIES
 
+    without = replace(CAPABILITIES, selection=replace(CAPABILITIES.selection, page_bounds=False))
     with pytest.raises(BackendError, match="bounds"):
-        CAPABILITIES.check_selection(kvsieve.Quest().selection, "post_rope", False)
+        without.check_selection(kvsieve.Quest().selection, "post_rope", False)

@@ -5,6 +5,7 @@ The twin keeps lists: what each head reads, from the lowest score to the newest 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -531,8 +532,12 @@ def test_a_text_of_it_is_read_back() -> None:
 
 
 def test_a_backend_that_cannot_says_so() -> None:
+    without = replace(CUDA, selection=replace(CUDA.selection, recycled=False))
     with pytest.raises(BackendError, match="chose at an earlier step"):
-        CUDA.check_recycling()
+        without.check_recycling()
+    CUDA.check_recycling()
+    with pytest.raises(BackendError, match=r"compresses some.*leave"):
+        CUDA.check_recycling(compressed=True)
 
 
 def test_models_whose_frequencies_change_go_with_a_fixed_schedule() -> None:

@@ -82,7 +82,7 @@ def test_an_operation_is_a_file_of_its_name() -> None:
     package = importlib.import_module("kvsieve.backends.cuda.ops")
     for module in pkgutil.iter_modules(package.__path__):
         found = importlib.import_module(f"{package.__name__}.{module.name}")
-        if module.name not in ("declare", "format", "launch", "residents"):
+        if module.name not in ("angles", "declare", "format", "launch", "residents"):
             assert callable(getattr(found, module.name))
             assert getattr(torch.ops.kvsieve, module.name).default._schema.name == f"kvsieve::{module.name}"
             assert module.name in kernel_cases.operations(), "it has no row of arguments"
@@ -103,8 +103,16 @@ CPU = torch.device("cpu")
         ({}, lambda can: can.check_heads(torch.float64, 64, 64), r"float32, bfloat16 and float16.*not 64 and 64 in torch.float64"),
         ({}, lambda can: can.check_heads(torch.bfloat16, 512), r"at most 256 channels.*\(a multiple of 8\), not 512"),
         ({}, lambda can: can.check_heads(torch.float32, 18), r"whole 16-byte pieces \(a multiple of 4\), not 18.*'reference'"),
-        ({}, lambda can: can.check_selection(kvsieve.Quest().selection, "post_rope", False), r"page bounds.*HiP"),
-        ({}, lambda can: can.check_selection(RULE, "pre_rope", False), r"stores pre-RoPE ones; leave out extend="),
+        (
+            {"selection": replace(capabilities("cuda").selection, page_bounds=False)},
+            lambda can: can.check_selection(kvsieve.Quest().selection, "post_rope", False),
+            r"page bounds.*HiP",
+        ),
+        (
+            {"selection": replace(capabilities("cuda").selection, stored_keys=frozenset({"post_rope"}))},
+            lambda can: can.check_selection(RULE, "pre_rope", False),
+            r"stores pre-RoPE ones; leave out extend=",
+        ),
         ({}, lambda can: can.check_selection(RULE, "post_rope", True), r"compresses some; leave the storage rule out"),
         ({"storage": frozenset({"pruned"})}, lambda can: can.check_storage(Packing(64, 4, 4)), r"no quantized tokens"),
         ({"storage": frozenset()}, lambda can: can.check_storage(Packing(40)), r"no pruned tokens"),

@@ -108,7 +108,7 @@ class HeadSets:
     """What the only new query of a row reads where each KV head chose tokens before. Residents are counted in text order.
 
     Attributes:
-        tokens: int64 ``[Hkv, k]`` on the CPU, residents before ``rest``, ascending.
+        tokens: int64 ``[Hkv, k]`` on the layer's device, residents before ``rest``, ascending.
         order: int64 ``[Hkv, k]``, those of less than ``gone`` are not read.
         rest: every resident from this one on is read.
     """
@@ -119,8 +119,8 @@ class HeadSets:
     rest: int
 
     def read(self, head: int, count: int) -> torch.Tensor:
-        """Which of ``count`` residents a head reads: int64 ``[m]``, ascending."""
-        chosen = self.tokens[head][self.order[head] >= self.gone]
+        """Which of ``count`` residents a head reads: int64 ``[m]``, ascending, on the CPU."""
+        chosen = self.tokens[head][self.order[head] >= self.gone].cpu()
         return torch.cat([chosen, torch.arange(self.rest, count)])
 
 
@@ -363,7 +363,7 @@ def check_stream(
     for packing in packings:
         can.check_storage(packing)
     if recycles:
-        can.check_recycling()
+        can.check_recycling(bool(packings))
     if rule is not None:
         can.check_selection(rule, stored_keys, bool(packings))
         backend.make_selection(rule)

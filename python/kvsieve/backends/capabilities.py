@@ -118,11 +118,16 @@ class Capabilities:
                 "out, or use backend='reference'"
             )
 
-    def check_recycling(self) -> None:
-        """Raise BackendError if heads cannot read tokens that they chose at an earlier step."""
+    def check_recycling(self, compressed: bool = False) -> None:
+        """Raise BackendError if heads cannot read tokens that they chose at an earlier step, or not where some are compressed."""
         if not self.selection.recycled:
             raise BackendError(
                 f"backend {self.name!r} lets no head read tokens that it chose at an earlier step; use HiP, or backend='reference'"
+            )
+        if compressed and not self.selection.compressed:
+            raise BackendError(
+                f"backend {self.name!r} lets heads read again what they chose of tokens as they came, and this policy compresses "
+                "some; leave the storage rule out, or use backend='reference'"
             )
 
     def check_heaviest_values(self) -> None:

@@ -39,7 +39,7 @@ def Quest(
     ``candidates`` times as many in the blocks whose keys can score most.
 
     A text of ``sinks + window + budget`` tokens or fewer is read whole, exactly. Nothing is freed; page bounds add a 64th to what
-    keys and values take (bytes of ``bounds`` in :meth:`kvsieve.Stream.stats`). Runs on the backends ``cpu`` and ``reference``.
+    keys and values take (bytes of ``bounds`` in :meth:`kvsieve.Stream.stats`).
 
     Args:
         budget: tokens that are selected, sinks and window not counted; a multiple of ``block``, and times ``candidates`` of 64.

@@ -60,7 +60,9 @@ class RefreshSelection(RecycledSelection):
         above, equal = keys > least, keys == least
         # Of those that are equal to the last one chosen, the first.
         chosen = above | (equal & (equal.cumsum(1) <= count - above.sum(1, keepdim=True)))
-        tokens = chosen.nonzero()[:, 1].view(len(keys), count)
+        # Their numbers, without asking a GPU how many there are.
+        numbers = torch.arange(1, count + 1, device=keys.device).repeat(len(keys), 1)
+        tokens = torch.searchsorted(chosen.cumsum(1), numbers)
         best_first = keys.gather(1, tokens).sort(dim=1, descending=True, stable=True).indices
         order = torch.arange(count - 1, -1, -1, device=keys.device).expand_as(best_first)
         return tokens, torch.empty_like(tokens).scatter_(1, best_first, order)
@@ -72,7 +74,8 @@ def RefreshKV(budget: int, stride: int = 10, similarity: float | None = 0.85, ke
 
     A prompt is read whole, and its last token chooses. From then on every ``stride``-th token may take a full step, which reads
     everything and chooses anew: always, if ``similarity`` is None; else in the layers whose mean query, before RoPE, has changed.
-    A text of ``budget`` tokens or fewer is read whole, exactly. Nothing is freed. Runs on the backends ``cpu`` and ``reference``.
+    A text of ``budget`` tokens or fewer is read whole, exactly. Nothing is freed. On ``cuda`` no
+    token may be compressed.
 
     Args:
         budget: tokens that a head reads before the newest one, at partial steps. The paper's is an eighth of the prompt.

@@ -20,7 +20,7 @@ def SelectiveV(top_m: int | None = 100, mass: float | None = None, renormalise: 
 
     Values that no head adds up are neither read nor decompressed. With ``M`` the probability mass of those that are, which
     :meth:`kvsieve.Stream.stats` tells (``value_mass`` of each layer), a head's output is off by at most ``(1 - M) * max |v|``.
-    Nothing is freed. Runs on the backends ``cpu`` and ``reference``.
+    Nothing is freed.
 
     Args:
         top_m: values that a query head adds up; None for as many as it takes for ``mass``.

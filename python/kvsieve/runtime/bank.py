@@ -132,17 +132,19 @@ class Banking(StreamPart):
         found = [row for row, count in enumerate(layer.forward.lens) if count and rows[row].entries.num_chunks]
         if not found:
             return None
-        out, lse = store.run_with_lse(q, layer.k, layer.v, step, layer.call)
         wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-        for row in found:
-            new = slice(q.shape[2] - layer.forward.lens[row], None)
-            asked = q[row, :, new].detach().to("cpu", wide)
+        new = {row: slice(q.shape[2] - layer.forward.lens[row], None) for row in found}
+        # A GPU is waited for here, before it is given more to do: it attends while the bank is searched.
+        asks = {row: q[row, :, new[row]].detach().to("cpu", wide) for row in found}
+        out, lse = store.run_with_lse(q, layer.k, layer.v, step, layer.call)
+        for row, asked in asks.items():
             if layer.call.rope is not None:
                 asked = layer.call.rope.turn(asked, self._table(layer.index, layer.call.rope, wide))
             count = self.rule.top_k // self.rule.chunk
             answer = recall(asked, rows[row].entries, layer.index, layer.forward.seen[row], count, layer.call)
             there = (answer[0].to(out.device), answer[1].to(out.device))
-            out[row, new] = joined(out[row, new].to(wide), lse[row, :, new].to(wide), there, self.rule.bias).to(out.dtype)
+            own, total = out[row, new[row]].to(wide), lse[row, :, new[row]].to(wide)
+            out[row, new[row]] = joined(own, total, there, self.rule.bias).to(out.dtype)
         return out
 
     def _table(self, layer: int, rope: LayerRope, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

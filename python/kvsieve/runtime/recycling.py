@@ -39,7 +39,7 @@ class Choice:
 
     Attributes:
         held: residents when they did.
-        tokens, order: int64 ``[Hkv, k]`` on the CPU, as of :class:`kvsieve.backends.base.HeadSets`.
+        tokens, order: int64 ``[Hkv, k]`` on the layer's device, as of :class:`kvsieve.backends.base.HeadSets`.
         query: float32 ``[D]``, the mean query that they chose by, before RoPE; None where queries are not compared.
     """
 
@@ -191,7 +191,7 @@ class Recycling(StreamPart):
         if scores is None:
             return None
         tokens, order = self.rule.choose(scores)
-        return Choice(held, tokens.cpu().contiguous(), order.cpu().contiguous(), query)
+        return Choice(held, tokens.to(scores.device).contiguous(), order.to(scores.device).contiguous(), query)
 
     def commit(self, forward: Forward) -> Apply:
         old = self.rows if len(self.rows) == len(forward.lens) else [RowState()] * len(forward.lens)
@@ -288,9 +288,9 @@ class Recycling(StreamPart):
         for row, (held, steps) in enumerate(zip(saved.data["held"], saved.data["steps"])):
             layers = {}
             for name, count in held.items():
-                tokens, order = (saved.tensors[f"{what}.{name}.{row}"] for what in ("tokens", "order"))
-                query = saved.tensors.get(f"query.{name}.{row}")
-                query = None if query is None else query.to(self._devices[int(name)])
+                device, query = self._devices[int(name)], saved.tensors.get(f"query.{name}.{row}")
+                tokens, order = (saved.tensors[f"{what}.{name}.{row}"].to(device) for what in ("tokens", "order"))
+                query = None if query is None else query.to(device)
                 layers[int(name)] = Choice(count, tokens, order, query)
             self.rows.append(RowState(layers, steps))
 

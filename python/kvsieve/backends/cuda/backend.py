@@ -18,7 +18,7 @@ from kvsieve.backends.cuda.capabilities import CAPABILITIES
 from kvsieve.backends.cuda.context import Context
 from kvsieve.backends.cuda.ops.surprisal import surprisal
 from kvsieve.backends.cuda.selection import CudaSelection
-from kvsieve.backends.cuda.store import CudaStore
+from kvsieve.backends.cuda.telling import TellingStore
 from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:
@@ -41,9 +41,9 @@ class CudaBackend:
         launcher.require()
         self.context = Context()
 
-    def make_store(self, k: torch.Tensor, v: torch.Tensor) -> CudaStore:
+    def make_store(self, k: torch.Tensor, v: torch.Tensor) -> TellingStore:
         self.capabilities.check_layer(k.device, k.dtype, k.shape[3], v.shape[3])
-        return CudaStore(self.context, k, v)
+        return TellingStore(self.context, k, v)
 
     def make_selection(self, rule: SparseSelection) -> CudaSelection:
         return CudaSelection(rule)

@@ -12,15 +12,10 @@ CAPABILITIES = Capabilities(
     "cuda",
     SelectionCapabilities(
         kinds(select.__path__),
-        stored_keys=frozenset({"post_rope"}),
         compressed=False,
-        page_bounds=False,
-        recycled=False,
-        heaviest_values=False,
     ),
     devices=frozenset({"cuda"}),
     dtypes=FLOATS,
     max_head_dim=256,  # the tiles of `attend`
     row_bytes=16,  # rows are read in whole vectors
-    tells_lse=False,
 )

@@ -11,7 +11,7 @@ import numpy.typing as npt
 import torch
 
 from kvsieve.backends.attention import Partial
-from kvsieve.backends.cuda.buffers import StepBuffer, upload
+from kvsieve.backends.cuda.buffers import StepBuffer, round_up, upload
 from kvsieve.backends.cuda.ops.rotations import Rotations
 from kvsieve.backends.cuda.plan import Plan
 from kvsieve.budget import BLOCK
@@ -38,6 +38,7 @@ class Context:
     def __init__(self) -> None:
         self._local = _Local()
         self._ropes: dict[LayerRope, dict[torch.device, Partial]] = {}
+        self._angles: dict[LayerRope, dict[torch.device, torch.Tensor]] = {}
         self._same: weakref.WeakKeyDictionary[LayerRope, LayerRope] = weakref.WeakKeyDictionary()
 
     def plan(self, step: Step, device: torch.device) -> Plan:
@@ -64,6 +65,15 @@ class Context:
             table = torch.empty(BLOCK, rope.rotary_dim, dtype=torch.float32, device=device)
             Rotations(torch.arange(BLOCK, device=device), None, frequencies, table).launch()
             held[device] = frequencies, table
+        return held[device]
+
+    def angles(self, rope: LayerRope, device: torch.device, count: int) -> torch.Tensor:
+        """Cosines and sines of the positions ``0 .. count - 1``, or of more: float32 ``[n, 2 * pairs]``."""
+        held, (frequencies, _) = self._angles.setdefault(self.same(rope), {}), self.rope(rope, device)
+        if device not in held or held[device].shape[0] < count:
+            table = torch.empty(round_up(count), rope.rotary_dim, dtype=torch.float32, device=device)
+            Rotations(torch.arange(len(table), device=device), None, frequencies, table).launch()
+            held[device] = table
         return held[device]
 
     def same(self, rope: LayerRope) -> LayerRope:

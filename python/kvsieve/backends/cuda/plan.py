@@ -36,6 +36,7 @@ class Plan:
         """Spans of the longest item."""
         self.splits: dict[tuple[Any, ...], int] = {}
         """See :func:`splits`."""
+        self._shifts = shifts
         self.spans = (starts, spans) if decode else None
         """Spans of each item on the host; None of a prefill."""
         self._residents: StepResidents | None = None
@@ -82,17 +83,17 @@ class Plan:
         """All residents of each row, for a selection. Where a layer's blocks lie is for the layer to say.
 
         Raises:
-            BackendError: for pre-RoPE keys, or compressed ones.
-            UnsupportedError: for a memory that does not keep every token where the model put it.
+            BackendError: for compressed keys.
+            UnsupportedError: for post-RoPE keys that are shown elsewhere than the model put them.
         """
         if self._residents is None:
             shared = Shared(self.device, self.buffer.starts, self.buffer.spans, self.upload)
-            self._residents = find_residents(self.step, self.spans, shared)
+            self._residents = find_residents(self.step, self.spans, shared, self._shifts)
         return self._residents
 
-    def upload(self, values: npt.NDArray[np.int32]) -> torch.Tensor:
+    def upload(self, values: npt.NDArray[Any]) -> torch.Tensor:
         """A copy on the device; one for equal values."""
-        key = (values.shape, values.tobytes())
+        key = (values.shape, values.dtype, values.tobytes())
         if key not in self._uploads:
             self._uploads[key] = upload(values, self.device)
         return self._uploads[key]

@@ -20,6 +20,7 @@ import torch
 from kvsieve.backends.base import HeadChoice
 from kvsieve.backends.cuda import select
 from kvsieve.backends.cuda.ops import residents
+from kvsieve.backends.cuda.ops.angles import Angles
 from kvsieve.backends.cuda.ops.launch import aligned
 from kvsieve.backends.cuda.ops.residents import Residents, slot_width
 from kvsieve.backends.cuda.ops.sparse import RESIDENT, Sparse, heads_together
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["CudaSelection", "RowChoice", "StepSelection"]
 
 Ints = npt.NDArray[np.int64]
+Turns = Callable[[int], Angles]
 
 
 # ------------------------------------------------------------------------------------------------------------------ what was chosen
@@ -113,6 +115,7 @@ class StepSelection(NamedTuple):
         rule: its stages; schedule: who selects, and from how many candidates.
         q: ``[B, H, q, D]``; residents: where the keys lie; table: blocks of queries.
         held, spares: of each stage, slots that outlive the step and slots that only it needs.
+        angles: how queries, and keys before RoPE, are turned to be compared.
     """
 
     rule: StagedRule
@@ -123,6 +126,7 @@ class StepSelection(NamedTuple):
     kv_heads: int
     held: list[torch.Tensor]
     spares: list[torch.Tensor]
+    angles: Angles
     arrived: Callable[[int, int, torch.device], torch.Tensor]
 
     def arrivals(self, blocks: int) -> torch.Tensor:
@@ -208,11 +212,14 @@ class CudaSelection:
 
     # ------------------------------------------------------------------------------------------------------------------ one step
 
-    def run(self, q: torch.Tensor, shape: tuple[int, int], asked: StepResidents, call: AttendCall) -> torch.Tensor:
+    def run(
+        self, q: torch.Tensor, shape: tuple[int, int], asked: StepResidents, call: AttendCall, turns: Turns | None = None
+    ) -> torch.Tensor:
         """Select where it is due, and attend: out ``[B, q, H, Dv]``. The new tokens are stored.
 
         Args:
             q: ``[B, H, q, D]``; shape: key-value heads, and the size of a value.
+            turns: the turns of so many positions; None where keys are as the model rotated them, or nothing rotates.
         """
         rule, (kv_heads, value_dim) = self.rule, shape
         choices: list[RowChoice | None] = [None] * q.shape[0]
@@ -234,7 +241,9 @@ class CudaSelection:
         q, work = aligned(q), Work()
         if schedule.num_blocks:
             table = asked.upload(schedule.table({symbol: slot.number for symbol, slot in slots.items()}))
-            selecting = self._search(q, kv_heads, schedule, asked, table, work)
+            last = max(rule.window + 1, schedule.longest if call.consecutive else max(asked.counts))
+            angles = Angles() if turns is None else turns(last)._replace(alone=call.relative)
+            selecting = self._search(q, kv_heads, schedule, asked, table, work, angles)
             out = self._attend(selecting, value_dim, asked, call, work)
         else:
             out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], value_dim)
@@ -250,7 +259,14 @@ class CudaSelection:
         return schedule
 
     def _search(
-        self, q: torch.Tensor, kv_heads: int, schedule: Schedule, asked: StepResidents, table: torch.Tensor, work: Work
+        self,
+        q: torch.Tensor,
+        kv_heads: int,
+        schedule: Schedule,
+        asked: StepResidents,
+        table: torch.Tensor,
+        work: Work,
+        angles: Angles,
     ) -> StepSelection:
         """Compute the stages that are due."""
         work.spares = [q.new_empty((n, *p.tensor.shape[1:]), dtype=torch.int32) for n, p in zip(schedule.spares, self._pools)]
@@ -263,6 +279,7 @@ class CudaSelection:
             kv_heads=kv_heads,
             held=[pool.tensor for pool in self._pools],
             spares=work.spares,
+            angles=angles,
             arrived=self._arrived,
         )
         work.searched += [self._rule_file.search(selecting, stage) for stage, n in enumerate(schedule.candidates) if n]
@@ -289,6 +306,7 @@ class CudaSelection:
             scale=call.scale,
             softcap=call.softcap or 0.0,
             sink_logits=None if call.sink_logits is None else call.sink_logits.detach().float().contiguous(),
+            angles=selecting.angles._replace(alone=call.consecutive),
         ).launch()
         work.read.append(read)
         work.shorten()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvsieve.backends.cuda.ops.residents import STAGES
+from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, PolicyError
 
 __all__ = ["StagedRule", "at_least_one"]
@@ -25,6 +26,7 @@ class StagedRule:
         most: how many ranges a stage keeps.
         refresh: steps after which a stage is computed again.
         budget: tokens that a region may have to be read whole.
+        page_bounds: whether the first stage judges its chunks, which are blocks of the text, by bounds of their keys.
     """
 
     sinks: int
@@ -36,6 +38,7 @@ class StagedRule:
     most: tuple[int, ...]
     refresh: tuple[int, ...]
     budget: int
+    page_bounds: bool = False
 
     @classmethod
     def of(
@@ -61,7 +64,14 @@ class StagedRule:
         if sinks < 0 or window < 0:
             raise PolicyError(f"sinks and window must be at least 0, got {sinks} and {window}")
         at_least_one(query_block=query_block, query_stride=query_stride)
-        return cls(sinks, window, query_block, query_stride, rule.representative, chunks, most, refresh, budget=budget)
+        page_bounds = bool(getattr(rule, "page_bounds", False))
+        if page_bounds and (chunks[0] != BLOCK or sinks % BLOCK or window < BLOCK):
+            raise PolicyError(
+                f"page bounds are of blocks of {BLOCK} tokens: the first chunk must be one, sinks whole ones and the window at "
+                f"least one, got {chunks[0]}, {sinks} and {window}"
+            )
+        numbers = (sinks, window, query_block, query_stride, rule.representative, chunks, most, refresh)
+        return cls(*numbers, budget=budget, page_bounds=page_bounds)
 
     @property
     def stages(self) -> int:

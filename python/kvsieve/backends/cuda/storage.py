@@ -5,7 +5,7 @@ Slabs are head-major like the CPU's: ``[heads][tokens][dim]``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,6 +17,7 @@ from kvsieve.backends.cuda.buffers import Table, upload
 from kvsieve.backends.cuda.ops.carry import carry
 from kvsieve.backends.cuda.ops.format import PACKED_COLUMNS, Format
 from kvsieve.backends.cuda.ops.pack import pack
+from kvsieve.backends.cuda.ops.page_bounds import PageBounds
 from kvsieve.backends.cuda.ops.unpack import unpack
 from kvsieve.budget import BLOCK
 from kvsieve.errors import BackendError, StateError
@@ -70,16 +71,22 @@ class PlainStore:
         self.apart = False
         self.slabs: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.table = Table(4, device)
+        self.bounds: dict[int, torch.Tensor] = {}
+        """Of each slab whose blocks were judged by them: ``[blocks, heads, 2, channels of a key]``."""
+        self._bounded = np.zeros(0, np.bool_)
 
     def held(self) -> tuple[int, int]:
         """Bytes of keys and of values."""
         return sum(k.nbytes for k, _ in self.slabs.values()), sum(v.nbytes for _, v in self.slabs.values())
 
-    def reserve(self, blocks: Iterable[int]) -> None:
-        """Give these blocks memory."""
+    def reserve(self, blocks: Sequence[int]) -> None:
+        """Give these blocks memory. They are about to be written, so that bounds of their keys are void."""
         heads, key_dim, value_dim = self.shape
+        if len(self._bounded) and len(blocks):
+            known = np.asarray(blocks)
+            self._bounded[known[known < len(self._bounded)]] = False
         for block in blocks:
-            slab, first, size = (block, block, 1) if self.apart else locate(block)
+            slab, first, size = self._locate(block)
             if slab in self.slabs:
                 continue
             tokens = size * BLOCK
@@ -94,19 +101,52 @@ class PlainStore:
     def free_unused(self, in_use: npt.NDArray[np.bool_]) -> None:
         """Give back slabs none of whose blocks is in use."""
         for slab in list(self.slabs):
-            first, size = (slab, 1) if self.apart else extent(slab)
+            first, size = self._extent(slab)
             if not in_use[first : first + size].any():
                 del self.slabs[slab]
+                self.bounds.pop(slab, None)
+                self._bounded[first : first + size] = False
                 self.table.rows(first, size)[:] = 0
+
+    def _locate(self, block: int) -> tuple[int, int, int]:
+        """The slab of a block, and its first block and size."""
+        return (block, block, 1) if self.apart else locate(block)
+
+    def _extent(self, slab: int) -> tuple[int, int]:
+        return (slab, 1) if self.apart else extent(slab)
 
     def block(self, block: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of a block that has memory of its own."""
         return self.slabs[block]
 
     def drop(self, block: int) -> None:
-        """Give back a block's own memory."""
+        """Give back a block's own memory. Its bounds are made again when it is back."""
         del self.slabs[block]
+        self.bounds.pop(block, None)
+        self._bounded[block : block + 1] = False
         self.table.rows(block, 1)[:] = 0
+
+    def bound(self, blocks: npt.NDArray[np.int64]) -> None:
+        """Have the bounds of these blocks, which are full: of those that have none yet."""
+        size = len(self.table.host)
+        if len(self._bounded) < size:
+            self._bounded = np.concatenate([self._bounded, np.zeros(size - len(self._bounded), np.bool_)])
+        missing = np.unique(blocks[~self._bounded[blocks]])
+        if not len(missing):
+            return
+        for slab in dict.fromkeys(self._locate(block)[0] for block in missing.tolist()):
+            self._keep_bounds(slab)
+        which = upload(missing.astype(np.int32), self.device)
+        PageBounds(self.table.tensor, which, self.shape[0], self.shape[1], self.dtype).launch()
+        self._bounded[missing] = True
+
+    def _keep_bounds(self, slab: int) -> None:
+        """Give the bounds of a slab's blocks memory."""
+        if slab in self.bounds:
+            return
+        (first, size), (heads, key_dim, _) = self._extent(slab), self.shape
+        made = self.bounds[slab] = torch.empty(size, heads, 2, key_dim, dtype=self.dtype, device=self.device)
+        self.table.rows(first, size)[:, 3] = made.data_ptr() + np.arange(size) * made[0].nbytes
 
 
 class PackedStore:

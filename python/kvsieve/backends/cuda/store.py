@@ -13,12 +13,12 @@ import numpy.typing as npt
 import torch
 
 from kvsieve._core import PACKED
-from kvsieve.backends.attention import Partial, merge
-from kvsieve.backends.attention_scores import of_items, of_prefill
+from kvsieve.backends.attention import Partial, merge, total
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cuda.buffers import DeviceRuns, upload
+from kvsieve.backends.cuda.ops.angles import Angles
 from kvsieve.backends.cuda.ops.append import Append
-from kvsieve.backends.cuda.ops.attend import Attend
+from kvsieve.backends.cuda.ops.attend import SUMMED, Attend
 from kvsieve.backends.cuda.ops.gather import copy_runs
 from kvsieve.backends.cuda.ops.launch import LAYOUTS, aligned
 from kvsieve.backends.cuda.ops.move import Move, move
@@ -38,25 +38,26 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from kvsieve._core import Moves, Residents, Step
-    from kvsieve.backends.base import AttendCall, Attended, HeadSets
+    from kvsieve.backends.base import AttendCall, Attended
     from kvsieve.backends.cuda.context import Context
     from kvsieve.backends.cuda.plan import DevicePart, Plan
-    from kvsieve.backends.cuda.selection import CudaSelection
+    from kvsieve.backends.cuda.selection import CudaSelection, Turns
     from kvsieve.facts import LayerRope
-    from kvsieve.policy.select import HeaviestValues, Piece
+    from kvsieve.policy.select import Piece
     from kvsieve.policy.storage import Channels, Packing
 
-__all__ = ["CudaStore"]
+__all__ = ["CudaStore", "Keys"]
 
 SpansResult = tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]
 """Out ``[B, q, H, Dv]``; lse float32 ``[B, q, H]``; attention scores float32 ``[Hkv, keys]``."""
 
 
 class Keys(NamedTuple):
-    """Where each item's keys begin among all of them, int64 ``[items + 1]``, and how many there are: for attention scores."""
+    """Where each item's keys begin among all of them, int64 ``[items + 1]``, how many there are, and what is told of each."""
 
     starts: torch.Tensor
     total: int
+    told: int = SUMMED
 
 
 class CudaStore(KeepsOnHost):
@@ -77,7 +78,7 @@ class CudaStore(KeepsOnHost):
 
     def held(self) -> HeldBytes:
         packed = (0, 0, 0, 0) if self._packed is None else self._packed.held()
-        return HeldBytes(*self.plain.held(), *packed)
+        return HeldBytes(*self.plain.held(), *packed, bounds=sum(x.nbytes for x in self.plain.bounds.values()))
 
     @property
     def table(self) -> torch.Tensor:
@@ -127,8 +128,7 @@ class CudaStore(KeepsOnHost):
 
     def run(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
         self._check(q, k, v)
-        plan = self._context.plan(step, self.device)
-        self._check_there(plan)
+        plan = self._readable(step)
         if step.has_spans:
             self._append(k, v, plan)
             return self._decode(q, k, v, plan, call)
@@ -144,17 +144,40 @@ class CudaStore(KeepsOnHost):
         Keys are stored first, a chunk's as well, and read where they lie. After an error the choices are as before.
 
         Raises:
-            BackendError: for pre-RoPE keys, or compressed ones.
-            UnsupportedError: for a memory that does not keep every token where the model put it.
+            BackendError: for compressed keys.
+            UnsupportedError: for post-RoPE keys of a memory that does not keep every token where the model put it; for pre-RoPE
+                ones that are not shown at their numbers among the residents.
         """
         selection.begin()
         self._check(q, k, v)
+        plan = self._readable(step)
+        asked = plan.residents()
+        raw = step.stored_keys == "pre_rope"
+        if not raw:
+            asked.unbroken()
+        elif not call.consecutive:
+            asked.check_numbered()
+        self._append(k, v, plan)
+        if selection.rule.page_bounds:
+            self.plain.bound(asked.whole_blocks())
+        asked.residents = asked.residents._replace(blocks=self.table)
+        return selection.run(q, (self._shape[0], self._shape[2]), asked, call, self._turns(call.rope) if raw else None)
+
+    def _turns(self, rope: LayerRope | None) -> Turns | None:
+        """Turns of as many positions as are asked for."""
+        if rope is None:
+            return None
+        return lambda count: Angles(self._context.angles(rope, self.device, count), LAYOUTS[rope.layout], rope.factor**2)
+
+    def _readable(self, step: Step) -> Plan:
+        """The plan of a step, all that it can read being on the device.
+
+        Raises:
+            StateError: if it is not.
+        """
         plan = self._context.plan(step, self.device)
         self._check_there(plan)
-        asked = plan.residents()
-        self._append(k, v, plan)
-        asked.residents = asked.residents._replace(blocks=self.table)
-        return selection.run(q, (self._shape[0], self._shape[2]), asked, call)
+        return plan
 
     def _check_stored(self, k: torch.Tensor, v: torch.Tensor) -> None:
         (heads, key_dim, value_dim), dtype, device = self._shape, self.dtype, self.device
@@ -204,7 +227,7 @@ class CudaStore(KeepsOnHost):
         keys: Keys | None = None,
         with_lse: bool = False,
     ) -> SpansResult:
-        """Attention of a step whose tokens are stored: out, and lse and attention scores where they are wanted."""
+        """Attention of a step whose tokens are stored: out, and lse and what is told of each key where they are wanted."""
         heads, _, value_dim = self._shape
         raw, rope, buffer, packed = plan.step.stored_keys == "pre_rope", call.rope, plan.buffer, self._packed
         rotations = in_block = None
@@ -237,69 +260,8 @@ class CudaStore(KeepsOnHost):
             total_keys=0 if keys is None else keys.total,
             packed=None if packed is None else packed.table.tensor,
             format=None if packed is None else packed.format,
+            told=SUMMED if keys is None else keys.told,
         ).run(with_lse=with_lse)
-
-    def attend_with_scores(
-        self, q: torch.Tensor, step: Step, call: AttendCall
-    ) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
-        """Attention of a step whose tokens are stored, and the probability of every key.
-
-        Returns:
-            out ``[B, q, H, Dv]``; lse float32 ``[B, q, H]``; for each item (``row * q + query``) float32 ``[Hkv, keys in the order
-            of the spans]``, summed over the query heads of a group.
-        """
-        plan = self._context.plan(step, self.device)
-        if plan.key_starts is None:
-            raise ShapeError("this step is for prefill: it has no spans")
-        sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().contiguous()
-        starts = upload(plan.key_starts, self.device)
-        out, lse, scores = self.attend_spans(q, plan, call, sink_logits, Keys(starts, int(plan.key_starts[-1])), with_lse=True)
-        assert lse is not None
-        assert scores is not None
-        return out, lse, list(torch.split(scores, np.diff(plan.key_starts).tolist(), 1))
-
-    def run_with_sets(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        step: Step,
-        call: AttendCall,
-        sets: Sequence[HeadSets | None],
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        """Refused here, and by the capabilities when a stream opens.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("backend 'cuda' lets no head read tokens that it chose at an earlier step; use backend='reference'")
-
-    def run_heaviest(
-        self,
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        step: Step,
-        call: AttendCall,
-        rule: HeaviestValues,
-        rows: Sequence[bool],
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refused here, and by the capabilities when a stream opens.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("backend 'cuda' adds up all values; use backend='reference'")
-
-    def run_with_lse(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refused here, and by the capabilities when a stream opens.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("backend 'cuda' does not tell the log-sum-exp of its attention; use backend='reference'")
 
     def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self._check_stored(k, v)
@@ -312,21 +274,12 @@ class CudaStore(KeepsOnHost):
         held = Held(self._context, self.table, self._shape, residents, self.read, there)
         return attend_pieces(held, q, first, pieces, call, scored)
 
-    def run_with_scores(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall
-    ) -> tuple[torch.Tensor, list[torch.Tensor | None]]:
-        self._check(q, k, v)
-        if not step.has_spans:
-            scores = of_prefill(self, q, k, step, call)
-            return self.run(q, k, v, step, call), scores
-        self._check_there(self._context.plan(step, self.device))
-        self._append(k, v, self._context.plan(step, self.device))
-        out, _, items = self.attend_with_scores(q, step, call)
-        return out, of_items(items, step)
-
     # -------------------------------------------------------------------------------------------------------------------- prefill
 
-    def _prefill(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
+    def _prefill(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall, lse: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``lse`` ``[B, H, q]`` is filled in where it is given."""
         step, width = plan.step, q.shape[2]
         out = torch.zeros(q.shape[0], width, q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
         rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
@@ -344,6 +297,8 @@ class CudaStore(KeepsOnHost):
             if parts:
                 merged = parts[0][0] if len(parts) == 1 and call.sink_logits is None else merge(parts, call.sink_logits)
                 out[row, width - step.new_lens[row] :] = merged.transpose(0, 1).to(out.dtype)
+                if lse is not None:
+                    lse[row, :, width - step.new_lens[row] :] = total(parts, call.sink_logits)
         return out
 
     def _gather(self, p: DevicePart, new_k: torch.Tensor, new_v: torch.Tensor) -> Partial:
@@ -390,10 +345,9 @@ class CudaStore(KeepsOnHost):
         if p.part.top_k < logits.shape[1]:
             _, kth = top_k(logits, p.part.top_k)
             logits = logits.masked_fill(logits < kth[:, None], -torch.inf)
-        total = torch.logsumexp(logits, -1)
-        weights = torch.exp(logits - torch.where(total.isneginf(), 0.0, total)[:, None])
+        lse[:, -1] = torch.logsumexp(logits, -1)
+        weights = torch.exp(logits - torch.where(lse[:, -1].isneginf(), 0.0, lse[:, -1])[:, None])
         out[:, -1] = (weights.view(k.shape[0], group, -1) @ v.float()).flatten(0, 1)
-        lse[:, -1] = total
         return out, lse
 
     # ----------------------------------------------------------------------------------------------------------------- moving data

@@ -132,7 +132,8 @@ class ReferenceStore(HasTier):
             placed = rotate_part(queries, keys, part, step.stored_keys, call.rope)
             content = placed
             if step.stored_keys == "pre_rope" and call.rope is not None and (call.relative or selection.rule.page_bounds):
-                content = call.rope.rotate(queries, torch.full((m,), selection.rule.window, device=q.device)), keys
+                window, none = (torch.full((n,), at, device=q.device) for n, at in ((m, selection.rule.window), (keys.shape[1], 0)))
+                content = call.rope.rotate(queries, window), call.rope.rotate(keys, none)
             compared = content if call.relative else placed
             if call.consecutive:
                 placed = queries, keys

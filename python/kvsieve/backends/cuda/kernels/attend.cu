@@ -15,6 +15,8 @@
 //     logits     [heads, total_keys]         float, natural; null unless attention scores are wanted. Keys of item i begin at key_starts[i]
 //     packed     [packed blocks]             where each packed block lies, see packed.cuh; spans name them from kPackedFrom on
 //
+// Where part_out is null no value is read: the logits and the log-sum-exp are all that is wanted.
+//
 // Launch: grid (splits, kv_heads * chunks of HEADS * SUBSETS query heads, items), block 128.
 //
 // One thread block takes a contiguous share of an item's spans, for one key-value head and up to HEADS * SUBSETS query heads of its
@@ -129,6 +131,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     // The queries, scaled; in base 2 unless the cap needs the logits as they are.
     const float to_base2 = softcap > 0 ? 1.f : KV_LOG2E;
     const float cap = float(softcap);
+    const bool reads_values = part_out != nullptr;
     for (int i = tid; i < HELD * DK; i += kThreads) {
         const int g = first + i / DK, c = i % DK;
         float x = 0.f;
@@ -212,12 +215,12 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                         for (int i = tid * 16; i < end; i += kThreads * 16) kv_copy16(to + i, begin + i);
                     };
                     copy(to, w.key + u32(at * key_row), n * key_row);
-                    copy(to + at_values, w.value + u32(at * value_row), n * value_row);
+                    if (reads_values) copy(to + at_values, w.value + u32(at * value_row), n * value_row);
                     if (KB > 0) {
                         const int group = at >> log_group, groups = ((at + n - 1) >> log_group) - group + 1;
                         copy(to + at_key_scales, more.keys + u32(group * key_scale_row), groups * key_scale_row);
                     }
-                    if (VB > 0) copy(to + at_value_scales, more.values + u32(at * value_scale_row), n * value_scale_row);
+                    if (VB > 0 && reads_values) copy(to + at_value_scales, more.values + u32(at * value_scale_row), n * value_scale_row);
                     return;
                 }
             }
@@ -227,7 +230,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             T* to = tiles + stage * STAGE;
             for (int i = tid; i < n * (DK / K::vec); i += kThreads) kv_copy16(to + i * K::vec, keys + i * K::vec);
             to += TILE * DK;
-            for (int i = tid; i < n * (DV / V::vec); i += kThreads) kv_copy16(to + i * V::vec, values + i * V::vec);
+            for (int i = tid; reads_values && i < n * (DV / V::vec); i += kThreads) kv_copy16(to + i * V::vec, values + i * V::vec);
         };
 
         int s = 0;
@@ -446,7 +449,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                 for (int i = 0; i < KEYS; i += V::together) {
                     const int k = i + lane / V::lanes;
                     const int j = key_of(k);
-                    if ((KEYS % V::together == 0 || k < KEYS) && j < n) {
+                    if ((KEYS % V::together == 0 || k < KEYS) && j < n && reads_values) {
                         float weight[HEADS];
 #pragma unroll
                         for (int h = 0; h < HEADS; h++) weight[h] = weights[(warp * KEYS + k) * STRIDE_P + h];
@@ -527,7 +530,7 @@ attend(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             value = fmaf(share, all[at * DV + c], value);
         }
         const i64 to = (item * heads + i64(kv_head) * group + first + held) * splits + split;
-        if (total != 0.f) part_out[to * DV + c] = value / total;
+        if (total != 0.f && reads_values) part_out[to * DV + c] = value / total;
         if (c == 0) part_lse[to] = total != 0.f ? (most + log2f(total)) * KV_LN2 : -KV_INF;
     }
 }

@@ -24,12 +24,12 @@ constexpr int kThreads = 128;  // threads of a thread block, for every kernel
 constexpr int kWarps = kThreads / 32;
 
 // Where a block of keys and values lies. Keys of head h, slot s start at key + (h * stride + s) * key_bytes, values likewise.
-// `kind` is 0: packed blocks have a table of their own, see packed.cuh.
+// Packed blocks have a table of their own, see packed.cuh.
 struct alignas(16) Block {
     u64 key;
     u64 value;
     i64 stride;  // tokens from one head to the next
-    i64 kind;
+    u64 bounds;  // [kv_heads][2][DK]: each head's maximum of every key channel, then the minimum; 0 where none are kept
 };
 
 // Slots [lo, hi) of a block, as one query reads them. See `Span` in rust/kvsieve-core/src/plan.rs.

@@ -1,7 +1,7 @@
 // Exact merge of attention over disjoint sets of keys, and the probability of every key.
 //
 //     total = log sum_s exp(lse[s])      out = sum_s exp(lse[s] - norm) part[s]      norm = log(exp(total) + exp(sink))
-//     scores[j] = sum over the query heads of a group of exp(logit[j] - norm)
+//     scores[j] = sum, or with `highest` the maximum, over the query heads of a group of exp(logit[j] - norm)
 //
 // Shapes: part [rows_, parts, DV] float, normalised; part_lse [rows_, parts] float, -inf where a part saw nothing (its `part` is then
 // not read); rows_ = items * heads. sinks [heads] float or null: learned logits without a value. out [rows_, DV] of T; lse and norm
@@ -71,14 +71,19 @@ merge(const float* __restrict__ part, const float* __restrict__ part_lse, i64 pa
 
 __global__ void __launch_bounds__(kThreads)
 attention_scores(const float* __restrict__ logits, const i64* __restrict__ key_starts, i64 total_keys,
-                 const float* __restrict__ norms, i64 group, float* __restrict__ to) {
+                 const float* __restrict__ norms, i64 group, i64 highest, float* __restrict__ to) {
     const i64 kv_head = blockIdx.y, item = blockIdx.z, heads = i64(gridDim.y) * group;
     const i64 end = key_starts[item + 1];
     for (i64 j = key_starts[item] + i64(blockIdx.x) * kThreads + threadIdx.x; j < end; j += i64(gridDim.x) * kThreads) {
         float sum = 0.f;
         for (i64 g = 0; g < group; g++) {
             const i64 head = kv_head * group + g;
-            sum += expf(logits[head * total_keys + j] - norms[item * heads + head]);
+            const float share = expf(logits[head * total_keys + j] - norms[item * heads + head]);
+            if (highest != 0) {
+                sum = share > sum || share != share ? share : sum;  // NaN shows, and stays
+            } else {
+                sum += share;
+            }
         }
         to[kv_head * total_keys + j] = sum;
     }

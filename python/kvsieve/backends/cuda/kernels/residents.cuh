@@ -30,6 +30,25 @@ __device__ __forceinline__ int* chosen_at(int* held, int* spare, int slot, int k
     return ((slot & 1) != 0 ? spare : held) + which * ((most + 7) / 4 * 4);
 }
 
+// Turns of keys that are stored before RoPE, see ops/angles.py.
+struct Angles {
+    const float* table;
+    int pairs, layout;
+    float factor;
+    int alone;
+
+    __device__ const float* at(int place) const { return table + i64(place) * 2 * pairs; }
+
+    // The N channels from `at` on of a query `row`, at a place; its turned channels are scaled by the factors of key and query.
+    template <int N, typename T>
+    __device__ __forceinline__ void turn_query(float (&x)[N], const T* row, int from, int place) const {
+        turn<N>(x, row, from, at(place), pairs, layout);
+#pragma unroll
+        for (int e = 0; e < N; e++)
+            if (from + e < 2 * pairs) x[e] *= factor;
+    }
+};
+
 // The residents of one row, numbered in text order. Spans are the row's, whole and in that order.
 struct Residents {
     const Block* blocks;

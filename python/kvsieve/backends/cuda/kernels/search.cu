@@ -6,6 +6,9 @@
 //     `narrow`: one stage of InfiniteHiP: cut what the stage before chose into chunks, score each by the best key met on a walk down
 //               its halves, keep the `most` best
 //
+//     with BOUNDS, a chunk is a block of the text, and its score is max over the same queries of sum_c max(q[c] * most[c], q[c] * least[c])
+//               over the bounds of its keys (see page_bounds.cu): what a key of it can score at most
+//
 // Of equal scores the earlier wins; NaN and what no query sees score -inf, and what scores -inf is not chosen in the end.
 //
 // Shapes (row-major):
@@ -17,6 +20,10 @@
 //     ranks      [blocks of queries, kv_heads, capacity]  scratch of `narrow`: scores as integers
 //     arrivals   [blocks of queries, kv_heads, 2] counts of `narrow` with splits; zero before and after
 //     searched   [blocks of queries, kv_heads]    representative keys scored
+//
+//     angles     [.., 2 * pairs]                  with RAW, whose keys are stored before RoPE: cosines and sines of positions, which are
+//                                                 numbers of residents. Queries and keys are turned to theirs; or, `alone`, the queries
+//                                                 to `window`, as if every key were so far away, and no key
 //
 // Launch: `hip` grid (1, kv_heads, blocks of queries): a thread block is one whole search, its nodes in shared memory (at most 1,024).
 // `narrow` grid (splits, kv_heads, blocks of queries): chunks are judged wherever there is room, and the thread block that comes last
@@ -43,7 +50,7 @@ __device__ __forceinline__ u32 rank_of(float x) {
 }
 
 // Scores keys for the queries of one block and key-value head; one for each warp.
-template <typename T, int DK, int HEADS>
+template <typename T, int DK, int HEADS, bool RAW = false>
 struct Scorer {
     using K = Rows<T, DK>;
     static constexpr int UNROLL = smaller(K::pieces == 1 ? 8 : 4, K::lanes);
@@ -54,32 +61,60 @@ struct Scorer {
     const T* q;  // the first head's first sampled query
     i64 q_head, q_query;
     int group, num, edge, lane, held = -1;
+    int window;
+    Angles angles;
     float turned[HEADS][K::channels];
 
-    __device__ Scorer(const T* q_, i64 q_row, i64 q_head_, i64 q_query_, const QueryBlock& of, int kv_head, i64 group_, i64 window,
-                      i64 stride_)
+    __device__ Scorer(const T* q_, i64 q_row, i64 q_head_, i64 q_query_, const QueryBlock& of, int kv_head, i64 group_, i64 window_,
+                      i64 stride_, const Angles& angles_)
         : stride(int(stride_)), q(q_ + of.row * q_row + kv_head * group_ * q_head_ + (of.column + skipped(of)) * q_query_),
           q_head(q_head_), q_query(q_query_ * stride_), group(int(group_)), num(((of.count - 1) / stride + 1) * int(group_)),
-          edge(of.first + skipped(of) - int(window)), lane(int(threadIdx.x) % 32) {}
+          edge(of.first + skipped(of) - int(window_)), lane(int(threadIdx.x) % 32), window(int(window_)), angles(angles_) {}
 
     // Queries of the block before the first one that is sampled.
     __device__ int skipped(const QueryBlock& of) const { return (of.count - 1) % stride; }
 
-    // The best score of this lane's key, resident `t` at `address`, or of none (address 0). All lanes of a warp together.
+    // The best score of this lane's key, resident `t` at `address`, or of none (address 0). All lanes of a warp together. With BOUNDS
+    // the address is that of a block's maxima, which its minima follow.
+    template <bool BOUNDS = false>
     __device__ float best(u64 address, int t) {
         float mine = -KV_INF;
         const u32 live = __ballot_sync(0xffffffffu, address != 0);
 #pragma unroll 1
         for (int from = 0; from < 32; from += KEYS) {
             if ((live >> from & (KEYS == 32 ? 0xffffffffu : (1u << KEYS % 32) - 1u)) == 0) continue;
-            Pack16 keys[UNROLL][K::pieces];
+            constexpr bool TURNS = RAW && !BOUNDS;
+            Pack16 keys[UNROLL][K::pieces], leasts[BOUNDS ? UNROLL : 1][K::pieces];
+            float rows[TURNS ? UNROLL : 1][K::channels];
 #pragma unroll
             for (int u = 0; u < UNROLL; u++) {
-                const u64 key = __shfl_sync(0xffffffffu, address, from + u * K::together + lane / K::lanes);
+                const int source = from + u * K::together + lane / K::lanes;
+                const u64 key = __shfl_sync(0xffffffffu, address, source);
+                if constexpr (TURNS) {
+                    const int place = __shfl_sync(0xffffffffu, t, source);
+#pragma unroll
+                    for (int p = 0; p < K::pieces; p++) {
+                        float x[K::vec];
+#pragma unroll
+                        for (int e = 0; e < K::vec; e++) x[e] = 0.f;
+                        if (key != 0 && K::inside(lane, p)) {
+                            load<K::vec>((const T*)key + K::at(lane, p), x);
+                            if (angles.alone == 0)
+                                turn<K::vec>(x, (const T*)key, K::at(lane, p), angles.at(place), angles.pairs, angles.layout);
+                        }
+#pragma unroll
+                        for (int e = 0; e < K::vec; e++) rows[u][p * K::vec + e] = x[e];
+                    }
+                    continue;
+                }
 #pragma unroll
                 for (int p = 0; p < K::pieces; p++) {
                     keys[u][p] = Pack16{0, 0, 0, 0};
                     if (key != 0 && K::inside(lane, p)) keys[u][p] = ((const Pack16*)key)[K::at(lane, p) / K::vec];
+                    if constexpr (BOUNDS) {
+                        leasts[u][p] = Pack16{0, 0, 0, 0};
+                        if (key != 0 && K::inside(lane, p)) leasts[u][p] = ((const Pack16*)key)[(DK + K::at(lane, p)) / K::vec];
+                    }
                 }
             }
             const int at = __shfl_sync(0xffffffffu, t, from + lane % K::lanes / SAME * K::together + lane / K::lanes);
@@ -95,13 +130,26 @@ struct Scorer {
                     for (int h = 0; h < HEADS; h++) scores[h][u] = 0.f;
 #pragma unroll
                     for (int p = 0; p < K::pieces; p++) {
-                        float x[K::vec];
-                        unpack<T>(keys[u][p], x);
+                        float x[K::vec], y[K::vec];
+                        if constexpr (TURNS) {
+#pragma unroll
+                            for (int e = 0; e < K::vec; e++) x[e] = rows[u][p * K::vec + e];
+                        } else {
+                            unpack<T>(keys[u][p], x);
+                        }
+                        if constexpr (BOUNDS) unpack<T>(leasts[u][p], y);
 #pragma unroll
                         for (int h = 0; h < HEADS; h++)
 #pragma unroll
-                            for (int e = 0; e < K::vec; e++)
-                                scores[h][u] = fmaf(x[e], turned[h][p * K::vec + e], scores[h][u]);
+                            for (int e = 0; e < K::vec; e++) {
+                                const float by = turned[h][p * K::vec + e];
+                                if constexpr (BOUNDS) {  // of its positive and its negative part, as the definition has it
+                                    scores[h][u] = fmaf(by < 0.f ? 0.f : by, x[e], scores[h][u]);
+                                    scores[h][u] = fmaf(by > 0.f ? 0.f : by, y[e], scores[h][u]);
+                                } else {
+                                    scores[h][u] = fmaf(x[e], by, scores[h][u]);
+                                }
+                            }
                     }
                 }
 #pragma unroll
@@ -129,7 +177,13 @@ struct Scorer {
                 float x[K::vec];
 #pragma unroll
                 for (int e = 0; e < K::vec; e++) x[e] = 0.f;
-                if (K::inside(lane, p)) load<K::vec>(row + K::at(lane, p), x);
+                if (K::inside(lane, p)) {
+                    load<K::vec>(row + K::at(lane, p), x);
+                    if constexpr (RAW) {
+                        const int place = angles.alone != 0 ? window : edge + window + i / group * stride;
+                        angles.turn_query<K::vec>(x, row, K::at(lane, p), place);
+                    }
+                }
 #pragma unroll
                 for (int e = 0; e < K::vec; e++) turned[h][p * K::vec + e] = x[e];
             }
@@ -235,11 +289,12 @@ struct Node {
     }
 };
 
-template <typename T, int DK, int HEADS>
+template <typename T, int DK, int HEADS, bool RAW = false>
 __global__ void __launch_bounds__(kSearchers, 1)
 hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks, const int* __restrict__ starts,
     const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, i64 group, i64 window, i64 stride,
-    i64 block_, i64 most_, i64 representative_, int* __restrict__ held, int* __restrict__ spare, int* __restrict__ searched) {
+    i64 block_, i64 most_, i64 representative_, int* __restrict__ held, int* __restrict__ spare, int* __restrict__ searched,
+    const float* __restrict__ angles, i64 pairs, i64 layout, double factor, i64 alone) {
     KV_SHARED(Node, nodes, 2 * kNodes);
     KV_SHARED(u32, scores, 2 * kNodes);
     KV_SHARED(u32, ranks, 2 * kNodes);
@@ -260,7 +315,8 @@ hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __
     const int block = int(block_), width = int(most_), representative = int(representative_);
     const int tokens = mine.hi - mine.lo, num = (tokens + block - 1) / block;
     const Residents residents(blocks, starts, spans, mine.row, items);
-    Scorer<T, DK, HEADS> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride);
+    Scorer<T, DK, HEADS, RAW> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride,
+                                     Angles{angles, int(pairs), int(layout), float(factor), int(alone)});
 
     if (tid < 4) tally[tid] = 0;
     for (int i = tid; i < width; i += kSearchers) {
@@ -353,13 +409,14 @@ hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __
     }
 }
 
-template <typename T, int DK, int HEADS>
+template <typename T, int DK, int HEADS, bool BOUNDS = false, bool RAW = false>
 __global__ void __launch_bounds__(kSearchers, 1)
 narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks, const int* __restrict__ starts,
        const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, i64 group, i64 window, i64 stride,
        i64 stage, i64 chunk_, i64 from_chunk_, i64 most_, i64 from_most, i64 representative, int* __restrict__ from_held,
        int* __restrict__ from_spare, int* __restrict__ held, int* __restrict__ spare, u32* __restrict__ all_ranks, i64 capacity,
-       u32* __restrict__ arrivals, int* __restrict__ searched) {
+       u32* __restrict__ arrivals, int* __restrict__ searched, const float* __restrict__ angles, i64 pairs, i64 layout, double factor,
+       i64 alone) {
     KV_SHARED(u32, histogram, 256);
     KV_SHARED(u32, counts, 2 * kSearchers / 32);
     KV_SHARED(u32, found, 2);
@@ -403,7 +460,8 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     }
 
     const Residents residents(blocks, starts, spans, mine.row, items);
-    Scorer<T, DK, HEADS> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride);
+    Scorer<T, DK, HEADS, RAW> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride,
+                                     Angles{angles, int(pairs), int(layout), float(factor), int(alone)});
     u32* ranks = all_ranks + which * capacity;
     auto score = [&](bool live, int t) {
         u64 address = 0;
@@ -423,6 +481,17 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         // A lane walks down a chunk, always to the better half.
         const int c = begin + lane;
         int lo = c < num ? begins(c) : 0, hi = c < num ? smaller(lo + chunk, mine.hi) : 0;
+        if constexpr (BOUNDS) {
+            u64 address = 0;
+            if (c < num) {
+                int slot;
+                address = residents.find(lo, slot).bounds + u64(kv_head) * (2 * DK * sizeof(T));
+                reads += 2;
+            }
+            const float bound = scorer.template best<true>(address, lo);
+            if (c < num) ranks[c] = rank_of(bound);
+            continue;
+        }
         float best = -KV_INF, left = -KV_INF;
         reads += hi - lo == 1 ? 1 : 0;
         if (representative == kFirst) {

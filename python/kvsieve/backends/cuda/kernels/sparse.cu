@@ -12,6 +12,10 @@
 //     out        [rows, queries, heads, DV]           with CHUNK, of T: the answer, learned sinks (`learned`, [heads] or null) included
 //     read       [rows * queries, kv_heads]           how many keys were kept
 //
+//     angles     [.., 2 * pairs]                      with RAW, whose keys are stored before RoPE: cosines and sines of positions. Queries
+//                                                     and keys are turned to their numbers among the residents; or, `alone`, to their
+//                                                     numbers among the kept keys: 0, 1, ..., and the query has the last
+//
 // Launch: grid (splits, kv_heads * sets of HEADS query heads, rows * queries), block 128: four warps take a share each of a split's
 // keys, and meet once, at the end. With CHUNK: grid (queries of a block / 4, kv_heads * sets, blocks of queries), block 128: a warp takes a
 // query and all of its keys. The warps of a block of queries read nearly the same keys at about the same time, which then lie in the
@@ -29,13 +33,14 @@
 // Thread blocks that a multiprocessor should hold.
 constexpr int resident(int key_pieces, int value_pieces) { return key_pieces + value_pieces > 2 ? 2 : 3; }
 
-template <typename T, int DK, int DV, int HEADS, bool CHUNK>
-__global__ void __launch_bounds__(kThreads, resident(Rows<T, DK>::pieces, Rows<T, DV>::pieces))
+template <typename T, int DK, int DV, int HEADS, bool CHUNK, bool RAW = false>
+__global__ void __launch_bounds__(kThreads, RAW ? 2 : resident(Rows<T, DK>::pieces, Rows<T, DV>::pieces))
 sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __restrict__ blocks, const int* __restrict__ starts,
        const Span* __restrict__ spans, i64 items, const QueryBlock* __restrict__ queries, const int* __restrict__ at_, i64 columns,
        i64 group_, i64 sinks_, i64 window_, i64 stage, i64 range_, i64 most_, int* __restrict__ held, int* __restrict__ spare,
        double scale, double softcap, float* __restrict__ part_out, float* __restrict__ part_lse, T* __restrict__ out,
-       const float* __restrict__ learned, int* __restrict__ read) {
+       const float* __restrict__ learned, int* __restrict__ read, const float* __restrict__ angles_, i64 pairs, i64 layout,
+       double by, i64 alone) {
     using K = Rows<T, DK>;
     using V = Rows<T, DV>;
     constexpr int UNROLL = smaller(4, K::lanes);
@@ -100,14 +105,17 @@ sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
         end = from + share * (warp + 1) / kWarps;
     }
     const Residents residents(blocks, starts, spans, mine.row, items);
-    auto look_up = [&](int j, u64& key, u64& value) {
+    const Angles angles{angles_, int(pairs), int(layout), float(by), int(alone)};
+    auto look_up = [&](int j, u64& key, u64& value, int& place) {
         key = value = 0;
+        place = j;
         if (j >= end) return;
         int t = j;
         if (j >= num_sinks) {
             const int c = j - num_sinks;
             t = c < num_chosen ? chosen[c / range] + c % range : start + c - num_chosen;
         }
+        if (angles.alone == 0) place = t;
         int at;
         const Block where = residents.find(t, at);
         const i64 row = i64(kv_head) * where.stride + at;
@@ -131,18 +139,23 @@ sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             float x[K::vec];
 #pragma unroll
             for (int e = 0; e < K::vec; e++) x[e] = 0.f;
-            if (K::inside(lane, p)) load<K::vec>(row + K::at(lane, p), x);
+            if (K::inside(lane, p)) {
+                load<K::vec>(row + K::at(lane, p), x);
+                if constexpr (RAW) angles.turn_query<K::vec>(x, row, K::at(lane, p), angles.alone != 0 ? total - 1 : position);
+            }
 #pragma unroll
             for (int e = 0; e < K::vec; e++) turned[h][p * K::vec + e] = x[e] * factor;
         }
     }
 
     u64 next_key, next_value;
-    look_up(begin + lane, next_key, next_value);
+    int next_place;
+    look_up(begin + lane, next_key, next_value, next_place);
 #pragma unroll 1
     for (int at = begin; at < end; at += 32) {
         const u64 key = next_key, value = next_value;
-        look_up(at + 32 + lane, next_key, next_value);
+        const int place = next_place;
+        look_up(at + 32 + lane, next_key, next_value, next_place);
 #pragma unroll 1
         for (int from = 0; from < 32 && at + from < end; from += KEYS) {
             const int n = end - at - from;  // keys left, those of this turn among them
@@ -172,10 +185,21 @@ sparse(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
             for (int u = 0; u < UNROLL; u++) {
 #pragma unroll
                 for (int h = 0; h < HEADS; h++) scores[h][u] = 0.f;
+                u64 whole = 0;
+                int its_place = 0;
+                if constexpr (RAW) {
+                    const int source = from + u * K::together + lane / K::lanes;
+                    whole = __shfl_sync(0xffffffffu, key, source);
+                    its_place = __shfl_sync(0xffffffffu, place, source);
+                }
 #pragma unroll
                 for (int p = 0; p < K::pieces; p++) {
                     float x[K::vec];
                     unpack<T>(keys[u][p], x);
+                    if constexpr (RAW) {
+                        if (whole != 0 && K::inside(lane, p))
+                            turn<K::vec>(x, (const T*)whole, K::at(lane, p), angles.at(its_place), angles.pairs, angles.layout);
+                    }
 #pragma unroll
                     for (int h = 0; h < HEADS; h++)
 #pragma unroll

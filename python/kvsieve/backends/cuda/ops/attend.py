@@ -15,7 +15,11 @@ from kvsieve.backends.cuda.ops.launch import THREADS, Argument, module, start
 from kvsieve.backends.cuda.ops.merge import merge_partials, scratch
 from kvsieve.errors import ShapeError
 
-__all__ = ["Attend", "attend", "attend_module", "heads_of", "resident"]
+__all__ = ["HIGHEST", "LOGITS", "SUMMED", "Attend", "attend", "attend_module", "heads_of", "resident"]
+
+SUMMED, HIGHEST, LOGITS = range(3)
+"""What is told of the keys: for each KV head the sum of their probabilities over its query heads, or the highest of them; or for
+each query head the logits, and then no value is read."""
 
 NOT_PACKED = (None, 0, 0, 0, 0)
 """What the kernel is told where no block is packed."""
@@ -66,11 +70,12 @@ class Attend(NamedTuple):
         key_starts: int64 ``[B * q + 1]``, where each item's keys begin among ``total_keys``; None unless scores are wanted.
         packed: int64 ``[n, 8]``, where packed blocks lie, which spans number from ``_core.PACKED`` on; format: theirs, as the four
             integers of a :class:`Format`. Both None where there are none.
+        told: :data:`SUMMED`, :data:`HIGHEST` or :data:`LOGITS`, of every key.
 
     Returns:
-        out ``[B, q, H, Dv]`` in q's dtype (zero where nothing is read); lse float32 ``[B, q, H]`` without the sink logits (-inf
-        there); attention scores float32 ``[Hkv, total_keys]``, each key's probability summed over its group (``[Hkv, 0]`` when not
-        asked for).
+        out ``[B, q, H, Dv]`` in q's dtype (zero where nothing is read; ``[B, q, H, 0]`` with logits); lse float32 ``[B, q, H]``
+        without the sink logits (-inf there); attention scores float32 ``[Hkv, total_keys]``, each key's probability summed over
+        its group, or the highest in it, or logits ``[H, total_keys]`` (``[Hkv, 0]`` when not asked for).
     """
 
     q: Annotated[torch.Tensor, Shaped(("rows", "heads", "queries", "channels"))]
@@ -92,6 +97,7 @@ class Attend(NamedTuple):
     total_keys: int = 0
     packed: Annotated[torch.Tensor | None, Table(torch.int64, PACKED_COLUMNS)] = None
     format: Sequence[int] | None = None
+    told: int = SUMMED
 
     @property
     def items(self) -> int:
@@ -116,6 +122,8 @@ class Attend(NamedTuple):
         if self.sink_logits is not None:
             mine, own = self.sink_logits.shape[0], self.items * heads
             require(mine in (heads, own), f"{mine} sink logits: {heads}, or {own} where each row has its own")
+        require(self.told in (SUMMED, HIGHEST, LOGITS), f"told must be one of 0 to 2, got {self.told}")
+        require(self.told != LOGITS or self.key_starts is not None, "key_starts are needed where logits are told")
         require((self.packed is None) == (self.format is None), "packed blocks need a format, and a format packed blocks")
         if self.format is not None:
             Format(*self.format).check(key_dim, self.value_dim)
@@ -123,8 +131,9 @@ class Attend(NamedTuple):
     def outputs(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         rows, heads, queries, _ = self.q.shape
         lse = self.q.new_empty((rows, queries, heads), dtype=torch.float32)
-        scores = self.q.new_empty((self.kv_heads, 0 if self.key_starts is None else self.total_keys), dtype=torch.float32)
-        return self.q.new_empty((rows, queries, heads, self.value_dim)), lse, scores
+        told = (heads if self.told == LOGITS else self.kv_heads, 0 if self.key_starts is None else self.total_keys)
+        out = self.q.new_empty((rows, queries, heads, 0 if self.told == LOGITS else self.value_dim))
+        return out, lse, self.q.new_empty(told, dtype=torch.float32)
 
     def launch(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         out, lse, scores = self.run()
@@ -133,25 +142,41 @@ class Attend(NamedTuple):
 
     def run(self, with_lse: bool = True) -> Result:
         """As :meth:`launch`, with None for what was not asked for."""
-        q, kv_heads, splits, value_dim = self.q, self.kv_heads, self.splits, self.value_dim
-        (rows, heads, queries, key_dim), device, dtype = q.shape, q.device, q.dtype
-        items, group = rows * queries, heads // kv_heads
-        per_warp, subsets = heads_of(group, key_dim)
-        held = scratch(items * heads, splits, heads if self.sink_logits is None else len(self.sink_logits), value_dim, device)
+        q = self.q
+        (rows, heads, queries, _), device = q.shape, q.device
+        if self.told == LOGITS:
+            return self._logits()
+        sinks = heads if self.sink_logits is None else len(self.sink_logits)
+        held = scratch(self.items * heads, self.splits, sinks, self.value_dim, device)
         logits = norms = None
         if self.key_starts is not None:
             logits = torch.empty(heads, self.total_keys, dtype=torch.float32, device=device)
-            norms = torch.empty(items, heads, dtype=torch.float32, device=device)
-        bits, packed = self._packed()
-        args: list[Argument] = [q.data_ptr(), *q.stride()[:3], self.blocks, self.starts, self.spans, self.rotations, self.in_block]
-        args += (self.pairs, self.layout, float(self.factor), float(self.scale), float(self.softcap), queries, group)
-        args += (held.out, held.lse, logits, self.key_starts, self.total_keys, *packed)
-        kernel = attend_module(dtype, key_dim, value_dim, group, self.raw, bits)
-        start(kernel, (splits, kv_heads * -(-group // (per_warp * subsets)), items), args, device)
-        out = torch.empty(rows, queries, heads, value_dim, dtype=dtype, device=device)
+            norms = torch.empty(self.items, heads, dtype=torch.float32, device=device)
+        self._start(held.out, held.lse, logits)
+        out = torch.empty(rows, queries, heads, self.value_dim, dtype=q.dtype, device=device)
         lse = torch.empty(rows, queries, heads, dtype=torch.float32, device=device) if with_lse else None
         merge_partials(held, self.sink_logits, out, lse, norms)
         return out, lse, None if logits is None or norms is None else self._scores(logits, norms)
+
+    def _logits(self) -> Result:
+        """Every key's logits, and no value."""
+        out, _, logits = self.outputs()
+        rows, heads, queries, _ = self.q.shape
+        parts = torch.empty(rows, queries, heads, self.splits, dtype=torch.float32, device=self.q.device)
+        self._start(0, parts.data_ptr(), logits)
+        return out, parts.logsumexp(-1), logits
+
+    def _start(self, part_out: int, part_lse: int, logits: torch.Tensor | None) -> None:
+        q, kv_heads, splits, value_dim = self.q, self.kv_heads, self.splits, self.value_dim
+        _, heads, queries, key_dim = q.shape
+        group = heads // kv_heads
+        per_warp, subsets = heads_of(group, key_dim)
+        bits, packed = self._packed()
+        args: list[Argument] = [q.data_ptr(), *q.stride()[:3], self.blocks, self.starts, self.spans, self.rotations, self.in_block]
+        args += (self.pairs, self.layout, float(self.factor), float(self.scale), float(self.softcap), queries, group)
+        args += (part_out, part_lse, logits, self.key_starts, self.total_keys, *packed)
+        kernel = attend_module(q.dtype, key_dim, value_dim, group, self.raw, bits)
+        start(kernel, (splits, kv_heads * -(-group // (per_warp * subsets)), self.items), args, q.device)
 
     def _packed(self) -> tuple[tuple[int, int] | None, Sequence[Argument]]:
         """Bits of packed blocks' codes, and what the kernel is told of them."""
@@ -164,7 +189,8 @@ class Attend(NamedTuple):
         """Attention scores of logits ``[H, keys]`` and the norms of their softmax."""
         items, total = self.items, self.total_keys
         scores = torch.empty(self.kv_heads, total, dtype=torch.float32, device=logits.device)
-        args: list[Argument] = [logits, self.key_starts, total, norms, self.q.shape[1] // self.kv_heads, scores]
+        group = self.q.shape[1] // self.kv_heads
+        args: list[Argument] = [logits, self.key_starts, total, norms, group, int(self.told == HIGHEST), scores]
         grid = (min(-(-total // (items * THREADS)), 1024), self.kv_heads, items)
         start(module("merge", "attention_scores"), grid, args, logits.device)
         return scores

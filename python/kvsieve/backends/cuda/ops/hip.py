@@ -7,6 +7,7 @@ from typing import Annotated, NamedTuple
 import torch
 
 from kvsieve.backends.cuda.ops import residents as shared
+from kvsieve.backends.cuda.ops.angles import Angles, angle_arguments, check_angles
 from kvsieve.backends.cuda.ops.declare import WRITTEN, Shaped, Table, operation, require
 from kvsieve.backends.cuda.ops.launch import Argument, module, start
 from kvsieve.backends.cuda.ops.residents import QUERY_COLUMNS, Residents, check_queries, check_slots, queries_together
@@ -26,6 +27,7 @@ class Hip(NamedTuple):
         most_queries: of a block of queries; stride: every so many of them are scored, counted back from the last.
         block: tokens of a block; most: how many are chosen; representative: a value of :data:`REPRESENTATIVES`.
         held, spare: int32 ``[slots, Hkv, slot_width(most)]``; written where ``queries`` say.
+        angles: by which pre-RoPE keys, or the queries alone, are turned.
 
     Returns:
         Representative keys scored, int32 ``[n, Hkv]``.
@@ -43,9 +45,11 @@ class Hip(NamedTuple):
     representative: int
     held: Annotated[torch.Tensor, WRITTEN]
     spare: Annotated[torch.Tensor, WRITTEN]
+    angles: Angles = Angles()
 
     def check(self) -> None:
         check_queries(self, self.q.shape[-1])
+        check_angles(self, self.q.shape[-1])
         require(self.stride > 0, f"a stride of {self.stride} queries; at least 1")
         good = self.block > 0 and 0 < self.most <= shared.NODES
         require(good, f"{self.most} blocks of {self.block} tokens; at most {shared.NODES} blocks, of at least one token")
@@ -56,7 +60,8 @@ class Hip(NamedTuple):
 
     def launch(self) -> torch.Tensor:
         q, heads, count, scored = self.q, self.kv_heads, self.queries.shape[0], self.outputs()
-        kernel = module("search", "hip", q.dtype, q.shape[3], queries_together(self))
+        raw = [] if self.angles.table is None else [True]
+        kernel = module("search", "hip", q.dtype, q.shape[3], queries_together(self), *raw)
         head: list[Argument] = [q.data_ptr(), *q.stride()[:3], *self.residents]
         middle: list[Argument] = [
             q.shape[1] // heads,
@@ -74,6 +79,7 @@ class Hip(NamedTuple):
                 self.queries.data_ptr() + 4 * QUERY_COLUMNS * lo,
                 *middle,
                 scored.data_ptr() + 4 * heads * lo,
+                *angle_arguments(self.angles),
             ]
             start(kernel, (1, heads, min(shared.BAND, count - lo)), args, q.device, block=shared.SEARCHERS)
         return scored

@@ -8,6 +8,7 @@ import torch
 
 from kvsieve.backends.cuda.nvrtc import Module
 from kvsieve.backends.cuda.ops import residents as shared
+from kvsieve.backends.cuda.ops.angles import Angles, angle_arguments, check_angles
 from kvsieve.backends.cuda.ops.declare import Shaped, Table, Vector, operation, require
 from kvsieve.backends.cuda.ops.launch import THREADS, Argument, module, start
 from kvsieve.backends.cuda.ops.merge import merge_partials, scratch
@@ -35,6 +36,7 @@ class Sparse(NamedTuple):
         held, spare: choices, int32 ``[slots, Hkv, slot_width(most)]``.
         scale, softcap: of the logits; softcap 0 for none.
         sink_logits: float32 ``[H]``: learned logits without a value.
+        angles: by which pre-RoPE queries and keys are turned.
 
     Returns:
         out ``[B, q, H, Dv]`` in q's dtype, zero for pads; keys read, int32 ``[B * q, Hkv]``.
@@ -58,9 +60,11 @@ class Sparse(NamedTuple):
     scale: float
     softcap: float = 0.0
     sink_logits: Annotated[torch.Tensor | None, Vector(torch.float32, lambda op: op.q.shape[1])] = None
+    angles: Angles = Angles()
 
     def check(self) -> None:
         check_queries(self, self.q.shape[-1], self.value_dim)
+        check_angles(self, self.q.shape[-1])
         check_slots("choices", (self.held, self.spare), self.kv_heads, self.most)
         good = 0 <= self.stage < shared.STAGES and self.length > 0 and self.splits > 0
         require(good, f"stage {self.stage} of {shared.STAGES}, {self.length} tokens, {self.splits} splits")
@@ -88,6 +92,7 @@ class Sparse(NamedTuple):
         kernel, head, middle, sets = self._kernel()
         held = scratch(num * q.shape[1], self.splits, q.shape[1], self.value_dim, q.device)
         args: list[Argument] = [*head, self.queries, self.at, *middle, held.out, held.lse, None, None, read]
+        args += angle_arguments(self.angles)
         start(kernel, (self.splits, self.kv_heads * sets, num), args, q.device)
         merge_partials(held, self.sink_logits, out, None, None)
 
@@ -98,6 +103,7 @@ class Sparse(NamedTuple):
         for lo in range(0, count, shared.BAND):
             first = self.queries.data_ptr() + 4 * QUERY_COLUMNS * lo
             args: list[Argument] = [*head, first, None, *middle, None, None, out, self.sink_logits, read]
+            args += angle_arguments(self.angles)
             grid = (-(-self.most_queries // warps), self.kv_heads * sets, min(shared.BAND, count - lo))
             start(kernel, grid, args, self.q.device)
 
@@ -105,7 +111,8 @@ class Sparse(NamedTuple):
         """The instantiation, its first arguments, those after the queries, and how many warps share a group."""
         q, group = self.q, self.q.shape[1] // self.kv_heads
         together = heads_together(group)
-        kernel = module("sparse", "sparse", q.dtype, q.shape[3], self.value_dim, together, self.at is None)
+        raw = [] if self.angles.table is None else [True]
+        kernel = module("sparse", "sparse", q.dtype, q.shape[3], self.value_dim, together, self.at is None, *raw)
         head: list[Argument] = [q.data_ptr(), *q.stride()[:3], *self.residents]
         middle: list[Argument] = [q.shape[2], group, self.sinks, self.window, self.stage, self.length, self.most]
         middle += [self.held, self.spare, float(self.scale), float(self.softcap)]

@@ -51,4 +51,5 @@ def search(asked: StepSelection, stage: int) -> torch.Tensor:
         representative=REPRESENTATIVES[rule.representative],
         held=asked.held[stage],
         spare=asked.spares[stage],
+        angles=asked.angles,
     ).launch()

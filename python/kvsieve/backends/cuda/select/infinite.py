@@ -1,4 +1,4 @@
-"""InfiniteHiP's search (Lee et al., 2025): stages that narrow the region, each judging chunks on their own."""
+"""InfiniteHiP's search (Lee et al., 2025), and Quest's: stages that narrow the region, each judging chunks on their own."""
 
 from __future__ import annotations
 
@@ -40,6 +40,7 @@ def _check_stages(stages: Sequence[tuple[int, int]]) -> None:
 def search(asked: StepSelection, stage: int) -> torch.Tensor:
     """Compute a stage; keys scored, int32 ``[n, Hkv]``."""
     rule = asked.rule
+    by_bounds = rule.page_bounds and stage == 0
     return Narrow(
         q=asked.q,
         residents=asked.residents,
@@ -60,4 +61,7 @@ def search(asked: StepSelection, stage: int) -> torch.Tensor:
         held=asked.held[stage],
         spare=asked.spares[stage],
         arrivals=asked.arrivals(asked.schedule.num_blocks),
+        by_bounds=by_bounds,
+        # Keys are bounded as they are stored: before RoPE there is no distance at which all of a block's keys are.
+        angles=asked.angles._replace(alone=True) if by_bounds else asked.angles,
     ).launch()
