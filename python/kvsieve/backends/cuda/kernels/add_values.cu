@@ -20,14 +20,15 @@
 #include "rows.cuh"
 
 template <typename T, int DV, int VB = -1>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 4)
 add_values(const i64* __restrict__ columns, const float* __restrict__ weights, const int* __restrict__ items, i64 num,
            const Block* __restrict__ blocks, const int* __restrict__ starts, const Span* __restrict__ spans, i64 group,
            const PackedBlock* __restrict__ packed, i64 log_group, T* __restrict__ out) {
     using V = Rows<T, DV>;
     KV_SHARED(float, all, kWarps * DV);
     const int tid = int(threadIdx.x), lane = tid % 32, warp = tid / 32;
-    const i64 head = blockIdx.x, heads = gridDim.x, row = blockIdx.y, kv_head = head / group;
+    const i64 head = blockIdx.x, heads = gridDim.x, row = blockIdx.y;
+    const int kv_head = int(blockIdx.x) / int(group);  // 32 bits divide without a call
     const int item = items[row], first = starts[item], count = starts[item + 1] - first;
     const i64* my_columns = columns + (row * heads + head) * num;
     const float* my_weights = weights + (row * heads + head) * num;
@@ -66,7 +67,7 @@ add_values(const i64* __restrict__ columns, const float* __restrict__ weights, c
                 float x[V::vec];
                 if (VB >= 0 && its_block >= kPackedFrom) {
                     const PackedBlock held = packed[its_block - kPackedFrom];
-                    const i64 token = kv_head * held.stride + its_slot;
+                    const i64 token = i64(kv_head) * held.stride + its_slot;
                     if constexpr (VB > 0) {
                         const unsigned char* codes = (const unsigned char*)held.value + token * row_bytes<T, VB>(DV);
                         const int shares = int(DV >> log_group);
@@ -79,7 +80,7 @@ add_values(const i64* __restrict__ columns, const float* __restrict__ weights, c
                     }
                 } else {
                     const Block held = blocks[its_block];
-                    load<V::vec>((const T*)held.value + (kv_head * held.stride + its_slot) * DV + at, x);
+                    load<V::vec>((const T*)held.value + (i64(kv_head) * held.stride + its_slot) * DV + at, x);
                 }
 #pragma unroll
                 for (int e = 0; e < V::vec; e++) acc[p * V::vec + e] = fmaf(by, x[e], acc[p * V::vec + e]);

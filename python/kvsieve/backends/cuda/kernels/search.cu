@@ -50,10 +50,11 @@ __device__ __forceinline__ u32 rank_of(float x) {
 }
 
 // Scores keys for the queries of one block and key-value head; one for each warp.
-template <typename T, int DK, int HEADS, bool RAW = false>
+// With BOUNDS a key is a block: its maxima, which its minima follow.
+template <typename T, int DK, int HEADS, bool BOUNDS = false, bool RAW = false>
 struct Scorer {
     using K = Rows<T, DK>;
-    static constexpr int UNROLL = smaller(K::pieces == 1 ? 8 : 4, K::lanes);
+    static constexpr int UNROLL = smaller(K::pieces == 1 && !BOUNDS && !RAW ? 8 : 4, K::lanes);  // those need more registers
     static constexpr int KEYS = UNROLL * K::together;  // read at once, at most 32
     static constexpr int SAME = K::lanes / UNROLL;
 
@@ -74,9 +75,7 @@ struct Scorer {
     // Queries of the block before the first one that is sampled.
     __device__ int skipped(const QueryBlock& of) const { return (of.count - 1) % stride; }
 
-    // The best score of this lane's key, resident `t` at `address`, or of none (address 0). All lanes of a warp together. With BOUNDS
-    // the address is that of a block's maxima, which its minima follow.
-    template <bool BOUNDS = false>
+    // The best score of this lane's key, resident `t` at `address`, or of none (address 0). All lanes of a warp together.
     __device__ float best(u64 address, int t) {
         float mine = -KV_INF;
         const u32 live = __ballot_sync(0xffffffffu, address != 0);
@@ -315,8 +314,8 @@ hip(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block* __
     const int block = int(block_), width = int(most_), representative = int(representative_);
     const int tokens = mine.hi - mine.lo, num = (tokens + block - 1) / block;
     const Residents residents(blocks, starts, spans, mine.row, items);
-    Scorer<T, DK, HEADS, RAW> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride,
-                                     Angles{angles, int(pairs), int(layout), float(factor), int(alone)});
+    Scorer<T, DK, HEADS, false, RAW> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride,
+                                            Angles{angles, int(pairs), int(layout), float(factor), int(alone)});
 
     if (tid < 4) tally[tid] = 0;
     for (int i = tid; i < width; i += kSearchers) {
@@ -460,8 +459,8 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
     }
 
     const Residents residents(blocks, starts, spans, mine.row, items);
-    Scorer<T, DK, HEADS, RAW> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride,
-                                     Angles{angles, int(pairs), int(layout), float(factor), int(alone)});
+    Scorer<T, DK, HEADS, BOUNDS, RAW> scorer(q, q_row, q_head, q_query, mine, kv_head, group, window, stride,
+                                             Angles{angles, int(pairs), int(layout), float(factor), int(alone)});
     u32* ranks = all_ranks + which * capacity;
     auto score = [&](bool live, int t) {
         u64 address = 0;
@@ -488,7 +487,7 @@ narrow(const T* __restrict__ q, i64 q_row, i64 q_head, i64 q_query, const Block*
                 address = residents.find(lo, slot).bounds + u64(kv_head) * (2 * DK * sizeof(T));
                 reads += 2;
             }
-            const float bound = scorer.template best<true>(address, lo);
+            const float bound = scorer.best(address, lo);
             if (c < num) ranks[c] = rank_of(bound);
             continue;
         }
