@@ -33,6 +33,19 @@ class Numbers:
     topk: int
     r_k: int
     per_head: bool = False
+    summary: str = "representatives"
+
+
+def suits(q: torch.Tensor, k: torch.Tensor, attention: torch.Tensor, n: Numbers, turn: LayerRope) -> float:
+    """How well a block suits queries: ``q`` ``[group, m, D]``, keys ``k`` ``[bs, D]``, and the attention that each of these got."""
+    far = n.n_local - 1
+    if n.summary == "bounds":
+        keys = turn.rotate(k, torch.full((len(k),), -far), factor=False)
+        most = torch.maximum(q * keys.max(0).values, q * keys.min(0).values).sum(-1)
+        return float(most.mean(1).sum(0))
+    best = sorted(range(len(k)), key=lambda t: (-float(attention[t]), t))[: n.r_k]
+    asked = turn.rotate(q, torch.full((q.shape[1],), far)).mean(1).sum(0)
+    return float(asked @ (k if n.summary == "mean" else k[best]).mean(0))
 
 
 @dataclass
@@ -58,10 +71,9 @@ def infllm(
         spans = [range(n.n_init + b * n.bs, n.n_init + (b + 1) * n.bs) for b in range(num)]
         scores = torch.zeros(kv_heads, num, dtype=torch.float64)
         for head in range(kv_heads):
-            mean = turn.rotate(q[head * group : (head + 1) * group, st : st + size], torch.full((size,), far)).mean(1).sum(0)
+            mine = q[head * group : (head + 1) * group, st : st + size]
             for b, span in enumerate(spans):
-                best = sorted(span, key=lambda t, h=head: (-float(found.r[h, t]), t))[: n.r_k]  # type: ignore[misc]
-                scores[head, b] = mean @ k[head, best].mean(0)
+                scores[head, b] = suits(mine, k[head, span], found.r[head, span], n, turn)
         judged = scores if n.per_head else scores.sum(0, keepdim=True).expand(kv_heads, -1)
         chosen = [sorted(sorted(range(num), key=lambda b, row=row: (-float(row[b]), b))[: n.topk]) for row in judged]  # type: ignore[misc]
         found.chosen.append(chosen)

@@ -94,6 +94,10 @@ SYSTEMS: dict[str, System] = {
     "infllm_per_head": System(
         lambda: kvsieve.InfLLM(24, blocks=2, block=4, representatives=1, sinks=2, per_head=True, query_block=8), ("selects",)
     ),
+    "infllm_bounds": System(
+        lambda: kvsieve.InfLLM(24, blocks=2, block=4, sinks=2, per_head=True, query_block=8, summary="bounds"), ("selects",)
+    ),
+    "longheads_mean": System(lambda: kvsieve.LongHeads(96, chunk=16, summary="mean"), ("selects",)),
     # Three blocks of 64 tokens in memory: of a prompt some lie in the file.
     "infllm_tiered": System(
         lambda: kvsieve.InfLLM(24, blocks=2, block=8, representatives=1, sinks=2, query_block=8, host_budget="96KiB"),

@@ -191,6 +191,9 @@ def test_tokens_that_were_not_read_have_no_summaries(backend: str) -> None:
         ({"representatives": 0}, "representatives must be"),
         ({"block": 4, "representatives": 5}, "cannot have 5 representatives"),
         ({"per_head": 1}, "per_head must be"),
+        ({"summary": "median"}, "summary must be one of 'representatives', 'mean', 'bounds'; got 'median'"),
+        ({"summary": "chunk_attention"}, "summary must be one of"),
+        ({"summary": "bounds", "representatives": 2}, "is made of all tokens"),
     ],
 )
 def test_numbers_that_are_none_are_refused(arguments: dict[str, Any], said: str) -> None:

@@ -13,7 +13,7 @@ from kvsieve.backends.base import AttendCall
 from kvsieve.backends.pieces import attend_pieces
 from kvsieve.methods.infllm import InfLLMSelection
 from kvsieve.policy.select import Piece
-from kvsieve.runtime.summaries import Table
+from kvsieve.runtime.summaries import Bounds, Table
 from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -43,7 +43,10 @@ def feed(layer: FetchingLayer, qkv: QKV, sizes: list[int]) -> tuple[torch.Tensor
 
 
 def policy(n: Numbers, query_block: int) -> Any:
-    return kvsieve.InfLLM(n.n_local, n.topk, n.bs, n.r_k, n.n_init, n.per_head, query_block)
+    some = {"representatives": n.r_k} if n.summary == "representatives" else {}
+    return kvsieve.InfLLM(
+        n.n_local, n.topk, n.bs, sinks=n.n_init, per_head=n.per_head, query_block=query_block, summary=n.summary, **some
+    )
 
 
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -96,6 +99,11 @@ SHAPES = (
     (Numbers(5, 3, 2, 3, 2, per_head=True), 8, 6, 2),
     (Numbers(4, 1, 5, 2, 3, per_head=True), 1, 2, 1),
     (Numbers(7, 2, 3, 0, 1), 3, 4, 1),
+    (Numbers(6, 2, 3, 2, 1, summary="mean"), 4, 4, 2),
+    (Numbers(5, 0, 2, 3, 1, per_head=True, summary="mean"), 8, 6, 2),
+    (Numbers(6, 2, 3, 2, 1, summary="bounds"), 4, 6, 3),
+    (Numbers(7, 1, 4, 2, 1, per_head=True, summary="bounds"), 8, 4, 2),
+    (Numbers(5, 3, 1, 4, 1, per_head=True, summary="bounds"), 1, 2, 1),
 )
 
 
@@ -120,7 +128,10 @@ def test_a_layer_is_the_twin(case: int, backend: str) -> None:
     state = layer.part.rows[0][0]
     base = n.n_init + len(state.table) * n.bs
     assert base <= 60 - n.n_local < base + n.bs
-    torch.testing.assert_close(state.scores.double(), want.r[:, base:], atol=1e-5, rtol=0)
+    if n.summary == "representatives":
+        torch.testing.assert_close(state.scores.double(), want.r[:, base:], atol=1e-5, rtol=0)
+    else:
+        assert not state.nbytes, "only representatives need attention"
 
 
 @BACKEND
@@ -213,15 +224,16 @@ def test_how_many_blocks_there_are() -> None:
 
 
 @BACKEND
-def test_a_planted_key_is_found(backend: str) -> None:
-    """All keys are small but one, which is what the last queries look for: its block is fetched, by one representative."""
+@pytest.mark.parametrize("summary", ["representatives", "bounds"])
+def test_a_planted_key_is_found(summary: str, backend: str) -> None:
+    """All keys are small but one, which is what the last queries look for: its block is fetched, by representatives or bounds."""
     q, k, v = random_qkv(6, 80)
     window = 10
     last = rope(8).rotate(q[0, :, -1:], torch.tensor([window - 1]))
     k = 0.1 * k
     k[0, :, 31] = 6 * last[:, 0].view(2, 2, 8).mean(1)
     for per_head in (False, True):
-        layer = FetchingLayer(backend, policy(Numbers(window, 2, 4, 1, 1, per_head), 8), AttendCall(0.3, rope=rope(8)))
+        layer = FetchingLayer(backend, policy(Numbers(window, 2, 4, 1, 1, per_head, summary), 8), AttendCall(0.3, rope=rope(8)))
         _, chosen = feed(layer, (q, k, v), [79, 1])
         assert chosen[-1] == [[(31 - 2) // 4]] * 2
 
@@ -244,6 +256,40 @@ def test_equal_scores_are_taken_from_the_front(backend: str) -> None:
     layer = FetchingLayer(backend, policy(Numbers(8, 2, 3, 2, 1), 1), AttendCall(0.0, rope=None))
     _, chosen = feed(layer, (q, k, v), [40, 1, 1])
     assert chosen[-1] == [[0, 1]] * 2
+
+
+@BACKEND
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize("summary", ["mean", "bounds"])
+def test_a_block_with_a_nan_is_not_fetched(summary: str, per_head: bool, backend: str) -> None:
+    """Where it has a NaN in a key of one head: by that head, or by none. Fewer blocks are fetched where no others are left."""
+    q, k, v = random_qkv(9, 60)
+    n = Numbers(8, 2, 4, 11, 1, per_head, summary)
+    k[0, 1, 23] = torch.nan
+    layer = FetchingLayer(backend, policy(n, 1), AttendCall(0.3, rope=rope(8)))
+    _, chosen = feed(layer, (q, k, v), [59, 1])
+    num, bad = (59 - 10) // 4, (23 - 2) // 4
+    assert num == 12
+    rest = [block for block in range(num) if block != bad]
+    assert chosen[-1][1] == rest
+    assert len(chosen[-1][0]) == 11
+    assert per_head or chosen[-1][0] == rest
+
+
+def test_bounds_are_never_below_what_a_key_of_the_block_scores() -> None:
+    generator = torch.Generator().manual_seed(0)
+    for seed in range(20):
+        kv_heads, group, block, far = 1 + seed % 3, 1 + seed % 2, 1 + seed % 5, 7 * seed
+        rule: Any = kvsieve.InfLLM(far + 1, 1, block, summary="bounds").select
+        k = torch.randn(kv_heads, 6 * block, 8, generator=generator)
+        q = torch.randn(kv_heads * group, 3, 8, generator=generator)
+        call = AttendCall(1.0, rope=rope(8, ["half", "interleaved"][seed % 2]))
+        kind = Bounds(rule)
+        found = (kind.of_keys(k, 6, call) * kind.asked(q, kv_heads)[:, None]).sum(-1)
+        turned = rope(8, ["half", "interleaved"][seed % 2]).rotate(q, torch.full((3,), far))
+        logits = turned.view(kv_heads, group * 3, 8) @ k.transpose(1, 2)
+        best = logits.view(kv_heads, group * 3, 6, block).amax(3).sum(1)
+        assert bool((found >= best - 1e-4).all())
 
 
 # ---------------------------------------------------------------------------------------------------------------- pieces, tables

@@ -10,6 +10,7 @@ Departures from the paper and the published code, and why:
 * Tokens that represent a block are chosen for each KV head, not for each query head: scores are summed over the group.
 * Of equal scores the earlier token, and the earlier block, is taken.
 * Where blocks lie, and which of them are in memory, changes no result.
+* Blocks may be summed up otherwise (``summary``): by the mean of all their keys, or by bounds, after Quest.
 """
 
 from __future__ import annotations
@@ -18,13 +19,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from os import PathLike
-from typing import ClassVar
 
 from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Fetched
-from kvsieve.policy.select import FetchedSelection, Piece
+from kvsieve.policy.select import FetchedSelection, Piece, check_summary
 from kvsieve.policy.storage import Tiered
 
 __all__ = ["InfLLM", "InfLLMSelection"]
@@ -34,7 +34,6 @@ __all__ = ["InfLLM", "InfLLMSelection"]
 class InfLLMSelection(FetchedSelection):
     """Sinks, a window, and the blocks whose representative tokens suit the queries best; see :func:`kvsieve.InfLLM`."""
 
-    summary: ClassVar[str] = "representatives"
     window: int = 4096
     blocks: int = 16
     block: int = 128
@@ -42,13 +41,20 @@ class InfLLMSelection(FetchedSelection):
     sinks: int = 128
     per_head: bool = False
     query_block: int = 512
+    summary: str = "representatives"
 
     def __post_init__(self) -> None:
         for name in ("window", "block", "representatives", "query_block"):
             check_count(name, getattr(self, name), least=1)
         for name in ("blocks", "sinks"):
             check_count(name, getattr(self, name))
-        if self.representatives > self.block:
+        check_summary(self.summary, ("representatives", "mean", "bounds"))
+        if self.summary != "representatives":
+            if self.representatives != type(self).representatives:
+                raise PolicyError(
+                    f"representatives are for summary='representatives'; {self.summary!r} is made of all tokens of a block"
+                )
+        elif self.representatives > self.block:
             raise PolicyError(f"a block of {self.block} tokens cannot have {self.representatives} representatives")
         if not isinstance(self.per_head, bool):
             raise PolicyError(f"per_head must be True or False, got {self.per_head!r}")
@@ -103,37 +109,42 @@ def InfLLM(
     sinks: int = 128,
     per_head: bool = False,
     query_block: int = 512,
+    summary: str = "representatives",
     host_budget: int | str | None = None,
     disk: str | PathLike[str] | None = None,
 ) -> Memory:
     """Keep every token; a query reads its window, the first tokens, and the blocks of the text that suit it best, without training.
 
     Inside the window tokens are at their true distances. All that lies beyond it is at ``window - 1``, so no distance is larger,
-    however long the text is. Blocks are of tokens that have left the window; each is summed up by the mean key of the tokens that
-    got the most attention while they were in it. Nothing is evicted; with ``host_budget`` blocks that no query reads lie in a file.
-    Runs on every backend.
+    however long the text is. Blocks are of tokens that have left the window; each is summed up, by default by the mean key of the
+    tokens that got the most attention while they were in it. Nothing is evicted; with ``host_budget`` blocks that no query reads
+    lie in a file. Runs on every backend.
 
     Args:
         window: tokens that a query sees at their true distance, itself included. At most what the model was trained for.
         blocks: blocks that are read; one choice for all heads of a layer.
         block: tokens of a block.
-        representatives: tokens of a block by which it is compared.
+        representatives: tokens of a block by which it is compared; for ``summary="representatives"`` only.
         sinks: first tokens, which are always read. Blocks begin after them.
         per_head: each KV head chooses blocks for itself.
         query_block: queries of a prompt that share a choice: those of equal ``position // query_block``. A decoded one is alone.
+        summary: by what a block is compared with queries: ``"representatives"``, the mean key of some tokens, as published;
+            ``"mean"``, the mean of all its keys; ``"bounds"``, the greatest and the least of every channel of them, by which no
+            key of a block suits a query better than the block does (Quest, arXiv 2406.10774).
         host_budget: bytes of keys and values in memory, of all layers (an int, or a text such as ``"1GiB"``); None for all of them.
             On the backend ``cuda`` bytes on the device; what is not there is in memory of the host. It changes no output.
             ``Memory(storage=policy.Tiered(...))`` has more to choose.
         disk: the folder of the file; None for the system's folder for temporary files. Refused on ``cuda``, which has no file.
 
     Raises:
-        PolicyError: for counts that are none, more representatives than a block has tokens, or a folder without a budget.
+        PolicyError: for counts that are none, more representatives than a block has tokens, representatives of a summary that has
+            none, a summary that is none of these, or a folder without a budget.
         BudgetError: for a budget that is no count of bytes.
 
     >>> InfLLM(window=2048)
     InfLLM(window=2048)
     """
-    select = InfLLMSelection(window, blocks, block, representatives, sinks, per_head, query_block)
+    select = InfLLMSelection(window, blocks, block, representatives, sinks, per_head, query_block, summary)
     plain = vars(InfLLMSelection())
     told = {name: value for name, value in vars(select).items() if value != plain[name]}
     storage = None

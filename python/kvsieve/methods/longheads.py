@@ -7,19 +7,19 @@ Departures from the paper and the published code, and why:
 * Heads that share keys choose together: summaries are made, and scores are summed, for each KV head. The paper has no such heads.
 * Queries of a prompt that lie in one chunk share what they read beside it; the published code searches for every token.
 * Of equal scores the earlier chunk is taken.
+* Chunks may be summed up otherwise (``summary``): by the mean of their keys, or by bounds, after Quest.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from kvsieve.budget import check_count
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Fetched
-from kvsieve.policy.select import FetchedSelection, Piece
+from kvsieve.policy.select import FetchedSelection, Piece, check_summary
 
 __all__ = ["LongHeads", "LongHeadsSelection"]
 
@@ -28,13 +28,14 @@ __all__ = ["LongHeads", "LongHeadsSelection"]
 class LongHeadsSelection(FetchedSelection):
     """The first chunk, the newest two, and for each head those that suit it best, side by side; see :func:`kvsieve.LongHeads`."""
 
-    summary: ClassVar[str] = "chunk_attention"
     context: int = 2048
     chunk: int = 256
+    summary: str = "chunk_attention"
 
     def __post_init__(self) -> None:
         for name in ("context", "chunk"):
             check_count(name, getattr(self, name), least=1)
+        check_summary(self.summary, ("chunk_attention", "mean", "bounds"))
         if self.context % self.chunk or self.context < 3 * self.chunk:
             raise PolicyError(f"context must be at least 3 whole chunks of {self.chunk} tokens, got {self.context}")
 
@@ -77,7 +78,7 @@ class LongHeadsSelection(FetchedSelection):
         return self.context // self.chunk - 3
 
     def pieces(self, first: int, count: int, chosen: Sequence[Sequence[int]]) -> list[Piece]:
-        current, others = first // self.chunk, len(chosen[0])
+        current, others = first // self.chunk, max(map(len, chosen))
         if others == len(self.candidates(first)):
             return [Piece(0, first + count, first)]
         # Chunk 0, what was chosen, and the chunk before the current one: so many chunks stand before it, in this order.
@@ -93,7 +94,7 @@ class LongHeadsSelection(FetchedSelection):
         return Piece(lo, end or lo + self.chunk, distance, head=head)
 
 
-def LongHeads(context: int, chunk: int = 256) -> Memory:
+def LongHeads(context: int, chunk: int = 256, summary: str = "chunk_attention") -> Memory:
     """Keep every token; each KV head reads chunks of the text that suit it, side by side, as if there were no others.
 
     A query reads the first chunk, its own and the one before it, and of the others those whose summaries suit it best. No distance
@@ -105,13 +106,16 @@ def LongHeads(context: int, chunk: int = 256) -> Memory:
         context: tokens that are read at most, in whole chunks, at least three. Leave margin below the length that the model was
             trained for, as half of it; more than that length is refused when the stream opens.
         chunk: tokens of a chunk.
+        summary: by what a chunk is compared with queries: ``"chunk_attention"``, what it attends to in itself, as published;
+            ``"mean"`` and ``"bounds"`` as of :func:`kvsieve.InfLLM`.
 
     Raises:
-        PolicyError: for counts that are none, or a context that is not at least three whole chunks.
+        PolicyError: for counts that are none, a context that is not at least three whole chunks, or a summary that is not known.
 
     >>> LongHeads(2048)
     LongHeads(context=2048)
     """
-    select = LongHeadsSelection(context, chunk)
-    text = f"context={context!r}" if chunk == LongHeadsSelection().chunk else f"context={context!r}, chunk={chunk!r}"
+    select, plain = LongHeadsSelection(context, chunk, summary), LongHeadsSelection()
+    told = {"context": context, "chunk": chunk, "summary": summary}
+    text = ", ".join(f"{name}={value!r}" for name, value in told.items() if name == "context" or value != getattr(plain, name))
     return Memory(position=Fetched(), select=select, text=f"LongHeads({text})")

@@ -24,6 +24,7 @@ __all__ = [
     "SelectionRule",
     "SparseSelection",
     "TopKTokens",
+    "check_summary",
 ]
 
 
@@ -229,6 +230,13 @@ class Piece(NamedTuple):
     head: int | None = None
 
 
+def check_summary(summary: str, kinds: Sequence[str]) -> None:
+    """Raises :class:`PolicyError` for a kind of summary that is none of ``kinds``."""
+    if summary not in kinds:
+        known = ", ".join(map(repr, kinds))
+        raise PolicyError(f"summary must be one of {known}; got {summary!r}")
+
+
 class FetchedSelection(SelectionRule):
     """Blocks of the text are summed up once, and queries fetch those whose summaries suit them best, to where the rule places them.
 
@@ -240,7 +248,7 @@ class FetchedSelection(SelectionRule):
     fetches: ClassVar[bool] = True
     needs_all_tokens: bool = True
     needs_plain_storage: bool = True
-    summary: ClassVar[str]
+    summary: str
     """How a block is summed up, by the name of its kind in :mod:`kvsieve.runtime.summaries`."""
     start: int
     """The first token of the first block."""

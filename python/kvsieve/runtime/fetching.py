@@ -191,16 +191,21 @@ class Fetching(StreamPart):
         else:
             assert state is not None
             scores = self._compare(q, state.table.data[:, among.start : among.stop])
-            blocks, compared = (greatest(scores, most) + among.start).tolist(), len(among)
+            found = greatest(scores, most)
+            found = torch.where(scores.gather(-1, found) > -torch.inf, found + among.start, -1)
+            blocks, compared = [[block for block in row if block >= 0] for row in found.tolist()], len(among)
         return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks))
 
     def _compare(self, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
-        """How well summaries ``[Hkv, n, D]`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads."""
-        mean = q.detach().float().sum(1).view(summaries.shape[0], -1, q.shape[2]).sum(1)
+        """How well summaries ``[Hkv, n, R]`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads; NaN is
+        ``-inf``, and that is not fetched."""
+        asked = self.summary.asked(q, summaries.shape[0])
         if self.rule.per_head:
-            return (summaries * mean[:, None]).sum(-1)
-        # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
-        return (summaries.transpose(0, 1).flatten(1) * mean.flatten()).sum(-1)[None]
+            scores = (summaries * asked[:, None]).sum(-1)
+        else:
+            # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
+            scores = (summaries.transpose(0, 1).flatten(1) * asked.flatten()).sum(-1)[None]
+        return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
         """What is about to be read by one layer: where blocks are not all in memory, they are brought there."""

@@ -5,10 +5,11 @@ need. A kind of summary says how that value goes on after some queries, and what
 
     representatives     the mean of the tokens that were attended to most (InfLLM); of keys before RoPE
     chunk_attention     what the chunk attends to in itself (LongHeads); of keys rotated to their places in it
-    mean_key            the mean of all keys before RoPE
+    mean                the mean of all keys before RoPE
+    bounds              the maximum and the minimum of every channel (Quest)
 
 All of them are float32, and turned so that queries are compared with them as they come, before RoPE: where a rule compares queries
-at a distance, summaries are rotated by as much backwards.
+at a distance, summaries, or the keys that they are made of, are rotated by as much backwards.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
     from kvsieve.policy.select import FetchedSelection
 
-__all__ = ["KINDS", "ChunkAttention", "MeanKey", "News", "Representatives", "Summary", "Summed", "Table", "summary_of"]
+__all__ = ["KINDS", "Bounds", "ChunkAttention", "MeanKey", "News", "Representatives", "Summary", "Summed", "Table", "summary_of"]
 
 
 class _Shared:
@@ -38,7 +39,7 @@ class _Shared:
 
 
 class Table:
-    """Summaries of the first blocks of a row, float32 ``[Hkv, n, D]``. A value: growing makes another one.
+    """Summaries of the first blocks of a row, float32 ``[Hkv, n, R]``, mostly of a key's size. A value: growing makes another one.
 
     It grows in memory that it shares with what it has grown from, so a block costs no copy of the others; where two forks grow from
     one table the second one copies it.
@@ -144,18 +145,25 @@ class Summary:
     name: ClassVar[str]
     needs_scores: ClassVar[bool] = False
     """Whether it must be told how much attention tokens get inside the window."""
+    rows: ClassVar[int] = 1
+    """Vectors of a key's size of which a summary is made, one after the other."""
 
     def __init__(self, rule: FetchedSelection) -> None:
         self.rule = rule
 
     def begin(self, k: torch.Tensor) -> Summed:
         """Before the first token, for keys like ``k`` ``[B, Hkv, q, D]``."""
-        table = Table.of(torch.zeros(k.shape[1], 0, k.shape[3], device=k.device))
+        table = Table.of(torch.zeros(k.shape[1], 0, self.rows * k.shape[3], device=k.device))
         return Summed(table, torch.zeros(k.shape[1], 0, device=k.device))
 
     def after(self, state: Summed | None, news: News) -> Summed:
         """What is known once some queries have read."""
         raise NotImplementedError
+
+    def asked(self, q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        """What summaries are multiplied by to judge them for queries ``q`` ``[H, m, D]``: float32 ``[Hkv, R]``, ``R`` numbers as a
+        summary has. It is the sum over the query heads of a group, and over queries."""
+        return q.detach().float().sum(1).view(kv_heads, -1, q.shape[2]).sum(1)
 
     def can_forget(self, state: Summed, left: int) -> bool:
         """Whether what is known of the first ``left`` tokens alone can still be told."""
@@ -174,12 +182,12 @@ class Summary:
         """``x`` ``[Hkv, count * block, ...]`` as ``[Hkv, count, block, ...]``."""
         return x.reshape(x.shape[0], count, self.rule.block, *x.shape[2:])
 
-    def turned(self, summaries: torch.Tensor, call: AttendCall) -> torch.Tensor:
+    def turned(self, keys: torch.Tensor, call: AttendCall) -> torch.Tensor:
         """``[Hkv, n, D]`` as queries are compared with them: :attr:`FetchedSelection.compared_at` tokens before these."""
         if call.rope is None or not self.rule.compared_at:
-            return summaries
-        at = torch.full((summaries.shape[1],), -self.rule.compared_at, device=summaries.device)
-        return call.rope.rotate(summaries, at, factor=False)
+            return keys
+        at = torch.full((keys.shape[1],), -self.rule.compared_at, device=keys.device)
+        return call.rope.rotate(keys, at, factor=False)
 
 
 class Representatives(Summary):
@@ -264,24 +272,56 @@ class ChunkAttention(Summary):
         return replace(found, queries=queries)
 
 
-class MeanKey(Summary):
-    """The mean of all keys of a block."""
-
-    name = "mean_key"
+class OfAllKeys(Summary):
+    """A kind that needs a block's keys, and nothing else."""
 
     def after(self, state: Summed | None, news: News) -> Summed:
         state = state or self.begin(news.k)
         base, count = self.due(state, news.seen)
         if not count:
             return state
-        keys = self.split(news.read(base, base + count * self.rule.block)[0].float(), count)
-        return replace(state, table=state.table.then(self.turned(keys.mean(2), news.call)))
+        keys = news.read(base, base + count * self.rule.block)[0].float()
+        return replace(state, table=state.table.then(self.of_keys(keys, count, news.call)))
+
+    def of_keys(self, keys: torch.Tensor, count: int, call: AttendCall) -> torch.Tensor:
+        """Summaries ``[Hkv, count, R]`` of so many blocks of ``keys`` ``[Hkv, count * block, D]``."""
+        raise NotImplementedError
 
     def can_forget(self, state: Summed, left: int) -> bool:
         return True
 
 
-KINDS: tuple[type[Summary], ...] = (Representatives, ChunkAttention, MeanKey)
+class MeanKey(OfAllKeys):
+    """The mean of all keys of a block."""
+
+    name = "mean"
+
+    def of_keys(self, keys: torch.Tensor, count: int, call: AttendCall) -> torch.Tensor:
+        return self.turned(self.split(keys, count).mean(2), call)
+
+
+class Bounds(OfAllKeys):
+    """The greatest and the least of every channel of a block's keys: no key of it suits a query better than they say.
+
+    ``sum over channels of max(q * greatest, q * least)``, which is the positive part of a query times the one and the negative part
+    times the other, so that it adds up over queries and heads before any block is looked at. A NaN in a key is found in both.
+    Tang et al., ICML 2024, arXiv 2406.10774.
+    """
+
+    name = "bounds"
+    rows = 2
+
+    def of_keys(self, keys: torch.Tensor, count: int, call: AttendCall) -> torch.Tensor:
+        keys = self.split(self.turned(keys, call), count)
+        return torch.cat([keys.amax(2), keys.amin(2)], -1)
+
+    def asked(self, q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+        q = q.detach().float()
+        parts = (super(Bounds, self).asked(part, kv_heads) for part in (q.clamp(min=0), q.clamp(max=0)))
+        return torch.cat([*parts], -1)
+
+
+KINDS: tuple[type[Summary], ...] = (Representatives, ChunkAttention, MeanKey, Bounds)
 
 
 def summary_of(rule: FetchedSelection) -> Summary:
