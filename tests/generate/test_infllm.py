@@ -122,6 +122,21 @@ def test_a_crop_is_refused_and_a_mark_goes_back(backend: str) -> None:
 
 
 @BACKEND
+@pytest.mark.parametrize("gone", [3, 13, 26])
+@pytest.mark.parametrize("summary", ["mean", "bounds"])
+def test_a_crop_is_exact_where_keys_alone_are_summed_up(summary: str, gone: int, backend: str) -> None:
+    model, ids = tiny.model(), tiny.ids(1, 70)
+    policy = kvsieve.InfLLM(16, blocks=2, block=4, sinks=2, query_block=1, summary=summary)
+    with kvsieve.stream(model, policy, backend) as stream, kvsieve.stream(model, policy, backend) as other:
+        forwards(model, stream.cache, ids[:, :60], [60])
+        stream.cache.crop(-gone)
+        forwards(model, other.cache, ids[:, : 60 - gone], [60 - gone])
+        got, want = (forwards(model, one.cache, tiny.ids(1, 30, 4), [8, 1]) for one in (stream, other))
+        assert close(got, want)
+        assert all(len(state.table) == (90 - gone - 18) // 4 for state in part_of(stream).rows[0].values())
+
+
+@BACKEND
 def test_tokens_cannot_be_taken_out_nor_streams_joined(backend: str) -> None:
     model = tiny.model()
     with kvsieve.stream(model, small(), backend) as stream:

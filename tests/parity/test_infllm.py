@@ -43,7 +43,7 @@ def feed(layer: FetchingLayer, qkv: QKV, sizes: list[int]) -> tuple[torch.Tensor
 
 
 def policy(n: Numbers, query_block: int) -> Any:
-    some = {"representatives": n.r_k} if n.summary == "representatives" else {}
+    some: dict[str, Any] = {"representatives": n.r_k} if n.summary == "representatives" else {}
     return kvsieve.InfLLM(
         n.n_local, n.topk, n.bs, sinks=n.n_init, per_head=n.per_head, query_block=query_block, summary=n.summary, **some
     )

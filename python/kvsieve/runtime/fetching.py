@@ -123,7 +123,8 @@ class Fetching(StreamPart):
             )
         if rule.summary == "chunk_attention" and any(layer.key_dim != layer.value_dim for layer in facts.layers):
             raise UnsupportedModelError(
-                f"{setting.policy!r} compares keys with values, which are of other sizes in this model; use kvsieve.InfLLM(...)"
+                f"{setting.policy!r} compares keys with values, which are of other sizes in this model; choose another summary, or "
+                "kvsieve.InfLLM(...)"
             )
         return cls(rule, setting)
 
