@@ -130,11 +130,16 @@ class Capabilities:
         if not self.selection.heaviest_values:
             raise BackendError(f"backend {self.name!r} adds up all values; use HiP to read fewer tokens, or backend='reference'")
 
-    def check_fetching(self) -> None:
-        """Raise BackendError if queries cannot read pieces of the text at distances that they are told."""
+    def check_fetching(self, compressed: bool = False) -> None:
+        """Raise BackendError if queries cannot read pieces of the text, or compressed ones, at distances that they are told."""
         if not self.selection.fetched:
             raise BackendError(
                 f"backend {self.name!r} reads no blocks at other distances than their own; use HiP, or backend='reference'"
+            )
+        if compressed and not self.selection.compressed:
+            raise BackendError(
+                f"backend {self.name!r} fetches tokens as they came, and this policy compresses some; leave the storage rule out, "
+                "or use backend='reference'"
             )
 
     def check_lse(self) -> None:

@@ -128,8 +128,8 @@ class Selection(StreamPart):
     def check_evict(self, row: int, start: int, stop: int) -> None:
         if self.rule.needs_all_tokens:
             raise UnsupportedError(
-                f"{self._policy!r} judges whole blocks of an unbroken text by page bounds, so no tokens can be taken out "
-                "of it; go back to a mark taken before these tokens"
+                f"{self._policy!r} selects from an unbroken text, so no tokens can be taken out of it; go back to a mark taken "
+                "before these tokens"
             )
 
     def evict_range(self, rows: Sequence[int], start: int, stop: int) -> None:
@@ -173,8 +173,8 @@ class Selection(StreamPart):
         """What was chosen names residents by number, so it is chosen anew."""
         if self.rule.needs_all_tokens:
             raise UnsupportedError(
-                f"{self._policy!r} judges whole blocks of an unbroken text by page bounds, and blocks are not whole where texts "
-                "are joined; use kvsieve.HiP(...), which reads keys"
+                f"{self._policy!r} selects from an unbroken text, and joined ones are not that; use kvsieve.HiP(...), which reads "
+                "keys"
             )
 
         def apply() -> None:
