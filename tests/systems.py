@@ -70,6 +70,10 @@ def _quest(**changes: Any) -> Any:
     return kvsieve.Quest(**{"budget": 32, "sinks": 0, "window": 64, "query_block": 16, "query_stride": 3, **changes})
 
 
+def _infllm() -> Any:
+    return methods.parse(_SMALL["infllm"].small)
+
+
 def _refresh_kv() -> Any:
     return methods.parse(_SMALL["refresh_kv"].small)
 
@@ -119,6 +123,18 @@ SYSTEMS: dict[str, System] = {
     "h2o_quantized_prefill": System(lambda: kvsieve.H2O(48, recent=8) | _codes(when="prefill"), ("evicts", "stores")),
     "hip_think": System(lambda: _hip() | _think(), ("selects", "stores")),
     "hip_quantized_prefill": System(lambda: _hip() | _codes(when="prefill"), ("selects", "stores")),
+    "quest_think": System(lambda: _quest() | _think(), ("selects", "stores")),
+    "quest_think_flush": System(lambda: _quest() | _think(flush_every=4), ("selects", "stores")),
+    "quest_quantized_prefill": System(lambda: _quest() | _codes(when="prefill"), ("selects", "stores")),
+    "quest_think_quantized": System(lambda: _quest(sinks=64) | (_think() | _codes()), ("selects", "stores")),
+    "sirllm_quest": System(lambda: _sirllm(160) | _quest(), ("evicts", "selects")),
+    "sirllm_quest_think": System(lambda: _sirllm(160) | _quest() | _think(flush_every=4), ("evicts", "selects", "stores")),
+    "infllm_quantized": System(lambda: _infllm() | _codes(), ("selects", "stores")),
+    "infllm_think": System(lambda: _infllm() | _think(flush_every=4), ("selects", "stores")),
+    "longheads_quantized": System(lambda: kvsieve.LongHeads(96, chunk=16) | _codes(), ("selects", "stores")),
+    "longheads_think_quantized_prefill": System(
+        lambda: kvsieve.LongHeads(96, chunk=16) | (_think(when="prefill") | _codes()), ("selects", "stores")
+    ),
     "refresh_kv_think": System(lambda: _refresh_kv() | _think(flush_every=4), ("selects", "stores")),
     "refresh_kv_quantized_prefill": System(lambda: _refresh_kv() | _codes(when="prefill"), ("selects", "stores")),
     "chain": System(

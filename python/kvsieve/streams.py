@@ -368,8 +368,8 @@ class Stream:
 
         Raises:
             RangeError: for a range or a row that is none, or tokens that were not read yet.
-            UnsupportedError: under a selection by page bounds, and for tokens that the model's own sliding layers still see. After
-                each of these, nothing has changed.
+            UnsupportedError: under a policy that sums up blocks of the text (InfLLM, LongHeads), and for tokens that the model's
+                own sliding layers still see. After each of these, nothing has changed.
         """
         by_position.evict(self._check_open(), start, stop, rows)
 
@@ -395,7 +395,7 @@ class Stream:
             canonical: order the documents by a hash of their ids: the order of ``streams`` changes nothing, to the last bit.
 
         Raises:
-            UnsupportedError: for policies that evict or move tokens, page bounds, models with sliding layers, images.
+            UnsupportedError: for policies that evict or move tokens, models with sliding layers, images.
             CacheMismatchError: for a stream that is no fork of this one, or does not begin as this one.
             StateError: for tokens that were said and not read, or a document that is compressed already.
         """

@@ -22,6 +22,7 @@ import tiny
 import torch
 import unit.test_bank as recall
 from drive import forwards
+from kvsieve.errors import BackendError
 from systems import SYSTEMS
 
 NAMES = [
@@ -147,3 +148,38 @@ def test_blocks_on_the_host_change_nothing(name: str) -> None:
             assert (found is None) == (tiers is None)
             assert found is None or found.loads > 0
     assert torch.equal(*got)
+
+
+CODES = kvsieve.Quantized(8, group=16, residual=8)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: kvsieve.SirLLM(400) | kvsieve.Quest(64, sinks=0, window=64), r"page bounds of whole blocks of an unbroken text"),
+        (lambda: kvsieve.Quest(64) | CODES, "compresses some"),
+        (lambda: kvsieve.HiP(64) | CODES, "compresses some"),
+        (lambda: kvsieve.RefreshKV(64) | CODES, "compresses some"),
+        (lambda: kvsieve.InfLLM(64, block=8, sinks=2, query_block=8) | CODES, "compresses some"),
+        (lambda: kvsieve.LongHeads(64, chunk=16) | CODES, "compresses some"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_when_the_stream_opens(make: Callable[[], Any], said: str) -> None:
+    with pytest.raises(BackendError, match=said):
+        kvsieve.stream(tiny.model(), make(), "cuda")
+
+
+def test_pages_stay_whole() -> None:
+    """A stream goes on after what was refused."""
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.Quest(64, sinks=0, window=64), "cuda") as stream:
+        stream.feed(tiny.ids(1, 90))
+        with pytest.raises(BackendError, match="tokens would be taken out"):
+            stream.evict(3, 9)
+        fork = stream.fork()
+        fork.feed(tiny.ids(1, 20, 3))
+        with pytest.raises(BackendError, match="joined ones are not"):
+            stream.join([fork])
+        fork.close()
+        stream.feed(tiny.ids(1, 200, 2))
+        assert stream.seen == 290

@@ -455,9 +455,11 @@ def test_a_document_that_is_compressed_already_is_refused(backend: str) -> None:
 
 
 @pytest.mark.parametrize("wide", [True, False])
-def test_a_selection_reads_what_was_joined(wide: bool) -> None:
+@pytest.mark.parametrize("kind", ["hip", "quest"])
+def test_a_selection_reads_what_was_joined(kind: str, wide: bool) -> None:
     """One that finds everything is exact; one that does not is the reference's, and does not depend on the order given."""
-    policy = kvsieve.HiP(256 if wide else 32, block=4, sinks=2, window=24, dense_layers=1, query_block=16, query_stride=3)
+    how: dict[str, Any] = {"budget": 256 if wide else 16, "block": 4, "dense_layers": 1, "query_block": 16, "query_stride": 3}
+    policy = kvsieve.HiP(**how, sinks=2, window=24) if kind == "hip" else kvsieve.Quest(**how, sinks=0, window=64)
     found = {}
     for backend in tiny.BACKENDS:
         with kvsieve.stream(tiny.model(), policy, backend) as base:
@@ -486,7 +488,6 @@ REFUSED = {
     "h2o": (kvsieve.H2O(64, recent=4), "evicts by what came last"),
     "chain": (kvsieve.StreamingLLM(32, sinks=2) >> kvsieve.Full(), "evicts by what came last"),
     "extended": (kvsieve.HiP(32, sinks=2, window=24, extend=True), "shows tokens at other distances"),
-    "page_bounds": (kvsieve.Quest(32, sinks=0, window=64), "page bounds"),
     "prefill": (kvsieve.Quantized(8, group=16, residual=8, when="prefill"), "has compressed a part of its document"),
 }
 

@@ -514,10 +514,10 @@ def test_ranges_and_rows_that_are_none() -> None:
 
 
 def test_what_cannot_be_exact_is_refused() -> None:
-    with kvsieve.stream(tiny.model(), kvsieve.Quest(16, candidates=4, sinks=64, window=64), "cpu") as stream:
+    with kvsieve.stream(tiny.model(), kvsieve.InfLLM(64, block=8, representatives=1, sinks=2), "cpu") as stream:
         stream.feed(tiny.ids(1, 100))
         stream.pin(3, 9)
-        unchanged(stream, lambda: stream.evict(3, 9), UnsupportedError, "Quest")
+        unchanged(stream, lambda: stream.evict(3, 9), UnsupportedError, "InfLLM")
     with kvsieve.stream(tiny.model("gemma2"), kvsieve.Full(), "cpu") as stream:
         stream.feed(tiny.ids(1, 100))
         unchanged(stream, lambda: stream.evict(70, 78), UnsupportedError, "row 0: tokens 77 to 78 .* window of 24")

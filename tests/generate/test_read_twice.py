@@ -95,7 +95,7 @@ def test_rows_of_a_batch_are_their_solo_runs(backend: str) -> None:
 
 def test_where_eviction_by_position_is_refused_nothing_is_read() -> None:
     cases = [
-        (tiny.model(), kvsieve.Quest(32, sinks=0, window=64), CONTEXT, "page bounds"),
+        (tiny.model(), kvsieve.InfLLM(64, block=8, representatives=1, sinks=2), CONTEXT, "an unbroken text"),
         (tiny.model("gemma3"), kvsieve.Full(), CONTEXT[:, :5], "still within the window of 24 tokens"),
     ]
     for model, policy, context, why in cases:

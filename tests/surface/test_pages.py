@@ -253,8 +253,8 @@ def test_the_table_of_what_goes_together() -> None:
         "SirLLM": ["sirllm(512)"],
         "SnapKV, H2O": ["snapkv(512)", "h2o(512)"],
         "storage: ThinK, Quantized": ["{} | think()", "{} | quantized()"],
-        "selection: HiP, InfiniteHiP": ["{} | hip()", "{} | infinitehip()"],
-        "Quest, RefreshKV": ["{} | quest()", "{} | refreshkv(512)"],
+        "selection: HiP, InfiniteHiP, Quest": ["{} | hip()", "{} | infinitehip()", "{} | quest()"],
+        "RefreshKV": ["{} | refreshkv(512)"],
         "SelectiveV": ["{} | selectivev()"],
         "first in a chain": ["{} >> streamingllm(512)"],
         "later in a chain": ["streamingllm(512) >> {}"],
@@ -270,6 +270,8 @@ def test_the_table_of_what_goes_together() -> None:
         "lminfinite(508, middle_top_k=8) | think()",
         "lminfinite(508, middle_top_k=8) >> full()",
         "sirllm(512) | hip(extend=True)",
+        "sirllm(512) | quest(extend=True)",
+        "sirllm(512) | infllm()",
     ):
         with pytest.raises(kvsieve.errors.PolicyError):
             kvsieve.methods.parse(refused)

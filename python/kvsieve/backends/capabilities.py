@@ -32,6 +32,7 @@ class SelectionCapabilities:
         stored_keys: ``"post_rope"`` (as the model rotated them) and ``"pre_rope"`` where it can select.
         compressed: whether some of the keys may be compressed.
         page_bounds: whether it keeps bounds of blocks, and can judge blocks by them.
+        split_pages: whether it can where tokens were taken out of a text, or texts were joined: their blocks are not whole.
         recycled: whether heads can read tokens that they chose before, by scores that it tells (:meth:`Store.run_with_sets`).
         heaviest_values: whether a query can add up the heaviest values alone (:meth:`Store.run_heaviest`).
         fetched: whether queries can read pieces of the text at distances that they are told (:meth:`Store.attend_pieces`).
@@ -42,6 +43,7 @@ class SelectionCapabilities:
     stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     compressed: bool = True
     page_bounds: bool = True
+    split_pages: bool = True
     recycled: bool = True
     heaviest_values: bool = True
     fetched: bool = True
@@ -118,6 +120,14 @@ class Capabilities:
                 "out, or use backend='reference'"
             )
 
+    def check_split_pages(self, what: str) -> None:
+        """Raise BackendError if page bounds must be of an unbroken text, which ``what`` says this one is not."""
+        if not self.selection.split_pages:
+            raise BackendError(
+                f"backend {self.name!r} keeps page bounds of whole blocks of an unbroken text, and {what}; use HiP, which reads "
+                "keys, or backend='reference'"
+            )
+
     def check_recycling(self, compressed: bool = False) -> None:
         """Raise BackendError if heads cannot read tokens that they chose at an earlier step, or not where some are compressed."""
         if not self.selection.recycled:
@@ -135,11 +145,16 @@ class Capabilities:
         if not self.selection.heaviest_values:
             raise BackendError(f"backend {self.name!r} adds up all values; use HiP to read fewer tokens, or backend='reference'")
 
-    def check_fetching(self) -> None:
-        """Raise BackendError if queries cannot read pieces of the text at distances that they are told."""
+    def check_fetching(self, compressed: bool = False) -> None:
+        """Raise BackendError if queries cannot read pieces of the text, or compressed ones, at distances that they are told."""
         if not self.selection.fetched:
             raise BackendError(
                 f"backend {self.name!r} reads no blocks at other distances than their own; use HiP, or backend='reference'"
+            )
+        if compressed and not self.selection.compressed:
+            raise BackendError(
+                f"backend {self.name!r} fetches tokens as they came, and this policy compresses some; leave the storage rule out, "
+                "or use backend='reference'"
             )
 
     def check_lse(self) -> None:

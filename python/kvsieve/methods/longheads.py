@@ -100,7 +100,8 @@ def LongHeads(context: int, chunk: int = 256, summary: str = "chunk_attention") 
     A query reads the first chunk, its own and the one before it, and of the others those whose summaries suit it best. No distance
     is larger than ``context - 1``. A text of which all chunks fit is read whole, exactly. Nothing is freed. Queries of a prompt
     that lie in one chunk, and in one forward, share what they read, so the last token of a prompt may read other chunks than the
-    same token would if it were decoded. Runs on every backend.
+    same token would if it were decoded. Combine it by ``|`` with :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens
+    in less. Runs on every backend.
 
     Args:
         context: tokens that are read at most, in whole chunks, at least three. Leave margin below the length that the model was

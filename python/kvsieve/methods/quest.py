@@ -6,7 +6,7 @@ at most, and the two rows of each block lie side by side, to be read as fast as 
 * The best blocks are candidates, of which the best few keys are read: a bound says that there may be something, not where, and the
   attention to a whole block is spent on its neighbours. ``candidates=1`` is the paper's rule.
 * One selection per key-value head, by the best score in its group; the newest ``window`` and the first ``sinks`` are always read.
-* Pages are the blocks of the memory, 64 tokens; the paper's have 16.
+* Pages are 64 residents, counted from the first, of their keys as they are stored; the paper's have 16.
 * Prompts are read the same way, a selection for each block of queries; the paper reads them whole.
 
 The definition: :mod:`kvsieve.backends.reference.definition`.
@@ -39,7 +39,8 @@ def Quest(
     ``candidates`` times as many in the blocks whose keys can score most.
 
     A text of ``sinks + window + budget`` tokens or fewer is read whole, exactly. Nothing is freed; page bounds add a 64th to what
-    keys and values take (bytes of ``bounds`` in :meth:`kvsieve.Stream.stats`).
+    keys and values take as they came (bytes of ``bounds`` in :meth:`kvsieve.Stream.stats`). Combine it by ``|`` with
+    :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens in less, or with :func:`kvsieve.SirLLM` to keep fewer.
 
     Args:
         budget: tokens that are selected, sinks and window not counted; a multiple of ``block``, and times ``candidates`` of 64.

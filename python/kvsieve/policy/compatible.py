@@ -108,11 +108,6 @@ MEMORY: tuple[Refusal, ...] = (
         "{memory}: the selection judges whole blocks of the text, of which {evict} evicts some; one that reads keys goes with it",
     ),
     Refusal(
-        lambda r: r.select.needs_plain_storage and not r.storage.plain,
-        "{memory}: the selection judges blocks by keys as they came, and {storage} stores them otherwise; one that reads keys goes "
-        "with it",
-    ),
-    Refusal(
         lambda r: r.storage.tiered and r.evict.evicts,
         "{memory}: {storage} is for streams that keep every token, and {evict} evicts some: its budget bounds memory already",
     ),

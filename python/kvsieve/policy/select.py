@@ -41,8 +41,6 @@ class SelectionRule:
     """Whether what is read is selected per layer and key-value head."""
     needs_all_tokens: bool = False
     """Whether it goes only with a memory that keeps every token."""
-    needs_plain_storage: bool = False
-    """Whether it goes only with keys that are stored as they came."""
     recycles: ClassVar[bool] = False
     """Whether tokens are read again that heads chose at an earlier step: none may be evicted, or moved."""
     thins_values: ClassVar[bool] = False
@@ -118,15 +116,7 @@ class SparseSelection(SelectionRule):
     query_stride: int
     """Of those the last one is compared with keys, and every so many before it."""
     page_bounds: bool = False
-    """Whether blocks are judged by page bounds, which are kept of whole, plain blocks of an unbroken text only."""
-
-    @property
-    def needs_all_tokens(self) -> bool:  # type: ignore[override]
-        return self.page_bounds
-
-    @property
-    def needs_plain_storage(self) -> bool:  # type: ignore[override]
-        return self.page_bounds
+    """Whether blocks of 64 residents are judged by page bounds."""
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -247,7 +237,6 @@ class FetchedSelection(SelectionRule):
     sparse: ClassVar[bool] = True
     fetches: ClassVar[bool] = True
     needs_all_tokens: bool = True
-    needs_plain_storage: bool = True
     summary: str
     """How a block is summed up, by the name of its kind in :mod:`kvsieve.runtime.summaries`."""
     start: int

@@ -84,7 +84,7 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     recycles = policy.recycling is not None
     check_stream(setting.backend, setting.facts.layers, setting.stored_keys, packings, policy.selection, recycles)
     if policy.fetching is not None:
-        setting.backend.capabilities.check_fetching()
+        setting.backend.capabilities.check_fetching(bool(packings))
     if policy.heaviest_values is not None:
         setting.backend.capabilities.check_heaviest_values()
     if policy.bank is not None:

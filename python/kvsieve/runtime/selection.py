@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from kvsieve.errors import UnsupportedError
 from kvsieve.policy.position import Rebased
 from kvsieve.runtime.part import Apply, Forward, Join, LayerInput, Setting, StreamPart
 
@@ -63,9 +62,22 @@ class Selection(StreamPart):
 
     @classmethod
     def of(cls, setting: Setting) -> Selection | None:
-        """None if queries read everything, or a fixed number of tokens."""
+        """None if queries read everything, or a fixed number of tokens.
+
+        Raises:
+            BackendError: if blocks are judged by page bounds, and the backend has none where the policy evicts.
+        """
         rule = setting.policy.selection
-        return None if rule is None else cls(rule, setting)
+        if rule is None:
+            return None
+        made = cls(rule, setting)
+        if made._evicts:
+            made._check_pages(f"{setting.policy!r} evicts")
+        return made
+
+    def _check_pages(self, what: str) -> None:
+        if self.rule.page_bounds:
+            self._backend.capabilities.check_split_pages(what)
 
     # ------------------------------------------------------------------------------------------------------------- one forward
 
@@ -126,11 +138,7 @@ class Selection(StreamPart):
     # -------------------------------------------------------------------------------------------------------------- tokens, rows
 
     def check_evict(self, row: int, start: int, stop: int) -> None:
-        if self.rule.needs_all_tokens:
-            raise UnsupportedError(
-                f"{self._policy!r} judges whole blocks of an unbroken text by page bounds, so no tokens can be taken out "
-                "of it; go back to a mark taken before these tokens"
-            )
+        self._check_pages("tokens would be taken out of it")
 
     def evict_range(self, rows: Sequence[int], start: int, stop: int) -> None:
         """What was chosen names residents by number, so it is chosen anew."""
@@ -171,11 +179,7 @@ class Selection(StreamPart):
 
     def join(self, forks: Sequence[Selection], join: Join) -> Apply:
         """What was chosen names residents by number, so it is chosen anew."""
-        if self.rule.needs_all_tokens:
-            raise UnsupportedError(
-                f"{self._policy!r} judges whole blocks of an unbroken text by page bounds, and blocks are not whole where texts "
-                "are joined; use kvsieve.HiP(...), which reads keys"
-            )
+        self._check_pages("joined ones are not that")
 
         def apply() -> None:
             self._read = []

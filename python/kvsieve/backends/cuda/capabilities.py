@@ -13,6 +13,7 @@ CAPABILITIES = Capabilities(
     SelectionCapabilities(
         kinds(select.__path__),
         compressed=False,
+        split_pages=False,
     ),
     devices=frozenset({"cuda"}),
     dtypes=FLOATS,

@@ -37,13 +37,15 @@ The last two are InfiniteHiP's way past the trained length. With a budget for al
         score(chunk) = best of the keys met on the way down, by halves, always to the half of the better representative
         chunks = the k / l best chunks
 
-*Bounds* (after Quest, Tang et al., ICML 2024) may judge the chunks of the first stage, which are then the blocks ``b`` of 64 tokens
-``64 b .. 64 b + 63`` of the text; sinks are whole blocks, and the window is at least one, so that all of them are whole:
+*Bounds* (after Quest, Tang et al., ICML 2024) may judge the chunks of the first stage, which are then the blocks ``b`` of 64 keys
+``64 b .. 64 b + 63``; sinks are whole blocks, and the window is at least one, so that all of them are whole:
 
     bound(b) = max over the same queries, if 64 b <= p_i - W, of  sum over channels c of max(q_c * max_bc, q_c * min_bc)
 
-where ``max`` and ``min`` are over the keys of the block: no key of it scores more. ``max(x * y, x * z)`` is computed as the
-positive part of ``x`` times ``y`` plus the negative part times ``z``; a block with a NaN in a key scores ``-inf``.
+where ``max`` and ``min`` are over the keys of the block as attention reads them: of codes, what they stand for; of a dropped
+channel, 0. Both are of the dtype of the layer, rounded outwards where a code's number is none of it (finite ones to finite ones),
+so no key of the block scores more. ``max(x * y, x * z)`` is computed as the positive part of ``x`` times ``y`` plus the negative
+part times ``z``; a block with a NaN in a key scores ``-inf``.
 
 Where this departs from the papers, or decides what they leave open:
 
@@ -88,6 +90,7 @@ __all__ = [
     "first_stage",
     "group_scores",
     "kept",
+    "outwards",
     "placed",
     "region",
     "relative",
@@ -153,16 +156,37 @@ def group_scores(
 
 
 def bound_scores(
-    q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], window: int, stride: int = 1
+    q: torch.Tensor,
+    k: torch.Tensor,
+    positions: Sequence[int],
+    window: int,
+    stride: int = 1,
+    dtype: torch.dtype | None = None,
 ) -> npt.NDArray[np.float64]:
     """What each whole block's keys can score at most, for each KV head: float64 ``[Hkv, n // 64]``; arguments and errors as of
-    :func:`group_scores`."""
+    :func:`group_scores`. ``dtype``: of the bounds, if it is not that of ``k``."""
     q, at = _asked(q, k, positions, stride)
     num = k.shape[1] // BLOCK
-    blocks = k[:, : num * BLOCK].double().reshape(k.shape[0], num, BLOCK, k.shape[2])
-    most, least = (x.repeat_interleave(q.shape[0] // k.shape[0], 0).transpose(-1, -2) for x in (blocks.amax(2), blocks.amin(2)))
+    blocks = k[:, : num * BLOCK].reshape(k.shape[0], num, BLOCK, k.shape[2])
+    both = (outwards(blocks.amax(2), dtype or k.dtype, up=True), outwards(blocks.amin(2), dtype or k.dtype, up=False))
+    most, least = (x.double().repeat_interleave(q.shape[0] // k.shape[0], 0).transpose(-1, -2) for x in both)
     logits = q.double().clamp(min=0) @ most + q.double().clamp(max=0) @ least
     return _greatest(logits, torch.arange(num) * BLOCK, at, window, k.shape[0])
+
+
+def outwards(x: torch.Tensor, dtype: torch.dtype, *, up: bool) -> torch.Tensor:
+    """The nearest numbers of ``dtype`` that are not below ``x``, or not above it. Finite ones become finite ones."""
+    near = x.to(dtype)
+    if torch.equal(near.to(x.dtype), x):
+        return near
+    limit = torch.finfo(dtype).max
+    near = torch.where(x.isfinite(), near.clamp(-limit, limit), near)
+    # The next number: of positive ones one bit pattern up is more, of negative ones it is less.
+    bits = near.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize])
+    away = torch.where(near == 0, bits.new_tensor(1 if up else torch.iinfo(bits.dtype).min + 1), bits + (1 if up else -1))
+    toward = torch.where(near < 0, bits - (1 if up else -1), away).view(dtype)
+    short = (near.to(x.dtype) < x) if up else (near.to(x.dtype) > x)
+    return torch.where(short & toward.isfinite(), toward, near)
 
 
 def _asked(q: torch.Tensor, k: torch.Tensor, positions: Sequence[int], stride: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,15 +58,18 @@ class Asking:
     Attributes:
         compared: rotated for the selection; content: the same for bounds of blocks, whose keys are as they are stored.
         read: rotated to where the policy places them; not rotated if the call is consecutive.
+        dtype: of the layer's keys as they came, and of bounds.
     """
 
     compared: Partial
     content: Partial
     read: Partial
+    dtype: torch.dtype
 
     def queries(self, mine: slice) -> Asking:
         """The same for some of the queries."""
-        return Asking(*((q[:, mine], k) for q, k in (self.compared, self.content, self.read)))
+        compared, content, read = ((q[:, mine], k) for q, k in (self.compared, self.content, self.read))
+        return Asking(compared, content, read, self.dtype)
 
 
 @dataclass(frozen=True)
@@ -178,7 +181,9 @@ class ReferenceSelection:
         lo, hi = region(positions, rule.sinks, rule.window) if whole else (row.found.lo, row.found.hi)  # type: ignore[union-attr]
         scores = group_scores(*asking.compared, positions, rule.window, rule.query_stride)
         judged = start == 0 and rule.page_bounds and hi - lo > most
-        bounds = bound_scores(*asking.content, positions, rule.window, rule.query_stride) if judged else None
+        bounds = None
+        if judged:
+            bounds = bound_scores(*asking.content, positions, rule.window, rule.query_stride, asking.dtype)
         asked = Asked(scores, bounds, lo, hi, start, () if row.found is None else row.found.inputs)
         found: Selection = definition.choose(rule, asked)
         self.work = self.work[0] + sum(found.reads), self.work[1]

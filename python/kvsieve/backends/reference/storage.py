@@ -45,8 +45,8 @@ def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor, to
 
 
 def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """The inverse of :func:`quantize`: float32."""
-    return zero_point.float() + scale.float() * codes
+    """The inverse of :func:`quantize`: float32, rounded once."""
+    return (zero_point.double() + scale.double() * codes).float()
 
 
 @dataclass(eq=False)

@@ -137,7 +137,7 @@ class ReferenceStore(HasTier):
             compared = content if call.relative else placed
             if call.consecutive:
                 placed = queries, keys
-            piece = selection.attend(part.row, Asking(compared, content, placed), values, call)
+            piece = selection.attend(part.row, Asking(compared, content, placed, k.dtype), values, call)
             out[part.row, q.shape[2] - m :] = merge([piece], call.sink_logits).transpose(0, 1).to(out.dtype)
         self._append(k, v, step)
         return out

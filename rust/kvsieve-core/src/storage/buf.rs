@@ -40,6 +40,11 @@ impl Buf {
         Ok(Buf { ptr, layout })
     }
 
+    /// Bytes of it.
+    pub(super) fn len(&self) -> usize {
+        self.layout.size()
+    }
+
     pub(super) fn ptr(&self) -> NonNull<u8> {
         self.ptr
     }

@@ -11,7 +11,7 @@ use kvsieve_core::select::{Chosen, Representative, Score, Select};
 use kvsieve_core::tensor::{Dtype, View};
 use kvsieve_core::{Error, reference};
 
-use super::rows::{Data, Known, Noise, Row, chosen, quarters};
+use super::rows::{Data, Known, Noise, Row, chosen, pack, quarters};
 
 /// Scores of keys, and bounds of blocks.
 struct Bounded(Known, Vec<f32>);
@@ -28,8 +28,8 @@ impl Score for Bounded {
 }
 
 /// Blocks whose keys differ in scale, so that bounds tell them apart.
-fn scaled(noise: &mut Noise, (heads, n, dim): (usize, usize, usize), dtype: Dtype) -> Row {
-    let mut row = Row::new(noise, (heads, n, dim), dtype, true);
+fn scaled(noise: &mut Noise, (heads, n, dim): (usize, usize, usize), dtype: Dtype, even: bool) -> Row {
+    let mut row = Row::new(noise, (heads, n, dim), dtype, even);
     for (i, x) in row.keys.iter_mut().enumerate() {
         *x *= [1.0, 0.5, 0.25, 2.0][i / dim / 64 % 4];
     }
@@ -56,7 +56,19 @@ fn bounded(row: &Row, head: usize, queries: &[(usize, Vec<f32>)], window: usize)
     Bounded(Known(scores), (0..n / 64).map(bound).collect())
 }
 
-/// A first stage that judges blocks by bounds, on every instruction set, with keys as they lie and raw ones at one distance.
+/// Drops channels of the first keys of a row, which lies in whole blocks.
+fn thinned(noise: &mut Noise, row: &mut Row, rope: Option<&Rope>, (heads, dim): (usize, usize)) {
+    let (other, n) = (quarters(noise, dim), 1 + noise.below(row.n));
+    pack(noise, row, rope.unwrap_or(&other), (heads, dim), n);
+    let slots = row.runs.iter().flat_map(|run| (run.lo..run.hi).map(|slot| (run.block, slot)));
+    let slots: Vec<_> = slots.collect();
+    let at = (0..heads).flat_map(|head| slots.iter().map(move |&(block, slot)| (block, head, slot)));
+    let keys = at.flat_map(|(block, head, slot)| row.arena.token(block, head, slot).unwrap().0);
+    row.keys = keys.map(|x| x as f32).collect();
+}
+
+/// A first stage that judges blocks by bounds, on every instruction set, with keys as they lie and raw ones at one distance; in whole
+/// blocks, in runs of any length, and where the first keys have lost channels.
 #[test]
 fn bounds_of_blocks_are_a_first_stage() {
     let mut noise = Noise(23);
@@ -66,7 +78,8 @@ fn bounds_of_blocks_are_a_first_stage() {
         let dim = [4, 8, 33, 64, 96, 128][noise.below(6)];
         let (kv_heads, group) = (1 + noise.below(3), 1 + noise.below(6));
         let n = 200 + noise.below(900);
-        let mut row = scaled(&mut noise, (kv_heads, n, dim), dtype);
+        let even = noise.below(2) == 0;
+        let mut row = scaled(&mut noise, (kv_heads, n, dim), dtype, even);
         let (columns, stride) = (1 + noise.below(100), 1 + noise.below(9));
         let heads = kv_heads * group;
         let q = noise.eighths(heads * columns * dim);
@@ -75,14 +88,17 @@ fn bounds_of_blocks_are_a_first_stage() {
         let (sinks, window, first) = (64 * noise.below(2) as u32, 64 + noise.below(60), n - columns);
         let hi = (n - window) as u32;
         let region = hi.min(sinks)..hi;
-        let blocks =
-            [QueryBlock { row: 0, columns: 0..columns, runs: &row.runs, shown: &[], first, region: region.clone() }];
         let (keep, last) = (64 * (1 + noise.below(4)), [1, 2, 4, 16][noise.below(4)]);
         let stages = vec![Stage { chunk: 64, keep }, Stage { chunk: last, keep: last * (1 + noise.below(9)) }];
         let infinite = Infinite::new(stages, Representative::First, true).unwrap();
 
         let rope = if dim % 4 == 0 && noise.below(2) == 0 { Some(quarters(&mut noise, dim)) } else { None };
         let factor = rope.as_ref().map_or(1.0, Rope::factor);
+        if even && dim % 4 == 0 && noise.below(2) == 0 {
+            thinned(&mut noise, &mut row, rope.as_ref(), (kv_heads, dim));
+        }
+        let blocks =
+            [QueryBlock { row: 0, columns: 0..columns, runs: &row.runs, shown: &[], first, region: region.clone() }];
         let turned = |x: &[f32]| -> Vec<f32> {
             let wide: Vec<f64> = x.iter().map(|&x| f64::from(x)).collect();
             let Some(rope) = &rope else { return x.to_vec() };

@@ -31,6 +31,7 @@ use crate::tensor::ElemsMut;
 use crate::{Error, Result};
 use args::check;
 pub use args::{Attend, mass_len};
+pub(super) use codes::CodeScorer;
 use compiled::{kernel, run};
 pub use heaviest::Heaviest;
 use merge::{Found, Results, merge};

@@ -25,7 +25,8 @@ pub(super) struct Residents {
     pub len: u32,
     /// Whether all runs but the last are whole blocks.
     pub even: bool,
-    /// Of each run its bounds for head 0, and the bytes from head to head; null where it has none. Empty where that is not asked.
+    /// Of every whole 64 residents their bounds for head 0, and the bytes from head to head; null where they have none. Empty where that is
+    /// not asked.
     pub bounds: Vec<(*const u8, usize)>,
 }
 
@@ -44,9 +45,9 @@ impl Residents {
             let (next_key, next_value) = (next.0 as usize - key as usize, next.1 as usize - value as usize);
             found.runs.push(Together { key, value, next_key, next_value });
             found.len += run.len();
-            if bounded {
-                found.bounds.push(bounds_of(arena, run));
-            }
+        }
+        if bounded {
+            found.bounds = bounds_of(arena, runs);
         }
         Ok(found)
     }

@@ -58,7 +58,7 @@ pub(super) fn run_unit(common: &Common<'_>, queries: &Queries, head: usize, is_l
     let residents = &common.residents[queries.row];
     let region = common.rule.region(queries.first, queries.columns.len())?;
     if common.rule.select.judges_pages(&region) {
-        check_bounds((&residents.bounds, residents.even), &region)?;
+        check_bounds(&residents.bounds, &region)?;
     }
     KEPT.with_borrow_mut(|kept| {
         let (chosen, inputs) = search(common, queries, head, &region, kept)?;

@@ -56,17 +56,12 @@ pub(super) fn check(arena: &Arena, args: &Selection<'_>, num_inputs: usize) -> R
     Ok(group)
 }
 
-/// Refuses a region that is not made of whole blocks whose minimum and maximum are known; `even` if all runs but the last are whole blocks.
-pub(in crate::kernels) fn check_bounds(
-    (bounds, even): (&[(*const u8, usize)], bool),
-    region: &Range<u32>,
-) -> Result<()> {
+/// Refuses a region of which not all bounds are known.
+pub(in crate::kernels) fn check_bounds(bounds: &[(*const u8, usize)], region: &Range<u32>) -> Result<()> {
     let blocks = (region.start / BLOCK) as usize..region.end.div_ceil(BLOCK) as usize;
     let all = bounds.get(blocks).is_some_and(|all| all.iter().all(|(row, _)| !row.is_null()));
-    if even && all && region.start.is_multiple_of(BLOCK) {
+    if all && region.start.is_multiple_of(BLOCK) {
         return Ok(());
     }
-    Err(Error::Unsupported(
-        "blocks are judged by bounds only where all tokens are kept, in whole blocks that have them",
-    ))
+    Err(Error::Unsupported("residents are judged by bounds only in whole blocks that have them"))
 }

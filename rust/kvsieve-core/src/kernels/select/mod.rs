@@ -4,8 +4,8 @@
 //! foresee. But one level of a tree asks for hundreds of keys at once, so those ahead are asked for in the second-level cache while
 //! the ones at hand are scored. All queries that share a choice meet a key while it is in registers.
 //!
-//! Keys that lie as the queries meet them are scored in place. Packed keys, and raw ones that are rotated to their distances, are made
-//! into rows of `f32` first ([`super::rows`]), some dozens at a time.
+//! Keys that lie as the queries meet them are scored in place, and so are stretches of codes. Other packed keys, and raw ones that are
+//! rotated to their distances, are made into rows of `f32` first ([`super::rows`]), some dozens at a time.
 
 mod batch;
 mod check;
@@ -19,6 +19,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::attend::CodeScorer;
 use super::rotate::{load_row, rotate_row};
 use super::rows::Making;
 use super::simd::{Elem, Portable};
@@ -118,7 +119,7 @@ impl<'a> Rows<'a> {
             }
             check_shown(args, block, residents)?;
             if args.start == 0 && args.rule.judges_pages(&block.region) {
-                check_bounds((&residents.bounds, residents.even), &block.region)?;
+                check_bounds(&residents.bounds, &block.region)?;
             }
         }
         Ok(rows)
@@ -168,13 +169,18 @@ fn run_unit(
         let makes = residents.packed || making.distances.is_some();
         let kernel = batch::kernel(args.level, if makes { Dtype::F32 } else { arena.dtype() }, dim);
         scratch.dots.clear();
-        if arena.dtype() == Dtype::BF16 && args.turn.is_none() && !makes {
+        let bounds_dots = arena.dtype() == Dtype::BF16 && args.turn.is_none();
+        if bounds_dots && !makes {
             // They were `bf16`, so nothing is rounded.
             scratch.dots.extend(scratch.queries.iter().map(|&x| bf16::of_f32(x)));
         }
+        let codes = arena.packed().filter(|_| residents.packed && making.distances.is_none());
+        let codes = codes.and_then(|packed| CodeScorer::new(args.level, packed));
         let mut scorer = Scorer {
             residents,
             making: makes.then_some(&making),
+            codes: codes.as_ref(),
+            thin_of: None,
             head,
             row_bytes: dim * arena.dtype().size(),
             dim,
@@ -185,6 +191,7 @@ fn run_unit(
             stride: args.query_stride,
             kernel,
             bounds_kernel: batch::kernel(args.level, arena.dtype(), 2 * dim),
+            bounds_dots,
             scratch,
         };
         args.rule.choose(Asked { region: block.region.clone(), start: args.start, inputs }, &mut scorer)

@@ -22,8 +22,8 @@ pub(super) struct Residents<'a> {
     /// Whether all runs but the last are whole blocks.
     pub even: bool,
     pub packed: bool,
-    /// Of each run the minimum and the maximum of its keys for head 0, and the bytes from head to head; null where it has none.
-    /// Empty where that is not asked.
+    /// Of every whole 64 residents their bounds for head 0, and the bytes from head to head; null where they have none. Empty where that is
+    /// not asked.
     pub bounds: Vec<(*const u8, usize)>,
     _arena: PhantomData<&'a Arena>,
 }
@@ -60,9 +60,9 @@ impl<'a> Residents<'a> {
             residents.runs.push(*run);
             residents.shown.extend(shown.get(i));
             residents.len += run.len();
-            if page_bounds {
-                residents.bounds.push(bounds_of(arena, run));
-            }
+        }
+        if page_bounds {
+            residents.bounds = bounds_of(arena, &residents.runs);
         }
         Ok(residents)
     }
@@ -78,6 +78,13 @@ impl<'a> Residents<'a> {
         let (base, stride) = self.keys[run];
         let end = self.starts.get(run + 1).copied().unwrap_or(self.len);
         (base.wrapping_add(head * stride + (i - self.starts[run]) as usize * row_bytes), end - i)
+    }
+
+    /// The run of resident `i`, its slot there, and how many residents from it on lie in the run.
+    pub fn place(&self, i: u32) -> (Run, u32, u32) {
+        let at = self.run_of(i);
+        let (run, offset) = (self.runs[at], i - self.starts[at]);
+        (run, run.lo + offset, run.len() - offset)
     }
 
     /// Pushes what to make the keys of `range` from.
@@ -108,10 +115,9 @@ impl<'a> Residents<'a> {
     }
 }
 
-/// The minimum and the maximum of a run's keys for head 0, and the bytes from head to head; null where it has none.
-pub(in crate::kernels) fn bounds_of(arena: &Arena, run: &Run) -> (*const u8, usize) {
-    let whole = run.lo == 0 && run.hi == BLOCK && !run.block.is_packed();
-    let Some(row) = arena.bound(run.block, 0).filter(|_| whole) else { return (std::ptr::null(), 0) };
-    let next = if arena.num_kv_heads() > 1 { arena.bound(run.block, 1).unwrap_or(row) } else { row };
-    (row, next as usize - row as usize)
+/// Of every whole 64 residents their bounds for head 0, and the bytes from head to head; null where they have none.
+pub(in crate::kernels) fn bounds_of(arena: &Arena, runs: &[Run]) -> Vec<(*const u8, usize)> {
+    let mut found = Vec::with_capacity(runs.len());
+    arena.each_bound(runs, |row, stride| found.push((row, stride)));
+    found
 }

@@ -94,7 +94,7 @@ impl Arena {
         if let Some(mine) = &mut self.packed {
             mine.reserve(packed.iter().map(|run| (run.block, run.hi)))?;
         }
-        self.touch(runs.iter().map(|r| r.block));
+        self.touch(runs.iter().map(|r| (r.block, r.lo)));
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         let (k, v) = (k.as_bytes_ptr(), v.as_bytes_ptr());
         let mut mine = self.packed.take();

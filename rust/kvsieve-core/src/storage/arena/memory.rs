@@ -129,12 +129,10 @@ impl Arena {
         reserve_all([&mut self.keys, &mut self.values].into_iter(), &needs)
     }
 
-    /// What is known of these plain blocks no longer holds: they are written.
-    pub(super) fn touch(&mut self, blocks: impl Iterator<Item = BlockId>) {
-        for block in blocks {
-            if let Some(bounds) = &mut self.bounds {
-                bounds.touch(block);
-            }
+    /// What is known of these blocks no longer holds: they are written, from a slot on.
+    pub(super) fn touch(&mut self, blocks: impl Iterator<Item = (BlockId, u32)>) {
+        for (block, slot) in blocks {
+            self.void_bounds(block, slot);
             if let Some(tier) = self.tier.as_mut().filter(|_| !block.is_packed()) {
                 tier.touch(number(block));
             }
@@ -147,13 +145,13 @@ impl Arena {
         if let Some(packed) = &mut self.packed {
             packed.free_unused(packed_in_use);
         }
+        if let Some(bounds) = &mut self.bounds {
+            bounds.free_unused(in_use, packed_in_use);
+        }
         for block in 0..self.keys.len() {
             if !in_use.get(block).copied().unwrap_or(false) {
                 self.keys.free(block);
                 self.values.free(block);
-                if let Some(bounds) = &mut self.bounds {
-                    bounds.free(block);
-                }
                 if let Some(tier) = &mut self.tier {
                     tier.free(block);
                 }

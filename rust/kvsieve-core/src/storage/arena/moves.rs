@@ -59,6 +59,7 @@ impl Arena {
         }
         packed.reserve(moves.iter().map(ends))?;
         packed.choose(moves.iter().map(|m| m.to), &channels);
+        self.touch(moves.iter().map(|m| (m.to, m.to_slot)));
         let mut packed = self.packed.take();
         for packed in packed.iter_mut() {
             for head in 0..heads {
@@ -124,7 +125,7 @@ impl Arena {
         self.reserve(step.copies.iter().map(ends).chain(appended))?;
 
         self.move_tokens(&step.copies);
-        self.touch(step.appends.iter().map(|a| a.block));
+        self.touch(step.appends.iter().map(|a| (a.block, a.slot)));
         let es = self.dtype.size();
         for a in step.appends.iter().filter(|a| a.len > 0) {
             let column = step.num_queries - step.new_lens[a.row] + a.new;
@@ -165,7 +166,7 @@ impl Arena {
     ///
     /// Head by head, keys before values: each is then one walk through memory, where all of them at once would be dozens.
     fn move_tokens(&mut self, moves: &[Move]) {
-        self.touch(moves.iter().map(|m| m.to));
+        self.touch(moves.iter().map(|m| (m.to, m.to_slot)));
         let (kb, vb) = (self.key_dim * self.dtype.size(), self.value_dim * self.dtype.size());
         // Where the first head's rows lie, and how many bytes further on the next head's.
         let hops = moves.iter().filter(|m| m.len > 0).map(|m| {
@@ -194,6 +195,7 @@ impl Arena {
         self.check_moves(moves)?;
         let (packed, plain): (Vec<Move>, Vec<Move>) = moves.iter().partition(|m| m.to.is_packed());
         self.reserve(plain.iter().map(ends))?;
+        self.touch(packed.iter().map(|m| (m.to, m.to_slot)));
         if let Some(mine) = &mut self.packed
             && !packed.is_empty()
         {

@@ -19,6 +19,7 @@ mod packing;
 mod places;
 mod tokens;
 
+pub(crate) use blocks::Rows;
 pub use blocks::{Packed, PackedBytes};
 pub use channels::{Channels, Chosen};
 pub use packing::Packing;

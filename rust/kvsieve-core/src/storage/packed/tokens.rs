@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use super::blocks::Packed;
 use super::packing::Packing;
 use super::places::{key_place, thin_place, value_place};
-use crate::ids::{BLOCK, BlockId};
+use crate::ids::{BLOCK, BlockId, Run};
 use crate::tensor::Dtype;
 
 impl Packed {
@@ -136,6 +136,49 @@ impl Packed {
                     *x = number(*scales.add(c), *scales.add(kept + c), code);
                 }
             }
+        }
+    }
+
+    /// The greatest and the least number of every channel of the keys of a run; 0 for one that was dropped. NaN where a group is.
+    ///
+    /// # Safety
+    /// The run lies in its block, which has memory and channels, and is not empty; `most` and `least` have a number for each channel.
+    pub(in crate::storage) unsafe fn bounds_f32(&self, run: &Run, head: usize, most: &mut [f32], least: &mut [f32]) {
+        let Packing { key_kept: kept, key_bits: bits, group, .. } = self.packing;
+        let (rows, bytes) = (self.rows(run.block, head, 0), self.key_bytes());
+        let (lo, hi) = (run.lo as usize, run.hi as usize);
+        most.fill(0.0);
+        least.fill(0.0);
+        for (c, &channel) in rows.channels.of(head).iter().enumerate() {
+            let (mut above, mut below) = (f32::NEG_INFINITY, f32::INFINITY);
+            let mut take = |most: f32, least: f32| {
+                // A NaN stays: it is neither greater nor less than anything.
+                above = if most > above || most.is_nan() { most } else { above };
+                below = if least < below || least.is_nan() { least } else { below };
+            };
+            // SAFETY: the slots of a column, and the scales of their groups, lie in the block.
+            unsafe {
+                if bits == 0 {
+                    for slot in lo..hi {
+                        let x = element(self.dtype, rows.keys.add(thin_place(kept, self.dtype, rows.slots, slot, c)));
+                        take(x, x);
+                    }
+                } else {
+                    // Codes of a channel lie equally far apart.
+                    let ((first, bit), (second, _)) = (key_place(bytes, bits, 0, c), key_place(bytes, bits, 1, c));
+                    for g in lo / group..hi.div_ceil(group) {
+                        let (mut top, mut bottom) = (0, u32::MAX);
+                        for slot in lo.max(g * group)..hi.min((g + 1) * group) {
+                            let code = code(rows.keys, (first + slot * (second - first), bit), bits);
+                            (top, bottom) = (top.max(code), bottom.min(code));
+                        }
+                        let scales = rows.key_scales.add(g * 2 * kept);
+                        let of = |code| number(*scales.add(c), *scales.add(kept + c), code);
+                        take(of(top), of(bottom));
+                    }
+                }
+            }
+            (most[usize::from(channel)], least[usize::from(channel)]) = (above, below);
         }
     }
 

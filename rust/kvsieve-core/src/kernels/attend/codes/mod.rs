@@ -15,8 +15,13 @@ mod digits;
 mod keys;
 mod values;
 
+use std::ops::Range;
+
 use super::ahead::Ahead;
+use super::tile::TILE;
+use crate::kernels::isa::Level;
 use crate::kernels::simd::{self, Simd};
+use crate::storage::packed::{Packed, Rows};
 
 pub(super) use keys::Keys;
 use keys::{score_codes, score_codes_turned};
@@ -107,3 +112,75 @@ compile!(avx512, simd::Avx512<false>, [1, 2, 3, 4], "avx512f,avx512bw,avx512vl,a
 compile!(avx512_bf16, simd::Avx512<true>, [1, 2, 3, 4], "avx512bf16,avx512f,avx512bw,avx512vl,avx512dq,avx2,fma,f16c");
 #[cfg(target_arch = "aarch64")]
 compile!(neon, simd::Neon, [1, 2, 3, 4], "neon");
+
+/// Scores of keys that lie as codes, for a search: as the decode kernel makes them, but always in `f32`.
+pub(in crate::kernels) struct CodeScorer {
+    by_heads: [Score; 4],
+    /// Queries at a time.
+    heads: usize,
+    bytes: usize,
+    kept: usize,
+    group: usize,
+}
+
+impl CodeScorer {
+    /// For the keys of a layer, if they are packed as codes.
+    pub fn new(level: Level, packed: &Packed) -> Option<Self> {
+        let packing = packed.packing();
+        if packing.key_bits == 0 {
+            return None;
+        }
+        let of = of_bits(packing.key_bits);
+        let (by_heads, heads) = match level {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx512Bf16 => {
+                (<simd::Avx512<false> as Codes>::SCORE[of], <simd::Avx512<false> as Simd>::HEADS)
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => (<simd::Avx2 as Codes>::SCORE[of], <simd::Avx2 as Simd>::HEADS),
+            #[cfg(target_arch = "aarch64")]
+            Level::Neon => (<simd::Neon as Codes>::SCORE[of], <simd::Neon as Simd>::HEADS),
+            _ => (<simd::Portable as Codes>::SCORE[of], <simd::Portable as Simd>::HEADS),
+        };
+        Some(CodeScorer { by_heads, heads, bytes: packed.key_bytes(), kept: packing.key_kept, group: packing.group })
+    }
+
+    /// Numbers of a query of the kept channels: zero beyond them.
+    pub fn width(&self) -> usize {
+        self.kept.next_multiple_of(32)
+    }
+
+    /// Scores the keys of some slots of a block against queries, rows of [`CodeScorer::width`]: `scores[query * 64 + i]`.
+    ///
+    /// # Safety
+    /// The level is available; `rows` are a head of a block of the layer, and the slots lie in it.
+    pub unsafe fn score(
+        &self,
+        rows: &Rows<'_>,
+        slots: Range<u32>,
+        queries: &[f32],
+        scratch: &mut Vec<f32>,
+        scores: &mut Vec<f32>,
+    ) {
+        let (width, num) = (self.width(), queries.len() / self.width());
+        scratch.resize((self.heads + 1) * width + TILE, 0.0);
+        scores.resize(num * TILE, 0.0);
+        let keys = Keys {
+            codes: rows.keys,
+            scales: rows.key_scales,
+            bytes: self.bytes,
+            kept: self.kept,
+            group: self.group,
+            slot: slots.start as usize,
+            len: slots.len(),
+        };
+        let mut ahead = Ahead::new(&[], 1);
+        for first in (0..num).step_by(self.heads) {
+            let run = self.by_heads[self.heads.min(num - first) - 1];
+            let (query, to) = (queries[first * width..].as_ptr(), scores[first * TILE..].as_mut_ptr());
+            // SAFETY: the caller's promise; so many queries, and room for their scores; the scratch memory has a row for each, and a word
+            // for each slot.
+            unsafe { run(&keys, (query, width), scratch.as_mut_ptr(), to, &mut ahead) };
+        }
+    }
+}
