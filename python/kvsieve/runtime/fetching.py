@@ -25,7 +25,7 @@ from kvsieve.backends.ranking import greatest
 from kvsieve.errors import PolicyError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
-from kvsieve.runtime.summaries import News, Summed, summary_of
+from kvsieve.runtime.summaries import News, Summed, Table, summary_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -93,6 +93,7 @@ class Fetching(StreamPart):
 
     name = "fetching"
     stores_all = True
+    tells_reads = True
 
     def __init__(self, rule: FetchedSelection, setting: Setting) -> None:
         self.rule, self.summary = rule, summary_of(rule)
@@ -190,17 +191,19 @@ class Fetching(StreamPart):
             blocks = [list(among)]
         else:
             assert state is not None
-            scores = self._compare(q, state.table.data[:, among.start : among.stop])
+            scores = self._compare(q, state.table, among)
             blocks, compared = (greatest(scores, most) + among.start).tolist(), len(among)
         return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks))
 
-    def _compare(self, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
-        """How well summaries ``[Hkv, n, D]`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads."""
-        mean = q.detach().float().sum(1).view(summaries.shape[0], -1, q.shape[2]).sum(1)
-        if self.rule.per_head:
-            return (summaries * mean[:, None]).sum(-1)
+    def _compare(self, q: torch.Tensor, table: Table, among: range) -> torch.Tensor:
+        """How well summaries ``among`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads."""
+        pieces = list(table.pieces(among.start, among.stop))
+        mean = q.detach().float().sum(1).view(pieces[0].shape[1], -1, q.shape[2]).sum(1)
+        if not self.rule.per_head:
+            pieces, mean = [piece.flatten(1) for piece in pieces], mean.flatten()
         # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
-        return (summaries.transpose(0, 1).flatten(1) * mean.flatten()).sum(-1)[None]
+        scores = torch.cat([(piece * mean).sum(-1) for piece in pieces])
+        return scores.T.contiguous() if self.rule.per_head else scores[None]
 
     def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
         """What is about to be read by one layer: where blocks are not all in memory, they are brought there."""
@@ -298,7 +301,7 @@ class Fetching(StreamPart):
     @property
     def bytes_of_summaries(self) -> int:
         states = [state for layers in self.rows for state in layers.values()]
-        shared = dict(state.table.memory for state in states)
+        shared = {number: size for state in states for number, size in state.table.memory.items()}
         own = {id(state): state.nbytes for state in states}
         return sum(shared.values()) + sum(own.values())
 
