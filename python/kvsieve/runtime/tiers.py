@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 __all__ = ["Tiers", "capacity"]
 
 TIDY = 8192
-"""Tokens that are read between two times at which the heap is trimmed. What a prompt needs on its way leaves holes in it, and a text
-that lies in a file is to take no memory."""
+"""Tokens that are read between two times at which the heap is trimmed: what a prompt needs on its way leaves holes in it, and a
+text that lies in a file is to take no memory."""
 
 
 def capacity(rule: Tiered, facts: ModelFacts) -> int:
