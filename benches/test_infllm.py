@@ -38,7 +38,7 @@ def test_a_step_of_one_layer(benchmark: Any, length: int) -> None:
     policy, backend = kvsieve.InfLLM(), get("cpu")
     rule = policy.fetching
     assert rule is not None
-    planner, runs, step = planned(policy, length)
+    planner, runs, _ = planned(policy, length)
     _, same, dense_step = planned(kvsieve.Full(), length)
     assert runs == same, "one store serves both"
     store = backend.make_store(k, v)
@@ -50,10 +50,12 @@ def test_a_step_of_one_layer(benchmark: Any, length: int) -> None:
     setting: Any = SimpleNamespace(policy=policy, facts=facts, blocks=Blocks(planner))
     part = Fetching.of(setting)
     assert part is not None
-    table = Table.of(torch.randn(KV_HEADS, rule.num_blocks(length), DIM, generator=generator))
+    summaries = torch.randn(KV_HEADS, rule.num_blocks(length), DIM, generator=generator)
+    table = Table.of(summaries)
     behind = length - rule.start - len(table) * rule.block
     part.rows = [{0: Summed(table, torch.zeros(KV_HEADS, behind))}]
-    forward = Forward([1], 1, [length], step=step)
+    planner.rollback()
+    forward = Forward([1], 1, [length], step=planner.begin_residents([1], 1))
     layer = LayerInput(0, q, k[:, :, -1:], v[:, :, -1:], call, forward, store)
 
     def fetching() -> torch.Tensor:
@@ -68,7 +70,10 @@ def test_a_step_of_one_layer(benchmark: Any, length: int) -> None:
     got, last = fetching()[0, 0], part._reads[0][0]
     assert last is not None
     assert last.choice.compared == len(table)
-    pieces = last.choice.pieces
+    products = (summaries.double() * q[0, :, 0].double().view(KV_HEADS, -1, DIM).sum(1)[:, None]).sum((0, 2))
+    best = products.topk(rule.blocks).indices.sort().values.tolist()
+    assert last.choice.blocks == [best]
+    pieces = rule.pieces(length, 1, [best])
     want = attend_pieces(
         q[0].double(), length, pieces, lambda lo, hi: (k[0, :, lo:hi].double(), v[0, :, lo:hi].double()), call, False
     )

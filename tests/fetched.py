@@ -115,7 +115,10 @@ class FetchingLayer:
         lens = [width] * batch if lens is None else lens
         forward = Forward(lens, width, self.blocks.seen or [0] * batch)
         self.part.begin(forward)
-        forward.step = self.blocks.planner.begin(lens, width, True, self.backend.capabilities.needs_parts)
+        if self.backend.capabilities.residents_suffice:
+            forward.step = self.blocks.planner.begin_residents(lens, width)
+        else:
+            forward.step = self.blocks.planner.begin(lens, width, True, self.backend.capabilities.needs_parts)
         out = self.part.attend(LayerInput(0, q, k, v, self.call, forward, self.store))
         assert out is not None
         change = self.part.commit(forward)

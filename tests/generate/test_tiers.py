@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -14,7 +15,7 @@ import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, same_memory
 from kvsieve.backends.cuda.capabilities import CAPABILITIES as CUDA
-from kvsieve.errors import BackendError, BudgetError, StateError, TierError
+from kvsieve.errors import BackendError, BudgetError, StateError, TierError, TierFullError, UnsupportedError
 from kvsieve.policy import Memory, Tiered
 from kvsieve.runtime.tiers import Tiers
 from tiny import BACKENDS
@@ -174,15 +175,62 @@ def test_the_newest_tokens_stay(tmp_path: Path) -> None:
         assert spilled()[-3:] != [False] * 3
         stream.feed(tiny.ids(1, 1))
         assert spilled()[-4:] == [False] * 4
-        # The part tells what layers fetch, and takes scores.
+        # The part tells what layers fetch.
         tiers = stream._engine.parts.find(Tiers)
         assert tiers is not None
         before = tiers.stats()
         tiers.fetch(0, [(0, 0, 64), (1, 3, 9)])
-        tiers.score(0, [0, 1], [0.5, 0.25])
         after = tiers.stats()
         assert (after.hits + after.loads) - (before.hits + before.loads) == 2
         assert spilled()[:2] == [False, False]
+
+
+@pytest.mark.parametrize(("order", "gone"), [("scores", [0, 2]), ("recency", [0, 1])])
+def test_scores_say_what_leaves_where_the_rule_asks_for_them(order: Any, gone: list[int], tmp_path: Path) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, tiered(tmp_path, blocks=5, keep=64, order=order), "cpu") as stream:
+        stream.feed(tiny.ids(1, 300))
+        tiers = stream._engine.parts.find(Tiers)
+        assert tiers is not None
+        tiers.score(0, [1, 3], [8.0, 3.0])
+        stream.feed(tiny.ids(1, 200))
+        # Seven full blocks, of which five fit; the last one is kept.
+        spilled = [
+            [block for block, _, _ in stream._engine.planner.runs(0, 0) if store._tier.is_spilled(block)]  # type: ignore[attr-defined]
+            for store in stream._engine.stores.values()
+        ]
+        assert spilled == [gone, [0, 1]], "the second layer was told no scores"
+
+
+@BACKEND
+def test_a_session_file_of_a_stream_with_a_budget_of_memory(backend: str, tmp_path: Path) -> None:
+    """What lies in the file of blocks is in the session file, which goes on as the stream does."""
+    model, ids, more = tiny.model(), tiny.ids(1, 600), tiny.ids(1, 40, 3)
+    sizes: dict[str, Any] = {"window": 64, "blocks": 2, "block": 32, "sinks": 8, "query_block": 64}
+    policy = kvsieve.InfLLM(**sizes, host_budget=5 * BLOCK, disk=str(tmp_path))
+    path = tmp_path / "stream.safetensors"
+    with kvsieve.stream(model, kvsieve.InfLLM(**sizes), backend) as plain:
+        forwards(model, plain.cache, ids, [200])
+        want = forwards(model, plain.cache, more, [8, 1])
+    with kvsieve.stream(model, policy, backend) as stream:
+        forwards(model, stream.cache, ids, [200])
+        before = stream.stats().tiers
+        assert before is not None
+        assert before.spills > 0
+        stream.save(path)
+        after = stream.stats().tiers
+        assert after is not None
+        assert after.loads == before.loads, "saving leaves blocks where they are"
+        assert torch.equal(forwards(model, stream.cache, more, [8, 1]), want)
+    with kvsieve.load(path, model, backend=backend) as loaded:
+        tiers = loaded.stats().tiers
+        assert tiers is not None
+        assert tiers.bytes_in_file > 0
+        assert backend == "reference" or tiers.bytes_in_memory <= 6 * BLOCK
+        assert torch.equal(forwards(model, loaded.cache, more, [8, 1]), want)
+    unnamed = kvsieve.stream(model, tiered(tmp_path), backend)
+    with unnamed, pytest.raises(UnsupportedError, match="cannot be written as text"):
+        unnamed.save(path)
 
 
 def test_forks_on_threads(tmp_path: Path) -> None:
@@ -232,6 +280,48 @@ def test_a_file_that_is_damaged(tmp_path: Path) -> None:
         os.truncate(file, 1000)
         with pytest.raises(TierError, match="shorter"):
             stream.feed(tiny.ids(1, 3))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_disk_that_is_full_loses_nothing(background: bool, tmp_path: Path) -> None:
+    """A limit on the size of files stands for it: the forward that could not write says so, and the stream goes on."""
+    model, ids = tiny.model(), tiny.ids(1, 500)
+    with (
+        kvsieve.stream(model, kvsieve.Full(), "cpu") as full,
+        kvsieve.stream(model, tiered(tmp_path, background=background), "cpu") as stream,
+    ):
+        full.feed(ids)
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (8192, before[1]))
+        try:
+            with pytest.raises(TierFullError, match="they stay in memory"):
+                stream.feed(ids)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert stream.seen == full.seen == 500
+        assert torch.equal(*(forwards(model, one.cache, tiny.ids(1, 130, 2), [128, 1]) for one in (stream, full)))
+        assert same_memory(full, stream)
+        stats = stream.stats().tiers
+        assert stats is not None
+        assert stats.spills > 0, "there is space again"
+
+
+def test_a_folder_that_is_deleted_while_its_file_is_in_use(tmp_path: Path) -> None:
+    """The file has no name, so nobody can delete it; its folder may go, and the file still grows."""
+    model, folder = tiny.model(), tmp_path / "blocks"
+    folder.mkdir()
+    with kvsieve.stream(model, kvsieve.Full(), "cpu") as full, kvsieve.stream(model, tiered(folder), "cpu") as stream:
+        for one in (full, stream):
+            one.feed(tiny.ids(1, 500), chunk=100)
+        assert list(folder.iterdir()) == []
+        folder.rmdir()
+        before = stream.stats().tiers
+        got, want = (forwards(model, one.cache, tiny.ids(1, 400, 2), [100]) for one in (stream, full))
+        assert torch.equal(got, want)
+        after = stream.stats().tiers
+        assert before is not None
+        assert after is not None
+        assert after.bytes_in_file > before.bytes_in_file
 
 
 def test_a_forked_process_writes_to_no_file_that_is_not_its_own(tmp_path: Path) -> None:

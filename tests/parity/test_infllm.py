@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import random
+from functools import partial
 from typing import Any
 
 import kvsieve
@@ -11,8 +13,10 @@ import torch
 from fetched import FetchingLayer, Numbers, infllm, rope
 from kvsieve.backends.base import AttendCall
 from kvsieve.backends.pieces import attend_pieces
+from kvsieve.errors import UnsupportedError
 from kvsieve.methods.infllm import InfLLMSelection
 from kvsieve.policy.select import Piece
+from kvsieve.policy.specs import make_planner
 from kvsieve.runtime.summaries import Bounds, Table
 from tiny import BACKENDS
 
@@ -367,7 +371,59 @@ def test_residents_are_found_by_number() -> None:
         assert found == slots[lo:hi]
 
 
-def test_tables_grow_and_their_forks_do_not_see_each_other() -> None:
+@pytest.mark.parametrize("width", [1, 3, 40])
+def test_residents_alone_are_those_that_spans_and_parts_tell(width: int) -> None:
+    """Also where the last block is shared, and is copied by the step, and of a row that gets nothing."""
+    from kvsieve._core import Residents
+
+    planner = make_planner(kvsieve.InfLLM(64).specs(1), "pre_rope")
+    planner.begin([150, 70], 150, True, False)
+    planner.commit()
+    step = planner.begin_residents([width, 0], width)
+    assert step.parts() == []
+    assert step.spans() is None
+    planner.rollback()
+    for planned, lens in itertools.product((planner, planner.fork()), ([width, width - 1], [0, width])):
+        found = []
+        for begin in (
+            partial(planned.begin, lens, width, True, False),
+            partial(planned.begin, lens, width, True, True),
+            partial(planned.begin_residents, lens, width),
+        ):
+            step = begin()
+            rows = [Residents(step, row) for row, count in enumerate(lens) if count]
+            found.append([(len(x), x.runs(0, len(x)), x.runs(60, 130)) for x in rows])
+            planned.rollback()
+        assert found[0] == found[1] == found[2]
+    for policy in (kvsieve.StreamingLLM(64), kvsieve.LMInfinite(64)):
+        with pytest.raises(UnsupportedError, match="keeps and shows all"):
+            make_planner(policy.specs(1), policy.stored_keys).begin_residents([1], 1)
+
+
+@pytest.mark.parametrize("per_head", [False, True])
+@pytest.mark.parametrize(("kv_heads", "size"), [(1, 8), (2, 64), (4, 128), (3, 80)])
+def test_summaries_are_compared_bit_for_bit_alike_however_they_are_cut(
+    per_head: bool, kv_heads: int, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(size)
+    data = torch.randn(kv_heads, 300, size, generator=generator)
+    data[:, 200:] = data[:, :100]
+    q = torch.randn(2 * kv_heads, 3, size, generator=generator)
+    layer = FetchingLayer("cpu", kvsieve.InfLLM(64, per_head=per_head), AttendCall(0.3))
+    mean = q.sum(1).view(kv_heads, 2, size).sum(1)
+    whole = (data * mean[:, None]).sum(-1) if per_head else (data.transpose(0, 1).flatten(1) * mean.flatten()).sum(-1)[None]
+    for slab, piece in ((1024, 1 << 18), (128, 1 << 18), (64, 4 * kv_heads * size * 7), (1024, 1)):
+        monkeypatch.setattr("kvsieve.runtime.summaries.SLAB", slab)
+        monkeypatch.setattr("kvsieve.runtime.summaries.PIECE", piece)
+        table = Table.of(data)
+        assert torch.equal(layer.part._compare(q, table, range(300)), whole)
+        assert torch.equal(layer.part._compare(q, table, range(3, 290)), whole[:, 3:290])
+        assert torch.equal(whole[:, 200:], whole[:, :100]), "equal summaries are equally good"
+
+
+@pytest.mark.parametrize("slab", [1024, 16])
+def test_tables_grow_and_their_forks_do_not_see_each_other(slab: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvsieve.runtime.summaries.SLAB", slab)
     generator = torch.Generator().manual_seed(0)
     rng, tables = random.Random(0), [(Table.of(torch.zeros(2, 0, 3)), torch.zeros(2, 0, 3))]
     for _ in range(300):
@@ -380,9 +436,13 @@ def test_tables_grow_and_their_forks_do_not_see_each_other() -> None:
             grown, data = table.then(more), torch.cat([data, more], 1)
         tables.append((grown, data))
         assert all(torch.equal(t.data, d) for t, d in tables)
+        assert len(grown) == data.shape[1]
+        lo = rng.randint(0, len(grown))
+        pieces = [piece.transpose(0, 1) for piece in grown.pieces(lo, len(grown))]
+        assert torch.equal(torch.cat([data[:, :lo], *pieces], 1), data)
     one = Table.of(torch.zeros(1, 1, 4))
     copies = set()
     for _ in range(1000):
         one = one.then(torch.zeros(1, 1, 4))
-        copies.add(one.memory[0])
-    assert len(copies) <= 10, "its memory doubles"
+        copies.update(one.memory)
+    assert len(copies) <= 10 or slab == 16, "its memory doubles, and then comes in slabs"

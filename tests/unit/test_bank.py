@@ -445,6 +445,42 @@ def test_another_process_that_writes_is_noticed(tmp_path: Path) -> None:
         assert "BlockingIOError" in told.stderr
 
 
+def test_a_reader_sees_the_old_bank_until_the_writer_in_another_process_has_written(tmp_path: Path) -> None:
+    """A second writer is refused in either process; who reads meanwhile gets the old file, whole."""
+    path = tmp_path / "a.bank"
+    file.write(path, content())
+    program = (
+        "import sys, kvsieve\n"
+        "bank = kvsieve.MemoryBank.load(sys.argv[1])\n"
+        "bank.forget('a')\n"
+        "print('changed', flush=True)\n"
+        "sys.stdin.readline()\n"
+        "bank.save()\n"
+        "print('saved', flush=True)\n"
+        "sys.stdin.read()\n"
+        "bank.close()\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-W", "ignore", "-c", program, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as other:
+        assert other.stdout is not None
+        assert other.stdin is not None
+        assert other.stdout.readline() == "changed\n"
+        with pytest.raises(BankError, match="one writer"):
+            kvsieve.MemoryBank.load(path)
+        old = kvsieve.MemoryBank.load(path, read_only=True)
+        assert old.book.names == ["a", "b"]
+        other.stdin.write("\n")
+        other.stdin.flush()
+        assert other.stdout.readline() == "saved\n"
+        assert old.book.names == ["a", "b"], "what was read is a value"
+        assert kvsieve.MemoryBank.load(path, read_only=True).book.names == ["b"]
+        other.communicate("")
+    assert other.returncode == 0
+    with kvsieve.MemoryBank.load(path) as mine:
+        assert mine.book.names == ["b"]
+
+
 def test_a_bank_that_is_dropped_gives_its_lock_back(tmp_path: Path) -> None:
     path = tmp_path / "a.bank"
     kvsieve.MemoryBank(path).open()

@@ -60,6 +60,7 @@ class Capabilities:
         stored_keys: as of :class:`SelectionCapabilities`, of what it attends to without a selection.
         storage: ways to store compressed tokens: ``"pruned"`` (fewer channels), ``"quantized"`` (codes).
         needs_parts: whether every step must come with its parts, decoding steps included.
+        residents_suffice: whether a step that tells where residents lie, and no more, is enough for :meth:`Store.attend_pieces`.
         tells_lse: whether attention can tell its log-sum-exp (:meth:`Store.run_with_lse`), which a bank's answer is joined by.
         tiers: whether blocks may lie in a file (:class:`kvsieve.backends.tiers.HoldsTiers`).
     """
@@ -73,6 +74,7 @@ class Capabilities:
     stored_keys: frozenset[str] = frozenset({"post_rope", "pre_rope"})
     storage: frozenset[str] = frozenset({"pruned", "quantized"})
     needs_parts: bool = False
+    residents_suffice: bool = False
     tells_lse: bool = True
     tiers: bool = True
 

@@ -59,6 +59,7 @@ class Engine(Held):
         self._top_k_from = max(select.from_layer if select.top_k else 0 for select in selects)
         self._with_parts = backend.capabilities.needs_parts or self.reads_top_k
         self._stores_all = len(policy.memories) > 1 or any(part.stores_all for part in self.parts)
+        self._only_residents = backend.capabilities.residents_suffice and any(part.tells_reads for part in self.parts)
         self._expected: _Expected | None = None
 
     # -------------------------------------------------------------------------------------------------------------- one forward
@@ -184,7 +185,10 @@ class Engine(Held):
         for part in self.parts:
             part.begin(forward)
         store_all = self._stores_all or forward.width <= FEW or forward.verifying
-        forward.step = self.planner.begin(forward.lens, forward.width, store_all, self._with_parts)
+        if self._only_residents:
+            forward.step = self.planner.begin_residents(forward.lens, forward.width)
+        else:
+            forward.step = self.planner.begin(forward.lens, forward.width, store_all, self._with_parts)
         self.forward = forward
         return forward
 

@@ -25,7 +25,7 @@ from kvsieve.backends.ranking import greatest
 from kvsieve.errors import PolicyError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
-from kvsieve.runtime.summaries import News, Summed, summary_of
+from kvsieve.runtime.summaries import News, Summed, Table, summary_of
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -93,6 +93,7 @@ class Fetching(StreamPart):
 
     name = "fetching"
     stores_all = True
+    tells_reads = True
 
     def __init__(self, rule: FetchedSelection, setting: Setting) -> None:
         self.rule, self.summary = rule, summary_of(rule)
@@ -191,21 +192,22 @@ class Fetching(StreamPart):
             blocks = [list(among)]
         else:
             assert state is not None
-            scores = self._compare(q, state.table.data[:, among.start : among.stop])
+            scores = self._compare(q, state.table, among)
             found = greatest(scores, most)
             found = torch.where(scores.gather(-1, found) > -torch.inf, found + among.start, -1)
             blocks, compared = [[block for block in row if block >= 0] for row in found.tolist()], len(among)
         return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks))
 
-    def _compare(self, q: torch.Tensor, summaries: torch.Tensor) -> torch.Tensor:
-        """How well summaries ``[Hkv, n, R]`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads; NaN is
+    def _compare(self, q: torch.Tensor, table: Table, among: range) -> torch.Tensor:
+        """How well summaries ``among`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads; NaN is
         ``-inf``, and that is not fetched."""
-        asked = self.summary.asked(q, summaries.shape[0])
-        if self.rule.per_head:
-            scores = (summaries * asked[:, None]).sum(-1)
-        else:
-            # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
-            scores = (summaries.transpose(0, 1).flatten(1) * asked.flatten()).sum(-1)[None]
+        pieces = list(table.pieces(among.start, among.stop))
+        asked = self.summary.asked(q, pieces[0].shape[1])
+        if not self.rule.per_head:
+            pieces, asked = [piece.flatten(1) for piece in pieces], asked.flatten()
+        # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
+        scores = torch.cat([(piece * asked).sum(-1) for piece in pieces])
+        scores = scores.T.contiguous() if self.rule.per_head else scores[None]
         return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
     def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
@@ -304,7 +306,7 @@ class Fetching(StreamPart):
     @property
     def bytes_of_summaries(self) -> int:
         states = [state for layers in self.rows for state in layers.values()]
-        shared = dict(state.table.memory for state in states)
+        shared = {number: size for state in states for number, size in state.table.memory.items()}
         own = {id(state): state.nbytes for state in states}
         return sum(shared.values()) + sum(own.values())
 

@@ -180,6 +180,8 @@ class StreamPart:
     """Its name in a session file."""
     stores_all: ClassVar[bool] = False
     """Whether every token of a forward is stored, even one that the policy will evict at once."""
+    tells_reads: ClassVar[bool] = False
+    """Whether it answers for every layer, and tells itself what queries read: a step then need not."""
 
     # ------------------------------------------------------------------------------------------------------------ one forward
 

@@ -15,7 +15,7 @@ at a distance, summaries, or the keys that they are made of, are rotated by as m
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -30,59 +30,97 @@ if TYPE_CHECKING:
 __all__ = ["KINDS", "Bounds", "ChunkAttention", "MeanKey", "News", "Representatives", "Summary", "Summed", "Table", "summary_of"]
 
 
-class _Shared:
-    """Memory of a table and of all that have grown from it: ``[capacity, Hkv, D]``, of which ``used`` blocks are written."""
+SLAB = 1024
+"""Blocks whose summaries lie side by side. Slabs never move, so a text that grows leaves no holes in the heap."""
 
-    def __init__(self, data: torch.Tensor) -> None:
-        self.data, self.used = data, 0
+PIECE = 1 << 20
+"""Bytes of summaries that are compared at once: what a product writes is still in the cache when it is summed up."""
+
+
+class _Slab:
+    """Memory of at most :data:`SLAB` summaries, ``[capacity, Hkv, D]``, of which ``used`` are written. Tables share it."""
+
+    def __init__(self, like: torch.Tensor, capacity: int) -> None:
+        # A tensor made in inference mode could not be written outside of it.
+        with torch.inference_mode(False):
+            self.data = torch.empty(capacity, *like.shape[1:], dtype=like.dtype, device=like.device)
+        self.used = 0
         self.lock = threading.Lock()
+
+    def then(self, count: int, more: torch.Tensor) -> _Slab:
+        """One whose first ``count`` summaries are this one's, and then ``more`` ``[m, Hkv, D]``: itself, where there is room, and
+        nothing else has gone on from there."""
+        end = count + more.shape[0]
+        with self.lock:
+            if self.used == count and end <= self.data.shape[0]:
+                self.data[count:end] = more
+                self.used = end
+                return self
+        grown = _Slab(more, min(max(2 * end, 16), SLAB))
+        grown.data[:count], grown.data[count:end] = self.data[:count], more
+        grown.used = end
+        return grown
 
 
 class Table:
     """Summaries of the first blocks of a row, float32 ``[Hkv, n, R]``, mostly of a key's size. A value: growing makes another one.
 
-    It grows in memory that it shares with what it has grown from, so a block costs no copy of the others; where two forks grow from
-    one table the second one copies it.
+    It grows in slabs that it shares with what it has grown from, so a block costs no copy of the others; where two forks grow from
+    one table the second one copies the last slab.
     """
 
-    def __init__(self, shared: _Shared, count: int) -> None:
-        self._shared, self._count = shared, count
+    def __init__(self, full: tuple[_Slab, ...], last: _Slab, count: int) -> None:
+        self._full, self._last, self._count = full, last, count
 
     @classmethod
     def of(cls, data: torch.Tensor) -> Table:
         """The summaries ``data`` ``[Hkv, n, D]``."""
-        empty = cls(_Shared(data.new_empty(0, data.shape[0], data.shape[2])), 0)
-        return empty.then(data)
+        like = data.transpose(0, 1)
+        return cls((), _Slab(like, 0), 0).then(data)
 
     def __len__(self) -> int:
-        return self._count
+        return len(self._full) * SLAB + self._count
+
+    def pieces(self, lo: int, hi: int) -> Iterator[torch.Tensor]:
+        """Summaries ``lo..hi`` in order, some ``[m, Hkv, D]`` at a time; not to be written to."""
+        row = self._last.data.shape[1:].numel() * self._last.data.itemsize
+        size = max(1, PIECE // max(row, 1))
+        for at, slab in enumerate((*self._full, self._last)):
+            first = at * SLAB
+            for begin in range(max(lo, first), min(hi, first + SLAB), size):
+                end = min(begin + size, hi, first + SLAB)
+                yield slab.data[begin - first : end - first]
 
     @property
     def data(self) -> torch.Tensor:
-        """``[Hkv, n, D]``; not to be written to. Block by block in memory: all heads are compared at once."""
-        return self._shared.data[: self._count].transpose(0, 1)
+        """``[Hkv, n, D]``, copied."""
+        parts = [*(slab.data for slab in self._full), self._last.data[: self._count]]
+        return torch.cat(parts).transpose(0, 1)
 
     @property
-    def memory(self) -> tuple[int, int]:
-        """A number for the memory that it shares with others, and how many bytes that is."""
-        return id(self._shared), self._shared.data.nbytes
+    def memory(self) -> dict[int, int]:
+        """Bytes of each piece of memory that it shares with others, by a number for that piece."""
+        return {id(slab): slab.data.nbytes for slab in (*self._full, self._last)}
 
     def first(self, count: int) -> Table:
         """The first ``count`` of them."""
-        return self if count >= self._count else Table(self._shared, count)
+        if count >= len(self):
+            return self
+        slabs = (*self._full, self._last)
+        whole, rest = divmod(max(count - 1, 0), SLAB)
+        return Table(slabs[:whole], slabs[whole], rest + min(count, 1))
 
     def then(self, more: torch.Tensor) -> Table:
         """These, and ``more`` ``[Hkv, m, D]``."""
-        shared, end = self._shared, self._count + more.shape[1]
-        with shared.lock:
-            if shared.used == self._count and end <= shared.data.shape[0]:
-                shared.data[self._count : end] = more.transpose(0, 1)
-                shared.used = end
-                return Table(shared, end)
-        grown = _Shared(more.new_empty(max(2 * end, 16), more.shape[0], more.shape[2]))
-        grown.data[: self._count], grown.data[self._count : end] = shared.data[: self._count], more.transpose(0, 1)
-        grown.used = end
-        return Table(grown, end)
+        new = more.detach().transpose(0, 1)
+        full, last, count, at = self._full, self._last, self._count, 0
+        while at < new.shape[0]:
+            if count == SLAB:
+                full, last, count = (*full, last), _Slab(new, SLAB), 0
+            take = min(new.shape[0] - at, SLAB - count)
+            last = last.then(count, new[at : at + take])
+            count, at = count + take, at + take
+        return Table(full, last, count)
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +146,7 @@ class Summed:
     @property
     def tensors(self) -> dict[str, torch.Tensor]:
         """Copies for a session file."""
-        found = {"table": self.table.data.clone(memory_format=torch.contiguous_format), "scores": self.scores.clone()}
+        found = {"table": self.table.data.contiguous(), "scores": self.scores.clone()}
         return {**found, "queries": torch.cat(self.queries, 1)} if self.queries else found
 
     @classmethod

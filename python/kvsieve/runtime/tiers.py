@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, cast
 
+from kvsieve.backends.heap import trim_heap
 from kvsieve.backends.tiers import HoldsTiers, TierCounts
 from kvsieve.budget import BLOCK
 from kvsieve.errors import BudgetError
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from kvsieve.policy.storage import Tiered
 
 __all__ = ["Tiers", "capacity"]
+
+TIDY = 8192
+"""Tokens that are read between two times at which the heap is trimmed: what a prompt needs on its way leaves holes in it, and a
+text that lies in a file is to take no memory."""
 
 
 def capacity(rule: Tiered, facts: ModelFacts) -> int:
@@ -64,6 +69,7 @@ class Tiers(StreamPart):
             self._blocks.tiers = SharedTiers(setting.backend.make_tier(None if rule.disk is None else str(rule.disk)))
         self._shared: SharedTiers | None = self._blocks.tiers
         self._all: Runs = []
+        self._read = 0
 
     @classmethod
     def of(cls, setting: Setting) -> Tiers | None:
@@ -85,6 +91,7 @@ class Tiers(StreamPart):
 
     def begin(self, forward: Forward) -> None:
         planner = self._blocks.planner
+        self._read += sum(forward.lens)
         self._keep_newest()
         if not self._fetches:
             self._all = [run for row in range(planner.num_rows) for run in planner.runs(0, row)]
@@ -109,6 +116,9 @@ class Tiers(StreamPart):
             kept = self._shared.kept
             for store in self._blocks.stores.values():
                 _tiered(store).trim(kept, self._rule.background)
+        if self._read >= TIDY:
+            self._read = 0
+            trim_heap()
 
     def _keep_newest(self) -> None:
         """The newest tokens of each row are in memory, and stay there."""

@@ -1,7 +1,7 @@
 """What a stream was told: the one place where ids, pads, and tokens that were said but not read are kept.
 
 A row's conversation is ``ids`` (what the model has read) and then ``unread`` (what was sampled and returned, but not yet fed to the
-model). Every value here is immutable and shared: forks, marks and reordered rows copy references. Ids cost 8 bytes a token, in
+model). Every value here is immutable and shared: forks, marks and reordered rows copy references. Ids cost 4 bytes a token, in
 chunks that are written once.
 
 *Columns* are what transformers is told: the width of the left-padded batch over everything seen. Rows may have pads in other places
@@ -29,8 +29,8 @@ UNKNOWN = -1
 
 
 class Ids:
-    """An immutable sequence of token ids, int64. Appending shares what is there; the tail is copied only where another sequence has
-    gone on from the same place."""
+    """An immutable sequence of token ids, held as int32. Appending shares what is there; the tail is copied only where another
+    sequence has gone on from the same place."""
 
     __slots__ = ("_count", "_full", "_tail", "_written")
 
@@ -76,12 +76,12 @@ class Ids:
     def last(self) -> torch.Tensor:
         """The newest id, int64 ``[1]``."""
         assert self._tail is not None
-        return self._tail[self._count - 1 : self._count].clone()
+        return self._tail[self._count - 1 : self._count].long()
 
     def tensor(self) -> torch.Tensor:
         """The ids, int64 ``[n]``, copied."""
         chunks = [*self._full, *([] if self._tail is None else [self._tail[: self._count]])]
-        return torch.cat(chunks) if chunks else torch.zeros(0, dtype=torch.int64)
+        return torch.cat(chunks).long() if chunks else torch.zeros(0, dtype=torch.int64)
 
     def _chunks(self) -> list[torch.Tensor]:
         return [*self._full, *([] if self._tail is None else [self._tail])]
@@ -90,7 +90,7 @@ class Ids:
 def _buffer(device: torch.device) -> torch.Tensor:
     # A tensor made in inference mode could not be written outside of it.
     with torch.inference_mode(False):
-        return torch.empty(CHUNK, dtype=torch.int64, device=device)
+        return torch.empty(CHUNK, dtype=torch.int32, device=device)
 
 
 @dataclass(frozen=True, eq=False)

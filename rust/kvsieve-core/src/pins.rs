@@ -46,9 +46,8 @@ impl Pins {
         self.ranges.iter().map(|r| r.end.saturating_sub(r.start.max(first))).sum()
     }
 
-    /// Which of `positions` (ascending) are pinned, as ranges of their indices.
-    pub fn held_in<'a>(&'a self, positions: &'a [Position]) -> impl Iterator<Item = Range<usize>> + 'a {
-        let below = |at: Position| positions.partition_point(|&p| p < at);
+    /// Which of some ascending positions are pinned, as ranges of their indices, where `below` says how many are below one.
+    pub fn held_in<'a>(&'a self, below: impl Fn(Position) -> usize + 'a) -> impl Iterator<Item = Range<usize>> + 'a {
         self.ranges.iter().map(move |r| below(r.start)..below(r.end)).filter(|r| !r.is_empty())
     }
 }

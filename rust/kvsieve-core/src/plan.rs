@@ -5,6 +5,7 @@
 //! queries at once, new tokens still outside the store).
 
 use crate::ids::{BlockId, Position, Run};
+use std::sync::Arc;
 
 /// Which form of the keys a stream stores.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -114,6 +115,8 @@ pub struct Step {
     pub spans: Option<Spans>,
     /// Always those of memories read by selection; all of them when asked for, and when there are no spans.
     pub parts: Vec<Part>,
+    /// Instead of both, where the layers are told elsewhere what they read: where the residents of each row lie, in text order.
+    pub residents: Option<Vec<Arc<[Run]>>>,
     /// The true position of the first new token of each row.
     pub first_new: Vec<Position>,
 }

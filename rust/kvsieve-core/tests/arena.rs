@@ -18,6 +18,7 @@ fn step(rows: usize, queries: usize, new_lens: &[usize], copies: Vec<Move>, appe
         appends,
         spans: None,
         parts: Vec::new(),
+        residents: None,
         first_new: vec![0; rows],
     }
 }

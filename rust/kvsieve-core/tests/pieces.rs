@@ -90,7 +90,8 @@ fn pieces_are_seen_where_they_are_told() {
                 let mut out = Data::of(&vec![7.0; heads * 32], dtype);
                 let mut lse = vec![7.0; heads];
                 let (runs, pieces) = (&RUNS[..], &given[..]);
-                let args = AttendPieces { q, runs, pieces, scored, rope, scale, softcap, sinks, threads, level };
+                let args =
+                    AttendPieces { q, runs, starts: &[], pieces, scored, rope, scale, softcap, sinks, threads, level };
                 let mass = attend_pieces(&arena, &args, out.elems_mut(), Some(&mut lse), &|| false).unwrap();
                 let what = format!("round {round} {level:?} {dtype:?}");
                 assert!(off(&out.f64s(), &exact.f64s()) <= tolerance(dtype), "{what}");
@@ -149,8 +150,19 @@ fn pieces_that_are_none_are_refused() {
     let q = noise.data(2 * 2 * 16, Dtype::F32);
     let attended = |q: View<'_>, piece: Piece, scored| {
         let (scale, softcap, sinks, threads, level, rope) = (1.0, None, None, 1, levels()[0], None);
-        let args =
-            AttendPieces { q, runs: &RUNS, pieces: &[piece], scored, rope, scale, softcap, sinks, threads, level };
+        let args = AttendPieces {
+            q,
+            runs: &RUNS,
+            starts: &[],
+            pieces: &[piece],
+            scored,
+            rope,
+            scale,
+            softcap,
+            sinks,
+            threads,
+            level,
+        };
         let mut out = Data::of(&[7.0; 32], Dtype::F32);
         let done = attend_pieces(&arena, &args, out.elems_mut(), None, &|| false);
         assert_eq!(done.is_err(), out == Data::of(&[7.0; 32], Dtype::F32), "a refused call writes nothing");

@@ -16,7 +16,7 @@ fn held(planner: &Planner, row: usize) -> Held {
     let mut out = Held::new();
     for m in 0..planner.num_memories() {
         let positions = planner.positions(m, row).unwrap();
-        for ((block, slot), &p) in slots(planner.runs(m, row).unwrap()).zip(positions) {
+        for ((block, slot), p) in slots(planner.runs(m, row).unwrap()).zip(positions) {
             out.insert((block.0, slot), (m, p));
         }
     }

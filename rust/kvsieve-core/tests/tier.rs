@@ -216,6 +216,7 @@ fn what_changes_a_block_loads_it_and_makes_its_copy_void() {
         appends: vec![append(5, 0), append(2, 1), append(4, 2)],
         spans: None,
         parts: Vec::new(),
+        residents: None,
         first_new: vec![0],
     };
     for arena in [&mut arena, &mut twin] {

@@ -1,5 +1,7 @@
 //! Attention of one query to pieces of its row's text, and where the residents of a row lie.
 
+use std::sync::Arc;
+
 use kvsieve_core::Error;
 use kvsieve_core::ids::Run;
 use kvsieve_core::kernels::isa::isa;
@@ -16,7 +18,7 @@ use crate::store::{Store, sink_logits, strided};
 /// Where the residents of a row lie once a step's tokens are stored, in text order.
 #[pyclass(frozen, sequence, module = "kvsieve._core")]
 pub struct Residents {
-    runs: Vec<Run>,
+    runs: Arc<[Run]>,
     /// The first resident of each run, and how many there are.
     starts: Vec<u32>,
 }
@@ -30,10 +32,13 @@ impl Residents {
             let (what, expected) = ("row", "a row of the step");
             return Err(to_py(Error::OutOfRange { what, expected, got: row.to_string() }));
         }
-        let runs = select::Residents::of(&step.inner, row).map_err(to_py)?.runs;
+        let runs: Arc<[Run]> = match &step.inner.residents {
+            Some(rows) => Arc::clone(&rows[row]),
+            None => select::Residents::of(&step.inner, row).map_err(to_py)?.runs.into(),
+        };
         let mut starts = Vec::with_capacity(runs.len() + 1);
         let mut len = 0;
-        for run in &runs {
+        for run in runs.iter() {
             starts.push(len);
             len += run.len();
         }
@@ -98,9 +103,10 @@ fn attend_pieces<'py>(
         Some(lse) => Some(lse.as_slice_mut().map_err(|_| strided("lse"))?),
         None => None,
     };
-    let (runs, rope) = (&residents.runs[..], rope.map(|rope| &rope.inner));
+    let (runs, starts, rope) = (&residents.runs[..], &residents.starts[..], rope.map(|rope| &rope.inner));
     let level = isa().map_err(to_py)?;
-    let args = AttendPieces { q: view, runs, pieces: &given, scored, rope, scale, softcap, sinks, threads, level };
+    let args =
+        AttendPieces { q: view, runs, starts, pieces: &given, scored, rope, scale, softcap, sinks, threads, level };
     let signals = Signals::default();
     let done = store.read(py, usize::MAX, |arena| pieces::attend_pieces(arena, &args, out, lse, &|| signals.arrived()));
     let mass = done.map_err(|err| signals.error(err))?;

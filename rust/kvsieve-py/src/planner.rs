@@ -65,6 +65,12 @@ impl Planner {
         Ok(Step::new(inner))
     }
 
+    /// As `begin`, with neither spans nor parts: what queries read, and where, is said elsewhere.
+    fn begin_residents(&self, py: Python<'_>, new_lens: Vec<usize>, num_queries: usize) -> PyResult<Step> {
+        let inner = self.run(py, |p| p.begin_residents(&new_lens, num_queries))?;
+        Ok(Step::new(inner))
+    }
+
     fn commit(&self) -> PyResult<()> {
         self.get().commit().map_err(to_py)
     }
@@ -268,7 +274,7 @@ impl Planner {
     }
 
     fn scores(&self, py: Python<'_>, memory: usize, row: usize) -> PyResult<Py<PyArray1<f32>>> {
-        let scores = self.get().scores(memory, row).map_err(to_py)?.to_vec();
+        let scores = self.get().scores(memory, row).map_err(to_py)?;
         Ok(scores.into_pyarray(py).unbind())
     }
 

@@ -5,4 +5,10 @@ from kvsieve.backends.capabilities import FLOATS, Capabilities, SelectionCapabil
 
 __all__ = ["CAPABILITIES"]
 
-CAPABILITIES = Capabilities("cpu", SelectionCapabilities(frozenset(selection_rules())), devices=frozenset({"cpu"}), dtypes=FLOATS)
+CAPABILITIES = Capabilities(
+    "cpu",
+    SelectionCapabilities(frozenset(selection_rules())),
+    devices=frozenset({"cpu"}),
+    dtypes=FLOATS,
+    residents_suffice=True,
+)

@@ -6,4 +6,6 @@ from kvsieve.backends.rules import kinds
 
 __all__ = ["CAPABILITIES"]
 
-CAPABILITIES = Capabilities("reference", SelectionCapabilities(kinds(select.__path__), definitions=True), needs_parts=True)
+CAPABILITIES = Capabilities(
+    "reference", SelectionCapabilities(kinds(select.__path__), definitions=True), needs_parts=True, residents_suffice=True
+)

@@ -44,6 +44,11 @@ impl Kind {
         }
     }
 
+    /// Whether some free block lies below one in use.
+    fn has_gaps(&self) -> bool {
+        self.free.peek().is_some_and(|free| free.0 < self.high)
+    }
+
     fn in_use(&self) -> Vec<bool> {
         self.refs.iter().map(|&refs| refs > 0).collect()
     }
@@ -88,6 +93,11 @@ impl Pool {
     pub fn lowest_free(&self, like: BlockId) -> Option<BlockId> {
         let base = if like.is_packed() { PACKED } else { 0 };
         self.kind(like.is_packed()).free.peek().map(|r| BlockId(r.0 + base))
+    }
+
+    /// Whether some free block lies below one in use of its kind.
+    pub fn has_gaps(&self) -> bool {
+        self.plain.has_gaps() || self.packed.has_gaps()
     }
 
     /// Adds a reference to a block that is already held.

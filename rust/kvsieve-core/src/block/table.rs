@@ -6,9 +6,11 @@ use std::ops::Range;
 
 mod edit;
 mod join;
+mod known;
 mod pack;
 mod sieve;
 pub use edit::Edit;
+pub use known::{Ascending, Positions, Scores};
 
 /// One resident and where it sits.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -31,8 +33,8 @@ pub struct Mark {
 #[derive(Clone, Debug, Default)]
 pub struct Table {
     runs: Vec<Run>,
-    positions: Vec<Position>,
-    scores: Vec<f32>,
+    positions: Positions,
+    scores: Scores,
     fresh: usize,
 }
 
@@ -42,28 +44,28 @@ impl Table {
     }
 
     pub fn is_empty(&self) -> bool {
-        self.positions.is_empty()
+        self.len() == 0
     }
 
     pub fn runs(&self) -> &[Run] {
         &self.runs
     }
 
-    pub fn positions(&self) -> &[Position] {
-        &self.positions
+    pub fn positions(&self) -> Ascending<'_> {
+        self.positions.view()
     }
 
-    pub fn scores(&self) -> &[f32] {
+    pub fn scores(&self) -> &Scores {
         &self.scores
     }
 
-    pub fn scores_mut(&mut self) -> &mut [f32] {
+    pub fn scores_mut(&mut self) -> &mut Scores {
         &mut self.scores
     }
 
     /// Trailing residents of the latest step whose score is not known yet.
     pub fn pending_tail(&self) -> usize {
-        self.scores.iter().rev().take(self.fresh).take_while(|s| s.is_nan()).count()
+        self.scores.unknown_tail(self.fresh)
     }
 
     /// How many residents lie in packed blocks: always the first ones.
@@ -73,8 +75,8 @@ impl Table {
 
     /// The residents at positions `range`, as a range of their numbers.
     pub fn within(&self, range: &Range<Position>) -> Range<usize> {
-        let below = |at: Position| self.positions.partition_point(|&p| p < at);
-        below(range.start)..below(range.end)
+        let positions = self.positions();
+        positions.below(range.start)..positions.below(range.end)
     }
 
     /// The blocks that this table holds a reference to, once for each reference. Runs of one block are neighbours and ascend, so each
@@ -120,15 +122,15 @@ impl Table {
     pub fn append(&mut self, positions: impl Iterator<Item = Position>, edit: &mut Edit<'_>) -> Vec<Run> {
         let before = self.len();
         self.positions.extend(positions);
-        self.scores.resize(self.len(), f32::NAN);
         self.fresh = self.len() - before;
+        self.scores.grow(self.fresh);
         self.grow(self.fresh, edit)
     }
 
     /// Appends tokens that are known already, from outside any table.
     pub fn load(&mut self, positions: &[Position], scores: &[f32], edit: &mut Edit<'_>) {
-        self.positions.extend_from_slice(positions);
-        self.scores.extend_from_slice(scores);
+        self.positions.extend(positions.iter().copied());
+        self.scores.extend(scores.iter().copied());
         self.fresh = 0;
         self.grow(positions.len(), edit);
     }
@@ -181,7 +183,7 @@ impl Table {
     /// Residents `picked` (ascending) and where they sit.
     pub fn held(&self, picked: impl Iterator<Item = usize>) -> Vec<Held> {
         let mut out = Vec::with_capacity(picked.size_hint().0);
-        let mut runs = self.runs.iter();
+        let (mut runs, positions) = (self.runs.iter(), self.positions());
         let (mut base, mut run) = (0, runs.next());
         for i in picked {
             while let Some(r) = run
@@ -192,7 +194,7 @@ impl Table {
             }
             let Some(r) = run else { break };
             let slot = r.lo + (i - base) as u32;
-            out.push(Held { position: self.positions[i], score: self.scores[i], block: r.block, slot });
+            out.push(Held { position: positions.at(i), score: self.scores.at(i), block: r.block, slot });
         }
         out
     }

@@ -93,7 +93,7 @@ impl Eviction {
     /// ones, whether or not all of them are held; what is pinned stays, and takes its places from the window, or from those for high
     /// scores.
     pub fn decide_first(&self, table: &Table, seen: Position, pins: &Pins, force: bool) -> Result<Decision> {
-        let below = |at: Position| table.positions().partition_point(|&p| p < at);
+        let below = |at: Position| table.positions().below(at);
         match *self {
             Eviction::KeepAll | Eviction::Own { .. } => Ok(Decision::Nothing),
             Eviction::Window { sinks, window } => {
@@ -106,12 +106,12 @@ impl Eviction {
                 if pins.is_empty() {
                     return Ok(Decision::Cut(lo..hi));
                 }
-                let cuts = gaps(lo..hi, pins.held_in(table.positions()));
+                let cuts = gaps(lo..hi, pins.held_in(below));
                 Ok(if cuts.is_empty() { Decision::Nothing } else { Decision::Cuts(cuts) })
             }
             Eviction::Surprisal { budget, published } => {
                 let held = Budget { sinks: below(budget.sinks as Position), ..budget };
-                let pinned: Vec<_> = pins.held_in(table.positions()).collect();
+                let pinned: Vec<_> = pins.held_in(below).collect();
                 by_score(table, held, published, &pinned, force)
             }
         }
@@ -126,9 +126,9 @@ fn by_score(table: &Table, budget: Budget, published: bool, pinned: &[Range<usiz
     }
     let kept = if published {
         let slots = budget.total - budget.sinks - budget.recent;
-        surprisal::keep_published(table.scores(), budget.sinks, slots, budget.recent, 0, pinned)?
+        surprisal::keep_published(&table.scores().list(), budget.sinks, slots, budget.recent, 0, pinned)?
     } else {
-        surprisal::keep(table.scores(), budget, table.pending_tail(), pinned)?
+        surprisal::keep(&table.scores().list(), budget, table.pending_tail(), pinned)?
     };
     Ok(Decision::Keep(kept))
 }

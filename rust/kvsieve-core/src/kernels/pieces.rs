@@ -34,6 +34,8 @@ pub struct AttendPieces<'a> {
     pub q: View<'a>,
     /// All residents of the row in text order.
     pub runs: &'a [Run],
+    /// The first resident of each run, and how many there are, where that is known; else nothing.
+    pub starts: &'a [u32],
     pub pieces: &'a [Piece],
     /// Which of them, one for all heads, is wanted the probabilities of.
     pub scored: Option<usize>,
@@ -85,7 +87,7 @@ pub fn attend_pieces(
 ) -> Result<Vec<f32>> {
     let kv_heads = arena.num_kv_heads();
     check_len("rows and queries", args.q.shape()[0] * args.q.shape()[2], 1)?;
-    let layout = Layout::new(args.runs, &[])?;
+    let layout = Layout::of(args.runs, args.starts)?;
     for piece in args.pieces {
         check(piece, &layout, kv_heads)?;
     }

@@ -1,5 +1,6 @@
 //! Attention to what a search has chosen: search, then read keys and values where they lie.
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
@@ -85,7 +86,7 @@ pub(super) struct Layout<'a> {
     runs: &'a [Run],
     shown: &'a [Shown],
     /// The first resident of each run.
-    starts: Vec<u32>,
+    starts: Cow<'a, [u32]>,
     pub(super) len: u32,
 }
 
@@ -104,7 +105,14 @@ impl<'a> Layout<'a> {
             starts.push(len);
             len += run.len();
         }
-        Ok(Layout { runs, shown, starts, len })
+        Ok(Layout { runs, shown, starts: Cow::Owned(starts), len })
+    }
+
+    /// All keys as they lie. `starts` are the first resident of each run and how many there are, or nothing: then they are counted.
+    pub(super) fn of(runs: &'a [Run], starts: &'a [u32]) -> Result<Self> {
+        let [starts @ .., len] = starts else { return Layout::new(runs, &[]) };
+        check_len("starts", starts.len(), runs.len())?;
+        Ok(Layout { runs, shown: &[], starts: Cow::Borrowed(starts), len: *len })
     }
 
     /// Appends residents `stretch` as the query at `position` sees them, as spans. `from` is a run at or before the first one; returns

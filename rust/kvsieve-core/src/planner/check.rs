@@ -25,7 +25,7 @@ pub(super) fn keep(memories: &[MemorySpec], memory: usize, table: &Table, pins: 
     }
     if memory == 0 {
         let mut left = keep.iter().copied().peekable();
-        for pinned in pins.held_in(table.positions()).flatten() {
+        for pinned in pins.held_in(|at| table.positions().below(at)).flatten() {
             while left.next_if(|&i| i < pinned).is_some() {}
             if left.peek() != Some(&pinned) {
                 return bad("all pinned tokens included", format!("{} indices without {pinned}", keep.len()));
@@ -36,7 +36,7 @@ pub(super) fn keep(memories: &[MemorySpec], memory: usize, table: &Table, pins: 
         return Ok(());
     };
     let sinks = match memory {
-        0 => table.positions().partition_point(|&p| p < budget.sinks as u64),
+        0 => table.positions().below(budget.sinks as u64),
         _ => budget.sinks.min(len),
     };
     if keep.len() > budget.total {

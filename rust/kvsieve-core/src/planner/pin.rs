@@ -162,8 +162,7 @@ impl Row {
         let mut gone = Pins::default();
         gone.add(range.clone());
         for table in &self.tables {
-            let positions = table.positions();
-            let held = &positions[table.within(&range)];
+            let held: Vec<_> = table.positions().of(table.within(&range)).collect();
             let mut at = 0;
             while at < held.len() {
                 let end = at + held[at..].iter().zip(held[at]..).take_while(|&(&p, want)| p == want).count();

@@ -38,13 +38,13 @@ impl Planner {
         Ok(self.table(memory, row)?.len())
     }
 
-    pub fn positions(&self, memory: usize, row: usize) -> Result<&[Position]> {
-        Ok(self.table(memory, row)?.positions())
+    pub fn positions(&self, memory: usize, row: usize) -> Result<Vec<Position>> {
+        Ok(self.table(memory, row)?.positions().to_vec())
     }
 
     /// A score that is not known yet is NaN.
-    pub fn scores(&self, memory: usize, row: usize) -> Result<&[f32]> {
-        Ok(self.table(memory, row)?.scores())
+    pub fn scores(&self, memory: usize, row: usize) -> Result<Vec<f32>> {
+        Ok(self.table(memory, row)?.scores().list().into_owned())
     }
 
     pub fn runs(&self, memory: usize, row: usize) -> Result<&[Run]> {

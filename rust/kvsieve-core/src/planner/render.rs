@@ -12,7 +12,7 @@ use crate::position::{PositionRule, Rule};
 fn keys(row: &Row, m: usize, num_new: usize, appended: usize) -> Keys<'_> {
     let positions = row.tables[m].positions();
     let (residents, num_new) =
-        if m == 0 { (&positions[..positions.len() - appended], num_new) } else { (positions, 0) };
+        if m == 0 { (positions.first(positions.len() - appended), num_new) } else { (positions, 0) };
     Keys { residents, first_new: row.seen, num_new }
 }
 

@@ -94,7 +94,7 @@ impl Row {
         self.seen = seen;
         self.pins.remove(&(seen..Position::MAX));
         for table in &mut self.tables {
-            let from = table.positions().partition_point(|&p| p < seen);
+            let from = table.positions().below(seen);
             table.cut(from..table.len(), edit);
         }
     }

@@ -58,6 +58,9 @@ impl Planner {
         let Self { rows, pool, .. } = self;
         edit(pool, |edit| {
             rows.iter_mut().flat_map(|row| &mut row.tables).for_each(|table| table.pull_up(edit));
+            if !edit.pool.has_gaps() {
+                return Ok(());
+            }
             let mut held: Vec<_> = rows
                 .iter()
                 .flat_map(|row| &row.tables)
@@ -129,7 +132,9 @@ impl Planner {
                 got: format!("({},)", values.len()),
             });
         }
-        self.rows[row].tables[0].scores_mut()[have - values.len()..].copy_from_slice(values);
+        if !values.is_empty() {
+            self.rows[row].tables[0].scores_mut().known()[have - values.len()..].copy_from_slice(values);
+        }
         Ok(())
     }
 
@@ -152,7 +157,7 @@ impl Planner {
         }
         for row in &mut self.rows {
             for (table, factor) in row.tables.iter_mut().zip(factors) {
-                table.scores_mut().iter_mut().for_each(|s| *s *= factor);
+                table.scores_mut().scale(*factor);
             }
         }
         Ok(())

@@ -14,6 +14,19 @@ use crate::position::Always;
 use std::ops::Range;
 use std::sync::Arc;
 
+const NOT_ALL: Error =
+    Error::Unsupported("residents alone tell what is read only where one memory keeps and shows all of them");
+
+/// What a step is to tell.
+#[derive(Clone, Copy)]
+enum Wanted {
+    /// Spans, parts, or both.
+    Reads {
+        with_parts: bool,
+    },
+    Residents,
+}
+
 /// Larger chunks are read part by part: with many queries, reading each key once per chunk wins over one span list per query.
 const MAX_SPAN_QUERIES: usize = 16;
 
@@ -23,6 +36,23 @@ impl Planner {
     /// Unless `store_all`, tokens that the step's own end would evict from a lone window are not stored at all. `with_parts` asks
     /// for parts even where spans suffice; memories read by selection are rendered as parts always.
     pub fn begin(&mut self, new_lens: &[usize], num_queries: usize, store_all: bool, with_parts: bool) -> Result<Step> {
+        self.open(new_lens, num_queries, store_all, Wanted::Reads { with_parts })
+    }
+
+    /// As [`Planner::begin`], for layers that are told themselves what each query reads, and where: the step tells where the residents of
+    /// each row lie, and has neither spans nor parts. Every new token is stored.
+    ///
+    /// # Errors
+    /// Where some resident is not seen, or may have left.
+    pub fn begin_residents(&mut self, new_lens: &[usize], num_queries: usize) -> Result<Step> {
+        let ([memory], [rule]) = (&self.memories[..], &self.rules[..]) else { return Err(NOT_ALL) };
+        if memory.evict != Eviction::KeepAll || rule.visible.is_some() || rule.top_k > 0 {
+            return Err(NOT_ALL);
+        }
+        self.open(new_lens, num_queries, true, Wanted::Residents)
+    }
+
+    fn open(&mut self, new_lens: &[usize], num_queries: usize, store_all: bool, wanted: Wanted) -> Result<Step> {
         self.undo_open();
         self.check_lens(new_lens, num_queries)?;
         let first = self.rows.is_empty();
@@ -32,9 +62,13 @@ impl Planner {
         }
         let stored: Vec<_> = self.rows.iter().zip(new_lens).map(|(r, &n)| self.stored(r, n, store_all)).collect();
         let all_stored = stored.iter().zip(new_lens).all(|(stored, &n)| stored.first.end == n);
-        let fast = all_stored && num_queries <= MAX_SPAN_QUERIES;
+        let (reads, with_parts) = match wanted {
+            Wanted::Residents => (false, false),
+            Wanted::Reads { with_parts } => (true, with_parts),
+        };
+        let fast = reads && all_stored && num_queries <= MAX_SPAN_QUERIES;
         let mut parts = Vec::new();
-        for (index, (row, &n)) in self.rows.iter().zip(new_lens).enumerate() {
+        for (index, (row, &n)) in self.rows.iter().zip(new_lens).enumerate().filter(|_| reads) {
             render::parts(index, row, &self.rules, n, fast && !with_parts, &mut parts);
         }
         let marks = self.rows.iter().map(|row| row.tables[0].mark()).collect();
@@ -58,6 +92,7 @@ impl Planner {
             appends,
             spans: fast.then(|| render::spans(&self.rows, &self.rules, self.frame, new_lens, num_queries)),
             parts,
+            residents: (!reads).then(|| self.rows.iter().map(|row| row.tables[0].runs().into()).collect()),
             first_new: self.rows.iter().map(|r| r.seen).collect(),
         })
     }

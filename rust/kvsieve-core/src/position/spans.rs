@@ -2,6 +2,7 @@
 
 use super::view::{Seen, View};
 use super::{PositionRule, Rule};
+use crate::block::table::Ascending;
 use crate::ids::{BlockId, Position, Run};
 use crate::plan::{Frame, Span};
 
@@ -18,7 +19,7 @@ pub struct Reader<'a> {
     /// Keys of later memories, which stand between this one's sinks and its window.
     pub later: usize,
     /// Positions of all keys, new tokens included.
-    pub positions: &'a [Position],
+    pub positions: Ascending<'a>,
 }
 
 /// Residents `lo..hi` of the table, in consecutive slots of one block.
@@ -89,17 +90,17 @@ impl Reader<'_> {
     }
 
     fn by_position(&self, index: usize) -> i64 {
-        self.query as i64 - self.positions[index] as i64
+        self.query as i64 - self.positions.at(index) as i64
     }
 
     /// Splits where true positions jump.
     fn each_contiguous(&self, mut piece: Piece, mut each: impl FnMut(Piece)) {
         let p = self.positions;
-        if p[piece.hi - 1] - p[piece.lo] == (piece.hi - 1 - piece.lo) as u64 {
+        if p.at(piece.hi - 1) - p.at(piece.lo) == (piece.hi - 1 - piece.lo) as u64 {
             return each(piece);
         }
         for cut in piece.lo + 1..piece.hi {
-            if p[cut] != p[cut - 1] + 1 {
+            if p.at(cut) != p.at(cut - 1) + 1 {
                 each(piece.until(cut));
                 piece = piece.after(cut);
             }

@@ -1,13 +1,14 @@
 //! Which keys one query sees, as index ranges: a few numbers, found by binary search.
 
 use super::{Always, Rule};
+use crate::block::table::Ascending;
 use crate::ids::Position;
 use std::ops::Range;
 
 /// The keys of one memory in text order: residents, then the new tokens of the step (first memory only).
 #[derive(Clone, Copy, Debug)]
 pub struct Keys<'a> {
-    pub residents: &'a [Position],
+    pub residents: Ascending<'a>,
     pub first_new: Position,
     pub num_new: usize,
 }
@@ -24,13 +25,13 @@ impl Keys<'_> {
     /// How many keys have a position below `position`.
     pub fn below(&self, position: Position) -> usize {
         let new = usize::try_from(position.saturating_sub(self.first_new)).unwrap_or(usize::MAX).min(self.num_new);
-        self.residents.partition_point(|&p| p < position) + new
+        self.residents.below(position) + new
     }
 
     /// True positions of keys `lo..hi`.
     pub fn positions(&self, lo: usize, hi: usize) -> impl Iterator<Item = Position> + '_ {
         let n = self.residents.len();
-        let old = self.residents[lo.min(n)..hi.min(n)].iter().copied();
+        let old = self.residents.of(lo.min(n)..hi.min(n));
         let new = lo.max(n)..hi.max(n);
         old.chain(new.map(move |i| self.first_new + (i - n) as u64))
     }

@@ -3,6 +3,7 @@
 pub mod arena;
 mod bounds;
 mod buf;
+mod dense;
 pub mod packed;
 mod reservation;
 mod slabs;

@@ -8,9 +8,10 @@ use std::ops::Range;
 use std::ptr::NonNull;
 
 use super::buf::{Buf, HUGE};
+use super::dense::Dense;
 use super::reservation::Reservation;
 use crate::ids::{BLOCK, BlockId, PACKED};
-use crate::{Error, Result};
+use crate::Result;
 
 /// No stream is this long (2 billion tokens); a block number beyond it is a mistake, not a reason to allocate.
 pub(super) const MAX_BLOCKS: u32 = PACKED;
@@ -100,7 +101,7 @@ pub(super) struct Slabs {
     step: u32,
     /// Of one head of a whole block.
     head_bytes: usize,
-    slabs: Vec<Option<Slab>>,
+    held: Dense<Slab>,
     extents: Vec<Option<Reservation>>,
 }
 
@@ -119,30 +120,35 @@ impl Slabs {
 
     /// For blocks of `[heads][bytes]` that are always there as a whole.
     pub fn of_blocks(heads: usize, bytes: usize) -> Self {
-        let (slabs, extents) = (Vec::new(), Vec::new());
-        Slabs { heads, columns: 0, slot_bytes: 0, step: BLOCK, head_bytes: bytes, slabs, extents }
+        let (held, extents) = (Dense::default(), Vec::new());
+        Slabs { heads, columns: 0, slot_bytes: 0, step: BLOCK, head_bytes: bytes, held, extents }
     }
 
     /// Blocks that may have memory: none from here on has.
     pub fn len(&self) -> usize {
-        self.slabs.len()
+        self.held.blocks()
+    }
+
+    /// Blocks that have memory, in no order, and how many slots of each.
+    pub fn held(&self) -> impl Iterator<Item = (usize, u32)> {
+        self.held.iter().map(|(block, slab)| (block, slab.slots))
     }
 
     /// Where the block lies, if it has memory.
     #[inline]
     pub fn get(&self, block: usize) -> Option<Held> {
-        let slab = self.slabs.get(block)?.as_ref()?;
+        let slab = self.held.get(block)?;
         Some(Held { start: slab.start, hop: slab.hop, slots: slab.slots as usize })
     }
 
     /// Slots of the block that have memory.
     pub fn slots(&self, block: usize) -> u32 {
-        self.slabs.get(block).and_then(Option::as_ref).map_or(0, |slab| slab.slots)
+        self.held.get(block).map_or(0, |slab| slab.slots)
     }
 
     /// Bytes of the slabs.
     pub fn bytes(&self) -> usize {
-        self.slabs.iter().flatten().map(|slab| self.bytes_of(slab.slots)).sum()
+        self.held().map(|(_, slots)| self.bytes_of(slots)).sum()
     }
 
     /// Bytes of a slab of so many slots.
@@ -173,13 +179,9 @@ impl Slabs {
             }
         }
         let len = missing.last().map_or(0, |&(block, _)| block + 1);
-        if self.slabs.len() < len {
-            let more = len - self.slabs.len();
-            if self.slabs.try_reserve(more).is_err() {
-                self.discard(Prepared(made));
-                return Err(Error::OutOfMemory { bytes: more * size_of::<Option<Slab>>() });
-            }
-            self.slabs.resize_with(len, || None);
+        if let Err(err) = self.held.reserve(len, made.len()) {
+            self.discard(Prepared(made));
+            return Err(err);
         }
         Ok(Prepared(made))
     }
@@ -223,7 +225,7 @@ impl Slabs {
     /// What was prepared becomes the blocks', with what they held before.
     pub fn adopt(&mut self, prepared: Prepared) {
         for (block, slab) in prepared.0 {
-            if let Some(old) = &self.slabs[block] {
+            if let Some(old) = self.held.get(block) {
                 let (have, more) = (old.slots as usize * self.slot_bytes, slab.slots as usize * self.slot_bytes);
                 for (head, i) in (0..self.heads).flat_map(|head| (0..self.columns).map(move |i| (head, i))) {
                     // SAFETY: both have so many columns of every head, the new one longer ones; they are two memories.
@@ -234,7 +236,7 @@ impl Slabs {
                     }
                 }
             }
-            self.slabs[block] = Some(slab);
+            self.held.set(block, slab);
         }
     }
 
@@ -293,7 +295,7 @@ impl Slabs {
 
     /// Takes the block's memory back.
     pub fn free(&mut self, block: usize) {
-        if let Some(slab) = self.slabs.get_mut(block).and_then(Option::take) {
+        if let Some(slab) = self.held.take(block) {
             self.release(block, &slab);
         }
     }

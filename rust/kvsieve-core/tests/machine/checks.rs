@@ -35,7 +35,7 @@ impl World {
                 let ids: Vec<_> = list.iter().map(|t| t.id).collect();
                 assert_eq!(self.store.read(planner.runs(m, r).unwrap()), ids, "memory {m} of row {r}");
                 assert!(planner.positions(m, r).unwrap().iter().copied().eq(list.iter().map(|t| t.position)));
-                assert!(same(planner.scores(m, r).unwrap(), list.iter().map(|t| t.score)));
+                assert!(same(&planner.scores(m, r).unwrap(), list.iter().map(|t| t.score)));
             }
         }
     }

@@ -17,8 +17,8 @@ impl Table {
         let known = usize::from(self.runs.last().zip(runs.first()).is_some_and(|(last, run)| run.goes_on(last)));
         blocks_of(&runs).skip(known).for_each(|block| pool.retain(block));
         self.runs.extend(runs);
-        self.positions.extend(other.positions[range.clone()].iter().map(|p| p - from + to));
-        self.scores.extend_from_slice(&other.scores[range]);
+        self.positions.extend(other.positions().of(range.clone()).map(|p| p - from + to));
+        self.scores.extend(range.map(|i| other.scores.at(i)));
         self.fresh = 0;
     }
 }

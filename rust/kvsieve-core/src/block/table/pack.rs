@@ -1,6 +1,6 @@
 //! Moving tokens: into a table, and together within one.
 
-use super::{Edit, Held, Table};
+use super::{Edit, Held, Positions, Scores, Table};
 use crate::ids::{BLOCK, Run};
 
 /// How many runs beyond the densest packing a table may keep before it is worth moving tokens.
@@ -13,7 +13,7 @@ impl Table {
     /// Takes over tokens that another memory let go, and keeps text order even when they are older than some residents.
     pub fn receive(&mut self, tokens: &[Held], edit: &mut Edit<'_>) {
         let Some(first) = tokens.first() else { return };
-        let at = self.positions.partition_point(|&p| p < first.position);
+        let at = self.positions().below(first.position);
         let places = if at == self.len() {
             let places = self.grow(tokens.len(), edit);
             self.write(tokens, &places, edit);
@@ -32,7 +32,7 @@ impl Table {
         let fresh = self.fresh;
         self.receive(tokens, edit);
         // Only those behind all that came back are the latest step's alone.
-        self.fresh = fresh.min(self.len() - self.positions.partition_point(|&p| p <= last.position));
+        self.fresh = fresh.min(self.len() - self.positions().below(last.position + 1));
     }
 
     /// Moves residents together where tokens that left have left many blocks half empty.
@@ -61,8 +61,10 @@ impl Table {
         }
         let fresh_from = self.len() - self.fresh;
         self.fresh = keep.len() - keep.partition_point(|&i| i < fresh_from);
-        self.positions = keep.iter().map(|&i| self.positions[i]).collect();
-        self.scores = keep.iter().map(|&i| self.scores[i]).collect();
+        let positions = self.positions();
+        let (positions, scores): (Positions, Scores) =
+            keep.iter().map(|&i| (positions.at(i), self.scores.at(i))).unzip();
+        (self.positions, self.scores) = (positions, scores);
     }
 
     /// Takes the runs from the one that holds resident `at` out of the table, and returns what they held.

@@ -14,8 +14,8 @@ impl Table {
         let from = self.runs_of(0..end);
         self.cut(count..end, edit);
         self.own_first(count, edit);
-        (0..).zip(&mut self.positions[..count]).for_each(|(slot, p): (Position, _)| *p = slot);
-        self.scores[..count].fill(f32::NAN);
+        (0..).zip(&mut self.positions.list()[..count]).for_each(|(slot, p): (Position, _)| *p = slot);
+        self.scores.forget(0..count);
         (from, self.runs_of(0..count))
     }
 

@@ -113,7 +113,7 @@ impl Arena {
         match answer.done {
             Done::Written(Ok((sum, bytes))) if current.is_some() => {
                 tier.copied(block, Copied { extent, sum }, bytes);
-                let leaves = current == Some(false) && !tier.leaving(std::iter::once(block)).is_empty();
+                let leaves = current == Some(false) && !tier.leaving(std::iter::once(block), 1).is_empty();
                 if leaves {
                     self.give_back(block);
                 }

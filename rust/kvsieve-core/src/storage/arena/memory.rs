@@ -110,7 +110,7 @@ impl Arena {
 
     /// Blocks that have memory.
     pub fn num_blocks(&self) -> u32 {
-        (0..self.keys.len()).filter(|&block| self.keys.get(block).is_some()).count() as u32
+        self.keys.held().count() as u32
     }
 
     /// Gives every block below `num_blocks` memory. Writing does so by itself, for the blocks it writes.

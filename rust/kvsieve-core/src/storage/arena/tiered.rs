@@ -49,9 +49,9 @@ impl Arena {
         self.keys.get(block).is_none() && self.tier.as_ref().is_some_and(|tier| tier.copy(block).is_some())
     }
 
-    /// Full blocks that are in memory.
+    /// Full blocks that are in memory, in no order.
     pub(super) fn full_blocks(&self) -> impl Iterator<Item = usize> {
-        (0..self.keys.len()).filter(|&block| self.keys.slots(block) == BLOCK)
+        self.keys.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block)
     }
 
     fn block_bytes(&self) -> usize {
@@ -145,8 +145,10 @@ impl Arena {
         let Some(tier) = &self.tier else { return };
         let held = self.full_blocks().count();
         let over = (held + more).saturating_sub(tier.capacity);
-        let copied = self.full_blocks().filter(|&block| tier.copy(block).is_some());
-        tier.leaving(copied).into_iter().take(over).for_each(|block| self.give_back(block));
+        if over > 0 {
+            let copied = self.full_blocks().filter(|&block| tier.copy(block).is_some());
+            tier.leaving(copied, over).into_iter().for_each(|block| self.give_back(block));
+        }
     }
 
     /// These blocks stay in memory, whatever is fetched, until the next [`Arena::trim`] says otherwise.
@@ -172,9 +174,7 @@ impl Arena {
         tier.end_lease();
         tier.protect(keep.iter().map(|&block| number(block)));
         let over = held.len().saturating_sub(tier.capacity);
-        let mut leaving = if over > 0 { tier.leaving(held.into_iter()) } else { Vec::new() };
-        leaving.truncate(over);
-        Ok(leaving)
+        Ok(if over > 0 { tier.leaving(held.into_iter(), over) } else { Vec::new() })
     }
 
     /// A step is over in which blocks got so much attention, over all heads and queries; see [`Order::Scores`].

@@ -1,6 +1,6 @@
 //! What is known of the blocks of one layer: which have a copy in the file, and which are the first to leave memory.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{ThreadId, current};
@@ -42,14 +42,30 @@ pub(in crate::storage) struct Copied {
     pub sum: u64,
 }
 
-#[derive(Clone, Default)]
+/// What is known of every block of a text, most of which are not in memory: so it is little.
+#[derive(Clone)]
 struct Entry {
-    copy: Option<Copied>,
+    /// Where the copy begins in the file, or [`NOWHERE`].
+    offset: u64,
+    sum: u64,
     /// When it was last written or fetched.
     used: u64,
+}
+
+/// Where no copy begins.
+const NOWHERE: u64 = u64::MAX;
+
+impl Default for Entry {
+    fn default() -> Self {
+        Entry { offset: NOWHERE, sum: 0, used: 0 }
+    }
+}
+
+/// Attention that a block got, as of a step.
+#[derive(Clone, Copy, Default)]
+struct Score {
     score: f64,
-    /// The step of the score.
-    scored: u64,
+    at: u64,
 }
 
 /// The blocks of one layer, by number.
@@ -59,6 +75,10 @@ pub(in crate::storage) struct Tier {
     pub capacity: usize,
     order: Order,
     entries: Vec<Entry>,
+    /// Of every copy.
+    extent_bytes: u64,
+    /// By block; none before the first one.
+    scores: Vec<Score>,
     /// Those that stay in memory.
     protected: Vec<bool>,
     /// What each thread fetched last: it is about to be read.
@@ -89,6 +109,8 @@ impl Tier {
             capacity,
             order,
             entries: Vec::new(),
+            extent_bytes: 0,
+            scores: Vec::new(),
             protected: Vec::new(),
             leases: VecDeque::new(),
             clock: 0,
@@ -109,11 +131,12 @@ impl Tier {
 
     /// Bytes of the copies of blocks.
     pub fn copied_bytes(&self) -> u64 {
-        self.entries.iter().filter_map(|entry| entry.copy).map(|copy| copy.extent.bytes).sum()
+        self.entries.iter().filter(|entry| entry.offset != NOWHERE).count() as u64 * self.extent_bytes
     }
 
     pub fn copy(&self, block: usize) -> Option<Copied> {
-        self.entries.get(block)?.copy
+        let entry = self.entries.get(block).filter(|entry| entry.offset != NOWHERE)?;
+        Some(Copied { extent: Extent { offset: entry.offset, bytes: self.extent_bytes }, sum: entry.sum })
     }
 
     fn entry(&mut self, block: usize) -> &mut Entry {
@@ -123,11 +146,13 @@ impl Tier {
         &mut self.entries[block]
     }
 
-    /// The block was written to the file.
+    /// The block was written to the file. All blocks of a layer are as long as each other.
     pub fn copied(&mut self, block: usize, copy: Copied, bytes: usize) {
         self.counts.spills += 1;
         self.counts.bytes_written += bytes as u64;
-        self.entry(block).copy = Some(copy);
+        self.extent_bytes = copy.extent.bytes;
+        let entry = self.entry(block);
+        (entry.offset, entry.sum) = (copy.extent.offset, copy.sum);
     }
 
     /// The block was read from the file, and is in memory.
@@ -166,11 +191,15 @@ impl Tier {
         if let Some(entry) = self.entries.get_mut(block) {
             *entry = Entry::default();
         }
+        if let Some(score) = self.scores.get_mut(block) {
+            *score = Score::default();
+        }
     }
 
     fn void(&mut self, block: usize) {
         self.pending.remove(&block);
-        if let Some(copy) = self.entries.get_mut(block).and_then(|entry| entry.copy.take()) {
+        if let Some(copy) = self.copy(block) {
+            self.entries[block].offset = NOWHERE;
             self.file.free(copy.extent);
         }
     }
@@ -210,9 +239,11 @@ impl Tier {
         self.steps += 1;
         let (step, decay) = (self.steps, self.decay());
         for &(block, mass) in scores {
-            let entry = self.entry(block);
-            entry.score = decayed(entry, step, decay) + mass;
-            entry.scored = step;
+            if self.scores.len() <= block {
+                self.scores.resize(block + 1, Score::default());
+            }
+            let score = &mut self.scores[block];
+            *score = Score { score: decayed(*score, step, decay) + mass, at: step };
         }
     }
 
@@ -223,21 +254,27 @@ impl Tier {
         }
     }
 
-    /// Those of `blocks` that may leave memory, the first to go first.
-    pub fn leaving(&self, blocks: impl Iterator<Item = usize>) -> Vec<usize> {
+    /// The first `most` of `blocks` that may leave memory, in the order in which they do.
+    pub fn leaving(&self, blocks: impl Iterator<Item = usize>, most: usize) -> Vec<usize> {
         let stays = |block: usize| self.protected.get(block).copied().unwrap_or(false);
-        let leased = |block: usize| self.leases.iter().any(|(_, blocks)| blocks.contains(&block));
-        let nothing = Entry::default();
-        let ranked = blocks.filter(|&block| !stays(block) && !leased(block)).map(|block| {
-            let entry = self.entries.get(block).unwrap_or(&nothing);
+        let leased: HashSet<usize> = self.leases.iter().flat_map(|(_, blocks)| blocks.iter().copied()).collect();
+        let ranked = blocks.filter(|block| !stays(*block) && !leased.contains(block)).map(|block| {
             let score = match self.order {
                 Order::Recency => 0.0,
-                Order::Scores { decay } => decayed(entry, self.steps, decay),
+                Order::Scores { decay } => {
+                    decayed(self.scores.get(block).copied().unwrap_or_default(), self.steps, decay)
+                }
             };
-            (score, entry.used, block)
+            (score, self.entries.get(block).map_or(0, |entry| entry.used), block)
         });
         let mut ranked: Vec<_> = ranked.collect();
-        ranked.sort_unstable_by(|a, b| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2))));
+        let order =
+            |a: &(f64, u64, usize), b: &(f64, u64, usize)| a.0.total_cmp(&b.0).then((a.1, a.2).cmp(&(b.1, b.2)));
+        if (1..ranked.len()).contains(&most) {
+            ranked.select_nth_unstable_by(most - 1, order);
+        }
+        ranked.truncate(most);
+        ranked.sort_unstable_by(order);
         ranked.into_iter().map(|(_, _, block)| block).collect()
     }
 }
@@ -299,9 +336,9 @@ impl Tier {
 }
 
 /// The score at step `now`: history survives for blocks that get no attention, and for those that do.
-fn decayed(entry: &Entry, now: u64, decay: f64) -> f64 {
-    let steps = i32::try_from(now - entry.scored).unwrap_or(i32::MAX);
-    if entry.score == 0.0 { 0.0 } else { entry.score * decay.powi(steps) }
+fn decayed(Score { score, at }: Score, now: u64, decay: f64) -> f64 {
+    let steps = i32::try_from(now - at).unwrap_or(i32::MAX);
+    if score == 0.0 { 0.0 } else { score * decay.powi(steps) }
 }
 
 impl Drop for Tier {
@@ -346,11 +383,13 @@ mod tests {
         tier.hit(1);
         tier.lease(&[3]);
         tier.protect([4].into_iter());
-        assert_eq!(tier.leaving(0..6), [0, 2, 5, 1]);
+        assert_eq!(tier.leaving(0..6, 6), [0, 2, 5, 1]);
+        assert_eq!(tier.leaving(0..6, 2), [0, 2]);
+        assert!(tier.leaving(0..6, 0).is_empty());
         tier.end_lease();
         tier.protect([0].into_iter());
         tier.protect_also([2].into_iter());
-        assert_eq!(tier.leaving(0..6), [3, 4, 5, 1]);
+        assert_eq!(tier.leaving(0..6, 6), [3, 4, 5, 1]);
     }
 
     /// By hand, with a decay of a half: 8 attention three steps ago is 1, 2 one step ago is 1 as well, and 1.5 now is more.
@@ -362,10 +401,10 @@ mod tests {
         tier.score(&[(2, 0.0)]);
         tier.score(&[(1, 2.0)]);
         tier.score(&[(0, 1.5)]);
-        assert_eq!(tier.leaving(0..4), [3, 1, 2, 0]);
+        assert_eq!(tier.leaving(0..4, 4), [3, 1, 2, 0]);
         // The history of a block that is read again counts: 1 / 2 + 0.3 is more than 1.5 / 2.
         tier.score(&[(2, 0.3)]);
-        assert_eq!(tier.leaving(0..4), [3, 1, 0, 2]);
+        assert_eq!(tier.leaving(0..4, 4), [3, 1, 0, 2]);
         assert!(Tier::new(Arc::clone(&tier.file), 1, Order::Scores { decay: 1.5 }).is_err());
     }
 }
