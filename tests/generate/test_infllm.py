@@ -223,8 +223,6 @@ def test_numbers_that_are_none_are_refused(arguments: dict[str, Any], said: str)
         ("streamingllm(64) | infllm()", "decide position"),
         ("snapkv(64) | infllm()", "decide position"),
         ("hip(64) | infllm()", "decide select"),
-        ("infllm() | think(0.4)", "stores them otherwise"),
-        ("infllm() | quantized(8)", "stores them otherwise"),
         ("streamingllm(64) >> infllm()", "one part of a chain"),
         ("infllm() >> full()", "one part of a chain"),
     ],
