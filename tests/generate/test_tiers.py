@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import resource
-import time
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
