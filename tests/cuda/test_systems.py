@@ -30,6 +30,7 @@ NAMES = [
     for name in SYSTEMS
     if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest", "sirllm_hip")) and "stores" not in SYSTEMS[name].doing
 ]
+NAMES += ["infllm", "infllm_bounds", "infllm_tiered", "longheads"]
 
 PROPERTIES = [
     every.test_the_system_is_at_work,
