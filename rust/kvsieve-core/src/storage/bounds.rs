@@ -179,7 +179,7 @@ impl Bounds {
         if is_whole(stretch) {
             let held = kind.slabs.get(number(first.block))?;
             let holds = kind.whole.get(number(first.block)) == Some(&Some(kind.times(first.block)));
-            return holds.then(|| (held.start.as_ptr(), held.hop));
+            return holds.then_some((held.start.as_ptr(), held.hop));
         }
         let same =
             |(run, (of, times)): (&Run, &(Run, u32))| run == of && self.kind(run.block).times(run.block) == *times;

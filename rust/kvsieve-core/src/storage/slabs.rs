@@ -10,8 +10,8 @@ use std::ptr::NonNull;
 use super::buf::{Buf, HUGE};
 use super::dense::Dense;
 use super::reservation::Reservation;
-use crate::ids::{BLOCK, BlockId, PACKED};
 use crate::Result;
+use crate::ids::{BLOCK, BlockId, PACKED};
 
 /// No stream is this long (2 billion tokens); a block number beyond it is a mistake, not a reason to allocate.
 pub(super) const MAX_BLOCKS: u32 = PACKED;
@@ -330,6 +330,7 @@ pub(super) fn reserve_all<'a>(sections: impl Iterator<Item = &'a mut Slabs>, nee
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::Error;
 
     #[test]
     fn extents_tile_the_blocks() {

@@ -25,7 +25,7 @@ impl Default for Positions {
 }
 
 impl Positions {
-    pub fn len(&self) -> usize {
+    pub(in crate::block) fn len(&self) -> usize {
         self.view().len()
     }
 
@@ -158,13 +158,6 @@ impl Default for Scores {
 }
 
 impl Scores {
-    pub fn len(&self) -> usize {
-        match self {
-            Scores::Unknown(len) => *len,
-            Scores::Known(list) => list.len(),
-        }
-    }
-
     pub fn at(&self, index: usize) -> f32 {
         match self {
             Scores::Unknown(_) => f32::NAN,
@@ -319,7 +312,7 @@ mod tests {
                     }
                 }
                 check(&positions, &list);
-                prop_assert_eq!(scores.len(), plain.len());
+                prop_assert_eq!(scores.list().len(), plain.len());
                 prop_assert!(scores.list().iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits()));
                 prop_assert_eq!(scores.unknown_tail(5), plain.iter().rev().take(5).take_while(|s| s.is_nan()).count());
                 prop_assert!((0..plain.len()).all(|i| scores.at(i).to_bits() == plain[i].to_bits()));
