@@ -5,6 +5,7 @@
 
 pub mod attend;
 pub mod chunk;
+mod four;
 pub mod isa;
 pub mod merge;
 pub mod pieces;

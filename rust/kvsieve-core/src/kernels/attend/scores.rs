@@ -10,8 +10,8 @@ use super::job::Job;
 use super::packed::{PackedPiece, Thin, packed_calls, score_packed};
 use super::scratch::Parts;
 use super::tile::{Piece, TILE, Tile};
+use crate::kernels::four::{Queries, four};
 use crate::kernels::rotate::{load_row, rotate_row};
-use crate::kernels::select::{Queries, four};
 use crate::kernels::simd::{Elem, Simd};
 use crate::rope::{Layout, Rope};
 

@@ -32,7 +32,6 @@ use check::{check, check_shown};
 use residents::Residents;
 use scorer::{Scorer, Scratch};
 
-pub(super) use batch::{Queries, four};
 pub(super) use check::check_bounds;
 pub(super) use residents::bounds_of;
 pub(super) use selection::sampled;
