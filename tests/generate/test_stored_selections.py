@@ -24,6 +24,7 @@ from kvsieve.policy.specs import make_planner
 from kvsieve.runtime.fetching import Fetching
 from tiny import BACKENDS
 
+pytestmark = pytest.mark.slow
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
