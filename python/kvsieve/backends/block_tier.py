@@ -5,6 +5,7 @@ Copies of the others are tensors on the CPU. What a backend does so that a block
 
 from __future__ import annotations
 
+import heapq
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
@@ -40,6 +41,8 @@ class HostCopies:
 class BlockTier:
     """The blocks of one layer.
 
+    Of the blocks that nobody needs, those leave memory first that were fetched longest ago, or those of the lowest score.
+
     Args:
         get: keys and values of a block in memory; put: the other way round, None for nothing to be read any more; save: a copy of
             such tensors on the CPU, or one that is being made before anything that is asked for later.
@@ -60,11 +63,12 @@ class BlockTier:
         self._copies: dict[int, Tensors] = {}
         self._away: set[int] = set()
         self._ends: dict[int, int] = {}
+        self._full: set[int] = set()
         self._used: dict[int, int] = {}
         self._scores: dict[int, float] = {}
         self._protected: set[int] = set()
         self._leases: dict[int, set[int]] = {}
-        self._clock = 0
+        self._clock = self._owed = 0
         self._hits = self._loads = self._spills = self._read = self._written = 0
 
     def away(self, blocks: Iterable[int]) -> set[int]:
@@ -94,6 +98,8 @@ class BlockTier:
         for block, end in ends:
             self.load([block])
             self._ends[block] = max(end, self._ends.get(block, 0))
+            if self._ends[block] == BLOCK:
+                self._full.add(block)
             self._copies.pop(block, None)
             self._use(block)
 
@@ -102,6 +108,7 @@ class BlockTier:
         for block in [block for block in self._used if not in_use(block)]:
             self._copies.pop(block, None)
             self._away.discard(block)
+            self._full.discard(block)
             del self._used[block], self._ends[block]
             self._scores.pop(block, None)
 
@@ -119,16 +126,24 @@ class BlockTier:
         wanted = set(blocks)
         missing = self._away & wanted
         self._leases[threading.get_ident()] = wanted
-        over = len(self._in_memory()) + len(missing) - self._capacity
         if missing:
-            for block in self._leaving(self._in_memory() & set(self._copies))[: max(over, 0)]:
-                self._leave(block)
+            self._make_room(len(missing))
         for block in sorted(wanted):
             if block in missing:
                 self.load([block])
             else:
                 self._hits += 1
                 self._use(block)
+
+    def _make_room(self, more: int) -> None:
+        """Blocks that have a copy leave memory, so that ``more`` have place within the capacity. Where one without a copy was the one
+        to leave, another leaves in its place, and the end of the step makes the copy: nothing is written while a step reads.
+        """
+        held = self._in_memory()
+        over = len(held) + more - self._capacity
+        self._owed += len(set(self._leaving(held, over)) - set(self._copies))
+        for block in self._leaving(held & set(self._copies), over):
+            self._leave(block)
 
     def hold(self, blocks: Iterable[int]) -> None:
         held = set(blocks)
@@ -138,16 +153,21 @@ class BlockTier:
     def trim(self, keep: Iterable[int]) -> None:
         self._leases.pop(threading.get_ident(), None)
         self._protected = set(keep)
-        over = len(self._in_memory()) - self._capacity
-        self.spill(self._leaving(self._in_memory())[: max(over, 0)])
+        self.spill(self._leaving(self._in_memory(), len(self._in_memory()) - self._capacity))
+        for block in self._leaving(self._in_memory() - set(self._copies), self._owed):
+            self._copy(block)
+        self._owed = 0
 
     def spill(self, blocks: Iterable[int]) -> None:
         for block in self._in_memory().intersection(blocks):
-            if block not in self._copies:
-                k, v = self._copies[block] = self._save(self._get(block))
-                self._spills += 1
-                self._written += k.nbytes + v.nbytes
+            self._copy(block)
             self._leave(block)
+
+    def _copy(self, block: int) -> None:
+        if block not in self._copies:
+            k, v = self._copies[block] = self._save(self._get(block))
+            self._spills += 1
+            self._written += k.nbytes + v.nbytes
 
     def score(self, blocks: Sequence[int], mass: Sequence[float]) -> None:
         decay = 1.0 if self._decay is None else self._decay
@@ -161,13 +181,15 @@ class BlockTier:
 
     def _in_memory(self) -> set[int]:
         """Full blocks that are in memory."""
-        return {block for block, end in self._ends.items() if end == BLOCK} - self._away
+        return self._full - self._away
 
-    def _leaving(self, blocks: set[int]) -> list[int]:
-        """Those that may leave memory, the first to go first."""
+    def _leaving(self, blocks: set[int], most: int) -> list[int]:
+        """The first ``most`` of those that may leave memory, the first to go first."""
+        if most <= 0:
+            return []
         free = blocks - self._protected - set().union(*self._leases.values())
         scores = self._scores if self._decay is not None else {}
-        return sorted(free, key=lambda block: (scores.get(block, 0.0), self._used[block], block))
+        return heapq.nsmallest(most, free, key=lambda block: (scores.get(block, 0.0), self._used[block], block))
 
     def _leave(self, block: int) -> None:
         self._away.add(block)

@@ -310,6 +310,31 @@ fn no_more_than_the_capacity_stays() {
     assert!(matches!(arena.fetch(&[whole(77)]), Err(Error::BadBlock { block: 77, .. })));
 }
 
+/// Blocks that are read again and again, fewer than the capacity, are all in memory after a while: those that nobody reads leave for them,
+/// though they had no copy at first.
+#[test]
+fn what_fits_the_capacity_stays() {
+    for later in [false, true] {
+        let mut noise = Noise(9);
+        let (_, mut arena, twin) = pair(&mut noise, 12, 1 << 22);
+        let trim = |arena: &mut Arena| if later { arena.trim_later(&[]) } else { arena.trim(&[]) };
+        trim(&mut arena).unwrap();
+        arena.finish().unwrap();
+        let mut loads = Vec::new();
+        for step in 0..24 {
+            let runs = [whole(step % 3)];
+            arena.fetch(&runs).unwrap();
+            assert_eq!(gathered(&arena, &runs).unwrap(), gathered(&twin, &runs).unwrap());
+            trim(&mut arena).unwrap();
+            arena.finish().unwrap();
+            assert!(arena.num_blocks() <= 4);
+            loads.push(arena.tier_counts().loads);
+        }
+        assert_eq!(loads[11], loads[23], "three blocks of a capacity of four: {loads:?}");
+        assert!(loads[11] <= 6, "each was loaded once, and once more at most: {loads:?}");
+    }
+}
+
 #[test]
 fn a_full_disk_loses_nothing() {
     let mut noise = Noise(6);

@@ -29,7 +29,8 @@ impl Arena {
 
     /// As [`Arena::trim`], but what has no copy yet is written later.
     pub fn trim_later(&mut self, keep: &[BlockId]) -> Result<()> {
-        self.leaving(keep)?.into_iter().try_for_each(|block| self.send_out(block))
+        let (leaving, owed) = self.leaving(keep)?;
+        leaving.into_iter().chain(owed).try_for_each(|block| self.send_out(block))
     }
 
     fn send_out(&mut self, block: usize) -> Result<()> {

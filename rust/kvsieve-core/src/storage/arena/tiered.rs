@@ -89,23 +89,29 @@ impl Arena {
     }
 
     fn spill_one(&mut self, block: usize) -> Result<()> {
+        self.copy_out(block)?;
+        if self.keys.get(block).is_some() {
+            self.give_back(block);
+        }
+        Ok(())
+    }
+
+    /// Writes a block of memory to the file, unless it has a copy there.
+    fn copy_out(&mut self, block: usize) -> Result<()> {
         self.await_block(block)?;
-        if self.keys.get(block).is_none() {
+        if self.keys.get(block).is_none() || self.tier()?.copy(block).is_some() {
             return Ok(());
         }
-        if self.tier()?.copy(block).is_none() {
-            let bytes = self.packed_up(block)?;
-            let tier = self.tier()?;
-            let extent = tier.file.allocate(bytes.len())?;
-            match tier.file.write(extent, &bytes) {
-                Ok(sum) => tier.copied(block, Copied { extent, sum }, bytes.len()),
-                Err(err) => {
-                    tier.file.free(extent);
-                    return Err(err);
-                }
+        let bytes = self.packed_up(block)?;
+        let tier = self.tier()?;
+        let extent = tier.file.allocate(bytes.len())?;
+        match tier.file.write(extent, &bytes) {
+            Ok(sum) => tier.copied(block, Copied { extent, sum }, bytes.len()),
+            Err(err) => {
+                tier.file.free(extent);
+                return Err(err);
             }
         }
-        self.give_back(block);
         Ok(())
     }
 
@@ -141,14 +147,20 @@ impl Arena {
     }
 
     /// Gives back memory of blocks that have a copy, so that `more` have place within the capacity.
+    ///
+    /// Nothing is written here. Where a block without a copy was the one to leave, another left in its place, and the file is owed a
+    /// copy: the end of the step writes it.
     pub(super) fn drop_copied(&mut self, more: usize) {
-        let Some(tier) = &self.tier else { return };
-        let held = self.full_blocks().count();
-        let over = (held + more).saturating_sub(tier.capacity);
-        if over > 0 {
-            let copied = self.full_blocks().filter(|&block| tier.copy(block).is_some());
-            tier.leaving(copied, over).into_iter().for_each(|block| self.give_back(block));
+        let Some(tier) = &mut self.tier else { return };
+        let full: Vec<_> = self.keys.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block).collect();
+        let over = (full.len() + more).saturating_sub(tier.capacity);
+        if over == 0 {
+            return;
         }
+        let first = tier.leaving(full.iter().copied(), over);
+        tier.owed += first.iter().filter(|&&block| tier.copy(block).is_none()).count();
+        let copied = full.into_iter().filter(|&block| tier.copy(block).is_some());
+        tier.leaving(copied, over).into_iter().for_each(|block| self.give_back(block));
     }
 
     /// These blocks stay in memory, whatever is fetched, until the next [`Arena::trim`] says otherwise.
@@ -162,11 +174,14 @@ impl Arena {
     /// A step is over: what this thread fetched has been read, and full blocks leave memory until no more than the capacity are there,
     /// but never those of `keep`. After an error some have left memory, and none is lost.
     pub fn trim(&mut self, keep: &[BlockId]) -> Result<()> {
-        self.leaving(keep)?.into_iter().try_for_each(|block| self.spill_one(block))
+        let (leaving, owed) = self.leaving(keep)?;
+        leaving.into_iter().try_for_each(|block| self.spill_one(block))?;
+        owed.into_iter().try_for_each(|block| self.copy_out(block))
     }
 
-    /// A step is over, and only `keep` must stay; says which blocks leave memory.
-    pub(super) fn leaving(&mut self, keep: &[BlockId]) -> Result<Vec<usize>> {
+    /// A step is over, and only `keep` must stay; says which blocks leave memory, and which others the file is owed a copy of, because
+    /// they are the next to leave.
+    pub(super) fn leaving(&mut self, keep: &[BlockId]) -> Result<(Vec<usize>, Vec<usize>)> {
         self.collect()?;
         let held: Vec<_> = self.full_blocks().collect();
         let tier = self.tier()?;
@@ -174,7 +189,11 @@ impl Arena {
         tier.end_lease();
         tier.protect(keep.iter().map(|&block| number(block)));
         let over = held.len().saturating_sub(tier.capacity);
-        Ok(if over > 0 { tier.leaving(held.into_iter(), over) } else { Vec::new() })
+        let leaving = tier.leaving(held.iter().copied(), over);
+        let most = std::mem::take(&mut tier.owed);
+        let uncopied = held.into_iter().filter(|block| tier.copy(*block).is_none() && !leaving.contains(block));
+        let owed = if most > 0 { tier.leaving(uncopied, most) } else { Vec::new() };
+        Ok((leaving, owed))
     }
 
     /// A step is over in which blocks got so much attention, over all heads and queries; see [`Order::Scores`].

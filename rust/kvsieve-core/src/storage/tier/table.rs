@@ -73,6 +73,8 @@ pub(in crate::storage) struct Tier {
     pub file: Arc<TierFile>,
     /// Blocks in memory that a fetch, and the end of a step, go back to.
     pub capacity: usize,
+    /// Copies that the end of the step writes, of those that are the next to leave memory: a fetch had to drop others in their place.
+    pub owed: usize,
     order: Order,
     entries: Vec<Entry>,
     /// Of every copy.
@@ -107,6 +109,7 @@ impl Tier {
         Ok(Tier {
             file,
             capacity,
+            owed: 0,
             order,
             entries: Vec::new(),
             extent_bytes: 0,
@@ -256,6 +259,9 @@ impl Tier {
 
     /// The first `most` of `blocks` that may leave memory, in the order in which they do.
     pub fn leaving(&self, blocks: impl Iterator<Item = usize>, most: usize) -> Vec<usize> {
+        if most == 0 {
+            return Vec::new();
+        }
         let stays = |block: usize| self.protected.get(block).copied().unwrap_or(false);
         let leased: HashSet<usize> = self.leases.iter().flat_map(|(_, blocks)| blocks.iter().copied()).collect();
         let ranked = blocks.filter(|block| !stays(*block) && !leased.contains(block)).map(|block| {
