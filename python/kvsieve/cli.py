@@ -103,7 +103,7 @@ def _add_generate(commands: Any) -> None:
 
 
 def _add_eval(commands: Any) -> None:
-    evals = commands.add_parser("eval", help="what a policy costs in quality, on SmolLM2-135M-Instruct")
+    evals = commands.add_parser("eval", help="what a policy costs in quality")
     tasks = evals.add_subparsers(required=True, metavar="task")
     packing = tasks.add_parser("packing", help="perplexity after a prompt whose keys and values were compressed")
     packing.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
@@ -131,6 +131,17 @@ def _add_eval(commands: Any) -> None:
     search.add_argument("--quick", action="store_true", help="one budget")
     _add_machine(search, dtype_help="default: float32")
     search.set_defaults(run=_eval_search)
+    perplexity = tasks.add_parser("perplexity", help="perplexity of a text as it streams through a policy, by position")
+    perplexity.add_argument("--model", default="smollm2", help=f"{_MODEL}; default: smollm2")
+    perplexity.add_argument("--policy", nargs="+", required=True, help=f'for example "full()" "streamingllm(1024)"; {_POLICIES}')
+    perplexity.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
+    perplexity.add_argument("--length", type=_positive, default=8192, help="tokens of it; default: 8,192")
+    perplexity.add_argument("--chunk", type=_positive, default=512, help="tokens of a forward; default: 512")
+    perplexity.add_argument("--bucket", type=_positive, default=1024, help="tokens of a point of the curve; default: 1,024")
+    perplexity.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
+    perplexity.add_argument("--resume", action="store_true", help="policies that the file of --json holds are not read again")
+    _add_machine(perplexity, dtype_help="default: float32")
+    perplexity.set_defaults(run=_eval_perplexity)
     passkey = tasks.add_parser("passkey", help="passkey retrieval: five digits at several depths of a long text")
     passkey.add_argument("--policy", nargs="*", help="policies that read the text; default: full(), HiP, Quest, StreamingLLM")
     passkey.add_argument("--dense", nargs="*", help="policies that take over what the full cache has read; default: HiP, Quest")
@@ -300,6 +311,26 @@ def _eval_search(arguments: argparse.Namespace) -> int:
         json=arguments.json,
         backend=arguments.backend,
         quick=arguments.quick,
+    )
+    run(settings)
+    return 0
+
+
+def _eval_perplexity(arguments: argparse.Namespace) -> int:
+    _need_torch(arguments.threads)
+    from kvsieve.evals.perplexity import Settings, run
+
+    settings = Settings(
+        policies=tuple(arguments.policy),
+        model=arguments.model,
+        text=arguments.text,
+        length=arguments.length,
+        chunk=arguments.chunk,
+        bucket=arguments.bucket,
+        dtype=arguments.dtype or "float32",
+        json=arguments.json,
+        resume=arguments.resume,
+        backend=arguments.backend,
     )
     run(settings)
     return 0

@@ -1,0 +1,178 @@
+"""Perplexity of a text as it streams through a policy, by position: what forgetting costs, on any model and any text.
+
+Every token but the first is predicted from what the policy holds, in chunks of `chunk` tokens, and never read twice. The perplexity is
+`exp` of the mean negative log-likelihood (Jelinek et al., 1977), here with its curve over the text.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import kvsieve
+from kvsieve.errors import KvsieveError
+from kvsieve.evals.stream_nll import Reading, read, stream_meter
+from kvsieve.evals.texts import read_text
+from kvsieve.policy.compose import Policy
+from kvsieve.view.live import plain_table
+
+__all__ = ["Row", "Settings", "run", "table"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is read.
+
+    Attributes:
+        policies: as text; one of them is read after the other.
+        model: `smollm2`, a local folder, or a GGUF file; text: a file, None for Python's own reference pages.
+        length: tokens of the text; chunk: tokens of a forward.
+        bucket: tokens of a point of the curve, at most an eighth of the text.
+        json: a file that holds what has been read so far, written after every policy; resume: policies that it holds are not read again.
+    """
+
+    policies: tuple[str, ...] = ("full()", "streamingllm(1024)")
+    model: str = "smollm2"
+    text: Path | None = None
+    length: int = 8192
+    chunk: int = 512
+    bucket: int = 1024
+    dtype: str = "float32"
+    json: Path | None = None
+    resume: bool = False
+    backend: str | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """What two runs must have in common for their rows to stand in one table."""
+        facts = {field.name: getattr(self, field.name) for field in fields(self)}
+        mine = {name: facts[name] for name in ("model", "length", "chunk", "bucket", "dtype")}
+        return {**mine, "text": None if self.text is None else str(self.text)}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy.
+
+    Attributes:
+        policy: written out.
+        nll: the curve, nats a token: the mean over each `bucket` tokens of the text, the last of which may be shorter.
+        mean: over all tokens but the first; tail: over the points that lie in the last quarter of the text.
+        bytes_held: the most that keys, values and what goes with them took after a chunk.
+        seconds: of forwards and scoring, wall time; tokens: that were read.
+    """
+
+    policy: str
+    nll: tuple[float, ...]
+    mean: float
+    tail: float
+    bytes_held: int
+    seconds: float
+    tokens: int
+
+
+def run(settings: Settings) -> list[Row]:
+    """Reads the text under every policy; prints a table, and writes JSON after every policy if asked to.
+
+    Raises:
+        KvsieveError: before anything is read, for policies that do not parse, a text that is too short, and a file to resume that was
+            written by other settings.
+    """
+    from kvsieve.evals.models import load_model
+
+    policies = [kvsieve.methods.parse(text) for text in settings.policies]
+    if not policies:
+        raise KvsieveError("name a policy at least")
+    if settings.length < 2:
+        raise KvsieveError(f"a text needs 2 tokens at least, got --length {settings.length}")
+    rows = _done(settings)
+    text = read_text(settings.text)
+    if not all(repr(policy) in rows for policy in policies):
+        model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
+        ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : settings.length]
+        if ids.shape[1] < settings.length:
+            raise KvsieveError(f"the text has {ids.shape[1]:,} tokens; give a longer one, or --length {ids.shape[1]}")
+        for policy in policies:
+            if repr(policy) not in rows:
+                rows[repr(policy)] = _read(model, policy, ids, settings)
+                _write(settings, rows)
+    wanted = [rows[repr(policy)] for policy in policies]
+    print("\n" + table(wanted))
+    return wanted
+
+
+def _read(model: Any, policy: Policy, ids: torch.Tensor, settings: Settings) -> Row:
+    reading = Reading(repr(policy), max(1, min(settings.bucket, settings.length // 8)))
+    live = sys.stderr.isatty()
+    with kvsieve.stream(model, policy, backend=settings.backend) as stream:
+        for step in read(model, ids.to(model.device), stream.cache, stream_meter(stream), reading, chunk=settings.chunk):
+            if live:
+                print(f"\r{policy!r}: {step.seen:,} of {ids.shape[1]:,} tokens", end="", file=sys.stderr, flush=True)
+    if live:
+        print(file=sys.stderr)
+    print(f"{policy!r}: {reading.steps[-1].mean_nll:.4f} nats a token, {reading.seconds:.0f} s", flush=True)
+    return Row(
+        policy=repr(policy),
+        nll=tuple(reading.nll),
+        mean=reading.steps[-1].mean_nll,
+        tail=reading.nll_between(3 * settings.length // 4, settings.length),
+        bytes_held=max(step.holding.bytes_held for step in reading.steps),
+        seconds=reading.seconds,
+        tokens=reading.stop,
+    )
+
+
+def _done(settings: Settings) -> dict[str, Row]:
+    """Rows of the file to go on with, by policy."""
+    if not settings.resume:
+        return {}
+    if settings.json is None:
+        raise KvsieveError("--resume goes on with a file: name it by --json")
+    if not settings.json.exists():
+        return {}
+    try:
+        held = json.loads(settings.json.read_text(encoding="utf-8"))
+        facts, rows = held["settings"], [Row(**{**row, "nll": tuple(row["nll"])}) for row in held["rows"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise KvsieveError(f"{settings.json} was not written by `kvsieve eval perplexity`: {error}") from error
+    other = sorted(name for name, value in settings.facts().items() if facts.get(name) != value)
+    if other:
+        name = other[0]
+        raise KvsieveError(
+            f"{settings.json} is of another run: {name} is {facts.get(name)!r} there and {settings.facts()[name]!r} here"
+        )
+    return {row.policy: row for row in rows}
+
+
+def _write(settings: Settings, rows: dict[str, Row]) -> None:
+    if settings.json is None:
+        return
+    told = {"settings": settings.facts(), "rows": [asdict(row) for row in rows.values()]}
+    partial = settings.json.with_name(settings.json.name + ".partial")
+    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    os.replace(partial, settings.json)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """A line for each policy."""
+    header = ("policy", "tokens", "nats a token", "perplexity", "last quarter", "bytes held, MiB", "tokens a second")
+    cells = [
+        (
+            row.policy,
+            f"{row.tokens:,}",
+            f"{row.mean:.3f}",
+            f"{math.exp(row.mean):.2f}" if row.mean < 700 else "inf",
+            f"{row.tail:.3f}",
+            f"{row.bytes_held / 2**20:.1f}",
+            f"{row.tokens / row.seconds:.0f}",
+        )
+        for row in rows
+    ]
+    return plain_table(header, cells)
