@@ -59,6 +59,11 @@ class AttendCall:
     relative: bool = False
     consecutive: bool = False
 
+    @property
+    def sinks(self) -> torch.Tensor | None:
+        """:attr:`sink_logits` as kernels take them: float32, contiguous, without a gradient."""
+        return None if self.sink_logits is None else self.sink_logits.detach().float().contiguous()
+
 
 @dataclass(frozen=True)
 class HeldBytes:

@@ -13,7 +13,7 @@ from kvsieve.backends.attention import Partial, attend, concatenate
 from kvsieve.backends.attention_scores import CELLS
 from kvsieve.backends.base import Attended
 from kvsieve.backends.cpu.prefill import dense, flash
-from kvsieve.backends.cpu.tensors import view
+from kvsieve.backends.cpu.tensors import floats, view
 from kvsieve.backends.piece_matrices import Matrices, Read, seen_by
 from kvsieve.backends.piece_matrices import attend_many as attend_matrices
 from kvsieve.backends.prefill_plan import BAND
@@ -33,7 +33,6 @@ def attend_one(
     """The query ``q`` ``[H, 1, D]`` over ``pieces``, in place."""
     out = torch.empty(1, q.shape[0], core.value_dim, dtype=q.dtype)
     lse = np.empty(q.shape[0], np.float32)
-    sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
     seen = [seen_by(piece, first) for piece in pieces]
     given = [
         (-1 if p.head is None else p.head, lo, hi, p.distance if p.fixed else p.distance - (lo - p.lo), p.fixed)
@@ -51,7 +50,7 @@ def attend_one(
         rope,
         call.scale,
         softcap=call.softcap,
-        sinks=sink_logits,
+        sinks=floats(call.sinks),
         out=view(out),
         lse=lse,
         scored=0 if wanted else None,

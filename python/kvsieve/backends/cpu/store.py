@@ -22,7 +22,7 @@ from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_p
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cpu.pieces import attend_many, attend_one
 from kvsieve.backends.cpu.prefill import attend_part
-from kvsieve.backends.cpu.tensors import DTYPES, view
+from kvsieve.backends.cpu.tensors import DTYPES, floats, view
 from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.piece_matrices import in_order
 from kvsieve.backends.prefill_plan import PrefillPlan
@@ -92,8 +92,8 @@ class CpuStore:
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
         found = np.empty(tuple(q.shape[:3]), np.float32)
         rope = None if call.rope is None else call.rope.core
-        sinks = None if call.sink_logits is None else call.sink_logits.detach().float()
-        numbers = call.scale, call.softcap, None if sinks is None else sinks.numpy()
+        sinks = call.sinks
+        numbers = call.scale, call.softcap, floats(sinks)
         threads, factor = torch.get_num_threads(), step.stored_keys == "pre_rope"
         self._core.attend(view(q), step, rope, *numbers, view(out), found, threads=threads, apply_factor=factor)
         lse = torch.from_numpy(found)
@@ -107,7 +107,7 @@ class CpuStore:
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
         lse = np.empty((q.shape[0], q.shape[1], q.shape[2]), np.float32) if plans else None
         rope = None if call.rope is None else call.rope.core
-        sink_logits = None if call.sink_logits is None or plans else call.sink_logits.detach().float().numpy()
+        sink_logits = None if plans else floats(call.sinks)
         threads = torch.get_num_threads()
         numbers = call.scale, call.softcap, sink_logits
         self._core.attend(
@@ -132,7 +132,7 @@ class CpuStore:
     ) -> torch.Tensor:
         self._core.append(view(k), view(v), step)
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
-        sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
+        sink_logits = floats(call.sinks)
         selection.work = selection.core.attend(
             self._core,
             view(q),
@@ -158,7 +158,7 @@ class CpuStore:
             return self.run(q, k, v, step, call), scores
         self._core.append(view(k), view(v), step)
         out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
-        sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
+        sink_logits = floats(call.sinks)
         threads = torch.get_num_threads()
         numbers = call.scale, call.softcap, sink_logits
         items = self._core.attend_mass(view(q), step, None, *numbers, view(out), threads=threads)
@@ -181,7 +181,7 @@ class CpuStore:
         else:
             self._core.append(view(k), view(v), step)
             out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
-        sink_logits = None if call.sink_logits is None else call.sink_logits.detach().float().numpy()
+        sink_logits = floats(call.sinks)
         numbers, threads = (call.scale, call.softcap, sink_logits), torch.get_num_threads()
         if step.has_spans and (any(whole) or q.shape[2] > 1):
             items = attend_highest(self._core, view(q), step, whole, *numbers, view(out), threads)
@@ -226,7 +226,7 @@ class CpuStore:
             rope=None if call.rope is None else call.rope.core,
             scale=call.scale,
             softcap=call.softcap,
-            sinks=None if call.sink_logits is None else call.sink_logits.detach().float().numpy(),
+            sinks=floats(call.sinks),
             out=view(answer),
             top=2**62 if rule.top is None else rule.top,
             mass=1.0 if rule.mass is None else rule.mass,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy.typing as npt
 import torch
 
-__all__ = ["DTYPES", "view"]
+__all__ = ["DTYPES", "floats", "view"]
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """The dtypes of keys and values, by their names in the core."""
@@ -19,3 +19,8 @@ def view(x: torch.Tensor) -> npt.NDArray[Any]:
     if x.stride(-1) != 1:
         x = x.contiguous()
     return x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy()
+
+
+def floats(x: torch.Tensor | None) -> npt.NDArray[Any] | None:
+    """A numpy view of float32 numbers, if there are any."""
+    return None if x is None else x.numpy()

@@ -69,7 +69,7 @@ def attend_sets(
         splits=max(1, min(fill, -(-longest // 64))),
         scale=call.scale,
         softcap=call.softcap or 0.0,
-        sink_logits=None if call.sink_logits is None else call.sink_logits.detach().float().contiguous(),
+        sink_logits=call.sinks,
     ).launch()
     return out[:, 0]
 

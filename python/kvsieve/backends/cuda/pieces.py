@@ -159,7 +159,7 @@ def _attend_one(held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piece]
         layout=0 if rope is None else LAYOUTS[rope.layout],
         factor=1.0 if rope is None else rope.factor**2,
         raw=rope is not None,
-        sink_logits=None if call.sink_logits is None else call.sink_logits.detach().float().contiguous(),
+        sink_logits=call.sinks,
         key_starts=keys if scored else None,
         total_keys=int(asked.keys[-1]) if scored else 0,
     ).run()

@@ -241,7 +241,7 @@ class CudaSelection:
         q, work = aligned(q), Work()
         if schedule.num_blocks:
             table = asked.upload(schedule.table({symbol: slot.number for symbol, slot in slots.items()}))
-            last = max(rule.window + 1, schedule.longest if call.consecutive else max(asked.counts))
+            last = max(rule.window + 1, schedule.longest if call.consecutive and call.relative else max(asked.counts))
             angles = Angles() if turns is None else turns(last)._replace(alone=call.relative)
             selecting = self._search(q, kv_heads, schedule, asked, table, work, angles)
             out = self._attend(selecting, value_dim, asked, call, work)
@@ -305,7 +305,7 @@ class CudaSelection:
             splits=self._splits(schedule, asked, kv_heads, selecting.q.shape[1] // kv_heads),
             scale=call.scale,
             softcap=call.softcap or 0.0,
-            sink_logits=None if call.sink_logits is None else call.sink_logits.detach().float().contiguous(),
+            sink_logits=call.sinks,
             angles=selecting.angles._replace(alone=call.consecutive),
         ).launch()
         work.read.append(read)

@@ -88,9 +88,10 @@ class CudaStore(KeepsOnHost):
         return self.plain.table.tensor
 
     def free_unused(self, in_use: npt.NDArray[np.bool_], packed_in_use: npt.NDArray[np.bool_]) -> None:
-        if self._tier is not None:
-            self._tier.free(lambda block: block < len(in_use) and bool(in_use[block]))
-        self.plain.free_unused(in_use)
+        with self._lock:
+            if self._tier is not None:
+                self._tier.free(lambda block: block < len(in_use) and bool(in_use[block]))
+            self.plain.free_unused(in_use)
         if self._packed is not None:
             self._packed.free_unused(packed_in_use)
 
@@ -206,7 +207,7 @@ class CudaStore(KeepsOnHost):
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: Plan, call: AttendCall) -> torch.Tensor:
         chosen = [p for p in plan.parts if p.part.top_k] if call.top_k else []
-        sink_logits = None if call.sink_logits is None or chosen else call.sink_logits.detach().float().contiguous()
+        sink_logits = None if chosen else call.sinks
         out, lse, _ = self.attend_spans(q, plan, call, sink_logits, with_lse=bool(chosen))
         if lse is None:
             return out
@@ -403,9 +404,10 @@ class CudaStore(KeepsOnHost):
         self.write(to, *chosen)
 
     def read(self, runs: Runs) -> Partial:
-        if self._tier is None or not self._tier.away(block for block, _, _ in runs):
-            return self._read(DeviceRuns(columns(runs), self.device))
-        return self._tier.read(runs, lambda mine: self._read(DeviceRuns(columns(mine), self.device)))
+        with self._lock:
+            if self._tier is None or not self._tier.away(block for block, _, _ in runs):
+                return self._read(DeviceRuns(columns(runs), self.device))
+            return self._tier.read(runs, lambda mine: self._read(DeviceRuns(columns(mine), self.device)))
 
     def _read(self, runs: DeviceRuns) -> Partial:
         """Keys and values of ``runs`` at full width, in the layer's dtype."""
@@ -425,7 +427,7 @@ class CudaStore(KeepsOnHost):
         at = np.cumsum(hi - lo) - (hi - lo)
         is_packed = blocks >= PACKED
         if not is_packed.all():
-            self._change([], [(block, end) for block, _, end in runs if block < PACKED])
+            self._change([], [(block, end) for block, _, end in runs])
             self.plain.reserve(sorted(set(blocks[~is_packed].tolist())))
             table = np.stack([blocks, lo, hi, at], 1)[~is_packed].astype(np.int32)
             scatter(k, v, self.table, upload(table, self.device))

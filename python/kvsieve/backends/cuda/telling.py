@@ -13,7 +13,7 @@ from kvsieve.backends.cuda.heaviest_values import Scored, heaviest
 from kvsieve.backends.cuda.ops.attend import HIGHEST, LOGITS, SUMMED
 from kvsieve.backends.cuda.store import CudaStore, Keys
 from kvsieve.backends.heaviest_values import of_rows
-from kvsieve.errors import ShapeError
+from kvsieve.errors import ShapeError, UnsupportedError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -42,7 +42,7 @@ class TellingStore(CudaStore):
             self._append(k, v, plan)
             return out, lse
         self._append(k, v, plan)
-        sinks = _sinks(call)
+        sinks = call.sinks
         out, found, _ = self.attend_spans(q, plan, call, sinks, with_lse=True)
         assert found is not None
         lse = found.transpose(1, 2)
@@ -72,7 +72,7 @@ class TellingStore(CudaStore):
         """
         plan = self._readable(step)
         keys, starts = self._keys(plan, told)
-        out, lse, scores = self.attend_spans(q, plan, call, _sinks(call), keys, with_lse=True)
+        out, lse, scores = self.attend_spans(q, plan, call, call.sinks, keys, with_lse=True)
         assert lse is not None
         assert scores is not None
         return out, lse, list(torch.split(scores, np.diff(starts).tolist(), 1))
@@ -95,7 +95,10 @@ class TellingStore(CudaStore):
 
         Raises:
             BackendError: if a row with sets has compressed tokens.
+            UnsupportedError: for pre-RoPE keys.
         """
+        if step.stored_keys == "pre_rope":
+            raise UnsupportedError("sets of each head are read where keys were rotated; these are stored pre-RoPE")
         self._check(q, k, v)
         plan, value_dim = self._readable(step), self._shape[2]
         asked = None if all(mine is None for mine in sets) else plan.residents()
@@ -137,10 +140,12 @@ class TellingStore(CudaStore):
         if all(one or not count for one, count in zip(rows, step.new_lens)):
             out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], self._shape[2])
         else:
-            out = self.attend_spans(q, plan, call, _sinks(call))[0]
+            out = self.attend_spans(q, plan, call, call.sinks)[0]
         masses = torch.full((q.shape[0], q.shape[1]), torch.nan, device=q.device)
         named = [row for row, one in enumerate(rows) if one]
-        for row, answer, mass in zip(named, *heaviest(self._scored(q, plan, call), plan, _sinks(call), rule, named)):
+        if not named:
+            return out, masses
+        for row, answer, mass in zip(named, *heaviest(self._scored(q, plan, call), plan, call.sinks, rule, named)):
             out[row, -1], masses[row] = answer, mass
         return out, masses
 
@@ -154,7 +159,3 @@ class TellingStore(CudaStore):
         held = (None, None) if packed is None else (packed.table.tensor, packed.format)
         where = (self.table, buffer.starts, buffer.spans, self._shape[0], self._shape[2], self.dtype, *held)
         return Scored(lse, logits, starts, where)
-
-
-def _sinks(call: AttendCall) -> torch.Tensor | None:
-    return None if call.sink_logits is None else call.sink_logits.detach().float().contiguous()

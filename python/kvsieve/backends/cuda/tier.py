@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from kvsieve._core import PACKED
 from kvsieve.backends.block_tier import BlockTier, HasTier, HostCopies
 from kvsieve.errors import StateError
 
@@ -117,8 +118,8 @@ class KeepsOnHost(HasTier):
             self._tier.check(plan.reads)
 
     def _change(self, sources: Iterable[int], ends: Iterable[tuple[int, int]]) -> None:
-        """Blocks are about to be moved from, and written up to these slots."""
+        """Blocks are about to be moved from, and written up to these slots. Packed ones stay on the device."""
         if self._tier is not None:
             with self._lock:
-                self._tier.load(sources)
-                self._tier.change(ends)
+                self._tier.load(block for block in sources if block < PACKED)
+                self._tier.change((block, end) for block, end in ends if block < PACKED)

@@ -166,7 +166,9 @@ impl Bounds {
 
     /// Forgets what begins in a block and no longer holds.
     fn forget(&mut self, block: BlockId) {
-        let Some(splits) = self.kind_mut(block).split.get_mut(number(block)) else { return };
+        let Some(splits) = self.kind_mut(block).split.get_mut(number(block)).filter(|splits| !splits.is_empty()) else {
+            return;
+        };
         let mut splits = std::mem::take(splits);
         splits.retain(|split| split.pieces.iter().all(|(run, times)| self.kind(run.block).times(run.block) == *times));
         self.kind_mut(block).split[number(block)] = splits;

@@ -67,6 +67,7 @@ impl Positions {
     pub fn drain(&mut self, range: Range<usize>) {
         let len = self.len();
         match self {
+            _ if range.is_empty() => {}
             _ if range.end == len => self.truncate(range.start),
             Positions::Line(line) if range.start == 0 => line.start += range.end as Position,
             _ => drop(self.list().drain(range)),
