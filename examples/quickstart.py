@@ -15,4 +15,4 @@ with kvsieve.stream(model, kvsieve.SirLLM(budget=256)) as stream:
     ids = stream.generate(**inputs, max_new_tokens=15, do_sample=False)
     print(tokenizer.decode(ids[0, -15:]))
     stats = stream.stats()
-    print(f"{stats.seen} tokens seen, {stats.resident} held: {stats.bytes_held / 2**20:.1f} of {stats.bytes_full / 2**20:.1f} MiB")
+    print(f"{stats.seen} tokens seen, {stats.resident} held: {stats.bytes_held / 2**20:.0f} of {stats.bytes_full / 2**20:.0f} MiB")

@@ -138,8 +138,8 @@ class BlockTier:
     def _make_room(self, more: int) -> None:
         """Blocks that have a copy leave memory, so that ``more`` have place within the capacity.
 
-        Nothing is written while a step reads. Where a block without a copy was the one to leave, another leaves in its place, and the
-        end of the step makes the copy.
+        Nothing is written while a step reads. Where a block without a copy was the one to leave, another leaves in its place, and
+        the end of the step makes the copy.
         """
         held = self._in_memory()
         over = len(held) + more - self._capacity
