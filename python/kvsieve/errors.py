@@ -68,7 +68,8 @@ class TierDamagedError(TierError):
 
 
 class BackendError(KvsieveError, RuntimeError):
-    """A backend that cannot run here; the message says what to install."""
+    """A backend that cannot run here, or cannot hold or follow what a policy, a model or a call asks for, as ``cuda`` a selection
+    over compressed tokens; the message says what to install, or what to use instead."""
 
 
 class BankError(KvsieveError, OSError):

@@ -369,7 +369,9 @@ class Stream:
         Raises:
             RangeError: for a range or a row that is none, or tokens that were not read yet.
             UnsupportedError: under a policy that sums up blocks of the text (InfLLM, LongHeads), and for tokens that the model's
-                own sliding layers still see. After each of these, nothing has changed.
+                own sliding layers still see.
+            BackendError: under Quest on the backend ``cuda``, whose page bounds are of whole blocks of an unbroken text. After each
+                of these, nothing has changed.
         """
         by_position.evict(self._check_open(), start, stop, rows)
 
@@ -395,7 +397,8 @@ class Stream:
             canonical: order the documents by a hash of their ids: the order of ``streams`` changes nothing, to the last bit.
 
         Raises:
-            UnsupportedError: for policies that evict or move tokens, models with sliding layers, images.
+            UnsupportedError: for policies that evict or move tokens, RefreshKV, models with sliding layers, images.
+            BackendError: under Quest on the backend ``cuda``, whose page bounds are of whole blocks of an unbroken text.
             CacheMismatchError: for a stream that is no fork of this one, or does not begin as this one.
             StateError: for tokens that were said and not read, or a document that is compressed already.
         """
@@ -426,7 +429,8 @@ class Stream:
             keep: ``"second"`` evicts the first copy of the context once all is read; see :meth:`evict`.
 
         Raises:
-            UnsupportedError: with ``keep="second"``, where :meth:`evict` refuses; nothing is read then. Others as :meth:`feed`.
+            UnsupportedError, BackendError: with ``keep="second"``, where :meth:`evict` refuses; the stream is then as it was.
+                Others as :meth:`feed`.
         """
         reading.read_twice(self._reader(), context, question, keep)
 

@@ -118,8 +118,8 @@ def InfLLM(
     Inside the window tokens are at their true distances. All that lies beyond it is at ``window - 1``, so no distance is larger,
     however long the text is. Blocks are of tokens that have left the window; each is summed up, by default by the mean key of the
     tokens that got the most attention while they were in it. Nothing is evicted; with ``host_budget`` blocks that no query reads
-    lie in a file. Combine it by ``|`` with :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens in less. Runs on
-    every backend.
+    lie in a file. Combine it by ``|`` with :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens in less, which the
+    backend ``cuda`` refuses when the stream opens. Runs on every backend.
 
     Args:
         window: tokens that a query sees at their true distance, itself included. At most what the model was trained for.

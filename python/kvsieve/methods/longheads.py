@@ -101,7 +101,7 @@ def LongHeads(context: int, chunk: int = 256, summary: str = "chunk_attention") 
     is larger than ``context - 1``. A text of which all chunks fit is read whole, exactly. Nothing is freed. Queries of a prompt
     that lie in one chunk, and in one forward, share what they read, so the last token of a prompt may read other chunks than the
     same token would if it were decoded. Combine it by ``|`` with :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens
-    in less. Runs on every backend.
+    in less, which the backend ``cuda`` refuses when the stream opens. Runs on every backend.
 
     Args:
         context: tokens that are read at most, in whole chunks, at least three. Leave margin below the length that the model was

@@ -40,7 +40,8 @@ def Quest(
 
     A text of ``sinks + window + budget`` tokens or fewer is read whole, exactly. Nothing is freed; page bounds add a 64th to what
     keys and values take as they came (bytes of ``bounds`` in :meth:`kvsieve.Stream.stats`). Combine it by ``|`` with
-    :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens in less, or with :func:`kvsieve.SirLLM` to keep fewer.
+    :func:`kvsieve.ThinK` or :func:`kvsieve.Quantized` to store tokens in less, or with :func:`kvsieve.SirLLM` to keep fewer. The
+    backend ``cuda`` refuses all three when the stream opens, and :meth:`kvsieve.Stream.evict` and :meth:`kvsieve.Stream.join`.
 
     Args:
         budget: tokens that are selected, sinks and window not counted; a multiple of ``block``, and times ``candidates`` of 64.
