@@ -1,7 +1,7 @@
 """Perplexity of a text as it streams through a policy, by position: what forgetting costs, on any model and any text.
 
-Every token but the first is predicted from what the policy holds, in chunks of `chunk` tokens, and never read twice. The perplexity is
-`exp` of the mean negative log-likelihood (Jelinek et al., 1977), here with its curve over the text.
+Every token but the first is predicted from what the policy holds, in chunks of `chunk` tokens, and never read twice. The
+perplexity is `exp` of the mean negative log-likelihood (Jelinek et al., 1977), here with its curve over the text.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class Settings:
         model: `smollm2`, a local folder, or a GGUF file; text: a file, None for Python's own reference pages.
         length: tokens of the text; chunk: tokens of a forward.
         bucket: tokens of a point of the curve, at most an eighth of the text.
-        json: a file that holds what has been read so far, written after every policy; resume: policies that it holds are not read again.
+        json: a file that holds what has been read so far, written after every policy.
+        resume: policies that the file holds are not read again.
     """
 
     policies: tuple[str, ...] = ("full()", "streamingllm(1024)")
@@ -82,8 +83,8 @@ def run(settings: Settings) -> list[Row]:
     """Reads the text under every policy; prints a table, and writes JSON after every policy if asked to.
 
     Raises:
-        KvsieveError: before anything is read, for policies that do not parse, a text that is too short, and a file to resume that was
-            written by other settings.
+        KvsieveError: before anything is read, for policies that do not parse, a text that is too short, and a file to resume that
+            was written by other settings.
     """
     from kvsieve.evals.models import load_model
 
@@ -144,10 +145,8 @@ def _done(settings: Settings) -> dict[str, Row]:
         raise KvsieveError(f"{settings.json} was not written by `kvsieve eval perplexity`: {error}") from error
     other = sorted(name for name, value in settings.facts().items() if facts.get(name) != value)
     if other:
-        name = other[0]
-        raise KvsieveError(
-            f"{settings.json} is of another run: {name} is {facts.get(name)!r} there and {settings.facts()[name]!r} here"
-        )
+        theirs, mine = facts.get(other[0]), settings.facts()[other[0]]
+        raise KvsieveError(f"{settings.json} is of another run: {other[0]} is {theirs!r} there and {mine!r} here")
     return {row.policy: row for row in rows}
 
 
