@@ -776,17 +776,9 @@ def main(arguments: list[str] | None = None) -> int:
 def rehearsing() -> Iterator[None]:
     """The emulator in the place of a GPU, and replays that run again what they would have captured."""
     import emulator
-    import pytest
-    from kvsieve.backends.cuda import graphs
 
-    def record(run: Callable[[], None]) -> Callable[[], None]:
-        run()
-        return run
-
-    with pytest.MonkeyPatch.context() as patched, warnings.catch_warnings():
+    with emulator.emulated(emulator.Emulator(processors=4)), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
-        emulator.install(patched, emulator.Emulator(processors=4))
-        patched.setattr(graphs, "record", record)
         yield
 
 
