@@ -33,6 +33,10 @@ def test_what_is_not_on_the_device_is_never_read() -> None:
     tier_cases.never_read("cuda", None)
 
 
+def test_what_fits_the_capacity_stays() -> None:
+    tier_cases.what_fits_stays("cuda", None)
+
+
 def test_memory_is_given_back() -> None:
     twins = tier_cases.Twins("cuda", None, capacity=3, rows=1)
     block = 64 * 2 * tier_cases.HEADS * tier_cases.DIM * 4
