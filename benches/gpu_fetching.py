@@ -26,9 +26,9 @@ def fetching(b: Bench) -> dict[str, Any]:
         with caught(row, "dense"):
             held = Dense(b, length, raw=True)
             row["dense"] = {"us": round(b.wall(lambda h=held: h.attend(0), 100), 1)}
-            for name, rule in rules(b).items():
+            for name, policy in policies(b).items():
                 with caught(row, name):
-                    row[name] = layer(b, held, rule)
+                    row[name] = layer(b, held, policy)
                     row[name]["times_as_fast_as_dense"] = round(row["dense"]["us"] / row[name]["token_us"], 2)
             del held
         if not b.dry:
@@ -36,61 +36,43 @@ def fetching(b: Bench) -> dict[str, Any]:
     return rows
 
 
-def rules(b: Bench) -> dict[str, Any]:
-    """The papers' settings."""
+def policies(b: Bench) -> dict[str, Any]:
+    """With the papers' settings."""
     import kvsieve
 
     few = {"window": 32, "blocks": 2, "block": 16, "sinks": 4, "query_block": 16}
     infllm = {"window": 4096, "blocks": 32, "query_block": 512, **(few if b.dry else {})}
-    long_heads = kvsieve.LongHeads(64, chunk=16) if b.dry else kvsieve.LongHeads(4096)
     return {
-        "InfLLM": kvsieve.InfLLM(**infllm).memories[0].roles.select,
-        "InfLLM per head": kvsieve.InfLLM(**infllm, per_head=True).memories[0].roles.select,
-        "LongHeads": long_heads.memories[0].roles.select,
+        "InfLLM": kvsieve.InfLLM(**infllm),
+        "InfLLM per head": kvsieve.InfLLM(**infllm, per_head=True),
+        "LongHeads": kvsieve.LongHeads(64, chunk=16) if b.dry else kvsieve.LongHeads(4096),
     }
 
 
-def layer(b: Bench, held: Dense, rule: Any) -> dict[str, Any]:
-    """Errors against the definition, then times: of a token, of what it reads alone, and of a block of queries."""
+def layer(b: Bench, held: Dense, policy: Any) -> dict[str, Any]:
+    """Errors against the definition, then times: of a token, of what it reads alone, and of a block of a prompt's queries."""
     import torch
     from kvsieve._core import Residents
-    from kvsieve.backends.pieces import attend_pieces
-    from kvsieve.backends.ranking import greatest
+    from layer_steps import FetchingStep, Layer
 
-    store, residents = held.stores[0], Residents(held.step, 0)
-    scored = rule.summary == "representatives"
-    among = rule.candidates(held.length)
-    summaries = torch.randn(len(among), b.kv_heads, b.dim, device=b.device)
-    width = rule.query_block
-    queries = torch.randn(b.heads, width, b.dim, device=b.device).to(b.dtype)
-
-    def pieces(first: int, q: Any) -> list[Any]:
-        mean = q.float().mean(1).view(b.kv_heads, -1, b.dim).sum(1)
-        if rule.per_head:
-            scores = (summaries.transpose(0, 1) * mean[:, None]).sum(-1)
-        else:
-            scores = (summaries.flatten(1) * mean.flatten()).sum(-1)[None]
-        count = len(rule.candidates(first))
-        found = greatest(scores[:, :count], rule.limit(first)) + among.start
-        return rule.pieces(first, q.shape[1], found.tolist())
-
-    def attend(first: int, q: Any, asked: list[Any] | None = None) -> Any:
-        return store.attend_pieces(q, first, residents, asked or pieces(first, q), held.call, scored)
-
-    row: dict[str, Any] = {"compared": len(among)}
-    token, first = held.q[0], held.length
+    backend, store, width = held.backend, held.stores[0], policy.fetching.query_block
+    # A block of queries begins at a multiple of its size.
     begin = (held.length - width) // width * width
-    for name, at, q in (("relative_error", first, token), ("relative_error_of_block", begin, queries[:, -8:])):
-        asked = pieces(at, q)
-        read = lambda lo, hi: store.read(residents.runs(lo, hi))  # noqa: E731
-        want = attend_pieces(q.float(), at, asked, read, held.call, scored)
-        row[name] = error = float((attend(at, q, asked).out.float() - want.out).norm() / want.out.norm())
+    many = [torch.randn(1, heads, width, b.dim, device=b.device).to(b.dtype) for heads in (b.heads, b.kv_heads, b.kv_heads)]
+    row: dict[str, Any] = {"queries": width}
+    for name, first, q, new in (("token", held.length, held.q, (held.k, held.v)), ("block", begin, many[0], many[1:])):
+        step = FetchingStep(policy, Layer(backend, store, first, *new, held.call, b.heads))
+        assert {block for block, _, _ in step.runs} <= {block for block, _, _ in held.runs}, "one store serves all"
+        residents = Residents(step.step, 0)
+        got, want = step.checked(q, lambda lo, hi, at=residents: store.read(at.runs(lo, hi)))
+        error = float((got.double() - want).norm() / want.norm())
         assert error < 2e-2, f"{error:.3f} off"
-    asked = pieces(first, token)
-    row["tokens_read"] = sum(piece.hi - piece.lo for piece in asked if piece.head in (None, 0))
-    row["token_us"] = round(b.wall(lambda: attend(first, token), 200), 1)
-    row["token_chosen_us"] = round(b.wall(lambda: attend(first, token, asked), 200), 1)
-    row["queries"], row["block_us"] = width, round(b.wall(lambda: attend(begin, queries), 5), 1)
+        row["relative_error" if name == "token" else "relative_error_of_block"] = error
+        row[f"{name}_us"] = round(b.wall(lambda s=step, x=q: s.run(x), 200 if name == "token" else 5), 1)
+        if name == "token":
+            row["compared"], row["tokens_read"] = step.last.choice.compared, step.tokens_read
+            given = q[0], first, residents, step.last.choice.pieces, held.call, step.part.summary.needs_scores
+            row["token_chosen_us"] = round(b.wall(lambda x=given: store.attend_pieces(*x), 200), 1)
     return row
 
 
@@ -101,11 +83,10 @@ def host(b: Bench) -> dict[str, Any]:
     import kvsieve
     import torch
     from kvsieve import backends
-    from kvsieve.policy.specs import make_planner
+    from layer_steps import holding
 
     length, wanted = (1000, 3) if b.dry else (128 << 10, 32)
-    backend, planner = backends.get("cuda"), make_planner(kvsieve.Full().specs(1), "post_rope")
-    planner.restore(length, [(length, [(list(range(length)), [0.0] * length)])])
+    backend, planner = backends.get("cuda"), holding(kvsieve.Full(), length)
     example = torch.zeros(1, b.kv_heads, 1, b.dim, dtype=b.dtype, device=b.device)
     store, runs = backend.make_store(example, example), planner.runs(0, 0)
     store.set_tier(backend.make_tier(None), len(runs) // 4, None)

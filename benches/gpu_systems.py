@@ -7,18 +7,16 @@ on the host, and no graph holds them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from gpu import Bench, Dense
+from gpu_measure import Bench, Dense, caught
+from gpu_sparse import sparse_error
 
-__all__ = ["lines", "systems"]
+__all__ = ["systems", "systems_table"]
 
 
 def systems(b: Bench) -> dict[str, Any]:
     """One query over so many tokens: each system's step, and what is read by it."""
-    from gpu import Dense, caught
-
     rows: dict[str, Any] = {}
     for length in b.lengths if b.dry else b.lengths[1:]:
         row = rows[str(length)] = {}
@@ -74,34 +72,25 @@ def selective_v(b: Bench, held: Dense) -> dict[str, Any]:
 
 
 def refresh_kv(b: Bench, held: Dense) -> dict[str, Any]:
-    import torch
-    from kvsieve.backends.base import HeadSets
-    from kvsieve.methods.refresh_kv import RefreshSelection
+    from layer_steps import Layer, RefreshStep
 
-    rule = RefreshSelection(32 if b.dry else 2048)
-    given = (held.q, held.k, held.v, held.step, held.call)
-    _, (scores,) = held.stores[-1].run_with_sets(*given, [None])
-    assert scores is not None
+    layer = Layer(held.backend, held.stores[-1], held.length, held.k, held.v, held.call, b.heads)
+    refresh = RefreshStep(32 if b.dry else 2048, layer, held.step)
+    scores = refresh.scores(held.q)
     # Four tokens after the choice: its lowest four are gone, and so many newer ones are read.
-    rest = held.length - 4
-    sets = HeadSets(*rule.choose(scores[:, :rest]), 4, rest)
-    out, _ = held.stores[-1].run_with_sets(*given, [sets])
-    (k, v), group, errors = held.stores[-1].read(held.runs), b.heads // b.kv_heads, []
-    for head in range(b.kv_heads):
-        at, mine = sets.read(head, held.length + 1).to(b.device), slice(head * group, (head + 1) * group)
-        want = torch.softmax(held.q[0, mine, 0].float() @ k[head, at].float().T * held.call.scale, -1) @ v[head, at].float()
-        errors.append(close(out[0, 0, mine], want))
+    sets = refresh.choose(held.q, newer=4)
+    got, want = refresh.checked(held.q, sets, *held.stores[-1].read(held.runs))
+    given = (held.q, held.k, held.v, held.step, held.call)
     return {
-        "relative_error": max(errors),
+        "relative_error": close(got.double(), want),
         "full step: us": timed(b, held, lambda s: s.run_with_sets(*given, [None])),
-        "choosing: us": round(b.wall(lambda: rule.choose(scores), 16), 1),
+        "choosing: us": round(b.wall(lambda: refresh.rule.choose(scores), 16), 1),
         "partial step: us": timed(b, held, lambda s: s.run_with_sets(*given, [sets])),
     }
 
 
 def quest(b: Bench, held: Dense) -> dict[str, Any]:
     import kvsieve
-    from gpu import sparse_error
 
     policy = kvsieve.Quest(32, candidates=2, sinks=0, window=64) if b.dry else kvsieve.Quest(1024)
     found = {id(store): held.backend.make_selection(policy.selection) for store in held.stores}
@@ -131,7 +120,6 @@ def extended(b: Bench, length: int) -> dict[str, Any]:
 
     import kvsieve
     import torch
-    from gpu import Dense
 
     held = Dense(b, length, raw=True)
     policy = kvsieve.HiP(32, sinks=4, window=16, dense_layers=0) if b.dry else kvsieve.HiP(512, dense_layers=0)
@@ -187,7 +175,7 @@ def bank(b: Bench, held: Dense) -> dict[str, Any]:
     return row
 
 
-def lines(record: dict[str, Any]) -> list[str]:
+def systems_table(record: dict[str, Any]) -> list[str]:
     """The section as a table."""
     found = ["", "| one layer over | dense us | system | step | us |", "|---|---|---|---|---|"]
     for length, row in record.get("systems", {}).items():

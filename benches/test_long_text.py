@@ -9,22 +9,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import kvsieve
 import pytest
 import torch
 from kvsieve.backends import get
-from kvsieve.backends.base import AttendCall, HeadSets
-from kvsieve.backends.pieces import attend_pieces
+from kvsieve.backends.base import AttendCall
 from kvsieve.facts import LayerRope
-from kvsieve.methods.refresh_kv import RefreshSelection
-from kvsieve.policy.specs import make_planner
-from kvsieve.runtime.blocks import Blocks
-from kvsieve.runtime.fetching import Fetching
-from kvsieve.runtime.part import Forward, LayerInput
-from kvsieve.runtime.summaries import Summed, Table
+from layer_steps import FetchingStep, Layer, RefreshStep, exact, holding
 from rounds import interleaved, record
 
 HEADS, KV_HEADS, DIM = 8, 2, 128
@@ -46,19 +39,25 @@ class Text:
         self.call = AttendCall(DIM**-0.5)
         self.placed = AttendCall(DIM**-0.5, rope=LayerRope(frequencies, "half"))
         self.generator = generator
-        self.runs: Any = None
-
-    def planner(self, policy: Any) -> Any:
-        planner = make_planner(policy.specs(1), policy.stored_keys)
-        planner.restore(self.length, [(self.length, [(list(range(self.length)), [0.0] * self.length)])])
-        assert self.runs in (None, planner.runs(0, 0)), "one store serves all"
-        self.runs = planner.runs(0, 0)
-        return planner
+        self.planner = holding(kvsieve.Full(), length)
+        self.runs = self.planner.runs(0, 0)
 
     def store(self) -> Any:
         store = get("cpu").make_store(self.k, self.v)
         store.write(self.runs, self.k[0, :, :-1], self.v[0, :, :-1])
         return store
+
+    def fetching(self, policy: Any, store: Any) -> FetchingStep:
+        step = FetchingStep(policy, Layer(get("cpu"), store, self.length, *self.new, self.placed, HEADS), self.generator)
+        assert step.runs == self.runs, "one store serves all"
+        return step
+
+    def check(self, step: FetchingStep) -> int:
+        """What it chooses, and answers, is what the definition does; tokens that a head reads."""
+        for q in self.queries:
+            got, want = step.checked(q, lambda lo, hi: (self.k[0, :, lo:hi], self.v[0, :, lo:hi]))
+            torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0)
+        return step.tokens_read
 
     def turns(self, run: Callable[[torch.Tensor], Any]) -> Callable[[], Any]:
         """``run`` with one query after another."""
@@ -66,70 +65,20 @@ class Text:
         return lambda: run(next(queries))
 
 
-class Fetched:
-    """A policy that fetches, at one step of one layer."""
-
-    def __init__(self, text: Text, policy: Any, store: Any) -> None:
-        rule, planner = policy.fetching, text.planner(policy)
-        self.text, self.rule, self.store = text, rule, store
-        setting: Any = SimpleNamespace(policy=policy, facts=SimpleNamespace(layers=(), trained_length=None), blocks=Blocks(planner))
-        part = Fetching.of(setting)
-        assert part is not None
-        self.part = part
-        # Not the keys' own, so that queries choose here and there.
-        self.summaries = torch.randn(KV_HEADS, rule.num_blocks(text.length), DIM, generator=text.generator)
-        behind = text.length - rule.start - self.summaries.shape[1] * rule.block
-        scores = torch.zeros(KV_HEADS, behind if part.summary.needs_scores else 0)
-        part.rows = [{0: Summed(Table.of(self.summaries), scores)}]
-        if not part.summary.needs_scores:
-            # The chunk that is being filled.
-            queries = (torch.zeros(HEADS, behind, DIM),) if behind else ()
-            part.rows = [{0: Summed(Table.of(self.summaries), scores, queries)}]
-        self.forward = Forward([1], 1, [text.length], step=planner.begin_residents([1], 1))
-
-    def run(self, q: torch.Tensor) -> torch.Tensor:
-        self.part.begin(self.forward)
-        out = self.part.attend(LayerInput(0, q, *self.text.new, self.text.placed, self.forward, self.store))
-        assert out is not None
-        return out
-
-    def check(self) -> int:
-        """What it chooses, and answers, is what the definition does, in float64; tokens that a head reads."""
-        text, rule = self.text, self.rule
-        for q in text.queries:
-            out = self.run(q)[0, 0]
-            last = self.part._reads[0][0]
-            assert last is not None
-            among = rule.candidates(text.length)
-            mean = q[0, :, 0].double().view(KV_HEADS, -1, DIM).sum(1)
-            products = (self.summaries[:, among.start : among.stop].double() * mean[:, None]).sum(-1)
-            judged = products if rule.per_head else products.sum(0, keepdim=True)
-            best = judged.topk(rule.limit(text.length), -1).indices.sort(-1).values + among.start
-            assert last.choice.blocks == best.tolist()
-            assert last.choice.compared == len(among)
-            whole = text.k[0].double(), text.v[0].double()
-            pieces = rule.pieces(text.length, 1, best.tolist())
-            want = attend_pieces(
-                q[0].double(), text.length, pieces, lambda lo, hi, kv=whole: tuple(x[:, lo:hi] for x in kv), text.placed, False
-            )
-            torch.testing.assert_close(out.double(), want.out[:, 0], atol=1e-5, rtol=0)
-        return sum(hi - lo for lo, hi in last.read(0))
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("length", [32768, 131072])
 def test_a_step_of_one_layer(benchmark: Any, length: int, tmp_path: Any) -> None:
     text = Text(length)
-    full = text.planner(kvsieve.Full()).begin([1], 1, True, False)
+    full = text.planner.begin([1], 1, True, False)
     store = text.store()
-    infllm, longheads = Fetched(text, kvsieve.InfLLM(), store), Fetched(text, kvsieve.LongHeads(4096), store)
-    read = {"infllm": infllm.check(), "longheads": longheads.check()}
+    infllm, longheads = text.fetching(kvsieve.InfLLM(), store), text.fetching(kvsieve.LongHeads(4096), store)
+    read = {"infllm": text.check(infllm), "longheads": text.check(longheads)}
 
     spilling = text.store()
     spilling.set_tier(get("cpu").make_tier(str(tmp_path)), length // 64 // 4, None)
     newest = [block for block, _, _ in text.runs[-(4096 // 64) - 2 :]]
     spilling.trim(newest)
-    tiered = Fetched(text, kvsieve.InfLLM(host_budget=1 << 30), spilling)
+    tiered = text.fetching(kvsieve.InfLLM(host_budget=1 << 30), spilling)
 
     def tiered_step(q: torch.Tensor) -> torch.Tensor:
         out = tiered.run(q)
@@ -139,25 +88,13 @@ def test_a_step_of_one_layer(benchmark: Any, length: int, tmp_path: Any) -> None
     tiered.part.rows = infllm.part.rows
     assert all(torch.equal(tiered_step(q), infllm.run(q)) for q in text.queries), "where blocks lie changes no output"
 
-    rule = RefreshSelection(BUDGET)
-
-    def choose(q: torch.Tensor) -> HeadSets:
-        _, (scores,) = store.run_with_sets(q, *text.new, full, text.call, [None])
-        assert scores is not None
-        tokens, order = rule.choose(scores[:, :-1])
-        return HeadSets(tokens.contiguous(), order.contiguous(), 0, length)
-
-    sets = choose(text.queries[0])
-    whole = store.run(text.queries[0], *text.new, full, text.call)[0, 0].double()
-    partial = store.run_with_sets(text.queries[0], *text.new, full, text.call, [sets])[0][0, 0].double()
-    for head in range(KV_HEADS):
-        group = slice(head * HEADS // KV_HEADS, (head + 1) * HEADS // KV_HEADS)
-        logits = text.queries[0][0, group, 0].double() @ text.k[0, head].double().T * DIM**-0.5
-        torch.testing.assert_close(whole[group], logits.softmax(-1) @ text.v[0, head].double(), atol=1e-5, rtol=0)
-        named = sets.read(head, length + 1)
-        assert len(named) == BUDGET + 1
-        chosen = logits[:, named].softmax(-1) @ text.v[0, head, named].double()
-        torch.testing.assert_close(partial[group], chosen, atol=1e-5, rtol=0)
+    refresh = RefreshStep(BUDGET, Layer(get("cpu"), store, length, *text.new, text.call, HEADS), full)
+    q = text.queries[0]
+    sets = refresh.choose(q)
+    whole = exact(q, text.k[0], text.v[0], text.call.scale, [torch.arange(length + 1)] * KV_HEADS)
+    torch.testing.assert_close(store.run(q, *text.new, full, text.call)[0, 0].double(), whole, atol=1e-5, rtol=0)
+    partial, want = refresh.checked(q, sets, text.k[0], text.v[0])
+    torch.testing.assert_close(partial.double(), want, atol=1e-5, rtol=0)
 
     before = spilling.tier_counts()
     took = interleaved(
@@ -166,8 +103,8 @@ def test_a_step_of_one_layer(benchmark: Any, length: int, tmp_path: Any) -> None
             "infllm": text.turns(infllm.run),
             "infllm_tiered": text.turns(tiered_step),
             "longheads": text.turns(longheads.run),
-            "refreshkv_partial": text.turns(lambda q: store.run_with_sets(q, *text.new, full, text.call, [sets])),
-            "refreshkv_full": text.turns(choose),
+            "refreshkv_partial": text.turns(lambda q: refresh.partial(q, sets)),
+            "refreshkv_full": text.turns(refresh.choose),
         }
     )
     moved = [now - then for now, then in zip(spilling.tier_counts(), before)]
@@ -185,9 +122,7 @@ def test_a_step_of_one_layer(benchmark: Any, length: int, tmp_path: Any) -> None
     record(benchmark, text.turns(infllm.run), took, **fast, **facts)
 
 
-def tiered_blocks(fetched: Fetched) -> list[int]:
+def tiered_blocks(step: FetchingStep) -> list[int]:
     """One for each block of 64 tokens that a step fetches."""
-    last = fetched.part._reads[0][0]
-    assert last is not None
-    residents = fetched.part._residents[0]
-    return [1 for piece in last.choice.pieces for _ in residents.runs(piece.lo, piece.hi)]
+    residents = step.part._residents[0]
+    return [1 for piece in step.last.choice.pieces for _ in residents.runs(piece.lo, piece.hi)]

@@ -11,14 +11,21 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
+from kvsieve.backends.cuda import graphs, launcher, tier
+from kvsieve.backends.cuda.backend import CudaBackend
+from kvsieve.backends.cuda.buffers import StepBuffer, upload
 from kvsieve.backends.cuda.nvrtc import SOURCES, Module
+from kvsieve.backends.cuda.ops import launch
 from kvsieve.backends.cuda.ops.launch import values_of
+from kvsieve.backends.cuda.storage import PackedStore, PlainStore
 
 SHIM = Path(__file__).resolve().parent / "cuda"
 # With everything else that clones share; a kernel is compiled once for every state of the files that it includes.
@@ -59,8 +66,8 @@ class Emulator:
 
     def replay(self, launches: list[tuple[Module, tuple[int, int, int], int, list[Any]]]) -> None:
         """Run recorded launches again, with the very same arguments: what replaying a captured graph does."""
-        for launch in launches:
-            self.run(*launch)
+        for given in launches:
+            self.run(*given)
 
     def run(self, module: Module, grid: tuple[int, int, int], block: int, args: Sequence[Any]) -> None:
         if module not in self._functions:
@@ -117,21 +124,76 @@ def without(folder: Path, file: str, pattern: str, which: int, to: Path) -> Path
     return to
 
 
-def refuse_uploads(monkeypatch: Any, refuse: Any) -> None:
-    """Let ``refuse`` stand for every upload to the device."""
-    from kvsieve.backends.cuda.buffers import upload
+class LateStream:
+    """In the place of a stream of copies: each is made when it is waited for, in order, and until then there is nan.
 
+    Whoever waits for what comes to the device need not wait for copies to the host that were begun later.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.queue: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self.arriving = 0
+        """The first so many of the queue: up to the last one that goes to the device."""
+
+    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
+        to.fill_(torch.nan)
+        self.queue.append((to, source))
+        # Both lie on the CPU: what is copied from there was copied there before.
+        if getattr(source, "is_on_host", False):
+            self.arriving = len(self.queue)
+        else:
+            to.is_on_host = True  # type: ignore[attr-defined]
+
+    def join(self, whole: bool = False) -> None:
+        count = len(self.queue) if whole else self.arriving
+        for to, source in self.queue[:count]:
+            to.copy_(source)
+        del self.queue[:count]
+        self.arriving = 0
+
+
+def refuse(*args: Any, **kwargs: Any) -> Any:
+    raise AssertionError("the host did inside a graph what a replay will not do")
+
+
+def refuse_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor may be uploaded to the device."""
     for name, module in list(sys.modules.items()):
         if name.startswith("kvsieve.backends.cuda.") and getattr(module, "upload", None) is upload:
             monkeypatch.setattr(module, "upload", refuse)
 
 
-def install(monkeypatch: Any, emulator: Emulator) -> None:
-    """Make ``backends.get("cuda")`` the emulated one, for tensors on the CPU."""
-    from kvsieve.backends.cuda import launcher
-    from kvsieve.backends.cuda.backend import CudaBackend
-    from kvsieve.backends.cuda.ops import launch
+def record(run: Callable[[], None]) -> Callable[[], None]:
+    """In the place of a captured graph: a replay runs it again, and the host may not plan, upload or reserve meanwhile."""
+    run()
 
-    monkeypatch.setattr(launcher, "require", lambda: None)
-    monkeypatch.setattr(CudaBackend, "capabilities", replace(CudaBackend.capabilities, devices=frozenset({"cpu"})))
-    monkeypatch.setitem(launch._launchers, "cpu", emulator)
+    def replay() -> None:
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(StepBuffer, "fill", refuse)
+            patched.setattr(PlainStore, "reserve", refuse)
+            patched.setattr(PackedStore, "reserve", refuse)
+            refuse_uploads(patched)
+            run()
+
+    return replay
+
+
+@contextmanager
+def emulated(made: Emulator) -> Iterator[Emulator]:
+    """While it is open, ``backends.get("cuda")`` is the emulated one, for tensors on the CPU.
+
+    It is as unkind as a GPU may be: memory is nan until it is written, copies of blocks are made when they are waited for
+    (:class:`LateStream`), and a graph replays the device's work alone (:func:`record`).
+    """
+    was = torch.are_deterministic_algorithms_enabled()
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(launcher, "require", lambda: None)
+        patched.setattr(CudaBackend, "capabilities", replace(CudaBackend.capabilities, devices=frozenset({"cpu"})))
+        patched.setitem(launch._launchers, "cpu", made)
+        patched.setattr(tier, "SideStream", LateStream)
+        patched.setattr(graphs, "record", record)
+        torch.use_deterministic_algorithms(True)
+        try:
+            yield made
+        finally:
+            torch.use_deterministic_algorithms(was)

@@ -146,3 +146,11 @@ SYSTEMS: dict[str, System] = {
     ),
     "chain_to_all": System(lambda: kvsieve.StreamingLLM(24, sinks=2) >> kvsieve.Full(), ()),
 }
+
+ON_CUDA = [
+    name
+    for name, system in SYSTEMS.items()
+    if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest", "sirllm_hip")) and "stores" not in system.doing
+]
+ON_CUDA += ["infllm", "infllm_bounds", "infllm_tiered", "longheads"]
+"""Systems that ask more of a store than attention, and that the CUDA backend serves."""

@@ -155,6 +155,47 @@ def never_read(backend: str, folder: Path | None, device: torch.device | str = "
     twins.feed(planner, [1])
 
 
+def what_fits_stays(backend: str, folder: Path | None, later: bool = False, device: torch.device | str = "cpu") -> None:
+    """Blocks that are read again and again, fewer than the capacity, are all in memory after a while.
+
+    Those that nobody reads leave for them, though they had no copy at first.
+    """
+    twins = Twins(backend, folder, capacity=4, rows=1, device=device)
+    twins.feed(twins.planners[0], [12 * 64])
+    runs = twins.runs(twins.planners[0])
+
+    def end_step() -> None:
+        twins.tiered.trim([], later)
+        twins.tiered.finish()
+
+    end_step()
+    cold, loads = in_memory(twins.tiered, runs), []
+    assert cold == {block for block, _, _ in runs[-4:]}
+    for step in range(24):
+        twins.tiered.fetch([runs[step % 3]])
+        end_step()
+        twins.check()
+        assert len(in_memory(twins.tiered, runs)) <= 4
+        loads.append(twins.tiered.tier_counts().loads)
+    assert loads[11] == loads[23], f"three blocks of a capacity of four: {loads}"
+    assert loads[11] <= 6, f"each was loaded once, and once more at most: {loads}"
+    assert in_memory(twins.tiered, runs) >= {block for block, _, _ in runs[:3]}
+
+
+def in_memory(store: Any, runs: list[tuple[int, int, int]]) -> set[int]:
+    """The blocks of ``runs`` that a store with a tier has in memory; in the reference those that left take as much, and are nan."""
+    blocks, tier = {block for block, _, _ in runs}, store._tier
+    gone = {block for block in blocks if tier.is_spilled(block)} if hasattr(tier, "is_spilled") else tier.away(blocks)
+    return blocks - gone
+
+
+def most_in_memory(stream: kvsieve.Stream) -> int:
+    """Blocks in memory of the layer that has most of them there."""
+    planner = stream._engine.planner
+    runs = [run for row in range(planner.num_rows) for run in planner.runs(0, row)]
+    return max(len(in_memory(store, runs)) for store in stream._engine.stores.values())
+
+
 def tiered(base: Any, blocks: int = 3, **others: Any) -> Any:
     return base | Memory(storage=Tiered(blocks * BLOCK, **others))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -26,11 +27,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
+def launcher() -> Iterator[emulator.Emulator]:
     """`backends.get("cuda")` is the emulated one; it pretends two multiprocessors, so that keys are split."""
-    made = emulator.Emulator(processors=2)
-    emulator.install(monkeypatch, made)
-    return made
+    with emulator.emulated(emulator.Emulator(processors=2)) as made:
+        yield made
 
 
 @pytest.mark.parametrize("policy", list(tiny.POLICIES))

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Iterator
 
 import backend_cases
 import emulator
@@ -11,37 +10,14 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from kvsieve.backends.cuda import graphs
-from kvsieve.backends.cuda.buffers import StepBuffer
-from kvsieve.backends.cuda.storage import PackedStore, PlainStore
 from kvsieve.errors import StateError, UnsupportedError
 from kvsieve.graphs import GraphDecoder
 
 
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
-    made = emulator.Emulator()
-    emulator.install(monkeypatch, made)
-
-    def record(run: Callable[[], None]) -> Callable[[], None]:
-        run()  # the host may not plan, upload or reserve in here: a replay would not do it
-
-        def replay() -> None:
-            with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(StepBuffer, "fill", refuse)
-                patched.setattr(PlainStore, "reserve", refuse)
-                patched.setattr(PackedStore, "reserve", refuse)
-                emulator.refuse_uploads(patched, refuse)
-                run()
-
-        return replay
-
-    monkeypatch.setattr(graphs, "record", record)
-    return made
-
-
-def refuse(*args: Any, **kwargs: Any) -> Any:
-    raise AssertionError("the host did inside a graph what a replay will not do")
+def launcher() -> Iterator[emulator.Emulator]:
+    with emulator.emulated(emulator.Emulator()) as made:
+        yield made
 
 
 POLICIES = [name for name in tiny.POLICIES if name not in ("lm_infinite_middle", *tiny.PER_HEAD)]
@@ -98,7 +74,7 @@ def test_a_forward_that_fails_leaves_the_stream_as_it_was(launcher: emulator.Emu
         want = decoder.step(tiny.ids(1, 1)).clone()
         stream.cache.crop(-1)
         with monkeypatch.context() as patched:
-            patched.setattr(decoder._captured, "_replay", refuse)
+            patched.setattr(decoder._captured, "_replay", emulator.refuse)
             with pytest.raises(AssertionError):
                 decoder.step(tiny.ids(1, 1))
         assert stream.seen == 30

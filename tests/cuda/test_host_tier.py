@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,32 +13,15 @@ import tier_cases
 import tiny
 import torch
 from drive import forwards, pad_left, same_memory
-from kvsieve.backends.cuda import tier
 from kvsieve.errors import BackendError, StateError, UnsupportedError
 from kvsieve.graphs import GraphDecoder
 from tier_cases import BLOCK, tiered
 
 
-class LateStream:
-    """In the place of a stream of copies: they are made when they are waited for, in order, and until then there is nan."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.queue: list[tuple[torch.Tensor, torch.Tensor]] = []
-
-    def copy(self, to: torch.Tensor, source: torch.Tensor) -> None:
-        to.fill_(torch.nan)
-        self.queue.append((to, source))
-
-    def join(self, whole: bool = False) -> None:
-        for to, source in self.queue:
-            to.copy_(source)
-        self.queue.clear()
-
-
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    emulator.install(monkeypatch, emulator.Emulator(processors=2))
-    monkeypatch.setattr(tier, "SideStream", LateStream)
+def launcher() -> Iterator[emulator.Emulator]:
+    with emulator.emulated(emulator.Emulator(processors=2)) as made:
+        yield made
 
 
 @pytest.mark.parametrize("seed", range(4))
@@ -48,6 +31,10 @@ def test_no_schedule_changes_an_output(seed: int) -> None:
 
 def test_what_is_not_on_the_device_is_never_read() -> None:
     tier_cases.never_read("cuda", None)
+
+
+def test_what_fits_the_capacity_stays() -> None:
+    tier_cases.what_fits_stays("cuda", None)
 
 
 def test_memory_is_given_back() -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, operations
 from kvsieve.backends.cuda.ops.hip import hip
-from kvsieve.backends.cuda.ops.launch import _launchers
 from kvsieve.backends.cuda.ops.residents import Residents
 from kvsieve.backends.cuda.ops.surprisal import surprisal
 from kvsieve.errors import BackendError, ShapeError
@@ -23,13 +22,9 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
-    """The emulator, and memory that is nan until it is written."""
-    made = emulator.Emulator(processors=1)
-    monkeypatch.setitem(_launchers, "cpu", made)
-    torch.use_deterministic_algorithms(True)
-    yield made
-    torch.use_deterministic_algorithms(False)
+def launched() -> Iterator[emulator.Emulator]:
+    with emulator.emulated(emulator.Emulator()) as made:
+        yield made
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))

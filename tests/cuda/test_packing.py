@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,11 +26,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
+def launcher() -> Iterator[emulator.Emulator]:
     """The emulated backend; it pretends two multiprocessors, so that keys are split."""
-    made = emulator.Emulator(processors=2)
-    emulator.install(monkeypatch, made)
-    return made
+    with emulator.emulated(emulator.Emulator(processors=2)) as made:
+        yield made
 
 
 @pytest.mark.parametrize("bits", [(0, 0), (4, 4), (2, 8), (8, 0)], ids=str)

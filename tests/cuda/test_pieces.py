@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import emulator
@@ -25,11 +26,10 @@ POLICY = pytest.mark.parametrize("policy", list(piece_cases.POLICIES))
 
 
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
+def launcher() -> Iterator[emulator.Emulator]:
     """It pretends several multiprocessors, so that keys are split."""
-    made = emulator.Emulator(processors=3)
-    emulator.install(monkeypatch, made)
-    return made
+    with emulator.emulated(emulator.Emulator(processors=3)) as made:
+        yield made
 
 
 @pytest.mark.parametrize("case", piece_cases.CASES, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))

@@ -17,7 +17,6 @@ import pytest
 import search_cases
 import torch
 from kvsieve.backends.cuda.nvrtc import SOURCES, Module
-from kvsieve.backends.cuda.ops.launch import _launchers
 
 CPU = torch.device("cpu")
 
@@ -67,8 +66,7 @@ def case_of(run: Callable[[], None]) -> Callable[[emulator.Emulator], None]:
     """A case of `kernel_cases` on a launcher."""
 
     def once(launcher: emulator.Emulator) -> None:
-        with pytest.MonkeyPatch.context() as patched:
-            patched.setitem(_launchers, "cpu", launcher)
+        with emulator.emulated(launcher):
             run()
 
     return once
@@ -83,8 +81,7 @@ def searched_once(rule: Any, tokens: int) -> Callable[[emulator.Emulator], None]
 
     def once(launcher: emulator.Emulator) -> None:
         launcher.count = 4
-        with pytest.MonkeyPatch.context() as patched:
-            emulator.install(patched, launcher)
+        with emulator.emulated(launcher):
             search_cases.one_query(rule, tokens, CPU)
 
     return once

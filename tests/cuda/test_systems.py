@@ -6,7 +6,7 @@ The tests are those of `tests/generate` and `tests/unit`, which take a backend; 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,7 @@ import torch
 import unit.test_bank as recall
 from drive import forwards
 from kvsieve.errors import BackendError
-from systems import SYSTEMS
-
-NAMES = [
-    name
-    for name in SYSTEMS
-    if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest", "sirllm_hip")) and "stores" not in SYSTEMS[name].doing
-]
-NAMES += ["infllm", "infllm_bounds", "infllm_tiered", "longheads"]
+from systems import ON_CUDA, SYSTEMS
 
 PROPERTIES = [
     every.test_the_system_is_at_work,
@@ -44,24 +37,23 @@ PROPERTIES = [
 
 
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> emulator.Emulator:
+def launcher() -> Iterator[emulator.Emulator]:
     """The emulated backend, with two multiprocessors so that keys are split."""
-    made = emulator.Emulator(processors=2)
-    emulator.install(monkeypatch, made)
-    return made
+    with emulator.emulated(emulator.Emulator(processors=2)) as made:
+        yield made
 
 
 def named(x: Any) -> str | None:
     return x.__name__ if callable(x) else None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 @pytest.mark.parametrize("holds", PROPERTIES, ids=named)
 def test_what_holds_for_every_system(holds: Callable[[str, str], None], name: str) -> None:
     holds(name, "cuda")
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_two_turns_and_a_fork_are_those_of_the_specification(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(every, "BACKENDS", ["reference", "cuda"])
     every.test_two_turns_and_a_fork_between_them_are_those_of_the_specification(name)

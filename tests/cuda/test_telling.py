@@ -21,13 +21,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def launcher(monkeypatch: pytest.MonkeyPatch) -> Iterator[emulator.Emulator]:
-    """The emulated backend, with four multiprocessors so that keys and chunks are split; memory is nan until it is written."""
-    made = emulator.Emulator(processors=4)
-    emulator.install(monkeypatch, made)
-    torch.use_deterministic_algorithms(True)
-    yield made
-    torch.use_deterministic_algorithms(False)
+def launcher() -> Iterator[emulator.Emulator]:
+    """The emulated backend, with four multiprocessors so that keys and chunks are split."""
+    with emulator.emulated(emulator.Emulator(processors=4)) as made:
+        yield made
 
 
 @pytest.mark.parametrize("case", telling_cases.TOLD, ids=lambda case: "-".join(str(x).removeprefix("torch.") for x in case))

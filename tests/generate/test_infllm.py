@@ -15,6 +15,7 @@ from drive import forward, forwards, pad_left
 from kvsieve.backends.cuda.capabilities import CAPABILITIES as CUDA
 from kvsieve.errors import BackendError, PolicyError, StateError, UnsupportedError
 from kvsieve.runtime.fetching import Fetching
+from tier_cases import most_in_memory
 from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -282,6 +283,7 @@ def test_where_blocks_lie_changes_no_output(base: str, backend: str, tmp_path: P
                 continue
             assert tiers.bytes_read >= tiers.loads * (blocks // 2) > 0
             # The block that is being filled is there besides. The reference frees nothing.
+            assert most_in_memory(stream) <= count + 1
             assert backend == "reference" or tiers.bytes_in_memory <= (count + 1) * blocks < whole.parts.keys + whole.parts.values
     assert list(tmp_path.iterdir()) == []
 

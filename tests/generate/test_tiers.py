@@ -19,12 +19,10 @@ from kvsieve.backends.cuda.capabilities import CAPABILITIES as CUDA
 from kvsieve.errors import BackendError, BudgetError, StateError, TierError, TierFullError, UnsupportedError
 from kvsieve.policy import Memory, Tiered
 from kvsieve.runtime.tiers import Tiers
+from tier_cases import BLOCK, most_in_memory
 from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-
-BLOCK = 2 * 64 * 2 * 2 * 16 * 4
-"""Bytes of a block of 64 tokens in all layers of the tiny model."""
 
 
 def tiered(disk: Any, blocks: int = 3, base: Any = None, **others: Any) -> Any:
@@ -62,7 +60,8 @@ def test_a_long_text(backend: str, options: Any, tmp_path: Path) -> None:
         assert stats.loads > 0
         assert stats.spills > 0
         assert stats.bytes_in_file > 0
-        # Three full blocks a layer, and what is not full yet.
+        # Three full blocks a layer, and what is not full yet. The reference frees nothing.
+        assert most_in_memory(stream) <= 4
         assert backend == "reference" or stats.bytes_in_memory <= 4 * BLOCK < full.stats().bytes_held
         assert stats.file_bytes >= stats.bytes_in_file
         assert stream.stats().as_dict()["tiers"]["loads"] == stats.loads
@@ -227,6 +226,7 @@ def test_a_session_file_of_a_stream_with_a_budget_of_memory(backend: str, tmp_pa
         tiers = loaded.stats().tiers
         assert tiers is not None
         assert tiers.bytes_in_file > 0
+        assert most_in_memory(loaded) <= 6, "five full ones, and what is being filled"
         assert backend == "reference" or tiers.bytes_in_memory <= 6 * BLOCK
         assert torch.equal(forwards(model, loaded.cache, more, [8, 1]), want)
     unnamed = kvsieve.stream(model, tiered(tmp_path), backend)

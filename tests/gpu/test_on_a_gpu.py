@@ -160,6 +160,10 @@ def test_what_is_on_the_host_is_never_read() -> None:
     tier_cases.never_read("cuda", None, GPU)
 
 
+def test_what_fits_on_the_device_stays() -> None:
+    tier_cases.what_fits_stays("cuda", None, device=GPU)
+
+
 @pytest.mark.parametrize("base", list(tier_cases.BASES))
 def test_a_model_with_blocks_on_the_host(base: str) -> None:
     tier_cases.model(base, GPU)

@@ -16,17 +16,11 @@ import torch
 from backend_cases import on
 from drive import forwards
 from kvsieve.backends.cuda import launcher
-from systems import PROMPT, SYSTEMS
+from systems import ON_CUDA, PROMPT, SYSTEMS
 
 pytestmark = pytest.mark.gpu
 
 GPU = torch.device("cuda", 0)
-
-NAMES = [
-    name
-    for name in SYSTEMS
-    if name.startswith(("memory_bank", "refresh_kv", "selective_v", "quest", "sirllm_hip")) and "stores" not in SYSTEMS[name].doing
-]
 
 
 @pytest.fixture(autouse=True)
@@ -85,7 +79,7 @@ def test_a_model_beyond_its_length_equals_the_reference(extend: int) -> None:
     search_cases.model("llama", search_cases.hip_policy(extend=extend, dense_layers=0), GPU)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_a_stream_equals_the_reference(name: str) -> None:
     """A prompt, single tokens, a chunk, in two rows of one batch; the logits are those of the reference on the CPU."""
     ids, logits = tiny.ids(2, PROMPT + 60), []
@@ -96,7 +90,7 @@ def test_a_stream_equals_the_reference(name: str) -> None:
     assert float((logits[0] - logits[1]).abs().max()) <= 1e-3 * float(logits[1].abs().max())
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ON_CUDA)
 def test_streams_fork_go_back_and_save(name: str, tmp_path: Path) -> None:
     made = on(tiny.model(), GPU)
 

@@ -6,7 +6,6 @@ are ties. Where rotations are a model's, or keys are codes, scores are not, and 
 
 from __future__ import annotations
 
-import math
 import random
 from typing import Any, Literal
 
@@ -34,9 +33,9 @@ from kvsieve.facts import LayerRope
 from kvsieve.methods import think
 from kvsieve.policy.specs import make_planner
 from kvsieve.policy.storage import Channels
+from raw_cases import TOLERANCE, quarters
 
 DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
-TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1.5e-2, torch.float16: 3e-3}
 HIP = {"budget": 20, "block": 2, "representative": "middle", "sinks": 3, "window": 9, "refresh": [4], "query_block": 8}
 INFINITE = {
     "stages": [(16, 96), (4, 32), (2, 12)],
@@ -51,21 +50,6 @@ TRUE = _core.Memory(_core.Eviction.keep_all(), _core.PositionRule.original())
 SLOTS = _core.Memory(_core.Eviction.own(4096, 0, 0), _core.PositionRule.in_cache())
 
 Mode = Literal["stored", "placed", "relative", "consecutive"]
-
-
-class Quarters(LayerRope):
-    """Turns by quarters of a circle, exactly."""
-
-    def table(self, positions: torch.Tensor, dtype: torch.dtype, *, factor: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-        cos, sin = super().table(positions, torch.float64, factor=False)
-        scale = self.factor if factor else 1.0
-        return (cos.round() * scale).to(dtype), (sin.round() * scale).to(dtype)
-
-
-def quarters(rng: random.Random, dim: int) -> LayerRope:
-    pairs = rng.choice([dim // 2, dim // 4])
-    turns = torch.tensor([rng.choice([0, 1, 2, 3, 5]) * math.pi / 2 for _ in range(pairs)], dtype=torch.float64)
-    return Quarters(turns, rng.choice(["half", "interleaved"]), rng.choice([1.0, 2.0]))
 
 
 def model_rope(rng: random.Random, dim: int) -> LayerRope:
