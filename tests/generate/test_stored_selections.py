@@ -67,6 +67,12 @@ POLICIES: dict[str, Callable[[], Any]] = {
 }
 EVERY = pytest.mark.parametrize("name", list(POLICIES))
 
+ROUNDED = 1e-5
+"""Of the greatest logit. Sums in another order were 9e-7 apart at most."""
+
+FLIPPED = 1e-3
+"""Of the greatest logit. A number at the border of two codes may get either, a step apart; such logits were 9e-5 apart at most."""
+
 
 def read_first(stream: kvsieve.Stream) -> list[list[list[list[int]]]]:
     """What each head of the first layer read last: its keys are those that came, bit for bit, whatever the backend."""
@@ -95,9 +101,8 @@ def test_the_backends_agree(family: str, name: str) -> None:
     assert packed[0] == packed[1]
     assert ("codes" in name or "think" in name or "quest_" in name or "infllm" in name) == (packed[0][0] > 0)
     assert read[: len(read) // 2] == read[len(read) // 2 :]
-    # A number that is rounded otherwise may get another code, and then what follows differs.
     difference = (got["cpu"] - got["reference"]).abs().max()
-    assert difference <= (1e-4 if packed[0][0] == 0 else 1e-2) * got["reference"].abs().max()
+    assert difference <= (FLIPPED if "Quantized" in repr(POLICIES[name]()) else ROUNDED) * got["reference"].abs().max()
 
 
 @BACKEND
@@ -112,7 +117,11 @@ def test_a_saved_stream_goes_on_where_it_was(name: str, backend: str, tmp_path: 
     with kvsieve.load(tmp_path / "stream.safetensors", model, backend) as stream:
         assert repr(stream.policy) == repr(POLICIES[name]())
         got = forwards(model, stream.cache, tiny.ids(1, 30, 2), [1])
-    torch.testing.assert_close(got, want, atol=1e-5 if "codes" not in name else 2e-2, rtol=0)
+    if (name, backend) == ("sirllm_quest_codes", "cpu"):
+        # What is left after evictions comes to lie side by side, so that sums are made in another order.
+        assert (got - want).abs().max() <= ROUNDED * want.abs().max()
+    else:
+        assert torch.equal(got, want)
 
 
 @BACKEND
@@ -142,13 +151,12 @@ def test_bounds_of_compressed_blocks_are_counted() -> None:
         assert stream.stats().parts.bounds == 0
 
 
-@BACKEND
 @pytest.mark.parametrize("extend", [False, 4000])
-def test_quest_goes_on_over_what_is_left(extend: Any, backend: str) -> None:
+def test_quest_goes_on_over_what_is_left(extend: Any) -> None:
     """Tokens taken out of the middle: blocks are of those that are left, as on the reference."""
     model, ids, found = tiny.model(), tiny.ids(1, 430), []
-    for which in (backend, "reference"):
-        with kvsieve.stream(model, quest(extend=extend), which) as stream:
+    for backend in BACKENDS:
+        with kvsieve.stream(model, quest(extend=extend), backend) as stream:
             forward(model, stream.cache, ids[:, :400])
             stream.evict(30, 100)
             stream.evict(220, 230)
@@ -158,7 +166,7 @@ def test_quest_goes_on_over_what_is_left(extend: Any, backend: str) -> None:
                 assert not layer.dense
                 assert not read & {*range(30, 100), *range(220, 230)}
                 assert read >= {*range(370, 430)}
-    torch.testing.assert_close(found[0], found[1], rtol=0, atol=2e-4)
+    assert (found[0] - found[1]).abs().max() <= ROUNDED * found[1].abs().max()
 
 
 @pytest.mark.parametrize(
