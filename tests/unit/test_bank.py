@@ -211,7 +211,7 @@ def test_chunks_of_one_token_are_exact_nearest_neighbours() -> None:
     generator = torch.Generator().manual_seed(0)
     entries = random_entries(generator, 2, 300, 1)
     q = torch.randn(4, 1, 8, generator=generator)
-    out, lse = recall.recall(q, entries, 0, 7, 10, AttendCall(0.5))
+    out, lse = recall.recall(q, entries, 0, 7, 10, AttendCall(0.5), per_head=True)
     k, v = (x[0] for x in (entries.pieces[0].segment.keys, entries.pieces[0].segment.values))
     for head in range(4):
         keys, values = k[head // 2, :300, 0], v[head // 2, :300, 0]
@@ -223,14 +223,15 @@ def test_chunks_of_one_token_are_exact_nearest_neighbours() -> None:
 
 @pytest.mark.parametrize(("first", "m"), [(0, 1), (5, 3), (0, 16), (13, 40), (16, 33)])
 @pytest.mark.parametrize("flush", [False, True])
-def test_queries_of_a_prompt_share_what_the_mean_of_their_block_finds(first: int, m: int, flush: bool) -> None:
+@pytest.mark.parametrize("per_head", [False, True])
+def test_queries_of_a_prompt_share_what_the_mean_of_their_block_finds(first: int, m: int, flush: bool, per_head: bool) -> None:
     generator = torch.Generator().manual_seed(first + m)
     entries = random_entries(generator, 2, 50, 4)
     if flush:
         extra = {0: torch.randn(2, 6, 8, generator=generator)}
         entries = entries.flush().append(extra, extra)
     q = torch.randn(4, m, 8, generator=generator)
-    out, lse = recall.recall(q, entries, 0, first, 3, AttendCall(0.4, 5.0))
+    out, lse = recall.recall(q, entries, 0, first, 3, AttendCall(0.4, 5.0), per_head)
     every = torch.arange(entries.num_chunks).expand(2, 1, -1)
     k, v, seen = recall.gather(entries, 0, every)
     seen = torch.ones(k.shape[:3], dtype=torch.bool) if seen is None else seen
@@ -238,8 +239,9 @@ def test_queries_of_a_prompt_share_what_the_mean_of_their_block_finds(first: int
     for i in range(m):
         mine = [j for j in range(m) if (first + j) // recall.QUERIES == (first + i) // recall.QUERIES] if m > 1 else [0]
         for head in range(4):
-            ask = q[head // 2 * 2 : head // 2 * 2 + 2, mine].mean(1).sum(0)
-            best = (means[head // 2] @ ask).topk(3).indices
+            asks = q[:, mine].mean(1).view(2, 2, 8).sum(1)
+            scores = (means @ asks[..., None])[..., 0]
+            best = (scores[head // 2] if per_head else scores.sum(0)).topk(3).indices
             slots = torch.cat([torch.arange(int(c) * 4, int(c) * 4 + 4) for c in best])
             slots = slots[seen[head // 2, 0, slots]]
             logits = 5.0 * torch.tanh(k[head // 2, 0, slots] @ q[head, i] * 0.4 / 5.0)

@@ -3,7 +3,8 @@
 For one row and layer, with queries ``q`` rotated to the one distance at which a bank's tokens are seen:
 
     asks      = for each KV head the sum over its group's query heads, the mean over a block of queries
-    scores    = <asks, mean key of each whole chunk>;  the best ``count`` chunks, of equal ones the newer
+    scores    = <asks, mean key of each whole chunk>, for each KV head or summed over all of them
+    chunks    = the best ``count``, of equal ones the newer
     found     = softmax attention of every query to the tokens of its block's chunks, with its log-sum-exp
     joined    = own + gate * (found - own),  gate = sigmoid(lse of found + bias - lse of own)
 
@@ -43,12 +44,14 @@ def table_of(rope: LayerRope, distance: int, dtype: torch.dtype) -> tuple[torch.
     return cos * rope.factor, sin * rope.factor
 
 
-def choose(entries: Entries, layer: int, asks: torch.Tensor, count: int) -> torch.Tensor:
-    """The chunks that the queries ``asks`` float32 ``[Hkv, b, D]`` find: int64 ``[Hkv, b, n]``, ascending, counted from the oldest
-    one held; ``n`` is ``count``, or all there are."""
+def choose(entries: Entries, layer: int, asks: torch.Tensor, count: int, per_head: bool = False) -> torch.Tensor:
+    """The chunks that the queries ``asks`` float32 ``[Hkv, b, D]`` find, each KV head for itself or all of them the same: int64
+    ``[Hkv, b, n]``, ascending, counted from the oldest one held; ``n`` is ``count``, or all there are."""
     pieces = [piece for piece in entries.pieces if piece.lo < piece.hi]
     scores = torch.cat([asks @ p.segment.means[layer][:, p.lo : p.hi].transpose(1, 2) for p in pieces], 2)
-    return greatest(scores, count, newest=True)
+    if per_head:
+        return greatest(scores, count, newest=True)
+    return greatest(scores.sum(0, keepdim=True), count, newest=True).expand(asks.shape[0], -1, -1)
 
 
 def gather(entries: Entries, layer: int, chunks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -94,13 +97,15 @@ def _one_by_one(pieces: list[Piece], layer: int, chunks: torch.Tensor) -> tuple[
     return k.view(*chunks.shape, *k.shape[1:]), v.view(*chunks.shape, *v.shape[1:]), lengths.view(chunks.shape)
 
 
-def recall(q: torch.Tensor, entries: Entries, layer: int, first: int, count: int, call: AttendCall) -> Partial:
+def recall(
+    q: torch.Tensor, entries: Entries, layer: int, first: int, count: int, call: AttendCall, per_head: bool = False
+) -> Partial:
     """Attention of a row's new queries to what they find.
 
     Args:
         q: float ``[H, m, D]`` on the CPU, turned by :func:`table_of`; first: the position of the first of them.
         entries: of the row's namespace, with at least one whole chunk.
-        count: chunks that a query finds.
+        count: chunks that a query finds; per_head: whether each KV head finds its own.
 
     Returns:
         out ``[H, m, Dv]`` and lse ``[H, m]``, in the dtype of ``q``, without learned sinks.
@@ -108,13 +113,13 @@ def recall(q: torch.Tensor, entries: Entries, layer: int, first: int, count: int
     kv_heads = entries.pieces[0].segment.means[layer].shape[0]
     (heads, m, dim), group = q.shape, q.shape[0] // kv_heads
     if m == 1:
-        return _one(q.view(kv_heads, group, dim), entries, layer, count, call)
+        return _one(q.view(kv_heads, group, dim), entries, layer, count, call, per_head)
     at = torch.arange(m) + first % QUERIES
     block, blocks = at // QUERIES, int(at[-1]) // QUERIES + 1
     summed = q.view(kv_heads, group, m, dim).sum(1)
     asks = summed.new_zeros(kv_heads, blocks, dim).index_add_(1, block, summed)
     asks /= torch.bincount(block, minlength=blocks)[:, None]
-    k, v, seen = gather(entries, layer, choose(entries, layer, asks.float(), count))
+    k, v, seen = gather(entries, layer, choose(entries, layer, asks.float(), count, per_head))
     width = QUERIES if blocks > 1 else m
     slots = at if blocks > 1 else at - at[0]
     grid = q.new_zeros(heads, blocks * width, dim).index_copy_(1, slots, q)
@@ -127,9 +132,9 @@ def recall(q: torch.Tensor, entries: Entries, layer: int, first: int, count: int
     return out[:, slots], lse[:, slots]
 
 
-def _one(q: torch.Tensor, entries: Entries, layer: int, count: int, call: AttendCall) -> Partial:
+def _one(q: torch.Tensor, entries: Entries, layer: int, count: int, call: AttendCall, per_head: bool) -> Partial:
     """The same for one query, given as ``[Hkv, group, D]``."""
-    k, v, seen = gather(entries, layer, choose(entries, layer, q.sum(1, keepdim=True).float(), count))
+    k, v, seen = gather(entries, layer, choose(entries, layer, q.sum(1, keepdim=True).float(), count, per_head))
     logits = torch.bmm(q, k[:, 0].to(q.dtype).transpose(1, 2)) * call.scale
     if call.softcap is not None:
         logits = call.softcap * torch.tanh(logits / call.softcap)

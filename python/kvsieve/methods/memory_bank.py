@@ -9,6 +9,7 @@ Departures from the published method, and why:
 * The published bank never holds its capacity, reads a row of zeros where it holds fewer chunks than are asked for, and is shared
   by the rows of a batch. This one is full when it is, reads what there is, and gives every row a namespace of its own.
 * Keys and queries that share a KV head ask together: the sum over the query heads. Queries of a prompt ask in blocks of 16.
+* All heads of a layer find the same chunks, by the sum of their scores; ``per_head=True`` is the published choice.
 """
 
 from __future__ import annotations
@@ -70,6 +71,8 @@ class MemoryBank(BankRule):
         bias: added to the bank's logits; ``-inf`` reads nothing.
         distance: at which its tokens are seen; by default that of the oldest token that the policy before it can show.
         namespace: the name under which a stream reads and writes, or one for each row of a batch.
+        per_head: whether each KV head finds chunks of its own, as published; by default all heads of a layer find the same ones, by
+            the sum of their scores.
 
     Raises:
         PolicyError: for numbers that cannot be right. What the file says is looked at when it is first used.
@@ -89,6 +92,7 @@ class MemoryBank(BankRule):
         bias: float = 0.0,
         distance: int | None = None,
         namespace: str | Sequence[str] | None = None,
+        per_head: bool = False,
     ) -> None:
         if path is not None and not isinstance(path, str | os.PathLike):
             raise PolicyError(f"path must be that of a file, or None, got {path!r}")
@@ -101,11 +105,12 @@ class MemoryBank(BankRule):
             check_count("distance", distance)
         if not isinstance(bias, (int, float)) or isinstance(bias, bool) or math.isnan(bias) or bias == math.inf:
             raise PolicyError(f"bias must be a finite number, or -inf for a bank that is not read, got {bias!r}")
-        if not isinstance(read_only, bool):
-            raise PolicyError(f"read_only must be True or False, got {read_only!r}")
+        for name, flag in (("read_only", read_only), ("per_head", per_head)):
+            if not isinstance(flag, bool):
+                raise PolicyError(f"{name} must be True or False, got {flag!r}")
         self.path = None if path is None else Path(path)
         self.capacity, self.chunk, self.top_k, self.read_only = capacity, chunk, top_k, read_only
-        self.bias, self.distance = float(bias), distance
+        self.bias, self.distance, self.per_head = float(bias), distance, per_head
         self.layers = None if layers is None else _indices(layers)
         self.names = (DEFAULT,) if namespace is None else _names(namespace)
         self._shared = _Opened(self.path, capacity, chunk, self.layers, read_only)
@@ -202,12 +207,12 @@ class MemoryBank(BankRule):
         """The same bank, read in another way.
 
         Args:
-            changes: any of ``top_k``, ``bias``, ``distance`` and ``read_only``.
+            changes: any of ``top_k``, ``per_head``, ``bias``, ``distance`` and ``read_only``.
 
         Raises:
             PolicyError: for anything else, or numbers that cannot be right.
         """
-        others = sorted(set(changes) - {"top_k", "bias", "distance", "read_only"})
+        others = sorted(set(changes) - {"top_k", "per_head", "bias", "distance", "read_only"})
         if others:
             raise PolicyError(f"{', '.join(others)} cannot be changed: all that read a bank share them")
         if self.read_only and not changes.get("read_only", True):
@@ -310,8 +315,10 @@ class MemoryBank(BankRule):
             "bias": self.bias if math.isfinite(self.bias) else -1e999,
             "distance": self.distance,
             "namespace": None if names == DEFAULT else names,
+            "per_head": self.per_head,
         }
-        plain = {"path": None, "capacity": 65536, "layers": None, "chunk": 16, "top_k": 64, "read_only": False, "bias": 0.0}
+        plain: dict[str, Any] = {"path": None, "capacity": 65536, "layers": None, "chunk": 16, "top_k": 64}
+        plain |= {"read_only": False, "bias": 0.0, "per_head": False}
         shown = {name: value for name, value in told.items() if value != plain.get(name)}
         return f"MemoryBank({', '.join(f'{name}={_literal(value)}' for name, value in shown.items())})"
 

@@ -19,6 +19,7 @@ class BankRule:
         layers: indices of the layers that have a bank; None for every full-attention layer.
         chunk: tokens that are found together.
         top_k: tokens that a query reads.
+        per_head: whether each KV head finds tokens of its own.
         bias: what is added to the log-sum-exp of the bank's logits; ``-inf`` reads nothing.
         read_only: whether nothing is ever written.
         distance: at which every token of the bank is seen; None for that of the oldest token of what stands before it.
@@ -28,6 +29,7 @@ class BankRule:
     layers: tuple[int, ...] | None
     chunk: int
     top_k: int
+    per_head: bool
     bias: float
     read_only: bool
     distance: int | None

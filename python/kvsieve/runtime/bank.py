@@ -141,7 +141,8 @@ class Banking(StreamPart):
             if layer.call.rope is not None:
                 asked = layer.call.rope.turn(asked, self._table(layer.index, layer.call.rope, wide))
             count = self.rule.top_k // self.rule.chunk
-            answer = recall(asked, rows[row].entries, layer.index, layer.forward.seen[row], count, layer.call)
+            entries, first = rows[row].entries, layer.forward.seen[row]
+            answer = recall(asked, entries, layer.index, first, count, layer.call, self.rule.per_head)
             there = (answer[0].to(out.device), answer[1].to(out.device))
             own, total = out[row, new[row]].to(wide), lse[row, :, new[row]].to(wide)
             out[row, new[row]] = joined(own, total, there, self.rule.bias).to(out.dtype)
