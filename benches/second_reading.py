@@ -42,12 +42,13 @@ def main(count: int = 2048, window: int = 512) -> None:
         for name, read in (("the text", ids), ("another text", other)):
             bank = kvsieve.MemoryBank(layers=chosen)
             bank.ingest(model, read, window=window)
-            for bias in (0.0, -2.0) if chosen is None else (0.0,):
-                policy = kvsieve.StreamingLLM(window) >> bank.like(read_only=True, bias=bias)
+            for bias, per_head in ((0.0, False), (0.0, True), *([(-2.0, False)] if chosen is None else ())):
+                policy = kvsieve.StreamingLLM(window) >> bank.like(read_only=True, bias=bias, per_head=per_head)
                 change = surprisals(model, policy, ids) - alone
                 nats, error = float(change.mean()), float(change.std()) / len(change) ** 0.5
                 perplexity = math.exp(float(alone.mean()) + nats)
-                print(f"{bank!r} of {name}, bias={bias}: {perplexity:.3f}, {nats:+.3f} ± {error:.3f} nats", flush=True)
+                told = f"{bank!r} of {name}, bias={bias}, per_head={per_head}"
+                print(f"{told}: {perplexity:.3f}, {nats:+.3f} ± {error:.3f} nats", flush=True)
 
 
 if __name__ == "__main__":

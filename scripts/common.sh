@@ -5,6 +5,7 @@
 #   $KVSIEVE_CACHE/target-<hash>/  cargo's build outputs; keyed by rustc and Cargo.lock, shared by all clones
 #   $KVSIEVE_CACHE/emulator/       CUDA kernels as g++ compiles them for the tests; keyed by what they include
 #   $KVSIEVE_CACHE/mypy/           mypy's; it knows by itself what is fresh
+#   $KVSIEVE_CACHE/bytecode/       Python's, where the caller wants none beside the sources; Python knows what is fresh
 #   .venv/                         this clone's thin layer over env-<hash>: kvsieve's own wheel and console scripts
 
 set -euo pipefail
@@ -20,6 +21,13 @@ VENV="$ROOT/.venv"
 
 # Tracked by pyo3's build script: an activated environment would make cargo rebuild what it has already built.
 unset VIRTUAL_ENV CONDA_PREFIX PYTHONPATH PYTHONHOME
+
+# Packages are installed without bytecode: the first process that imports a module compiles it, for all that follow. Without that,
+# every process of a test run compiles torch and transformers anew, which takes it twice as long as everything else in an import.
+if [ -n "${PYTHONDONTWRITEBYTECODE:-}" ]; then
+    unset PYTHONDONTWRITEBYTECODE
+    export PYTHONPYCACHEPREFIX="${PYTHONPYCACHEPREFIX:-$CACHE/bytecode}"
+fi
 
 die() { printf 'kvsieve: %s\n' "$*" >&2; exit 1; }
 say() { printf 'kvsieve: %s\n' "$*" >&2; }

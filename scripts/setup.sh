@@ -49,7 +49,7 @@ make_wheel() {
     ) >"$VENV/wheel.log" 2>&1 || { cat "$VENV/wheel.log" >&2; die "the wheel did not build"; }
     rm -rf "$(site_of "$VENV")"/kvsieve "$(site_of "$VENV")"/kvsieve-*.dist-info
     "$ENV/bin/python" -m pip --disable-pip-version-check --python "$VENV/bin/python" install \
-        --quiet --no-deps --no-index --force-reinstall "$VENV"/wheel/*.whl
+        --quiet --no-compile --no-deps --no-index --force-reinstall "$VENV"/wheel/*.whl
     printf '%s\n' "$fresh" >"$VENV/wheel.stamp"
 }
 

@@ -18,7 +18,7 @@ from kvsieve.methods import SYSTEMS as PUBLISHED
 from kvsieve.methods.quantized import QuantizedStorage
 from kvsieve.policy.compose import with_bank
 
-PROMPT = 300
+PROMPT = 260
 """Tokens of a prompt under which every system is at work."""
 
 
@@ -96,15 +96,15 @@ SYSTEMS: dict[str, System] = {
     "quest_rarely": System(lambda: _quest(refresh=(8, 2), sinks=64), ("selects",)),
     "refresh_kv_fixed": System(lambda: kvsieve.RefreshKV(48, stride=3, similarity=None, kernel=3), ("selects",)),
     "infllm_per_head": System(
-        lambda: kvsieve.InfLLM(24, blocks=2, block=4, representatives=1, sinks=2, per_head=True, query_block=8), ("selects",)
+        lambda: kvsieve.InfLLM(24, blocks=2, block=4, representatives=1, sinks=2, per_head=True, query_block=16), ("selects",)
     ),
     "infllm_bounds": System(
-        lambda: kvsieve.InfLLM(24, blocks=2, block=4, sinks=2, per_head=True, query_block=8, summary="bounds"), ("selects",)
+        lambda: kvsieve.InfLLM(24, blocks=2, block=4, sinks=2, per_head=True, query_block=16, summary="bounds"), ("selects",)
     ),
     "longheads_mean": System(lambda: kvsieve.LongHeads(96, chunk=16, summary="mean"), ("selects",)),
     # Three blocks of 64 tokens in memory: of a prompt some lie in the file.
     "infllm_tiered": System(
-        lambda: kvsieve.InfLLM(24, blocks=2, block=8, representatives=1, sinks=2, query_block=8, host_budget="96KiB"),
+        lambda: kvsieve.InfLLM(24, blocks=2, block=8, representatives=1, sinks=2, query_block=16, host_budget="96KiB"),
         ("selects", "spills"),
     ),
     "longheads_tiered": System(
@@ -154,3 +154,14 @@ ON_CUDA = [
 ]
 ON_CUDA += ["infllm", "infllm_bounds", "infllm_tiered", "longheads"]
 """Systems that ask more of a store than attention, and that the CUDA backend serves."""
+
+
+def _of_every_kind() -> list[str]:
+    """Every published system, and one row of each other set of things that a system is found doing."""
+    found = {SYSTEMS[name].doing: name for name in reversed(SYSTEMS) if name not in _SMALL}
+    known = {SYSTEMS[name].doing for name in _SMALL}
+    return [name for name in SYSTEMS if name in _SMALL or (SYSTEMS[name].doing not in known and found[SYSTEMS[name].doing] == name)]
+
+
+OF_EVERY_KIND = _of_every_kind()
+"""What is tried on every release of transformers: the settings of a policy change nothing about how a model reaches it."""

@@ -17,11 +17,13 @@ from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.recycling import Recycling
 from kvsieve.runtime.selection import Selection
 from kvsieve.runtime.value_selection import ValueSelection
-from systems import PROMPT, SYSTEMS
+from systems import OF_EVERY_KIND, PROMPT, SYSTEMS
 from tiny import BACKENDS
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-EVERY = pytest.mark.parametrize("name", list(SYSTEMS))
+EVERY = pytest.mark.parametrize(
+    "name", [name if name in OF_EVERY_KIND else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
+)
 
 # Two ways of going on: long chunks, short ones and single tokens.
 PIECES = ((40, 1, 5, 23, 1, 1), (17, 1, 40, 1, 3, 1))
