@@ -211,7 +211,7 @@ def test_chunks_of_one_token_are_exact_nearest_neighbours() -> None:
     generator = torch.Generator().manual_seed(0)
     entries = random_entries(generator, 2, 300, 1)
     q = torch.randn(4, 1, 8, generator=generator)
-    out, lse = recall.recall(q, entries, 0, 7, 10, AttendCall(0.5), per_head=True)
+    out, lse = recall.recall(q, entries, 0, 7, 10, AttendCall(0.5))
     k, v = (x[0] for x in (entries.pieces[0].segment.keys, entries.pieces[0].segment.values))
     for head in range(4):
         keys, values = k[head // 2, :300, 0], v[head // 2, :300, 0]

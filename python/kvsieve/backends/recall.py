@@ -44,7 +44,7 @@ def table_of(rope: LayerRope, distance: int, dtype: torch.dtype) -> tuple[torch.
     return cos * rope.factor, sin * rope.factor
 
 
-def choose(entries: Entries, layer: int, asks: torch.Tensor, count: int, per_head: bool = False) -> torch.Tensor:
+def choose(entries: Entries, layer: int, asks: torch.Tensor, count: int, per_head: bool = True) -> torch.Tensor:
     """The chunks that the queries ``asks`` float32 ``[Hkv, b, D]`` find, each KV head for itself or all of them the same: int64
     ``[Hkv, b, n]``, ascending, counted from the oldest one held; ``n`` is ``count``, or all there are."""
     pieces = [piece for piece in entries.pieces if piece.lo < piece.hi]
@@ -98,7 +98,7 @@ def _one_by_one(pieces: list[Piece], layer: int, chunks: torch.Tensor) -> tuple[
 
 
 def recall(
-    q: torch.Tensor, entries: Entries, layer: int, first: int, count: int, call: AttendCall, per_head: bool = False
+    q: torch.Tensor, entries: Entries, layer: int, first: int, count: int, call: AttendCall, per_head: bool = True
 ) -> Partial:
     """Attention of a row's new queries to what they find.
 

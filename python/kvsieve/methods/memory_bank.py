@@ -9,7 +9,6 @@ Departures from the published method, and why:
 * The published bank never holds its capacity, reads a row of zeros where it holds fewer chunks than are asked for, and is shared
   by the rows of a batch. This one is full when it is, reads what there is, and gives every row a namespace of its own.
 * Keys and queries that share a KV head ask together: the sum over the query heads. Queries of a prompt ask in blocks of 16.
-* All heads of a layer find the same chunks, by the sum of their scores; ``per_head=True`` is the published choice.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ class MemoryBank(BankRule):
         bias: added to the bank's logits; ``-inf`` reads nothing.
         distance: at which its tokens are seen; by default that of the oldest token that the policy before it can show.
         namespace: the name under which a stream reads and writes, or one for each row of a batch.
-        per_head: whether each KV head finds chunks of its own, as published; by default all heads of a layer find the same ones, by
-            the sum of their scores.
+        per_head: whether each KV head finds chunks of its own, as published. Else all heads of a layer find the same ones, by the
+            sum of their scores, which looks up facts better.
 
     Raises:
         PolicyError: for numbers that cannot be right. What the file says is looked at when it is first used.
@@ -92,7 +91,7 @@ class MemoryBank(BankRule):
         bias: float = 0.0,
         distance: int | None = None,
         namespace: str | Sequence[str] | None = None,
-        per_head: bool = False,
+        per_head: bool = True,
     ) -> None:
         if path is not None and not isinstance(path, str | os.PathLike):
             raise PolicyError(f"path must be that of a file, or None, got {path!r}")
@@ -318,7 +317,7 @@ class MemoryBank(BankRule):
             "per_head": self.per_head,
         }
         plain: dict[str, Any] = {"path": None, "capacity": 65536, "layers": None, "chunk": 16, "top_k": 64}
-        plain |= {"read_only": False, "bias": 0.0, "per_head": False}
+        plain |= {"read_only": False, "bias": 0.0, "per_head": True}
         shown = {name: value for name, value in told.items() if value != plain.get(name)}
         return f"MemoryBank({', '.join(f'{name}={_literal(value)}' for name, value in shown.items())})"
 
