@@ -89,9 +89,10 @@ def check(mark: Mark, budget: str, want: torch.Tensor | None) -> None:
     stats = mark.stats[1]
     assert stats.resident == stats.seen
     assert stats.tiers is not None
-    # The block that is being filled is there besides.
-    assert stats.tiers.bytes_in_memory <= parse_bytes(budget) + 64 * TOKEN
-    assert (stats.tiers.spills > 0) == (stats.seen * TOKEN > parse_bytes(budget) + 64 * TOKEN)
+    # The block that is being filled is there besides; what is a block more or less than the budget may be all in memory, or not.
+    most, block, all_of_it = parse_bytes(budget), 64 * TOKEN, stats.seen * TOKEN
+    assert stats.tiers.bytes_in_memory <= most + block
+    assert (stats.tiers.spills > 0) == (all_of_it > most) or abs(all_of_it - most) <= block
     assert mark.states.shape[0] == STEPS
     assert mark.states.isfinite().all()
     assert want is None or torch.equal(mark.states, want), "where blocks lie changes an output"
