@@ -42,7 +42,7 @@ def main(count: int = 2048, window: int = 512) -> None:
         for name, read in (("the text", ids), ("another text", other)):
             bank = kvsieve.MemoryBank(layers=chosen)
             bank.ingest(model, read, window=window)
-            for bias, per_head in ((0.0, False), (0.0, True), *([(-2.0, False)] if chosen is None else ())):
+            for bias, per_head in ((0.0, True), (0.0, False), *([(-2.0, True)] if chosen is None else ())):
                 policy = kvsieve.StreamingLLM(window) >> bank.like(read_only=True, bias=bias, per_head=per_head)
                 change = surprisals(model, policy, ids) - alone
                 nats, error = float(change.mean()), float(change.std()) / len(change) ** 0.5

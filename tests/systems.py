@@ -142,7 +142,8 @@ SYSTEMS: dict[str, System] = {
         ("evicts",),
     ),
     "memory_bank_of_scores": System(
-        lambda: _sirllm(40) >> kvsieve.MemoryBank(capacity=64, layers=[1], chunk=1, top_k=6, bias=1.0), ("evicts", "recalls")
+        lambda: _sirllm(40) >> kvsieve.MemoryBank(capacity=64, layers=[1], chunk=1, top_k=6, bias=1.0, per_head=False),
+        ("evicts", "recalls"),
     ),
     "chain_to_all": System(lambda: kvsieve.StreamingLLM(24, sinks=2) >> kvsieve.Full(), ()),
 }

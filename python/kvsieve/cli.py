@@ -138,7 +138,7 @@ def _add_eval(commands: Any) -> None:
     perplexity.add_argument("--length", type=_positive, default=8192, help="tokens of it; default: 8,192")
     perplexity.add_argument("--chunk", type=_positive, default=512, help="tokens of a forward; default: 512")
     perplexity.add_argument("--bucket", type=_positive, default=1024, help="tokens of a point of the curve; default: 1,024")
-    perplexity.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
+    perplexity.add_argument("--json", type=_output, help="also write everything to this file, after every policy; replaces it")
     perplexity.add_argument("--resume", action="store_true", help="policies that the file of --json holds are not read again")
     _add_machine(perplexity, dtype_help="default: float32")
     perplexity.set_defaults(run=_eval_perplexity)

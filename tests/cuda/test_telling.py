@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import emulator
@@ -12,6 +13,7 @@ import pytest
 import search_cases
 import telling_cases
 import torch
+from kvsieve.backends.base import AttendCall
 from kvsieve.backends.cuda.backend import CudaBackend
 from kvsieve.errors import PolicyError, ShapeError, UnsupportedError
 from operations import ops
@@ -58,6 +60,13 @@ def test_what_does_not_fit_is_refused() -> None:
             ops.add_values(**{**whole, **change})
     with pytest.raises(ShapeError):
         ops.page_bounds(given["blocks"], torch.zeros(1), 2, 16, torch.float32)
+
+
+def test_heads_sets_of_keys_before_rope_are_refused() -> None:
+    tested = telling_cases.quest_layer(1, torch.float32, 16, CPU, 0)
+    step, new = SimpleNamespace(stored_keys="pre_rope"), torch.zeros(1, 1, 1, 16)
+    with pytest.raises(UnsupportedError, match="pre-RoPE"):
+        tested.store.run_with_sets(new, new, new, step, AttendCall(1.0), [None])
 
 
 # ----------------------------------------------------------------------------------------------------------------------- Quest

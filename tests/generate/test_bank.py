@@ -93,6 +93,16 @@ def test_backends_agree_where_chunks_are_found(backend: str) -> None:
     torch.testing.assert_close(*found, atol=2e-4 * float(found[0].abs().max()), rtol=0)
 
 
+def test_heads_find_chunks_of_their_own_or_the_same_ones() -> None:
+    ids = tiny.ids(1, 120)
+    for heads in (1, 2):
+        model, logits = tiny.fresh(num_key_value_heads=heads), []
+        for per_head in (True, False):
+            with kvsieve.stream(model, window() >> bank_of(per_head=per_head, top_k=8)) as stream:
+                logits.append(forwards(model, stream.cache, ids, [100, 20]))
+        assert torch.equal(*logits) == (heads == 1), "one head chooses for all"
+
+
 def test_a_forward_does_not_find_its_own_tokens() -> None:
     """The first forward over any text is that of a bank that is off; the next one finds what the first one left."""
     model, ids = tiny.model(), tiny.ids(1, 120)

@@ -580,6 +580,7 @@ def test_a_namespace_has_one_writer() -> None:
         ({"layers": [1, 1]}, "layers must name"),
         ({"layers": [-1]}, "layers must be"),
         ({"bias": float("nan")}, "bias must be"),
+        ({"per_head": 1}, "per_head must be"),
         ({"bias": float("inf")}, "bias must be"),
         ({"bias": "high"}, "bias must be"),
         ({"read_only": 1}, "read_only must be"),
@@ -623,6 +624,7 @@ def test_what_does_not_go_with_it_is_refused_when_it_is_built(text: str, said: s
         "StreamingLLM(budget=64, sinks=4) >> MemoryBank()",
         "StreamingLLM(budget=64, sinks=4) >> SirLLM(budget=64, sinks=0, recent=0) >> MemoryBank(chunk=4, top_k=8)",
         "Full() >> MemoryBank(read_only=True, bias=-1e999, distance=9, namespace='a')",
+        "StreamingLLM(budget=64, sinks=4) >> MemoryBank(top_k=256, bias=2.0, per_head=False)",
         "SirLLM(budget=64, sinks=4) >> MemoryBank(path='x.bank', capacity=32, layers=(1, 2), bias=-0.5, namespace=['a', 'b'])",
     ],
 )

@@ -85,9 +85,29 @@ def test_an_interrupted_run_goes_on(argv: list[str], rows: Rows, monkeypatch: py
 
 
 def test_without_resume_everything_is_read_again(argv: list[str], rows: Rows, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert main([*argv, "--policy", "full()"]) == 0
-    assert main([*argv, "--policy", "streamingllm(64)"]) == 0
+    read, asked = perplexity._read, []
+    monkeypatch.setattr(perplexity, "_read", lambda model, policy, *rest: (asked.append(policy), read(model, policy, *rest))[1])
+    for policies in (["full()"], ["full()"], ["streamingllm(64)"]):
+        assert main([*argv, "--policy", *policies]) == 0
+    assert len(asked) == 3
     assert len(rows()) == 1
+
+
+@pytest.mark.parametrize(
+    "change", ["length 319", "chunk 47", "bucket 39", "dtype bfloat16", "backend cpu", "model other", "threads 2", "text"]
+)
+def test_rows_of_another_run_are_refused(argv: list[str], change: str, rows: Rows, capsys: Any, tmp_path: Path) -> None:
+    assert main([*argv, "--policy", "full()"]) == 0
+    held, (name, *value), threads = rows(), change.split(), torch.get_num_threads()
+    if not value:
+        (tmp_path / "text").write_text(TEXT.upper())
+    other = [f"--{name}", *value] if value else []
+    try:
+        assert main([*argv, "--policy", "full()", "streamingllm(64)", "--resume", *other]) == 2
+    finally:
+        torch.set_num_threads(threads)
+    assert f"is of another run: {name} is" in capsys.readouterr().err
+    assert rows() == held
 
 
 @pytest.mark.parametrize(
@@ -110,7 +130,9 @@ def test_what_cannot_be_is_said_at_once(argv: list[str], more: list[str], said: 
     [
         ("not json", "was not written by"),
         ('{"settings": {}}', "was not written by"),
-        ('{"settings": {"length": 99}, "rows": []}', "is of another run"),
+        ('{"settings": [], "rows": []}', "is of another run"),
+        ('{"settings": {}, "rows": [{"policy": "Full()", "nll": [], "mean": null}]}', "was not written by"),
+        ('{"settings": {}, "rows": [3]}', "was not written by"),
     ],
 )
 def test_a_file_of_something_else_is_left_alone(argv: list[str], held: str, said: str, capsys: Any, tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ class BlockTier:
         self._scores: dict[int, float] = {}
         self._protected: set[int] = set()
         self._leases: dict[int, set[int]] = {}
-        self._clock = self._owed = 0
+        self._clock = self._copies_due = 0
         self._hits = self._loads = self._spills = self._read = self._written = 0
 
     def away(self, blocks: Iterable[int]) -> set[int]:
@@ -138,13 +138,14 @@ class BlockTier:
     def _make_room(self, more: int) -> None:
         """Blocks that have a copy leave memory, so that ``more`` have place within the capacity.
 
-        Nothing is written while a step reads. Where a block without a copy was the one to leave, another leaves in its place, and
-        the end of the step makes the copy.
+        Nothing is written while a step reads. Where a block without a copy was the one to leave, another one leaves in its place,
+        and the end of the step makes a copy of the first.
         """
         held = self._in_memory()
         over = len(held) + more - self._capacity
-        self._owed += len(set(self._leaving(held, over)) - set(self._copies))
-        for block in self._leaving(held & set(self._copies), over):
+        first, leaving = self._leaving(held, over), self._leaving(held & set(self._copies), over)
+        self._copies_due += len(set(leaving) - set(first))
+        for block in leaving:
             self._leave(block)
 
     def hold(self, blocks: Iterable[int]) -> None:
@@ -156,9 +157,9 @@ class BlockTier:
         self._leases.pop(threading.get_ident(), None)
         self._protected = set(keep)
         self.spill(self._leaving(self._in_memory(), len(self._in_memory()) - self._capacity))
-        for block in self._leaving(self._in_memory() - set(self._copies), self._owed):
+        for block in self._leaving(self._in_memory() - set(self._copies), self._copies_due):
             self._copy(block)
-        self._owed = 0
+        self._copies_due = 0
 
     def spill(self, blocks: Iterable[int]) -> None:
         for block in self._in_memory().intersection(blocks):

@@ -6,12 +6,13 @@ perplexity is `exp` of the mean negative log-likelihood (Jelinek et al., 1977), 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,10 @@ class Settings:
     resume: bool = False
     backend: str | None = None
 
-    def facts(self) -> dict[str, Any]:
+    def facts(self, text: str) -> dict[str, Any]:
         """What two runs must have in common for their rows to stand in one table."""
-        facts = {field.name: getattr(self, field.name) for field in fields(self)}
-        mine = {name: facts[name] for name in ("model", "length", "chunk", "bucket", "dtype")}
-        return {**mine, "text": None if self.text is None else str(self.text)}
+        told = {name: getattr(self, name) for name in ("model", "length", "chunk", "bucket", "dtype", "backend")}
+        return {**told, "text": hashlib.sha256(text.encode()).hexdigest(), "threads": torch.get_num_threads()}
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class Row:
     Attributes:
         policy: written out.
         nll: the curve, nats a token: the mean over each `bucket` tokens of the text, the last of which may be shorter.
-        mean: over all tokens but the first; tail: over the points that lie in the last quarter of the text.
+        mean: over all tokens but the first; tail: over the whole points in the last quarter of the text.
         bytes_held: the most that keys, values and what goes with them took after a chunk.
         seconds: of forwards and scoring, wall time; tokens: that were read.
     """
@@ -93,8 +93,9 @@ def run(settings: Settings) -> list[Row]:
         raise KvsieveError("name a policy at least")
     if settings.length < 2:
         raise KvsieveError(f"a text needs 2 tokens at least, got --length {settings.length}")
-    rows = _done(settings)
     text = read_text(settings.text)
+    facts = settings.facts(text)
+    rows = _done(settings, facts)
     if not all(repr(policy) in rows for policy in policies):
         model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
         ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : settings.length]
@@ -103,7 +104,7 @@ def run(settings: Settings) -> list[Row]:
         for policy in policies:
             if repr(policy) not in rows:
                 rows[repr(policy)] = _read(model, policy, ids, settings)
-                _write(settings, rows)
+                _write(settings.json, facts, rows)
     wanted = [rows[repr(policy)] for policy in policies]
     print("\n" + table(wanted))
     return wanted
@@ -130,7 +131,7 @@ def _read(model: Any, policy: Policy, ids: torch.Tensor, settings: Settings) -> 
     )
 
 
-def _done(settings: Settings) -> dict[str, Row]:
+def _done(settings: Settings, facts: dict[str, Any]) -> dict[str, Row]:
     """Rows of the file to go on with, by policy."""
     if not settings.resume:
         return {}
@@ -140,23 +141,35 @@ def _done(settings: Settings) -> dict[str, Row]:
         return {}
     try:
         held = json.loads(settings.json.read_text(encoding="utf-8"))
-        facts, rows = held["settings"], [Row(**{**row, "nll": tuple(row["nll"])}) for row in held["rows"]]
+        theirs, rows = dict(held["settings"]), [_row(row) for row in held["rows"]]
     except (ValueError, KeyError, TypeError) as error:
         raise KvsieveError(f"{settings.json} was not written by `kvsieve eval perplexity`: {error}") from error
-    other = sorted(name for name, value in settings.facts().items() if facts.get(name) != value)
-    if other:
-        theirs, mine = facts.get(other[0]), settings.facts()[other[0]]
-        raise KvsieveError(f"{settings.json} is of another run: {other[0]} is {theirs!r} there and {mine!r} here")
+    for name, mine in facts.items():
+        if theirs.get(name) != mine:
+            raise KvsieveError(f"{settings.json} is of another run: {name} is {theirs.get(name)!r} there and {mine!r} here")
     return {row.policy: row for row in rows}
 
 
-def _write(settings: Settings, rows: dict[str, Row]) -> None:
-    if settings.json is None:
+def _row(told: dict[str, Any]) -> Row:
+    """Raises KeyError, TypeError or ValueError for what is none."""
+    return Row(
+        policy=str(told["policy"]),
+        nll=tuple(map(float, told["nll"])),
+        mean=float(told["mean"]),
+        tail=float(told["tail"]),
+        bytes_held=int(told["bytes_held"]),
+        seconds=float(told["seconds"]),
+        tokens=int(told["tokens"]),
+    )
+
+
+def _write(path: Path | None, facts: dict[str, Any], rows: dict[str, Row]) -> None:
+    if path is None:
         return
-    told = {"settings": settings.facts(), "rows": [asdict(row) for row in rows.values()]}
-    partial = settings.json.with_name(settings.json.name + ".partial")
+    told = {"settings": facts, "rows": [asdict(row) for row in rows.values()]}
+    partial = path.with_name(path.name + ".partial")
     partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, settings.json)
+    os.replace(partial, path)
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -170,7 +183,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{math.exp(row.mean):.2f}" if row.mean < 700 else "inf",
             f"{row.tail:.3f}",
             f"{row.bytes_held / 2**20:.1f}",
-            f"{row.tokens / row.seconds:.0f}",
+            f"{row.tokens / max(row.seconds, 1e-9):.0f}",
         )
         for row in rows
     ]

@@ -71,7 +71,7 @@ class MemoryBank(BankRule):
         distance: at which its tokens are seen; by default that of the oldest token that the policy before it can show.
         namespace: the name under which a stream reads and writes, or one for each row of a batch.
         per_head: whether each KV head finds chunks of its own, as published. Else all heads of a layer find the same ones, by the
-            sum of their scores, which looks up facts better.
+            sum of their scores.
 
     Raises:
         PolicyError: for numbers that cannot be right. What the file says is looked at when it is first used.

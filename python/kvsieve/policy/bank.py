@@ -29,7 +29,7 @@ class BankRule:
     layers: tuple[int, ...] | None
     chunk: int
     top_k: int
-    per_head: bool
+    per_head: bool = True
     bias: float
     read_only: bool
     distance: int | None

@@ -335,6 +335,54 @@ fn what_fits_the_capacity_stays() {
     }
 }
 
+/// For every block that left memory in the place of one without a copy, one copy is written, and no block leaves that need not.
+#[test]
+fn no_more_copies_are_written_than_blocks_were_loaded() {
+    for (later, fetches) in [(false, 1), (false, 2), (false, 4), (true, 1), (true, 4)] {
+        let mut noise = Noise(13);
+        let (_, mut arena, _) = pair(&mut noise, 24, 1 << 23);
+        let trim = |arena: &mut Arena| if later { arena.trim_later(&[]) } else { arena.trim(&[]) };
+        let full = arena.num_blocks();
+        trim(&mut arena).unwrap();
+        arena.finish().unwrap();
+        assert!(full == 24 && arena.num_blocks() == 4);
+        arena.fetch(&[whole(0)]).unwrap();
+        trim(&mut arena).unwrap();
+        arena.finish().unwrap();
+        let before = arena.tier_counts();
+        (1..=fetches).for_each(|block| arena.fetch(&[whole(block)]).unwrap());
+        trim(&mut arena).unwrap();
+        arena.finish().unwrap();
+        let after = arena.tier_counts();
+        assert_eq!(after.loads - before.loads, u64::from(fetches));
+        assert!((1..=u64::from(fetches)).contains(&(after.spills - before.spills)), "{later} {fetches}: {after:?}");
+        assert_eq!(arena.num_blocks(), 4, "{later} {fetches}");
+    }
+}
+
+/// Copies ahead only save work: without space for them a step that needs none is no error.
+#[test]
+fn a_full_disk_is_no_error_where_nothing_must_leave() {
+    for later in [false, true] {
+        let mut noise = Noise(17);
+        let (media, mut arena, twin) = pair(&mut noise, 12, 1 << 22);
+        let trim = |arena: &mut Arena| if later { arena.trim_later(&[]) } else { arena.trim(&[]) };
+        trim(&mut arena).unwrap();
+        arena.finish().unwrap();
+        arena.fetch(&[whole(0)]).unwrap();
+        trim(&mut arena).unwrap();
+        arena.finish().unwrap();
+        media.set(|state| state.space = 0);
+        for block in 1..6 {
+            arena.fetch(&[whole(block)]).unwrap();
+            assert_eq!(gathered(&arena, &[whole(block)]).unwrap(), gathered(&twin, &[whole(block)]).unwrap());
+            trim(&mut arena).unwrap();
+            arena.finish().unwrap();
+            assert_eq!(arena.num_blocks(), 4);
+        }
+    }
+}
+
 #[test]
 fn a_full_disk_loses_nothing() {
     let mut noise = Noise(6);

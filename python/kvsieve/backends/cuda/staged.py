@@ -64,7 +64,7 @@ class StagedRule:
         if sinks < 0 or window < 0:
             raise PolicyError(f"sinks and window must be at least 0, got {sinks} and {window}")
         at_least_one(query_block=query_block, query_stride=query_stride)
-        page_bounds = rule.page_bounds
+        page_bounds = bool(getattr(rule, "page_bounds", False))
         if page_bounds and (chunks[0] != BLOCK or sinks % BLOCK or window < BLOCK):
             raise PolicyError(
                 f"page bounds are of blocks of {BLOCK} tokens: the first chunk must be one, sinks whole ones and the window at "

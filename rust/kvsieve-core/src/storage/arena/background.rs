@@ -4,6 +4,7 @@
 //! written meanwhile. What was read lies beside until the next call here puts it in its place.
 
 use super::memory::Arena;
+use super::tiered::without_space;
 use crate::Result;
 use crate::ids::{BLOCK, BlockId, Run};
 use crate::storage::slabs::number;
@@ -22,30 +23,34 @@ impl Arena {
         self.collect()?;
         self.tier()?.failure()?;
         for block in self.numbers(blocks.iter().copied())? {
-            self.send_out(block)?;
+            self.send_out(block, true)?;
         }
         Ok(())
     }
 
     /// As [`Arena::trim`], but what has no copy yet is written later.
     pub fn trim_later(&mut self, keep: &[BlockId]) -> Result<()> {
-        let (leaving, owed) = self.leaving(keep)?;
-        leaving.into_iter().chain(owed).try_for_each(|block| self.send_out(block))
+        let (leaving, next) = self.leaving(keep)?;
+        leaving.into_iter().try_for_each(|block| self.send_out(block, true))?;
+        without_space(next.into_iter().try_for_each(|block| self.send_out(block, false)))
     }
 
-    fn send_out(&mut self, block: usize) -> Result<()> {
-        if self.keys.slots(block) != BLOCK || self.tier()?.is_pending(block) {
+    /// Has a block written that has no copy; it `leaves` memory, or only gets one.
+    fn send_out(&mut self, block: usize, leaves: bool) -> Result<()> {
+        if self.keys.slots(block) != BLOCK || self.tier()?.also_leaves(block, leaves) {
             return Ok(());
         }
         if self.tier()?.copy(block).is_some() {
-            self.give_back(block);
+            if leaves {
+                self.give_back(block);
+            }
             return Ok(());
         }
         self.make_way()?;
         let bytes = self.packed_up(block)?;
         let tier = self.tier()?;
         let extent = tier.file.allocate(bytes.len())?;
-        tier.send(block, extent, Work::Write(bytes)).inspect_err(|_| tier.file.free(extent))
+        tier.send(block, extent, Work::Write(bytes), leaves).inspect_err(|_| tier.file.free(extent))
     }
 
     /// Begins to read those of these blocks that are not in memory. A fetch that comes before they are there waits for them.
@@ -67,7 +72,7 @@ impl Arena {
             self.make_way()?;
             let tier = self.tier()?;
             if let Some(Copied { extent, sum }) = tier.copy(block).filter(|_| !tier.is_pending(block)) {
-                tier.send(block, extent, Work::Read(len, sum))?;
+                tier.send(block, extent, Work::Read(len, sum), false)?;
             }
         }
         Ok(())
@@ -114,7 +119,7 @@ impl Arena {
         match answer.done {
             Done::Written(Ok((sum, bytes))) if current.is_some() => {
                 tier.copied(block, Copied { extent, sum }, bytes);
-                let leaves = current == Some(false) && !tier.leaving(std::iter::once(block), 1).is_empty();
+                let leaves = current == Some(true) && !tier.leaving(std::iter::once(block), 1).is_empty();
                 if leaves {
                     self.give_back(block);
                 }

@@ -9,6 +9,7 @@
 //!
 //! What reads a block that is not in memory is refused ([`Error::NotInMemory`]); [`Arena::gather_any`] reads it from the file.
 
+use std::collections::HashSet;
 use std::sync::Arc;
 
 use super::memory::{Arena, Place};
@@ -148,8 +149,8 @@ impl Arena {
 
     /// Gives back memory of blocks that have a copy, so that `more` have place within the capacity.
     ///
-    /// Nothing is written here. Where a block without a copy was the one to leave, another left in its place, and the file is owed a
-    /// copy: the end of the step writes it.
+    /// Nothing is written here. Where a block without a copy was the one to leave, another one leaves in its place, and the end of the
+    /// step writes a copy of the first.
     pub(super) fn drop_copied(&mut self, more: usize) {
         let Some(tier) = &mut self.tier else { return };
         let full: Vec<_> = self.keys.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block).collect();
@@ -157,10 +158,10 @@ impl Arena {
         if over == 0 {
             return;
         }
-        let first = tier.leaving(full.iter().copied(), over);
-        tier.owed += first.iter().filter(|&&block| tier.copy(block).is_none()).count();
-        let copied = full.into_iter().filter(|&block| tier.copy(block).is_some());
-        tier.leaving(copied, over).into_iter().for_each(|block| self.give_back(block));
+        let first: HashSet<_> = tier.leaving(full.iter().copied(), over).into_iter().collect();
+        let leaving = tier.leaving(full.into_iter().filter(|&block| tier.copy(block).is_some()), over);
+        tier.copies_due += leaving.iter().filter(|block| !first.contains(block)).count();
+        leaving.into_iter().for_each(|block| self.give_back(block));
     }
 
     /// These blocks stay in memory, whatever is fetched, until the next [`Arena::trim`] says otherwise.
@@ -174,13 +175,12 @@ impl Arena {
     /// A step is over: what this thread fetched has been read, and full blocks leave memory until no more than the capacity are there,
     /// but never those of `keep`. After an error some have left memory, and none is lost.
     pub fn trim(&mut self, keep: &[BlockId]) -> Result<()> {
-        let (leaving, owed) = self.leaving(keep)?;
+        let (leaving, next) = self.leaving(keep)?;
         leaving.into_iter().try_for_each(|block| self.spill_one(block))?;
-        owed.into_iter().try_for_each(|block| self.copy_out(block))
+        without_space(next.into_iter().try_for_each(|block| self.copy_out(block)))
     }
 
-    /// A step is over, and only `keep` must stay; says which blocks leave memory, and which others the file is owed a copy of, because
-    /// they are the next to leave.
+    /// A step is over, and only `keep` must stay; says which blocks leave memory, and which are the next to leave and get a copy for it.
     pub(super) fn leaving(&mut self, keep: &[BlockId]) -> Result<(Vec<usize>, Vec<usize>)> {
         self.collect()?;
         let held: Vec<_> = self.full_blocks().collect();
@@ -190,10 +190,10 @@ impl Arena {
         tier.protect(keep.iter().map(|&block| number(block)));
         let over = held.len().saturating_sub(tier.capacity);
         let leaving = tier.leaving(held.iter().copied(), over);
-        let most = std::mem::take(&mut tier.owed);
+        let most = std::mem::take(&mut tier.copies_due);
         let uncopied = held.into_iter().filter(|block| tier.copy(*block).is_none() && !leaving.contains(block));
-        let owed = if most > 0 { tier.leaving(uncopied, most) } else { Vec::new() };
-        Ok((leaving, owed))
+        let next = if most > 0 { tier.leaving(uncopied, most) } else { Vec::new() };
+        Ok((leaving, next))
     }
 
     /// A step is over in which blocks got so much attention, over all heads and queries; see [`Order::Scores`].
@@ -338,5 +338,13 @@ impl Arena {
     /// Whether the file has a copy of the block.
     pub fn is_copied(&self, block: BlockId) -> bool {
         !block.is_packed() && self.tier.as_ref().is_some_and(|tier| tier.copy(number(block)).is_some())
+    }
+}
+
+/// Copies that are made ahead only save work: where the file has no space for them, there are none.
+pub(super) fn without_space(made: Result<()>) -> Result<()> {
+    match made {
+        Err(Error::TierFull { .. }) => Ok(()),
+        other => other,
     }
 }

@@ -68,13 +68,23 @@ struct Score {
     at: u64,
 }
 
+/// What is done for a block that has not changed since.
+#[derive(Clone, Copy)]
+struct Pending {
+    ticket: u64,
+    /// When the block was last used.
+    used: u64,
+    /// Whether it leaves memory once it is written.
+    leaves: bool,
+}
+
 /// The blocks of one layer, by number.
 pub(in crate::storage) struct Tier {
     pub file: Arc<TierFile>,
     /// Blocks in memory that a fetch, and the end of a step, go back to.
     pub capacity: usize,
-    /// Copies that the end of the step writes, of those that are the next to leave memory: a fetch had to drop others in their place.
-    pub owed: usize,
+    /// Blocks that left memory in the place of others that have no copy: the end of the step writes as many copies.
+    pub copies_due: usize,
     order: Order,
     entries: Vec<Entry>,
     /// Of every copy.
@@ -90,8 +100,8 @@ pub(in crate::storage) struct Tier {
     counts: Counts,
     /// Of reads that left nothing in memory: they may be made under a shared lock.
     passed: AtomicU64,
-    /// What the file's thread is doing for a block that has not changed since: the ticket, and when the block was last used.
-    pending: HashMap<usize, (u64, u64)>,
+    /// What the file's thread is doing, by block.
+    pending: HashMap<usize, Pending>,
     tickets: u64,
     mailbox: Arc<Mailbox>,
     /// Why a block could not be written meanwhile.
@@ -109,7 +119,7 @@ impl Tier {
         Ok(Tier {
             file,
             capacity,
-            owed: 0,
+            copies_due: 0,
             order,
             entries: Vec::new(),
             extent_bytes: 0,
@@ -287,13 +297,19 @@ impl Tier {
 
 /// What the file's thread does.
 impl Tier {
-    /// Has a job done for a block.
-    pub fn send(&mut self, block: usize, extent: Extent, work: Work) -> Result<()> {
+    /// Has a job done for a block, which then `leaves` memory, or not.
+    pub fn send(&mut self, block: usize, extent: Extent, work: Work, leaves: bool) -> Result<()> {
         self.tickets += 1;
         let (ticket, used) = (self.tickets, self.entry(block).used);
         send(&self.file, Job { block, ticket, extent, work, to: Arc::clone(&self.mailbox) })?;
-        self.pending.insert(block, (ticket, used));
+        self.pending.insert(block, Pending { ticket, used, leaves });
         Ok(())
+    }
+
+    /// Whether something is under way for a block; if so, it also `leaves` memory after it.
+    pub fn also_leaves(&mut self, block: usize, leaves: bool) -> bool {
+        let pending = self.pending.get_mut(&block);
+        pending.map(|pending| pending.leaves |= leaves).is_some()
     }
 
     /// Blocks for which something is under way.
@@ -321,14 +337,14 @@ impl Tier {
         answers
     }
 
-    /// Whether an answer is about the block as it is; if so, whether the block was used since it was asked for.
+    /// Whether an answer is about the block as it is; if so, whether the block leaves memory: it was to, and nobody has used it since.
     pub fn is_current(&mut self, answer: &Answer) -> Option<bool> {
-        let (ticket, used) = *self.pending.get(&answer.block)?;
-        if ticket != answer.ticket {
+        let pending = *self.pending.get(&answer.block)?;
+        if pending.ticket != answer.ticket {
             return None;
         }
         self.pending.remove(&answer.block);
-        Some(self.entry(answer.block).used != used)
+        Some(pending.leaves && self.entry(answer.block).used == pending.used)
     }
 
     /// A block could not be written; the next call that writes says so.
