@@ -310,6 +310,12 @@ fn no_more_than_the_capacity_stays() {
     assert!(matches!(arena.fetch(&[whole(77)]), Err(Error::BadBlock { block: 77, .. })));
 }
 
+/// A step is over; what the file's thread does for it, too.
+fn end_step(arena: &mut Arena, later: bool) {
+    if later { arena.trim_later(&[]) } else { arena.trim(&[]) }.unwrap();
+    arena.finish().unwrap();
+}
+
 /// Blocks that are read again and again, fewer than the capacity, are all in memory after a while: those that nobody reads leave for them,
 /// though they had no copy at first.
 #[test]
@@ -317,16 +323,13 @@ fn what_fits_the_capacity_stays() {
     for later in [false, true] {
         let mut noise = Noise(9);
         let (_, mut arena, twin) = pair(&mut noise, 12, 1 << 22);
-        let trim = |arena: &mut Arena| if later { arena.trim_later(&[]) } else { arena.trim(&[]) };
-        trim(&mut arena).unwrap();
-        arena.finish().unwrap();
+        end_step(&mut arena, later);
         let mut loads = Vec::new();
         for step in 0..24 {
             let runs = [whole(step % 3)];
             arena.fetch(&runs).unwrap();
             assert_eq!(gathered(&arena, &runs).unwrap(), gathered(&twin, &runs).unwrap());
-            trim(&mut arena).unwrap();
-            arena.finish().unwrap();
+            end_step(&mut arena, later);
             assert!(arena.num_blocks() <= 4);
             loads.push(arena.tier_counts().loads);
         }
@@ -341,18 +344,14 @@ fn no_more_copies_are_written_than_blocks_were_loaded() {
     for (later, fetches) in [(false, 1), (false, 2), (false, 4), (true, 1), (true, 4)] {
         let mut noise = Noise(13);
         let (_, mut arena, _) = pair(&mut noise, 24, 1 << 23);
-        let trim = |arena: &mut Arena| if later { arena.trim_later(&[]) } else { arena.trim(&[]) };
         let full = arena.num_blocks();
-        trim(&mut arena).unwrap();
-        arena.finish().unwrap();
+        end_step(&mut arena, later);
         assert!(full == 24 && arena.num_blocks() == 4);
         arena.fetch(&[whole(0)]).unwrap();
-        trim(&mut arena).unwrap();
-        arena.finish().unwrap();
+        end_step(&mut arena, later);
         let before = arena.tier_counts();
         (1..=fetches).for_each(|block| arena.fetch(&[whole(block)]).unwrap());
-        trim(&mut arena).unwrap();
-        arena.finish().unwrap();
+        end_step(&mut arena, later);
         let after = arena.tier_counts();
         assert_eq!(after.loads - before.loads, u64::from(fetches));
         assert!((1..=u64::from(fetches)).contains(&(after.spills - before.spills)), "{later} {fetches}: {after:?}");
@@ -366,18 +365,14 @@ fn a_full_disk_is_no_error_where_nothing_must_leave() {
     for later in [false, true] {
         let mut noise = Noise(17);
         let (media, mut arena, twin) = pair(&mut noise, 12, 1 << 22);
-        let trim = |arena: &mut Arena| if later { arena.trim_later(&[]) } else { arena.trim(&[]) };
-        trim(&mut arena).unwrap();
-        arena.finish().unwrap();
+        end_step(&mut arena, later);
         arena.fetch(&[whole(0)]).unwrap();
-        trim(&mut arena).unwrap();
-        arena.finish().unwrap();
+        end_step(&mut arena, later);
         media.set(|state| state.space = 0);
         for block in 1..6 {
             arena.fetch(&[whole(block)]).unwrap();
             assert_eq!(gathered(&arena, &[whole(block)]).unwrap(), gathered(&twin, &[whole(block)]).unwrap());
-            trim(&mut arena).unwrap();
-            arena.finish().unwrap();
+            end_step(&mut arena, later);
             assert_eq!(arena.num_blocks(), 4);
         }
     }
