@@ -23,8 +23,7 @@ mod tier_later;
 
 #[test]
 fn every_file_beside_this_one_is_compiled() {
-    let here = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests");
-    for entry in std::fs::read_dir(here).unwrap() {
+    for entry in std::fs::read_dir(layout::root().join("tests")).unwrap() {
         let name = entry.unwrap().file_name().into_string().unwrap();
         let module = name.trim_end_matches(".rs");
         let is_listed = include_str!("all.rs").contains(&format!("\nmod {module};"));

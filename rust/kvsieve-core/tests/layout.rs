@@ -42,8 +42,9 @@ fn sources(folder: &Path, to: &mut Vec<PathBuf>) {
     }
 }
 
-fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
+/// The crate's folder, asked for when the tests run: clones with the same sources share what is compiled.
+pub fn root() -> PathBuf {
+    std::env::var_os("CARGO_MANIFEST_DIR").expect("cargo says where the crate is").into()
 }
 
 /// The text with spaces for comments, and for what stands in quotes.
