@@ -569,3 +569,17 @@ def test_what_is_fed_or_asked_can_be_pinned_as_it_comes(policy: str, backend: st
         with pytest.raises(BudgetError):
             stream.feed(tiny.ids(2, 70), pin=True)
         assert (stream.pins, [row.tolist() for row in stream.ids]) == (want, told)
+
+
+@BACKEND
+def test_a_row_that_the_first_input_does_not_have_is_refused_by_it(backend: str) -> None:
+    model = tiny.model()
+    with kvsieve.stream(model, tiny.POLICIES["streaming"](BUDGET), backend) as stream:
+        stream.pin(3, 9, rows=2**50)
+        stream.pin(4, 6, rows=[1])
+        with pytest.raises(PolicyError, match=f"row {2**50} of 2"):
+            stream.feed(tiny.ids(2, 12))
+        assert (stream.seen, stream.pins) == (0, [])
+        stream.unpin(0, 9, rows=2**50)
+        stream.feed(tiny.ids(2, 12))
+        assert stream.pins == [[], [(4, 6)]]

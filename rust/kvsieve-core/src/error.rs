@@ -3,7 +3,7 @@
 /// The bindings match all variants, so that a new one does not compile before it has its class.
 #[derive(Clone, Debug, PartialEq, thiserror::Error)]
 pub enum Error {
-    #[error("a budget of {budget} tokens cannot hold {sinks} sinks and {recent} recent tokens; give it at least {}", sinks + recent)]
+    #[error("a budget of {budget} tokens cannot hold {sinks} sinks and {recent} recent tokens; give it at least {}", sinks.saturating_add(*recent))]
     BudgetTooSmall { budget: u64, sinks: u64, recent: u64 },
     #[error("{what} must be {expected}, got {got}")]
     OutOfRange { what: &'static str, expected: &'static str, got: String },

@@ -168,3 +168,27 @@ fn chains_that_cannot_be_right() {
     assert_eq!(small, Some(Error::BudgetTooSmall { budget: 3, sinks: 2, recent: 2 }));
     assert!(new(Frame::Rotated, vec![memory(surprisal(9, 1, 1, false), PositionRule::Original)]).is_none());
 }
+
+#[test]
+fn pins_of_a_far_row_are_refused_by_an_input_without_it() {
+    let far = usize::MAX;
+    let mut planner = planner((Frame::Rotated, vec![memory(surprisal(20, 2, 4, false), PositionRule::Original)]));
+    planner.pin(Some(&[far, 1]), &(3..5), false).unwrap();
+    assert!(matches!(planner.pin(Some(&[far - 1]), &(0..20), false), Err(Error::PinsTooMany { .. })));
+    let refused = planner.begin(&[4, 4], 4, true, false);
+    assert!(matches!(refused, Err(Error::OutOfRange { what: "a row with pins of its own", .. })), "{refused:?}");
+    assert_eq!(planner.num_rows(), 0);
+    planner.unpin(Some(&[far]), &(3..5)).unwrap();
+    planner.begin(&[4, 4], 4, true, false).unwrap();
+    assert_eq!((planner.pins(0).unwrap().ranges(), planner.pins(1).unwrap().ranges()), (&[][..], &[3..5][..]));
+}
+
+#[test]
+fn a_forward_beyond_all_reason_is_refused_before_it_is_planned() {
+    let mut planner = all();
+    for (lens, columns) in [(&[usize::MAX][..], usize::MAX), (&[1 << 25, 1], 1 << 25), (&[1], 1 << 26)] {
+        let refused = planner.begin(lens, columns, true, true);
+        assert!(matches!(refused, Err(Error::OutOfRange { what: "a forward", .. })), "{refused:?}");
+    }
+    feed(&mut planner, &[3]);
+}

@@ -10,8 +10,8 @@ use kvsieve_core::rank;
 use kvsieve_core::rope::Layout;
 use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
 use numpy::{
-    Element, IntoPyArray, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadonlyArrayDyn,
-    PyReadwriteArrayDyn, PyUntypedArrayMethods,
+    Element, IntoPyArray, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2,
+    PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArrayMethods, ndarray::Dimension,
 };
 use pyo3::prelude::*;
 
@@ -24,6 +24,20 @@ fn shape_error(what: &'static str, expected: &str, got: String) -> PyErr {
 fn wrong_type(what: &'static str, got: &Bound<'_, PyAny>) -> PyErr {
     let got = got.getattr("dtype").map_or_else(|_| got.get_type().to_string(), |d| d.to_string());
     shape_error(what, "a numpy array of float32, or of int16 or uint16 with the bits of 16-bit floats", got)
+}
+
+/// The numbers of an array, which may be a few that repeat without end: MemoryError where they do not fit.
+pub fn copied<T: Element + Copy, D: Dimension>(given: &PyReadonlyArray<'_, T, D>) -> PyResult<Vec<T>> {
+    let mut numbers = Vec::new();
+    reserve(&mut numbers, given.len())?;
+    numbers.extend(given.as_array().iter().copied());
+    Ok(numbers)
+}
+
+/// Room for `count` more, or MemoryError.
+pub fn reserve<T>(to: &mut Vec<T>, count: usize) -> PyResult<()> {
+    let bytes = count.saturating_mul(size_of::<T>());
+    to.try_reserve_exact(count).map_err(|_| to_py(Error::OutOfMemory { bytes }))
 }
 
 /// An array to read: `float32`, or the bits of 16-bit floats, for which numpy has no common type.

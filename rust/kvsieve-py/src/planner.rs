@@ -1,6 +1,7 @@
 //! The planner of one stream, and the retain rules as plain functions.
 
 use crate::error::to_py;
+use crate::kernels::{copied, reserve};
 use crate::memory::Memory;
 use crate::plan::{Moves, Step, stored_keys_of};
 use kvsieve_core::Result;
@@ -81,7 +82,7 @@ impl Planner {
 
     /// Scores of the newest residents of the first memory.
     fn set_scores(&self, row: usize, values: PyReadonlyArray1<'_, f32>) -> PyResult<()> {
-        let values: Vec<f32> = values.as_array().iter().copied().collect();
+        let values = copied(&values)?;
         self.get().set_scores(row, &values).map_err(to_py)
     }
 
@@ -308,7 +309,7 @@ fn keep_surprisal(
     budget: usize,
     protected_tail: usize,
 ) -> PyResult<Vec<usize>> {
-    let scores: Vec<f32> = scores.as_array().iter().copied().collect();
+    let scores = copied(&scores)?;
     surprisal::keep(&scores, Budget { total: budget, sinks, recent }, protected_tail, &[]).map_err(to_py)
 }
 
@@ -322,14 +323,16 @@ fn keep_surprisal_published(
     recent: usize,
     incoming: usize,
 ) -> PyResult<Vec<usize>> {
-    let scores: Vec<f32> = scores.as_array().iter().copied().collect();
+    let scores = copied(&scores)?;
     surprisal::keep_published(&scores, sinks, entropy_slots, recent, incoming, &[]).map_err(to_py)
 }
 
 /// The first `sinks` and the last `window` of `n`.
 #[pyfunction]
-fn keep_window(n: usize, sinks: usize, window: usize) -> Vec<usize> {
-    evict::keep_window(n, sinks, window)
+fn keep_window(n: usize, sinks: usize, window: usize) -> PyResult<Vec<usize>> {
+    // A Python int takes some 40 bytes.
+    reserve(&mut Vec::<[u8; 48]>::new(), n.min(sinks.saturating_add(window)))?;
+    Ok(evict::keep_window(n, sinks, window))
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -18,7 +18,7 @@ use numpy::{
 use pyo3::prelude::*;
 
 use crate::error::{Signals, to_py};
-use crate::kernels::{Input, Output, Rope};
+use crate::kernels::{Input, Output, Rope, copied};
 use crate::plan::{Moves, Step};
 
 /// Work on fewer bytes takes less time than another Python thread may keep the GIL from us, so it is not released.
@@ -366,7 +366,7 @@ impl Store {
         let chosen = match (channels, like) {
             (Some(channels), None) => {
                 let heads = channels.shape()[0];
-                let index: Vec<i64> = channels.as_array().iter().copied().collect();
+                let index = copied(&channels)?;
                 let pairs = pairs.unwrap_or_else(|| vec![0; heads]);
                 if pairs.len() != heads {
                     let (expected, got) = (format!("{heads} heads"), format!("{}", pairs.len()));

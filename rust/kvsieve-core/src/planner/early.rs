@@ -1,7 +1,9 @@
 //! What was pinned before there were rows.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 
+use crate::error::{Error, Result};
 use crate::ids::Position;
 use crate::pins::Pins;
 
@@ -21,6 +23,28 @@ impl Early {
             early.apply(&mut pins);
         }
         pins
+    }
+
+    /// What each row starts with that is named, by row; and what all others start with.
+    pub fn by_row(all: &[Self]) -> (BTreeMap<usize, Pins>, Pins) {
+        let named: BTreeMap<_, _> =
+            all.iter().filter_map(|early| Some((early.row?, Self::pins(all, early.row?)))).collect();
+        let mut others = Pins::default();
+        all.iter().filter(|early| early.row.is_none()).for_each(|early| early.apply(&mut others));
+        (named, others)
+    }
+
+    /// Refuses pins of a row that an input of `given` rows does not have.
+    pub fn check_rows(all: &[Self], given: usize) -> Result<()> {
+        let (named, others) = Self::by_row(all);
+        match named.range(given..).find(|(_, pins)| **pins != others) {
+            None => Ok(()),
+            Some((row, _)) => Err(Error::OutOfRange {
+                what: "a row with pins of its own",
+                expected: "one of the input; unpin its tokens, or give more rows",
+                got: format!("row {row} of {given}"),
+            }),
+        }
     }
 
     pub fn apply(&self, pins: &mut Pins) {

@@ -131,11 +131,9 @@ impl Planner {
         for row in rows.map_or(vec![None], |rows| rows.iter().copied().map(Some).collect()) {
             early.extend(changes.iter().map(|(range, add)| Early { row, range: range.clone(), add: *add }));
         }
-        // One row more than are named stands for all others.
-        let known = early.iter().filter_map(|early| early.row).max().map_or(0, |last| last + 1);
-        for row in 0..=known {
-            check::fits(&self.memories, row, &Early::pins(&early, row))?;
-        }
+        let (named, others) = Early::by_row(&early);
+        check::fits(&self.memories, (0..).find(|row| !named.contains_key(row)).unwrap_or(0), &others)?;
+        named.iter().try_for_each(|(&row, pins)| check::fits(&self.memories, row, pins))?;
         self.early = early;
         Ok(())
     }

@@ -8,7 +8,7 @@ use super::state::{Planner, lock};
 use crate::block::table::{Edit, Table};
 use crate::error::{Error, Result};
 use crate::evict::Eviction;
-use crate::ids::{Position, Run};
+use crate::ids::{BLOCK, PACKED, Position, Run};
 use crate::plan::{Append, Step};
 use crate::position::Always;
 use std::ops::Range;
@@ -29,6 +29,9 @@ enum Wanted {
 
 /// Larger chunks are read part by part: with many queries, reading each key once per chunk wins over one span list per query.
 const MAX_SPAN_QUERIES: usize = 16;
+
+/// New tokens of a forward, in all rows. More is a mistake, and its plan alone might not fit into memory.
+const MAX_TOKENS: usize = 1 << 25;
 
 impl Planner {
     /// Plans one forward over `num_queries` columns, of which the last `new_lens[row]` of each row are real tokens.
@@ -57,6 +60,7 @@ impl Planner {
         self.check_lens(new_lens, num_queries)?;
         let first = self.rows.is_empty();
         if first {
+            Early::check_rows(&self.early, new_lens.len())?;
             let new = |row| Row { pins: Early::pins(&self.early, row), ..Row::new(self.memories.len()) };
             self.rows = (0..new_lens.len()).map(new).collect();
         }
@@ -136,14 +140,29 @@ impl Planner {
         if !self.rows.is_empty() {
             self.check_rows(new_lens.len())?;
         }
-        match new_lens.iter().find(|&&n| n > num_queries) {
-            Some(n) => Err(Error::OutOfRange {
+        if let Some(n) = new_lens.iter().find(|&&n| n > num_queries) {
+            return Err(Error::OutOfRange {
                 what: "new tokens of a row",
                 expected: "at most the number of columns",
                 got: format!("{n} of {num_queries}"),
-            }),
-            None => Ok(()),
+            });
         }
+        let tokens = new_lens.iter().fold(num_queries, |sum, &n| sum.saturating_add(n));
+        if num_queries > MAX_TOKENS || tokens - num_queries > MAX_TOKENS {
+            let got = format!("{num_queries} columns, {} tokens", tokens - num_queries);
+            return Err(Error::OutOfRange {
+                what: "a forward",
+                expected: "at most 33,554,432 columns and tokens",
+                got,
+            });
+        }
+        // A row's tokens may begin and end within a block, and a shared last block is copied.
+        let blocks = tokens / BLOCK as usize + 3 * new_lens.len();
+        if lock(&self.pool).used() + blocks > PACKED as usize {
+            let got = format!("{} more tokens", tokens - num_queries);
+            return Err(Error::OutOfRange { what: "a stream", expected: "at most 2,147,483,648 resident tokens", got });
+        }
+        Ok(())
     }
 
     /// Which of a row's `n` new tokens are stored.
