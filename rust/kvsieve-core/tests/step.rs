@@ -180,7 +180,10 @@ fn pins_of_a_far_row_are_refused_by_an_input_without_it() {
     assert_eq!(planner.num_rows(), 0);
     planner.unpin(Some(&[far]), &(3..5)).unwrap();
     planner.begin(&[4, 4], 4, true, false).unwrap();
-    assert_eq!((planner.pins(0).unwrap().ranges(), planner.pins(1).unwrap().ranges()), (&[][..], &[3..5][..]));
+    assert_eq!(
+        (planner.pins(0).unwrap().ranges(), planner.pins(1).unwrap().ranges()),
+        (&[][..], std::slice::from_ref(&(3..5)))
+    );
 }
 
 #[test]
