@@ -2,8 +2,10 @@
 
     python tests/faults/fuzz_core.py --calls 100000
 
-Signatures come from the stub `_core.pyi`, so what is added to the core is called too. Calls run in child processes, because an
-abort ends one; the call that it died in stands in a file. Objects (stores, planners, steps) are kept, and called in any order.
+Signatures come from the stub `_core.pyi`, so what is added to the core is called too, with any arguments. Those alone would seldom
+get past the checks of shapes, so half of the calls are ones that work (:func:`working`) with some of their arguments changed. Calls
+run in child processes, because an abort ends one; the call that it died in stands in a file. Objects (stores, planners, steps) are
+kept, and called in any order.
 """
 
 from __future__ import annotations
@@ -53,6 +55,21 @@ class Call:
     kind: str
     extra: str | None = None
 
+    @property
+    def key(self) -> str:
+        """Its name with its class's."""
+        return self.name if self.owner is None else f"{self.owner}.{self.name}"
+
+
+@dataclass
+class Work:
+    """A call that works: of what, and with which arguments."""
+
+    key: str
+    function: Callable[..., Any]
+    arguments: list[Any]
+    named: dict[str, Any]
+
 
 @dataclass
 class Fuzzer:
@@ -60,6 +77,8 @@ class Fuzzer:
     core: Any
     calls: list[Call]
     pool: dict[str, list[Any]] = field(default_factory=lambda: collections.defaultdict(list))
+    works: list[Work] = field(default_factory=list)
+    returned: set[str] = field(default_factory=set)
 
     def integer(self) -> int:
         return self.rng.choice(SMALL) if self.rng.random() < 0.75 else self.rng.choice(LARGE)
@@ -81,20 +100,57 @@ class Fuzzer:
         else:
             made = np.array([self.real() for _ in range(int(np.prod(shape)))], dtype=np.float64).astype(kind).reshape(shape)
         if rng.random() < 0.08 and made.size:
-            made = (
-                made[::-1]
-                if rng.random() < 0.5
-                else np.broadcast_to(made[:1], (rng.choice((3, 1 << 20, 1 << 33)), *made.shape[1:]))
-            )
+            repeated = np.broadcast_to(made[:1], (rng.choice((3, 1 << 20, 1 << 33)), *made.shape[1:]))
+            made = made[::-1] if rng.random() < 0.5 else repeated
         return made
 
     def value(self, text: str) -> Any:
         """Something of an annotation, mostly."""
-        return (
-            self.of(ast.parse(text, mode="eval").body)
-            if self.rng.random() < 0.97
-            else self.rng.choice((None, -1, "x", [], object()))
-        )
+        if self.rng.random() < 0.03:
+            return self.rng.choice((None, -1, "x", [], object()))
+        return self.of(ast.parse(text, mode="eval").body)
+
+    def near(self, value: Any) -> Any:
+        """Something else where `value` would work: mostly of its kind."""
+        rng = self.rng
+        match value:
+            case np.ndarray() if value.size and rng.random() < 0.7:
+                changed = value.copy()
+                if rng.random() < 0.5 and value.dtype.kind != "b":
+                    for _ in range(rng.choice((1, 2, 8))):
+                        at = tuple(rng.randrange(length) for length in value.shape)
+                        changed[at] = self.real() if value.dtype.kind == "f" else self.array(value.dtype).ravel()[:1].sum()
+                    return changed
+                axis = rng.randrange(value.ndim)
+                return (
+                    changed.take(range(value.shape[axis] - 1), axis),
+                    np.repeat(changed, 2, axis),
+                    changed[::-1],
+                    changed[None],
+                )[rng.randrange(4)]
+            case np.ndarray():
+                return self.array(value.dtype)
+            case bool():
+                return not value
+            case int():
+                return value + rng.choice((1, -1, 64)) if rng.random() < 0.3 else self.integer()
+            case float():
+                return self.real()
+            case str():
+                return rng.choice(WORDS)
+            case list() | tuple() if value:
+                held = list(value)
+                at = rng.randrange(len(held))
+                if rng.random() < 0.7:
+                    held[at] = self.near(held[at])
+                elif isinstance(value, list):
+                    held = held[:at] + held[at + 1 :] if rng.random() < 0.5 else [*held, held[at]]
+                return type(value)(held)
+            case None:
+                # Never an array without end: PyO3 makes room for a list's length before it looks at it, and that ends the process.
+                return rng.choice((0.5, 2, [1], np.ones(3, np.float32)))
+        others = self.pool[type(value).__name__]
+        return rng.choice(others) if others and rng.random() < 0.9 else None
 
     def of(self, node: ast.expr) -> Any:
         rng = self.rng
@@ -131,23 +187,36 @@ class Fuzzer:
 
     def one(self, note: Callable[[str], None]) -> None:
         """Makes one call, and keeps what it returns."""
-        call = self.rng.choice(self.calls)
-        arguments = [self.value(text) for _, text, needed in call.parameters if needed or self.rng.random() < 0.5]
-        named = {name: self.value(text) for name, text, needed in call.keywords if needed or self.rng.random() < 0.5}
-        if call.extra is not None:
-            for name in self.rng.sample(("block", "page", "budget", "top_k", "blocks", "chunk", "x"), self.rng.randrange(4)):
-                named[name] = self.value(call.extra)
-        target = self.core
-        if call.owner is not None:
-            if not self.pool[call.owner]:
+        if self.rng.random() < 0.5:
+            work = self.rng.choice(self.works)
+            key, function, arguments, named = work.key, work.function, list(work.arguments), dict(work.named)
+            for _ in range(self.rng.choice((0, 1, 1, 1, 2, 3))):
+                places = [*range(len(arguments)), *named]
+                if not places:
+                    break
+                at = self.rng.choice(places)
+                if isinstance(at, int):
+                    arguments[at] = self.near(arguments[at])
+                else:
+                    named[at] = self.near(named[at])
+        else:
+            call = self.rng.choice(self.calls)
+            arguments = [self.value(text) for _, text, needed in call.parameters if needed or self.rng.random() < 0.5]
+            named = {name: self.value(text) for name, text, needed in call.keywords if needed or self.rng.random() < 0.5}
+            if call.extra is not None:
+                for name in self.rng.sample(("block", "page", "budget", "top_k", "blocks", "chunk", "x"), self.rng.randrange(4)):
+                    named[name] = self.value(call.extra)
+            if call.owner is not None and not self.pool[call.owner]:
                 return
-            target = self.rng.choice(self.pool[call.owner])
-        elif "." in call.name:
-            target = getattr(self.core, call.name.split(".")[0])
+            *classes, name = call.name.split(".")
+            target = (
+                self.rng.choice(self.pool[call.owner]) if call.owner else getattr(self.core, classes[0]) if classes else self.core
+            )
+            key, function = call.key, (lambda: getattr(target, name)) if call.kind == "property" else getattr(target, name)
         told = [*map(short, arguments), *(f"{name}={short(value)}" for name, value in named.items())]
-        note(f"{call.owner or ''} {call.name}({', '.join(told)})")
-        found = getattr(target, call.name.split(".")[-1])
-        made = found if call.kind == "property" else found(*arguments, **named)
+        note(f"{key}({', '.join(told)})")
+        made = function(*arguments, **named)
+        self.returned.add(key)
         for thing in made if isinstance(made, list) else [made]:
             if type(thing).__name__ in OBJECTS:
                 self.keep(thing)
@@ -199,35 +268,141 @@ def read_stub(path: Path) -> list[Call]:
     return calls
 
 
+def working(core: Any) -> tuple[list[Any], list[Work]]:
+    """Objects of every class, and calls that work on them; some only until others have changed what they are of."""
+    rows, heads, kv_heads, new, dim = 2, 4, 2, 3, 8
+    keep_all, own = core.Eviction.keep_all(), core.Eviction.own(9, 2, 3)
+    evictions = [keep_all, own, core.Eviction.window(2, 5), core.Eviction.surprisal(9, 2, 3)]
+    rules = [core.PositionRule.original(), core.PositionRule.in_cache(), core.PositionRule.capped(4), core.PositionRule.fixed(3)]
+    memories = [core.Memory(keep_all, rules[0]), core.Memory(own, rules[0]), core.Memory(evictions[3], rules[0])]
+    planner, choosing, scored = (core.Planner([memory], "post_rope") for memory in memories)
+    rope = core.Rope([1.0, 0.5, 0.25, 0.1])
+    q, k = np.ones((rows, heads, new, dim), np.float32), np.ones((rows, kv_heads, new, dim), np.float32)
+    out, lse = np.empty((rows, new, heads, dim), np.float32), np.empty((rows, heads, new), np.float32)
+    stores = [core.Store(kv_heads, dim, dim, "float32") for _ in range(2)]
+    store, packed = stores
+    step = planner.begin([new, 2], new, True, True)
+    residents = core.Residents(step, 0)
+    for one in stores:
+        one.append(k, k, step)
+    planner.commit()
+    last = planner.begin([1, 1], 1, True, False)
+    for one in stores:
+        one.append(k[:, :, :1], k[:, :, :1], last)
+    planner.commit()
+    for other in (choosing, scored):
+        other.begin([8, 8], 8, True, False)
+        other.commit()
+    whole = core.Store(kv_heads, dim, dim, "float32")
+    many = np.ones((1, kv_heads, 128, dim), np.float32)
+    blocks = core.Planner([memories[0]], "post_rope")
+    long = blocks.begin([128], 128, True, False)
+    whole.append(many, many, long)
+    blocks.commit()
+    file = core.TierFile(tempfile.gettempdir())
+    tier = core.Tier(whole, file, 1 << 14, 0.5)
+    packed.set_packing(dim, 4, 4, 4)
+    plan = planner.fork()
+    moves = plan.pack(0, 4, 1)
+    channels = np.tile(np.arange(dim), (kv_heads, 1))
+    hip = {"sinks": 1, "window": 2, "refresh": [4], "query_block": 4, "budget": 8, "block": 2, "representative": "middle"}
+    sparse = core.Sparse("hip", **hip)
+    state = sparse.state()
+    zero, two = np.array([0]), np.array([2])
+    pieces = [(-1, 0, 1, 5, True), (0, 1, 3, 2, False)]
+    chosen = (np.array([[0], [1]]), np.array([[0], [0]]), 0, 2)
+    numbers = (0.3, None, None)
+    of = {"read": (np.array([0]), zero, two, np.empty((kv_heads, 2, dim), np.float32), np.empty((kv_heads, 2, dim), np.float32))}
+    works: list[Work] = []
+
+    def add(thing: Any, name: str, *arguments: Any, **named: Any) -> None:
+        kind = f"{type(thing).__name__}." if type(thing).__name__ in OBJECTS else ""
+        works.append(Work(kind + name, getattr(thing, name), list(arguments), named))
+
+    add(store, "append", k, k, step)
+    add(store, "attend", q, step, None, *numbers, out, lse, threads=1)
+    add(store, "attend", q, step, rope, *numbers, out)
+    add(store, "attend_mass", q, step, None, *numbers, out, lse)
+    add(store, "gather", *of["read"], at=0, spilled=False)
+    add(store, "write", *(x.copy() for x in of["read"]))
+    add(store, "permute", np.array([[0, 0, 3]]), np.array([[0, 2], [1, 2]]), np.array([[0, 0, 2]]))
+    add(store, "free_unused", np.ones(4, bool), None)
+    add(core.Store(kv_heads, dim, dim, "float32"), "set_packing", dim, 4, 4, 4)
+    add(packed, "pack", moves, channels, [4, 4])
+    full = core.Store(kv_heads, dim, dim, "float32")
+    full.append(k, k, step)
+    full.set_packing(dim, 4, 4, 4)
+    full.pack(moves, channels, [4, 4])
+    add(full, "channels", core.PACKED)
+    add(store, "apply", planner.fork().evict([0], 1, 2))
+    add(core, "attend_heaviest", store, q, step, [True, False], None, *numbers, out, top=2, mass=1.0, renormalise=True)
+    add(core, "attend_highest", store, q, step, [True, True], *numbers, out)
+    one_q, one_out = q[:, :, :1].copy(), np.empty((rows, 1, heads, dim), np.float32)
+    add(core, "attend_sets", store, one_q, last, [chosen, None], *numbers, one_out)
+    lse_of_one, out_of_one = np.empty(heads, np.float32), np.empty((1, heads, dim), np.float32)
+    asked = (store, q[:1, :, :1].copy(), residents, pieces)
+    add(core, "attend_pieces", *asked, rope, *numbers, out_of_one, lse_of_one, scored=0)
+    add(sparse, "attend", store, one_q, last, *numbers, one_out, np.empty((rows, heads, 1), np.float32), chunk=False)
+    add(sparse, "select_rows", [1, 0])
+    add(sparse, "return_to", state)
+    add(sparse, "choice", 0)
+    add(core, "Sparse", "hip", **hip)
+    add(core, "rotate", np.ones((2, 3, dim), np.float32), np.arange(3), rope, np.empty((2, 3, dim), np.float32), inverse=False)
+    add(core, "surprisal", np.ones((3, 7), np.float32), np.array([0, 6, 2]))
+    add(core, "top_k", np.ones((3, 7), np.float32), 4)
+    add(core, "keep_surprisal", np.ones(9, np.float32), 1, 2, 5, 1)
+    add(core, "keep_surprisal_published", np.ones(9, np.float32), 1, 3, 2, 1)
+    for name, arguments in (
+        ("begin", ([1, 1], 1, True, True)),
+        ("begin_residents", ([1, 1], 1)),
+        ("num_packed", (0,)),
+        ("pack", (0, 4, 1, 0)),
+        ("seen", (0,)),
+        ("positions", (0, 0)),
+        ("scores", (0, 0)),
+        ("runs", (0, 0)),
+        ("resident", (0, 0)),
+        ("newest_blocks", (0, 0, 2)),
+        ("pin", (None, 1, 2, False)),
+        ("pins", (0,)),
+        ("set_pins", (0, [(0, 2)], False)),
+        ("unpin", (None, 0, 2)),
+        ("evict", ([0], 1, 2)),
+        ("crop", (1,)),
+        ("crop_rows", ([1, 1],)),
+        ("select_rows", ([1, 0],)),
+        ("join", ([planner.fork()], [[0], [0]])),
+    ):
+        add(planner.fork(), name, *arguments)
+    add(core.Planner(memories[:1], "post_rope"), "restore", 4, [(4, [([0, 2], [0.5, 0.25])])])
+    for name in ("commit", "rollback"):
+        opened = planner.fork()
+        opened.begin([1, 1], 1, True, False)
+        add(opened, name)
+    add(choosing.fork(), "keep", 0, 0, [0, 1, 4, 5, 6, 7])
+    add(choosing.fork(), "sieve", 0, 0, 4, 3)
+    add(choosing.fork(), "evict_per_head", 0, 3, 5, 4, 3)
+    add(scored.fork(), "set_scores", 0, np.ones(8, np.float32))
+    add(scored.fork(), "decay", [0.5])
+    for name in ("spill", "fetch", "hold", "trim", "prefetch"):
+        add(tier, name, np.array([0, 1]))
+    add(tier, "score", np.array([0, 1]), np.array([0.5, 0.25]))
+    add(tier, "is_spilled", 0)
+    add(core, "Tier", core.Store(kv_heads, dim, dim, "float32"), file, 1 << 20, None)
+    add(core, "Store", kv_heads, dim, dim, "float32")
+    add(core, "Rope", [1.0, 0.5], "half", 1.0)
+    add(core, "Residents", step, 0)
+    add(core, "Planner", memories[:1], "post_rope")
+    add(core, "Memory", keep_all, rules[0], 5, 0)
+    things = [*evictions, *rules, *memories, planner, choosing, scored, step, last, long, *stores, whole, file, tier, rope]
+    return [*things, residents, moves, sparse, state, *step.parts()], works
+
+
 def begin(fuzzer: Fuzzer) -> None:
-    """Objects that work, for calls to begin with."""
-    core, rng = fuzzer.core, fuzzer.rng
+    """Objects and calls that work, to begin with."""
     for name in OBJECTS:
         fuzzer.pool[name] = []
-    evictions = [core.Eviction.keep_all(), core.Eviction.window(2, 5), core.Eviction.surprisal(9, 2, 3), core.Eviction.own(9, 2, 3)]
-    rules = [core.PositionRule.original(), core.PositionRule.in_cache(), core.PositionRule.capped(4), core.PositionRule.fixed(3)]
-    memory = core.Memory(rng.choice(evictions), rng.choice(rules))
-    planner = core.Planner([memory], "pre_rope")
-    step = planner.begin([3, 2], 3, True, True)
-    store = core.Store(2, 8, 8, "float32")
-    k = np.ones((2, 2, 3, 8), np.float32)
-    store.append(k, k, step)
-    file = core.TierFile(tempfile.gettempdir())
-    things = [
-        *evictions,
-        *rules,
-        memory,
-        planner,
-        step,
-        store,
-        file,
-        core.Rope([1.0, 0.5, 0.25, 0.1]),
-        core.Residents(step, 0),
-        *step.parts(),
-    ]
-    other = core.Store(2, 8, 8, "float32")
-    other.append(k, k, step)
-    things += [other, core.Tier(other, file, 1 << 20)]
+    things, fuzzer.works = working(fuzzer.core)
     for thing in things:
         fuzzer.keep(thing)
 
@@ -246,7 +421,7 @@ def child(seed: int, first: int, calls: int, notes: str) -> None:
             data = f"{number} {text}".encode()[:4000]
             told[: len(data) + 1] = data + b"\0"
 
-        fuzzer = None
+        fuzzer, returned = None, set[str]()
         for number in range(first, first + calls):
             if fuzzer is None or number % 200 == 0:
                 fuzzer = Fuzzer(random.Random(f"{seed} {number}"), _core, known)
@@ -259,12 +434,14 @@ def child(seed: int, first: int, calls: int, notes: str) -> None:
                     last = bytes(told).split(b"\0")[0].decode(errors="replace")
                     print(f"RAW {type(error).__name__}: {str(error)[:200]} | {last}", flush=True)
             signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+            returned |= fuzzer.returned
+    print("RETURNED", *sorted(returned))
     print("DONE", flush=True)
 
 
-def run(calls: int, seed: int, tell: Callable[[str], None] = print) -> list[str]:
-    """Makes `calls` calls; what went wrong, a line each."""
-    wrong, first = [], 0
+def run(calls: int, seed: int, tell: Callable[[str], None] = print) -> tuple[list[str], set[str]]:
+    """Makes `calls` calls; what went wrong, a line each, and what returned something in the last child."""
+    wrong, first, returned = [], 0, set[str]()
     with tempfile.NamedTemporaryFile() as notes:
         while first < calls:
             notes.truncate(0)
@@ -275,6 +452,7 @@ def run(calls: int, seed: int, tell: Callable[[str], None] = print) -> list[str]
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             wrong += [line for line in done.stdout.splitlines() if line.startswith("RAW ")]
             if done.stdout.endswith("DONE\n"):
+                returned = set(done.stdout.splitlines()[-2].split()[1:])
                 break
             last = Path(notes.name).read_bytes().split(b"\0")[0].decode(errors="replace")
             if not last:
@@ -282,7 +460,7 @@ def run(calls: int, seed: int, tell: Callable[[str], None] = print) -> list[str]
             wrong.append(f"DIED {done.returncode} {done.stderr.strip().splitlines()[-1:]} | {last}")
             tell(wrong[-1])
             first = int(last.split()[0]) + 1
-    return wrong
+    return wrong, returned
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -295,11 +473,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.child is not None:
         child(arguments.seed, arguments.child, arguments.calls, arguments.notes)
         return 0
+    import kvsieve
+
     began = time.perf_counter()
-    wrong = run(arguments.calls, arguments.seed)
+    wrong, returned = run(arguments.calls, arguments.seed)
     for line in wrong:
         print(line)
     print(f"{arguments.calls:,} calls in {time.perf_counter() - began:.0f} s, {len(wrong)} of them no result and no typed error")
+    missing = {call.key for call in read_stub(Path(kvsieve.__file__).with_name("_core.pyi"))} - returned
+    print(f"nothing was returned by: {', '.join(sorted(missing)) or 'none'}")
     return 1 if wrong else 0
 
 

@@ -27,8 +27,10 @@ impl Early {
 
     /// What each row starts with that is named, by row; and what all others start with.
     pub fn by_row(all: &[Self]) -> (BTreeMap<usize, Pins>, Pins) {
-        let named: BTreeMap<_, _> =
-            all.iter().filter_map(|early| Some((early.row?, Self::pins(all, early.row?)))).collect();
+        let mut named = BTreeMap::new();
+        for row in all.iter().filter_map(|early| early.row) {
+            named.entry(row).or_insert_with(|| Self::pins(all, row));
+        }
         let mut others = Pins::default();
         all.iter().filter(|early| early.row.is_none()).for_each(|early| early.apply(&mut others));
         (named, others)

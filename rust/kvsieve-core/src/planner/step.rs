@@ -38,6 +38,10 @@ impl Planner {
     ///
     /// Unless `store_all`, tokens that the step's own end would evict from a lone window are not stored at all. `with_parts` asks
     /// for parts even where spans suffice; memories read by selection are rendered as parts always.
+    ///
+    /// # Errors
+    /// For rows that are not those of the stream, pins of a row that the first input does not have, and more tokens than a forward or
+    /// the stream can have. Nothing has changed then.
     pub fn begin(&mut self, new_lens: &[usize], num_queries: usize, store_all: bool, with_parts: bool) -> Result<Step> {
         self.open(new_lens, num_queries, store_all, Wanted::Reads { with_parts })
     }
@@ -147,9 +151,9 @@ impl Planner {
                 got: format!("{n} of {num_queries}"),
             });
         }
-        let tokens = new_lens.iter().fold(num_queries, |sum, &n| sum.saturating_add(n));
-        if num_queries > MAX_TOKENS || tokens - num_queries > MAX_TOKENS {
-            let got = format!("{num_queries} columns, {} tokens", tokens - num_queries);
+        let tokens = new_lens.iter().fold(0usize, |sum, &n| sum.saturating_add(n));
+        if num_queries.max(tokens) > MAX_TOKENS {
+            let got = format!("{num_queries} columns, {tokens} tokens");
             return Err(Error::OutOfRange {
                 what: "a forward",
                 expected: "at most 33,554,432 columns and tokens",
@@ -159,7 +163,7 @@ impl Planner {
         // A row's tokens may begin and end within a block, and a shared last block is copied.
         let blocks = tokens / BLOCK as usize + 3 * new_lens.len();
         if lock(&self.pool).used() + blocks > PACKED as usize {
-            let got = format!("{} more tokens", tokens - num_queries);
+            let got = format!("{tokens} more tokens");
             return Err(Error::OutOfRange { what: "a stream", expected: "at most 2,147,483,648 resident tokens", got });
         }
         Ok(())
