@@ -59,11 +59,13 @@ test-fast: setup ## the same without the real model
 	$(PYTEST) -m "not model and not gpu" $(PYTEST_ARGS)
 
 FUZZ_CALLS ?= 100000
+FUZZ_EXECUTIONS ?= 50000
 FUZZ_SEED ?= $(shell date +%s)
 
 .PHONY: fuzz
-fuzz: setup ## random arguments to everything of the compiled core (FUZZ_CALLS, FUZZ_SEED)
+fuzz: setup ## random arguments to the compiled core, changed session and bank files (FUZZ_CALLS, FUZZ_EXECUTIONS, FUZZ_SEED)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_core.py --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_files.py --executions $(FUZZ_EXECUTIONS) --seed $(FUZZ_SEED)
 
 # The machine with the GPU may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
 GPU_PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)

@@ -13,6 +13,9 @@ __all__ = [
     "PaddingError",
     "PolicyError",
     "RangeError",
+    "SaveError",
+    "SessionError",
+    "SessionNotFoundError",
     "ShapeError",
     "StateError",
     "TierDamagedError",
@@ -49,6 +52,19 @@ class ShapeError(KvsieveError, ValueError):
 
 class CacheMismatchError(KvsieveError, ValueError):
     """A cache used with another model, another batch, or past its end."""
+
+
+class SessionError(CacheMismatchError):
+    """A file that is no session file, or a damaged one, or one of another format. Nothing of it was used."""
+
+
+class SessionNotFoundError(SessionError, FileNotFoundError):
+    """There is no session file of that name."""
+
+
+class SaveError(KvsieveError, OSError):
+    """A file that cannot be written: the disk is full or fails, or what is there is no regular file. What was there before is as it
+    was."""
 
 
 class StateError(KvsieveError, RuntimeError):

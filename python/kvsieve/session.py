@@ -1,4 +1,4 @@
-"""A stream on disk: one safetensors file, plain tensors and a JSON header. Nothing is pickled, nothing is executed on load.
+"""A stream on disk: tensors and a JSON header (:mod:`kvsieve.files.tensor_file`). Nothing is pickled or executed on load.
 
 The header names the model, its weights and the policy. The tokens come first, as the planner numbers them, and then what each part
 of the stream has to say of itself (:meth:`kvsieve.runtime.part.StreamPart.save`); its tensors carry its name before theirs.
@@ -6,19 +6,28 @@ of the stream has to say of itself (:meth:`kvsieve.runtime.part.StreamPart.save`
 
 from __future__ import annotations
 
-import json
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.errors import CacheMismatchError, KvsieveError, PolicyError, UnsupportedError
+from kvsieve.errors import (
+    BackendError,
+    BankError,
+    CacheMismatchError,
+    KvsieveError,
+    PolicyError,
+    SessionError,
+    TierError,
+    UnsupportedError,
+)
+from kvsieve.files.tensor_file import Kind, Later, TensorFile, write
+from kvsieve.files.tensor_file import opened as opened_file
 from kvsieve.methods.parser import parse
 from kvsieve.model import fingerprint
-from kvsieve.runtime.part import Saved
+from kvsieve.runtime.saved import MOST, Saved, in_range, of_kind
 
 if TYPE_CHECKING:
     from os import PathLike
@@ -31,31 +40,30 @@ if TYPE_CHECKING:
 
 __all__ = ["SavedStream", "opened", "save"]
 
-VERSION = 3
+KIND = Kind("kvsieve", "kvsieve stream", 4)
 
 
 def save(engine: Engine, model: PreTrainedModel, path: str | PathLike[str], tokenizer: Any = None) -> None:
-    """Write the stream of ``engine`` to ``path``. An existing file is replaced only once the new one is complete.
+    """Write the stream of ``engine`` to ``path``. What is there is replaced only once the new file is complete and on the disk.
 
-    With the file go fingerprints of the model's weights and positions and, if it is given, of the tokenizer.
+    With the file go fingerprints of the model's weights and positions and, if it is given, of the tokenizer. A forward that died is
+    undone before.
 
     Raises:
         UnsupportedError: if the policy has parts that text cannot describe.
+        SaveError: if the file cannot be written; what was there before is as it was.
     """
-    from safetensors.torch import save_file
-
     policy = engine.policy
     if not _is_text(policy):
         raise UnsupportedError(f"the policy {policy!r} cannot be written as text; save works for kvsieve's own policies")
+    engine.idle()
     tensors = _tokens(engine)
     data = {}
     for part in engine.parts:
         saved = part.save()
         data[part.name] = saved.data
         tensors.update({f"{part.name}/{name}": tensor for name, tensor in saved.tensors.items()})
-    tensors = _apart(tensors)
     header = {
-        "version": VERSION,
         "policy": repr(policy),
         "model": _shape(model, engine.facts),
         "weights": fingerprint.weights(model),
@@ -66,13 +74,7 @@ def save(engine: Engine, model: PreTrainedModel, path: str | PathLike[str], toke
         "layers": sorted(engine.stores),
         "parts": data,
     }
-    target = Path(path)
-    partial = target.with_name(target.name + ".partial")
-    try:
-        save_file(tensors, partial, metadata={"kvsieve": json.dumps(header)})
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    write(path, KIND, header, tensors)
 
 
 class SavedStream:
@@ -82,9 +84,30 @@ class SavedStream:
         policy: the policy of the stream.
     """
 
-    def __init__(self, header: dict[str, Any], file: Any) -> None:
-        self._header, self._file = header, file
-        self.policy: Policy = parse(header["policy"])
+    def __init__(self, file: TensorFile) -> None:
+        self._file, self._header = file, Saved(file.header)
+        self._used: set[str] = set()
+        with self._checked():
+            wrong = set(file.header) ^ {
+                "policy",
+                "model",
+                "weights",
+                "tokenizer",
+                "stored_keys",
+                "columns",
+                "seen",
+                "layers",
+                "parts",
+            }
+            if wrong:
+                raise SessionError(f"its header lacks, or has besides, {sorted(wrong)[:5]}")
+            columns = self._header.count("columns")
+            self._seen = [in_range(of_kind(x, int, "seen"), 0, columns, "seen") for x in self._header.get("seen", list)]
+            self._layers = [in_range(of_kind(x, int, "layers"), 0, MOST, "layers") for x in self._header.get("layers", list)]
+            if self._layers != sorted(set(self._layers)):
+                raise SessionError(f"its layers are {self._layers}")
+            self._header.get("weights", str), self._header.get("tokenizer", (str, type(None)))
+            self.policy: Policy = parse(self._header.get("policy", str))
 
     def check(self, engine: Engine, model: PreTrainedModel, tokenizer: Any = None) -> None:
         """Refuse a model, its weights, or a tokenizer that the stream does not come from.
@@ -92,99 +115,157 @@ class SavedStream:
         Raises:
             CacheMismatchError: naming what differs.
         """
-        header, mine = self._header, _shape(model, engine.facts)
-        theirs = header["model"]
+        header, mine = self._file.header, _shape(model, engine.facts)
+        theirs, why = header["model"], None
         if mine != theirs:
-            raise CacheMismatchError(
-                f"the stream was saved from {theirs[0]} with layers {theirs[2][:1]}..., this model is {mine[0]} with "
-                f"{mine[2][:1]}..."
+            told = [str(x)[:100] for x in theirs] if isinstance(theirs, list) and len(theirs) == 3 else ["?"] * 3
+            why = f"saved from {told[0]} with layers {told[2]}..., this model is {mine[0]} with {str(mine[2])[:100]}..."
+        elif header["weights"] != fingerprint.weights(model):
+            why = (
+                f"saved from another model: this {mine[0]} has the same shape and other weights or positions (a fine-tune, another "
+                "release); what it remembers would mean nothing to it, so load it on the model that wrote it"
             )
-        if header["weights"] != fingerprint.weights(model):
-            raise CacheMismatchError(
-                f"the stream was saved from another model: this {mine[0]} has the same shape and other weights or positions (a "
-                "fine-tune, another release); what it remembers would mean nothing to it, so load it on the model that wrote it"
-            )
-        if None not in (tokenizer, header["tokenizer"]) and header["tokenizer"] != fingerprint.tokenizer(tokenizer):
-            raise CacheMismatchError("the stream was saved with another tokenizer, whose ids mean other text")
-        if header["stored_keys"] != engine.stored_keys:
-            raise CacheMismatchError(
-                f"the stream was saved with {header['stored_keys']} keys, this model needs {engine.stored_keys} ones"
-            )
+        elif None not in (tokenizer, header["tokenizer"]) and header["tokenizer"] != fingerprint.tokenizer(tokenizer):
+            why = "saved with another tokenizer, whose ids mean other text"
+        elif header["stored_keys"] != engine.stored_keys:
+            why = f"saved with {header['stored_keys']} keys, this model needs {engine.stored_keys} ones"
+        if why is not None:
+            raise CacheMismatchError(f"{self._file.path}: the stream was {why}")
 
-    def restore(self, engine: Engine) -> None:
-        """Make what was saved the present of a stream that has seen nothing."""
-        header, names = self._header, list(self._file.keys())
-        if header["seen"]:
-            self._restore_tokens(engine)
-        for part in engine.parts:
-            prefix = f"{part.name}/"
-            tensors = {name[len(prefix) :]: self._file.get_tensor(name) for name in names if name.startswith(prefix)}
-            part.restore(Saved(header["parts"][part.name], tensors))
+    def restore(self, engine: Engine, model: PreTrainedModel) -> None:
+        """Make what was saved the present of a stream that has seen nothing.
+
+        Raises:
+            SessionError: if a part of it cannot have been a stream's, or the file is changed meanwhile.
+            CacheMismatchError: if it belongs to another bank or another model.
+        """
+        embedding = model.get_input_embeddings()
+        vocabulary = getattr(embedding, "num_embeddings", None)
+        with self._checked():
+            parts = self._header.get("parts", dict)
+            names = [part.name for part in engine.parts]
+            if sorted(parts) != sorted(names):
+                raise SessionError(f"it holds the parts {sorted(parts)}, this stream has {sorted(names)}")
+            if self._seen:
+                self._restore_tokens(engine)
+            for part in engine.parts:
+                tensors = _Tensors(self._file, f"{part.name}/", self._used)
+                part.restore(Saved(of_kind(parts[part.name], dict, part.name), tensors, self._seen, vocabulary))
+            unread = set(self._file.names) - self._used
+            if unread:
+                raise SessionError(f"it holds tensors that belong to nothing: {sorted(unread)[:3]}")
+            if engine.columns != self._header.count("columns"):
+                raise SessionError(f"it counts {self._header.count('columns')} columns and {engine.columns}")
+            self._file.check_unchanged()
 
     def _restore_tokens(self, engine: Engine) -> None:
-        header, get = self._header, self._file.get_tensor
+        held = Saved({}, _Tensors(self._file, "", self._used))
+        layers = {layer.index: layer for layer in engine.facts.layers}
         memories = range(engine.planner.num_memories)
-        rows = []
-        for row, seen in enumerate(header["seen"]):
-            held = [(get(f"positions.{m}.{row}").tolist(), get(f"scores.{m}.{row}").tolist()) for m in memories]
-            rows.append((seen, held))
-        engine.begin_at(header["columns"], rows)
-        devices = {layer.index: layer.device for layer in engine.facts.layers}
-        for index in header["layers"]:
-            for row in range(len(rows)):
-                for memory in memories:
-                    k, v = (get(f"{name}.{index}.{memory}.{row}").to(devices[index]) for name in ("keys", "values"))
-                    store = engine.stores.get(index) or engine.make_store(index, k[None], v[None])
-                    store.write(engine.planner.runs(memory, row), k, v)
+        rows, counts = [], {}
+        for row, seen in enumerate(self._seen):
+            found = []
+            for m in memories:
+                positions = held.indices(f"positions.{m}.{row}", max(seen, 1), None)
+                counts[m, row] = len(positions)
+                scores = held.tensor(f"scores.{m}.{row}", torch.float32, len(positions))
+                found.append((positions.tolist(), scores.tolist()))
+            rows.append((seen, found))
+        if not set(self._layers) <= set(layers) or (any(counts.values()) and set(self._layers) != set(layers)):
+            raise SessionError(f"it holds the layers {self._layers}, this model has {sorted(layers)}")
+        engine.begin_at(self._header.count("columns"), rows)
+        for index in self._layers:
+            layer = layers[index]
+            for (memory, row), count in counts.items():
+                sizes = (("keys", layer.key_dim), ("values", layer.value_dim))
+                k, v = (
+                    held.tensor(f"{name}.{index}.{memory}.{row}", layer.dtype, layer.num_kv_heads, count, size).to(layer.device)
+                    for name, size in sizes
+                )
+                store = engine.stores.get(index) or engine.make_store(index, k[None], v[None])
+                store.write(engine.planner.runs(memory, row), k, v)
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        """What a part finds wrong is wrong with this file."""
+        try:
+            yield
+        except SessionError as err:
+            message = str(err)
+            raise err if message.startswith(self._file.path) else self._file.error(message) from None
+        except (CacheMismatchError, UnsupportedError, BackendError, TierError, BankError):
+            raise
+        except (KvsieveError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as err:
+            raise self._file.error(f"{type(err).__name__}: {err}") from err
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """The tensors of one part, each read when it is asked for; which ones were is remembered."""
+
+    def __init__(self, file: TensorFile, prefix: str, used: set[str]) -> None:
+        self._file, self._prefix, self._used = file, prefix, used
+        self._names = {name[len(prefix) :] for name in file.names if name.startswith(prefix)}
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        self._used.add(self._prefix + name)
+        return self._file.tensor(self._prefix + name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 @contextmanager
 def opened(path: str | PathLike[str]) -> Iterator[SavedStream]:
-    """The stream that was saved at ``path``.
+    """The stream that was saved at ``path``; all bytes of the file have been compared with its digest.
 
     Raises:
-        KvsieveError: if the file is not a kvsieve stream, or one of another format.
+        SessionNotFoundError: if there is no such file.
+        SessionError: if it is not a kvsieve stream, is damaged, or has another format.
     """
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        found = safe_open(path, framework="pt")
-    except SafetensorError as err:
-        raise KvsieveError(f"{path} is not a kvsieve stream: {err}") from None
-    with found as file:
-        text = (file.metadata() or {}).get("kvsieve")
-        if text is None:
-            raise KvsieveError(f"{path} is not a kvsieve stream: it has no kvsieve header")
-        header = json.loads(text)
-        if header["version"] != VERSION:
-            raise KvsieveError(f"{path} was written in format {header['version']}; this kvsieve reads format {VERSION}")
-        yield SavedStream(header, file)
+    with opened_file(path, KIND) as file:
+        yield SavedStream(file)
 
 
-def _tokens(engine: Engine) -> dict[str, torch.Tensor]:
-    """Positions, scores, keys and values of all residents, by memory and row."""
-    planner, tensors = engine.planner, {}
+def _tokens(engine: Engine) -> dict[str, torch.Tensor | Later]:
+    """Positions, scores, keys and values of all residents, by memory and row. Keys and values are read when they are written."""
+    planner = engine.planner
+    tensors: dict[str, torch.Tensor | Later] = {}
+    layers = {layer.index: layer for layer in engine.facts.layers}
     for row in range(planner.num_rows):
         for memory in range(planner.num_memories):
             tensors[f"positions.{memory}.{row}"] = torch.from_numpy(planner.positions(memory, row).copy())
             tensors[f"scores.{memory}.{row}"] = torch.from_numpy(planner.scores(memory, row).copy())
-            runs = planner.runs(memory, row)
-            for index, store in engine.stores.items():
-                k, v = store.read(runs)
-                tensors[f"keys.{index}.{memory}.{row}"] = k.contiguous()
-                tensors[f"values.{index}.{memory}.{row}"] = v.contiguous()
+            count, runs = planner.resident(memory, row), planner.runs(memory, row)
+            for index in sorted(engine.stores):
+                layer, pair = layers[index], _Pair(partial(engine.stores[index].read, runs))
+                for at, (name, size) in enumerate((("keys", layer.key_dim), ("values", layer.value_dim))):
+                    shape = (layer.num_kv_heads, count, size)
+                    tensors[f"{name}.{index}.{memory}.{row}"] = Later(layer.dtype, shape, partial(pair.take, at))
     return tensors
 
 
-def _apart(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors without shared memory, which rows that were one row have, and a file must not."""
-    found: dict[str, torch.Tensor] = {}
-    known: set[int] = set()
-    for name, tensor in tensors.items():
-        storage = tensor.untyped_storage().data_ptr()
-        found[name] = tensor.clone() if storage in known else tensor
-        known.add(storage)
-    return found
+class _Pair:
+    """Keys and values, read together when the first of the two is asked for, and held until the second one is."""
+
+    def __init__(self, read: Callable[[], tuple[torch.Tensor, torch.Tensor]]) -> None:
+        self._read = read
+        self._values: torch.Tensor | None = None
+
+    def take(self, at: int) -> torch.Tensor:
+        if at == 0:
+            keys, self._values = self._read()
+            return keys
+        values, self._values = self._values, None
+        assert values is not None
+        return values
 
 
 def _shape(model: PreTrainedModel, facts: ModelFacts) -> list[Any]:

@@ -96,13 +96,14 @@ def load(
     Raises:
         CacheMismatchError: if the file was written for another model, for other weights, or with another tokenizer, or the bank is
             not as it was when the stream was saved.
-        KvsieveError: if the file is not a kvsieve stream.
+        SessionError: if the file is not a kvsieve stream, is damaged (its digest covers every byte), or has another format; as a
+            `SessionNotFoundError` if there is none.
     """
     with session.opened(path) as saved:
         found = Stream(model, saved.policy if bank is None else with_bank(saved.policy, bank), backend)
         try:
             saved.check(found._engine, found.model, tokenizer)
-            saved.restore(found._engine)
+            saved.restore(found._engine, found.model)
         except BaseException:
             found.close()
             raise
@@ -466,8 +467,12 @@ class Stream:
         """Write this stream's memory to one ``.safetensors`` file; see :func:`kvsieve.load`.
 
         Args:
-            path: the file to write; one that exists is replaced once the new one is complete.
+            path: the file to write; one that exists is replaced once the new one is complete and on the disk. A link is followed.
             tokenizer: if given, its fingerprint is written, and compared when the file is loaded with a tokenizer.
+
+        Raises:
+            SaveError: if the disk is full or fails, or ``path`` is a folder, a device, or not writable; the old file is as it was.
+            UnsupportedError: for a policy with rules of your own, which cannot be written as text.
         """
         session.save(self._check_open(), self.model, path, tokenizer)
 

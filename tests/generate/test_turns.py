@@ -12,7 +12,8 @@ import pytest
 import tiny
 import torch
 from drive import forwards, greedy, pad_left, positions, same_memory, snapshot, solo
-from kvsieve.errors import CacheMismatchError, KvsieveError, ShapeError, StateError, UnsupportedError
+from kvsieve.errors import CacheMismatchError, KvsieveError, SaveError, ShapeError, StateError, UnsupportedError
+from kvsieve.files import tensor_file
 
 EVERY = pytest.mark.parametrize("policy", list(tiny.POLICIES))
 BOUNDED = pytest.mark.parametrize("policy", tiny.BOUNDED)
@@ -331,7 +332,7 @@ def test_a_file_that_is_not_a_stream_is_refused(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"x": torch.zeros(1)}, tmp_path / "other")
-    with pytest.raises(KvsieveError, match="not a kvsieve stream"):
+    with pytest.raises(KvsieveError, match="no kvsieve stream"):
         kvsieve.load(tmp_path / "other", tiny.model())
     save_file({"x": torch.zeros(1)}, tmp_path / "newer", metadata={"kvsieve": '{"version": 99}'})
     with pytest.raises(KvsieveError, match="format 99"):
@@ -344,23 +345,23 @@ def test_a_file_that_is_not_a_stream_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_save_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import safetensors.torch
-
     model, path = tiny.model(), tmp_path / "stream"
-    write = safetensors.torch.save_file
+    write, written = tensor_file._write_tensor, []
 
-    def half(tensors: Any, target: Any, **kwargs: Any) -> None:
-        write(dict(list(tensors.items())[:2]), target, **kwargs)
-        raise OSError("disk full")
+    def half(*args: Any) -> None:
+        written.append(write(*args))
+        if len(written) > 2:
+            raise OSError("disk full")
 
     with kvsieve.stream(model, kvsieve.SirLLM(budget=24), "reference") as stream:
         stream.feed(tiny.ids(1, 40))
         stream.save(path)
         before = path.read_bytes()
         stream.feed(tiny.ids(1, 40, 1))
-        monkeypatch.setattr(safetensors.torch, "save_file", half)
-        with pytest.raises(OSError, match="disk full"):
+        monkeypatch.setattr(tensor_file, "_write_tensor", half)
+        with pytest.raises(SaveError, match=r"disk full; what was there before is as it was"):
             stream.save(path)
+    assert len(written) == 3
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
 

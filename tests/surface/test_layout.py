@@ -24,6 +24,7 @@ LEVELS = (
     ("methods",),
     ("policy",),
     ("bank",),
+    ("files",),
     ("errors", "budget", "stats", "facts", "_core"),
 )
 """Folders and files of the package, the highest first: each may import its own level and those below."""

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from kvsieve.backends.base import AttendCall
-from kvsieve.errors import CacheMismatchError, ShapeError, StateError
+from kvsieve.errors import CacheMismatchError, SessionError, ShapeError, StateError
 from kvsieve.runtime.part import Crop, Forward, LayerInput, Saved
 from kvsieve.runtime.sliding import SlidingLayers
 from kvsieve.runtime.sliding_attention import QUERIES
@@ -225,8 +225,8 @@ def test_other_windows_and_broken_files_are_refused() -> None:
     with pytest.raises(CacheMismatchError, match=r"\{3: 16\}.*\{3: 8\}"):
         made({3: 8}).restore(saved)
     cut = {name: t[:, :, 1:] for name, t in saved.tensors.items()}
-    with pytest.raises(CacheMismatchError, match="2 rows of 14 tokens"):
-        made({3: 16}).restore(Saved(saved.data, cut))
+    with pytest.raises(SessionError, match=r"\[2, 1, 14, 8\], which does not fit"):
+        made({3: 16}).restore(Saved(saved.data, cut, seen=both.seen))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

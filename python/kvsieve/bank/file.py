@@ -1,14 +1,12 @@
-"""A bank on disk: one safetensors file, plain tensors and a JSON header. Nothing is pickled, nothing is executed on load.
+"""A bank on disk: tensors and a JSON header (:mod:`kvsieve.files.tensor_file`). Nothing is pickled, nothing is executed on load.
 
-A file is written beside the old one, to the disk itself, and then takes its place: whoever reads sees one or the other, whole. The
-header has a checksum of every tensor. One process at a time may write a bank: it holds a lock on ``<path>.lock`` while it does.
+A file is written beside the old one, to the disk itself, and then takes its place: whoever reads sees one or the other, whole, and
+every byte is compared with its digest. One process at a time may write a bank: it holds a lock on ``<path>.lock`` while it does.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,12 +14,13 @@ from typing import Any
 import torch
 
 from kvsieve.bank.entries import BankLayer, Entries, Piece, Segment, Shape
-from kvsieve.errors import BankError, UnsupportedError
+from kvsieve.errors import BankError, SaveError, SessionError, SessionNotFoundError, UnsupportedError
+from kvsieve.files.tensor_file import Kind, TensorFile, opened
+from kvsieve.files.tensor_file import write as write_file
 
 __all__ = ["Content", "lock", "read", "unlock", "write"]
 
-VERSION = 1
-NAME = "kvsieve_bank"
+KIND = Kind("kvsieve_bank", "bank", 2)
 
 Content = tuple[Shape, dict[str, Any], dict[str, Entries]]
 """A bank's shape, what it says of the model that wrote it, and the entries of its namespaces."""
@@ -76,9 +75,6 @@ def write(path: Path, content: Content) -> None:
     Raises:
         BankError: if it cannot be written; the old file is as it was.
     """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     shape, identity, namespaces = content
     tensors: dict[str, torch.Tensor] = {}
     rows = []
@@ -87,24 +83,16 @@ def write(path: Path, content: Content) -> None:
         rows.append({"name": name, **{key: getattr(entries, key) for key in told}})
         tensors.update({f"{at}/{key}": tensor for key, tensor in _tensors(entries).items()})
     header = {
-        "version": VERSION,
         "identity": identity,
         "chunk": shape.chunk,
         "capacity": shape.capacity,
         "layers": [[x.index, x.num_kv_heads, x.key_dim, x.value_dim, str(x.dtype).removeprefix("torch.")] for x in shape.layers],
         "namespaces": rows,
-        "checksums": {key: _checksum(tensor) for key, tensor in tensors.items()},
     }
-    partial = _beside(path, ".partial")
     try:
-        save_file(tensors, partial, metadata={NAME: json.dumps(header)})
-        _sync(partial)
-        os.replace(partial, path)
-        _sync(path.parent)
-    except (OSError, SafetensorError) as err:
-        raise BankError(f"cannot write the bank to {path}: {err}; what was saved there before is as it was") from err
-    finally:
-        partial.unlink(missing_ok=True)
+        write_file(path, KIND, header, tensors)
+    except SaveError as err:
+        raise BankError(str(err)) from err
 
 
 def _tensors(entries: Entries) -> dict[str, torch.Tensor]:
@@ -127,19 +115,6 @@ def _joined(tensors: list[torch.Tensor], dim: int) -> torch.Tensor:
     return torch.cat(tensors, dim).contiguous() if tensors else torch.zeros(0, dtype=torch.int64)
 
 
-def _checksum(tensor: torch.Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
-
-
-def _sync(path: Path) -> None:
-    """Wait until ``path``, a file or a folder, is on the disk."""
-    held = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(held)
-    finally:
-        os.close(held)
-
-
 # ---------------------------------------------------------------------------------------------------------------------- reading
 
 
@@ -149,54 +124,98 @@ def read(path: Path) -> Content:
     Raises:
         BankError: if there is none, or it is damaged, or of another format.
     """
-    from safetensors import SafetensorError, safe_open
-
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get(NAME)
-            if text is None:
-                raise BankError(f"{path} is not a bank: it has no header of one")
-            header = json.loads(text)
-            if header["version"] != VERSION:
-                raise BankError(f"{path} was written in format {header['version']}; this kvsieve reads format {VERSION}")
-            tensors = {key: file.get_tensor(key) for key in header["checksums"]}
-        return _content(header, tensors)
-    except BankError:
-        raise
-    except FileNotFoundError:
+        with opened(path, KIND) as file:
+            try:
+                content = _content(file)
+            except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as err:
+                raise file.error(f"{type(err).__name__}: {err}") from err
+            file.check_unchanged()
+            return content
+    except SessionNotFoundError:
         raise BankError(f"there is no bank at {path}") from None
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, RuntimeError, IndexError) as err:
-        raise BankError(f"{path} is damaged, or not a bank ({type(err).__name__}: {err})") from err
+    except SessionError as err:
+        raise BankError(str(err)) from err
 
 
-def _content(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> Content:
-    wrong = [key for key, tensor in tensors.items() if _checksum(tensor) != header["checksums"][key]]
-    if wrong:
-        raise ValueError(f"{', '.join(wrong[:3])} are not what was written")
-    layers = tuple(BankLayer(index, heads, k, v, getattr(torch, dtype)) for index, heads, k, v, dtype in header["layers"])
+def _content(file: TensorFile) -> Content:
+    header = file.header
+    layers = tuple(BankLayer(index, heads, k, v, _dtype(dtype)) for index, heads, k, v, dtype in header["layers"])
+    for layer in layers:
+        _check_counts((layer.index, 0), (layer.num_kv_heads, 1), (layer.key_dim, 1), (layer.value_dim, 1))
+    _check_counts((header["chunk"], 1), (header["capacity"], 1))
     shape = Shape(layers, header["chunk"], header["capacity"])
-    namespaces = {}
-    for at, row in enumerate(header["namespaces"]):
-        mine = {key.partition("/")[2]: tensor for key, tensor in tensors.items() if key.startswith(f"{at}/")}
+    if len({layer.index for layer in layers}) != len(layers) or not isinstance(header["identity"], dict):
+        raise ValueError("layers or identity")
+    namespaces: dict[str, Entries] = {}
+    left = set(file.names)
+    for at, told in enumerate(header["namespaces"]):
+        row = dict(told)
+        mine = {name.partition("/")[2]: file.tensor(name) for name in file.names if name.startswith(f"{at}/")}
         name = row.pop("name")
+        if not isinstance(name, str) or name in namespaces:
+            raise ValueError(f"namespace {name!r}")
         namespaces[name] = _entries(shape, row, mine)
+        left -= {f"{at}/{key}" for key in mine}
+    if left:
+        raise ValueError(f"tensors that belong to nothing: {sorted(left)[:3]}")
     return shape, header["identity"], namespaces
+
+
+def _dtype(name: Any) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise ValueError(f"dtype {name}")
+    return found
+
+
+def _check_counts(*counts: tuple[Any, int]) -> None:
+    for value, least in counts:
+        if type(value) is not int or not least <= value < 1 << 40:
+            raise ValueError(f"{value!r} is no count of at least {least}")
 
 
 def _entries(shape: Shape, row: dict[str, Any], tensors: Mapping[str, torch.Tensor]) -> Entries:
     lengths, pieces = tensors["lengths"], []
-    count = len(lengths)
-    for lo in range(0, count + (row["tail"] > 0), shape.most_chunks):
-        whole = max(min(lo + shape.most_chunks, count) - lo, 0)
-        size = min(shape.most_chunks, count + (row["tail"] > 0) - lo)
-        segment = Segment(shape, size)
-        segment.used = whole * shape.chunk
-        segment.lengths[:whole] = lengths[lo : lo + whole]
-        for index in segment.keys:
-            segment.keys[index][:] = tensors[f"keys.{index}"][:, lo : lo + size]
-            segment.values[index][:] = tensors[f"values.{index}"][:, lo : lo + size]
-            segment.means[index][:, :whole] = tensors[f"means.{index}"][:, lo : lo + whole]
-        pieces.append(Piece(segment, 0, whole))
+    count, tail = len(lengths), row["tail"]
+    _check_counts(*((row[key], 0) for key in ("tail", "written", "dropped", "chunks_dropped")))
+    if type(row["ragged"]) is not bool or len(row) != 5 or tail >= shape.chunk:
+        raise ValueError("what a namespace says of itself")
+    inside = lengths.dtype == torch.int64 and lengths.dim() == 1 and bool(((lengths > 0) & (lengths <= shape.chunk)).all())
+    if not inside or int(lengths.sum()) + tail + row["dropped"] != row["written"]:
+        raise ValueError(f"{row['written']} tokens written")
+    size = count + (tail > 0)
+    expected = {"lengths"}
+    for layer in shape.layers if size else ():
+        heads, index = layer.num_kv_heads, layer.index
+        wanted = {
+            f"keys.{index}": (layer.dtype, (heads, size, shape.chunk, layer.key_dim)),
+            f"values.{index}": (layer.dtype, (heads, size, shape.chunk, layer.value_dim)),
+            f"means.{index}": (torch.float32, (heads, count, layer.key_dim)),
+        }
+        wrong = [key for key, like in wanted.items() if (tensors[key].dtype, tuple(tensors[key].shape)) != like]
+        if wrong:
+            raise ValueError(f"{wrong[0]} does not fit")
+        if tail and any(tensors[f"{name}.{index}"][:, -1, tail:].any() for name in ("keys", "values")):
+            raise ValueError("tokens behind the last one")
+        expected |= set(wanted)
+    if set(tensors) != expected:
+        raise ValueError("tensors of a namespace")
+    for lo in range(0, size, shape.most_chunks):
+        pieces.append(_piece(shape, lo, min(lo + shape.most_chunks, size), tensors))
     if pieces:
-        pieces[-1].segment.used += row["tail"]
+        pieces[-1].segment.used += tail
     return Entries(shape, tuple(pieces), **row)
+
+
+def _piece(shape: Shape, lo: int, hi: int, tensors: Mapping[str, torch.Tensor]) -> Piece:
+    """The chunks ``lo`` to ``hi - 1``, of which the last one may not be whole."""
+    segment, lengths = Segment(shape, hi - lo), tensors["lengths"][lo:hi]
+    whole = len(lengths)
+    segment.used = whole * shape.chunk
+    segment.lengths[:whole] = lengths
+    for index in segment.keys:
+        segment.keys[index][:] = tensors[f"keys.{index}"][:, lo:hi]
+        segment.values[index][:] = tensors[f"values.{index}"][:, lo:hi]
+        segment.means[index][:, :whole] = tensors[f"means.{index}"][:, lo : lo + whole]
+    return Piece(segment, 0, whole)

@@ -27,6 +27,7 @@ from kvsieve.policy.compose import Banked
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
 from kvsieve.runtime.pinning import num_pinned
+from kvsieve.runtime.saved import in_range, of_kind
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner
@@ -274,19 +275,21 @@ class Banking(StreamPart):
 
     def restore(self, saved: Saved) -> None:
         mine, rows = self._book.identity, []
-        wrong = [name for name, told in saved.data["identity"].items() if mine.get(name, told) != told]
+        wrong = [name for name, told in saved.get("identity", dict).items() if mine.get(name, told) != told]
         if wrong:
             raise CacheMismatchError(f"the stream was saved with a bank of another model: its {', '.join(wrong)} differ")
-        for row in saved.data["rows"]:
-            entries = self._book.entries(row["name"])
-            for key in ("written", "dropped", "tail"):
-                if getattr(entries, key) != row[key]:
-                    raise CacheMismatchError(
-                        f"when the stream was saved, {row['written']} tokens had been written to namespace {row['name']!r} of its "
-                        f"bank and {row['dropped']} dropped; now it is {entries.written} and {entries.dropped}. Save both, and "
-                        "load the stream with that bank: kvsieve.load(path, model, bank=bank)"
-                    )
-            rows.append(RowState(row["name"], entries, row["left_at"], row["newest"]))
+        for data, seen in zip(saved.rows("rows"), saved.seen):
+            row = Saved(of_kind(data, dict, "rows"))
+            name = row.get("name", str)
+            entries, told = self._book.entries(name), {key: row.count(key) for key in ("written", "dropped", "tail")}
+            if any(getattr(entries, key) != value for key, value in told.items()):
+                raise CacheMismatchError(
+                    f"when the stream was saved, {told['written']} tokens had been written to namespace {name!r} of its "
+                    f"bank and {told['dropped']} dropped; now it is {entries.written} and {entries.dropped}. Save both, and "
+                    "load the stream with that bank: kvsieve.load(path, model, bank=bank)"
+                )
+            newest = in_range(row.get("newest", int), -1, seen - 1, "newest")
+            rows.append(RowState(name, entries, row.count("left_at", seen), newest))
         self.rows = rows
 
     # ----------------------------------------------------------------------------------------------------------------- the end

@@ -14,7 +14,7 @@ import torch
 
 from kvsieve._core import PACKED
 from kvsieve.backends.heap import trim_heap
-from kvsieve.errors import StateError
+from kvsieve.errors import SessionError, StateError
 from kvsieve.policy.storage import Channels, LayerShape, StorageObservation
 from kvsieve.runtime.cropping import GO_BACK, SPARE
 from kvsieve.runtime.part import Apply, Crop, Forward, Join, LayerInput, Saved, Setting, StreamPart
@@ -298,24 +298,34 @@ class Compression(StreamPart):
 
     def restore(self, saved: Saved) -> None:
         """Compress again the first ``saved.data["compressed"][row]`` tokens of each row."""
-        counts = saved.data["compressed"]
+        counts = saved.by_row("compressed")
         due = [(row, count) for row, count in enumerate(counts) if count]
         if due:
             self._compress(due, [self._saved_channels(row, saved) for row, _ in due], prompt_ended=True)
-        self.reading, self.compressed_at = saved.data["reading"], list(saved.data["compressed_at"])
+        self.reading, self.compressed_at = saved.get("reading", bool), saved.by_row("compressed_at")
         for index, layer in self._layers.items():
             names = {row: f"queries.{index}.{row}" for row in range(len(counts))}
-            known = {row: saved.tensors[name].to(layer.device) for row, name in names.items() if name in saved.tensors}
+            heads, size = None, layer.key_dim
+            known = {
+                row: saved.tensor(name, None, heads, None, size).to(layer.device)
+                for row, name in names.items()
+                if name in saved.tensors
+            }
             if known:
                 empty = next(iter(known.values()))[:, :0]
                 self._rings[index] = [known.get(row, empty) for row in names]
 
     def _saved_channels(self, row: int, saved: Saved) -> dict[int, Channels]:
-        tensors = saved.tensors
-        return {
-            index: Channels(tensors[f"channels.{index}.{row}"], tuple(tensors[f"pairs.{index}.{row}"].tolist()))
-            for index in self._layers
-        }
+        found = {}
+        for index, layer in self._layers.items():
+            heads, size = layer.num_kv_heads, layer.key_dim
+            channels = saved.tensor(f"channels.{index}.{row}", torch.int64, heads, None)
+            pairs = saved.indices(f"pairs.{index}.{row}", size // 2 + 1, heads)
+            # Channel c that is stored as zero is -1 - c.
+            if channels.shape[1] > size or not bool(((channels >= -size) & (channels < size)).all()):
+                raise SessionError(f"it keeps channels that layer {index} does not have, of which a key has {size}")
+            found[index] = Channels(channels, tuple(pairs.tolist()))
+        return found
 
     def reset(self) -> None:
         self._rings, self._pending, self.reading, self.compressed_at = {}, {}, False, []

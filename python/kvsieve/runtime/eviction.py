@@ -171,7 +171,7 @@ class Eviction(StreamPart):
         return Saved({"evicted_at": self.evicted_at})
 
     def restore(self, saved: Saved) -> None:
-        self.evicted_at = list(saved.data["evicted_at"])
+        self.evicted_at = saved.by_row("evicted_at")
 
     def begin_at(self, columns: int, seen: Sequence[int]) -> None:
         self.evicted_at = list(seen) if self._evicts else []

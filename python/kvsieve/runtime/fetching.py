@@ -22,9 +22,10 @@ import torch
 
 from kvsieve._core import Residents
 from kvsieve.backends.ranking import greatest
-from kvsieve.errors import PolicyError, StateError, UnsupportedError, UnsupportedModelError
+from kvsieve.errors import PolicyError, SessionError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
+from kvsieve.runtime.saved import MOST, in_range, of_kind
 from kvsieve.runtime.summaries import News, Summed, Table, summary_of
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class Fetching(StreamPart):
         self.rule, self.summary = rule, summary_of(rule)
         self._policy, self._blocks = setting.policy, setting.blocks
         self._tiered = setting.policy.tiers is not None
+        self._layers = {layer.index: layer for layer in setting.facts.layers}
         self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: Rows = []
         self.read: dict[int, list[Fetched | None]] = {}
@@ -294,14 +296,28 @@ class Fetching(StreamPart):
         return Saved({"layers": [list(layers) for layers in self.rows]}, tensors)
 
     def restore(self, saved: Saved) -> None:
+        """Every token is there still, or what summaries are of could not be found."""
+        for row, seen in enumerate(saved.seen):
+            held = self._blocks.planner.resident(0, row)
+            if held != seen:
+                raise SessionError(f"row {row} holds {held} of the {seen} tokens that it has seen, and {self._policy!r} holds all")
         self.rows = []
-        for row, layers in enumerate(saved.data["layers"]):
-            found = {}
-            for index in layers:
-                end = f".{index}.{row}"
-                tensors = {name.removesuffix(end): x for name, x in saved.tensors.items() if name.endswith(end)}
-                found[index] = Summed.of(tensors, self._devices[index])
-            self.rows.append(found)
+        for row, layers in enumerate(saved.rows("layers")):
+            indices = [in_range(of_kind(index, int, "layers"), 0, MOST, "layers") for index in of_kind(layers, list, "layers")]
+            if indices and sorted(indices) != sorted(self._devices):
+                raise SessionError(f"row {row} has summaries in layers {indices}, not in {sorted(self._devices)}")
+            self.rows.append({index: self._restored(saved, row, index) for index in indices})
+
+    def _restored(self, saved: Saved, row: int, index: int) -> Summed:
+        layer, end = self._layers[index], f".{index}.{row}"
+        table = saved.tensor(f"table{end}", torch.float32, layer.num_kv_heads, None, self.summary.rows * layer.key_dim)
+        most, heads = saved.seen[row], layer.num_kv_heads
+        tensors = {"table": table, "scores": saved.tensor(f"scores{end}", torch.float32, heads, None)}
+        if f"queries{end}" in saved.tensors:
+            tensors["queries"] = saved.tensor(f"queries{end}", None, None, None, layer.key_dim)
+        if table.shape[1] * self.rule.block > most or tensors["scores"].shape[1] > most:
+            raise SessionError(f"row {row} has summaries of more tokens than it has seen")
+        return Summed.of(tensors, self._devices[index])
 
     @property
     def bytes_of_summaries(self) -> int:

@@ -12,11 +12,12 @@ import torch
 
 from kvsieve.backends.base import AttendCall
 from kvsieve.budget import BLOCK
-from kvsieve.errors import PolicyError, StateError
+from kvsieve.errors import PolicyError, SessionError, StateError
 from kvsieve.policy.evict import PerHeadEviction
 from kvsieve.runtime.cropping import GO_BACK, check_evicted
 from kvsieve.runtime.observation import LayerState, Observation, RowState, choose, newest, without
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
+from kvsieve.runtime.saved import in_range, layer_of, listed, of_kind
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner
@@ -49,6 +50,7 @@ class HeadEviction(StreamPart):
         self.budget, self.sinks, self.recent = spec.budget, spec.sinks, spec.recent
         if isinstance(rule.observe, bool) or not isinstance(rule.observe, int) or rule.observe < 0:
             raise PolicyError(f"{type(rule).__name__}.observe must be an int of at least 0, got {rule.observe!r}")
+        self._layers = {layer.index: layer for layer in setting.facts.layers}
         self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: list[RowState] = []
         self.calls: dict[int, AttendCall] = {}
@@ -319,21 +321,34 @@ class HeadEviction(StreamPart):
         return Saved({"rows": [(row.since, row.evicted_at) for row in self.rows], "calls": calls}, tensors)
 
     def restore(self, saved: Saved) -> None:
-        def get(name: str, layer: int) -> torch.Tensor | None:
-            return saved.tensors[name].to(self._devices[layer]) if name in saved.tensors else None
-
-        for name, (scale, softcap) in saved.data["calls"].items():
-            self.calls[int(name)] = AttendCall(scale, softcap, get(f"sinks.{name}", int(name)))
+        calls = {layer_of(name, self._devices): numbers for name, numbers in saved.get("calls", dict).items()}
+        for layer, numbers in calls.items():
+            scale, softcap = listed(numbers, 2, "calls")
+            softcap = of_kind(softcap, (float, int, type(None)), "calls")
+            name = f"sinks.{layer}"
+            sinks = saved.tensor(name, None, None).to(self._devices[layer]) if name in saved.tensors else None
+            self.calls[layer] = AttendCall(of_kind(scale, (float, int), "calls"), softcap, sinks)
         self.rows = []
-        for row, (since, evicted_at) in enumerate(saved.data["rows"]):
-            layers = {}
-            for layer in self.calls:
-                if f"chosen.{layer}.{row}" in saved.tensors:
-                    queries = get(f"queries.{layer}.{row}", layer)
-                    chosen = saved.tensors[f"chosen.{layer}.{row}"]
-                    pieces = () if queries is None else (queries,)
-                    layers[layer] = LayerState(chosen, pieces, get(f"accumulated.{layer}.{row}", layer))
+        for at, told in enumerate(saved.rows("rows")):
+            since, evicted_at = (of_kind(x, int, "rows") for x in listed(told, 2, "rows"))
+            in_range(since, 0, saved.seen[at], "since"), in_range(evicted_at, 0, saved.seen[at], "evicted_at")
+            names = {layer: f"chosen.{layer}.{at}" for layer in self.calls}
+            layers = {layer: self._restored(saved, at, since, layer) for layer, name in names.items() if name in saved.tensors}
             self.rows.append(RowState(since, layers, evicted_at))
+
+    def _restored(self, saved: Saved, row: int, since: int, layer: int) -> LayerState:
+        facts, device, end = self._layers[layer], self._devices[layer], f".{layer}.{row}"
+        heads, held = facts.num_kv_heads, self._planner.resident(0, row)
+        chosen = saved.indices(f"chosen{end}", max(since, 1), heads, None)
+        if chosen.shape[1] + saved.seen[row] - since != held or not bool((chosen[:, 1:] > chosen[:, :-1]).all()):
+            raise SessionError(f"row {row} holds {held} tokens, and the heads of layer {layer} chose others")
+        pieces: tuple[torch.Tensor, ...] = ()
+        if f"queries{end}" in saved.tensors:
+            pieces = (saved.tensor(f"queries{end}", None, None, None, facts.key_dim).to(device),)
+        given = None
+        if self.rule.accumulates and f"accumulated{end}" in saved.tensors:
+            given = saved.tensor(f"accumulated{end}", torch.float32, heads, held).to(device)
+        return LayerState(chosen, pieces, given)
 
     def reset(self) -> None:
         self.rows, self._pending = [], {}

@@ -25,13 +25,14 @@ out what will change, and may raise. What it returns makes the change, once the 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 
 from kvsieve.errors import UnsupportedError
+from kvsieve.runtime.saved import Saved
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner, Step
@@ -150,14 +151,6 @@ class Join:
     def totals(self) -> list[int]:
         """Tokens that each row holds then."""
         return [past + sum(seen[row] - past for seen in self.seen) for row, past in enumerate(self.past)]
-
-
-@dataclass(frozen=True, eq=False)
-class Saved:
-    """What a session file holds of a part: plain data for JSON, and tensors by name."""
-
-    data: dict[str, Any] = field(default_factory=dict)
-    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
@@ -289,10 +282,10 @@ class StreamPart:
         return Saved()
 
     def restore(self, saved: Saved) -> None:
-        """Go on from a session file; the tokens themselves are there already.
+        """Go on from a session file; the tokens themselves are there already, and ``saved.seen`` says how many each row has seen.
 
         Raises:
-            CacheMismatchError: if what was saved does not fit this model.
+            CacheMismatchError: if what was saved does not fit this model; as a `SessionError` if it fits none.
         """
 
     def begin_at(self, columns: int, seen: Sequence[int]) -> None:

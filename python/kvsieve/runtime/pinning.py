@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
+from kvsieve.errors import SessionError
 from kvsieve.runtime.part import Apply, Crop, Saved, Setting, StreamPart, unchanged
+from kvsieve.runtime.saved import MOST, in_range, listed, of_kind, pair
 
 if TYPE_CHECKING:
     from kvsieve._core import Planner
@@ -63,15 +66,20 @@ class Pinning(StreamPart):
 
     def restore(self, saved: Saved) -> None:
         planner = self._blocks.planner
-        for row, start, stop, add in saved.data["early"]:
-            rows = None if row is None else [row]
-            if add:
+        for told in saved.get("early", list):
+            row, first, last, add = listed(told, 4, "early")
+            start, stop = pair([first, last], MOST, "early")
+            rows = None if row is None else [in_range(of_kind(row, int, "early"), 0, MOST, "early")]
+            if of_kind(add, bool, "early"):
                 planner.pin(rows, start, stop, False)
             else:
                 planner.unpin(rows, start, stop)
-        for row, ranges in enumerate(saved.data["pins"]):
-            if ranges:
-                planner.set_pins(row, [(start, stop) for start, stop in ranges], self.per_head)
+        for row, ranges in enumerate(saved.rows("pins")):
+            pairs = [pair(x, MOST, "pins") for x in of_kind(ranges, list, "pins")]
+            if any(stop >= start for (_, stop), (start, _) in pairwise(pairs)):
+                raise SessionError(f"its 'pins' of row {row} do not ascend, or touch")
+            if pairs and len(planner.set_pins(row, pairs, self.per_head)):
+                raise SessionError(f"row {row} holds pinned tokens where there can be none")
 
 
 def num_pinned(planner: Planner) -> int:

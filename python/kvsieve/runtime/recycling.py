@@ -20,9 +20,10 @@ from typing import TYPE_CHECKING, Literal, TypeAlias
 import torch
 
 from kvsieve.backends.base import HeadSets
-from kvsieve.errors import StateError, UnsupportedModelError
+from kvsieve.errors import SessionError, StateError, UnsupportedModelError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
+from kvsieve.runtime.saved import in_range, layer_of, of_kind
 
 if TYPE_CHECKING:
     from kvsieve.policy.select import RecycledSelection
@@ -100,6 +101,7 @@ class Recycling(StreamPart):
     def __init__(self, rule: RecycledSelection, setting: Setting) -> None:
         self.rule, self._blocks = rule, setting.blocks
         self._ropes = {layer.index: layer.rope for layer in setting.facts.layers}
+        self._layers = {layer.index: layer for layer in setting.facts.layers}
         self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: list[RowState] = []
         self.full_steps: dict[int, int] = {}
@@ -285,14 +287,25 @@ class Recycling(StreamPart):
 
     def restore(self, saved: Saved) -> None:
         self.rows = []
-        for row, (held, steps) in enumerate(zip(saved.data["held"], saved.data["steps"])):
-            layers = {}
-            for name, count in held.items():
-                device, query = self._devices[int(name)], saved.tensors.get(f"query.{name}.{row}")
-                tokens, order = (saved.tensors[f"{what}.{name}.{row}"].to(device) for what in ("tokens", "order"))
-                query = None if query is None else query.to(device)
-                layers[int(name)] = Choice(count, tokens, order, query)
+        for row, (told, steps) in enumerate(zip(saved.rows("held"), saved.by_row("steps"))):
+            most = self._blocks.planner.resident(0, row)
+            held = {layer_of(name, self._devices): count for name, count in of_kind(told, dict, "held").items()}
+            layers = {
+                layer: self._restored(saved, row, layer, in_range(of_kind(count, int, "held"), 0, most, "held"))
+                for layer, count in held.items()
+            }
             self.rows.append(RowState(layers, steps))
+
+    def _restored(self, saved: Saved, row: int, layer: int, held: int) -> Choice:
+        facts, device, end = self._layers[layer], self._devices[layer], f".{layer}.{row}"
+        tokens = saved.indices(f"tokens{end}", max(held, 1), facts.num_kv_heads, None)
+        order = saved.indices(f"order{end}", max(tokens.shape[1], 1), *tokens.shape)
+        if tokens.shape[1] > held:
+            raise SessionError(f"row {row} reads {tokens.shape[1]} tokens of the {held} that layer {layer} held")
+        query = None
+        if f"query{end}" in saved.tensors:
+            query = saved.tensor(f"query{end}", torch.float32, None).to(device)
+        return Choice(held, tokens.to(device), order.to(device), query)
 
     def reset(self) -> None:
         self.rows, self.full_steps, self.read = [], {}, {}

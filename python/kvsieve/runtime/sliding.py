@@ -19,9 +19,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve.errors import CacheMismatchError, ShapeError, StateError, UnsupportedError
+from kvsieve.errors import CacheMismatchError, SessionError, ShapeError, StateError, UnsupportedError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, Join, LayerInput, Saved, Setting, StreamPart, unchanged
+from kvsieve.runtime.saved import of_kind
 from kvsieve.runtime.sliding_attention import Piece, plan, windowed
 
 if TYPE_CHECKING:
@@ -244,25 +245,28 @@ class SlidingLayers(StreamPart):
         Raises:
             CacheMismatchError: if the file was written for other windows, or what it holds is not whole.
         """
-        header = saved.data["layers"]
-        theirs = {entry["layer"]: entry["window"] for entry in header}
+        header = [Saved(of_kind(entry, dict, "layers"), seen=saved.seen) for entry in saved.get("layers", list)]
+        theirs = {entry.count("layer"): entry.count("window") for entry in header}
         if theirs != self.windows:
             raise CacheMismatchError(
                 f"the stream was saved from a model with sliding windows {theirs} (by layer), this model has {self.windows}"
             )
-        counts = {entry["window"]: tuple(entry["counts"]) for entry in header if entry["counts"]}
+        counts: dict[int, tuple[int, ...]] = {}
+        for entry in header:
+            told = tuple(entry.by_row("counts"))
+            if told and counts.setdefault(entry.count("window"), told) != told:
+                raise SessionError(f"layer {entry.count('layer')} holds other tokens than one with the same window")
+        if saved.seen and set(counts) != set(self.windows.values()):
+            raise SessionError(f"it has no tokens for the windows {sorted(set(self.windows.values()) - set(counts))}")
         tensors = {}
         for index, size in self.windows.items():
             if size not in counts:
                 continue
-            pair = saved.tensors[f"keys.{index}"], saved.tensors[f"values.{index}"]
-            want = len(counts[size]), max(counts[size])
-            if any((t.shape[0], t.shape[2]) != want for t in pair):
-                raise CacheMismatchError(
-                    f"the file's sliding layer {index} has {pair[0].shape[0]} rows of {pair[0].shape[2]} tokens, its header says "
-                    f"{want[0]} rows of {want[1]}"
-                )
-            tensors[index] = pair
+            want = len(counts[size]), None, max(counts[size])
+            keys, values = (saved.tensor(f"{name}.{index}", None, *want, None) for name in ("keys", "values"))
+            if keys.shape[1] != values.shape[1] or keys.dtype != values.dtype:
+                raise SessionError(f"its keys and values of layer {index} do not go together")
+            tensors[index] = keys, values
         self.now = SlidingState(tensors, counts)
 
 

@@ -181,7 +181,7 @@ class SurprisalScores(StreamPart):
         return Saved({}, {} if self.tail is None else {"tail": self.tail.contiguous()})
 
     def restore(self, saved: Saved) -> None:
-        self.tail = saved.tensors.get("tail")
+        self.tail = saved.tensor("tail", None, len(saved.seen), None, None) if "tail" in saved.tensors else None
 
     def reset(self) -> None:
         self.tail = self.first = None

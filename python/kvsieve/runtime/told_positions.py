@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvsieve.errors import CacheMismatchError, UnsupportedError
+from kvsieve.errors import CacheMismatchError, SessionError, UnsupportedError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, Join, Saved, Setting, StreamPart
+from kvsieve.runtime.saved import MOST, in_range, of_kind
 
 if TYPE_CHECKING:
     from kvsieve.policy.compose import Policy
@@ -157,9 +158,14 @@ class ToldPositions(StreamPart):
         return Saved({"ahead": self.ahead, "joined_at": self.joined_at, "several_axes": self.several_axes})
 
     def restore(self, saved: Saved) -> None:
-        self.ahead, self.several_axes = saved.data["ahead"], saved.data["several_axes"]
-        # Not in files written before streams could be joined.
-        self.joined_at = list(saved.data.get("joined_at", []))
+        ahead = saved.get("ahead", (list, type(None)))
+        if ahead is not None and len(saved.rows("ahead")) != len(saved.seen):
+            raise SessionError(f"it says how far {len(ahead)} rows are ahead, of {len(saved.seen)}")
+        for value in ahead or ():
+            if value is not None:
+                in_range(of_kind(value, int, "ahead"), -MOST, MOST, "ahead")
+        self.ahead, self.several_axes = ahead, saved.get("several_axes", bool)
+        self.joined_at = saved.by_row("joined_at")
 
     def reset(self) -> None:
         self.ahead, self.joined_at, self.several_axes = None, [], False

@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from kvsieve.errors import CacheMismatchError, PaddingError
+from kvsieve.errors import CacheMismatchError, PaddingError, SessionError
 from kvsieve.runtime.part import Apply, Crop, Forward, Join, Saved, Setting, StreamPart
+from kvsieve.runtime.saved import of_kind, pair
 from kvsieve.runtime.turn import Turn
 
 __all__ = ["Ids", "Row", "Transcript", "TranscriptState"]
@@ -26,6 +27,8 @@ CHUNK = 4096
 
 UNKNOWN = -1
 """The id of a token that was given as an embedding."""
+
+MOST_ID = 1 << 31
 
 
 class Ids:
@@ -317,11 +320,16 @@ class Transcript(StreamPart):
         return Saved({"columns": self.columns, "pads": [row.pads for row in self.rows], "foreign": self.foreign}, tensors)
 
     def restore(self, saved: Saved) -> None:
-        rows = []
-        for at, pads in enumerate(saved.data["pads"]):
-            ids = Ids().append(saved.tensors[f"ids.{at}"])
-            rows.append(Row(ids, saved.tensors[f"unread.{at}"], tuple((lo, hi) for lo, hi in pads)))
-        self.columns, self.rows, self.foreign = saved.data["columns"], tuple(rows), saved.data["foreign"]
+        rows, columns = [], saved.count("columns")
+        for at, pads in enumerate(saved.rows("pads")):
+            ids = saved.tensor(f"ids.{at}", torch.int64, saved.seen[at])
+            unread = saved.tensor(f"unread.{at}", torch.int64, None)
+            for told, least in ((ids, UNKNOWN), (unread, 0)):
+                if told.numel() and not least <= int(told.min()) <= int(told.max()) < (saved.vocabulary or MOST_ID):
+                    raise SessionError(f"row {at} has token ids from {int(told.min())} to {int(told.max())}, which the model lacks")
+            pairs = tuple(pair(x, columns, "pads") for x in of_kind(pads, list, "pads"))
+            rows.append(Row(Ids().append(ids), unread, pairs))
+        self.columns, self.rows, self.foreign = columns, tuple(rows), saved.get("foreign", bool)
 
     def begin_at(self, columns: int, seen: Sequence[int]) -> None:
         """Nobody knows the ids."""
