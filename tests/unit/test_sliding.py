@@ -106,7 +106,8 @@ class Both:
         """Go on from a session file."""
         saved = self.layers.save()
         self.layers = made(self.layers.windows)
-        self.layers.restore(Saved(saved.data, {name: tensor.clone() for name, tensor in saved.tensors.items()}))
+        tensors = {name: tensor.clone() for name, tensor in saved.tensors.items()}
+        self.layers.restore(Saved(saved.data, tensors, seen=self.seen))
 
 
 @pytest.mark.parametrize("call", list(CALLS))
@@ -225,7 +226,7 @@ def test_other_windows_and_broken_files_are_refused() -> None:
     with pytest.raises(CacheMismatchError, match=r"\{3: 16\}.*\{3: 8\}"):
         made({3: 8}).restore(saved)
     cut = {name: t[:, :, 1:] for name, t in saved.tensors.items()}
-    with pytest.raises(SessionError, match=r"\[2, 1, 14, 8\], which does not fit"):
+    with pytest.raises(SessionError, match=r"14, \d+\], which does not fit"):
         made({3: 16}).restore(Saved(saved.data, cut, seen=both.seen))
 
 

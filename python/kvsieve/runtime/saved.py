@@ -52,9 +52,9 @@ class Saved:
         return [in_range(of_kind(x, int, key), least, seen + ahead, key) for x, seen in zip(values, self.seen)]
 
     def rows(self, key: str) -> list[Any]:
-        """Of each row what it says; empty where there is nothing yet."""
+        """Of each row what it says."""
         values = self.get(key, list)
-        if values and len(values) != len(self.seen):
+        if len(values) != len(self.seen):
             raise SessionError(f"it has {len(values)} {key!r} for {len(self.seen)} rows")
         return list(values)
 
