@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +37,11 @@ class LayerRope:
         """Channels that rotate."""
         return 2 * self.inv_freq.numel()
 
+    def equals(self, other: LayerRope) -> bool:
+        """Whether ``other`` is the same rotation."""
+        same = (self.layout, self.factor) == (other.layout, other.factor)
+        return same and torch.equal(self.inv_freq, other.inv_freq)
+
     @cached_property
     def core(self) -> Rope:
         """The same rotation for the Rust kernels."""
@@ -62,6 +67,27 @@ class LayerRope:
         scale = self.factor if factor else 1.0
         return (angle.cos() * scale).to(dtype), (angle.sin() * scale).to(dtype)
 
+    def span(self, first: int, count: int, like: torch.Tensor, *, factor: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``[count, R/2]`` of :meth:`table` from position ``first >= 0`` on, on ``like``'s device and in its dtype.
+
+        They are cut out of a table of all positions up to the farthest that was asked for, which is made once: all layers that
+        share the rotation, chunks and forwards read it. It takes as many bytes as the rotated channels of so many keys of a head.
+        """
+        known = like.device, like.dtype, factor
+        end, held = first + count, self._spans.get(known)
+        if held is None or len(held[0]) < end:
+            # A tensor made in inference mode could not take part in autograd outside of it.
+            with torch.inference_mode(False):
+                held = self.table(
+                    torch.arange(max(256, 1 << (end - 1).bit_length()), device=like.device), like.dtype, factor=factor
+                )
+            self._spans[known] = held
+        return held[0][first:end], held[1][first:end]
+
+    @cached_property
+    def _spans(self) -> dict[tuple[torch.device, torch.dtype, bool], tuple[torch.Tensor, torch.Tensor]]:
+        return {}
+
     def turn(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """``x`` ``[..., n, D]`` rotated by a table of :meth:`table`."""
         cos, sin = table
@@ -77,6 +103,21 @@ class LayerRope:
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, *, factor: bool = True) -> torch.Tensor:
         """``x`` ``[..., n, D]`` rotated by ``positions`` (int64 ``[n]``), in ``x``'s dtype."""
         return self.turn(x, self.table(positions, x.dtype, factor=factor))
+
+    def _scaled(self, x: torch.Tensor) -> torch.Tensor:
+        """``x`` rotated to position 0."""
+        if self.factor == 1.0:
+            return x
+        return torch.cat([x[..., : self.rotary_dim] * self.factor, x[..., self.rotary_dim :]], -1)
+
+    def rotate_to(self, x: torch.Tensor, places: Sequence[range], *, factor: bool = True) -> torch.Tensor:
+        """:meth:`rotate` to runs of positions, none of them negative; a single position is that of all ``n`` tokens."""
+        if len(places) == 1 and places[0] == range(1):
+            return self._scaled(x) if factor else x
+        tables = [self.span(run.start, len(run), x, factor=factor) for run in places]
+        return self.turn(
+            x, tables[0] if len(tables) == 1 else (torch.cat([c for c, _ in tables]), torch.cat([s for _, s in tables]))
+        )
 
 
 @dataclass(frozen=True, eq=False)

@@ -32,7 +32,7 @@ class Matrices(NamedTuple):
 
     Attributes:
         read: keys and values, in the layer's dtype.
-        rotate: ``x`` ``[H, n, D]`` by int64 positions ``[n]`` on its device, in its dtype.
+        rotate: ``x`` ``[H, n, D]`` to runs of positions, in its dtype; a single position is that of all ``n``.
         attend: float32 out ``[H, m, Dv]`` and lse ``[H, m]`` of rotated queries over rotated keys, values, and which of them each
             query sees (bool ``[m, n]``; None for all).
         dtype: in which queries and keys are rotated and compared, except where scores are wanted, which are float32.
@@ -40,7 +40,7 @@ class Matrices(NamedTuple):
     """
 
     read: Read
-    rotate: Callable[[LayerRope, torch.Tensor, torch.Tensor], torch.Tensor]
+    rotate: Callable[[LayerRope, torch.Tensor, Sequence[range]], torch.Tensor]
     attend: Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None, AttendCall], Partial]
     dtype: torch.dtype
     heads: int
@@ -95,11 +95,10 @@ def _together(q: torch.Tensor, first: int, pieces: list[Piece], matrices: Matric
             queries = q[head * group : (head + 1) * group]
             keys, values = keys[head : head + 1], values[head : head + 1]
         if call.rope is not None:
-            at = torch.full((count,), farthest, device=device)
-            to = torch.zeros(keys.shape[1], dtype=torch.long, device=device)
+            at, to = [range(farthest, farthest + 1)], [range(1)]
             if not mine[0].fixed:
-                at = at + torch.arange(count, device=device)
-                to = torch.cat([torch.arange(p.hi - p.lo, device=device) + farthest - p.distance for p in mine])
+                at = [range(farthest, farthest + count)]
+                to = [range(farthest - p.distance, farthest - p.distance + p.hi - p.lo) for p in mine]
             queries, keys = matrices.rotate(call.rope, queries, at), matrices.rotate(call.rope, keys, to)
         masks = [] if whole else [mask for piece in mine if (mask := seen[piece]) is not None]
         part = matrices.attend(queries, keys, values, torch.cat(masks, 1) if masks else None, call)
@@ -117,8 +116,8 @@ def _score(
     (heads, count, dim), (k, v) = q.shape, (x.float() for x in matrices.read([piece[:2]]))
     group = heads // k.shape[0]
     if call.rope is not None:
-        q = matrices.rotate(call.rope, q, torch.arange(piece.distance, piece.distance + count, device=q.device))
-        k = matrices.rotate(call.rope, k, torch.arange(piece.hi - piece.lo, device=q.device))
+        q = matrices.rotate(call.rope, q, [range(piece.distance, piece.distance + count)])
+        k = matrices.rotate(call.rope, k, [range(piece.hi - piece.lo)])
     rest = q.new_full((heads, count), -torch.inf) if others is None else others[1]
     beside = rest if call.sink_logits is None else torch.logaddexp(rest, call.sink_logits.detach().to(rest)[:, None])
     out, lse = q.new_empty(heads, count, v.shape[2]), torch.empty_like(rest)

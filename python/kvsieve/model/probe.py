@@ -122,7 +122,7 @@ class Probe:
                 f"so no stream can open on it; {versions()}"
             )
         frequencies = _frequencies(self.decoder)
-        layers = []
+        layers, ropes = [], list[LayerRope]()
         for index in full:
             module = modules[index]
             query, key, value = watch.seen[module]
@@ -136,7 +136,7 @@ class Probe:
                     value_dim=value.shape[3],
                     dtype=key.dtype,
                     device=key.device,
-                    rope=None if raw is None else _rope_of(self.name, index, raw, query[0], frequencies),
+                    rope=None if raw is None else _shared(_rope_of(self.name, index, raw, query[0], frequencies), ropes),
                 )
             )
         rope_type = _rope_type(self.config)
@@ -202,6 +202,16 @@ def _rope_of(
         return measure(raw, rotated, frequencies)
     except LookupError as err:
         raise UnsupportedModelError(f"{name}, layer {index}: {err}; its positions cannot be re-placed") from None
+
+
+def _shared(rope: LayerRope | None, ropes: list[LayerRope]) -> LayerRope | None:
+    """The first of ``ropes`` that is the same rotation, so that what a step knows of it is made once and not for every layer."""
+    if rope is None:
+        return None
+    found = next((known for known in ropes if known.equals(rope)), None)
+    if found is None:
+        ropes.append(rope)
+    return found or rope
 
 
 def _rope_type(config: Any) -> str:

@@ -224,8 +224,8 @@ class Summary:
         """``[Hkv, n, D]`` as queries are compared with them: :attr:`FetchedSelection.compared_at` tokens before these."""
         if call.rope is None or not self.rule.compared_at:
             return keys
-        at = torch.full((keys.shape[1],), -self.rule.compared_at, device=keys.device)
-        return call.rope.rotate(keys, at, factor=False)
+        cos, sin = call.rope.span(self.rule.compared_at, 1, keys, factor=False)
+        return call.rope.turn(keys, (cos, -sin))
 
 
 class Representatives(Summary):
@@ -292,8 +292,7 @@ class ChunkAttention(Summary):
         """The summary ``[Hkv, D]`` of a chunk: its last queries ``[H, m, D]``, mostly all; keys and values ``[Hkv, w, D]``."""
         size = k.shape[1]
         if call.rope is not None:
-            at = torch.arange(size, device=k.device)
-            q, k = call.rope.rotate(q, at[size - q.shape[1] :]), call.rope.rotate(k, at)
+            q, k = call.rope.rotate_to(q, [range(size - q.shape[1], size)]), call.rope.rotate_to(k, [range(size)])
         seen = torch.ones(q.shape[1], size, dtype=torch.bool, device=k.device)
         answers = attend(q, k, v, seen, call.scale, call.softcap)[0]
         mean = answers.mean(1).view(k.shape[0], -1, v.shape[2]).mean(1)

@@ -70,8 +70,8 @@ def attend_many(q: torch.Tensor, first: int, pieces: Sequence[Piece], read: Read
     return attend_matrices(q, first, pieces, Matrices(read, _rotate, _matrix, torch.float32, 1, CELLS), call, scored)
 
 
-def _rotate(rope: LayerRope, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-    return rope.rotate(x, positions)
+def _rotate(rope: LayerRope, x: torch.Tensor, places: Sequence[range]) -> torch.Tensor:
+    return rope.rotate_to(x, places)
 
 
 def _matrix(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor | None, call: AttendCall) -> Partial:

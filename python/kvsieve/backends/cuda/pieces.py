@@ -120,7 +120,7 @@ def attend_pieces(held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piec
     near += [part for piece in others for part in cut(piece, first, q.shape[1])]
     matrices = Matrices(
         lambda spans: held.read(in_order(held.residents, spans)),
-        lambda rope, x, at: _rotate(held.context, rope, x, at),
+        lambda rope, x, places: _rotate(held.context, rope, x, places),
         _matrix,
         q.dtype,
         held.shape[0],
@@ -182,8 +182,10 @@ def cut(piece: Piece, first: int, count: int) -> list[Piece]:
     return [piece._replace(lo=a, hi=b, distance=piece.distance - (0 if piece.fixed else a - piece.lo)) for a, b in spans]
 
 
-def _rotate(context: Context, rope: LayerRope, x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+def _rotate(context: Context, rope: LayerRope, x: torch.Tensor, places: Sequence[range]) -> torch.Tensor:
     frequencies, _ = context.rope(rope, x.device)
+    runs = [torch.arange(run.start, run.stop, device=x.device) for run in places]
+    positions = runs[0].expand(x.shape[1]).contiguous() if sum(map(len, places)) == 1 else torch.cat(runs)
     return rotate(x if x.stride(-1) == 1 else x.contiguous(), positions, frequencies, LAYOUTS[rope.layout], rope.factor, x.dtype)
 
 
