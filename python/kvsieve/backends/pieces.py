@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from kvsieve.backends.attention import Partial, attend, merge
+from kvsieve.backends.attention import Partial
 from kvsieve.backends.base import Attended
 
 if TYPE_CHECKING:
@@ -44,10 +44,9 @@ def place(q: torch.Tensor, k: torch.Tensor, piece: Piece, rope: LayerRope | None
     """``q`` ``[H, m, D]`` and the keys ``[Hkv, n, D]`` of ``piece``, rotated to the distances that it names."""
     if rope is None:
         return q, k
-    queries, keys = (torch.arange(x.shape[1], device=x.device) for x in (q, k))
     if piece.fixed:
-        queries, keys = torch.zeros_like(queries), torch.zeros_like(keys)
-    return rope.rotate(q, queries + piece.distance), rope.rotate(k, keys)
+        return rope.rotate_to(q, [range(piece.distance, piece.distance + 1)]), rope.rotate_to(k, [range(1)])
+    return rope.rotate_to(q, [range(piece.distance, piece.distance + q.shape[1])]), rope.rotate_to(k, [range(k.shape[1])])
 
 
 def of_head(found: Partial, head: int, group: int, heads: int) -> Partial:
@@ -61,37 +60,36 @@ def of_head(found: Partial, head: int, group: int, heads: int) -> Partial:
 
 def attend_pieces(q: torch.Tensor, first: int, pieces: Sequence[Piece], read: Read, call: AttendCall, scored: bool) -> Attended:
     """See :meth:`kvsieve.backends.base.Store.attend_pieces`."""
-    wide = torch.float64 if q.dtype == torch.float64 else torch.float32
-    found: list[Partial] = []
+    wide, (heads, count, dim) = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32), q.shape
+    logits, values = [], []
     for piece in pieces:
-        k, v = (x.to(wide) for x in read(piece.lo, piece.hi))
-        group = q.shape[0] // k.shape[0]
-        queries, keys = place(q.to(wide), k, piece, call.rope)
-        seen = sees(piece, first, q.shape[1], q.device)
-        if seen is None:
-            seen = torch.ones(q.shape[1], piece.hi - piece.lo, dtype=torch.bool, device=q.device)
-        if piece.head is None:
-            found.append(attend(queries, keys, v, seen, call.scale, call.softcap))
-            continue
-        heads, head = slice(piece.head * group, (piece.head + 1) * group), slice(piece.head, piece.head + 1)
-        mine = attend(queries[heads], keys[head], v[head], seen, call.scale, call.softcap)
-        found.append(of_head(mine, piece.head, group, q.shape[0]))
-    lse = torch.logsumexp(torch.stack([each[1] for each in found]), 0)
-    scores = _scores(q.to(wide), first, pieces[0], read, call, lse) if scored else None
-    return Attended(merge(found, call.sink_logits).to(q.dtype), lse, scores)
+        k, v = (only(x, piece.head).to(wide.dtype) for x in read(piece.lo, piece.hi))
+        queries, keys = place(wide, k, piece, call.rope)
+        mine = (queries.reshape(k.shape[0], -1, dim) @ keys.transpose(1, 2)).view(heads, count, -1) * call.scale
+        if call.softcap is not None:
+            mine = call.softcap * torch.tanh(mine / call.softcap)
+        seen = sees(piece, first, count, q.device)
+        if seen is not None:
+            mine = mine.masked_fill(~seen, -torch.inf)
+        if piece.head is not None:
+            reads = torch.arange(k.shape[0], device=q.device).repeat_interleave(heads // k.shape[0]) == piece.head
+            mine = mine.masked_fill(~reads[:, None, None], -torch.inf)
+        logits.append(mine)
+        values.append(v)
+    every = torch.cat(logits, 2)
+    lse = torch.logsumexp(every, 2)
+    total = lse if call.sink_logits is None else torch.logaddexp(lse, call.sink_logits.detach().to(lse)[:, None])
+    weights = torch.exp(every - torch.where(total.isneginf(), 0.0, total)[..., None])
+    joined = torch.cat(values, 1)
+    given = weights.view(joined.shape[0], -1, joined.shape[1])
+    out = (given @ joined).view(heads, count, -1)
+    return Attended(out.to(q.dtype), lse, given[..., : pieces[0].hi - pieces[0].lo].sum(1).float() if scored else None)
 
 
-def _scores(q: torch.Tensor, first: int, piece: Piece, read: Read, call: AttendCall, lse: torch.Tensor) -> torch.Tensor:
-    """The probabilities of a piece that all heads read, where all that they read has the log-sum-exp ``lse``: ``[Hkv, n]``."""
-    k = read(piece.lo, piece.hi)[0].to(q.dtype)
-    queries, keys = place(q, k, piece, call.rope)
-    if call.sink_logits is not None:
-        lse = torch.logaddexp(lse, call.sink_logits.detach().to(lse)[:, None])
-    logits = (queries @ keys.repeat_interleave(q.shape[0] // k.shape[0], 0).transpose(1, 2)) * call.scale
-    if call.softcap is not None:
-        logits = call.softcap * torch.tanh(logits / call.softcap)
-    seen = sees(piece, first, q.shape[1], q.device)
-    if seen is not None:
-        logits = logits.masked_fill(~seen, -torch.inf)
-    given = torch.exp(logits - lse[..., None]).sum(1)
-    return given.view(k.shape[0], -1, given.shape[1]).sum(1).float()
+def only(x: torch.Tensor, head: int | None) -> torch.Tensor:
+    """``x`` ``[Hkv, n, D]`` where one KV head alone reads it: nothing of the other heads; None for all of them."""
+    if head is None:
+        return x
+    mine = torch.zeros_like(x)
+    mine[head] = x[head]
+    return mine
