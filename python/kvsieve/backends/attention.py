@@ -47,9 +47,10 @@ def attend(
     Returns:
         out ``[H, m, Dv]`` (zero where nothing is visible) and lse ``[H, m]`` (-inf there).
     """
-    group = q.shape[0] // k.shape[0]
-    k, v = (x.repeat_interleave(group, 0) for x in (k, v))
-    logits = (q @ k.transpose(-1, -2)) * scale
+    (heads, count, dim), (kv_heads, size, _) = q.shape, k.shape
+    # The query heads of a group meet the same keys, one after another.
+    rows = heads // kv_heads * count
+    logits = (q.reshape(kv_heads, rows, dim) @ k.transpose(-1, -2)).view(heads, count, size) * scale
     if softcap is not None:
         logits = softcap * torch.tanh(logits / softcap)
     logits = logits.masked_fill(~visible, -torch.inf)
@@ -58,7 +59,7 @@ def attend(
         logits = logits.masked_fill(logits < kth, -torch.inf)
     lse = torch.logsumexp(logits, -1)
     weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None])
-    return weights @ v, lse
+    return (weights.view(kv_heads, rows, size) @ v).view(heads, count, v.shape[2]), lse
 
 
 def merge(parts: list[Partial], sink_logits: torch.Tensor | None = None) -> torch.Tensor:
@@ -66,6 +67,8 @@ def merge(parts: list[Partial], sink_logits: torch.Tensor | None = None) -> torc
 
     ``sink_logits`` (``[H]``) are learned logits that take part in the softmax without a value.
     """
+    if len(parts) == 1 and sink_logits is None:
+        return parts[0][0]
     lse = torch.stack([part[1] for part in parts])
     every = lse if sink_logits is None else torch.cat([lse, sink_logits.to(lse.dtype)[None, :, None].expand(1, *lse.shape[1:])])
     total = torch.logsumexp(every, 0)
@@ -110,7 +113,8 @@ def rotate_part(
         return rope.rotate(q, torch.full_like(q_at, part.fixed)), rope.rotate(k, torch.zeros_like(k_at))
     if frame == "post_rope":
         q_at, k_at = q_at - _long(part.query_true(), q.device), k_at - _long(part.key_true(), q.device)
-        return rope.rotate(q, q_at, factor=False), rope.rotate(k, k_at, factor=False)
+        moved = [rope.rotate(x, at, factor=False) if at.any() else x for x, at in ((q, q_at), (k, k_at))]
+        return moved[0], moved[1]
     return rope.rotate(q, q_at), rope.rotate(k, k_at)
 
 

@@ -303,7 +303,9 @@ class ReferenceStore(HasTier):
 
     def read(self, runs: Runs) -> tuple[torch.Tensor, torch.Tensor]:
         heads, key_dim, value_dim = self._k.shape[1], self._k.shape[3], self._v.shape[3]
-        keys, values = [self._k.new_zeros(heads, 0, key_dim)], [self._v.new_zeros(heads, 0, value_dim)]
+        if not runs:
+            return self._k.new_zeros(heads, 0, key_dim), self._v.new_zeros(heads, 0, value_dim)
+        keys, values = [], []
         for block, lo, hi in runs:
             if block >= PACKED:
                 k, v = self._packed[block].read(lo, hi, key_dim)
@@ -314,7 +316,8 @@ class ReferenceStore(HasTier):
             keys.append(k)
             values.append(v)
         # Codes read as float32, and stay that precise beside tokens of fewer bits.
-        return torch.cat(keys, 1), torch.cat(values, 1)
+        k, v = torch.cat(keys, 1), torch.cat(values, 1)
+        return k.to(torch.promote_types(k.dtype, self._k.dtype)), v.to(torch.promote_types(v.dtype, self._v.dtype))
 
     @_locked
     def write(self, runs: Runs, k: torch.Tensor, v: torch.Tensor) -> None:
