@@ -17,16 +17,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from kvsieve.arguments import BACKENDS as _BACKENDS
+from kvsieve.arguments import MODEL as _MODEL
+from kvsieve.arguments import POLICIES as _POLICIES
+from kvsieve.arguments import add_machine as _add_machine
+from kvsieve.arguments import need_torch as _need_torch
+from kvsieve.arguments import output as _output
+from kvsieve.arguments import positive as _positive
+from kvsieve.arguments import whole as _whole
 from kvsieve.errors import BackendError, KvsieveError
-from kvsieve.methods.registry import SYSTEMS
+from kvsieve.evals.commands import add_eval as _add_eval
 
 __all__ = ["main"]
 
 _BEGAN = time.perf_counter()
-_MODEL = "smollm2, a local model folder, or a GGUF file"
-_POLICIES = "known: " + ", ".join(system.text_name for system in SYSTEMS)
-_BACKENDS = ("reference", "cpu", "cuda")
-_DTYPES = ("float32", "bfloat16", "float16")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -102,57 +106,6 @@ def _add_generate(commands: Any) -> None:
     generate.set_defaults(run=_generate)
 
 
-def _add_eval(commands: Any) -> None:
-    evals = commands.add_parser("eval", help="what a policy costs in quality")
-    tasks = evals.add_subparsers(required=True, metavar="task")
-    packing = tasks.add_parser("packing", help="perplexity after a prompt whose keys and values were compressed")
-    packing.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
-    packing.add_argument("--windows", type=_positive, default=4, help="ranges of the text")
-    packing.add_argument("--prompt", type=_positive, default=4000, help="tokens before compression")
-    packing.add_argument("--continuation", type=_positive, default=1000, help="tokens to predict")
-    packing.add_argument("--only", help="only policies with this in their name, and the full cache")
-    packing.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
-    packing.add_argument("--quick", action="store_true", help="one ratio of each kind")
-    _add_machine(packing, dtype_help="default: float32")
-    packing.set_defaults(run=_eval_packing)
-    search = tasks.add_parser("search", help="perplexity of reading only what is selected, and of windows that read as much")
-    search.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
-    search.add_argument("--windows", type=_positive, default=4, help="ranges of the text, read as one batch")
-    search.add_argument("--length", nargs="+", type=_positive, default=[4000, 7700], help="tokens of the prompt")
-    search.add_argument("--continuation", type=_positive, default=256, help="tokens to predict one by one")
-    search.add_argument(
-        "--prompt", nargs="+", choices=("dense", "own"), default=["dense", "own"], help="read it by the full cache, or the policy"
-    )
-    what = search.add_mutually_exclusive_group()
-    what.add_argument("--policy", nargs="+", help='only these, for example "hip(512, block=8)"; and the full cache')
-    what.add_argument("--sweep", action="store_true", help="HiP's arguments, one at a time")
-    search.add_argument("--only", nargs="+", default=[], help="only policies with one of these in their name, and the full cache")
-    search.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
-    search.add_argument("--quick", action="store_true", help="one budget")
-    _add_machine(search, dtype_help="default: float32")
-    search.set_defaults(run=_eval_search)
-    perplexity = tasks.add_parser("perplexity", help="perplexity of a text as it streams through a policy, by position")
-    perplexity.add_argument("--model", default="smollm2", help=f"{_MODEL}; default: smollm2")
-    perplexity.add_argument("--policy", nargs="+", required=True, help=f'for example "full()" "streamingllm(1024)"; {_POLICIES}')
-    perplexity.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
-    perplexity.add_argument("--length", type=_positive, default=8192, help="tokens of it; default: 8,192")
-    perplexity.add_argument("--chunk", type=_positive, default=512, help="tokens of a forward; default: 512")
-    perplexity.add_argument("--bucket", type=_positive, default=1024, help="tokens of a point of the curve; default: 1,024")
-    perplexity.add_argument("--json", type=_output, help="also write everything to this file, after every policy; replaces it")
-    perplexity.add_argument("--resume", action="store_true", help="policies that the file of --json holds are not read again")
-    _add_machine(perplexity, dtype_help="default: float32")
-    perplexity.set_defaults(run=_eval_perplexity)
-    passkey = tasks.add_parser("passkey", help="passkey retrieval: five digits at several depths of a long text")
-    passkey.add_argument("--policy", nargs="*", help="policies that read the text; default: full(), HiP, Quest, StreamingLLM")
-    passkey.add_argument("--dense", nargs="*", help="policies that take over what the full cache has read; default: HiP, Quest")
-    passkey.add_argument("--length", nargs="+", type=_positive, default=[4000, 7500], help="tokens of the text")
-    passkey.add_argument("--depths", type=_positive, default=10, help="depths of the passkey in each text")
-    passkey.add_argument("--seed", type=_whole, default=0, help="seed of texts and keys")
-    passkey.add_argument("--json", type=_output, help="also write everything to this file, after every policy")
-    _add_machine(passkey, dtype_help="default: float32")
-    passkey.set_defaults(run=_eval_passkey)
-
-
 def _add_view(commands: Any) -> None:
     view = commands.add_parser("view", help="pictures of what a policy does")
     pictures = view.add_subparsers(required=True, metavar="picture")
@@ -192,41 +145,11 @@ def _add_bench(commands: Any) -> None:
     bench.set_defaults(run=_bench)
 
 
-def _add_machine(parser: argparse.ArgumentParser, *, dtype_help: str) -> None:
-    parser.add_argument("--dtype", choices=_DTYPES, help=dtype_help)
-    parser.add_argument("--threads", type=_positive, help="CPU threads for torch; default: torch's own choice")
-    parser.add_argument("--backend", help=f"{', '.join(_BACKENDS)}; default: the fastest that can run here")
-
-
 def _read_prompt(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise KvsieveError(f"{path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _output(text: str) -> Path:
-    """A file that can be written when the work is done, as far as that can be known before."""
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder, give a file")
-    if not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"there is no folder {path.parent} to write {path.name} into")
-    return path
-
-
-def _whole(text: str) -> int:
-    try:
-        return int(text.replace("_", "").replace(",", ""))
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
-
-
-def _positive(text: str) -> int:
-    number = _whole(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
-    return number
 
 
 def _demo(arguments: argparse.Namespace) -> int:
@@ -275,85 +198,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _eval_packing(arguments: argparse.Namespace) -> int:
-    _need_torch(arguments.threads)
-    from kvsieve.evals.packing_nll import Settings, run
-
-    settings = Settings(
-        text=arguments.text,
-        windows=arguments.windows,
-        prompt=arguments.prompt,
-        continuation=arguments.continuation,
-        only=arguments.only,
-        dtype=arguments.dtype or "float32",
-        json=arguments.json,
-        backend=arguments.backend,
-        quick=arguments.quick,
-    )
-    run(settings)
-    return 0
-
-
-def _eval_search(arguments: argparse.Namespace) -> int:
-    _need_torch(arguments.threads)
-    from kvsieve.evals.search_nll import Settings, run
-
-    settings = Settings(
-        text=arguments.text,
-        windows=arguments.windows,
-        lengths=tuple(arguments.length),
-        continuation=arguments.continuation,
-        prompts=tuple(dict.fromkeys(arguments.prompt)),
-        policies=tuple(arguments.policy or ()),
-        sweep=arguments.sweep,
-        only=tuple(arguments.only),
-        dtype=arguments.dtype or "float32",
-        json=arguments.json,
-        backend=arguments.backend,
-        quick=arguments.quick,
-    )
-    run(settings)
-    return 0
-
-
-def _eval_perplexity(arguments: argparse.Namespace) -> int:
-    _need_torch(arguments.threads)
-    from kvsieve.evals.perplexity import Settings, run
-
-    settings = Settings(
-        policies=tuple(arguments.policy),
-        model=arguments.model,
-        text=arguments.text,
-        length=arguments.length,
-        chunk=arguments.chunk,
-        bucket=arguments.bucket,
-        dtype=arguments.dtype or "float32",
-        json=arguments.json,
-        resume=arguments.resume,
-        backend=arguments.backend,
-    )
-    run(settings)
-    return 0
-
-
-def _eval_passkey(arguments: argparse.Namespace) -> int:
-    _need_torch(arguments.threads)
-    from kvsieve.evals.passkey import Settings, run
-
-    settings = Settings(
-        policies=Settings.policies if arguments.policy is None else tuple(arguments.policy),
-        dense=Settings.dense if arguments.dense is None else tuple(arguments.dense),
-        lengths=tuple(arguments.length),
-        depths=arguments.depths,
-        seed=arguments.seed,
-        dtype=arguments.dtype or "float32",
-        json=arguments.json,
-        backend=arguments.backend,
-    )
-    run(settings)
-    return 0
-
-
 def _view_trace(arguments: argparse.Namespace) -> int:
     _need_torch(arguments.threads)
     from kvsieve.evals.reads import Settings, run
@@ -389,16 +233,6 @@ def _bench(arguments: argparse.Namespace) -> int:
     _need_torch(None)
     run(options)
     return 0
-
-
-def _need_torch(threads: int | None) -> None:
-    for need in ("torch", "transformers"):
-        if importlib.util.find_spec(need) is None:
-            raise BackendError(f"{need} is not installed; pip install {need}")
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
 
 
 def _info(arguments: argparse.Namespace) -> int:

@@ -1,14 +1,13 @@
 """Passkey retrieval: five digits in a monotonous text. Is the passkey still resident, and can the model still say it?
 
 A passkey is the extreme case of a surprising token: a memory that keeps surprisal keeps it, a recency window loses it
-as soon as it slides out, a selection must find it. Wording of our own.
+as soon as it slides out, a selection must find it. The text is that of :mod:`kvsieve.evals.passkey_text`.
 
 :func:`run` asks at several depths. Texts that differ in the depth of their key alone share what comes before it: that is read once.
 """
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -21,33 +20,14 @@ import torch
 import kvsieve
 from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError
+from kvsieve.evals.passkey_text import LEAST, Passkey, make_passkey
+from kvsieve.evals.results import write_json
 from kvsieve.evals.search_nll import Prompts
 from kvsieve.policy.compose import Policy
 from kvsieve.view.live import plain_table
 from kvsieve.view.trace import share_read
 
 __all__ = ["Answer", "Passkey", "PasskeyResult", "Settings", "ask", "make_passkey", "read_all", "run", "score_passkey"]
-
-_HAY = (
-    " The road goes on between the fields.",
-    " The clouds move slowly over the hills.",
-    " A fence runs along the side of the road.",
-    " Now and then a bird sits on the fence.",
-)
-LEAST = 32
-"""Tokens of a text that has room for the sentence with the key, whatever tokens its digits are."""
-
-_QUESTION = "\nQuestion: what is the secret number?\nAnswer: the secret number is"
-
-
-@dataclass(frozen=True)
-class Passkey:
-    """`ids [n]` of the text without the question, the key's digits, and the positions in `ids` that spell it."""
-
-    ids: tuple[int, ...]
-    key: str
-    positions: tuple[int, ...]
-    question_ids: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -57,33 +37,6 @@ class PasskeyResult:
     retention: float
     found: bool
     answer: str
-
-
-def make_passkey(tokenizer: Any, *, num_tokens: int, depth: float = 0.25, seed: int = 0, key: str | None = None) -> Passkey:
-    """A text of `num_tokens` tokens with a key at `depth` (0 start, 1 end), the same for the same arguments; a `key` may be given.
-
-    Raises `ValueError` when `depth` is outside 0 to 1 or the text is too short for the sentence with the key.
-    """
-    if not 0.0 <= depth <= 1.0:
-        raise ValueError(f"depth must be 0 to 1, got {depth}")
-    rng = random.Random(seed)
-    drawn = "".join(str(rng.randrange(10)) for _ in range(5))
-    key = drawn if key is None else key
-
-    def encode(text: str) -> list[int]:
-        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    before, number, after = encode(" The secret number is"), encode(f" {key}"), encode(". Remember the secret number.")
-    room = num_tokens - len(before) - len(number) - len(after)
-    if room < 0:
-        raise ValueError(f"num_tokens must be at least {num_tokens - room}, got {num_tokens}")
-    hay: list[int] = []
-    while len(hay) < room:
-        hay += encode(rng.choice(_HAY))
-    cut = round(depth * room)
-    ids = [*hay[:cut], *before, *number, *after, *hay[cut:room]]
-    first = cut + len(before)
-    return Passkey(tuple(ids), key, tuple(range(first, first + len(number))), tuple(encode(_QUESTION)))
 
 
 def score_passkey(stream: Any, tokenizer: Any, passkey: Passkey, *, device: Any = "cpu") -> PasskeyResult:
@@ -163,7 +116,7 @@ def ask(stream: kvsieve.Stream, tokenizer: Any, key: Passkey) -> tuple[str, floa
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked; lengths are tokens. Policies under ``dense`` take over what a full cache has read."""
+    """What is asked, and of which model; lengths are tokens. Policies under ``dense`` take over what a full cache has read."""
 
     policies: tuple[str, ...] = ("full()", "hip(512)", "quest(512)", "streamingllm(783, sinks=16)")
     dense: tuple[str, ...] = ("hip(512)", "quest(512)")
@@ -173,11 +126,12 @@ class Settings:
     dtype: str = "float32"
     json: Path | None = None
     backend: str | None = None
+    model: str = "smollm2"
 
 
 def run(settings: Settings) -> list[Answer]:
-    """Asks SmolLM2-135M-Instruct; prints a line for each policy and length, and writes JSON after every one if asked to."""
-    from kvsieve.evals.models import load_smollm2
+    """Asks the model; prints a line for each policy and length, and writes JSON after every one if asked to."""
+    from kvsieve.evals.models import load_model
 
     own = {text: kvsieve.methods.parse(text) for text in settings.policies}
     dense = {text: kvsieve.methods.parse(text) for text in settings.dense}
@@ -185,7 +139,7 @@ def run(settings: Settings) -> list[Answer]:
         raise KvsieveError("name a policy at least")
     if min(settings.lengths) < LEAST:
         raise KvsieveError(f"a text with a passkey needs at least {LEAST} tokens, got --length {min(settings.lengths)}")
-    model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
+    model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
     answers: list[Answer] = []
 
     def add(policy: Policy, prompt: Literal["own", "dense"], length: int, depth: float, key: Passkey, stream: Any) -> None:
@@ -206,8 +160,8 @@ def run(settings: Settings) -> list[Answer]:
                     add(policy, "own", length, depth, key, stream)
             print(f"{policy!r}, {length:,} tokens: done", flush=True)
             if settings.json is not None:
-                told = {"model": "SmolLM2-135M-Instruct (Q4_1, dequantised)", "answers": [asdict(a) for a in answers]}
-                settings.json.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+                name = "SmolLM2-135M-Instruct (Q4_1, dequantised)" if settings.model == "smollm2" else settings.model
+                write_json(settings.json, {"model": name, "answers": [asdict(a) for a in answers]})
     print("\n" + table(answers))
     return answers
 

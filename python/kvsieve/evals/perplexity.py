@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -20,6 +19,7 @@ import torch
 
 import kvsieve
 from kvsieve.errors import KvsieveError
+from kvsieve.evals.results import check_writable, write_json
 from kvsieve.evals.stream_nll import Reading, read, stream_meter
 from kvsieve.evals.texts import read_text
 from kvsieve.policy.compose import Policy
@@ -96,6 +96,8 @@ def run(settings: Settings) -> list[Row]:
     text = read_text(settings.text)
     facts = settings.facts(text)
     rows = _done(settings, facts)
+    if settings.json is not None:
+        check_writable(settings.json)
     if not all(repr(policy) in rows for policy in policies):
         model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
         ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : settings.length]
@@ -167,9 +169,7 @@ def _write(path: Path | None, facts: dict[str, Any], rows: dict[str, Row]) -> No
     if path is None:
         return
     told = {"settings": facts, "rows": [asdict(row) for row in rows.values()]}
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, path)
+    write_json(path, told)
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -1,0 +1,222 @@
+"""What an evaluation has found so far, as a file that is whole at any moment, and as a table."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from kvsieve.errors import KvsieveError
+from kvsieve.view.live import plain_table
+
+__all__ = [
+    "CaseResult",
+    "ResultsError",
+    "Summary",
+    "as_json",
+    "check_writable",
+    "read_cases",
+    "summaries",
+    "table",
+    "write_json",
+]
+
+
+class ResultsError(KvsieveError, OSError):
+    """A file of results that cannot be read or written, or is of a run with other settings; the message says what to do."""
+
+
+@dataclass(frozen=True)
+class CaseResult:
+    """One case under one policy.
+
+    Attributes:
+        policy: written out.
+        length, index: tokens that were asked for, and the number of the case.
+        case: digest of the case; see :attr:`kvsieve.evals.task.Case.digest`.
+        score: the mean of ``scores``, those of the questions, 0 to 1.
+        answers: what was written after each question.
+        read, written: tokens that were given to the model, and tokens that it wrote.
+        bytes_held: the most that keys, values and what goes with them took after a chunk or an answer (``Stats.bytes_held``).
+        peak_bytes: the most memory of the process, weights included, while the case ran; None where the system does not tell.
+        prefill_seconds, decode_seconds: wall time of reading and of writing.
+    """
+
+    policy: str
+    length: int
+    index: int
+    case: str
+    score: float
+    scores: tuple[float, ...]
+    answers: tuple[str, ...]
+    read: int
+    written: int
+    bytes_held: int
+    peak_bytes: int | None
+    prefill_seconds: float
+    decode_seconds: float
+
+    @property
+    def key(self) -> tuple[str, int, int]:
+        """What no other result of a run has."""
+        return self.policy, self.length, self.index
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The cases of one policy and length.
+
+    Attributes:
+        score: the mean, 0 to 1.
+        cases: how many; read: tokens that they gave to the model.
+        bytes_held, peak_bytes: the most of any case.
+        prefill, decode: tokens a second, over all cases.
+    """
+
+    policy: str
+    length: int
+    score: float
+    cases: int
+    read: int
+    bytes_held: int
+    peak_bytes: int | None
+    prefill: float
+    decode: float
+
+
+def summaries(results: Sequence[CaseResult]) -> list[Summary]:
+    """A summary for each length and policy, in the order of the results."""
+    groups: dict[tuple[int, str], list[CaseResult]] = {}
+    for result in results:
+        groups.setdefault((result.length, result.policy), []).append(result)
+    return [_summary(mine) for mine in groups.values()]
+
+
+def _summary(mine: Sequence[CaseResult]) -> Summary:
+    peaks = [result.peak_bytes for result in mine if result.peak_bytes is not None]
+    read, written = (sum(getattr(result, name) for result in mine) for name in ("read", "written"))
+    return Summary(
+        policy=mine[0].policy,
+        length=mine[0].length,
+        score=statistics.fmean(result.score for result in mine),
+        cases=len(mine),
+        read=read,
+        bytes_held=max(result.bytes_held for result in mine),
+        peak_bytes=max(peaks) if peaks else None,
+        prefill=read / max(sum(result.prefill_seconds for result in mine), 1e-9),
+        decode=written / max(sum(result.decode_seconds for result in mine), 1e-9),
+    )
+
+
+def table(found: Sequence[Summary]) -> str:
+    """A line for each summary."""
+    header = ("policy", "length", "score", "cases", "tokens read", "held, MiB", "peak, MiB", "read a second", "written a second")
+    cells = [
+        (
+            row.policy,
+            f"{row.length:,}",
+            f"{100 * row.score:.1f} %",
+            f"{row.cases}",
+            f"{row.read:,}",
+            f"{row.bytes_held / 2**20:.1f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
+            f"{row.prefill:,.0f}",
+            f"{row.decode:.1f}",
+        )
+        for row in found
+    ]
+    return plain_table(header, cells)
+
+
+# -------------------------------------------------------------------------------------------------------------------------- files
+
+
+def write_json(path: Path, told: Any) -> None:
+    """Writes ``told`` as JSON. The file is at any moment the old or the new one, also after a crash.
+
+    Raises:
+        ResultsError: if it cannot be written; the old one is then as it was.
+    """
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+        raise _unwritable(path, error) from error
+
+
+def check_writable(path: Path) -> None:
+    """What would keep :func:`write_json` from writing ``path`` is found before hours of work; the file is left as it is.
+
+    Raises:
+        ResultsError: if it cannot be written.
+    """
+    probe = path.with_name(path.name + ".partial")
+    try:
+        probe.write_bytes(b"\n")
+        probe.unlink()
+    except OSError as error:
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> ResultsError:
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    advice = "; free some and run it again with --resume: what is in the file stays" if full else "; choose another --json"
+    return ResultsError(f"cannot write {path}: {error.strerror or error}{advice}")
+
+
+def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int], CaseResult]:
+    """The results of a run that is gone on with, by :attr:`CaseResult.key`; none if there is no file.
+
+    Args:
+        facts: what two runs must have in common for their results to stand in one table.
+
+    Raises:
+        ResultsError: for a file of something else, and for one of a run with other settings, with the first that differs.
+    """
+    if not path.exists():
+        return {}
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        theirs, cases = dict(held["settings"]), [_case(told) for told in held["cases"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ResultsError(f"{path} was not written by this command, and is left as it is: {error}") from error
+    for name, mine in facts.items():
+        if theirs.get(name) != mine:
+            raise ResultsError(
+                f"{path} is of another run: {name} is {theirs.get(name)!r} there and {mine!r} here; name another --json"
+            )
+    return {case.key: case for case in cases}
+
+
+def _case(told: Mapping[str, Any]) -> CaseResult:
+    """Raises KeyError, TypeError or ValueError for what is none."""
+    values = {field.name: told[field.name] for field in fields(CaseResult)}
+    for name in ("scores", "answers"):
+        values[name] = tuple(values[name])
+    case = CaseResult(**values)
+    numbers = (case.length, case.index, case.score, case.read, case.written, case.bytes_held, case.prefill_seconds)
+    if not all(isinstance(number, (int, float)) for number in numbers):
+        raise ValueError(f"case {case.index} holds what is no number")
+    return case
+
+
+def as_json(facts: Mapping[str, Any], task: Mapping[str, str], results: Sequence[CaseResult]) -> dict[str, Any]:
+    """What :func:`read_cases` reads, beside the summaries, for people and plots."""
+    return {
+        "task": dict(task),
+        "settings": dict(facts),
+        "summary": [asdict(row) for row in summaries(results)],
+        "cases": [asdict(result) for result in results],
+    }
