@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Settings", "evaluate", "run", "run_case", "warnings_of"]
 
+_GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
+"""What generation is asked for, whatever the model's own settings are."""
+
 
 class Progress(Protocol):
     """What is told of the tokens that were read or written since it was told last."""
@@ -211,7 +214,7 @@ class _Work:
         self.read(question.ids[:-1])
         last = torch.tensor([question.ids[-1:]], device=self._device)
         began = time.perf_counter()
-        ids = self._stream.generate(last, max_new_tokens=question.max_new_tokens, do_sample=False)
+        ids = self._stream.generate(last, max_new_tokens=question.max_new_tokens, **_GREEDY)
         self.decode_seconds += self._now() - began
         self._measure(1)
         new: list[int] = ids[0, 1:].tolist()

@@ -21,8 +21,10 @@ def build(tokenizer: Any, length: int, seed: int, index: int) -> Case:
     """A list of words with ten common ones."""
     first = opening(tokenizer)
     head = "Below is a numbered list of words. Some of them stand in it more often than others.\n"
-    asked = f"\nQuestion: Which {COMMON} words stand in the list most often?\n"
+    asked = (
+        f"\nQuestion: Which {COMMON} words stand in the list most often?\n"
         f"Answer: The {COMMON} words that stand in the list most often are:"
+    )
 
     def made(entries: int) -> Case:
         random = rng(NAME, seed, index)
