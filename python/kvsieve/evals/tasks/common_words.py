@@ -31,19 +31,14 @@ def build(tokenizer: Any, length: int, seed: int, index: int) -> Case:
         often = min(MOST, 6 * entries // (10 * COMMON))
         seldom = max(1, often // 10)
         others = (entries - often * COMMON) // seldom
-        common, *rest = _drawn(random, others)
+        drawn = words(random, COMMON + others)
+        common, rest = drawn[:COMMON], drawn[COMMON:]
         shown = [*common * often, *rest * seldom]
         random.shuffle(shown)
         text = head + " ".join(f"{at}. {word}" for at, word in enumerate(shown, 1))
         return Case(((*first, *encode(tokenizer, text)),), (ask(tokenizer, asked, common),))
 
     return largest(NAME, length, made, least=70)
-
-
-def _drawn(random: Any, others: int) -> tuple[list[str], ...]:
-    """The common words, and so many others."""
-    drawn = words(random, COMMON + others)
-    return drawn[:COMMON], drawn[COMMON:]
 
 
 TASK = Task(
