@@ -327,6 +327,30 @@ def test_policies_that_cannot_go_beyond_the_trained_length_are_warned_of() -> No
     assert said[1].startswith("Quest(")
 
 
+def test_a_bank_does_not_remember_the_cases_before(tmp_path: Path) -> None:
+    task, text = TASKS["niah-single"], "streamingllm(40, sinks=2) >> memorybank(chunk=4, top_k=16)"
+    asked = settings(lengths=(560,), cases=3)
+
+    def answers(policy: kvsieve.policy.Policy, **changes: Any) -> dict[int, Any]:
+        made = harness.evaluate(tiny.model(), Letters(), task, [policy], settings(lengths=(560,), **changes))
+        return {result.index: result.answers for result in made}
+
+    one = kvsieve.methods.parse(text)
+    together = answers(one, cases=3)
+    assert together == answers(one, cases=3)
+    run = (0, 1, 2)
+    alone = {}
+    for index in run:
+        with kvsieve.stream(tiny.model(), kvsieve.methods.parse(text)) as stream:
+            case = task.build(Letters(), 560, 0, index)
+            result = harness.run_case(stream, Letters(), task, case, asked, 560, index, progress=lambda tokens: None)
+            alone[index] = result.answers
+    assert together == alone
+    path = str(tmp_path / "bank").replace("\\", "/")
+    with pytest.raises(KvsieveError, match="leave the file out"):
+        answers(kvsieve.methods.parse(f'streamingllm(40) >> memorybank("{path}")'))
+
+
 # ------------------------------------------------------------------------------------------------------------------ command line
 
 

@@ -19,7 +19,18 @@ import torch
 
 import kvsieve
 from kvsieve.errors import KvsieveError
-from kvsieve.evals.results import CaseResult, ResultsError, as_json, check_writable, read_cases, summaries, table, write_json
+from kvsieve.evals.peak import forget_peak, peak_bytes
+from kvsieve.evals.results import (
+    CaseResult,
+    ResultsError,
+    as_json,
+    check_writable,
+    interrupted,
+    read_cases,
+    summaries,
+    table,
+    write_json,
+)
 from kvsieve.evals.task import Case, Question, Task
 from kvsieve.evals.tasks import TASKS
 from kvsieve.policy.compose import Policy
@@ -83,7 +94,7 @@ def run(settings: Settings) -> list[CaseResult]:
     from kvsieve.evals.models import load_model
     from kvsieve.model import fingerprint
 
-    policies = [kvsieve.methods.parse(text) for text in settings.policies]
+    policies = list({repr(policy): policy for policy in map(kvsieve.methods.parse, settings.policies)}.values())
     if not policies:
         raise KvsieveError("name a policy at least")
     if settings.task not in TASKS:
@@ -99,9 +110,8 @@ def run(settings: Settings) -> list[CaseResult]:
     facts["weights"] = fingerprint.weights(model)[:16]
     held = read_cases(settings.json, facts) if settings.resume and settings.json is not None else {}
     task, results = TASKS[settings.task], dict(held)
-    wanted = [
-        (repr(policy), length, index) for length in settings.lengths for index in range(settings.cases) for policy in policies
-    ]
+    keys = ((repr(policy), length, index) for length in settings.lengths for index in range(settings.cases) for policy in policies)
+    wanted = list(dict.fromkeys(keys))
     try:
         for result in evaluate(model, tokenizer, task, policies, settings, held):
             results[result.key] = result
@@ -110,10 +120,9 @@ def run(settings: Settings) -> list[CaseResult]:
                 write_json(settings.json, as_json(facts, about, list(results.values())))
     except KeyboardInterrupt:
         done = sum(key in results for key in wanted)
-        kept = f"are in {settings.json}: go on with --resume" if settings.json is not None else "are lost: --json FILE keeps them"
-        print(f"kvsieve: {done} of {len(set(wanted))} cases {kept}", file=sys.stderr)
+        print(f"kvsieve: {interrupted(done, f'of {len(wanted)} cases', settings.json)}", file=sys.stderr)
         raise
-    found = [results[key] for key in dict.fromkeys(wanted)]
+    found = [results[key] for key in wanted]
     print(f"{task.name}: {task.metric}\n\n{table(summaries(found))}")
     return found
 
@@ -135,9 +144,11 @@ def evaluate(
 
     Raises:
         KvsieveError: before anything is run, for lengths that are too short for the task, and for cases that are held and that this
-            tokenizer makes otherwise. Others as :func:`kvsieve.stream`.
+            tokenizer makes otherwise, and for policies with a bank in a file. Others as :func:`kvsieve.stream`.
     """
     held = {} if held is None else held
+    for policy in policies:
+        _of_one_case(policy)
     cases = {
         (length, index): task.build(tokenizer, length, settings.seed, index)
         for length in settings.lengths
@@ -155,7 +166,7 @@ def evaluate(
     with _bar(sum(cases[at].num_read for _, at in left)) as bar:
         for policy, (length, index) in left:
             bar.set_description_str(f"{task.name}, case {index} of {length:,} tokens, {policy!r}")
-            with kvsieve.stream(model, policy, backend=settings.backend) as stream:
+            with kvsieve.stream(model, _of_one_case(policy), backend=settings.backend) as stream:
                 yield run_case(stream, tokenizer, task, cases[length, index], settings, length, index, progress=bar.update)
 
 
@@ -164,7 +175,7 @@ def run_case(
 ) -> CaseResult:
     """One case in an open stream that has seen nothing."""
     at_work = _Work(stream, settings.chunk, progress)
-    _forget_peak()
+    forget_peak()
     for turn in case.turns:
         at_work.read(turn)
         stream.end_turn()
@@ -186,7 +197,7 @@ def run_case(
         read=case.num_read,
         written=at_work.written,
         bytes_held=at_work.bytes_held,
-        peak_bytes=_peak_bytes(),
+        peak_bytes=peak_bytes(),
         prefill_seconds=round(at_work.prefill_seconds, 4),
         decode_seconds=round(at_work.decode_seconds, 4),
     )
@@ -242,35 +253,25 @@ def warnings_of(model: Any, policies: Sequence[Policy], lengths: Sequence[int]) 
     return [
         f"{policy!r} keeps true positions, and this model was trained for {trained:,} tokens: expect little of it beyond "
         f"(--length {max(lengths)})"
-        for policy in dict.fromkeys(policies)
+        for policy in policies
         if not policy.moves
     ]
+
+
+def _of_one_case(policy: Policy) -> Policy:
+    """The policy with a bank of its own, if it has one: a bank remembers the cases before.
+
+    Raises:
+        KvsieveError: for a bank in a file.
+    """
+    if policy.bank is None:
+        return policy
+    if getattr(policy.bank, "path", None) is not None:
+        raise KvsieveError(f"{policy!r} would know the cases before by its bank's file: leave the file out")
+    return kvsieve.methods.parse(repr(policy))
 
 
 def _bar(tokens: int) -> Any:
     from tqdm import tqdm
 
     return tqdm(total=tokens, unit=" tokens", file=sys.stderr, disable=not sys.stderr.isatty(), dynamic_ncols=True)
-
-
-def _forget_peak() -> None:
-    """Lets the system measure the most memory of the process anew, on Linux."""
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError:
-        return
-
-
-def _peak_bytes() -> int | None:
-    """The most memory that the process had, since it was forgotten where that is possible."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError, ValueError):
-        pass
-    try:
-        import resource
-    except ImportError:
-        return None
-    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return most if sys.platform == "darwin" else 1024 * most

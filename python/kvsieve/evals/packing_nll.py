@@ -12,7 +12,6 @@ compression to the next where they are compressed as they come.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterator, Sequence
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 
 import kvsieve
 from kvsieve.errors import KvsieveError
+from kvsieve.evals.results import write_json
 from kvsieve.evals.texts import read_text
 from kvsieve.methods import think
 from kvsieve.model.support import cache_name
@@ -311,4 +311,4 @@ def _write(settings: Settings, prices: Sequence[Price]) -> None:
         "model": "SmolLM2-135M-Instruct (Q4_1, dequantised)",
         "prices": [{key: None if value != value else value for key, value in asdict(p).items()} for p in prices],
     }
-    settings.json.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(settings.json, report, allow_nan=False)

@@ -19,7 +19,8 @@ import torch
 
 import kvsieve
 from kvsieve.errors import KvsieveError
-from kvsieve.evals.results import check_writable, write_json
+from kvsieve.evals.peak import forget_peak, peak_bytes
+from kvsieve.evals.results import check_writable, interrupted, write_json
 from kvsieve.evals.stream_nll import Reading, read, stream_meter
 from kvsieve.evals.texts import read_text
 from kvsieve.policy.compose import Policy
@@ -68,6 +69,7 @@ class Row:
         mean: over all tokens but the first; tail: over the whole points in the last quarter of the text.
         bytes_held: the most that keys, values and what goes with them took after a chunk.
         seconds: of forwards and scoring, wall time; tokens: that were read.
+        peak_bytes: the most memory of the process, weights included; None where the system does not tell.
     """
 
     policy: str
@@ -77,6 +79,7 @@ class Row:
     bytes_held: int
     seconds: float
     tokens: int
+    peak_bytes: int | None = None
 
 
 def run(settings: Settings) -> list[Row]:
@@ -103,10 +106,14 @@ def run(settings: Settings) -> list[Row]:
         ids = tokenizer(text, return_tensors="pt", verbose=False)["input_ids"][:, : settings.length]
         if ids.shape[1] < settings.length:
             raise KvsieveError(f"the text has {ids.shape[1]:,} tokens; give a longer one, or --length {ids.shape[1]}")
-        for policy in policies:
-            if repr(policy) not in rows:
-                rows[repr(policy)] = _read(model, policy, ids, settings)
-                _write(settings.json, facts, rows)
+        try:
+            for policy in policies:
+                if repr(policy) not in rows:
+                    rows[repr(policy)] = _read(model, policy, ids, settings)
+                    _write(settings.json, facts, rows)
+        except KeyboardInterrupt:
+            print(f"kvsieve: {interrupted(len(rows), 'policies', settings.json)}", file=sys.stderr)
+            raise
     wanted = [rows[repr(policy)] for policy in policies]
     print("\n" + table(wanted))
     return wanted
@@ -115,6 +122,7 @@ def run(settings: Settings) -> list[Row]:
 def _read(model: Any, policy: Policy, ids: torch.Tensor, settings: Settings) -> Row:
     reading = Reading(repr(policy), max(1, min(settings.bucket, settings.length // 8)))
     live = sys.stderr.isatty()
+    forget_peak()
     with kvsieve.stream(model, policy, backend=settings.backend) as stream:
         for step in read(model, ids.to(model.device), stream.cache, stream_meter(stream), reading, chunk=settings.chunk):
             if live:
@@ -130,6 +138,7 @@ def _read(model: Any, policy: Policy, ids: torch.Tensor, settings: Settings) -> 
         bytes_held=max(step.holding.bytes_held for step in reading.steps),
         seconds=reading.seconds,
         tokens=reading.stop,
+        peak_bytes=peak_bytes(),
     )
 
 
@@ -162,6 +171,7 @@ def _row(told: dict[str, Any]) -> Row:
         bytes_held=int(told["bytes_held"]),
         seconds=float(told["seconds"]),
         tokens=int(told["tokens"]),
+        peak_bytes=told.get("peak_bytes"),
     )
 
 
@@ -174,7 +184,7 @@ def _write(path: Path | None, facts: dict[str, Any], rows: dict[str, Row]) -> No
 
 def table(rows: Sequence[Row]) -> str:
     """A line for each policy."""
-    header = ("policy", "tokens", "nats a token", "perplexity", "last quarter", "bytes held, MiB", "tokens a second")
+    header = ("policy", "tokens", "nats a token", "perplexity", "last quarter", "bytes held, MiB", "peak, MiB", "tokens a second")
     cells = [
         (
             row.policy,
@@ -183,6 +193,7 @@ def table(rows: Sequence[Row]) -> str:
             f"{math.exp(row.mean):.2f}" if row.mean < 700 else "inf",
             f"{row.tail:.3f}",
             f"{row.bytes_held / 2**20:.1f}",
+            "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
             f"{row.tokens / max(row.seconds, 1e-9):.0f}",
         )
         for row in rows

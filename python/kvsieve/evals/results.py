@@ -21,6 +21,7 @@ __all__ = [
     "Summary",
     "as_json",
     "check_writable",
+    "interrupted",
     "read_cases",
     "summaries",
     "table",
@@ -137,16 +138,18 @@ def table(found: Sequence[Summary]) -> str:
 # -------------------------------------------------------------------------------------------------------------------------- files
 
 
-def write_json(path: Path, told: Any) -> None:
+def write_json(path: Path, told: Any, *, allow_nan: bool = True) -> None:
     """Writes ``told`` as JSON. The file is at any moment the old or the new one, also after a crash.
 
     Raises:
         ResultsError: if it cannot be written; the old one is then as it was.
+        ValueError: for what is no number, without ``allow_nan``.
     """
+    text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
     partial = path.with_name(path.name + ".partial")
     try:
         with partial.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(told, indent=1, ensure_ascii=False) + "\n")
+            file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -174,6 +177,12 @@ def _unwritable(path: Path, error: OSError) -> ResultsError:
     full = error.errno in (errno.ENOSPC, errno.EDQUOT)
     advice = "; free some and run it again with --resume: what is in the file stays" if full else "; choose another --json"
     return ResultsError(f"cannot write {path}: {error.strerror or error}{advice}")
+
+
+def interrupted(done: int, what: str, path: Path | None) -> str:
+    """What becomes of the ``done`` results of a run that is interrupted, and how it goes on."""
+    kept = "are lost: --json FILE keeps them" if path is None else f"are in {path}: go on with --resume"
+    return f"{done} {what} {kept}"
 
 
 def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int], CaseResult]:

@@ -13,7 +13,6 @@ keys that a selection compares are counted apart.
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -29,6 +28,7 @@ import kvsieve
 from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.packing_nll import Price, price, windows
+from kvsieve.evals.results import write_json
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 from kvsieve.policy.compose import Policy
@@ -404,7 +404,7 @@ def _write(settings: Settings, path: Path, costs: Sequence[Cost]) -> None:
         "model": "SmolLM2-135M-Instruct (Q4_1, dequantised)",
         "costs": [_plain(asdict(cost)) for cost in costs],
     }
-    path.write_text(json.dumps(report, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_json(path, report, allow_nan=False)
 
 
 def _plain(value: Any) -> Any:
