@@ -6,13 +6,19 @@ import ast
 import copy
 import doctest
 import importlib
+import json
 import re
 import warnings
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import kvsieve
+import pages
 import pytest
 import torch
+from kvsieve.evals.results import Summary, case_of, summaries, table
+from kvsieve.evals.tasks import TASKS
 from kvsieve.methods import SYSTEMS
 
 ROOT = Path(__file__).parents[2]
@@ -93,3 +99,53 @@ def test_the_quickstart_is_the_example_of_the_readme_with_a_name_from_the_comman
     _docstring, first, *others = ast.parse(script.replace(named, f"name = {HUB}")).body
     assert ast.unparse(first) == "import sys"
     assert [ast.dump(one) for one in others] == [ast.dump(one) for one in ast.parse(readme_example()).body]
+
+
+# -------------------------------------------------------------------------------------------------------------- recorded results
+
+
+@pytest.fixture(scope="module")
+def recorded() -> dict[str, list[Summary]]:
+    """Of each task that was recorded, its summaries, made anew of its cases."""
+    told = json.loads((README_FILE.parent / "benches" / "record" / "tasks.json").read_text(encoding="utf-8"))
+    found = {}
+    for task, run in told["runs"].items():
+        assert run["settings"]["task"] == run["task"]["name"] == task
+        found[task] = summaries([case_of(case) for case in run["cases"]])
+        assert [asdict(row) for row in found[task]] == run["summary"]
+    return found
+
+
+def text_name(policy: str) -> str:
+    return repr(kvsieve.methods.parse(policy))
+
+
+def test_the_table_of_tasks_is_the_recorded_one(recorded: dict[str, list[Summary]]) -> None:
+    scores, held = pages.tables(README_FILE.parent / "docs" / "results" / "tasks.md")
+    header, *rows = scores
+    policies = [text_name(cell.strip("`")) for cell in header[2:]]
+    assert {row[0].strip("`") for row in rows} == set(recorded) == set(TASKS)
+    for task, cases, *cells in rows:
+        mine = recorded[task.strip("`")]
+        assert [row.policy for row in mine] == policies
+        assert cells == [f"{100 * row.score:.0f} %" for row in mine]
+        assert {row.cases for row in mine} == {int(cases)}
+        assert {row.length for row in mine} == {2048}
+    for policy, held_mib, peak_mib in held[1:]:
+        mine = [row for rows_ in recorded.values() for row in rows_ if row.policy == text_name(policy.strip("`"))]
+        assert held_mib == f"{max(row.bytes_held for row in mine) / 2**20:.1f}"
+        assert peak_mib == f"{max(row.peak_bytes or 0 for row in mine) / 2**20:,.0f}"
+    assert len(held) == 1 + len(policies)
+
+
+def test_the_outputs_of_the_guide_are_the_recorded_ones(recorded: dict[str, list[Summary]]) -> None:
+    """Each task's command is followed by what it printed, and is the one that was recorded."""
+    page = README_FILE.parent / "docs" / "guides" / "evaluate.md"
+    text = page.read_text(encoding="utf-8")
+    shown = re.findall(r"```sh\nkvsieve eval ([\w-]+) (.*)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+    assert [task for task, _, _ in shown] == list(TASKS)
+    for task, arguments, printed in shown:
+        mine = recorded[task]
+        assert printed == table(mine)
+        assert f"--cases {mine[0].cases} --threads 1" in arguments
+        assert [text_name(policy) for policy in re.findall(r'--policy "([^"]+)"', arguments)] == [row.policy for row in mine]

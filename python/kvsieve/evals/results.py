@@ -20,6 +20,7 @@ __all__ = [
     "ResultsError",
     "Summary",
     "as_json",
+    "case_of",
     "check_writable",
     "interrupted",
     "read_cases",
@@ -198,7 +199,7 @@ def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int
         return {}
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        theirs, cases = dict(held["settings"]), [_case(told) for told in held["cases"]]
+        theirs, cases = dict(held["settings"]), [case_of(told) for told in held["cases"]]
     except (ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{path} was not written by this command, and is left as it is: {error}") from error
     for name, mine in facts.items():
@@ -209,8 +210,8 @@ def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int
     return {case.key: case for case in cases}
 
 
-def _case(told: Mapping[str, Any]) -> CaseResult:
-    """Raises KeyError, TypeError or ValueError for what is none."""
+def case_of(told: Mapping[str, Any]) -> CaseResult:
+    """A result as it stands in a file. Raises KeyError, TypeError or ValueError for what is none."""
     values = {field.name: told[field.name] for field in fields(CaseResult)}
     for name in ("scores", "answers"):
         values[name] = tuple(values[name])
