@@ -71,7 +71,7 @@ def text_of(tokenizer: Any, case: Case) -> str:
 @pytest.mark.parametrize("tokenizer", [Letters(), Chunky()], ids=["letters", "chunky"])
 def test_cases_are_as_long_as_asked(task: Any, length: int, tokenizer: Any) -> None:
     case = task.build(tokenizer, length, 0, 0)
-    most = {"chat-memory": 420}.get(task.name, 130)  # a turn of small talk; else a sentence or a few words
+    most = {"chat-memory": 420, "grocery": 420}.get(task.name, 130)  # a turn of small talk; else a sentence or a few words
     assert length - most < case.num_tokens <= length
     longest = max(len(q.ids) + q.max_new_tokens for q in case.questions)
     assert sum(map(len, case.turns)) == case.num_tokens - longest
@@ -257,6 +257,7 @@ def evaluate(task: str, **changes: Any) -> list[results.CaseResult]:
 
 
 SHORT = {
+    "grocery": 900,
     "common-words": 1200,
     "frequent-words": 1000,
     "chat-memory": 900,
@@ -274,11 +275,12 @@ def test_the_harness_runs_every_task_under_two_policies(task: Any) -> None:
     for result in (full, window):
         assert result.read == case.num_read
         assert len(result.answers) == len(result.scores) == len(case.questions)
-        assert result.written == sum(q.max_new_tokens for q in case.questions), "the tiny model knows no end"
+        asked = [q for q in case.questions if not q.options]
+        assert result.written == sum(q.max_new_tokens for q in asked), "the tiny model knows no end"
         assert result.case == case.digest
         assert [task.score(q, a) for q, a in zip(case.questions, result.answers)] == list(result.scores)
         assert result.prefill_seconds > 0
-        assert result.decode_seconds > 0
+        assert (result.decode_seconds > 0) == bool(asked)
         assert result.peak_bytes is None or result.peak_bytes > 10 * 2**20
     assert 0 < window.bytes_held < full.bytes_held
     assert [full.policy, window.policy] == [repr(kvsieve.Full()), repr(kvsieve.StreamingLLM(64))]
@@ -292,6 +294,32 @@ def test_the_full_cache_answers_as_stock_generate_does() -> None:
         ids = torch.tensor([[*case.turns[0], *question.ids]])
         wanted = tiny.model().generate(ids, max_new_tokens=question.max_new_tokens, do_sample=False)
         assert answer == Letters().decode(wanted[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_a_choice_is_the_most_probable_option() -> None:
+    task, tokenizer, model = TASKS["grocery"], Letters(), tiny.model()
+    full, _ = evaluate("grocery", lengths=(900,), cases=1)
+    case = task.build(tokenizer, 900, 0, 0)
+    context = [one for turn in case.turns for one in turn]
+    for question, answer, score in zip(case.questions, full.answers, full.scores):
+        means = []
+        for option in question.options:
+            ids = torch.tensor([[*context, *question.ids, *option]])
+            with torch.no_grad():
+                losses = model(ids).logits[0, -len(option) - 1 : -1].float().log_softmax(-1).gather(1, ids[0, -len(option) :, None])
+            means.append(float(losses.mean()))
+        best = question.options[means.index(max(means))]
+        assert answer == tokenizer.decode(best)
+        assert score == float(answer.strip() == question.expected[0])
+        assert len(set(question.options)) == 5
+
+
+def test_the_right_option_is_at_any_place() -> None:
+    tokenizer, places = Letters(), set()
+    for index in range(12):
+        for question in TASKS["grocery"].build(tokenizer, 900, 0, index).questions:
+            places.add([tokenizer.decode(option).strip() for option in question.options].index(question.expected[0]))
+    assert len(places) == 5
 
 
 def test_a_right_answer_is_scored_in_full(monkeypatch: pytest.MonkeyPatch) -> None:

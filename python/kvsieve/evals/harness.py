@@ -33,6 +33,7 @@ from kvsieve.evals.results import (
 )
 from kvsieve.evals.task import Case, Question, Task
 from kvsieve.evals.tasks import TASKS
+from kvsieve.model.support import cache_name
 from kvsieve.policy.compose import Policy
 
 if TYPE_CHECKING:
@@ -184,7 +185,8 @@ def run_case(
     for number, question in enumerate(case.questions):
         if mark is not None and number:
             stream.rewind(mark)
-        answers.append(tokenizer.decode(at_work.answer(question), skip_special_tokens=True))
+        said = at_work.choose(question) if question.options else at_work.answer(question)
+        answers.append(tokenizer.decode(said, skip_special_tokens=True))
     scores = tuple(task.score(question, answer) for question, answer in zip(case.questions, answers))
     return CaseResult(
         policy=repr(stream.policy),
@@ -231,6 +233,26 @@ class _Work:
         new: list[int] = ids[0, 1:].tolist()
         self.written += len(new)
         return new
+
+    def choose(self, question: Question) -> Sequence[int]:
+        """The option that is the most probable, by its mean log-probability a token."""
+        self.read(question.ids[:-1])
+        mark, scores = self._stream.mark(), []
+        for option in question.options:
+            self._stream.rewind(mark)
+            began = time.perf_counter()
+            scores.append(self._log_probability(question.ids[-1], option))
+            self.prefill_seconds += self._now() - began
+            self._measure(len(option))
+        self._progress(1)
+        return question.options[max(range(len(scores)), key=scores.__getitem__)]
+
+    def _log_probability(self, last: int, option: Sequence[int]) -> float:
+        """The mean log-probability of the option's tokens after the token ``last``, in nats a token."""
+        model, given = self._stream.model, torch.tensor([[last, *option[:-1]]], device=self._device)
+        with torch.no_grad():
+            logits = model(given, **{cache_name(model): self._stream.cache}).logits[0].float()
+        return float(logits.log_softmax(-1).gather(1, torch.tensor(option, device=self._device)[:, None]).mean())
 
     def _now(self) -> float:
         """The time at which the device has done what it was given."""

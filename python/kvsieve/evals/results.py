@@ -129,7 +129,7 @@ def table(found: Sequence[Summary]) -> str:
             f"{row.bytes_held / 2**20:.1f}",
             "" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:,.0f}",
             f"{row.prefill:,.0f}",
-            f"{row.decode:.1f}",
+            f"{row.decode:.1f}" if row.decode else "",
         )
         for row in found
     ]

@@ -41,12 +41,15 @@ class Question:
         expected: what a right answer contains.
         max_new_tokens: most tokens that the model writes.
         outdated: what a right answer does not contain.
+        options: tokens of the answers to choose from. The answer is the one of the highest mean log-probability a token; nothing is
+            written.
     """
 
     ids: tuple[int, ...]
     expected: tuple[str, ...]
     max_new_tokens: int
     outdated: tuple[str, ...] = ()
+    options: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -68,13 +71,13 @@ class Case:
 
     @property
     def num_read(self) -> int:
-        """Tokens that are given to the model: the context once, and every question."""
-        return sum(map(len, self.turns)) + sum(len(q.ids) for q in self.questions)
+        """Tokens that are given to the model: the context once, every question, and the options that it has."""
+        return sum(map(len, self.turns)) + sum(len(q.ids) + sum(map(len, q.options)) for q in self.questions)
 
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that another context, question or expected answer does not have."""
-        told = [self.turns, [(q.ids, q.expected, q.max_new_tokens, q.outdated) for q in self.questions]]
+        told = [self.turns, [(q.ids, q.expected, q.max_new_tokens, q.outdated, *q.options) for q in self.questions]]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

@@ -8,6 +8,7 @@ from kvsieve.evals.tasks import (
     common_words,
     copy,
     frequent_words,
+    grocery,
     kv_turns,
     niah_multikey,
     niah_multiquery,
@@ -30,6 +31,7 @@ _MODULES = (
     frequent_words,
     kv_turns,
     chat_memory,
+    grocery,
     copy,
 )
 

@@ -6,12 +6,11 @@ in plain lines "User:" and "Assistant:" that need no model's template.
 
 from __future__ import annotations
 
-import random
 from dataclasses import dataclass
 from typing import Any
 
-from kvsieve.evals.shopping_text import FILLERS
 from kvsieve.evals.task import Case, Task, ask, encode, first_line, largest, opening, rng
+from kvsieve.evals.turns import small_talk, turn
 
 __all__ = ["TASK"]
 
@@ -56,38 +55,26 @@ def build(tokenizer: Any, length: int, seed: int, index: int) -> Case:
         for at, (fact, (old, new)) in enumerate(zip(facts, values))
     )
     said = [
-        _turn(f"Please remember: {_small(fact.told.format(old))}", "I will remember it.") for fact, (old, _) in zip(facts, values)
+        turn(f"Please remember: {_small(fact.told.format(old))}", "I will remember it.") for fact, (old, _) in zip(facts, values)
     ]
     said += [
-        _turn(f"That has changed. Now {_small(fact.told.format(new))}", "Thank you, I have noted the change.")
+        turn(f"That has changed. Now {_small(fact.told.format(new))}", "Thank you, I have noted the change.")
         for fact, (_, new) in zip(facts[:CORRECTED], values)
     ]
     places = [(at + 0.5) / (4 * TOLD) for at in range(TOLD)] + [0.5 + at / (4 * CORRECTED) for at in range(CORRECTED)]
-    talk = [encode(tokenizer, turn) for turn in _small_talk(draw, length)]
-    told = [encode(tokenizer, turn) for turn in said]
+    talk = [encode(tokenizer, one) for one in small_talk(draw, length)]
+    told = [encode(tokenizer, one) for one in said]
     first = opening(tokenizer)
 
     def made(count: int) -> Case:
         ends = [round(place * count) for place in places]
         turns = []
         for at in range(count + 1):
-            turns += [turn for turn, end in zip(told, ends) if end == at]
+            turns += [one for one, end in zip(told, ends) if end == at]
             turns += talk[at : at + 1] if at < count else []
         return Case(((*first, *turns[0]), *turns[1:]), questions)
 
     return largest(NAME, length, made)
-
-
-def _small_talk(draw: random.Random, length: int) -> list[str]:
-    """More turns than ``length`` tokens hold: all that there are in another order each time round."""
-    turns: list[str] = []
-    while len(turns) < max(length // 16, 2):
-        turns += [_turn(*filler) for filler in draw.sample(FILLERS, len(FILLERS))]
-    return turns
-
-
-def _turn(user: str, assistant: str) -> str:
-    return f"User: {user}\nAssistant: {assistant}\n"
 
 
 def _small(sentence: str) -> str:
