@@ -546,6 +546,27 @@ def test_wrong_arguments_exit_with_2(argv: list[str], more: list[str], capsys: A
     assert "_lengths" not in capsys.readouterr().err
 
 
+def test_a_folder_of_ones_own_is_asked(tmp_path: Path, capsys: Any) -> None:
+    """A model and a tokenizer as `save_pretrained` writes them, through the whole command."""
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    letters = {chr(code): code - 28 for code in range(32, 127)} | {"\n": 3, "<unk>": 0, "<s>": 1, "</s>": 2}
+    tokenizer = Tokenizer(models.BPE(vocab=letters, merges=[], unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    tiny.model().save_pretrained(tmp_path / "model")
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="</s>").save_pretrained(tmp_path / "model")
+    capsys.readouterr()
+    out = tmp_path / "out.json"
+    argv = ["eval", "niah-single", "--model", str(tmp_path / "model"), "--policy", "full()", "--length", "500", "--cases", "1"]
+    assert main([*argv, "--json", str(out)]) == 0
+    (case,) = json.loads(out.read_text(encoding="utf-8"))["cases"]
+    mine = TASKS["niah-single"].build(Letters(), 500, 0, 0)
+    assert case["read"] == mine.num_read - 1, "this tokenizer puts nothing before a text"
+    assert case["written"] == mine.questions[0].max_new_tokens
+    assert main([*argv, "--json", str(out), "--resume", "--model", "smollm3"]) == 2
+
+
 def test_resume_needs_a_file(argv: list[str], capsys: Any) -> None:
     assert main([*argv[: argv.index("--json")], "--resume"]) == 2
     assert "name it by --json" in one_line(capsys)

@@ -168,7 +168,9 @@ def evaluate(
         for policy, (length, index) in left:
             bar.set_description_str(f"{task.name}, case {index} of {length:,} tokens, {policy!r}")
             with kvsieve.stream(model, _of_one_case(policy), backend=settings.backend) as stream:
-                yield run_case(stream, tokenizer, task, cases[length, index], settings, length, index, progress=bar.update)
+                case = cases[length, index]
+                result = run_case(stream, tokenizer, task, case, settings, length, index, progress=bar.update)
+            yield result
 
 
 def run_case(
