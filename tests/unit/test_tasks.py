@@ -530,6 +530,7 @@ def one_line(capsys: Any) -> str:
         (["--length", "20"], "a case of kv-turns needs at least"),
         (["--length", "8,192"], "a case of kv-turns needs at least"),
         (["--backend", "abacus"], "abacus"),
+        (["--policy", "streamingllm('1KiB')"], "1KiB"),
     ],
 )
 def test_what_cannot_be_is_said_in_a_line(argv: list[str], more: list[str], said: str, capsys: Any, tmp_path: Path) -> None:

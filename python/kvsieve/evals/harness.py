@@ -144,12 +144,13 @@ def evaluate(
         held: results that are there already, by :attr:`CaseResult.key`; they are not run again.
 
     Raises:
-        KvsieveError: before anything is run, for lengths that are too short for the task, and for cases that are held and that this
-            tokenizer makes otherwise, and for policies with a bank in a file. Others as :func:`kvsieve.stream`.
+        KvsieveError: before anything is run, for lengths that are too short for the task, cases that are held and that this tokenizer
+            makes otherwise, policies with a bank in a file, and what :func:`kvsieve.stream` refuses of any of them.
     """
     held = {} if held is None else held
     for policy in policies:
-        _of_one_case(policy)
+        # What a policy cannot do on this model is said now, not after the first case of another one.
+        kvsieve.stream(model, _of_one_case(policy), backend=settings.backend).close()
     cases = {
         (length, index): task.build(tokenizer, length, settings.seed, index)
         for length in settings.lengths
@@ -181,7 +182,7 @@ def run_case(
     forget_peak()
     for turn in case.turns:
         at_work.read(turn)
-        stream.end_turn()
+        at_work.end_turn()
     mark = stream.mark() if len(case.questions) > 1 else None
     answers = []
     for number, question in enumerate(case.questions):
@@ -223,6 +224,11 @@ class _Work:
             self._stream.feed(torch.tensor([piece], device=self._device))
             self.prefill_seconds += self._now() - began
             self._measure(len(piece))
+
+    def end_turn(self) -> None:
+        began = time.perf_counter()
+        self._stream.end_turn()
+        self.prefill_seconds += self._now() - began
 
     def answer(self, question: Question) -> list[int]:
         """The tokens that are written. The question's last token is read by the step that writes the first of them."""

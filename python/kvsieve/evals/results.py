@@ -175,7 +175,7 @@ def check_writable(path: Path) -> None:
 
 
 def _unwritable(path: Path, error: OSError) -> ResultsError:
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
     advice = "; free some and run it again with --resume: what is in the file stays" if full else "; choose another --json"
     return ResultsError(f"cannot write {path}: {error.strerror or error}{advice}")
 
