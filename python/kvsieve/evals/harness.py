@@ -144,7 +144,7 @@ def evaluate(
         held: results that are there already, by :attr:`CaseResult.key`; they are not run again.
 
     Raises:
-        KvsieveError: before anything is run, for lengths that are too short for the task, cases that are held and that this tokenizer
+        KvsieveError: before anything is run, for lengths too short for the task, cases that are held and that this tokenizer
             makes otherwise, policies with a bank in a file, and what :func:`kvsieve.stream` refuses of any of them.
     """
     held = {} if held is None else held
