@@ -94,10 +94,8 @@ def load(
             far the bank had come, and not what it holds.
 
     Raises:
-        CacheMismatchError: if the file was written for another model, for other weights, or with another tokenizer, or the bank is
-            not as it was when the stream was saved.
-        SessionError: if the file is not a kvsieve stream, is damaged (its digest covers every byte), or has another format; as a
-            `SessionNotFoundError` if there is none.
+        CacheMismatchError: for a file of another model, weights or tokenizer, or if the bank is not as it was then.
+        SessionError: if the file is damaged, is no kvsieve stream, or of another format; `SessionNotFoundError` if there is none.
     """
     with session.opened(path) as saved:
         found = Stream(model, saved.policy if bank is None else with_bank(saved.policy, bank), backend)
@@ -471,7 +469,7 @@ class Stream:
             tokenizer: if given, its fingerprint is written, and compared when the file is loaded with a tokenizer.
 
         Raises:
-            SaveError: if the disk is full or fails, or ``path`` is a folder, a device, or not writable; the old file is as it was.
+            SaveError: if ``path`` cannot be written; the old file is as it was.
             UnsupportedError: for a policy with rules of your own, which cannot be written as text.
         """
         session.save(self._check_open(), self.model, path, tokenizer)

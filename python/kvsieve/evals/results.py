@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
-import os
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kvsieve.errors import KvsieveError
+from kvsieve.errors import KvsieveError, SaveError
+from kvsieve.files.replace import replacing
 from kvsieve.view.live import plain_table
 
 __all__ = [
@@ -28,6 +28,9 @@ __all__ = [
     "table",
     "write_json",
 ]
+
+
+_WHAT = "file of results"
 
 
 class ResultsError(KvsieveError, OSError):
@@ -147,16 +150,10 @@ def write_json(path: Path, told: Any, *, allow_nan: bool = True) -> None:
         ValueError: for what is no number, without ``allow_nan``.
     """
     text = json.dumps(told, indent=1, ensure_ascii=False, allow_nan=allow_nan) + "\n"
-    partial = path.with_name(path.name + ".partial")
     try:
-        with partial.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+        with replacing(path, _WHAT) as file:
+            file.write(text.encode())
+    except SaveError as error:
         raise _unwritable(path, error) from error
 
 
@@ -166,18 +163,26 @@ def check_writable(path: Path) -> None:
     Raises:
         ResultsError: if it cannot be written.
     """
-    probe = path.with_name(path.name + ".partial")
     try:
-        probe.write_bytes(b"\n")
-        probe.unlink()
-    except OSError as error:
+        with contextlib.suppress(_Enough), replacing(path, _WHAT) as file:
+            file.write(b"\n")
+            file.flush()
+            raise _Enough
+    except SaveError as error:
         raise _unwritable(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> ResultsError:
-    full = error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
-    advice = "; free some and run it again with --resume: what is in the file stays" if full else "; choose another --json"
-    return ResultsError(f"cannot write {path}: {error.strerror or error}{advice}")
+class _Enough(Exception):
+    """The file can be written; it is not."""
+
+
+def _unwritable(path: Path, error: SaveError) -> ResultsError:
+    found = error.__cause__
+    if not isinstance(found, OSError):
+        return ResultsError(f"{error}; choose another --json")
+    full = found.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", None))
+    advice = "free some and run it again with --resume: what is in the file stays" if full else "choose another --json"
+    return ResultsError(f"cannot write {path}: {found.strerror or found}; {advice}")
 
 
 def interrupted(done: int, what: str, path: Path | None) -> str:
