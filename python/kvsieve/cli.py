@@ -27,6 +27,7 @@ from kvsieve.arguments import positive as _positive
 from kvsieve.arguments import whole as _whole
 from kvsieve.errors import BackendError, KvsieveError
 from kvsieve.evals.commands import add_eval as _add_eval
+from kvsieve.evals.commands import add_tune as _add_tune
 
 __all__ = ["main"]
 
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_eval(commands)
+    _add_tune(commands)
     _add_view(commands)
     _add_bench(commands)
     info = commands.add_parser("info", help="versions, instruction set, and the backends that can run here")

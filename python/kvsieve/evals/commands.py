@@ -1,4 +1,4 @@
-"""`kvsieve eval`: its arguments, and what it runs. torch is imported by what is run."""
+"""`kvsieve eval` and `kvsieve tune`: their arguments, and what they run. torch is imported by what is run."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from kvsieve.arguments import MODEL, POLICIES, add_machine, need_torch, output, positive, whole
-from kvsieve.errors import KvsieveError
+from kvsieve.budget import parse_bytes
+from kvsieve.errors import BudgetError, KvsieveError
 from kvsieve.evals.task import Task
 from kvsieve.evals.tasks import TASKS
 
-__all__ = ["add_eval"]
+__all__ = ["add_eval", "add_tune"]
 
 _POLICY = f'for example "full()" "streamingllm(1024)"; {POLICIES}'
 
@@ -205,3 +206,49 @@ def _eval_passkey(arguments: argparse.Namespace) -> int:
 
 def _flat(lengths: list[tuple[int, ...]] | None) -> tuple[int, ...]:
     return tuple(dict.fromkeys(length for some in lengths or () for length in some))
+
+
+def add_tune(commands: Any) -> None:
+    """The command `tune`."""
+    tune = commands.add_parser("tune", help="find the policy for a text and a model of yours within a budget of bytes")
+    tune.add_argument("--model", default="smollm2", help=f"{MODEL}; default: smollm2")
+    tune.add_argument("--text", type=Path, help="a text file like those that will be read; default: Python's own reference pages")
+    tune.add_argument("--bytes", type=_bytes, required=True, help="most bytes of keys and values, for example 100MB or 64MiB")
+    tune.add_argument("--seconds", type=positive, default=600, help="time; what is read is chosen to fit; default: 600")
+    tune.add_argument("--length", type=positive, help="tokens of the text; default: as many as the time allows")
+    tune.add_argument("--policy", nargs="+", action="extend", default=[], help=f"try these too; {_POLICY}")
+    tune.add_argument("--chunk", type=positive, default=256, help="tokens of a forward; default: 256")
+    tune.add_argument("--json", type=output, help="also write everything to this file, after every candidate; replaces it")
+    tune.add_argument("--resume", action="store_true", help="candidates that the file of --json holds are not tried again")
+    tune.add_argument("--plot", type=output, help="a picture (PNG) of quality against bytes")
+    add_machine(tune, dtype_help="default: float32")
+    tune.set_defaults(run=_tune)
+
+
+def _bytes(text: str) -> int:
+    try:
+        return parse_bytes(text)
+    except BudgetError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    need_torch(arguments.threads)
+    from kvsieve.evals.tune import Settings, run
+
+    settings = Settings(
+        bytes=arguments.bytes,
+        model=arguments.model,
+        text=arguments.text,
+        seconds=float(arguments.seconds),
+        policies=tuple(arguments.policy),
+        length=arguments.length,
+        chunk=arguments.chunk,
+        dtype=arguments.dtype or "float32",
+        json=arguments.json,
+        resume=arguments.resume,
+        plot=arguments.plot,
+        backend=arguments.backend,
+    )
+    run(settings)
+    return 0
