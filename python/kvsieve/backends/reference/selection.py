@@ -192,19 +192,24 @@ class ReferenceSelection:
 
 def consecutive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, call: AttendCall) -> Partial:
     """:func:`sparse_attend` before rotation: what a query reads of a head is numbered ``0, 1, ..``, the query itself last."""
-    rope, group = call.rope, q.shape[0] // k.shape[0]
+    rope, (kv_heads, count, _) = call.rope, visible.shape
     assert rope is not None
-    out, lse = q.new_zeros(*q.shape[:2], v.shape[2]), q.new_zeros(q.shape[:2])
-    counts = visible.sum(-1).tolist()
-    cos, sin = rope.table(torch.arange(max(map(max, counts)), device=q.device), q.dtype)
-    for head in range(k.shape[0]):
-        heads = slice(head * group, (head + 1) * group)
-        for i, count in enumerate(counts[head]):
-            read = visible[head, i].nonzero()[:, 0]
-            query = rope.turn(q[heads, i : i + 1], (cos[count - 1 : count], sin[count - 1 : count]))
-            keys = rope.turn(k[head : head + 1, read], (cos[:count], sin[:count]))
-            every = visible.new_ones(1, count)
-            out[heads, i : i + 1], lse[heads, i : i + 1] = attend(
-                query, keys, v[head : head + 1, read], every, call.scale, call.softcap
-            )
-    return out, lse
+    reads = visible.sum(-1)
+    # For each head and query what it reads, in order; behind that, where others read more, tokens that are not seen.
+    place = torch.arange(int(reads.max()), device=q.device)
+    read, seen = (~visible).byte().sort(dim=-1, stable=True).indices[..., : len(place)], place < reads[..., None]
+    keys, values = (x[:, None].expand(-1, count, -1, -1).gather(2, read[..., None].expand(-1, -1, -1, x.shape[2])) for x in (k, v))
+    cos, sin = rope.table(place, q.dtype)
+    last = reads[:, :, None] - 1
+    queries = rope.turn(q.unflatten(0, (kv_heads, -1)).transpose(1, 2), (cos[last], sin[last]))  # [Hkv, m, group, D]
+    group = queries.shape[2]
+    out, lse = attend(
+        queries.reshape(-1, 1, q.shape[2]),
+        rope.turn(keys, (cos, sin)).flatten(0, 1),
+        values.masked_fill(~seen[..., None], 0).flatten(0, 1),
+        seen.flatten(0, 1).repeat_interleave(group, 0)[:, None],
+        call.scale,
+        call.softcap,
+    )
+    out, lse = (x.reshape(kv_heads, count, group, -1).transpose(1, 2).flatten(0, 1) for x in (out, lse))
+    return out, lse[..., 0]
