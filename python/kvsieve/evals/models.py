@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kvsieve.errors import KvsieveError
@@ -186,6 +187,8 @@ def _parsed_once() -> Iterator[None]:
     """A GGUF file's table of contents is read once, and so is gguf's table of names.
 
     Transformers asks for the one three times (configuration, tokenizer, weights), and for the other once for every module of it.
+    What is read lies in plain arrays over the mapped file: gguf cuts it into hundreds of thousands of pieces, each of which would
+    be a `numpy.memmap` that takes twice as long to make.
     """
     if importlib.util.find_spec("gguf") is None:
         yield
@@ -193,7 +196,17 @@ def _parsed_once() -> Iterator[None]:
     import gguf
 
     reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
-    gguf.GGUFReader = functools.lru_cache(maxsize=1)(reader)
+
+    class Plain(gguf.GGUFReader):  # type: ignore[misc]
+        @property
+        def data(self) -> Any:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: Any) -> None:
+            self._plain = np.asarray(mapped)
+
+    gguf.GGUFReader = functools.lru_cache(maxsize=1)(Plain)
     gguf.get_tensor_name_map = functools.lru_cache(maxsize=1)(names)
     try:
         yield

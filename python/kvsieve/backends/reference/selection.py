@@ -201,7 +201,7 @@ def consecutive(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torc
     keys, values = (x[:, None].expand(-1, count, -1, -1).gather(2, read[..., None].expand(-1, -1, -1, x.shape[2])) for x in (k, v))
     cos, sin = rope.table(place, q.dtype)
     last = reads[:, :, None] - 1
-    queries = rope.turn(q.unflatten(0, (kv_heads, -1)).transpose(1, 2), (cos[last], sin[last]))  # [Hkv, m, group, D]
+    queries = rope.turn(torch.unflatten(q, 0, (kv_heads, -1)).transpose(1, 2), (cos[last], sin[last]))  # [Hkv, m, group, D]
     group = queries.shape[2]
     out, lse = attend(
         queries.reshape(-1, 1, q.shape[2]),
