@@ -20,6 +20,7 @@ from kvsieve.model.generation import Settings, StreamerProxy, Watch, stopping_li
 from kvsieve.model.reread import without_last
 from kvsieve.model.support import cache_name
 from kvsieve.runtime.batch import Batch, positions_of
+from kvsieve.runtime.surprisal import SurprisalScores
 from kvsieve.runtime.turn import Turn
 
 if TYPE_CHECKING:
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
     from kvsieve.model.cache import StreamCache
     from kvsieve.runtime.engine import Engine
+    from kvsieve.runtime.transcript import Transcript
 
-__all__ = ["Reader", "accept", "feed", "generate", "unpack", "unread_of"]
+__all__ = ["Reader", "accept", "feed", "generate", "unpack", "waiting"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,14 +90,33 @@ def accept(stream: Reader, ids: Any, mask: Any, name: str = "input_ids") -> list
     return [row[keep] for row, keep in zip(ids, real)]
 
 
-def unread_of(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> list[torch.Tensor]:
-    """What each row said and the model has not read.
+@contextmanager
+def waiting(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> Iterator[list[torch.Tensor]]:
+    """What each row said and the model has not read; inside, the call that reads it.
+
+    Where a crop took the logits away that the next token's score needs, each row's last token is among it, and is read again. A
+    call that fails before the model read anything leaves that token where it was.
 
     Raises:
         StateError: if a caller's `model.generate` went before, and its newest tokens were not passed.
+        ShapeError, CacheMismatchError: for ``unread`` that is no batch of tokens, or another one's.
     """
-    transcript = stream.engine.transcript
-    _take_back_last(stream)
+    engine, transcript = stream.engine, stream.engine.transcript
+    given = _given(transcript, new, unread)
+    scores, before = engine.parts.find(SurprisalScores), None
+    if scores is not None and scores.tail is None and engine.columns:
+        before = engine.state()
+        _take_back_last(engine)
+    now = transcript.rows
+    try:
+        yield _unread_of(transcript, new, given)
+    except BaseException:
+        if before is not None and transcript.rows is now:
+            engine.rewind(before)
+        raise
+
+
+def _given(transcript: Transcript, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> torch.Tensor | None:
     if unread is not None:
         if not isinstance(unread, torch.Tensor) or unread.dim() != 2 or unread.dtype not in (torch.int64, torch.int32):
             raise ShapeError(
@@ -103,21 +124,25 @@ def unread_of(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor 
             )
         if unread.shape[0] != len(new):
             raise CacheMismatchError(f"unread has {unread.shape[0]} rows, the input has {len(new)}")
-        again = [row.unread for row in transcript.rows] if transcript.foreign else []
-        given = [row.to(mine.device).long() for row, mine in zip(unread, new)]
-        return [torch.cat([old.to(row.device), row]) for old, row in zip(again, given)] or given
-    if transcript.foreign:
+    elif transcript.foreign:
         raise StateError(
             "model.generate read the last tokens of this stream, and the newest token that it sampled is not in the cache; pass "
             "unread=sequences[:, -1:] (of what model.generate returned), or unread=sequences[:, :0] if there is none"
         )
-    return [row.unread.to(mine.device) for row, mine in zip(transcript.rows, new)] or [row[:0] for row in new]
+    return unread
 
 
-def _take_back_last(stream: Reader) -> None:
-    """Where a crop took the logits away that the next token's score needs, each row's last token is said, and read again."""
-    transcript, foreign = stream.engine.transcript, stream.engine.transcript.foreign
-    last = without_last(stream.engine)
+def _unread_of(transcript: Transcript, new: Sequence[torch.Tensor], given: torch.Tensor | None) -> list[torch.Tensor]:
+    if given is None:
+        return [row.unread.to(mine.device) for row, mine in zip(transcript.rows, new)] or [row[:0] for row in new]
+    again = [row.unread for row in transcript.rows] if transcript.foreign else []
+    rows = [row.to(mine.device).long() for row, mine in zip(given, new)]
+    return [torch.cat([old.to(row.device), row]) for old, row in zip(again, rows)] or rows
+
+
+def _take_back_last(engine: Engine) -> None:
+    transcript, foreign = engine.transcript, engine.transcript.foreign
+    last = without_last(engine)
     if last:
         transcript.say([torch.cat([token, row.unread.to(token.device)]) for token, row in zip(last, transcript.rows)])
         transcript.foreign = foreign
@@ -148,6 +173,10 @@ def feed(stream: Reader, rows: Sequence[torch.Tensor], chunk: int) -> None:
                     **{named: stream.cache},
                     **extra_arguments,
                 )
+    except BaseException:
+        # Or what is resident, and what is pinned, would be told with the tokens of the forward that died.
+        engine.rollback()
+        raise
     finally:
         transcript.turn = None
         if turn.started:

@@ -26,23 +26,24 @@ def read_twice(stream: turns.Reader, context: Any, question: Any, keep: str) -> 
     engine, asked, told = stream.engine, _accept(stream, question, "question"), _accept(stream, context, "context")
     if len(asked) != len(told):
         raise CacheMismatchError(f"the question has {len(asked)} rows, the context {len(told)}; give each row both")
-    before = turns.unread_of(stream, asked, None)
-    rows = [torch.cat([old, ask, text.to(ask.device), text.to(ask.device), ask]) for old, ask, text in zip(before, asked, told)]
-    if keep == "both":
-        return turns.feed(stream, rows, stream.chunk)
-    selection = engine.parts.find(Selection)
-    if selection is not None:
-        selection.check_evict(0, 0, 1)
-    seen = engine.blocks.seen or [0] * len(rows)
-    starts = [at + len(old) + len(ask) for at, old, ask in zip(seen, before, asked)]
-    state = engine.state()
-    try:
-        turns.feed(stream, rows, stream.chunk)
-        for row, (start, text) in enumerate(zip(starts, told)):
-            by_position.evict(engine, start, start + len(text), row)
-    except BaseException:
-        engine.rewind(state)
-        raise
+    with turns.waiting(stream, asked, None) as before:
+        texts = [[old, ask, text.to(ask.device), text.to(ask.device), ask] for old, ask, text in zip(before, asked, told)]
+        rows = [torch.cat(parts) for parts in texts]
+        if keep == "both":
+            return turns.feed(stream, rows, stream.chunk)
+        selection = engine.parts.find(Selection)
+        if selection is not None:
+            selection.check_evict(0, 0, 1)
+        seen = engine.blocks.seen or [0] * len(rows)
+        starts = [at + len(old) + len(ask) for at, old, ask in zip(seen, before, asked)]
+        state = engine.state()
+        try:
+            turns.feed(stream, rows, stream.chunk)
+            for row, (start, text) in enumerate(zip(starts, told)):
+                by_position.evict(engine, start, start + len(text), row)
+        except BaseException:
+            engine.rewind(state)
+            raise
     return None
 
 

@@ -238,8 +238,7 @@ class Stream:
         turns.refuse_others(rest)
         if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
             raise ShapeError(f"chunk must be at least 1, got {chunk}")
-        before = turns.unread_of(self._reader(), new, unread)
-        with self._pinning(pin, new, before):
+        with turns.waiting(self._reader(), new, unread) as before, self._pinning(pin, new, before):
             turns.feed(self._reader(), [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
 
     def generate(
@@ -285,8 +284,7 @@ class Stream:
             if name in kwargs:
                 raise StateError(f"stream.generate uses the stream's own cache; pass {name} to model.generate instead")
         new = turns.accept(self._reader(), input_ids, mask)
-        before = turns.unread_of(self._reader(), new, unread)
-        with torch.no_grad(), self._pinning(pin, new, before):
+        with torch.no_grad(), turns.waiting(self._reader(), new, unread) as before, self._pinning(pin, new, before):
             result = turns.generate(self._reader(), new, before, torch.as_tensor(input_ids), kwargs)
         if end_turn:
             self.end_turn()

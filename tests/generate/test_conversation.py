@@ -12,7 +12,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from drive import forward, greedy, pad_left, solo
+from drive import forward, greedy, pad_left, snapshot, solo
 from kvsieve.errors import CacheMismatchError, KvsieveError, PaddingError, StateError, UnsupportedError
 from transformers import (
     BatchEncoding,
@@ -117,6 +117,34 @@ def test_a_refused_call_changes_nothing(slip: str, policy: str, backend: str) ->
     assert torch.equal(answers[0].logits[0], answers[1].logits[0])
 
 
+@BACKEND
+@pytest.mark.parametrize("slip", ["unread", "typo", "pins", "interrupt"])
+def test_a_call_that_fails_after_a_crop_leaves_the_last_token_where_it_was(slip: str, backend: str) -> None:
+    """That token is to be read again, for its logits; it must not be said and unread meanwhile, or a crop would forget two."""
+    model, text, more = tiny.model(), tiny.ids(1, 20), tiny.ids(1, 7, 1)
+    calls: dict[str, Any] = {
+        "unread": lambda: stream.feed(more, unread=torch.zeros(1, 2)),
+        "typo": lambda: stream.generate(more, max_new_token=6),
+        "pins": lambda: stream.feed(tiny.ids(1, 60, 1), pin=True),
+        "interrupt": lambda: stream.generate(more, **HOW),
+    }
+    with kvsieve.stream(model, tiny.POLICIES["sirllm"](32), backend) as stream:
+        stream.feed(text)
+        stream.cache.crop(-3)
+        held = snapshot(stream)
+        handle = model.model.layers[1].register_forward_pre_hook(interrupt) if slip == "interrupt" else None
+        with pytest.raises((ValueError, KeyboardInterrupt)):
+            calls[slip]()
+        if handle is not None:
+            handle.remove()
+        assert (stream.seen, ids_of(stream)) == (17, [text[0, :17].tolist()])
+        now = snapshot(stream)
+        assert held.keys() == now.keys()
+        assert all(torch.equal(now[name], held[name]) for name in held)
+        stream.cache.crop(-1)
+        assert ids_of(stream) == [text[0, :16].tolist()]
+
+
 @pytest.mark.parametrize("slip", list(SLIPS))
 def test_a_refused_first_call_reads_nothing_of_a_long_prompt(slip: str) -> None:
     model, long = tiny.model(), tiny.ids(1, 700)
@@ -159,6 +187,25 @@ def test_an_interrupted_turn_leaves_what_was_read(count: int, policy: str, backe
         assert ids_of(stream) == [joined(rows[r], said[r][:count]).tolist() for r in range(2)]
         assert stream.generate(more, **HOW)[:, 5:].tolist() == answer
         assert stream.generate(last, **HOW)[:, 4:].tolist() == final
+
+
+def interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+@BACKEND
+def test_nothing_of_a_forward_that_died_is_told(backend: str) -> None:
+    """What is resident and what is pinned is asked before the stream is used again."""
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.Full(), backend) as stream:
+        for seen in (0, 9):
+            handle = model.model.layers[1].register_forward_pre_hook(interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                stream.feed(tiny.ids(1, 5))
+            handle.remove()
+            assert (stream.seen, stream.stats().resident, len(stream.pins)) == (seen, seen, int(seen > 0))
+            assert [len(kept.positions) for kept in stream.kept()] == [seen] * int(seen > 0)
+            stream.feed(tiny.ids(1, 9))
 
 
 @pytest.mark.parametrize("policy", ROOMY)
