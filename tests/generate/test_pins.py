@@ -94,6 +94,22 @@ def test_evicted_tokens_never_come_back(policy: str, backend: str) -> None:
 
 
 @BACKEND
+def test_a_token_that_is_read_again_for_its_logits_keeps_its_pin(backend: str) -> None:
+    """And so do those that come after it, and were pinned before they came."""
+    model, text = tiny.model(), tiny.ids(1, 30)
+    with kvsieve.stream(model, tiny.POLICIES["sirllm"](BUDGET), backend) as stream:
+        stream.feed(text[:, :20])
+        stream.cache.crop(-3)
+        stream.pin(14, 25)
+        stream.feed(text[:, 17:19])
+        assert stream.pins == [[(14, 25)]]
+        stream.cache.crop(-1)
+        stream.pin(17, 25)
+        forward(model, stream.cache, text[:, 18:])
+        assert stream.pins == [[(14, 25)]]
+
+
+@BACKEND
 def test_evicting_gives_memory_back(backend: str) -> None:
     with kvsieve.stream(tiny.model(), kvsieve.Full(), backend) as stream:
         stream.feed(tiny.ids(1, 2000))

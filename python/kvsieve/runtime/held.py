@@ -207,7 +207,7 @@ class Held:
     def _crop_of(self, columns: int, to_read_again: bool) -> Crop:
         counts = self.transcript.tokens_in_last(columns)
         again = 0 if to_read_again else max((part.must_read_again(columns) for part in self.parts), default=0)
-        return Crop(self.blocks.seen, counts, columns, self.candidates.verifying, again)
+        return Crop(self.blocks.seen, counts, columns, self.candidates.verifying or to_read_again, again)
 
     def _check_crop(self, crop: Crop) -> None:
         for part in self.parts:
