@@ -6,6 +6,7 @@ import contextlib
 import copy
 import io
 import pickle
+from pathlib import Path
 from typing import Any
 
 import kvsieve
@@ -194,7 +195,7 @@ def interrupt(*_: Any) -> None:
 
 
 @BACKEND
-def test_nothing_of_a_forward_that_died_is_told(backend: str) -> None:
+def test_nothing_of_a_forward_that_died_is_told(backend: str, tmp_path: Path) -> None:
     """What is resident and what is pinned is asked before the stream is used again."""
     model = tiny.model()
     with kvsieve.stream(model, kvsieve.Full(), backend) as stream:
@@ -205,6 +206,9 @@ def test_nothing_of_a_forward_that_died_is_told(backend: str) -> None:
             handle.remove()
             assert (stream.seen, stream.stats().resident, len(stream.pins)) == (seen, seen, int(seen > 0))
             assert [len(kept.positions) for kept in stream.kept()] == [seen] * int(seen > 0)
+            stream.save(tmp_path / "session")
+            with kvsieve.load(tmp_path / "session", model, backend) as again:
+                assert (again.seen, again.pins) == (seen, stream.pins)
             stream.feed(tiny.ids(1, 9))
 
 

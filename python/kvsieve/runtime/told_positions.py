@@ -38,6 +38,8 @@ class ToldPositions(StreamPart):
         self._policy, self._pre_rope = policy, stored_keys == "pre_rope"
         self._moves = policy.moves or self._pre_rope
         self.ahead: list[int | None] | None = None
+        self._told: list[int | None] | None = None
+        """`ahead`, once the forward under way counts."""
         self.joined_at: list[int] = []
         self.several_axes = False
 
@@ -53,7 +55,7 @@ class ToldPositions(StreamPart):
 
     def start(self, batch: int, anew: bool) -> None:
         """One of the stream's own calls feeds the model, which starts at 0."""
-        self.ahead = [0] * batch if self.ahead is None or anew else self.ahead
+        self._told = [0] * batch if self.ahead is None or anew else self.ahead
 
     def check(self, position_ids: torch.Tensor | None, forward: Forward, first: bool) -> None:
         """The model must be told positions that go on where the stream stands, or keys rotated by them would lie.
@@ -65,6 +67,7 @@ class ToldPositions(StreamPart):
         Raises:
             CacheMismatchError: naming the row.
         """
+        self._told = self.ahead
         if position_ids is None or position_ids.dim() != 2:
             return
         if position_ids.device.type != "cpu" and not self.joined_at:
@@ -74,10 +77,10 @@ class ToldPositions(StreamPart):
         last = last * len(lens) if len(last) == 1 else last
         told = [at - (s + n - 1) if s + n else None for at, s, n in zip(last, seen, lens)]
         known = self.ahead if self.ahead is not None and not first else [None] * len(lens)
-        self.ahead = [now if before is None else before for now, before in zip(told, known)]
+        self._told = [now if before is None else before for now, before in zip(told, known)]
         if self._pre_rope:
             self._check_each(position_ids, forward)
-        for row, (now, before) in enumerate(zip(told, self.ahead)):
+        for row, (now, before) in enumerate(zip(told, self._told)):
             if now != before:
                 raise CacheMismatchError(
                     f"row {row}: the model was told that these tokens end at position {last[row]}, "
@@ -111,6 +114,17 @@ class ToldPositions(StreamPart):
                 "use a policy that leaves tokens where they are, such as kvsieve.Full() or kvsieve.SnapKV(...), or pass text only"
             )
         self.several_axes = True
+
+    def commit(self, forward: Forward) -> Apply:
+        told, self._told = self._told, None
+
+        def apply() -> None:
+            self.ahead = self.ahead if told is None else told
+
+        return apply
+
+    def rollback(self) -> None:
+        self._told = None
 
     def check_crop(self, crop: Crop) -> None:
         """Refuse to forget a part of what was joined: documents that were read side by side have no one end to go back to."""
