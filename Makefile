@@ -67,6 +67,12 @@ fuzz: setup ## random arguments to the compiled core, changed session and bank f
 	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_core.py --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_files.py --executions $(FUZZ_EXECUTIONS) --seed $(FUZZ_SEED)
 
+STEPS ?= 50000
+
+.PHONY: soak
+soak: setup ## the state machine over whole streams for 50,000 steps, other ones each time (STEPS)
+	KVSIEVE_STEPS=$(STEPS) $(PYTEST) tests/property/test_machine.py $(PYTEST_ARGS)
+
 # The machine with the GPU may have no Rust: with a wheel in dist/ and a Python that has torch, nothing else is made.
 GPU_PYTHON ?= $(firstword $(wildcard .venv/bin/python) python3)
 GPU_ARGS ?=
