@@ -74,11 +74,16 @@ class Reload:
 
 
 @dataclass(frozen=True)
+class Died:
+    """A forward over one token died: what it found due to be compressed is compressed, and nothing else has changed."""
+
+
+@dataclass(frozen=True)
 class Reset:
     """A new session, with the bank of the old one."""
 
 
-Event: TypeAlias = Read | Pin | Evict | Select | EndTurn | Reload | Reset
+Event: TypeAlias = Read | Pin | Evict | Select | EndTurn | Reload | Died | Reset
 
 
 def cut(rows: Sequence[Sequence[int]], chunk: int) -> tuple[Rows, ...]:
@@ -137,6 +142,8 @@ class Plain:
     held: list[set[int]] = field(default_factory=list)
     exact: bool = True
     """Whether a twin that replays the history gives the same logits."""
+    remade: bool = False
+    """Whether a twin computes the same in other shapes: a code may then round to its neighbour."""
     forced: bool = True
     """Whether the budget holds to the token."""
 
@@ -182,6 +189,11 @@ class Plain:
             self.forced = max(map(len, piece)) > 1 or (self.forced and self.kind.window is not None)
         self.history += [Read(tuple(pieces), said)] if group else [Read((piece,), said) for piece in pieces]
 
+    def died(self, width: int) -> None:
+        """A forward over so many columns died."""
+        if width == 1 and self.kind.stores:
+            self.history.append(Died())
+
     def ends_turn(self) -> None:
         """The budget holds to the token."""
         self.forced = True
@@ -215,6 +227,7 @@ class Plain:
             setattr(self, name, [type(values[row])(values[row]) for row in rows])
         if self.pending is not None:
             self.pending = [self.pending[row] for row in rows]
+        self.remade = True
         moved = [_moved(event, rows) for event in self.history]
         if any(event is None for event in moved):
             self.history.append(Select(rows))
@@ -223,6 +236,7 @@ class Plain:
 
     def cropped(self, count: int) -> None:
         """The newest ``count`` tokens of each row are forgotten, and what was said after them."""
+        self.remade = True
         left = [min(count, len(row)) for row in self.read]
         after: list[Event] = []
         kept = list(self.history)
@@ -246,7 +260,7 @@ class Plain:
                 after += list(_clipped(event, now))[::-1]
             elif isinstance(event, (Select, Reload, Reset)):
                 self.exact = False
-            elif not all(left):
+            elif isinstance(event, EndTurn) and not all(left):
                 # A turn ended after some rows' tokens that stay, and before others' that go.
                 self.exact &= self.kind.budget is None and not self.kind.stores
         self.history = [*kept, *reversed(after)]
@@ -265,7 +279,7 @@ class Plain:
     @property
     def tolerance(self) -> float:
         """Of logits."""
-        return max(self.kind.tolerance, CODES if self.kind.codes and any(self.gone) else 0.0)
+        return max(self.kind.tolerance, CODES if self.kind.codes and (self.remade or any(self.gone)) else 0.0)
 
     @property
     def rows(self) -> int:
@@ -309,6 +323,31 @@ def heard(model: Any) -> Iterator[list[torch.Tensor]]:
         handle.remove()
 
 
+class Stop(BaseException):
+    """As Ctrl-C: no error of anybody's."""
+
+
+@contextmanager
+def interrupts(model: Any, at: int, layer: int) -> Iterator[None]:
+    """The ``at``-th forward of a layer dies inside, and with it the block."""
+    calls = [0]
+
+    def hook(*_: Any) -> None:
+        calls[0] += 1
+        if calls[0] == at:
+            raise Stop
+
+    layers = model.model.layers
+    handle = layers[layer % len(layers)].register_forward_hook(hook)
+    try:
+        yield
+    except Stop:
+        return
+    finally:
+        handle.remove()
+    raise AssertionError(f"no forward number {at}")
+
+
 @torch.no_grad()
 def forward(model: Any, stream: kvsieve.Stream, rows: Rows) -> None:
     """A plain forward of a caller's own loop, in which a row may get pads only."""
@@ -333,19 +372,17 @@ def read(model: Any, stream: kvsieve.Stream, event: Read) -> None:
             forward(model, stream, piece)
 
 
-def replay(model: Any, kind: Kind, rows: int, backend: str, history: Sequence[Event], path: Path) -> kvsieve.Stream:
-    """A fresh stream that was told ``history``. What was said greedily must be what its logits say."""
-    stream = kvsieve.stream(model, kind.make(rows), backend)
+def replay(model: Any, plain: Plain, rows: int, backend: str, path: Path) -> kvsieve.Stream:
+    """A fresh stream that was told the history of ``plain``. What was said greedily must be what its logits say."""
+    stream = kvsieve.stream(model, plain.kind.make(rows), backend)
     last: torch.Tensor | None = None
-    by_name = any(isinstance(event, Evict) for event in history)
-    tolerance = max(kind.tolerance, CODES if kind.codes and by_name else 0.0)
-    for event in history:
+    for event in plain.history:
         if isinstance(event, Read):
             before = None if last is None else last.clone()
             if event.said and before is not None:
                 for row, tokens in enumerate(event.pieces[0]):
                     if tokens:
-                        assert is_best(tolerance, before[row], tokens[0]), f"row {row} said {tokens[0]}"
+                        assert is_best(plain.tolerance, before[row], tokens[0]), f"row {row} said {tokens[0]}"
             with heard(model) as logits:
                 read(model, stream, event)
             for piece, new in zip(event.pieces, logits):
@@ -360,6 +397,9 @@ def replay(model: Any, kind: Kind, rows: int, backend: str, history: Sequence[Ev
             last = None if last is None else last[list(event.rows)]
         elif isinstance(event, EndTurn):
             stream.end_turn()
+        elif isinstance(event, Died):
+            with interrupts(model, 1, 0):
+                stream.feed(torch.full((stream._engine.num_rows or len(plain.read), 1), 5))
         elif isinstance(event, Reset):
             stream.reset()
             last = None

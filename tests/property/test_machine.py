@@ -13,7 +13,6 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import pytest
 import systems
 import tiny
 import torch
-from conversation_model import FOREVER, Kind, Plain, cut, heard, joined
+from conversation_model import FOREVER, Kind, Plain, cut, heard, interrupts, joined
 from drive import pad_left, snapshot
 from hypothesis import HealthCheck, Phase, note, settings
 from hypothesis import strategies as st
@@ -53,10 +52,6 @@ MOST = 420
 SMALL = 40
 ENDS = list(range(3, 40))
 """Tokens that end a row, where rows are to end."""
-
-
-class Stop(BaseException):
-    """As Ctrl-C: no error of anybody's."""
 
 
 def kind_of(make: Callable[[int], Any], tolerance: float) -> Kind:
@@ -169,23 +164,6 @@ class Conversation(RuleBasedStateMachine):
         if live.plain.pending is not None:
             assert self.refused(live, lambda: live.stream.feed(torch.full((live.plain.rows, 1), 5)), StateError)
 
-    @contextmanager
-    def interrupts(self, at: int, layer: int) -> Any:
-        """The ``at``-th forward of a layer dies."""
-        calls = [0]
-
-        def hook(*_: Any) -> None:
-            calls[0] += 1
-            if calls[0] == at:
-                raise Stop
-
-        layers = self.model.model.layers
-        handle = layers[layer % len(layers)].register_forward_hook(hook)
-        try:
-            yield
-        finally:
-            handle.remove()
-
     def chunk_of(self, live: Live, chunk: int | None) -> int:
         return live.stream._chunk() if chunk is None else chunk
 
@@ -201,12 +179,12 @@ class Conversation(RuleBasedStateMachine):
             live.stream.feed(ids, mask, chunk, **self.unread(live))
         else:
             at = (stop[0] - 1) % done + 1
-            with self.interrupts(at, stop[1]), pytest.raises(Stop):
+            with interrupts(self.model, at, stop[1]):
                 live.stream.feed(ids, mask, chunk, **self.unread(live))
             done = at - 1
-            # As in a turn that dies, below.
-            plain.exact &= not self.kind.stores or max(map(len, pieces[done])) > 1
         self.has_read(live, pieces[:done], before)
+        if stop is not None:
+            plain.died(max(map(len, pieces[done])))
 
     def has_read(self, live: Live, pieces: Any, before: list[list[int]]) -> None:
         """Some pieces of a prompt that begins with ``before``."""
@@ -287,18 +265,17 @@ class Conversation(RuleBasedStateMachine):
         before = plain.waiting or [[] for _ in prompt]
         pieces = cut([a + b for a, b in zip(before, prompt)], live.stream._chunk())
         at = (at - 1) % (len(pieces) + new - 1) + 1
-        with self.interrupts(at, layer), pytest.raises(Stop):
+        with interrupts(self.model, at, layer):
             live.stream.generate(torch.tensor(prompt), max_new_tokens=new, do_sample=False, **self.unread(live))
         if at <= len(pieces):
             self.has_read(live, pieces[: at - 1], before)
-            # What the next single token finds compressed stays compressed if it dies, and pieces after it then see codes.
-            plain.exact &= not self.kind.stores or max(map(len, pieces[at - 1])) > 1
+            plain.died(max(map(len, pieces[at - 1])))
             return
-        plain.exact &= not self.kind.stores
         sampled = at - len(pieces)
         told = [row.tolist() for row in live.stream.ids]
         said = [row[len(row) - sampled :] for row in told]
         self.has_said(live, pieces, before, said, sampled - 1)
+        plain.died(1)
 
     @rule(which=WHICH, length=st.integers(3, 30), ragged=st.sampled_from([0, 0, 2]), new=st.integers(1, 4))
     def beams(self, which: int, length: int, ragged: int, new: int) -> None:
@@ -348,15 +325,15 @@ class Conversation(RuleBasedStateMachine):
             return
         fresh, given = self.whole(live, length)
         width = max(map(len, fresh))
-        with self.interrupts(at, layer), pytest.raises(Stop):
+        with interrupts(self.model, at, layer):
             self.model.generate(**given, max_new_tokens=new)
         # In a caller's own loop nobody sees that a forward died before the stream is used again.
         live.stream.mark()
-        live.plain.exact &= not self.kind.stores or (at == 1 and width > 1)
         if at > 1:
             said = [row.tolist()[len(row) - at + 2 :] for row in live.stream.ids]
             # What was sampled last nobody was told; a caller may go on with anything.
             self.callers_said(live, fresh, [[*row, 9] for row in said])
+        live.plain.died(width if at == 1 else 1)
 
     # ------------------------------------------------------------------------------------------------------------- going back
 
@@ -524,7 +501,7 @@ class Conversation(RuleBasedStateMachine):
             return
         first = next((e.pieces[0] for e in plain.history if isinstance(e, plainly.Read)), ())
         path = self.folder / "twin.safetensors"
-        twin = plainly.replay(self.model, self.kind, len(first) or self.rows, self.backend, plain.history, path)
+        twin = plainly.replay(self.model, plain, len(first) or self.rows, self.backend, path)
         with twin:
             for layer in live.stream._engine.facts.layers:
                 for head in range(layer.num_kv_heads):
