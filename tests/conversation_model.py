@@ -260,6 +260,7 @@ class Plain:
                 after += list(_clipped(event, now))[::-1]
             elif isinstance(event, (Select, Reload, Reset)):
                 self.exact = False
+                break
             elif isinstance(event, EndTurn) and not all(left):
                 # A turn ended after some rows' tokens that stay, and before others' that go.
                 self.exact &= self.kind.budget is None and not self.kind.stores

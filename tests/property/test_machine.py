@@ -302,7 +302,10 @@ class Conversation(RuleBasedStateMachine):
         waiting = plain.waiting or [[] for _ in range(rows)]
         width = max(length, 1 + max(map(len, waiting)))
         fresh = [old + more for old, more in zip(waiting, self.text([width - len(row) for row in waiting]))]
-        ids, mask = pad_left(tensors([old + more for old, more in zip(plain.read or [[]] * rows, fresh)]))
+        # As with any cache, what it takes for columns stays: pads of a row that others were longer than.
+        columns = live.stream.cache.get_seq_length()
+        told = [old + more for old, more in zip(plain.read or [[]] * rows, fresh)]
+        ids, mask = (x[:-1, -columns - width :] for x in pad_left(tensors([*told, [0] * (columns + width)])))
         return fresh, {"input_ids": ids, "attention_mask": mask, "past_key_values": live.stream.cache, "do_sample": False}
 
     @rule(which=WHICH, length=st.integers(1, 40), new=st.integers(1, 4))
