@@ -142,10 +142,19 @@ def test_the_outputs_of_the_guide_are_the_recorded_ones(recorded: dict[str, list
     """Each task's command is followed by what it printed, and is the one that was recorded."""
     page = README_FILE.parent / "docs" / "guides" / "evaluate.md"
     text = page.read_text(encoding="utf-8")
-    shown = re.findall(r"```sh\nkvsieve eval ([\w-]+) (.*)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
+    shown = re.findall(r"```sh\nkvsieve eval ([\w-]+) ([^\n]*)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
     assert [task for task, _, _ in shown] == list(TASKS)
     for task, arguments, printed in shown:
         mine = recorded[task]
         assert printed == table(mine)
         assert f"--cases {mine[0].cases} --threads 1" in arguments
         assert [text_name(policy) for policy in re.findall(r'--policy "([^"]+)"', arguments)] == [row.policy for row in mine]
+
+
+@pytest.mark.model
+def test_the_recorded_cases_are_those_of_todays_tasks(smollm2: tuple[Any, Any]) -> None:
+    told = json.loads((README_FILE.parent / "benches" / "record" / "tasks.json").read_text(encoding="utf-8"))
+    for task, run in told["runs"].items():
+        for case in run["cases"]:
+            made = TASKS[task].build(smollm2[1], case["length"], run["settings"]["seed"], case["index"])
+            assert made.digest == case["case"], (task, case["index"])
