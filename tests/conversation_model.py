@@ -228,8 +228,9 @@ class Plain:
         if self.pending is not None:
             self.pending = [self.pending[row] for row in rows]
         self.remade = True
-        moved = [_moved(event, rows) for event in self.history]
-        if any(event is None for event in moved):
+        fixed = any(isinstance(event, (Select, Reload, Reset)) for event in self.history)
+        moved = [] if fixed else [_moved(event, rows) for event in self.history]
+        if fixed or None in moved:
             self.history.append(Select(rows))
         else:
             self.history = [event for event in moved if event is not None]
@@ -300,7 +301,7 @@ def _moved(event: Event, rows: tuple[int, ...]) -> Event | None:
         mine = tuple(at for at, row in enumerate(rows) if row in event.rows)
         # No row is named by an event that nobody is left of: an empty range of positions far away stands for it.
         return dataclasses.replace(event, rows=mine) if mine else Pin(FOREVER, FOREVER + 1, None, False)
-    return None if isinstance(event, (Select, Reload, Reset)) else event
+    return event
 
 
 def _clipped(event: Pin | Evict, seen: list[int]) -> Iterator[Event]:
