@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from kvsieve import _core
+from kvsieve.checks import LARGEST, integer, told
 from kvsieve.errors import BudgetError, PolicyError
 
-__all__ = ["BLOCK", "check_budget", "check_count", "parse_bytes", "tokens_for"]
+__all__ = ["BLOCK", "check_budget", "check_choice", "check_count", "parse_bytes", "tokens_for"]
 
 BLOCK: int = _core.BLOCK
 """Tokens in one block, the unit of allocation."""
@@ -22,12 +24,12 @@ def parse_bytes(text: str) -> int:
     Raises:
         BudgetError: if ``text`` is not a number followed by a unit, or is zero.
     """
-    match = _BYTES.fullmatch(text)
+    match = _BYTES.fullmatch(text) if len(text) <= 64 else None
     if match is None or match[2].upper() not in _UNITS:
-        raise BudgetError(f"cannot read the budget {text!r}; write tokens as an int or bytes such as '64MiB' or '2GB'")
+        raise BudgetError(f"cannot read the budget {told(text)}; write tokens as an int or bytes such as '64MiB' or '2GB'")
     value = int(float(match[1]) * _UNITS[match[2].upper()])
-    if value <= 0:
-        raise BudgetError(f"a budget must be positive, got {text!r}")
+    if not 0 < value <= LARGEST:
+        raise BudgetError(f"a budget must be positive, and at most {LARGEST} bytes, got {text!r}")
     return value
 
 
@@ -41,9 +43,9 @@ def check_budget(budget: int | str, *, sinks: int, recent: int, name: str) -> in
         parse_bytes(budget)
         return budget
     if isinstance(budget, bool) or not isinstance(budget, int):
-        raise BudgetError(f"{name}: a budget is a count of tokens (int) or bytes (such as '64MiB'), got {budget!r}")
-    if budget <= 0:
-        raise BudgetError(f"{name}: a budget must be positive, got {budget}")
+        raise BudgetError(f"{name}: a budget is a count of tokens (int) or bytes (such as '64MiB'), got {told(budget)}")
+    if not 0 < budget <= LARGEST:
+        raise BudgetError(f"{name}: a budget must be positive, and at most {LARGEST}, got {told(budget)}")
     if budget <= sinks + recent - (recent > 0):
         raise BudgetError(
             f"{name}: a budget of {budget} tokens cannot hold {sinks} sinks and {recent} recent tokens; "
@@ -58,8 +60,17 @@ def check_count(name: str, value: object, least: int = 0) -> None:
     Raises:
         PolicyError: with the name of the parameter and what was given.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise PolicyError(f"{name} must be an int of at least {least}, got {value!r}")
+    integer(name, value, least, LARGEST, PolicyError)
+
+
+def check_choice(name: str, value: object, known: Sequence[str]) -> None:
+    """Refuse a text that is none of ``known``.
+
+    Raises:
+        PolicyError: naming those.
+    """
+    if not isinstance(value, str) or value not in known:
+        raise PolicyError(f"{name} must be {' or '.join(map(repr, known))}, got {told(value)}")
 
 
 def tokens_for(budget: int | str, bytes_per_token: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "AccuracyError",
+    "ArgumentError",
     "BackendError",
     "BankError",
     "BenchError",
@@ -30,6 +31,10 @@ class KvsieveError(Exception):
     """Base of every error that kvsieve raises on purpose."""
 
 
+class ArgumentError(KvsieveError, TypeError, ValueError):
+    """An argument that the call cannot mean: a flag that is no bool, a count that is no int, a path that is none."""
+
+
 class PolicyError(KvsieveError, ValueError):
     """A policy's parameters, or a combination of policies, that cannot be right."""
 
@@ -39,7 +44,7 @@ class BudgetError(PolicyError):
 
 
 class RangeError(KvsieveError, ValueError):
-    """A range of tokens, or a row, that is none: negative, reversed, empty, or past the end."""
+    """A range of tokens, a row, a layer or a token id that is none: negative, reversed, empty, or past the end."""
 
 
 class PaddingError(KvsieveError, ValueError):

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from kvsieve.budget import check_budget, check_count, tokens_for
+from kvsieve.checks import as_plain, plain_fields
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.evict import HeadObservation, PerHeadEviction
 from kvsieve.policy.position import Original
@@ -37,6 +38,7 @@ class HeavyHitters(PerHeadEviction):
     accumulates: bool = field(default=True, init=False, repr=False)
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("sinks", self.sinks)
         if self.recent is not None:
             check_count("recent", self.recent)
@@ -53,6 +55,7 @@ class HeavyHitters(PerHeadEviction):
         return observation.accumulated_scores
 
 
+@as_plain
 def H2O(budget: int | str, recent: int | None = None, sinks: int = 0) -> Memory:
     """Keep the newest ``recent`` tokens and, for each layer and KV head, those others that were given the most attention.
 

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
 from kvsieve.budget import check_count
+from kvsieve.checks import as_plain, plain_fields, told
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Rebased
@@ -42,13 +43,14 @@ class HiPSelection(SparseSelection):
     kind: ClassVar[str] = "hip"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("budget", "block", "window", "refresh", "query_block", "query_stride"):
             check_count(name, getattr(self, name), least=1)
         for name in ("sinks", "dense_layers"):
             check_count(name, getattr(self, name))
         allowed = ("middle", "first", "last", "oracle")
-        if self.representative not in allowed:
-            raise PolicyError(f"representative must be one of {', '.join(allowed)}, got {self.representative!r}")
+        if not isinstance(self.representative, str) or self.representative not in allowed:
+            raise PolicyError(f"representative must be one of {', '.join(allowed)}, got {told(self.representative)}")
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
@@ -66,6 +68,7 @@ class HiPSelection(SparseSelection):
         return None if index < self.dense_layers and not past_trained_length else self
 
 
+@as_plain
 def HiP(
     budget: int = 1024,
     block: int = 2,
@@ -125,6 +128,8 @@ def changed(select: SparseSelection, first: dict[str, Any], **known: Any) -> dic
 
 def memory_of(name: str, parts: dict[str, Any], select: SparseSelection, extend: bool | int) -> Memory:
     """``name(parts)`` as a policy: everything is kept, ``select`` reads, side by side past the length if ``extend`` says so."""
+    if not isinstance(extend, bool):
+        check_count("extend", extend)
     if extend is not False:
         parts = parts | {"extend": extend}
     text = ", ".join(f"{key}={value!r}" for key, value in parts.items())

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal
 
 from kvsieve.budget import BLOCK, check_count
+from kvsieve.checks import as_plain, check_flag, plain_fields, told
 from kvsieve.errors import PolicyError
 from kvsieve.methods.hip import changed, memory_of
 from kvsieve.policy.compose import Memory
@@ -54,6 +55,7 @@ class InfiniteHiPSelection(SparseSelection):
     kind: ClassVar[str] = "infinite"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("window", "wide", "query_block", "query_stride"):
             check_count(name, getattr(self, name), least=1)
         for name in ("sinks", "dense_layers", "wide_layers"):
@@ -61,11 +63,11 @@ class InfiniteHiPSelection(SparseSelection):
         for name in ("stages", "refresh"):
             value = getattr(self, name)
             if not isinstance(value, (tuple, list)) or not value:
-                raise PolicyError(f"{name} must be a tuple with one entry for each stage, got {value!r}")
+                raise PolicyError(f"{name} must be a tuple with one entry for each stage, got {told(value)}")
         stages = []
         for stage in self.stages:
             if not isinstance(stage, (tuple, list)) or len(stage) != 2:
-                raise PolicyError(f"a stage is a pair of the tokens of a chunk and the tokens that stay, got {stage!r}")
+                raise PolicyError(f"a stage is a pair of the tokens of a chunk and the tokens that stay, got {told(stage)}")
             for count in stage:
                 check_count("stages", count, least=1)
             stages.append((stage[0], stage[1]))
@@ -82,8 +84,9 @@ class InfiniteHiPSelection(SparseSelection):
                 )
         if self.wide_layers and self.wide % stages[-1][0]:
             raise PolicyError(f"wide must be a multiple of the last stage's chunk of {stages[-1][0]}, got {self.wide}")
-        if self.representative not in ("first", "middle"):
-            raise PolicyError(f"representative must be first or middle, got {self.representative!r}")
+        if not isinstance(self.representative, str) or self.representative not in ("first", "middle"):
+            raise PolicyError(f"representative must be first or middle, got {told(self.representative)}")
+        check_flag("page_bounds", self.page_bounds, PolicyError)
         if self.page_bounds:
             if stages[0][0] != BLOCK:
                 raise PolicyError(
@@ -116,6 +119,7 @@ class InfiniteHiPSelection(SparseSelection):
         return replace(self, stages=(*stages, (chunk, self.wide)), wide_layers=0)
 
 
+@as_plain
 def InfiniteHiP(
     preset: Literal["3k", "fast", "flash", "5k"] = "3k",
     stages: Sequence[tuple[int, int]] | None = None,
@@ -149,10 +153,12 @@ def InfiniteHiP(
     >>> InfiniteHiP("fast", window=512)
     InfiniteHiP(preset='fast', window=512)
     """
-    if preset not in PRESETS:
-        raise PolicyError(f"preset must be one of {', '.join(PRESETS)}, got {preset!r}")
-    if stages is not None and refresh is None and len(stages) != len(PRESETS[preset]["refresh"]):
+    if not isinstance(preset, str) or preset not in PRESETS:
+        raise PolicyError(f"preset must be one of {', '.join(PRESETS)}, got {told(preset)}")
+    if isinstance(stages, tuple | list) and refresh is None and len(stages) != len(PRESETS[preset]["refresh"]):
         raise PolicyError(f"give a refresh for each of the {len(stages)} stages")
+    if not isinstance(stages, tuple | list | None) or not isinstance(refresh, tuple | list | None):
+        raise PolicyError(f"stages and refresh are tuples with one entry for each stage, got {told(stages)} and {told(refresh)}")
     stages = PRESETS[preset]["stages"] if stages is None else stages
     refresh = PRESETS[preset]["refresh"] if refresh is None else refresh
     select = InfiniteHiPSelection(

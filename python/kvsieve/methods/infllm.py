@@ -21,6 +21,7 @@ from itertools import groupby
 from os import PathLike
 
 from kvsieve.budget import check_count
+from kvsieve.checks import as_plain, check_flag, plain_fields
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Fetched
@@ -44,6 +45,7 @@ class InfLLMSelection(FetchedSelection):
     summary: str = "representatives"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("window", "block", "representatives", "query_block"):
             check_count(name, getattr(self, name), least=1)
         for name in ("blocks", "sinks"):
@@ -56,8 +58,7 @@ class InfLLMSelection(FetchedSelection):
                 )
         elif self.representatives > self.block:
             raise PolicyError(f"a block of {self.block} tokens cannot have {self.representatives} representatives")
-        if not isinstance(self.per_head, bool):
-            raise PolicyError(f"per_head must be True or False, got {self.per_head!r}")
+        check_flag("per_head", self.per_head, PolicyError)
 
     @property
     def start(self) -> int:  # type: ignore[override]
@@ -101,6 +102,7 @@ class InfLLMSelection(FetchedSelection):
         return Piece(lo, hi, self.window - 1, fixed=True, nearest=self.window, head=head)
 
 
+@as_plain
 def InfLLM(
     window: int = 4096,
     blocks: int = 16,

@@ -10,7 +10,8 @@ Departures from the published code, and why:
 
 from __future__ import annotations
 
-from kvsieve.errors import PolicyError
+from kvsieve.budget import check_count
+from kvsieve.checks import as_plain
 from kvsieve.methods.streaming_llm import Window
 from kvsieve.policy.compose import Chain, Memory, Policy
 from kvsieve.policy.evict import KeepAll
@@ -20,6 +21,7 @@ from kvsieve.policy.select import TopKTokens
 __all__ = ["LMInfinite"]
 
 
+@as_plain
 def LMInfinite(
     window: int,
     sinks: int = 10,
@@ -45,8 +47,7 @@ def LMInfinite(
     LMInfinite(window=1020, sinks=4)
     """
     for name, value, least in (("window", window, 2), ("sinks", sinks, 0), ("middle_top_k", middle_top_k, 0)):
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise PolicyError(f"LMInfinite: {name} must be an int of at least {least}, got {value!r}")
+        check_count(f"LMInfinite: {name}", value, least)
     extra = "" if ceiling is None else f", ceiling={ceiling}"
     if middle_top_k:
         extra += f", middle_top_k={middle_top_k}, middle_from_layer={middle_from_layer}"

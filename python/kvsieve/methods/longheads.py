@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from kvsieve.budget import check_count
+from kvsieve.checks import as_plain, plain_fields
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Fetched
@@ -33,6 +34,7 @@ class LongHeadsSelection(FetchedSelection):
     summary: str = "chunk_attention"
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("context", "chunk"):
             check_count(name, getattr(self, name), least=1)
         check_summary(self.summary, ("chunk_attention", "mean", "bounds"))
@@ -94,6 +96,7 @@ class LongHeadsSelection(FetchedSelection):
         return Piece(lo, end or lo + self.chunk, distance, head=head)
 
 
+@as_plain
 def LongHeads(context: int, chunk: int = 256, summary: str = "chunk_attention") -> Memory:
     """Keep every token; each KV head reads chunks of the text that suit it, side by side, as if there were no others.
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsieve.budget import check_count
-from kvsieve.errors import PolicyError, StateError
+from kvsieve.checks import check_flag, check_path, integer, plain, real, told
+from kvsieve.errors import BankError, PolicyError, StateError
 from kvsieve.methods.streaming_llm import StreamingLLM
 from kvsieve.policy.bank import BankRule
 
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from kvsieve.stats import BankStats
 
 __all__ = ["SEAM", "MemoryBank"]
+
+MOST_LAYERS = 2**16
+"""No model has more."""
 
 DEFAULT = "default"
 """The namespace of a bank that was given none."""
@@ -93,8 +97,9 @@ class MemoryBank(BankRule):
         namespace: str | Sequence[str] | None = None,
         per_head: bool = True,
     ) -> None:
-        if path is not None and not isinstance(path, str | os.PathLike):
-            raise PolicyError(f"path must be that of a file, or None, got {path!r}")
+        if path is not None:
+            path = check_path("path", path, PolicyError)
+        chunk, capacity, top_k, distance, bias = map(plain, (chunk, capacity, top_k, distance, bias))
         check_count("chunk", chunk, least=1)
         for name, value in (("capacity", capacity), ("top_k", top_k)):
             check_count(name, value, least=1)
@@ -102,11 +107,9 @@ class MemoryBank(BankRule):
                 raise PolicyError(f"{name} must be a multiple of chunk={chunk}, got {value}")
         if distance is not None:
             check_count("distance", distance)
-        if not isinstance(bias, (int, float)) or isinstance(bias, bool) or math.isnan(bias) or bias == math.inf:
-            raise PolicyError(f"bias must be a finite number, or -inf for a bank that is not read, got {bias!r}")
-        for name, flag in (("read_only", read_only), ("per_head", per_head)):
-            if not isinstance(flag, bool):
-                raise PolicyError(f"{name} must be True or False, got {flag!r}")
+        if real(bias) is None and not (isinstance(bias, float) and bias == -math.inf):
+            raise PolicyError(f"bias must be a finite number, or -inf for a bank that is not read, got {told(bias)}")
+        read_only, per_head = (check_flag(name, x, PolicyError) for name, x in (("read_only", read_only), ("per_head", per_head)))
         self.path = None if path is None else Path(path)
         self.capacity, self.chunk, self.top_k, self.read_only = capacity, chunk, top_k, read_only
         self.bias, self.distance, self.per_head = float(bias), distance, per_head
@@ -126,6 +129,7 @@ class MemoryBank(BankRule):
         """
         from kvsieve.bank import file
 
+        path = check_path("path", path, BankError)
         shape = file.read(Path(path))[0]
         layers = tuple(layer.index for layer in shape.layers)
         return cls(path, **{"capacity": shape.capacity, "chunk": shape.chunk, "layers": layers, **changes}).open()
@@ -228,8 +232,10 @@ class MemoryBank(BankRule):
         """A namespace holds nothing any more.
 
         Raises:
-            StateError: if a stream writes it, or the bank is read-only.
+            StateError: if a stream writes it, or the bank is read-only. PolicyError: for what is no name.
         """
+        if not isinstance(name, str):
+            raise PolicyError(f"a namespace is a name, got {told(name)}")
         self.book.forget(name)
 
     def stats(self) -> BankStats:
@@ -328,18 +334,23 @@ def _literal(value: Any) -> str:
 
 
 def _indices(layers: Any) -> tuple[int, ...]:
-    found = (layers,) if isinstance(layers, (int, str)) else tuple(layers)
-    for layer in found:
-        check_count("layers", layer)
-    if not found or len(set(found)) != len(found):
-        raise PolicyError(f"layers must name at least one layer, and each once, got {layers!r}")
+    layers = plain(layers)
+    if isinstance(layers, int):
+        layers = (layers,)
+    if not isinstance(layers, tuple | list | range) or not layers or len(layers) > MOST_LAYERS:
+        raise PolicyError(f"layers must name at least one layer, and each once, got {told(layers)}")
+    found = [integer("layers", layer, 0, MOST_LAYERS, PolicyError) for layer in layers]
+    if len(set(found)) != len(found):
+        raise PolicyError(f"layers must name at least one layer, and each once, got {told(layers)}")
     return tuple(sorted(found))
 
 
 def _names(namespace: Any) -> tuple[str, ...]:
-    names = (namespace,) if isinstance(namespace, str) else tuple(namespace) if isinstance(namespace, Sequence) else ()
+    names = (namespace,) if isinstance(namespace, str) else tuple(namespace) if isinstance(namespace, tuple | list) else ()
     if not names or not all(isinstance(name, str) and name for name in names) or len(set(names)) != len(names):
-        raise PolicyError(f"a namespace is a name, or a list of different ones, one for each row of a batch; got {namespace!r}")
+        raise PolicyError(f"a namespace is a name, or a list of different ones, one for each row of a batch; got {told(namespace)}")
+    if any("\ud800" <= letter <= "\udfff" for name in names for letter in name):
+        raise PolicyError(f"a namespace must be a text that can be written to a file, got {names!a}")
     return names
 
 

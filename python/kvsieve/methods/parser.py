@@ -5,11 +5,15 @@ from __future__ import annotations
 import ast
 from typing import Any
 
+from kvsieve.checks import told
 from kvsieve.errors import PolicyError
 from kvsieve.methods.registry import SYSTEMS
 from kvsieve.policy.compose import Policy
 
 __all__ = ["parse"]
+
+LONGEST = 10_000
+"""Letters of a policy's text."""
 
 _MAKERS = {system.text_name: system.make for system in SYSTEMS}
 
@@ -22,11 +26,16 @@ def parse(text: str) -> Policy:
     Raises:
         PolicyError: if the text does not parse, names no known policy, or its arguments are refused.
     """
+    if not isinstance(text, str) or len(text) > LONGEST:
+        raise PolicyError(f"a policy is a text of at most {LONGEST} letters, such as 'sirllm(budget=1024)'; got {told(text)}")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
-    except SyntaxError as err:
-        raise PolicyError(f"cannot read the policy {text!r}: {err.msg}; write for example 'sirllm(budget=1024)'") from None
-    found = _build(tree, text)
+        found = _build(tree, text)
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as err:
+        if isinstance(err, PolicyError):
+            raise
+        why = getattr(err, "msg", None) or str(err) or "too deep"
+        raise PolicyError(f"cannot read the policy {told(text)}: {why}; write for example 'sirllm(budget=1024)'") from None
     if not isinstance(found, Policy):
         raise PolicyError(
             f"{found!r} is the end of a chain: write a policy before it, such as 'streamingllm(1024) >> {text.strip()}'"
@@ -52,7 +61,7 @@ def _build(node: ast.expr, text: str) -> Any:
         return make(*args, **kwargs)
     except TypeError as err:
         raise PolicyError(f"{node.func.id}: {err}") from None
-    except ValueError as err:
+    except (ValueError, SyntaxError, RecursionError, MemoryError) as err:
         if isinstance(err, PolicyError):
             raise
-        raise PolicyError(f"the arguments of {node.func.id!r} must be literals, in {text!r}") from None
+        raise PolicyError(f"the arguments of {node.func.id!r} must be literals, in {told(text)}") from None

@@ -15,7 +15,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from kvsieve.budget import check_count
+from kvsieve.budget import check_choice, check_count
+from kvsieve.checks import as_plain, plain_fields, told
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.storage import WHEN, LayerShape, Packing, StorageRule
@@ -35,13 +36,13 @@ class QuantizedStorage(StorageRule):
     quantizes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.when not in WHEN:
-            raise PolicyError(f"when must be {WHEN[0]!r} or {WHEN[1]!r}, got {self.when!r}")
+        plain_fields(self)
+        check_choice("when", self.when, WHEN)
         for name, bits in (("key_bits", self.key_bits), ("value_bits", self.value_bits)):
-            if isinstance(bits, bool) or bits not in (0, 2, 4, 8):
-                raise PolicyError(f"{name} must be 2, 4 or 8 (or 0 to leave them as they are), got {bits!r}")
-        if isinstance(self.group, bool) or self.group not in (8, 16, 32, 64):
-            raise PolicyError(f"group must be 8, 16, 32 or 64, got {self.group!r}")
+            if type(bits) is not int or bits not in (0, 2, 4, 8):
+                raise PolicyError(f"{name} must be 2, 4 or 8 (or 0 to leave them as they are), got {told(bits)}")
+        if type(self.group) is not int or self.group not in (8, 16, 32, 64):
+            raise PolicyError(f"group must be 8, 16, 32 or 64, got {told(self.group)}")
         check_count("residual", self.residual)
 
     @property
@@ -65,6 +66,7 @@ class QuantizedStorage(StorageRule):
         return Packing(layer.key_dim, self.key_bits, self.value_bits, self.group)
 
 
+@as_plain
 def Quantized(
     bits: int | None = None,
     group: int = 32,
@@ -93,6 +95,8 @@ def Quantized(
     Quantized(bits=4)
     """
     bits = 4 if bits is None else bits
+    if type(bits) is not int or bits not in (0, 2, 4, 8):
+        raise PolicyError(f"bits must be 2, 4 or 8, got {told(bits)}")
     storage = QuantizedStorage(
         bits if key_bits is None else key_bits, bits if value_bits is None else value_bits, group, residual, when
     )

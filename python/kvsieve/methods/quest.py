@@ -15,6 +15,7 @@ The definition: :mod:`kvsieve.backends.reference.definition`.
 from __future__ import annotations
 
 from kvsieve.budget import BLOCK, check_count
+from kvsieve.checks import as_plain
 from kvsieve.errors import PolicyError
 from kvsieve.methods.hip import memory_of
 from kvsieve.methods.infinite_hip import InfiniteHiPSelection
@@ -23,6 +24,7 @@ from kvsieve.policy.compose import Memory
 __all__ = ["Quest"]
 
 
+@as_plain
 def Quest(
     budget: int = 1024,
     block: int = 2,

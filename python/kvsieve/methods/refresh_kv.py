@@ -12,11 +12,11 @@ Departures from the paper, and why:
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvsieve.budget import check_count
+from kvsieve.checks import as_plain, plain_fields, real, told
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.select import RecycledSelection
@@ -39,14 +39,14 @@ class RefreshSelection(RecycledSelection):
     kernel: int = 7
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         for name in ("budget", "stride", "kernel"):
             check_count(name, getattr(self, name), least=1)
         if self.kernel % 2 == 0:
             raise PolicyError(f"kernel must be odd, so that it has a middle, got {self.kernel}")
         limit = self.similarity
-        number = isinstance(limit, (int, float)) and not isinstance(limit, bool) and math.isfinite(limit)
-        if limit is not None and not number:
-            raise PolicyError(f"similarity must be a number, or None for a fixed schedule, got {limit!r}")
+        if limit is not None and real(limit) is None:
+            raise PolicyError(f"similarity must be a number, or None for a fixed schedule, got {told(limit)}")
 
     def choose(self, scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         import torch
@@ -68,6 +68,7 @@ class RefreshSelection(RecycledSelection):
         return tokens, torch.empty_like(tokens).scatter_(1, best_first, order)
 
 
+@as_plain
 def RefreshKV(budget: int, stride: int = 10, similarity: float | None = 0.85, kernel: int = 7) -> Memory:
     """Keep every token; at most steps each KV head of each layer reads the ``budget`` tokens that it attended to most at the
     layer's last full step, and what came since.

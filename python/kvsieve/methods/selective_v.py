@@ -9,12 +9,14 @@ The paper found that a model which adds up the 100 heaviest values of each query
 
 from __future__ import annotations
 
+from kvsieve.checks import as_plain
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.select import HeaviestValues
 
 __all__ = ["SelectiveV"]
 
 
+@as_plain
 def SelectiveV(top_m: int | None = 100, mass: float | None = None, renormalise: bool = False) -> Memory:
     """Keep every token; a generated token is compared with every key, and each query head adds up its ``top_m`` heaviest values.
 

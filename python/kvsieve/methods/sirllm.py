@@ -14,7 +14,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from kvsieve.budget import check_budget, check_count, tokens_for
+from kvsieve.budget import check_budget, check_choice, check_count, tokens_for
+from kvsieve.checks import as_plain, plain_fields, real, told
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.evict import EvictionRule
@@ -36,13 +37,14 @@ class Surprisal(EvictionRule):
     needs_surprisal: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("sinks", self.sinks)
         if self.recent is not None:
             check_count("recent", self.recent)
-        if isinstance(self.decay, bool) or not isinstance(self.decay, (int, float)) or not 0.0 < self.decay <= 1.0:
-            raise PolicyError(f"decay must lie in (0, 1], got {self.decay!r}")
-        if self.score not in ("surprisal", "published"):
-            raise PolicyError(f"score must be 'surprisal' or 'published', got {self.score!r}")
+        decay = real(self.decay)
+        if decay is None or not 0.0 < decay <= 1.0:
+            raise PolicyError(f"decay must lie in (0, 1], got {told(self.decay)}")
+        check_choice("score", self.score, ("surprisal", "published"))
         check_budget(self.budget, sinks=self.sinks, recent=self.recent or 0, name="Surprisal")
 
     def spec(self, bytes_per_token: int) -> EvictionSpec:
@@ -55,6 +57,7 @@ class Surprisal(EvictionRule):
         return EvictionSpec("surprisal", budget=budget, sinks=self.sinks, recent=recent, published=published)
 
 
+@as_plain
 def SirLLM(
     budget: int | str,
     sinks: int = 4,

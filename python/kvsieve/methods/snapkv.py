@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvsieve.budget import check_budget, check_count, tokens_for
+from kvsieve.checks import as_plain, plain_fields
 from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.evict import HeadObservation, PerHeadEviction
@@ -39,6 +40,7 @@ class ObservationWindow(PerHeadEviction):
     kernel: int = 7
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("observe", self.observe, least=1)
         check_count("kernel", self.kernel, least=1)
         if self.kernel % 2 == 0:
@@ -65,6 +67,7 @@ class ObservationWindow(PerHeadEviction):
         return pad(max_pool1d(others, self.kernel, stride=1, padding=self.kernel // 2), (0, self.observe))
 
 
+@as_plain
 def SnapKV(budget: int | str, observe: int = 32, kernel: int = 7) -> Memory:
     """Keep the newest ``observe`` tokens and, for each layer and KV head, the others that their queries look at most.
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvsieve.budget import check_budget, check_count, tokens_for
+from kvsieve.checks import as_plain, plain_fields
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.evict import EvictionRule
 from kvsieve.policy.position import InCache
@@ -30,6 +31,7 @@ class Window(EvictionRule):
     contiguous: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("sinks", self.sinks)
         check_budget(self.budget, sinks=self.sinks, recent=1, name="Window")
 
@@ -40,6 +42,7 @@ class Window(EvictionRule):
         return EvictionSpec("window", sinks=self.sinks, window=window)
 
 
+@as_plain
 def StreamingLLM(budget: int | str, sinks: int = 4) -> Memory:
     """Keep the first ``sinks`` tokens and the newest ``budget - sinks``; distances count residents.
 

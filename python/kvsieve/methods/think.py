@@ -20,7 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from kvsieve.budget import check_count
+from kvsieve.budget import check_choice, check_count
+from kvsieve.checks import as_plain, plain_fields, real, told
 from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.storage import (
@@ -40,6 +41,9 @@ if TYPE_CHECKING:
 
 __all__ = ["ChannelPruned", "ThinK", "channel_scores", "heaviest_channels", "num_kept_channels"]
 
+MOST_LAYERS = 2**16
+"""No model has more."""
+
 
 @dataclass(frozen=True)
 class ChannelPruned(StorageRule):
@@ -58,8 +62,10 @@ class ChannelPruned(StorageRule):
     prunes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.ratio, bool) or not isinstance(self.ratio, (int, float)) or not 0.0 <= self.ratio < 1.0:
-            raise PolicyError(f"ratio must lie in [0, 1), got {self.ratio!r}")
+        plain_fields(self)
+        ratio = real(self.ratio)
+        if ratio is None or not 0.0 <= ratio < 1.0:
+            raise PolicyError(f"ratio must lie in [0, 1), got {told(self.ratio)}")
         check_count("recent", self.recent)
         check_count("observe", self.observe, least=1)
         for name, value, allowed in (
@@ -68,12 +74,11 @@ class ChannelPruned(StorageRule):
             ("mode", self.mode, ("slice", "zero")),
             ("when", self.when, WHEN),
         ):
-            if value not in allowed:
-                raise PolicyError(f"{name} must be {allowed[0]!r} or {allowed[1]!r}, got {value!r}")
+            check_choice(name, value, allowed)
         for name, count in (("round_to", self.round_to), ("flush_every", self.flush_every)):
             if count is not None:
                 check_count(name, count, least=1)
-        object.__setattr__(self, "skip_layers", tuple(self.skip_layers))
+        object.__setattr__(self, "skip_layers", _indices(self.skip_layers))
         for layer in self.skip_layers:
             check_count("skip_layers", layer)
 
@@ -101,6 +106,13 @@ class ChannelPruned(StorageRule):
         return chosen.with_zeros(seen.keys, seen.rope) if self.mode == "zero" else chosen
 
 
+def _indices(layers: object) -> tuple[int, ...]:
+    if not isinstance(layers, tuple | list | range) or len(layers) > MOST_LAYERS:
+        raise PolicyError(f"skip_layers must be a tuple of the indices of layers, got {told(layers)}")
+    return tuple(layers)
+
+
+@as_plain
 def ThinK(
     ratio: float = 0.4,
     recent: int = 32,
@@ -146,7 +158,7 @@ def ThinK(
         channels,
         round_to=round_to,
         flush_every=flush_every,
-        skip_layers=tuple(skip_layers),
+        skip_layers=_indices(skip_layers),
         mode=mode,
         when=when,
     )

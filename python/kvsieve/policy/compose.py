@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
+from kvsieve.checks import told
 from kvsieve.errors import PolicyError
 from kvsieve.policy.bank import BankRule
 from kvsieve.policy.compatible import NAMES, Roles, check_bank, check_chain, check_join, check_memory
@@ -148,7 +149,8 @@ class Memory(Policy):
         ):
             part = getattr(self, name)
             if part is not None and not isinstance(part, kind):
-                raise PolicyError(f"{name} must be a {kind.__name__}, got {part!r}")
+                raise PolicyError(f"{name} must be a {kind.__name__}, got {told(part)}")
+        _check_text(self.text)
         check_memory(self)
 
     @property
@@ -183,6 +185,16 @@ class Chain(Policy):
     parts: tuple[Memory, ...]
     text: str | None = field(default=None, compare=False)
 
+    def __post_init__(self) -> None:
+        parts = tuple(self.parts) if isinstance(self.parts, tuple | list) else ()
+        if len(parts) < 2 or not all(isinstance(part, Memory) for part in parts):
+            raise PolicyError(
+                f"a chain is made of two memories or more, such as StreamingLLM(512) >> SirLLM(512); got {told(parts)}"
+            )
+        _check_text(self.text)
+        check_chain(parts)
+        object.__setattr__(self, "parts", parts)
+
     @property
     def memories(self) -> tuple[Memory, ...]:
         return self.parts
@@ -205,6 +217,10 @@ class Banked(Policy):
     end: BankRule
 
     def __post_init__(self) -> None:
+        if not isinstance(self.before, Policy) or self.before.bank is not None:
+            raise PolicyError(f"a bank stands behind a policy that has none yet, got {told(self.before)}")
+        if not isinstance(self.end, BankRule):
+            raise PolicyError(f"a chain ends in a bank such as MemoryBank(), got {told(self.end)}")
         check_bank(self.before.memories, self.end)
 
     @property
@@ -243,6 +259,8 @@ def with_bank(policy: Policy, bank: BankRule) -> Policy:
     Raises:
         PolicyError: if it has none.
     """
+    if not isinstance(bank, BankRule):
+        raise PolicyError(f"a bank such as MemoryBank() is needed, got {told(bank)}")
     if not isinstance(policy, Banked):
         raise PolicyError(f"{policy!r} has no bank that {bank!r} could take the place of")
     return Banked(policy.before, bank)
@@ -251,8 +269,12 @@ def with_bank(policy: Policy, bank: BankRule) -> Policy:
 def _chain(memories: tuple[Memory, ...]) -> Policy:
     if len(memories) == 1:
         return memories[0]
-    check_chain(memories)
     return Chain(memories)
+
+
+def _check_text(text: object) -> None:
+    if text is not None and not isinstance(text, str):
+        raise PolicyError(f"text must be what repr() is to write, a str, or None, got {told(text)}")
 
 
 def _join(left: Memory, right: Memory) -> Memory:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from kvsieve.budget import check_count
+from kvsieve.checks import plain_fields
 from kvsieve.policy.evict import EvictionRule
 from kvsieve.policy.specs import PositionSpec, StoredKeys
 
@@ -68,6 +69,7 @@ class Capped(PositionRule):
     needs_window: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("ceiling", self.distance, least=1)
 
     def spec(self) -> PositionSpec:
@@ -86,6 +88,7 @@ class Rebased(PositionRule):
     renumbers: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.after is not None:
             check_count("after", self.after)
 
@@ -101,6 +104,7 @@ class FixedDistance(PositionRule):
     collapses: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("distance", self.distance)
 
     def spec(self) -> PositionSpec:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from kvsieve.budget import check_count
+from kvsieve.checks import check_flag, plain_fields, real, told
 from kvsieve.errors import PolicyError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class TopKTokens(SelectionRule):
     from_layer: int = 0
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         check_count("k", self.k, least=1)
         check_count("from_layer", self.from_layer)
 
@@ -92,10 +94,13 @@ class HeaviestValues(SelectionRule):
     renormalise: bool = False
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         if self.top is not None:
             check_count("top_m", self.top, least=1)
-        if self.mass is not None and not (isinstance(self.mass, float) and 0 < self.mass < 1):
-            raise PolicyError(f"mass must be between 0 and 1, got {self.mass!r}")
+        mass = real(self.mass)
+        if self.mass is not None and not (mass is not None and 0 < mass < 1):
+            raise PolicyError(f"mass must be between 0 and 1, got {told(self.mass)}")
+        check_flag("renormalise", self.renormalise, PolicyError)
         if self.top is None and self.mass is None:
             raise PolicyError("say how many values are added up: top_m, mass, or both")
 
@@ -222,9 +227,9 @@ class Piece(NamedTuple):
 
 def check_summary(summary: str, kinds: Sequence[str]) -> None:
     """Raises :class:`PolicyError` for a kind of summary that is none of ``kinds``."""
-    if summary not in kinds:
+    if not isinstance(summary, str) or summary not in kinds:
         known = ", ".join(map(repr, kinds))
-        raise PolicyError(f"summary must be one of {known}; got {summary!r}")
+        raise PolicyError(f"summary must be one of {known}; got {told(summary)}")
 
 
 class FetchedSelection(SelectionRule):

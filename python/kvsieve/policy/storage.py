@@ -6,10 +6,11 @@ torch is imported where tensors are made, so that naming a policy does not load 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from os import PathLike, fspath
+from os import PathLike
 from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
-from kvsieve.budget import check_count, parse_bytes
+from kvsieve.budget import check_choice, check_count, parse_bytes
+from kvsieve.checks import LARGEST, check_flag, check_path, integer, plain_fields, real, told
 from kvsieve.errors import BudgetError, PolicyError
 
 if TYPE_CHECKING:
@@ -252,23 +253,20 @@ class Tiered(StorageRule):
     tiered: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
+        plain_fields(self)
         budget = self.memory_budget
-        if isinstance(budget, bool) or not isinstance(budget, (int, str)) or (isinstance(budget, int) and budget < 1):
-            raise BudgetError(f"memory_budget is a count of bytes, an int or a text such as '64MiB', got {budget!r}")
         if isinstance(budget, str):
             parse_bytes(budget)
+        else:
+            integer("memory_budget", budget, 1, LARGEST, BudgetError, "a count of bytes, a text such as '64MiB' or ")
         if self.disk is not None:
-            if not isinstance(self.disk, (str, PathLike)):
-                raise PolicyError(f"disk must be the path of a folder, got {self.disk!r}")
-            object.__setattr__(self, "disk", fspath(self.disk))
+            object.__setattr__(self, "disk", check_path("disk", self.disk, PolicyError))
         check_count("keep", self.keep)
-        if self.order not in ("recency", "scores"):
-            raise PolicyError(f"order must be 'recency' or 'scores', got {self.order!r}")
-        if not isinstance(self.background, bool):
-            raise PolicyError(f"background must be True or False, got {self.background!r}")
-        number = isinstance(self.decay, (int, float)) and not isinstance(self.decay, bool)
-        if not number or not 0.0 <= self.decay <= 1.0:
-            raise PolicyError(f"decay must lie between 0 and 1, got {self.decay!r}")
+        check_choice("order", self.order, ("recency", "scores"))
+        check_flag("background", self.background, PolicyError)
+        decay = real(self.decay)
+        if decay is None or not 0.0 <= decay <= 1.0:
+            raise PolicyError(f"decay must lie between 0 and 1, got {told(self.decay)}")
 
     @property
     def budget_bytes(self) -> int:
@@ -282,6 +280,12 @@ class PrunedAndQuantized(StorageRule):
 
     pruned: StorageRule
     quantized: StorageRule
+
+    def __post_init__(self) -> None:
+        for name, does in (("pruned", "prunes"), ("quantized", "quantizes")):
+            rule = getattr(self, name)
+            if not isinstance(rule, StorageRule) or not getattr(rule, does):
+                raise PolicyError(f"{name} must be a StorageRule that {does}, got {told(rule)}")
 
     @property
     def recent(self) -> int:  # type: ignore[override]
