@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.errors import CacheMismatchError, PaddingError, ShapeError, StateError, UnsupportedError
+from kvsieve.checks import told
+from kvsieve.errors import ArgumentError, CacheMismatchError, PaddingError, StateError, UnsupportedError
 from kvsieve.model.generation import Settings, StreamerProxy, Watch, stopping_list
+from kvsieve.model.ids import check_device, check_ids, check_known, check_mask, is_known
 from kvsieve.model.reread import without_last
 from kvsieve.model.support import cache_name
 from kvsieve.runtime.batch import Batch, positions_of
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     from kvsieve.runtime.engine import Engine
     from kvsieve.runtime.transcript import Transcript
 
-__all__ = ["Reader", "accept", "feed", "generate", "unpack", "waiting"]
+__all__ = ["Reader", "accept", "chunk_of", "feed", "generate", "unpack", "waiting"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,6 +53,19 @@ class Reader:
     fork: Callable[[], AbstractContextManager[Reader]]
 
 
+MAX_CHUNK = 512
+"""Most prompt tokens fed at a time."""
+
+
+def chunk_of(engine: Engine) -> int:
+    """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""
+    specs = engine.policy.specs(engine.facts.bytes_per_token)
+    sizes = [spec.evict.budget for spec in specs] + [spec.evict.window for spec in specs[:-1]]
+    chunk: int = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
+    trained = engine.facts.trained_length
+    return chunk if trained is None else max(min(chunk, trained // 2), 1)
+
+
 # ------------------------------------------------------------------------------------------------------------------------ input
 
 
@@ -62,11 +77,8 @@ def accept(stream: Reader, ids: Any, mask: Any, name: str = "input_ids") -> list
     """
     engine = stream.engine
     engine.check_owner()
-    if not isinstance(ids, torch.Tensor) or ids.dim() != 2 or ids.dtype not in (torch.int64, torch.int32):
-        got = f"{ids.dtype} {tuple(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise ShapeError(f"{name} must be an integer tensor of shape [batch, tokens], got {got}")
-    if ids.shape[0] == 0 or ids.shape[1] == 0:
-        raise ShapeError(f"the prompt is empty: {name} have shape {tuple(ids.shape)}")
+    ids = check_ids(ids, name)
+    check_device(stream.model, ids, name)
     if engine.positions.several_axes:
         raise UnsupportedError(
             "this conversation holds an image whose positions have three axes, and only the model knows where its text goes on; "
@@ -74,13 +86,14 @@ def accept(stream: Reader, ids: Any, mask: Any, name: str = "input_ids") -> list
         )
     if engine.num_rows and engine.num_rows != ids.shape[0]:
         raise CacheMismatchError(f"the stream holds {engine.num_rows} sequences, the input has {ids.shape[0]}")
-    ids = ids.long()
-    if mask is None:
-        return list(ids)
-    if not isinstance(mask, torch.Tensor) or mask.shape != ids.shape:
-        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise ShapeError(f"attention_mask must have the shape of {name}, {tuple(ids.shape)}, got {shape}")
-    real = mask.to(ids.device) != 0
+    rows = list(ids) if mask is None else _real(ids, mask, name)
+    check_known(stream.model, ids if mask is None else torch.cat(rows), name)
+    return rows
+
+
+def _real(ids: torch.Tensor, mask: Any, name: str) -> list[torch.Tensor]:
+    """The tokens of each row that are no pads."""
+    real = check_mask(mask, ids, name).to(ids.device) != 0
     empty = (~real).all(1).nonzero().flatten().tolist()
     if empty:
         raise PaddingError(f"rows {empty} of the input have pads only")
@@ -102,7 +115,7 @@ def waiting(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | 
         ShapeError, CacheMismatchError: for ``unread`` that is no batch of tokens, or another one's.
     """
     engine, transcript = stream.engine, stream.engine.transcript
-    given = _given(transcript, new, unread)
+    given = _given(stream, new, unread)
     scores, before = engine.parts.find(SurprisalScores), None
     if scores is not None and scores.tail is None and engine.columns:
         before = engine.state()
@@ -116,15 +129,13 @@ def waiting(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | 
         raise
 
 
-def _given(transcript: Transcript, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> torch.Tensor | None:
+def _given(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> torch.Tensor | None:
     if unread is not None:
-        if not isinstance(unread, torch.Tensor) or unread.dim() != 2 or unread.dtype not in (torch.int64, torch.int32):
-            raise ShapeError(
-                "unread must be an integer tensor of shape [batch, tokens]: what was said last and is not in the cache yet"
-            )
+        unread = check_ids(unread, "unread", empty=True)
         if unread.shape[0] != len(new):
             raise CacheMismatchError(f"unread has {unread.shape[0]} rows, the input has {len(new)}")
-    elif transcript.foreign:
+        check_known(stream.model, unread, "unread")
+    elif stream.engine.transcript.foreign:
         raise StateError(
             "model.generate read the last tokens of this stream, and the newest token that it sampled is not in the cache; pass "
             "unread=sequences[:, -1:] (of what model.generate returned), or unread=sequences[:, :0] if there is none"
@@ -136,7 +147,7 @@ def _unread_of(transcript: Transcript, new: Sequence[torch.Tensor], given: torch
     if given is None:
         return [row.unread.to(mine.device) for row, mine in zip(transcript.rows, new)] or [row[:0] for row in new]
     again = [row.unread for row in transcript.rows] if transcript.foreign else []
-    rows = [row.to(mine.device).long() for row, mine in zip(given, new)]
+    rows = [row.to(mine.device) for row, mine in zip(given, new)]
     return [torch.cat([old.to(row.device), row]) for old, row in zip(again, rows)] or rows
 
 
@@ -239,7 +250,7 @@ def _model_inputs(kwargs: Mapping[str, Any]) -> list[str]:
         if name in found:
             raise UnsupportedError(f"stream.generate knows where the conversation stands; call it with ids, without {name}")
     # Where all is text, the types say nothing.
-    return [name for name in found if name not in _TOKEN_TYPES or bool(kwargs[name].any())]
+    return [name for name in found if name not in _TOKEN_TYPES or _says(kwargs[name])]
 
 
 class _Call:
@@ -258,7 +269,7 @@ class _Call:
         self.prompt = prompt
         transcript = self.engine.transcript
         self._before, self._extra, self._start = transcript.state(), transcript.extra, transcript.seen() or [0] * len(new)
-        self._pad = _pad_of(new, prompt, settings)
+        self._pad = _pad_of(stream.model, new, prompt, settings)
         self.batch = Batch.of([torch.cat([old, row]) for old, row in zip(unread, new)], self._pad)
         looks_back = settings.looks_back
         if settings.assisted and looks_back and transcript.columns:
@@ -400,10 +411,10 @@ def _generate_copies(
     return _with_sequences(result, torch.cat([heads, sequences[:, call.width :].to(prompt.device)], 1))
 
 
-def _pad_of(new: Sequence[torch.Tensor], prompt: torch.Tensor, settings: Settings) -> int:
+def _pad_of(model: PreTrainedModel, new: Sequence[torch.Tensor], prompt: torch.Tensor, settings: Settings) -> int:
     """What shorter rows begin with, for whoever looks at ids: what the caller's do, or the token that pads."""
     for row, given in zip(new, prompt):
-        if len(given) > len(row):
+        if len(given) > len(row) and is_known(model, int(given[0])):
             return int(given[0])
     pad = settings.get("pad_token_id")
     pad = settings.ends[0] if pad is None and settings.ends else pad
@@ -446,15 +457,24 @@ def refuse_others(given: Mapping[str, Any]) -> None:
     Raises:
         UnsupportedError: for inputs beside ids, except for types of tokens that say that all is text.
     """
-    types = [name for name, value in given.items() if name == "token_type_ids" or (name in _TOKEN_TYPES and not bool(value.any()))]
-    left = sorted(set(given) - set(types))
+    types = [name for name, value in given.items() if name == "token_type_ids" or (name in _TOKEN_TYPES and not _says(value))]
+    left = [str(name) for name in given if name not in types]
     if left:
-        raise UnsupportedError(f"feed takes input_ids and attention_mask, not {', '.join(left)}")
+        raise UnsupportedError(f"feed takes input_ids and attention_mask, not {', '.join(sorted(left))}")
+
+
+def _says(types: Any) -> bool:
+    """Whether types of tokens are anything but zeros: that some are not text."""
+    dense = isinstance(types, torch.Tensor) and not types.is_nested and types.layout is torch.strided and not types.is_meta
+    return not dense or bool(types.any())
 
 
 def unpack(inputs: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """Ids and the other arguments, where a tokenizer's whole answer was passed in place of ids."""
     if isinstance(inputs, Mapping):
+        wrong = [name for name in inputs if not isinstance(name, str)]
+        if wrong:
+            raise ArgumentError(f"what a tokenizer returns has names, such as input_ids, and not {told(wrong[0])}")
         both = sorted(set(inputs) & set(kwargs))
         if both:
             raise StateError(f"{', '.join(both)} were given twice, in the first argument and by keyword")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from kvsieve import generate as turns
+from kvsieve.checks import told
 from kvsieve.errors import CacheMismatchError, StateError
 from kvsieve.runtime import by_position
 from kvsieve.runtime.selection import Selection
@@ -21,14 +22,14 @@ __all__ = ["read_twice"]
 
 def read_twice(stream: turns.Reader, context: Any, question: Any, keep: str) -> None:
     """See :meth:`kvsieve.Stream.read_twice`."""
-    if keep not in ("both", "second"):
-        raise StateError(f"keep must be 'both' or 'second', got {keep!r}")
-    engine, asked, told = stream.engine, _accept(stream, question, "question"), _accept(stream, context, "context")
-    if len(asked) != len(told):
-        raise CacheMismatchError(f"the question has {len(asked)} rows, the context {len(told)}; give each row both")
+    if not isinstance(keep, str) or keep not in ("both", "second"):
+        raise StateError(f"keep must be 'both' or 'second', got {told(keep)}")
+    engine, asked, texts = stream.engine, _accept(stream, question, "question"), _accept(stream, context, "context")
+    if len(asked) != len(texts):
+        raise CacheMismatchError(f"the question has {len(asked)} rows, the context {len(texts)}; give each row both")
     with turns.waiting(stream, asked, None) as before:
-        texts = [[old, ask, text.to(ask.device), text.to(ask.device), ask] for old, ask, text in zip(before, asked, told)]
-        rows = [torch.cat(parts) for parts in texts]
+        whole = [[old, ask, text.to(ask.device), text.to(ask.device), ask] for old, ask, text in zip(before, asked, texts)]
+        rows = [torch.cat(parts) for parts in whole]
         if keep == "both":
             return turns.feed(stream, rows, stream.chunk)
         selection = engine.parts.find(Selection)
@@ -39,7 +40,7 @@ def read_twice(stream: turns.Reader, context: Any, question: Any, keep: str) -> 
         state = engine.state()
         try:
             turns.feed(stream, rows, stream.chunk)
-            for row, (start, text) in enumerate(zip(starts, told)):
+            for row, (start, text) in enumerate(zip(starts, texts)):
                 by_position.evict(engine, start, start + len(text), row)
         except BaseException:
             engine.rewind(state)

@@ -14,6 +14,7 @@ import torch
 from kvsieve import backends, banks, reading, session
 from kvsieve import generate as turns
 from kvsieve import trace as tracing
+from kvsieve.checks import check_flag, integer, told
 from kvsieve.errors import PolicyError, ShapeError, StateError, UnsupportedError
 from kvsieve.policy.bank import BankRule
 from kvsieve.policy.compose import Policy, with_bank
@@ -32,9 +33,6 @@ if TYPE_CHECKING:
     from kvsieve.runtime.part import State
 
 __all__ = ["Mark", "Stream", "load", "stream"]
-
-MAX_CHUNK = 512
-"""Most prompt tokens fed at a time."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -120,15 +118,16 @@ class Stream:
         from kvsieve.runtime.engine import Engine
 
         if not isinstance(policy, Policy):
-            raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024) second, got {type(policy).__name__}")
+            raise PolicyError(f"a stream needs a policy such as kvsieve.SirLLM(budget=1024) second, got {told(policy)}")
+        chosen = None if backend is None else backends.get(backend)
         self.model, self.policy = look_through(model), policy
         self._attachment: Attachment | None = attach(self.model)
         self._leave = weakref.finalize(self, self._attachment.release)
         try:
             if _parent is None:
                 facts = self._attachment.facts
-                name = backend or backends.choose(facts.layers[0].device, facts.layers[0].dtype)
-                self._engine = Engine(policy, facts, backends.get(name), stored_keys(type(self.model).__name__, policy, facts))
+                chosen = chosen or backends.get(backends.choose(facts.layers[0].device, facts.layers[0].dtype))
+                self._engine = Engine(policy, facts, chosen, stored_keys(type(self.model).__name__, policy, facts))
                 banks.lead(self._engine, self.model)
             else:
                 self._engine = _parent._engine.fork()
@@ -189,7 +188,7 @@ class Stream:
             StateError: for a layer or head that the stream does not have, or a head without its layer.
         """
         engine = self._engine
-        tracing.check_head(engine, layer, head)
+        layer, head = tracing.check_head(engine, layer, head)
         return [Kept(*engine.parts.eviction.kept(row, layer, head)) for row in range(engine.num_rows)]
 
     def trace(self) -> tuple[LayerTrace, ...]:
@@ -223,7 +222,8 @@ class Stream:
             others: what else a tokenizer returns; types of tokens, where all of them are text.
 
         Raises:
-            ShapeError: for ids that are not two-dimensional integers, or empty.
+            ShapeError: for ids that are not two-dimensional integers, or empty, or on another device than the model.
+            RangeError: for ids that the model does not know.
             PaddingError: for padding that is not on the left.
             CacheMismatchError: if the batch is not the stream's.
             StateError: after ``model.generate``, without ``unread``.
@@ -236,10 +236,10 @@ class Stream:
         )
         new = turns.accept(self._reader(), input_ids, rest.pop("attention_mask", None))
         turns.refuse_others(rest)
-        if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
-            raise ShapeError(f"chunk must be at least 1, got {chunk}")
+        chunk = turns.chunk_of(self._check_open()) if chunk is None else integer("chunk", chunk, 1, error=ShapeError)
+        pin = check_flag("pin", pin)
         with turns.waiting(self._reader(), new, unread) as before, self._pinning(pin, new, before):
-            turns.feed(self._reader(), [torch.cat(both) for both in zip(before, new)], self._chunk() if chunk is None else chunk)
+            turns.feed(self._reader(), [torch.cat(both) for both in zip(before, new)], chunk)
 
     def generate(
         self,
@@ -269,7 +269,7 @@ class Stream:
             int64 ``[B * num_return_sequences, n + new]``: the new prompt and the answer, or as ``return_dict_in_generate`` asks.
 
         Raises:
-            ShapeError, PaddingError, CacheMismatchError: as :meth:`feed`.
+            ShapeError, RangeError, PaddingError, CacheMismatchError: as :meth:`feed`.
             StateError: after ``model.generate``, without ``unread``.
             UnsupportedError: for inputs beside ids that belong to tokens (images, embeddings) after the first turn.
 
@@ -283,6 +283,7 @@ class Stream:
         for name in ("past_key_values", "cache"):
             if name in kwargs:
                 raise StateError(f"stream.generate uses the stream's own cache; pass {name} to model.generate instead")
+        end_turn, pin = check_flag("end_turn", end_turn), check_flag("pin", pin)
         new = turns.accept(self._reader(), input_ids, mask)
         with torch.no_grad(), turns.waiting(self._reader(), new, unread) as before, self._pinning(pin, new, before):
             result = turns.generate(self._reader(), new, before, torch.as_tensor(input_ids), kwargs)
@@ -399,10 +400,11 @@ class Stream:
             CacheMismatchError: for a stream that is no fork of this one, or does not begin as this one.
             StateError: for tokens that were said and not read, or a document that is compressed already.
         """
-        forks = list(streams)
+        forks: list[Any] = list(streams) if isinstance(streams, list | tuple) else [streams]
         wrong = [type(one).__name__ for one in forks if not isinstance(one, Stream)]
         if wrong:
-            raise StateError(f"join takes streams, forks of this one that have read a document each, got {', '.join(wrong)}")
+            raise StateError(f"join takes streams, forks of this one that have read a document each, got {', '.join(wrong[:5])}")
+        canonical = check_flag("canonical", canonical)
         joined = self.fork()
         try:
             joining.join(joined._engine, [one._check_open() for one in forks], canonical)
@@ -475,7 +477,7 @@ class Stream:
     # --------------------------------------------------------------------------------------------------------------- internals
 
     def _reader(self) -> turns.Reader:
-        return turns.Reader(self.model, self._cache, self._check_open(), self._chunk(), self._forked)
+        return turns.Reader(self.model, self._cache, self._check_open(), turns.chunk_of(self._engine), self._forked)
 
     @contextlib.contextmanager
     def _forked(self) -> Iterator[turns.Reader]:
@@ -488,11 +490,3 @@ class Stream:
         if not pin:
             return contextlib.nullcontext()
         return by_position.coming(self._engine, [len(row) for row in new], [len(row) for row in before])
-
-    def _chunk(self) -> int:
-        """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""
-        specs = self.policy.specs(self._engine.facts.bytes_per_token)
-        sizes = [spec.evict.budget for spec in specs] + [spec.evict.window for spec in specs[:-1]]
-        chunk: int = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
-        trained = self._engine.facts.trained_length
-        return chunk if trained is None else max(min(chunk, trained // 2), 1)

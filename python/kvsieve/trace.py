@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvsieve.checks import plain, told
 from kvsieve.errors import StateError
 from kvsieve.runtime.fetching import Fetching
 from kvsieve.runtime.recycling import Recycling
@@ -118,16 +119,21 @@ def ranges(positions: Ints) -> Ints:
     return np.stack([positions[first], positions[last] + 1], 1).astype(np.int64)
 
 
-def check_head(engine: Engine, layer: int | None, head: int | None) -> None:
-    """Refuse a layer or head that the stream does not hold.
+def check_head(engine: Engine, layer: int | None, head: int | None) -> tuple[int | None, int | None]:
+    """Both as ints; a layer or head that the stream does not hold is refused.
 
     Raises:
         StateError: naming those that there are.
     """
     known = {facts.index: facts.num_kv_heads for facts in engine.facts.layers}
     if layer is None and head is not None:
-        raise StateError(f"head {head} of which layer? pass layer= too, one of {sorted(known)}")
-    if layer is not None and layer not in known:
-        raise StateError(f"the stream holds no layer {layer!r}; its full-attention layers are {sorted(known)}")
-    if layer is not None and head is not None and not 0 <= head < known[layer]:
-        raise StateError(f"layer {layer} has key-value heads 0 to {known[layer] - 1}, not {head!r}")
+        raise StateError(f"head {told(head)} of which layer? pass layer= too, one of {sorted(known)}")
+    if layer is None:
+        return None, None
+    at = plain(layer)
+    if isinstance(at, bool) or not isinstance(at, int) or at not in known:
+        raise StateError(f"the stream holds no layer {told(layer)}; its full-attention layers are {sorted(known)}")
+    number = plain(head)
+    if number is not None and (isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < known[at]):
+        raise StateError(f"layer {at} has key-value heads 0 to {known[at] - 1}, not {told(head)}")
+    return at, number

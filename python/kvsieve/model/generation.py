@@ -13,6 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvsieve.checks import MOST_ROWS, integer
+from kvsieve.model.ids import token_list
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
@@ -65,11 +68,19 @@ def driven_by_generate(model: torch.nn.Module) -> bool:
 
 class Settings:
     """The settings of one call of `generate`, as transformers resolves them: keywords, then the `GenerationConfig` that was passed,
-    then the model's own."""
+    then the model's own.
+
+    Attributes:
+        ends: token ids that end a row.
+
+    Raises:
+        ArgumentError: for ends, beams or sequences that are no numbers.
+    """
 
     def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         self._model, self._kwargs = model, kwargs
         self._passed = kwargs.get("generation_config")
+        self.ends = self._ends()
 
     def get(self, name: str) -> Any:
         """The value in force; None if nothing sets it."""
@@ -78,23 +89,23 @@ class Settings:
         value = None if self._passed is None else getattr(self._passed, name, None)
         return getattr(self._model.generation_config, name, None) if value is None else value
 
-    @property
-    def ends(self) -> list[int]:
-        """Token ids that end a row."""
+    def _ends(self) -> list[int]:
         ends = self.get("eos_token_id")
-        if isinstance(ends, torch.Tensor):
-            ends = ends.tolist()
-        return [] if ends is None else [int(e) for e in ends] if isinstance(ends, (list, tuple)) else [int(ends)]
+        return [] if ends is None else token_list("eos_token_id", ends)
 
     @property
     def copies(self) -> int:
         """Rows that `generate` makes of each prompt: beams or sequences."""
-        return max(int(self.get(name) or 1) for name in ("num_beams", "num_return_sequences"))
+        return max(self._count(name) for name in ("num_beams", "num_return_sequences"))
 
     @property
     def beams(self) -> bool:
         """Whether rows are reordered while they are generated."""
-        return int(self.get("num_beams") or 1) > 1
+        return self._count("num_beams") > 1
+
+    def _count(self, name: str) -> int:
+        value = self.get(name)
+        return 1 if value is None else integer(name, value, 1, MOST_ROWS)
 
     @property
     def assisted(self) -> bool:

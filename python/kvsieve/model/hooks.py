@@ -21,6 +21,7 @@ from kvsieve.model.attention import attention_forward
 from kvsieve.model.cache import StreamCache
 from kvsieve.model.generation import driven_by_generate
 from kvsieve.model.handoff import state
+from kvsieve.model.ids import check_forward
 from kvsieve.model.pieces import read_pieces
 from kvsieve.model.probe import Probe, with_identity
 from kvsieve.model.reread import read_again
@@ -217,6 +218,8 @@ class Attachment:
         engine = cache.engine
         ids = kwargs.get("input_ids")
         ids = ids if ids is not None else next((a for a in args if isinstance(a, torch.Tensor)), None)
+        if ids is not None and not engine.replaying:
+            check_forward(self.model, ids, kwargs)
         foreign = engine.transcript.turn is None and not engine.candidates.inner and driven_by_generate(self.model)
         changed = None
         if ids is not None and engine.transcript.turn is None and not engine.candidates.inner:
