@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from kvsieve.errors import StateError, UnsupportedError, UnsupportedModelError
+from kvsieve.checks import LARGEST, MOST_ROWS, integer
+from kvsieve.errors import RangeError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.model.handoff import hand_off
+from kvsieve.model.ids import number_of, row_indices
 from kvsieve.model.masks import check_dimensions
 
 if TYPE_CHECKING:
@@ -176,8 +178,53 @@ class StreamCache(Cache):  # type: ignore[misc]
         """Whether any token was seen."""
         return self.engine.columns > 0
 
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Layer ``layer_idx`` of the running forward has these keys and values; see :meth:`StreamLayer.update`.
+
+        Raises:
+            RangeError: for a layer that the model does not have. StateError: outside of a forward through this cache.
+        """
+        if type(layer_idx) is not int or not 0 <= layer_idx < len(self.layers):
+            layer_idx = integer("layer_idx", layer_idx, 0, len(self.layers) - 1, RangeError)
+        found: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
+        return found
+
+    def early_initialization(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing is to be done: a layer's memory is made by its first forward."""
+
+    def is_recording_past(self, layer_idx: int = 0) -> bool:
+        """No layer holds a past of its own to go back to: :meth:`crop` needs none."""
+        return False
+
+    def offload(self, layer_idx: int = 0, only_non_sliding: bool = True) -> None:
+        """Refused: a budget bounds what is on the device.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("a stream's cache cannot be offloaded by generate; give it a smaller budget instead")
+
+    prefetch = offload
+
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """Columns *seen*, pads included, of any layer: what transformers must believe."""
+        return self.engine.columns
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        """As of a cache that keeps everything, for every layer: positions and mask offsets count what was seen."""
+        length: Any = query_length
+        if not isinstance(length, int | torch.SymInt):
+            length = integer("query_length", length, 0, error=RangeError)
+        return self.engine.columns + length, 0
+
+    def get_max_length(self, layer_idx: int | None = None) -> int:
+        """No maximum: a stream takes any number of tokens."""
+        return -1
+
+    def get_query_offset(self, layer_idx: int = 0) -> int:
+        """As :meth:`get_seq_length`."""
         return self.engine.columns
 
     def reset(self) -> None:
@@ -193,25 +240,40 @@ class StreamCache(Cache):  # type: ignore[misc]
             CacheMismatchError, StateError: if what a shorter text would hold was evicted, or has left a sliding window;
                 :meth:`Stream.rewind` goes back to a mark.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop takes a number of tokens to remove, as a negative int or 0, got {tokens_to_remove}")
-        # Some releases of transformers pass a tensor.
-        count = -int(tokens_to_remove)
+        given: Any = tokens_to_remove
+        if isinstance(given, torch.Tensor):  # as some releases of transformers pass it
+            given = number_of(given)
+        count = -integer("tokens_to_remove", given, -LARGEST, 0, RangeError)
         self.engine.check_crop(count)
         self.engine.crop(count)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Row ``i`` becomes what row ``beam_idx[i]`` was. Blocks are shared until one of them is written."""
-        self.engine.select_rows(beam_idx.tolist())
+        """Row ``i`` becomes what row ``beam_idx[i]`` was. Blocks are shared until one of them is written.
+
+        Raises:
+            RangeError: for a row that there is not; nothing has changed then.
+        """
+        if self.engine.num_rows:
+            self.engine.select_rows(row_indices("beam_idx", beam_idx, self.engine.num_rows))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep the rows ``indices``."""
-        rows = torch.arange(max(self.engine.num_rows, 1))[indices.cpu()].tolist()
-        self.engine.select_rows(rows)
+        """Keep the rows ``indices``, int ``[n]`` (-1 is the last one) or bool ``[rows]``.
+
+        Raises:
+            RangeError: for a row that there is not, or none.
+        """
+        if self.engine.num_rows:
+            self.engine.select_rows(row_indices("indices", indices, self.engine.num_rows, from_end=True, mask=True))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each row ``repeats`` times."""
-        self.engine.select_rows([row for row in range(self.engine.num_rows) for _ in range(repeats)])
+        """Repeat each row ``repeats`` times, at least once.
+
+        Raises:
+            RangeError: for a number that is none, or too large for a batch.
+        """
+        rows = self.engine.num_rows
+        repeats = integer("repeats", repeats, 1, MOST_ROWS // max(rows, 1), RangeError)
+        self.engine.select_rows([row for row in range(rows) for _ in range(repeats)])
 
     def activate_past_recording(self) -> None:
         """Assisted decoding: nothing is evicted until its tokens are verified, that is until `crop` or the next forward."""

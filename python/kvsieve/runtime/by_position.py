@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+from kvsieve.checks import check_rows, check_tokens
 from kvsieve.errors import RangeError
 from kvsieve.runtime.exclusive import exclusive
 
@@ -20,16 +21,13 @@ __all__ = ["Rows", "coming", "evict", "pin", "unpin"]
 Rows = int | Sequence[int] | None
 """One row, several, or all of them."""
 
-LARGEST = 2**53
-"""Positions beyond this are not exact in the arithmetic of distances."""
-
 
 @exclusive
 def pin(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
     """The tokens at positions ``start`` to ``stop - 1`` of these rows stay; see :meth:`kvsieve.Stream.pin`."""
     engine.idle()
-    _check_range(start, stop)
-    named = _rows(engine, rows)
+    start, stop = check_tokens(start, stop)
+    named = check_rows(rows, engine.num_rows)
     for row in range(engine.num_rows) if named is None else named:
         for part in engine.parts:
             part.check_held(row, start, stop)
@@ -41,8 +39,8 @@ def pin(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
 def unpin(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
     """The tokens at positions ``start`` to ``stop - 1`` of these rows may be evicted again."""
     engine.idle()
-    _check_range(start, stop)
-    engine.planner.unpin(_rows(engine, rows), start, stop)
+    start, stop = check_tokens(start, stop)
+    engine.planner.unpin(check_rows(rows, engine.num_rows), start, stop)
     engine.make_room()
 
 
@@ -50,8 +48,8 @@ def unpin(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
 def evict(engine: Engine, start: int, stop: int, rows: Rows = None) -> None:
     """The tokens at positions ``start`` to ``stop - 1`` of these rows are evicted now; see :meth:`kvsieve.Stream.evict`."""
     engine.idle()
-    _check_range(start, stop)
-    named = _rows(engine, rows)
+    start, stop = check_tokens(start, stop)
+    named = check_rows(rows, engine.num_rows)
     each = list(range(engine.num_rows)) if named is None else named
     _check_evictable(engine, start, stop, each)
     engine.candidates.marks.clear()
@@ -90,28 +88,6 @@ def coming(engine: Engine, counts: Sequence[int], skip: Sequence[int]) -> Iterat
                 for lo, hi in old:
                     if max(lo, now) < min(hi, end):
                         engine.planner.pin([row], max(lo, now), min(hi, end), True)
-
-
-def _check_range(start: int, stop: int) -> None:
-    for name, value in (("start", start), ("stop", stop)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise RangeError(f"{name} must be the number of a token, an int, got {value!r}")
-        if not 0 <= value <= LARGEST:
-            raise RangeError(f"{name} must be a number of tokens from 0 to {LARGEST}, got {value}")
-    if start >= stop:
-        raise RangeError(f"tokens {start} to {stop} are none: start must lie before stop")
-
-
-def _rows(engine: Engine, rows: Rows) -> list[int] | None:
-    if rows is None:
-        return None
-    named = [rows] if isinstance(rows, int) else list(rows)
-    for row in named:
-        if isinstance(row, bool) or not isinstance(row, int) or row < 0 or (engine.num_rows and row >= engine.num_rows):
-            raise RangeError(f"the stream holds rows 0 to {engine.num_rows - 1}, not {row!r}")
-    if not named:
-        raise RangeError("rows must name at least one row, or be None for all of them")
-    return sorted(set(named))
 
 
 def _check_evictable(engine: Engine, start: int, stop: int, rows: Sequence[int]) -> None:
