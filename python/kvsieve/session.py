@@ -125,7 +125,7 @@ class SavedStream:
                 f"saved from another model: this {mine[0]} has the same shape and other weights or positions (a fine-tune, another "
                 "release); what it remembers would mean nothing to it, so load it on the model that wrote it"
             )
-        elif None not in (tokenizer, header["tokenizer"]) and header["tokenizer"] != fingerprint.tokenizer(tokenizer):
+        elif tokenizer is not None and header["tokenizer"] not in (None, fingerprint.tokenizer(tokenizer)):
             why = "saved with another tokenizer, whose ids mean other text"
         elif header["stored_keys"] != engine.stored_keys:
             why = f"saved with {header['stored_keys']} keys, this model needs {engine.stored_keys} ones"

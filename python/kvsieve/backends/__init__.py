@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 
 from kvsieve.backends.capabilities import FLOATS
+from kvsieve.checks import told
 from kvsieve.errors import BackendError
 
 if TYPE_CHECKING:
@@ -33,8 +34,8 @@ def get(name: str) -> Backend:
     Raises:
         BackendError: for an unknown name, or one that cannot run here.
     """
-    if name not in BACKENDS:
-        raise BackendError(f"unknown backend {name!r}; known: {', '.join(BACKENDS)}")
+    if not isinstance(name, str) or name not in BACKENDS:
+        raise BackendError(f"unknown backend {told(name)}; known: {', '.join(BACKENDS)}")
     module = importlib.import_module(f"kvsieve.backends.{name}.backend")
     return cast("Callable[[], Backend]", getattr(module, BACKENDS[name]))()
 

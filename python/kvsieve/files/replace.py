@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import BinaryIO
 
+from kvsieve.checks import told
 from kvsieve.errors import KvsieveError, SaveError
 
 __all__ = ["replacing", "target_of"]
@@ -79,7 +80,7 @@ def target_of(path: str | os.PathLike[str], what: str) -> tuple[str, int | None]
             os.stat(os.path.dirname(target))
             return target, None
     except (OSError, ValueError, TypeError) as err:
-        raise SaveError(f"cannot write the {what} {path!r}: {_reason(err)}") from err
+        raise SaveError(f"cannot write the {what} {told(path)}: {_reason(err)}") from err
     if not stat.S_ISREG(found.st_mode):
         kinds = ((stat.S_ISDIR, "a folder"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISFIFO, "a pipe"))
         kind = next((name for test, name in kinds if test(found.st_mode)), "no regular file")

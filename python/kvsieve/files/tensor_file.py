@@ -26,6 +26,7 @@ from typing import Any, BinaryIO
 
 import torch
 
+from kvsieve.checks import check_path
 from kvsieve.errors import SaveError, SessionError, SessionNotFoundError, UnsupportedError
 from kvsieve.files.replace import replacing
 
@@ -274,6 +275,7 @@ def opened(path: str | os.PathLike[str], kind: Kind) -> Iterator[TensorFile]:
         UnsupportedError: on a big-endian machine.
     """
     _check_byte_order()
+    path = check_path("path", path, SessionError)
     try:
         # A pipe without a writer would be waited for.
         held = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0))

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvsieve.checks import told
+from kvsieve.errors import ArgumentError
 from kvsieve.model.configs import original
 
 if TYPE_CHECKING:
@@ -67,14 +69,19 @@ def tokenizer(tokenizer: Any) -> str:
 
     Returns:
         64 hexadecimal digits.
+
+    Raises:
+        ArgumentError: for what is no tokenizer.
     """
+    if not callable(getattr(tokenizer, "get_vocab", None)) or not hasattr(tokenizer, "special_tokens_map"):
+        raise ArgumentError(f"tokenizer must be one of transformers', with a vocabulary, got {told(tokenizer)}")
     digest = hashlib.sha256(json.dumps(sorted(tokenizer.get_vocab().items())).encode())
     digest.update(json.dumps(tokenizer.special_tokens_map, sort_keys=True, default=str).encode())
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        told = json.loads(backend.to_str())
+        state = json.loads(backend.to_str())
         # How a call pads and truncates is remembered there too, and is no part of what tokens mean.
-        digest.update(json.dumps({k: v for k, v in told.items() if k not in ("padding", "truncation")}, sort_keys=True).encode())
+        digest.update(json.dumps({k: v for k, v in state.items() if k not in ("padding", "truncation")}, sort_keys=True).encode())
     return digest.hexdigest()
 
 
