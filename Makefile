@@ -63,8 +63,9 @@ FUZZ_EXECUTIONS ?= 50000
 FUZZ_SEED ?= $(shell date +%s)
 
 .PHONY: fuzz
-fuzz: setup ## random arguments to the compiled core, changed session and bank files (FUZZ_CALLS, FUZZ_EXECUTIONS, FUZZ_SEED)
+fuzz: setup ## random arguments to the compiled core and to the public calls, changed files (FUZZ_CALLS, FUZZ_EXECUTIONS, FUZZ_SEED)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_core.py --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED)
+	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_public.py --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_files.py --executions $(FUZZ_EXECUTIONS) --seed $(FUZZ_SEED)
 
 STEPS ?= 50000

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import kvsieve
@@ -14,13 +15,20 @@ import torch
 import transformers
 from drive import forward, forwards, greedy, positions
 from kvsieve.errors import (
+    ArgumentError,
     BackendError,
+    BankError,
     CacheMismatchError,
+    KvsieveError,
     PolicyError,
+    RangeError,
+    SaveError,
+    SessionError,
     ShapeError,
     StateError,
     UnsupportedModelError,
 )
+from kvsieve.model.ids import check_device, check_known
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 
@@ -105,6 +113,331 @@ def test_prompts_that_are_not_ids_are_refused(ids: Any) -> None:
             assert isinstance(caught.value, ValueError)
         assert stream.seen == 0
         assert stream.generate(tiny.ids(1, 5), max_new_tokens=2, do_sample=False).shape == (1, 7)
+
+
+WRONG_IDS: dict[str, tuple[Callable[[], Any], type[Exception]]] = {
+    "beyond the vocabulary": (lambda: torch.tensor([[5, tiny.VOCAB]]), RangeError),
+    "negative": (lambda: torch.tensor([[-1, 5]]), RangeError),
+    "huge": (lambda: torch.tensor([[2**63 - 1, 5]]), RangeError),
+    "small type": (lambda: torch.tensor([[5, 6]], dtype=torch.int16), ShapeError),
+    "three dimensions": (lambda: torch.full((1, 2, 2), 5), ShapeError),
+    "meta": (lambda: torch.full((1, 4), 5, device="meta"), ShapeError),
+    "sparse": (lambda: torch.full((1, 4), 5).to_sparse(), ShapeError),
+    "nested": (lambda: torch.nested.nested_tensor([torch.tensor([5]), torch.tensor([5, 6])]), ShapeError),
+    "requires a gradient": (lambda: torch.full((1, 4), 5.0, requires_grad=True), ShapeError),
+    "seems to have 2 ** 31 tokens": (lambda: torch.tensor(5).expand(1, 2**31), ShapeError),
+    "seems to have 2 ** 31 rows": (lambda: torch.tensor(5).expand(2**31, 1), ShapeError),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_IDS)
+def test_ids_that_the_model_cannot_have_are_refused_by_every_call_that_takes_them(name: str) -> None:
+    model, text, (make, kind) = tiny.model(), tiny.ids(1, 9), WRONG_IDS[name]
+    with kvsieve.stream(model, kvsieve.SirLLM(budget=64), "cpu") as stream:
+        stream.feed(text)
+        calls: list[Callable[[Any], Any]] = [
+            stream.feed,
+            lambda ids: stream.generate(ids, max_new_tokens=2, do_sample=False),
+            lambda ids: stream.read_twice(ids, text),
+            lambda ids: stream.read_twice(text, ids),
+            lambda ids: stream.feed(text, unread=ids),
+            lambda ids: stream.feed({"input_ids": ids}),
+        ]
+        for call in calls:
+            with pytest.raises(kind) as caught:
+                call(make())
+            assert isinstance(caught.value, KvsieveError)
+            assert "\n" not in str(caught.value)
+        assert stream.ids[0].tolist() == text[0].tolist()
+        answer = stream.generate(tiny.ids(1, 3, 1), max_new_tokens=4, do_sample=False)
+    whole = torch.cat([text, tiny.ids(1, 3, 1)], 1)
+    assert answer[0, 3:].tolist() == greedy(model, whole, 4)[0, 12:].tolist()
+
+
+@pytest.mark.parametrize(
+    "ids", [torch.tensor([[5, tiny.VOCAB]]), torch.tensor([[-1]]), torch.tensor([tiny.VOCAB]), torch.zeros(1, 0, dtype=torch.long)]
+)
+def test_a_forward_over_no_tokens_or_unknown_ones_is_refused_before_it_begins(ids: torch.Tensor) -> None:
+    model, text = tiny.model(), tiny.ids(1, 9)
+    with kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), "cpu") as stream:
+        forward(model, stream.cache, text)
+        with pytest.raises(KvsieveError, match=r"knows the tokens 0 to 127|prompt is empty"):
+            forward(model, stream.cache, ids)
+        got = forward(model, stream.cache, tiny.ids(1, 3, 1))
+    want = model(torch.cat([text, tiny.ids(1, 3, 1)], 1)).logits[:, 9:].detach()
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
+
+
+def test_ids_of_32_bits_are_ids_and_pads_may_have_any() -> None:
+    model, text = tiny.model(), tiny.ids(1, 9)
+    with kvsieve.stream(model, kvsieve.StreamingLLM(budget=64), "cpu") as stream:
+        want = stream.generate(text, max_new_tokens=4, do_sample=False)
+        stream.reset()
+        assert torch.equal(stream.generate(text.int(), max_new_tokens=4, do_sample=False), want)
+        stream.reset()
+        padded, mask = torch.cat([torch.tensor([[-100, 2**40]]), text], 1), torch.tensor([[0, 0, *[1] * 9]])
+        got = stream.generate(padded, mask, max_new_tokens=4, do_sample=False)
+        assert torch.equal(got[:, 2:], want)
+        assert got[0, :2].tolist() == [-100, 2**40]
+
+
+def test_ids_that_stand_for_an_image_are_not_looked_up() -> None:
+    """Models with images put something else in place of such ids before they look at their embedding."""
+    inner = tiny.model().config
+    model = SimpleNamespace(
+        get_input_embeddings=lambda: torch.nn.Embedding(10, 2),
+        config=SimpleNamespace(image_token_id=12, get_text_config=lambda decoder: inner),
+    )
+    check_known(model, torch.tensor([3, 12, 12, 9]), "input_ids")  # type: ignore[arg-type]
+    with pytest.raises(RangeError, match="hold 11"):
+        check_known(model, torch.tensor([3, 12, 11]), "input_ids")  # type: ignore[arg-type]
+
+
+def test_ids_on_another_device_are_refused_unless_what_moves_them_stands_before_the_model() -> None:
+    ids = torch.zeros(1, 3, dtype=torch.long, device="meta")  # the device that every machine has besides
+    model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(10, 2))
+    with pytest.raises(ShapeError, match=r"are on meta, the model on cpu"):
+        check_device(model, ids, "input_ids")  # type: ignore[arg-type]
+    model._hf_hook = None
+    check_device(model, ids, "input_ids")  # type: ignore[arg-type]
+    model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(10, 2, device="meta"))  # its weights are elsewhere
+    check_device(model, torch.zeros(1, 3, dtype=torch.long), "input_ids")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [True, "x", 1.5, [2, "x"], 2**70], ids=repr)
+def test_ends_and_beams_that_are_no_numbers_are_refused_before_anything_is_read(value: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        for name in ("eos_token_id", "num_beams"):
+            with pytest.raises(ArgumentError, match=name):
+                stream.generate(tiny.ids(1, 5), max_new_tokens=1, **{name: value})
+        assert stream.seen == 0
+        with pytest.raises(ArgumentError, match="eos_token_id"):
+            stream.generate(tiny.ids(1, 5), max_new_tokens=1, eos_token_id=torch.tensor([[1]]))
+        for end in (None, torch.tensor(2), [2, 3]):
+            assert stream.generate(tiny.ids(1, 5), max_new_tokens=1, eos_token_id=end).shape == (1, 6)
+
+
+@pytest.mark.parametrize("mask", [torch.ones(1, 9, device="meta"), torch.ones(1, 9).to_sparse(), torch.ones(9), "x", [[1] * 9]])
+def test_masks_that_are_none_are_refused(mask: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.Full(), "cpu") as stream:
+        for call in (stream.feed, stream.generate):
+            with pytest.raises(ShapeError, match="attention_mask"):
+                call(tiny.ids(1, 9), mask)
+        assert stream.seen == 0
+
+
+# ------------------------------------------------------------------------------------------- numbers, rows, ranges, flags, paths
+
+
+@pytest.mark.parametrize("rows", [2, -1, True, 0.0, "0", [0, 2], [[0]], [], np.array([0.5]), 2**70, range(2**60), {"a": 1}])
+def test_rows_that_there_are_not_are_refused(rows: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(budget=64), "cpu") as stream:
+        stream.feed(tiny.ids(2, 20))
+        for call in (stream.pin, stream.unpin, stream.evict):
+            with pytest.raises(RangeError):
+                call(2, 5, rows)
+        assert stream.pins == [[], []]
+        assert positions(stream) == [list(range(20))] * 2
+
+
+@pytest.mark.parametrize("start", [-1, 5, True, 2.0, "2", None, 2**60, np.float32(2)])
+def test_ranges_that_are_none_are_refused(start: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(budget=64), "cpu") as stream:
+        stream.feed(tiny.ids(1, 20))
+        for call in (stream.pin, stream.unpin, stream.evict):
+            with pytest.raises(RangeError):
+                call(start, 5)
+        assert stream.pins == [[]]
+        assert positions(stream) == [list(range(20))]
+
+
+def test_numbers_of_numpy_are_numbers() -> None:
+    three = np.int64(3)
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(budget=np.int32(64), sinks=np.uint8(2)), "cpu") as stream:
+        stream.feed(tiny.ids(2, 20), chunk=np.int64(7))
+        stream.pin(np.int32(1), three, rows=np.array([0, 1]))
+        stream.pin(np.int32(8), np.int64(9), rows=np.int64(1))
+        assert stream.pins == [[(1, 3)], [(1, 3), (8, 9)]]
+        stream.cache.batch_select_indices(np.array([1, 0]))
+        assert stream.pins == [[(1, 3), (8, 9)], [(1, 3)]]
+        stream.cache.crop(np.int64(-1))
+        assert stream.seen == 19
+    many: list[Any] = [
+        kvsieve.SirLLM(np.int64(64), sinks=three, recent=np.int32(8), decay=np.float64(0.5)),
+        kvsieve.LMInfinite(np.int64(22), sinks=three, middle_top_k=three),
+        kvsieve.H2O(np.int64(64), recent=three),
+        kvsieve.SnapKV(np.int64(64), observe=three, kernel=three),
+        kvsieve.HiP(np.int64(64), window=three, extend=np.int64(64)),
+        kvsieve.InfiniteHiP(stages=((np.int64(8), np.int64(64)),), refresh=(three,), wide_layers=np.int64(0)),
+        kvsieve.Quest(np.int64(64), refresh=np.int64(2)),
+        kvsieve.ThinK(np.float64(0.5), recent=three, skip_layers=(np.int64(1),)),
+        kvsieve.Quantized(np.int64(8), group=np.int64(16)),
+        kvsieve.InfLLM(np.int64(64), blocks=three, per_head=np.bool_(True)),
+        kvsieve.LongHeads(np.int64(96), chunk=np.int64(16)),
+        kvsieve.RefreshKV(np.int64(64), kernel=three, similarity=np.float64(0.5)),
+        kvsieve.SelectiveV(np.int64(7), mass=np.float64(0.5)),
+        kvsieve.StreamingLLM(64) >> kvsieve.MemoryBank(capacity=np.int64(64), top_k=np.int64(16), layers=np.array([1]).tolist()),
+    ]
+    for policy in many:
+        assert "np." not in repr(policy)
+        assert repr(kvsieve.methods.parse(repr(policy))) == repr(policy)
+
+
+NO_COUNTS: tuple[Any, ...] = (True, 2.0, "x", None, -3, 2**60, float("nan"), np.float32(2), torch.tensor(3), [3], b"3")
+
+
+@pytest.mark.parametrize("count", NO_COUNTS, ids=repr)
+def test_what_is_no_count_is_refused_by_every_policy(count: Any) -> None:
+    makers: list[Callable[[Any], Any]] = [
+        lambda n: kvsieve.SirLLM(n),
+        lambda n: kvsieve.SirLLM(64, sinks=n),
+        lambda n: kvsieve.StreamingLLM(n),
+        lambda n: kvsieve.LMInfinite(n),
+        lambda n: kvsieve.H2O(n),
+        lambda n: kvsieve.SnapKV(n),
+        lambda n: kvsieve.HiP(n),
+        lambda n: kvsieve.Quest(n),
+        lambda n: kvsieve.Quantized(8, residual=n),
+        lambda n: kvsieve.ThinK(recent=n),
+        lambda n: kvsieve.ThinK(skip_layers=(n,)),
+        lambda n: kvsieve.InfLLM(n),
+        lambda n: kvsieve.LongHeads(n),
+        lambda n: kvsieve.RefreshKV(n),
+        lambda n: kvsieve.MemoryBank(capacity=n),
+        lambda n: kvsieve.policy.TopKTokens(n),
+        lambda n: kvsieve.policy.FixedDistance(n),
+        lambda n: kvsieve.policy.Tiered(n),
+    ]
+    for make in makers:
+        with pytest.raises(PolicyError) as caught:
+            make(count)
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), -0.5, True, "0.5", 10**400, 1j], ids=str)
+def test_what_is_no_share_is_refused(number: Any) -> None:
+    makers: list[Callable[[Any], Any]] = [
+        lambda x: kvsieve.SirLLM(64, decay=x),
+        lambda x: kvsieve.ThinK(x),
+        lambda x: kvsieve.SelectiveV(mass=x),
+        lambda x: kvsieve.policy.Tiered("1MiB", decay=x),
+    ]
+    for make in makers:
+        with pytest.raises(PolicyError):
+            make(number)
+
+
+@pytest.mark.parametrize(
+    "text", [None, 3, b"full()", "full() " * 10_000, "(" * 3000, "full()\0", "sirllm(" + "9" * 5000 + ")", "full(**{1: 2})", ""]
+)
+def test_texts_that_are_no_policy_are_refused(text: Any) -> None:
+    with pytest.raises(PolicyError):
+        kvsieve.methods.parse(text)
+
+
+def test_parts_that_are_none_make_no_policy() -> None:
+    chain, banked, both = kvsieve.policy.Chain, kvsieve.policy.Banked, kvsieve.policy.PrunedAndQuantized
+    window, bank = kvsieve.StreamingLLM(24), kvsieve.MemoryBank()
+    makers: list[Callable[[], Any]] = [
+        lambda: chain(3),  # type: ignore[arg-type]
+        lambda: chain((window,)),  # type: ignore[arg-type]
+        lambda: chain((kvsieve.Full(), window)),
+        lambda: banked(window, 3),  # type: ignore[arg-type]
+        lambda: banked(window >> bank, bank),
+        lambda: both(kvsieve.policy.Plain(), kvsieve.policy.Plain()),
+        lambda: kvsieve.Memory(text=3),  # type: ignore[arg-type]
+    ]
+    for make in makers:
+        with pytest.raises(PolicyError):
+            make()
+
+
+def test_flags_that_are_none_are_refused() -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        calls: list[Callable[[Any], Any]] = [
+            lambda flag: stream.feed(tiny.ids(1, 5), pin=flag),
+            lambda flag: stream.generate(tiny.ids(1, 5), max_new_tokens=1, pin=flag),
+            lambda flag: stream.generate(tiny.ids(1, 5), max_new_tokens=1, end_turn=flag),
+            lambda flag: stream.join([stream.fork()], canonical=flag),
+        ]
+        for call in calls:
+            for flag in (1, "yes", None, torch.tensor([True, False])):
+                with pytest.raises(ArgumentError) as caught:
+                    call(flag)
+                assert isinstance(caught.value, TypeError)
+        assert stream.seen == 0
+
+
+@pytest.mark.parametrize("path", [0, 3, None, b"x", "", "a\0b", "\ud800", True, [1], 2.5], ids=ascii)
+def test_paths_that_are_none_are_refused(path: Any) -> None:
+    """A number would be a file that is open already: 0 is what is typed."""
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        with pytest.raises(SaveError):
+            stream.save(path)
+        with pytest.raises(SessionError):
+            kvsieve.load(path, tiny.model())
+        with pytest.raises(BankError):
+            kvsieve.MemoryBank.load(path)
+        if path is not None:
+            with pytest.raises(PolicyError):
+                kvsieve.MemoryBank(path)
+
+
+@pytest.mark.parametrize("tokenizer", [3, "x", object()], ids=repr)
+def test_what_is_no_tokenizer_is_refused(tokenizer: Any, tmp_path: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        stream.feed(tiny.ids(1, 5))
+        with pytest.raises(ArgumentError, match="tokenizer"):
+            stream.save(tmp_path / "a.session", tokenizer=tokenizer)
+        assert not (tmp_path / "a.session").exists()
+
+
+WRONG_ROWS: tuple[Any, ...] = (
+    *(torch.tensor(x) for x in ([2], [-3], [[0]], 0, [0.5], [])),
+    *(torch.tensor([0], device="meta"), torch.tensor([0]).to_sparse(), torch.tensor(0).expand(2**31), "x", None, 0, [True, 0]),
+)
+
+
+@pytest.mark.parametrize("index", WRONG_ROWS, ids=range(len(WRONG_ROWS)))
+def test_a_cache_has_no_other_rows_than_its_own(index: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        stream.feed(tiny.ids(2, 20))
+        for call in (stream.cache.reorder_cache, stream.cache.batch_select_indices):
+            with pytest.raises(RangeError):
+                call(index)
+        assert [row.tolist() for row in stream.ids] == tiny.ids(2, 20).tolist()
+        stream.cache.batch_select_indices(torch.tensor([-1, 0]))
+        stream.cache.batch_select_indices(torch.tensor([False, True]))
+        assert [row.tolist() for row in stream.ids] == tiny.ids(2, 20)[:1].tolist()
+
+
+@pytest.mark.parametrize("count", [0, -1, True, 1.0, None, 2**31, 2**70])
+def test_rows_are_repeated_a_number_of_times(count: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        stream.feed(tiny.ids(1, 5))
+        with pytest.raises(RangeError):
+            stream.cache.batch_repeat_interleave(count)
+        assert len(stream.ids) == 1
+
+
+@pytest.mark.parametrize("columns", [True, -0.5, None, "x", torch.tensor([-1, -1]), torch.tensor(True), -(2**70)])
+def test_what_a_crop_takes_is_a_number_of_columns(columns: Any) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        stream.feed(tiny.ids(1, 5))
+        with pytest.raises(RangeError):
+            stream.cache.crop(columns)
+        assert stream.seen == 5
+        stream.cache.crop(torch.tensor(-1))  # type: ignore[arg-type]
+        assert stream.seen == 4
+
+
+def test_a_layer_that_the_cache_does_not_have_is_refused() -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
+        for layer in (2, -1, None, "0", True, 2**70):
+            with pytest.raises(RangeError):
+                stream.cache.update(torch.zeros(1), torch.zeros(1), layer)  # type: ignore[arg-type]
+        with pytest.raises(StateError, match="outside"):
+            stream.cache.update(torch.zeros(1), torch.zeros(1), 0)
 
 
 @BACKEND
