@@ -44,7 +44,8 @@ def test_a_continuation_in_chunks_is_the_one_token_by_token(name: str, prompt: i
     full, _ = packing_nll.losses(model, kvsieve.Full(), prefix, ids[:, head:prompt], ids[:, prompt:])
     assert chunks.shape == (70,)
     assert held == alone
-    torch.testing.assert_close(chunks, tokens, rtol=0, atol=1e-4)
+    # A key that a matrix product rounds the other way, as it may on another processor, may fall to the next of 16 codes.
+    torch.testing.assert_close(chunks, tokens, rtol=0, atol=3e-4 if "codes" in name else 1e-4)
     assert float((chunks - full).abs().max()) > 1e-3, "nothing was packed"
     assert float(chunks[0]) == pytest.approx(float(full[0]), abs=1e-5)  # predicted before anything was packed
 
