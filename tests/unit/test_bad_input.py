@@ -383,7 +383,7 @@ def test_paths_that_are_none_are_refused(path: Any) -> None:
                 kvsieve.MemoryBank(path)
 
 
-@pytest.mark.parametrize("tokenizer", [3, "x", object()], ids=repr)
+@pytest.mark.parametrize("tokenizer", [3, "x", object()], ids=lambda one: type(one).__name__)
 def test_what_is_no_tokenizer_is_refused(tokenizer: Any, tmp_path: Any) -> None:
     with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream:
         stream.feed(tiny.ids(1, 5))
