@@ -198,6 +198,27 @@ def test_an_image_is_read_as_without_a_stream_or_refused_before_anything_is_stor
     torch.testing.assert_close(got, want, atol=1e-3, rtol=0)
 
 
+def test_an_image_whose_forward_died_was_never_read() -> None:
+    """Or text alone would be refused for the sake of an image that the stream does not hold."""
+    model, text = seeing("Qwen2VL"), tiny.ids(1, 7, 3) % 100
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        attention = [module for module in model.modules() if type(module).__name__ == "Qwen2VLAttention"][-1]
+        broken = attention.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model(**with_image("Qwen2VL"), past_key_values=stream.cache)
+        broken.remove()
+        stream.feed(text)
+        assert stream.seen == 7
+        got = stream.generate(text, max_new_tokens=3, do_sample=False, eos_token_id=None)
+        stream.reset()
+        model(**with_image("Qwen2VL"), past_key_values=stream.cache)
+        with pytest.raises(UnsupportedError, match="three axes"):
+            stream.feed(text, unread=text[:, :0])
+    with kvsieve.stream(model, kvsieve.Full()) as stream:
+        stream.feed(text)
+        assert torch.equal(stream.generate(text, max_new_tokens=3, do_sample=False, eos_token_id=None), got)
+
+
 @pytest.mark.parametrize("name", ["Llava", "Qwen2VL"])
 def test_generate_with_an_image(name: str) -> None:
     model, how = seeing(name), {"do_sample": False, "max_new_tokens": 6, "pad_token_id": 0, "eos_token_id": None}

@@ -42,6 +42,8 @@ class ToldPositions(StreamPart):
         """`ahead`, once the forward under way counts."""
         self.joined_at: list[int] = []
         self.several_axes = False
+        self._image = False
+        """Whether the forward under way reads an image with positions of several axes."""
 
     @classmethod
     def of(cls, setting: Setting) -> ToldPositions:
@@ -113,18 +115,19 @@ class ToldPositions(StreamPart):
                 f"the positions of an image have three axes, and {self._policy!r} moves tokens along one; "
                 "use a policy that leaves tokens where they are, such as kvsieve.Full() or kvsieve.SnapKV(...), or pass text only"
             )
-        self.several_axes = True
+        self._image = True
 
     def commit(self, forward: Forward) -> Apply:
-        told, self._told = self._told, None
+        (told, image), (self._told, self._image) = (self._told, self._image), (None, False)
 
         def apply() -> None:
             self.ahead = self.ahead if told is None else told
+            self.several_axes = self.several_axes or image
 
         return apply
 
     def rollback(self) -> None:
-        self._told = None
+        self._told, self._image = None, False
 
     def check_crop(self, crop: Crop) -> None:
         """Refuse to forget a part of what was joined: documents that were read side by side have no one end to go back to."""
