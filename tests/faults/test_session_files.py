@@ -196,17 +196,18 @@ def test_what_is_no_file_is_no_session(tmp_path: Path) -> None:
         ("", "folder"),
         ("pipe", "pipe"),
         ("link", "symbolic links"),
-        ("a\0b", "null"),
         ("x" * 300, "name too long"),
     ):
         with pytest.raises(SessionError, match=f"(?i){match}"):
             load(tmp_path / name)
+    with pytest.raises(SessionError, match="no file can have the name"):
+        load(tmp_path / "a\0b")
     with pytest.raises(SessionError, match="device"):
         load(Path("/dev/zero"))
     with pytest.raises(SessionNotFoundError, match="there is no kvsieve stream") as caught:
         load(tmp_path / "missing")
     assert isinstance(caught.value, FileNotFoundError)
-    with pytest.raises(SessionError):
+    with pytest.raises(SessionError, match="must be a path"):
         kvsieve.load(7, tiny.model())  # type: ignore[arg-type]
 
 

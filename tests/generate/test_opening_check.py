@@ -12,6 +12,7 @@ import tiny
 import torch
 import transformers
 from kvsieve.errors import UnsupportedModelError
+from kvsieve.model.cache import StreamCache
 from kvsieve.model.support import NEWEST, OLDEST
 from transformers import Cache, LlamaForCausalLM, LlamaModel
 from transformers.models.llama import modeling_llama
@@ -127,7 +128,7 @@ def test_an_attention_taken_away_later_is_an_error_and_changes_nothing(monkeypat
         with kvsieve.stream(model, kvsieve.Full()) as stream, torch.no_grad():
             model(TEXT, past_key_values=stream.cache)
             with monkeypatch.context() as patch:
-                patch.setattr(Cache, "update", lambda self, k, v, layer, **kwargs: (k, v))
+                patch.setattr(StreamCache, "update", lambda self, k, v, layer, **kwargs: (k, v))
                 with pytest.raises(kvsieve.errors.StateError, match=rf"0 of {layers} layers"):
                     model(MORE, past_key_values=stream.cache)
             assert stream.seen == 12

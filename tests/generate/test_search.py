@@ -496,7 +496,7 @@ def test_a_policy_that_reads_everything_has_no_trace() -> None:
         (lambda: kvsieve.HiP(8, query_block=0), "query_block"),
         (lambda: kvsieve.HiP(8, representative="nearest"), "representative"),
         (lambda: kvsieve.HiP(8, dense_layers=-1), "dense_layers"),
-        (lambda: kvsieve.HiP(8, extend=-1), "after"),
+        (lambda: kvsieve.HiP(8, extend=-1), "extend"),
         (lambda: kvsieve.InfiniteHiP("4k"), "preset"),
         (lambda: kvsieve.InfiniteHiP(stages=()), "refresh for each"),
         (lambda: kvsieve.InfiniteHiP(stages=((8, 64),)), "refresh for each"),

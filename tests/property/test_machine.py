@@ -19,6 +19,7 @@ from typing import Any
 
 import conversation_model as plainly
 import kvsieve
+import kvsieve.generate as turns
 import pytest
 import systems
 import tiny
@@ -165,7 +166,7 @@ class Conversation(RuleBasedStateMachine):
             assert self.refused(live, lambda: live.stream.feed(torch.full((live.plain.rows, 1), 5)), StateError)
 
     def chunk_of(self, live: Live, chunk: int | None) -> int:
-        return live.stream._chunk() if chunk is None else chunk
+        return turns.chunk_of(live.stream._engine) if chunk is None else chunk
 
     # ------------------------------------------------------------------------------------------------------------- reading
 
@@ -239,7 +240,7 @@ class Conversation(RuleBasedStateMachine):
         said = [self.until_the_end(row) if ends else row for row in answers]
         assert max(map(len, said)) == len(answers[0]) <= new
         assert all(not any(row[len(mine) :]) for row, mine in zip(answers, said))
-        pieces = cut([a + b for a, b in zip(before, prompt)], live.stream._chunk())
+        pieces = cut([a + b for a, b in zip(before, prompt)], turns.chunk_of(live.stream._engine))
         self.has_said(live, pieces, before, said, len(answers[0]) - 1)
         if end_turn:
             plain.ends_turn()
@@ -263,7 +264,7 @@ class Conversation(RuleBasedStateMachine):
             return
         plain, prompt = live.plain, self.text(self.lengths(live, length, 0))
         before = plain.waiting or [[] for _ in prompt]
-        pieces = cut([a + b for a, b in zip(before, prompt)], live.stream._chunk())
+        pieces = cut([a + b for a, b in zip(before, prompt)], turns.chunk_of(live.stream._engine))
         at = (at - 1) % (len(pieces) + new - 1) + 1
         with interrupts(self.model, at, layer):
             live.stream.generate(torch.tensor(prompt), max_new_tokens=new, do_sample=False, **self.unread(live))
@@ -288,7 +289,7 @@ class Conversation(RuleBasedStateMachine):
         ids, mask = pad_left(tensors(prompt))
         out = live.stream.generate(ids, mask, num_beams=2, max_new_tokens=new, do_sample=False, **self.unread(live))
         said = out[:, ids.shape[1] :].tolist()
-        rows, chunk = [a + b for a, b in zip(before, prompt)], live.stream._chunk()
+        rows, chunk = [a + b for a, b in zip(before, prompt)], turns.chunk_of(live.stream._engine)
         first = cut([row[:-1] for row in rows], chunk)
         self.has_read(live, first, before)
         plain.reads(cut([[row[-1], *mine] for row, mine in zip(rows, said)], chunk))

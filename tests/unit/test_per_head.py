@@ -27,7 +27,6 @@ from kvsieve.policy.specs import EvictionSpec, MemorySpec, PositionSpec
 from kvsieve.policy.storage import Plain
 from kvsieve.runtime.head_eviction import HeadEviction
 from kvsieve.runtime.observation import LayerState, Observation, RowState, choose
-from kvsieve.runtime.part import Setting
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 ONE = AttendCall(scale=1.0)
@@ -269,10 +268,8 @@ class TestRefused:
                 build()
         whole = retain | Memory(position=Original(), select=Dense(), storage=Plain())
         assert (whole.stored_keys, whole.moves) == ("post_rope", False)
-        none: Any = None
-        chain = Setting(kvsieve.policy.Chain((Memory(evict=Window(9)), whole)), none, none, "post_rope", none)
         with pytest.raises(PolicyError, match="chain"):
-            HeadEviction.of(chain)
+            kvsieve.policy.Chain((Memory(evict=Window(9)), whole))
 
     def test_keep_has_no_one_answer(self) -> None:
         none: Any = None
