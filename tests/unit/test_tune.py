@@ -15,7 +15,7 @@ from kvsieve.cli import main
 from kvsieve.errors import KvsieveError
 from kvsieve.evals import tune
 from kvsieve.evals.candidates import CANDIDATES
-from kvsieve.evals.tune import Settings, Tried, best_of, front, in_python, run
+from kvsieve.evals.tune import Settings, Tried, best_of, front, in_python, is_bounded, line_of, run
 
 TOKEN = 2 * 2 * 2 * 32 * 4
 """Bytes of a token of the tiny model."""
@@ -84,6 +84,13 @@ def test_the_line_of_python_is_the_policy() -> None:
         assert repr(eval(in_python(repr(policy)), {"kvsieve": kvsieve})) == repr(policy)
 
 
+def test_what_evicts_is_bounded() -> None:
+    kinds = {"full()": False, "full() | quantized(8)": False, "quest(1024)": False, "sirllm(64)": True, "snapkv(64)": True}
+    assert {text: is_bounded(text) for text in kinds} == kinds
+    assert is_bounded("streamingllm(64) | quantized(8, when='prefill')")
+    assert not is_bounded("streamingllm(64) >> full()")
+
+
 @pytest.mark.parametrize("candidate", CANDIDATES, ids=lambda one: one.name)
 def test_every_candidate_is_a_policy_that_can_be_saved(candidate: Any) -> None:
     for tokens in (0, 127, 128, 5000):
@@ -112,6 +119,11 @@ def test_what_is_tried_fits_and_what_does_not_is_said(text: Path, capsys: Any) -
     best = best_of(tried)
     assert best is not None
     assert f"with kvsieve.stream(model, {in_python(best.policy)}) as stream:" in said
+    # It need not be one for texts without end, and then both are named.
+    assert ("It holds every token" in said) == (not is_bounded(best.policy))
+    bounded = best_of([one for one in tried if is_bounded(one.policy)])
+    assert bounded is not None
+    assert line_of(bounded) in said
     # A budget is used: what evicts holds most of what is allowed.
     window = next(one for one in tried if one.name == "newest tokens")
     assert window.bytes_held > 0.7 * 600 * TOKEN

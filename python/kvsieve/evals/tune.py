@@ -134,6 +134,19 @@ def in_python(policy: str) -> str:
     return re.sub(rf"\b({names})\(", r"kvsieve.\1(", policy)
 
 
+def line_of(one: Tried) -> str:
+    """The line of Python that opens a stream with it."""
+    return (
+        f"with kvsieve.stream(model, {in_python(one.policy)}) as stream:  # {one.bytes_held / 1e6:.1f} MB, "
+        f"perplexity {one.perplexity:.2f}"
+    )
+
+
+def is_bounded(policy: str) -> bool:
+    """Whether what it holds ends somewhere, however long the text."""
+    return bool(kvsieve.methods.parse(policy).memories[-1].roles.evict.evicts)
+
+
 # ------------------------------------------------------------------------------------------------------------------------- runs
 
 
@@ -326,8 +339,13 @@ def report(tried: Sequence[Tried], settings: Settings, work: _Work) -> None:
             f"\nThe {work.length:,} tokens that were read fit as they are: whether to forget was not asked. A longer text, more "
             "--seconds or fewer --bytes ask it."
         )
-    print(f"\nwith kvsieve.stream(model, {in_python(best.policy)}) as stream:  # {best.bytes_held / 1e6:.1f} MB, "
-          f"perplexity {best.perplexity:.2f}")  # fmt: skip
+    print(f"\n{line_of(best)}")
+    if not is_bounded(best.policy):
+        fit = int(best.tokens * settings.bytes / best.bytes_held)
+        print(f"It holds every token: a text of more than about {fit:,} takes more than {settings.bytes / 1e6:g} MB.")
+        bounded = best_of([one for one in tried if is_bounded(one.policy)])
+        if bounded is not None:
+            print(f"For texts without end:\n{line_of(bounded)}")
     if settings.plot is not None:
         from kvsieve.view.front import plot_front
 
