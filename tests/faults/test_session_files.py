@@ -452,7 +452,7 @@ def test_a_kill_at_any_moment_leaves_the_old_or_the_new_file(tmp_path: Path) -> 
 # --------------------------------------------------------------------------------------------------------------- whole streams
 
 
-def test_saving_holds_one_layer_more_in_memory_and_not_all(tmp_path: Path) -> None:
+def test_keys_and_values_are_made_when_they_are_written(tmp_path: Path) -> None:
     """Keys and values are read from the stores when they are written."""
     held: list[int] = []
     config = {"num_hidden_layers": 6}

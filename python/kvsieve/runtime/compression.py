@@ -305,9 +305,8 @@ class Compression(StreamPart):
         self.reading, self.compressed_at = saved.get("reading", bool), saved.by_row("compressed_at")
         for index, layer in self._layers.items():
             names = {row: f"queries.{index}.{row}" for row in range(len(counts))}
-            heads, size = None, layer.key_dim
             known = {
-                row: saved.tensor(name, None, heads, None, size).to(layer.device)
+                row: saved.tensor(name, None, None, None, layer.key_dim).to(layer.device)
                 for row, name in names.items()
                 if name in saved.tensors
             }

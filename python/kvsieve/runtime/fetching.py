@@ -101,7 +101,6 @@ class Fetching(StreamPart):
         self._policy, self._blocks = setting.policy, setting.blocks
         self._tiered = setting.policy.tiers is not None
         self._layers = {layer.index: layer for layer in setting.facts.layers}
-        self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: Rows = []
         self.read: dict[int, list[Fetched | None]] = {}
         self._residents: dict[int, Residents] = {}
@@ -304,8 +303,8 @@ class Fetching(StreamPart):
         self.rows = []
         for row, layers in enumerate(saved.rows("layers")):
             indices = [in_range(of_kind(index, int, "layers"), 0, MOST, "layers") for index in of_kind(layers, list, "layers")]
-            if indices and sorted(indices) != sorted(self._devices):
-                raise SessionError(f"row {row} has summaries in layers {indices}, not in {sorted(self._devices)}")
+            if indices and sorted(indices) != sorted(self._layers):
+                raise SessionError(f"row {row} has summaries in layers {indices}, not in {sorted(self._layers)}")
             self.rows.append({index: self._restored(saved, row, index) for index in indices})
 
     def _restored(self, saved: Saved, row: int, index: int) -> Summed:
@@ -317,7 +316,7 @@ class Fetching(StreamPart):
             tensors["queries"] = saved.tensor(f"queries{end}", None, None, None, layer.key_dim)
         if table.shape[1] * self.rule.block > most or tensors["scores"].shape[1] > most:
             raise SessionError(f"row {row} has summaries of more tokens than it has seen")
-        return Summed.of(tensors, self._devices[index])
+        return Summed.of(tensors, self._layers[index].device)
 
     @property
     def bytes_of_summaries(self) -> int:

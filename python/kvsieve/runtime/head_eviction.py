@@ -51,7 +51,6 @@ class HeadEviction(StreamPart):
         if isinstance(rule.observe, bool) or not isinstance(rule.observe, int) or rule.observe < 0:
             raise PolicyError(f"{type(rule).__name__}.observe must be an int of at least 0, got {rule.observe!r}")
         self._layers = {layer.index: layer for layer in setting.facts.layers}
-        self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: list[RowState] = []
         self.calls: dict[int, AttendCall] = {}
         self._pending: dict[int, list[LayerState]] = {}
@@ -321,12 +320,12 @@ class HeadEviction(StreamPart):
         return Saved({"rows": [(row.since, row.evicted_at) for row in self.rows], "calls": calls}, tensors)
 
     def restore(self, saved: Saved) -> None:
-        calls = {layer_of(name, self._devices): numbers for name, numbers in saved.get("calls", dict).items()}
+        calls = {layer_of(name, self._layers): numbers for name, numbers in saved.get("calls", dict).items()}
         for layer, numbers in calls.items():
             scale, softcap = listed(numbers, 2, "calls")
             softcap = of_kind(softcap, (float, int, type(None)), "calls")
             name = f"sinks.{layer}"
-            sinks = saved.tensor(name, None, None).to(self._devices[layer]) if name in saved.tensors else None
+            sinks = saved.tensor(name, None, None).to(self._layers[layer].device) if name in saved.tensors else None
             self.calls[layer] = AttendCall(of_kind(scale, (float, int), "calls"), softcap, sinks)
         self.rows = []
         for at, told in enumerate(saved.rows("rows")):
@@ -337,7 +336,7 @@ class HeadEviction(StreamPart):
             self.rows.append(RowState(since, layers, evicted_at))
 
     def _restored(self, saved: Saved, row: int, since: int, layer: int) -> LayerState:
-        facts, device, end = self._layers[layer], self._devices[layer], f".{layer}.{row}"
+        facts, device, end = self._layers[layer], self._layers[layer].device, f".{layer}.{row}"
         heads, held = facts.num_kv_heads, self._planner.resident(0, row)
         chosen = saved.indices(f"chosen{end}", max(since, 1), heads, None)
         if chosen.shape[1] + saved.seen[row] - since != held or not bool((chosen[:, 1:] > chosen[:, :-1]).all()):

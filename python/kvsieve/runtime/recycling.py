@@ -102,7 +102,6 @@ class Recycling(StreamPart):
         self.rule, self._blocks = rule, setting.blocks
         self._ropes = {layer.index: layer.rope for layer in setting.facts.layers}
         self._layers = {layer.index: layer for layer in setting.facts.layers}
-        self._devices = {layer.index: layer.device for layer in setting.facts.layers}
         self.rows: list[RowState] = []
         self.full_steps: dict[int, int] = {}
         self.read: dict[int, Sets] = {}
@@ -289,7 +288,7 @@ class Recycling(StreamPart):
         self.rows = []
         for row, (told, steps) in enumerate(zip(saved.rows("held"), saved.by_row("steps"))):
             most = self._blocks.planner.resident(0, row)
-            held = {layer_of(name, self._devices): count for name, count in of_kind(told, dict, "held").items()}
+            held = {layer_of(name, self._layers): count for name, count in of_kind(told, dict, "held").items()}
             layers = {
                 layer: self._restored(saved, row, layer, in_range(of_kind(count, int, "held"), 0, most, "held"))
                 for layer, count in held.items()
@@ -297,7 +296,7 @@ class Recycling(StreamPart):
             self.rows.append(RowState(layers, steps))
 
     def _restored(self, saved: Saved, row: int, layer: int, held: int) -> Choice:
-        facts, device, end = self._layers[layer], self._devices[layer], f".{layer}.{row}"
+        facts, device, end = self._layers[layer], self._layers[layer].device, f".{layer}.{row}"
         tokens = saved.indices(f"tokens{end}", max(held, 1), facts.num_kv_heads, None)
         order = saved.indices(f"order{end}", max(tokens.shape[1], 1), *tokens.shape)
         if tokens.shape[1] > held:
