@@ -11,6 +11,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
+from eval_cases import Letters
 from kvsieve import policy as roles
 from kvsieve.cli import main
 from kvsieve.errors import KvsieveError
@@ -105,6 +106,83 @@ def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixt
         main(argv)
     assert stop.value.code == 2
     assert "usage: kvsieve" in capsys.readouterr().err
+
+
+@pytest.fixture
+def text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A text, and the tiny model wherever a model is asked for."""
+    monkeypatch.setattr("kvsieve.evals.models.load_model", lambda name, dtype: (tiny.model(), Letters()))
+    path = tmp_path / "text.txt"
+    path.write_text("The history of the sea is the history of people who crossed it. " * 8)
+    return path
+
+
+def command(text: Path, *more: str) -> list[str]:
+    sizes = ["--windows", "2", "--prompt", "150", "--continuation", "40", "--threads", "1"]
+    return ["eval", "packing", "--model", "mine", "--text", str(text), *sizes, *more]
+
+
+def test_policies_of_all_kinds_on_a_model_of_ones_own(text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What each reads is what it would read alone: nobody takes over what the full cache has read who would not hold it."""
+    wanted = ["streamingllm(64)", "think(0.4)", "quest(64)", "snapkv(64) | quantized(4, group=8)"]
+    path = text.with_suffix(".json")
+    assert main(command(text, "--policy", *wanted, "--json", str(path))) == 0
+    found = json.loads(path.read_text())["prices"]
+    policies = {repr(policy): policy for policy in map(kvsieve.methods.parse, wanted)}
+    assert [row["name"] for row in found] == ["Full()", *policies]
+    windows = packing_nll.windows(Letters()(text.read_text(), add_special_tokens=False, return_tensors="pt")["input_ids"], 2, 190)
+    for row in found[1:]:
+        for ids, nll in zip(windows, row["nll"]):
+            alone, _ = packing_nll.losses(tiny.model(), policies[row["name"]], None, ids[:, :150], ids[:, 150:])
+            assert nll == pytest.approx(float(alone.mean()), abs=1e-4)
+    assert capsys.readouterr().out.splitlines()[-1].startswith(repr(kvsieve.methods.parse(wanted[-1])))
+
+
+def test_what_is_in_the_file_is_not_read_again(
+    text: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = text.with_suffix(".json")
+    again = ["--policy", "streamingllm(64)", "think(0.4)", "--json", str(path)]
+    losses, calls = packing_nll.losses, []
+
+    def stopped(model: Any, policy: Any, *rest: Any, **options: Any) -> Any:
+        calls.append(repr(policy))
+        if "ThinK" in repr(policy) and calls.count(repr(policy)) == 2:
+            raise KeyboardInterrupt
+        return losses(model, policy, *rest, **options)
+
+    monkeypatch.setattr(packing_nll, "losses", stopped)
+    assert main(command(text, *again)) == 130
+    assert f"2 policies are in {path}" in capsys.readouterr().err
+    held = json.loads(path.read_text())["prices"]
+    calls.clear()
+    monkeypatch.setattr(packing_nll, "losses", losses)
+    assert main(command(text, *again, "--resume")) == 0
+    assert json.loads(path.read_text())["prices"][:2] == held
+    monkeypatch.setattr("kvsieve.evals.models.load_model", lambda name, dtype: pytest.fail("nothing is left to read"))
+    assert main(command(text, *again, "--resume")) == 0
+    assert main([*command(text, *again, "--resume"), "--prompt", "151"]) == 2
+    assert "is of another run: prompt is 150 there and 151 here" in capsys.readouterr().err
+    for rows in ("[]", '{"settings": {}, "prices": [{"name": "x"}]}'):
+        path.write_text(rows)
+        assert main(command(text, *again, "--resume")) == 2
+        assert "was not written by this command" in capsys.readouterr().err
+        assert path.read_text() == rows
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--policy", "nothing(3)"], "nothing"),
+        (["--policy", "full()", "--quick"], "--only and --quick"),
+        (["--only", "nobody"], "no policy has 'nobody' in its name"),
+        (["--resume"], "name it by --json"),
+        (["--prompt", "4000"], "give a longer text"),
+    ],
+)
+def test_what_cannot_be_compared_is_one_line(text: Path, more: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command(text, *more)) == 2
+    assert said in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 # -------------------------------------------------------------------------------------------------------------- on the real model

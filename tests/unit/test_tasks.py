@@ -15,6 +15,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
+from eval_cases import POLICIES, Chunky, Letters, evaluate, settings
 from kvsieve.cli import main
 from kvsieve.errors import KvsieveError
 from kvsieve.evals import harness, needles, prose, results
@@ -23,37 +24,6 @@ from kvsieve.evals.tasks import TASKS
 from kvsieve.evals.tasks.chat_memory import FACTS
 
 PAGE = Path(__file__).parents[2] / "docs" / "guides" / "evaluate.md"
-POLICIES = ("full()", "streamingllm(64)")
-
-
-class Letters:
-    """A tokenizer with one token a letter, and one that begins a text."""
-
-    bos_token_id = 1
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        ids = [3 if letter == "\n" else 4 + (ord(letter) - 32) for letter in text]
-        return {"input_ids": [self.bos_token_id, *ids] if add_special_tokens else ids}
-
-    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        wanted = [int(one) for one in ids if not (skip_special_tokens and int(one) < 3)]
-        return "".join("\n" if one == 3 else chr(28 + one) if one > 3 else "~" for one in wanted)
-
-
-class Chunky(Letters):
-    """Up to three letters a token, and none that begins a text."""
-
-    bos_token_id = None  # type: ignore[assignment]
-
-    def __init__(self) -> None:
-        self.known: dict[str, int] = {}
-
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [self.known.setdefault(one, len(self.known)) for one in re.findall(r"\s|\w{1,3}|[^\w\s]", text)]}
-
-    def decode(self, ids: Any, skip_special_tokens: bool = False) -> str:
-        known = list(self.known)
-        return "".join(known[one] for one in ids)
 
 
 every_task = pytest.mark.parametrize("task", TASKS.values(), ids=TASKS)
@@ -247,15 +217,6 @@ def test_room_for_an_answer_and_what_begins_a_text() -> None:
 # ----------------------------------------------------------------------------------------------------------------------- harness
 
 
-def settings(**changes: Any) -> harness.Settings:
-    return harness.Settings(**{"task": "kv-turns", "policies": POLICIES, "lengths": (400,), "cases": 2, "chunk": 96, **changes})
-
-
-def evaluate(task: str, **changes: Any) -> list[results.CaseResult]:
-    policies = [kvsieve.methods.parse(text) for text in POLICIES]
-    return list(harness.evaluate(tiny.model(), Letters(), TASKS[task], policies, settings(task=task, **changes)))
-
-
 SHORT = {
     "grocery": 900,
     "common-words": 1200,
@@ -264,6 +225,7 @@ SHORT = {
     "copy": 500,
     "niah-multiquery": 700,
     "niah-multivalue": 600,
+    "rps": 400,
 }
 
 

@@ -180,7 +180,7 @@ def test_what_was_found_is_gone_on_with(text: Path, tmp_path: Path, monkeypatch:
     with pytest.raises(KvsieveError, match="bytes is"):
         run(settings(text, json=path, resume=True, bytes=700 * TOKEN))
     path.write_text("[]")
-    with pytest.raises(KvsieveError, match="was not written by `kvsieve tune`"):
+    with pytest.raises(KvsieveError, match="was not written by this command"):
         run(settings(text, json=path, resume=True))
 
 

@@ -21,17 +21,25 @@ def add_eval(commands: Any) -> None:
     """Adds the command to those of ``commands``, what `argparse` calls its subparsers."""
     evals = commands.add_parser("eval", help="what a policy costs in quality")
     tasks = evals.add_subparsers(required=True, metavar="task")
-    packing = tasks.add_parser("packing", help="perplexity after a prompt whose keys and values were compressed")
+    packing = tasks.add_parser(
+        "packing", help="perplexity of what follows a prompt, beside the full cache: what storage formats cost"
+    )
+    packing.add_argument("--model", default="smollm2", help=f"{MODEL}; default: smollm2")
+    packing.add_argument(
+        "--policy", nargs="+", action="extend", help='only these, for example "think(0.4)" "quantized(4)"; and the full cache'
+    )
     packing.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
     packing.add_argument("--windows", type=positive, default=4, help="ranges of the text")
     packing.add_argument("--prompt", type=positive, default=4000, help="tokens before compression")
     packing.add_argument("--continuation", type=positive, default=1000, help="tokens to predict")
     packing.add_argument("--only", help="only policies with this in their name, and the full cache")
-    packing.add_argument("--json", type=output, help="also write everything to this file, after every policy")
+    packing.add_argument("--json", type=output, help="also write everything to this file, after every policy; replaces it")
+    packing.add_argument("--resume", action="store_true", help="policies that the file of --json holds are not read again")
     packing.add_argument("--quick", action="store_true", help="one ratio of each kind")
     add_machine(packing, dtype_help="default: float32")
     packing.set_defaults(run=_eval_packing)
     search = tasks.add_parser("search", help="perplexity of reading only what is selected, and of windows that read as much")
+    search.add_argument("--model", default="smollm2", help=f"{MODEL}; default: smollm2")
     search.add_argument("--text", type=Path, help="a text file to read; default: Python's own reference pages")
     search.add_argument("--windows", type=positive, default=4, help="ranges of the text, read as one batch")
     search.add_argument("--length", nargs="+", type=positive, default=[4000, 7700], help="tokens of the prompt")
@@ -101,7 +109,11 @@ def _eval_packing(arguments: argparse.Namespace) -> int:
     need_torch(arguments.threads)
     from kvsieve.evals.packing_nll import Settings, run
 
+    if arguments.policy and (arguments.only or arguments.quick):
+        raise KvsieveError("--only and --quick choose among the policies that are compared without --policy; leave one of them out")
     settings = Settings(
+        model=arguments.model,
+        policies=tuple(arguments.policy or ()),
         text=arguments.text,
         windows=arguments.windows,
         prompt=arguments.prompt,
@@ -109,6 +121,7 @@ def _eval_packing(arguments: argparse.Namespace) -> int:
         only=arguments.only,
         dtype=arguments.dtype or "float32",
         json=arguments.json,
+        resume=arguments.resume,
         backend=arguments.backend,
         quick=arguments.quick,
     )
@@ -121,6 +134,7 @@ def _eval_search(arguments: argparse.Namespace) -> int:
     from kvsieve.evals.search_nll import Settings, run
 
     settings = Settings(
+        model=arguments.model,
         text=arguments.text,
         windows=arguments.windows,
         lengths=tuple(arguments.length),

@@ -1,16 +1,17 @@
 """Runs a task on any model under any policies: the same cases for each policy, a stream for each case.
 
-A case's context is read in chunks, its turns ended, and each of its questions answered greedily from there: between questions the
-stream goes back to the end of the context, which is read once. What is written is scored by the task. Every finished case is in the
+A case's context is read in chunks, its turns ended, and each of its questions answered greedily from where it comes: afterwards the
+stream goes back to there, and the context is read once. What is written is scored by the task. Every finished case is in the
 file of results before the next one begins.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import statistics
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,9 +23,12 @@ from kvsieve.errors import KvsieveError
 from kvsieve.evals.peak import forget_peak, peak_bytes
 from kvsieve.evals.results import (
     CaseResult,
+    Guess,
     ResultsError,
     as_json,
+    check_resume,
     check_writable,
+    guesses_table,
     interrupted,
     read_cases,
     summaries,
@@ -39,7 +43,7 @@ from kvsieve.policy.compose import Policy
 if TYPE_CHECKING:
     from kvsieve.streams import Stream
 
-__all__ = ["Settings", "evaluate", "run", "run_case", "warnings_of"]
+__all__ = ["Settings", "build_cases", "evaluate", "guesses", "run", "run_case", "warnings_of"]
 
 _GREEDY: dict[str, Any] = {"do_sample": False, "num_beams": 1, "repetition_penalty": 1.0}
 """What generation is asked for, whatever the model's own settings are."""
@@ -100,8 +104,8 @@ def run(settings: Settings) -> list[CaseResult]:
         raise KvsieveError("name a policy at least")
     if settings.task not in TASKS:
         raise KvsieveError(f"there is no task {settings.task!r}; known: {', '.join(TASKS)}")
-    if settings.resume and settings.json is None:
-        raise KvsieveError("--resume goes on with a file: name it by --json")
+    if settings.resume:
+        check_resume(settings.json)
     facts = settings.facts()
     if settings.json is not None:
         if settings.resume:
@@ -113,18 +117,21 @@ def run(settings: Settings) -> list[CaseResult]:
     task, results = TASKS[settings.task], dict(held)
     keys = ((repr(policy), length, index) for length in settings.lengths for index in range(settings.cases) for policy in policies)
     wanted = list(dict.fromkeys(keys))
+    guessed = guesses(task, build_cases(tokenizer, task, settings))
     try:
         for result in evaluate(model, tokenizer, task, policies, settings, held):
             results[result.key] = result
             if settings.json is not None:
                 about = {name: getattr(task, name) for name in ("name", "metric", "source")}
-                write_json(settings.json, as_json(facts, about, list(results.values())))
+                write_json(settings.json, as_json(facts, about, list(results.values()), guessed))
     except KeyboardInterrupt:
         done = sum(key in results for key in wanted)
         print(f"kvsieve: {interrupted(done, f'of {len(wanted)} cases', settings.json)}", file=sys.stderr)
         raise
     found = [results[key] for key in wanted]
     print(f"{task.name}: {task.metric}\n\n{table(summaries(found))}")
+    if guessed:
+        print(f"\nwithout a model:\n\n{guesses_table(guessed)}")
     return found
 
 
@@ -151,11 +158,7 @@ def evaluate(
     for policy in policies:
         # What a policy cannot do on this model is said now, not after the first case of another one.
         kvsieve.stream(model, _of_one_case(policy), backend=settings.backend).close()
-    cases = {
-        (length, index): task.build(tokenizer, length, settings.seed, index)
-        for length in settings.lengths
-        for index in range(settings.cases)
-    }
+    cases = build_cases(tokenizer, task, settings)
     for key, result in held.items():
         if key[1:] in cases and cases[key[1:]].digest != result.case:
             raise ResultsError(
@@ -174,22 +177,49 @@ def evaluate(
             yield result
 
 
+def build_cases(tokenizer: Any, task: Task, settings: Settings) -> dict[tuple[int, int], Case]:
+    """The cases by length and number.
+
+    Raises:
+        KvsieveError: for lengths too short for the task.
+    """
+    return {
+        (length, index): task.build(tokenizer, length, settings.seed, index)
+        for length in settings.lengths
+        for index in range(settings.cases)
+    }
+
+
+def guesses(task: Task, cases: Mapping[tuple[int, int], Case]) -> list[Guess]:
+    """How well players without a model do, by length; none where the task has no such players."""
+    scores: dict[tuple[int, str], list[float]] = {}
+    for (length, _), case in cases.items():
+        by_player: dict[str, list[float]] = {}
+        for question in case.questions:
+            for player, answer in question.guesses:
+                by_player.setdefault(player, []).append(task.score(question, answer))
+        for player, found in by_player.items():
+            scores.setdefault((length, player), []).append(statistics.fmean(found))
+    return [Guess(player, length, statistics.fmean(found), len(found)) for (length, player), found in scores.items()]
+
+
 def run_case(
     stream: Stream, tokenizer: Any, task: Task, case: Case, settings: Settings, length: int, index: int, *, progress: Progress
 ) -> CaseResult:
     """One case in an open stream that has seen nothing."""
     at_work = _Work(stream, settings.chunk, progress)
     forget_peak()
-    for turn in case.turns:
+    last, answers = len(case.turns), []
+    for number, turn in enumerate(case.turns, 1):
         at_work.read(turn)
         at_work.end_turn()
-    mark = stream.mark() if len(case.questions) > 1 else None
-    answers = []
-    for number, question in enumerate(case.questions):
-        if mark is not None and number:
-            stream.rewind(mark)
-        said = at_work.choose(question) if question.options else at_work.answer(question)
-        answers.append(tokenizer.decode(said, skip_special_tokens=True))
+        asked = [question for question in case.questions if (question.after or last) == number]
+        mark = stream.mark() if len(asked) > 1 or (asked and number < last) else None
+        for question in asked:
+            said = at_work.choose(question) if question.options else at_work.answer(question)
+            answers.append(tokenizer.decode(said, skip_special_tokens=True))
+            if mark is not None and (number < last or question is not asked[-1]):
+                stream.rewind(mark)
     scores = tuple(task.score(question, answer) for question, answer in zip(case.questions, answers))
     return CaseResult(
         policy=repr(stream.policy),

@@ -1,4 +1,4 @@
-"""What compressing a prompt costs: the perplexity of the text that follows it.
+"""What compressing a prompt, or forgetting a part of it, costs: the perplexity of the text that follows it.
 
 A prompt is read exactly, then compressed, or compressed while it is read in pieces of 512 tokens (``when="prefill"``). Its
 continuation is given, so that every policy predicts the same words. A window of the text is compared with itself under the full
@@ -12,8 +12,10 @@ compression to the next where they are compressed as they come.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,7 +26,7 @@ import torch.nn.functional as F
 
 import kvsieve
 from kvsieve.errors import KvsieveError
-from kvsieve.evals.results import write_json
+from kvsieve.evals.results import check_resume, check_writable, interrupted, read_held, write_json
 from kvsieve.evals.texts import read_text
 from kvsieve.methods import think
 from kvsieve.model.support import cache_name
@@ -245,8 +247,18 @@ def windows(ids: torch.Tensor, count: int, size: int) -> list[torch.Tensor]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run; counts are tokens, unless they say otherwise."""
+    """What is run; counts are tokens, unless they say otherwise.
 
+    Attributes:
+        model: `smollm2`, a local folder, or a GGUF file; text: a file, None for Python's own reference pages.
+        policies: as text, in place of the policies of :func:`policies`; the full cache is read beside them.
+        only: of those, which have this in their name; quick: one ratio of each kind.
+        json: a file that holds what has been found so far, written after every policy.
+        resume: policies that the file holds are not read again.
+    """
+
+    model: str = "smollm2"
+    policies: tuple[str, ...] = ()
     text: Path | None = None
     windows: int = 4
     prompt: int = 4000
@@ -254,47 +266,90 @@ class Settings:
     only: str | None = None
     dtype: str = "float32"
     json: Path | None = None
+    resume: bool = False
     backend: str | None = None
     quick: bool = False
 
+    def chosen(self) -> dict[str, Policy]:
+        """The policies by name, the full cache first.
+
+        Raises:
+            KvsieveError: if no policy has ``only`` in its name. Others as :func:`kvsieve.methods.parse`.
+        """
+        if self.policies:
+            return {"Full()": kvsieve.Full(), **{repr(policy): policy for policy in map(kvsieve.methods.parse, self.policies)}}
+        wanted = (self.only or "").lower()
+        found = {name: policy for name, policy in policies("few" if self.quick else "all").items() if wanted in name.lower()}
+        if not found:
+            raise KvsieveError(f"no policy has {self.only!r} in its name")
+        return {"Full()": kvsieve.Full(), **found}
+
+    def facts(self, text: str) -> dict[str, Any]:
+        """What two runs must have in common for their prices to stand in one table."""
+        told = {name: getattr(self, name) for name in ("model", "windows", "prompt", "continuation", "dtype", "backend")}
+        return {**told, "text": hashlib.sha256(text.encode()).hexdigest(), "threads": torch.get_num_threads()}
+
 
 def run(settings: Settings) -> list[Price]:
-    """Runs the comparison on SmolLM2-135M-Instruct; prints a table, and writes JSON after every policy if asked to.
+    """Runs the comparison; prints a table, and writes JSON after every policy if asked to.
 
     Holds the keys and values of all windows.
-    """
-    from kvsieve.evals.models import load_smollm2
 
-    chosen = {
-        name: policy
-        for name, policy in policies("few" if settings.quick else "all").items()
-        if settings.only is None or settings.only.lower() in name.lower() or name == "Full()"
-    }
-    if settings.only is not None and not any(settings.only.lower() in name.lower() for name in chosen):
-        raise KvsieveError(f"no policy has {settings.only!r} in its name")
-    source = read_text(settings.text)
-    model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
-    ids = tokenizer(source, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    Raises:
+        KvsieveError: before the model is loaded, for policies that do not parse, a file that cannot be written, and a file to go on
+            with that was written under other settings; before anything is read, for a text that is too short.
+    """
+    from kvsieve.evals.models import load_model
+
+    chosen, source = settings.chosen(), read_text(settings.text)
+    facts = settings.facts(source)
+    held = read_held(check_resume(settings.json), facts, _prices) if settings.resume else None
+    prices = {price.name: price for price in held or ()}
+    if settings.json is not None:
+        check_writable(settings.json)
+    if not all(name in prices for name in chosen):
+        model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
+        ids = tokenizer(source, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"].to(model.device)
+        texts = windows(ids, settings.windows, settings.prompt + settings.continuation)
+        try:
+            for name, nll, share in _read(model, {x: chosen[x] for x in chosen if x not in prices}, texts, settings):
+                prices[name] = price(name, share, nll, prices["Full()"].nll if prices else nll)
+                print(f"{name}: {prices[name].perplexity:.3f} ({100 * prices[name].change:+.1f} %)", flush=True)
+                if settings.json is not None:
+                    write_json(settings.json, {"settings": facts, "prices": [_plain(x) for x in prices.values()]}, allow_nan=False)
+        except KeyboardInterrupt:
+            print(f"kvsieve: {interrupted(len(prices), 'policies', settings.json)}", file=sys.stderr)
+            raise
+    wanted = [prices[name] for name in chosen]
+    print("\n" + table(wanted))
+    return wanted
+
+
+def _read(
+    model: Any, chosen: dict[str, Policy], texts: list[torch.Tensor], settings: Settings
+) -> Iterator[tuple[str, list[float], float]]:
+    """Of each policy its name, the mean nats a token of each window, and what it held, as a share of the full cache's bytes."""
     head = max(settings.prompt - TAIL, 0)
-    texts = windows(ids, settings.windows, settings.prompt + settings.continuation)
     prefixes = [read_prefix(model, text[:, :head], settings.backend) if head else None for text in texts]
-    prices: list[Price] = []
     for name, policy in chosen.items():
         nll, held = [], []
         for prefix, text in zip(prefixes, texts):
-            # What was read exactly, once for all, is of no use to a policy that compresses while it reads.
-            early = policy.compression is not None and policy.compression.when == "prefill"
-            known, first = (None, 0) if early else (prefix, head)
+            # What was read exactly, once for all, serves only those that keep it so until the prompt's end.
+            known, first = (prefix, head) if _keeps_until_end_of_turn(policy) else (None, 0)
             prompt, continuation = text[:, first : settings.prompt], text[:, settings.prompt :]
             one, share = losses(model, policy, known, prompt, continuation, backend=settings.backend)
             nll.append(float(one.mean()))
             held.append(share)
-        prices.append(price(name, statistics.fmean(held), nll, prices[0].nll if prices else nll))
-        print(f"{name}: {prices[-1].perplexity:.3f} ({100 * prices[-1].change:+.1f} %)", flush=True)
-        if settings.json is not None:
-            _write(settings, prices)
-    print("\n" + table(prices))
-    return prices
+        yield name, nll, statistics.fmean(held)
+
+
+def _keeps_until_end_of_turn(policy: Policy) -> bool:
+    """Every token is there as the full cache has read it until the turn ends, and read whole; only then it may be compressed."""
+    if not isinstance(policy, Memory) or policy.tiers is not None:
+        return False
+    roles = Memory().roles
+    whole = all(getattr(policy.roles, name) == getattr(roles, name) for name in ("evict", "position", "select"))
+    return whole and (policy.compression is None or policy.compression.when == "decode")
 
 
 def table(prices: Sequence[Price]) -> str:
@@ -303,12 +358,16 @@ def table(prices: Sequence[Price]) -> str:
     return plain_table(("policy", "of the full cache", "perplexity", "change", "standard error"), rows)
 
 
-def _write(settings: Settings, prices: Sequence[Price]) -> None:
-    assert settings.json is not None
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items() if key != "json"}
-    report = {
-        "settings": told,
-        "model": "SmolLM2-135M-Instruct (Q4_1, dequantised)",
-        "prices": [{key: None if value != value else value for key, value in asdict(p).items()} for p in prices],
-    }
-    write_json(settings.json, report, allow_nan=False)
+def _plain(found: Price) -> dict[str, Any]:
+    """As it stands in a file: None for a number that there is not."""
+    return {key: None if value != value else value for key, value in asdict(found).items()}
+
+
+def _prices(told: dict[str, Any]) -> list[Price]:
+    """What stands in a file. Raises KeyError, TypeError or ValueError for what is none."""
+    found = []
+    for row in told["prices"]:
+        numbers = {name: float(row[name]) for name in ("held", "perplexity", "change")}
+        error = math.nan if row["error"] is None else float(row["error"])
+        found.append(Price(str(row["name"]), nll=tuple(map(float, row["nll"])), error=error, **numbers))
+    return found

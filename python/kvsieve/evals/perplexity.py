@@ -7,7 +7,6 @@ perplexity is `exp` of the mean negative log-likelihood (Jelinek et al., 1977), 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import sys
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ import torch
 import kvsieve
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.peak import forget_peak, peak_bytes
-from kvsieve.evals.results import check_writable, interrupted, write_json
+from kvsieve.evals.results import check_resume, check_writable, interrupted, read_held, write_json
 from kvsieve.evals.stream_nll import Reading, read, stream_meter
 from kvsieve.evals.texts import read_text
 from kvsieve.policy.compose import Policy
@@ -146,19 +145,8 @@ def _done(settings: Settings, facts: dict[str, Any]) -> dict[str, Row]:
     """Rows of the file to go on with, by policy."""
     if not settings.resume:
         return {}
-    if settings.json is None:
-        raise KvsieveError("--resume goes on with a file: name it by --json")
-    if not settings.json.exists():
-        return {}
-    try:
-        held = json.loads(settings.json.read_text(encoding="utf-8"))
-        theirs, rows = dict(held["settings"]), [_row(row) for row in held["rows"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise KvsieveError(f"{settings.json} was not written by `kvsieve eval perplexity`: {error}") from error
-    for name, mine in facts.items():
-        if theirs.get(name) != mine:
-            raise KvsieveError(f"{settings.json} is of another run: {name} is {theirs.get(name)!r} there and {mine!r} here")
-    return {row.policy: row for row in rows}
+    rows = read_held(check_resume(settings.json), facts, lambda told: [*map(_row, told["rows"])])
+    return {row.policy: row for row in rows or ()}
 
 
 def _row(told: dict[str, Any]) -> Row:

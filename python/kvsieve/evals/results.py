@@ -6,10 +6,10 @@ import contextlib
 import errno
 import json
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kvsieve.errors import KvsieveError, SaveError
 from kvsieve.files.replace import replacing
@@ -17,18 +17,24 @@ from kvsieve.view.live import plain_table
 
 __all__ = [
     "CaseResult",
+    "Guess",
     "ResultsError",
     "Summary",
     "as_json",
     "case_of",
+    "check_resume",
     "check_writable",
+    "guesses_table",
     "interrupted",
     "read_cases",
+    "read_held",
     "summaries",
     "table",
     "write_json",
 ]
 
+
+T = TypeVar("T")
 
 _WHAT = "file of results"
 
@@ -95,6 +101,16 @@ class Summary:
     decode: float
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What a player without a model got: the mean ``score`` of so many ``cases`` of a length, 0 to 1."""
+
+    player: str
+    length: int
+    score: float
+    cases: int
+
+
 def summaries(results: Sequence[CaseResult]) -> list[Summary]:
     """A summary for each length and policy, in the order of the results."""
     groups: dict[tuple[int, str], list[CaseResult]] = {}
@@ -137,6 +153,12 @@ def table(found: Sequence[Summary]) -> str:
         for row in found
     ]
     return plain_table(header, cells)
+
+
+def guesses_table(guessed: Sequence[Guess]) -> str:
+    """A line for each player without a model."""
+    cells = [(one.player, f"{one.length:,}", f"{100 * one.score:.1f} %", f"{one.cases}") for one in guessed]
+    return plain_table(("player", "length", "score", "cases"), cells)
 
 
 # -------------------------------------------------------------------------------------------------------------------------- files
@@ -191,20 +213,21 @@ def interrupted(done: int, what: str, path: Path | None) -> str:
     return f"{done} {what} {kept}"
 
 
-def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int], CaseResult]:
-    """The results of a run that is gone on with, by :attr:`CaseResult.key`; none if there is no file.
+def read_held(path: Path, facts: Mapping[str, Any], parse: Callable[[dict[str, Any]], T]) -> T | None:
+    """What the file of a run that is gone on with holds; None if there is no file.
 
     Args:
         facts: what two runs must have in common for their results to stand in one table.
+        parse: makes of the file's content what is asked for; raises KeyError, TypeError or ValueError for what is none.
 
     Raises:
         ResultsError: for a file of something else, and for one of a run with other settings, with the first that differs.
     """
     if not path.exists():
-        return {}
+        return None
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
-        theirs, cases = dict(held["settings"]), [case_of(told) for told in held["cases"]]
+        told = json.loads(path.read_text(encoding="utf-8"))
+        theirs, found = dict(told["settings"]), parse(told)
     except (ValueError, KeyError, TypeError) as error:
         raise ResultsError(f"{path} was not written by this command, and is left as it is: {error}") from error
     for name, mine in facts.items():
@@ -212,7 +235,26 @@ def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int
             raise ResultsError(
                 f"{path} is of another run: {name} is {theirs.get(name)!r} there and {mine!r} here; name another --json"
             )
-    return {case.key: case for case in cases}
+    return found
+
+
+def check_resume(path: Path | None) -> Path:
+    """The file that ``--resume`` goes on with.
+
+    Raises:
+        KvsieveError: if none is named.
+    """
+    if path is None:
+        raise KvsieveError("--resume goes on with a file: name it by --json")
+    return path
+
+
+def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int], CaseResult]:
+    """The results of a run that is gone on with, by :attr:`CaseResult.key`; none if there is no file.
+
+    Raises as :func:`read_held`.
+    """
+    return {case.key: case for case in read_held(path, facts, lambda told: [*map(case_of, told["cases"])]) or ()}
 
 
 def case_of(told: Mapping[str, Any]) -> CaseResult:
@@ -227,11 +269,14 @@ def case_of(told: Mapping[str, Any]) -> CaseResult:
     return case
 
 
-def as_json(facts: Mapping[str, Any], task: Mapping[str, str], results: Sequence[CaseResult]) -> dict[str, Any]:
+def as_json(
+    facts: Mapping[str, Any], task: Mapping[str, str], results: Sequence[CaseResult], guessed: Sequence[Guess] = ()
+) -> dict[str, Any]:
     """What :func:`read_cases` reads, beside the summaries, for people and plots."""
     return {
         "task": dict(task),
         "settings": dict(facts),
         "summary": [asdict(row) for row in summaries(results)],
+        "without_a_model": [asdict(one) for one in guessed],
         "cases": [asdict(result) for result in results],
     }

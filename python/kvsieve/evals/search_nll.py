@@ -256,8 +256,9 @@ class Cost:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run; counts are tokens, unless they say otherwise."""
+    """What is run, on `smollm2`, the model of a local folder, or a GGUF file; counts are tokens, unless they say otherwise."""
 
+    model: str = "smollm2"
     text: Path | None = None
     windows: int = 4
     lengths: tuple[int, ...] = (4000, 7700)
@@ -281,18 +282,18 @@ class Settings:
 
 
 def run(settings: Settings) -> list[Cost]:
-    """Runs the comparison on SmolLM2-135M-Instruct; prints a table for each length, and writes JSON after every row if asked to.
+    """Runs the comparison; prints a table for each length, and writes JSON after every row if asked to.
 
     Holds the keys and values of all windows twice.
     """
-    from kvsieve.evals.models import load_smollm2
+    from kvsieve.evals.models import load_model
 
     chosen = settings.chosen()
     if not chosen:
         raise KvsieveError(f"no policy has {' or '.join(settings.only)} in its name")
     text = read_text(settings.text)
-    model, tokenizer = load_smollm2(getattr(torch, settings.dtype))
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False)["input_ids"]
+    model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
+    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"].to(model.device)
     costs: list[Cost] = []
     for length in settings.lengths:
         texts = torch.cat(windows(ids, settings.windows, length + settings.continuation))
@@ -401,7 +402,6 @@ def _write(settings: Settings, path: Path, costs: Sequence[Cost]) -> None:
     told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items() if key != "json"}
     report = {
         "settings": told,
-        "model": "SmolLM2-135M-Instruct (Q4_1, dequantised)",
         "costs": [_plain(asdict(cost)) for cost in costs],
     }
     write_json(path, report, allow_nan=False)

@@ -8,7 +8,6 @@ what a paper says. Bytes are measured, and a candidate that took more or much fe
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
 import sys
@@ -23,7 +22,7 @@ import torch
 import kvsieve
 from kvsieve.errors import BackendError, KvsieveError, PolicyError, UnsupportedError
 from kvsieve.evals.candidates import CANDIDATES, Candidate
-from kvsieve.evals.results import check_writable, interrupted, write_json
+from kvsieve.evals.results import check_resume, check_writable, interrupted, read_held, write_json
 from kvsieve.evals.stream_nll import Reading, read, stream_meter
 from kvsieve.evals.texts import read_text
 from kvsieve.methods.registry import SYSTEMS
@@ -162,8 +161,8 @@ def run(settings: Settings) -> list[Tried]:
     more = [Candidate("as asked", lambda _, text=text: text) for text in settings.policies]  # type: ignore[misc]
     for candidate in more:
         kvsieve.methods.parse(candidate.text(0) or "")
-    if settings.resume and settings.json is None:
-        raise KvsieveError("--resume goes on with a file: name it by --json")
+    if settings.resume:
+        check_resume(settings.json)
     text = read_text(settings.text)
     for path in (settings.json, settings.plot):
         if path is not None:
@@ -301,17 +300,13 @@ class _Work:
     def held(self, digest: str) -> list[Tried]:
         """What the file to go on with holds; its length is this run's too."""
         self.digest = digest
-        path = self.settings.json
-        if not self.settings.resume or path is None or not path.exists():
+        if not self.settings.resume:
             return []
-        try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            theirs, length, rows = dict(told["settings"]), int(told["length"]), [Tried(**row) for row in told["tried"]]
-        except (ValueError, KeyError, TypeError) as error:
-            raise KvsieveError(f"{path} was not written by `kvsieve tune`: {error}") from error
-        for name, mine in self.facts().items():
-            if theirs.get(name) != mine:
-                raise KvsieveError(f"{path} is of another run: {name} is {theirs.get(name)!r} there and {mine!r} here")
+        path = check_resume(self.settings.json)
+        told = read_held(path, self.facts(), lambda told: (int(told["length"]), [Tried(**row) for row in told["tried"]]))
+        if told is None:
+            return []
+        length, rows = told
         if self.settings.length not in (None, length):
             raise KvsieveError(f"{path} is of another run: length is {length} there and {self.settings.length} here")
         self.length = length
