@@ -43,6 +43,8 @@ class Question:
         outdated: what a right answer does not contain.
         options: tokens of the answers to choose from. The answer is the one of the highest mean log-probability a token; nothing is
             written.
+        after: turns of the context that it follows, from 1 on; None for all of them.
+        guesses: what players without a model answer: their names, and their answers.
     """
 
     ids: tuple[int, ...]
@@ -50,6 +52,8 @@ class Question:
     max_new_tokens: int
     outdated: tuple[str, ...] = ()
     options: tuple[tuple[int, ...], ...] = ()
+    after: int | None = None
+    guesses: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -58,7 +62,7 @@ class Case:
 
     Attributes:
         turns: the tokens of the context, turn by turn; most contexts are one turn.
-        questions: each is asked of the context alone: the stream goes back to its end in between.
+        questions: each is asked of the context before it alone: the stream goes back to where it was. Ascending in ``after``.
     """
 
     turns: tuple[tuple[int, ...], ...]
@@ -77,7 +81,13 @@ class Case:
     @property
     def digest(self) -> str:
         """16 hexadecimal digits that another context, question or expected answer does not have."""
-        told = [self.turns, [(q.ids, q.expected, q.max_new_tokens, q.outdated, *q.options) for q in self.questions]]
+        told = [
+            self.turns,
+            [
+                (q.ids, q.expected, q.max_new_tokens, q.outdated, *q.options, *(() if q.after is None else (q.after,)))
+                for q in self.questions
+            ],
+        ]
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 

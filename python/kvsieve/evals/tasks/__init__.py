@@ -15,6 +15,7 @@ from kvsieve.evals.tasks import (
     niah_multivalue,
     niah_single,
     passkey,
+    rps,
     variable_tracking,
 )
 
@@ -32,6 +33,7 @@ _MODULES = (
     kv_turns,
     chat_memory,
     grocery,
+    rps,
     copy,
 )
 

@@ -25,9 +25,10 @@ def build(tokenizer: Any, length: int, seed: int, index: int) -> Case:
     questions = []
     for category, (item, *others) in listed.items():
         text = f"User: Please read out my shopping list.\nAssistant: Here is your shopping list:\n- {category}:"
-        options = tuple(encode(tokenizer, f" {option}") for option in draw.sample([item, *others], OPTIONS))
-        longest = max(map(len, options))
-        questions.append(Question(encode(tokenizer, text), (item,), longest, options=options))
+        names = draw.sample([item, *others], OPTIONS)
+        options = tuple(encode(tokenizer, f" {option}") for option in names)
+        guesses, longest = (("always the first option", names[0]),), max(map(len, options))
+        questions.append(Question(encode(tokenizer, text), (item,), longest, options=options, guesses=guesses))
     items = "".join(f"\n- {category}: {options[0]}" for category, options in listed.items())
     said = [
         turn("Hello! Do you have a little time for me today?", "Hello! Yes, I am happy to help you."),
