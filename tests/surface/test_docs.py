@@ -10,6 +10,7 @@ import json
 import re
 import warnings
 from dataclasses import asdict
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ ROOT = Path(__file__).parents[2]
 README_FILE = ROOT / "README.md"
 PAGES = README_FILE.parent / "docs" / "policies"
 README = README_FILE.read_text(encoding="utf-8")
+RECORDED = pages.load("scripts/tables.py")
 MODULES = [
     *(system.make.__module__ for system in SYSTEMS),
     *(f"kvsieve.{name}" for name in ("bench.options", "evals.packing_nll", "view.trace")),
@@ -120,22 +122,26 @@ def text_name(policy: str) -> str:
     return repr(kvsieve.methods.parse(policy))
 
 
-def test_the_table_of_tasks_is_the_recorded_one(recorded: dict[str, list[Summary]]) -> None:
-    scores, held = pages.tables(README_FILE.parent / "docs" / "results" / "tasks.md")
-    header, *rows = scores
-    policies = [text_name(cell.strip("`")) for cell in header[2:]]
-    assert {row[0].strip("`") for row in rows} == set(recorded) == set(TASKS)
-    for task, cases, *cells in rows:
-        mine = recorded[task.strip("`")]
-        assert [row.policy for row in mine] == policies
-        assert cells == [f"{100 * row.score:.0f} %" for row in mine]
-        assert {row.cases for row in mine} == {int(cases)}
-        assert {row.length for row in mine} == {2048}
-    for policy, held_mib, peak_mib in held[1:]:
-        mine = [row for rows_ in recorded.values() for row in rows_ if row.policy == text_name(policy.strip("`"))]
-        assert held_mib == f"{max(row.bytes_held for row in mine) / 2**20:.1f}"
-        assert peak_mib == f"{max(row.peak_bytes or 0 for row in mine) / 2**20:,.0f}"
-    assert len(held) == 1 + len(policies)
+@pytest.mark.parametrize("table", RECORDED.TABLES, ids=lambda table: table.name)
+def test_tables_are_the_recorded_ones(table: Any) -> None:
+    """A table of a page is what its record makes of it, and its section tells the day of the record."""
+    text = pages.read(table.page)
+    assert RECORDED.placed(text, table) == text, "run python scripts/tables.py"
+    told = table.recorded
+    day = date.fromisoformat(told["date"])
+    assert f"Recorded {day.day} {day:%B %Y} on" in RECORDED.section(text, table)
+
+
+def test_a_table_that_was_changed_by_hand_is_found() -> None:
+    table = next(table for table in RECORDED.TABLES if table.name == "task-scores")
+    text = pages.read(table.page)
+    assert RECORDED.placed(text.replace("| `grocery` | 2 | 100 %", "| `grocery` | 2 | 90 %"), table) == text
+    with pytest.raises(ValueError, match="task-scores"):
+        RECORDED.placed(text.replace(table.marker, ""), table)
+
+
+def test_every_task_is_recorded(recorded: dict[str, list[Summary]]) -> None:
+    assert set(recorded) == set(TASKS)
 
 
 def test_the_outputs_of_the_guide_are_the_recorded_ones(recorded: dict[str, list[Summary]]) -> None:

@@ -1,0 +1,178 @@
+"""The tables of the documentation that are made of recorded results: `python scripts/tables.py` writes them into the pages.
+
+A table stands under a line ``<!-- table NAME: python scripts/tables.py -->`` of its page; a blank line may come between. What is
+below the line, up to the first line that is no row, is made of a file under ``benches/record`` by a function of this script. A test
+compares every page with what this script makes, and the date of the section with that of the file. `--check` says which pages
+differ, and writes none.
+
+To add one: record the JSON with a ``date`` (``2026-11-29``), write a function from what is in it to the rows of a table, put the
+marker into the page, and a row into ``TABLES``.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "benches" / "record"
+
+Rows = Sequence[Sequence[str]]
+"""A header, and then the rows: cells as they stand in the page."""
+
+MIB = 2**20
+
+
+class Table(NamedTuple):
+    """One table: the page that it is in, its name there, the file of results it is made of, and how."""
+
+    page: str
+    name: str
+    record: str
+    rows: Callable[[Any], Rows]
+
+    @property
+    def marker(self) -> str:
+        """The line that it stands under."""
+        return f"<!-- table {self.name}: python scripts/tables.py -->"
+
+    @property
+    def recorded(self) -> Any:
+        """What is in the file of results."""
+        return json.loads((RECORDS / self.record).read_text(encoding="utf-8"))
+
+
+# ---------------------------------------------------------------------------------------------------------------- how rows are made
+
+
+def code(text: str) -> str:
+    """A policy as the pages write it."""
+    return "`" + text.replace("'", '"') + "`"
+
+
+def task_scores(record: Any) -> Rows:
+    """The mean score of each task and policy."""
+    runs = record["runs"]
+    policies = list(dict.fromkeys(row["policy"] for run in runs.values() for row in run["summary"]))
+    rows = []
+    for task, run in runs.items():
+        mine = {row["policy"]: row for row in run["summary"]}
+        cases = {row["cases"] for row in run["summary"]}
+        rows.append([f"`{task}`", "/".join(map(str, sorted(cases))), *(f"{100 * mine[p]['score']:.0f} %" for p in policies)])
+    return [["task", "cases", *map(code, policies)], *rows]
+
+
+def task_bytes(record: Any) -> Rows:
+    """The most bytes of any case, by policy."""
+    found: dict[str, tuple[int, int]] = {}
+    for run in record["runs"].values():
+        for row in run["summary"]:
+            held, peak = found.get(row["policy"], (0, 0))
+            found[row["policy"]] = max(held, row["bytes_held"]), max(peak, row["peak_bytes"] or 0)
+    rows = [[code(policy), f"{held / MIB:.1f}", f"{peak / MIB:,.0f}"] for policy, (held, peak) in found.items()]
+    return [["policy", "held, MiB", "peak, MiB"], *rows]
+
+
+def passkeys(record: Any) -> Rows:
+    """The passkeys found, by policy and length; the order is that of the depths."""
+    found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
+    for answer in record["answers"]:
+        row = answer["policy"], answer.get("dtype", record["dtype"])
+        found.setdefault(row, {}).setdefault(answer["length"], {})[answer["depth"]] = answer["found"]
+    lengths = sorted({length for row in found.values() for length in row})
+
+    def cell(depths: dict[float, bool] | None) -> str:
+        if depths is None:
+            return ""
+        marks = "".join("+" if depths[at] else "-" for at in sorted(depths))
+        return f"{marks.count('+')} of {len(marks)} `{marks}`"
+
+    rows = [[code(policy), dtype, *(cell(row.get(at)) for at in lengths)] for (policy, dtype), row in found.items()]
+    return [["policy", "dtype", *(f"{at:,} tokens" for at in lengths)], *rows]
+
+
+def perplexities(record: Any) -> Rows:
+    """A text under several policies: nats a token, perplexity, the last quarter, and bytes."""
+    rows = []
+    for row in record["rows"]:
+        told = [f"{row['mean']:.3f}", f"{math.exp(row['mean']):.2f}", f"{row['tail']:.3f}"]
+        rows.append([code(row["policy"]), *told, f"{row['bytes_held'] / MIB:,.0f} MiB"])
+    return [["policy", "nats a token", "perplexity", "last quarter, nats a token", "bytes held"], *rows]
+
+
+def lookups(record: Any) -> Rows:
+    """What each rule of InfLLM found of five passkeys: long windows first, heads summed, all queries of the question."""
+    chosen = [row for row in record["rows"] if row["heads"] == "sum" and not row["last_query_of_the_question_alone"]]
+    rows = []
+    for row in sorted(chosen, key=lambda row: (-row["window"], -row["block"], row["blocks"], row["per_head"])):
+        recall = sum(row["recall"]) / len(row["recall"])
+        told = [row["summary"], f"{row['window']:,}", str(row["block"]), str(row["blocks"]), "yes" if row["per_head"] else "no"]
+        rows.append([*told, f"{recall:.2f}", f"{100 * row['digits']:.0f} %", f"`{row['found']}`"])
+    return [["summary", "`window`", "`block`", "`blocks`", "`per_head`", "recall", "digits right", "keys"], *rows]
+
+
+TABLES = (
+    Table("docs/results/tasks.md", "task-scores", "tasks.json", task_scores),
+    Table("docs/results/tasks.md", "task-bytes", "tasks.json", task_bytes),
+    Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),
+    Table("docs/results/fetching.md", "infllm-lookup", "infllm-lookup.json", lookups),
+    Table("docs/results/fetching.md", "infllm-perplexity", "perplexity-32k.json", perplexities),
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------- pages
+
+
+def written(rows: Rows) -> list[str]:
+    """A table as lines of Markdown; bars inside of cells are escaped."""
+    header, *others = rows
+    if any(len(row) != len(header) for row in others):
+        raise ValueError(f"a row has other cells than the header {header}")
+
+    def line(cells: Sequence[str]) -> str:
+        inner = " | ".join(cell.replace("|", "\\|") for cell in cells)
+        return re.sub(r"\|  (?=\|)", "| ", f"| {inner} |")
+
+    return [line(header), "|" + "---|" * len(header), *map(line, others)]
+
+
+def placed(text: str, table: Table) -> str:
+    """A page with the table made anew. Raises ValueError where it has no line for it, or several."""
+    lines = text.split("\n")
+    if lines.count(table.marker) != 1:
+        raise ValueError(f"{table.page} must have the line {table.marker} once")
+    first = lines.index(table.marker) + 1
+    first += not lines[first].strip()
+    last = first
+    while last < len(lines) and lines[last].startswith("|"):
+        last += 1
+    return "\n".join([*lines[:first], *written(table.rows(table.recorded)), *lines[last:]])
+
+
+def section(text: str, table: Table) -> str:
+    """What stands above the table in its section of the page: it says when, where and how."""
+    return text.partition(table.marker)[0].rpartition("\n## ")[2]
+
+
+def main(arguments: Sequence[str]) -> int:
+    changed = []
+    for page in dict.fromkeys(table.page for table in TABLES):
+        path = ROOT / page
+        before = after = path.read_text(encoding="utf-8")
+        for table in TABLES:
+            after = placed(after, table) if table.page == page else after
+        if after != before:
+            changed.append(page)
+            if "--check" not in arguments:
+                path.write_text(after, encoding="utf-8")
+    print("\n".join(changed) or "every table is the recorded one")
+    return int(bool(changed) and "--check" in arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
