@@ -18,7 +18,7 @@ import kvsieve
 import pages
 import pytest
 import torch
-from kvsieve.evals.results import Summary, case_of, summaries, table
+from kvsieve.evals.results import Guess, Summary, case_of, guesses_table, summaries, table
 from kvsieve.evals.tasks import TASKS
 from kvsieve.methods import SYSTEMS
 
@@ -152,7 +152,8 @@ def test_the_outputs_of_the_guide_are_the_recorded_ones(recorded: dict[str, list
     assert [task for task, _, _ in shown] == list(TASKS)
     for task, arguments, printed in shown:
         mine = recorded[task]
-        assert printed == table(mine)
+        guessed = [Guess(**told) for told in RECORDED.TABLES[0].recorded["runs"][task].get("without_a_model", ())]
+        assert printed == table(mine) + (f"\n\nwithout a model:\n\n{guesses_table(guessed)}" if guessed else "")
         assert f"--cases {mine[0].cases} --threads 1" in arguments
         assert [text_name(policy) for policy in re.findall(r'--policy "([^"]+)"', arguments)] == [row.policy for row in mine]
 
