@@ -25,6 +25,7 @@ from kvsieve.arguments import need_torch as _need_torch
 from kvsieve.arguments import output as _output
 from kvsieve.arguments import positive as _positive
 from kvsieve.arguments import whole as _whole
+from kvsieve.chat import add_chat as _add_chat
 from kvsieve.errors import BackendError, KvsieveError
 from kvsieve.evals.commands import add_eval as _add_eval
 from kvsieve.evals.commands import add_tune as _add_tune
@@ -66,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="command")
     _add_demo(commands)
     _add_generate(commands)
+    _add_chat(commands)
     _add_eval(commands)
     _add_tune(commands)
     _add_view(commands)

@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "kvsieve"
 
 LEVELS = (
     ("cli",),
-    ("serve", "evals", "bench", "view", "demo", "graphs", "arguments"),
+    ("serve", "chat", "evals", "bench", "view", "demo", "graphs", "arguments"),
     ("__init__", "streams", "generate", "reading", "session", "trace", "banks"),
     ("model",),
     ("runtime",),

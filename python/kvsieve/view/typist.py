@@ -8,10 +8,12 @@ from typing import Any, TextIO
 __all__ = ["held", "print_while_generating"]
 
 
-def print_while_generating(stream: Any, tokenizer: Any, ids: Any, *, out: TextIO | None = None, **kwargs: Any) -> str:
+def print_while_generating(
+    stream: Any, tokenizer: Any, ids: Any, *, out: TextIO | None = None, greedy: bool = True, **kwargs: Any
+) -> str:
     """Generates from `ids [1, n]` through `stream`, prints the new text as it appears, and returns it.
 
-    `kwargs` go to `generate`, greedy unless they say otherwise. The prompt is fed in chunks that fit the budget.
+    `kwargs` go to `generate`, which is `greedy` unless they say otherwise. The prompt is fed in chunks that fit the budget.
     """
     from transformers import TextStreamer
 
@@ -22,7 +24,7 @@ def print_while_generating(stream: Any, tokenizer: Any, ids: Any, *, out: TextIO
             print(text, end="\n" if stream_end else "", file=sink, flush=True)
 
     streamer = Typist(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    generated = stream.generate(ids, streamer=streamer, **{"do_sample": False, **kwargs})
+    generated = stream.generate(ids, streamer=streamer, **{**({"do_sample": False} if greedy else {}), **kwargs})
     return str(tokenizer.decode(generated[0, ids.shape[1] :], skip_special_tokens=True))
 
 
