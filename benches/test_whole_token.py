@@ -7,7 +7,8 @@ from typing import Any
 import kvsieve
 import pytest
 import torch
-from kvsieve.bench.decode import BOUNDED, fill, model, stock_cache, token, wide
+from kvsieve.bench.decode import BOUNDED, fill, stock_cache
+from kvsieve.bench.subject import model, token, wide
 from rounds import interleaved, record
 
 DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}

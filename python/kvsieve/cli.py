@@ -26,9 +26,11 @@ from kvsieve.arguments import output as _output
 from kvsieve.arguments import positive as _positive
 from kvsieve.arguments import whole as _whole
 from kvsieve.chat import add_chat as _add_chat
+from kvsieve.bench.commands import add_bench as _add_bench
 from kvsieve.errors import BackendError, KvsieveError
 from kvsieve.evals.commands import add_eval as _add_eval
 from kvsieve.evals.commands import add_tune as _add_tune
+from kvsieve.files.replace import replacing, target_of
 
 __all__ = ["main"]
 
@@ -124,31 +126,6 @@ def _add_view(commands: Any) -> None:
     trace.set_defaults(run=_view_trace)
 
 
-def _add_bench(commands: Any) -> None:
-    from kvsieve.bench import DTYPES
-
-    bench = commands.add_parser("bench", help="measure the kernels here, beside torch and what the memory allows")
-    tables = bench.add_subparsers(dest="table", required=True, metavar="table")
-    for table, what in (
-        ("attend", "one layer's decode attention: ours, generate's own, the best that torch can do"),
-        ("decode", "whole tokens of a model of SmolLM2-135M's shape, full cache and budgets"),
-        ("search", "one layer's decode attention over a long text: HiP and InfiniteHiP beside all keys"),
-        ("prefill", "one layer's attention of a chunk of queries; windows, whose time is linear"),
-    ):
-        one = tables.add_parser(table, help=what)
-        if table != "decode":
-            one.add_argument("--shape", nargs="+", metavar="H/KV/D", help="heads/kv heads/head size; default: 9/3/64 32/8/128")
-        one.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="element types")
-        one.add_argument("--length", nargs="+", type=_positive, help="tokens")
-        one.add_argument("--rounds", type=_positive, help="rounds of each case; default: 9, with --quick 5")
-        one.add_argument(
-            "--threads", type=_positive, default=1, help="default: 1, pinned, in CPU time; more are measured in wall time"
-        )
-        one.add_argument("--json", type=_output, help="also write everything to this file, after every row")
-        one.add_argument("--quick", action="store_true", help="two lengths and five rounds")
-    bench.set_defaults(run=_bench)
-
-
 def _read_prompt(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
@@ -190,6 +167,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from kvsieve.view.typist import held, print_while_generating
 
     policy = parse(arguments.policy)
+    if arguments.json is not None:
+        target_of(arguments.json, "report")  # what cannot be written is said before the model is loaded
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with kvsieve.stream(model, policy, backend=arguments.backend) as stream:
@@ -198,7 +177,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     print(f"\n[{stats.policy} on {stats.backend}: {stats.seen:,} tokens seen, {stats.resident:,} resident, {held(stats)}]")
     if arguments.json is not None:
         report = {"prompt": prompt, "text": text, "stats": stats.as_dict()}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        with replacing(arguments.json, "report") as file:
+            file.write((json.dumps(report, indent=2) + "\n").encode())
     return 0
 
 
@@ -217,25 +197,6 @@ def _view_trace(arguments: argparse.Namespace) -> int:
         backend=arguments.backend,
     )
     run(settings)
-    return 0
-
-
-def _bench(arguments: argparse.Namespace) -> int:
-    from kvsieve.bench import Options
-    from kvsieve.bench.run import run
-
-    options = Options.of(
-        arguments.table,
-        shapes=getattr(arguments, "shape", None),
-        dtypes=arguments.dtype,
-        lengths=arguments.length,
-        rounds=arguments.rounds,
-        threads=arguments.threads,
-        json=arguments.json,
-        quick=arguments.quick,
-    )
-    _need_torch(None)
-    run(options)
     return 0
 
 

@@ -23,7 +23,20 @@ def written(path: Path, argv: list[str]) -> dict[str, Any]:
     assert main([*argv, "--json", str(path)]) == 0
     found: dict[str, Any] = json.loads(path.read_text())
     assert set(found) == {
-        *("table", "versions", "cpu", "instruction_set", "threads", "clock", "rounds", "load_average", "rows", "skipped"),
+        *(
+            "table",
+            "model",
+            "date",
+            "versions",
+            "cpu",
+            "instruction_set",
+            "threads",
+            "clock",
+            "rounds",
+            "load_average",
+            "rows",
+            "skipped",
+        ),
     }
     assert set(found["versions"]) == {"kvsieve", "torch", "transformers", "numpy", "python"}
     for row in found["rows"]:
@@ -72,9 +85,12 @@ def test_search_writes_what_was_scored_and_read(tmp_path: Path, capsys: pytest.C
 
 def test_decode_writes_every_policy_and_the_ceiling(tmp_path: Path) -> None:
     (row,) = written(tmp_path / "decode.json", ["bench", "decode", "--dtype", "f32", "--length", "64", "--rounds", "3"])["rows"]
-    policies = {"Full", "StreamingLLM", "LMInfinite", "SirLLM"}
-    assert {"transformers", *policies} <= set(row["times"])
-    assert set(row["times_as_fast"]) == policies
+    policies, rivals = {"Full", "StreamingLLM", "LMInfinite", "SirLLM"}, {"StaticCache", "QuantizedCache"}
+    assert set(row["times"]) >= {"DynamicCache", "StaticCache", "alone", *policies}
+    assert policies < set(row["times_as_fast"]) <= {*policies, *rivals, "alone"}
+    assert row["amdahl"] == pytest.approx(row["times"]["DynamicCache"]["median_ms"] / row["times"]["alone"]["median_ms"], abs=1e-3)
+    assert row["least_ms"] == pytest.approx((row["weight_bytes"] + row["kv_bytes"]) / row["read_gb_per_s"] / 1e6, rel=1e-2)
+    assert row["bytes_held"]["DynamicCache"] == row["kv_bytes"] + row["kv_bytes"] // row["length"]
     assert row["ceiling"] == pytest.approx(1 + row["kv_bytes"] / row["weight_bytes"], abs=1e-4)
     assert row["kv_bytes"] == 30 * 2 * 3 * 64 * 4 * 64
     assert all(row["errors"][name] <= 1e-4 for name in policies)
@@ -157,6 +173,11 @@ def test_what_does_not_fit_is_skipped_aloud(
         ["attend", "--shape", "a/b/c"],
         ["attend", "--length", "8"],
         ["prefill", "--rounds", "2"],
+        ["attend", "--resume"],
+        ["attend", "--plot", "x.pdf"],
+        ["decode", "--model", "nowhere"],
+        ["policies", "--model", "nowhere"],
+        ["policies", "--policy", "juggle(3)"],
     ],
 )
 def test_what_cannot_be_measured_is_one_line(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +205,8 @@ def test_unknown_words_are_a_usage_error(argv: list[str], capsys: pytest.Capture
         ("attend", {"lengths": [0]}),
         ("attend", {"rounds": 0}),
         ("attend", {"threads": 0}),
+        ("attend", {"model": "smollm2"}),
+        ("decode", {"policies": ["full()"]}),
     ],
 )
 def test_options_are_checked(table: str, given: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 """Measurements a user can repeat: what the kernels take here, beside what torch takes and what the memory allows.
 
-Three tables, one a file: ``attend`` (one layer, one query), ``decode`` (whole tokens), ``prefill`` (one layer, a chunk of queries).
+A table a file: ``attend`` (one layer, one query), ``search`` (the same, over a selection), ``prefill`` (one layer, a chunk of
+queries), ``decode`` (whole tokens), ``policies`` (whole tokens and memory against length, every policy in its own process).
 All of them keep to the same rules:
 
 * nothing is timed before its answer was compared with float64 (:class:`~kvsieve.errors.AccuracyError` otherwise);

@@ -15,9 +15,9 @@ from kvsieve import _core
 from kvsieve.backends import get
 from kvsieve.backends.base import AttendCall
 from kvsieve.bench import rivals
-from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, figure, interleaved, quickest, readers, steady
+from kvsieve.bench.measure import Clock, Ring, Run, Timing, copies, interleaved, quickest, readers, steady
 from kvsieve.bench.options import DTYPES, Options, Shape
-from kvsieve.bench.report import TOLERANCE, Report, check
+from kvsieve.bench.report import TOLERANCE, Report, Row, check, known, middle, spread, timings
 from kvsieve.facts import LayerRope
 
 __all__ = ["run"]
@@ -49,11 +49,13 @@ COLUMNS = (
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
     report.note("x: times as long as ours, post-RoPE keys; of read: of what one thread reads at the same moment")
-    report.head(*COLUMNS)
+    report.head(cells, *COLUMNS)
     with steady(options.threads) as clock:
         for shape in options.shapes:
             for dtype in options.dtypes:
                 for length in options.lengths:
+                    if known(report, shape, dtype, length):
+                        continue
                     if not report.skip(f"{shape} {dtype} {length}", need(shape, dtype, length)):
                         measure(shape, dtype, length, options.rounds, clock, report)
 
@@ -151,7 +153,7 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
     read = bytes_read / min(times[name].median for name in yardsticks)
     exact = [name for name in (*promising, "generate_default") if errors[name] <= TOLERANCE[dtype]]
     best = min(exact, key=lambda name: times[name].median)
-    print_row(shape, dtype, length, times, read, best, errors, report)
+    report.row(**told(shape, dtype, length, times, read, best, errors))
 
 
 def promising_ways(
@@ -165,49 +167,39 @@ def promising_ways(
     return {name: call for name, call in exact.items() if name in chosen or name == "packed_sdpa"}, found
 
 
-def print_row(
-    shape: Shape,
-    dtype: str,
-    length: int,
-    times: dict[str, Timing],
-    read: float,
-    best: str,
-    errors: dict[str, float],
-    report: Report,
-) -> None:
+def told(
+    shape: Shape, dtype: str, length: int, times: dict[str, Timing], read: float, best: str, errors: dict[str, float]
+) -> dict[str, Any]:
+    """The row, as it is written."""
     ms = {name: time.median * 1e3 for name, time in times.items()}
     moved = shape.token_bytes(getattr(torch, DTYPES[dtype]).itemsize) * length
     speed = moved / times["post_rope"].median
     ratios = {name: ms[name] / ms["post_rope"] for name in times if name not in ("read", "post_rope")}
-    packed = "packed_sdpa"
-    cells = [
-        str(shape),
-        dtype,
-        str(length),
-        f"{read / 1e9:.1f}",
-        str(times["post_rope"]),
-        f"{speed / 1e9:.1f}",
-        f"{speed / read:.2f}",
-    ]
-    cells += [figure(times["pre_rope"].median), f"{ratios['pre_rope']:.2f}"]
-    cells += [figure(times["generate_default"].median), f"{ratios['generate_default']:.1f}"]
+    return {
+        "heads": shape.heads,
+        "kv_heads": shape.kv_heads,
+        "head_dim": shape.dim,
+        "dtype": dtype,
+        "length": length,
+        "bytes_read": moved,
+        "read_gb_per_s": round(read / 1e9, 3),
+        "gb_per_s": round(speed / 1e9, 3),
+        "of_read": round(speed / read, 4),
+        "best": best,
+        "ratios": {name: round(ratio, 4) for name, ratio in ratios.items()},
+        "errors": errors,
+        "times": timings(times),
+    }
+
+
+def cells(row: Row) -> list[str]:
+    """The row, as it is printed."""
+    times, ratios, packed, best = row["times"], row["ratios"], "packed_sdpa", row["best"]
+    shape = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}"
+    made = [shape, row["dtype"], str(row["length"]), f"{row['read_gb_per_s']:.1f}", spread(times["post_rope"])]
+    made += [f"{row['gb_per_s']:.1f}", f"{row['of_read']:.2f}", middle(times["pre_rope"]), f"{ratios['pre_rope']:.2f}"]
+    made += [middle(times["generate_default"]), f"{ratios['generate_default']:.1f}"]
     # Not exact enough to be timed: say so rather than leave the row out.
-    cells += [figure(times[packed].median), f"{ratios[packed]:.1f}"] if packed in ms else ["inexact", ""]
-    cells += [figure(times[best].median), f"{ratios[best]:.1f}", best]
-    cells += [f"{errors['post_rope']:.0e}", f"{errors['generate_default']:.0e}"]
-    report.row(
-        cells,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_dim=shape.dim,
-        dtype=dtype,
-        length=length,
-        bytes_read=moved,
-        read_gb_per_s=round(read / 1e9, 3),
-        gb_per_s=round(speed / 1e9, 3),
-        of_read=round(speed / read, 4),
-        best=best,
-        ratios={name: round(ratio, 4) for name, ratio in ratios.items()},
-        errors=errors,
-        times={name: time.as_dict() for name, time in times.items()},
-    )
+    made += [middle(times[packed]), f"{ratios[packed]:.1f}"] if packed in times else ["inexact", ""]
+    made += [middle(times[best]), f"{ratios[best]:.1f}", best]
+    return [*made, f"{row['errors']['post_rope']:.0e}", f"{row['errors']['generate_default']:.0e}"]

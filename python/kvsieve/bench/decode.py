@@ -1,17 +1,20 @@
-"""Whole tokens of a model of SmolLM2-135M's shape with random weights: the time a user feels.
+"""Whole tokens of a model: the time a user feels. Unless one is named, it has SmolLM2-135M's shape and random weights.
 
-transformers' full cache, ours (the same logits), and the bounded policies, with as many tokens seen. Beside them stands the
-ceiling of whatever a cache can do at batch 1: a token reads all weights and all residents, so evicting every resident makes it
-at most ``1 + KV bytes / weight bytes`` times as fast, as long as reading is what it waits for.
+transformers' caches, ours (the same logits), and the bounded policies, with as many tokens seen. Beside them stand three limits:
 
-Bounded policies are held against the reference backend with the same residents. How much of a text they remember is not a
+* the time of a token that attends to itself alone. If attention cost nothing, a token of transformers' full cache would be so
+  many times as fast (Amdahl's law), and no cache can do better;
+* reading weights, keys and values once at the read bandwidth of the moment, which is the least that a full cache takes;
+* what eviction can gain over ``Full()`` at batch 1: a token reads all weights and all residents, so evicting every resident makes
+  it at most ``1 + KV bytes / weight bytes`` times as fast, as long as reading is what it waits for.
+
+Bounded policies are held against the reference backend with the same residents, transformers' `QuantizedCache` against nothing:
+it is not exact, and its error is printed. How much of a text they remember is not a
 question for random weights; ``kvsieve demo`` answers it.
 """
 
 from __future__ import annotations
 
-import copy
-import functools
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any
@@ -19,16 +22,18 @@ from typing import Any
 import torch
 
 import kvsieve
+from kvsieve.bench.caches import RIVALS, STOCK, cache_bytes, make_cache
 from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, steady
-from kvsieve.bench.options import DTYPES, Options, Shape
-from kvsieve.bench.report import Report
+from kvsieve.bench.options import DTYPES, Options
+from kvsieve.bench.report import Report, Row, middle, spread, timings
+from kvsieve.bench.subject import Layers, layers_of, load, model, past, token, weight_bytes, wide
 from kvsieve.errors import AccuracyError
-from kvsieve.model.support import cache_name
 from kvsieve.policy.compose import Policy
 
-__all__ = ["BOUNDED", "BUDGET", "LAYERS", "SHAPE", "fill", "model", "past", "run", "stock_cache", "token"]
+__all__ = ["BOUNDED", "BUDGET", "fill", "run", "stock_cache"]
 
-LAYERS, SHAPE, VOCABULARY = 30, Shape(9, 3, 64), 49152
+ALONE = "alone"
+"""A token that attends to itself only."""
 
 BUDGET = 1024
 """Tokens that the bounded policies hold."""
@@ -49,94 +54,62 @@ COLUMNS = (
     ("dtype", 5),
     ("seen", 6),
     ("read GB/s", 9),
-    ("transformers", 20),
+    ("DynamicCache", 20),
+    ("static x", 8),
+    ("quant. x", 8),
     ("Full()", 20),
     ("x", 5),
     *((name, width) for name in BOUNDED for name, width in ((name, max(len(name), 6)), ("x", 5))),
+    ("alone", 6),
+    ("bound x", 7),
+    ("least", 6),
     ("ceiling", 7),
     ("error", 7),
     ("torch's", 7),
 )
 
-
-@functools.lru_cache(maxsize=1)
-def model(dtype: torch.dtype) -> Any:
-    """The model, in ``dtype``; the same weights every time."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        hidden_size=SHAPE.heads * SHAPE.dim,
-        intermediate_size=1536,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=SHAPE.heads,
-        num_key_value_heads=SHAPE.kv_heads,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=131072,
-        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
-        tie_word_embeddings=True,
-    )
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return LlamaForCausalLM._from_config(config, dtype=dtype).eval()
+ROOM = 64
+"""Tokens for which a static cache has room beside those that were seen."""
 
 
-@functools.lru_cache(maxsize=1)
-def wide(dtype: torch.dtype) -> Any:
-    """The same weights, computing in float32."""
-    if dtype == torch.float32:
-        return model(dtype)
-    return copy.deepcopy(model(dtype)).float()
-
-
-@functools.lru_cache(maxsize=1)
-def past(length: int, dtype: torch.dtype) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Random keys and values ``[Hkv, length, D]`` of every layer."""
-    generator = torch.Generator().manual_seed(1)
-    shape = (SHAPE.kv_heads, length, SHAPE.dim)
-
-    def made() -> torch.Tensor:
-        return torch.randn(shape, generator=generator).to(dtype)
-
-    return [(made(), made()) for _ in range(LAYERS)]
-
-
-def stock_cache(config: Any, length: int, dtype: torch.dtype, computed: torch.dtype | None = None) -> Any:
-    """transformers' full cache with :func:`past` of ``dtype`` in it, converted to ``computed``."""
-    from transformers import DynamicCache
-
-    cache = DynamicCache(config=config)
-    for index, (k, v) in enumerate(past(length, dtype)):
+def filled(cache: Any, length: int, dtype: torch.dtype, layers: Layers, computed: torch.dtype | None = None) -> Any:
+    """A cache of transformers with :func:`past` of ``dtype`` in it, converted to ``computed``."""
+    for index, (k, v) in enumerate(past(length, dtype, layers)):
         cache.update(k[None].to(computed or dtype), v[None].to(computed or dtype), index)
     return cache
 
 
-def fill(stream: kvsieve.Stream, positions: list[int], seen: int, dtype: torch.dtype, computed: torch.dtype | None = None) -> None:
+def stock_cache(
+    config: Any,
+    length: int,
+    dtype: torch.dtype,
+    computed: torch.dtype | None = None,
+    layers: Layers = Layers(),  # noqa: B008
+) -> Any:
+    """transformers' full cache with :func:`past` of ``dtype`` in it, converted to ``computed``."""
+    return filled(make_cache(STOCK, config, length), length, dtype, layers, computed)
+
+
+def fill(
+    stream: kvsieve.Stream,
+    positions: list[int],
+    seen: int,
+    dtype: torch.dtype,
+    computed: torch.dtype | None = None,
+    layers: Layers = Layers(),  # noqa: B008
+) -> None:
     """Puts ``len(positions)`` tokens of :func:`past`, converted to ``computed``, into a stream as if it had seen ``seen``."""
     engine = stream._engine
     engine.begin_at(seen, [(seen, [(positions, [float(p % 97) for p in positions])])])
-    for index, (k, v) in enumerate(past(len(positions), dtype)):
+    for index, (k, v) in enumerate(past(len(positions), dtype, layers)):
         k, v = k.to(computed or dtype), v.to(computed or dtype)
         store = engine.stores[index] = engine.backend.make_store(k[None], v[None])
         store.write(engine.planner.runs(0, 0), k, v)
 
 
-def token(made: Any, cache: Any) -> torch.Tensor:
-    """One token's forward: logits ``[1, 1, V]``."""
-    with torch.no_grad():
-        logits: torch.Tensor = made(torch.tensor([[7]]), **{cache_name(made): cache}).logits
-    return logits
-
-
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
     """Relative error in the Euclidean norm."""
     return float((got.double() - want.double()).norm() / want.double().norm())
-
-
-def slowly(made: Any, policy: Policy, length: int, kind: torch.dtype) -> torch.Tensor:
-    """The same token by the reference backend, on the same residents."""
-    with kvsieve.stream(made, policy, backend="reference") as stream:
-        fill(stream, held(length), length, kind, made.dtype)
-        return token(made, stream.cache)
 
 
 def same(what: str, dtype: str, got: torch.Tensor, exact: torch.Tensor, others: float) -> float:
@@ -159,70 +132,132 @@ def held(seen: int) -> list[int]:
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
     report.note(
-        "x: times as fast as transformers' full cache; ceiling: 1 + KV bytes / weight bytes, of what eviction gains over Full()"
+        "x: times as fast as transformers' DynamicCache; alone: a token that attends to itself only; bound: what a token could "
+        "gain if attention cost nothing; least: reading weights, keys and values once; ceiling: 1 + KV bytes / weight bytes"
     )
-    report.head(*COLUMNS)
+    report.head(cells, *COLUMNS)
     with steady(options.threads) as clock:
         for dtype in options.dtypes:
             kind = getattr(torch, DTYPES[dtype])
             for length in options.lengths:
-                kv = LAYERS * SHAPE.token_bytes(kind.itemsize) * length
-                exact = 0 if dtype == "f32" else 2 * kv + (1 << 30)
-                if not report.skip(f"{dtype} {length}", 3 * kv + exact + (2 << 30)):
+                if report.known(dtype=dtype, length=length):
+                    continue
+                layers = layers_of(model(kind, options.model))
+                kv, weights = layers.token_bytes(kind.itemsize) * length, weight_bytes(model(kind, options.model))
+                exact = 0 if dtype == "f32" else 2 * kv + 3 * weights
+                if not report.skip(f"{dtype} {length}", 5 * kv + exact + weights + (2 << 30)):
                     with ExitStack() as streams:
-                        measure(dtype, kind, length, options.rounds, clock, report, streams)
+                        Case(options, dtype, length, layers, streams).measure(clock, report)
                 past.cache_clear()
             wide.cache_clear()
-    model.cache_clear()
+    load.cache_clear()
 
 
-def measure(dtype: str, kind: torch.dtype, length: int, rounds: int, clock: Clock, report: Report, streams: ExitStack) -> None:
-    """One row: compares all logits, then measures."""
-    what, made = f"decode {dtype} {length}", model(kind)
-    theirs = stock_cache(made.config, length, kind)
-    runs: dict[str, Run] = {"transformers": lambda: token(made, theirs)}
-    stock = token(made, theirs)
-    exact = stock if dtype == "f32" else token(wide(kind), stock_cache(made.config, length, kind, torch.float32))
-    errors = {"transformers": off(stock, exact)}
+class Case:
+    """One row: a model, and every cache with ``length`` tokens in it."""
 
-    def opened(policy: Policy, positions: list[int]) -> kvsieve.Stream:
-        stream = streams.enter_context(kvsieve.stream(made, policy, backend="cpu"))
-        fill(stream, positions, length, kind)
+    def __init__(self, options: Options, dtype: str, length: int, layers: Layers, streams: ExitStack) -> None:
+        self.dtype, self.length, self.layers, self.streams = dtype, length, layers, streams
+        self.rounds, self.kind = options.rounds, getattr(torch, DTYPES[dtype])
+        self.made, self.wide = model(self.kind, options.model), wide(self.kind, options.model)
+        self.runs: dict[str, Run] = {}
+        self.errors: dict[str, float] = {}
+        self.held: dict[str, int] = {}
+
+    def rivals(self, report: Report) -> torch.Tensor:
+        """Fills transformers' caches, and adds them to what is timed; gives the logits in float32."""
+        config = self.made.config
+        theirs = stock_cache(config, self.length, self.kind, layers=self.layers)
+        stock = token(self.made, theirs)
+        exact = stock
+        if self.dtype != "f32":
+            exact = token(self.wide, stock_cache(config, self.length, self.kind, torch.float32, self.layers))
+        self.errors[STOCK] = off(stock, exact)
+        self.add(STOCK, theirs)
+        for name in RIVALS:
+            if name == STOCK:
+                continue
+            try:
+                cache = filled(make_cache(name, config, self.length + ROOM), self.length, self.kind, self.layers)
+            except NotImplementedError as error:
+                report.note(f"{self.dtype} {self.length} {name}: left out ({error})")
+                continue
+            got = token(self.made, cache)
+            what = f"decode {self.dtype} {self.length}, {name}"
+            exactly = name == "StaticCache"
+            self.errors[name] = same(what, self.dtype, got, exact, self.errors[STOCK]) if exactly else off(got, exact)
+            self.add(name, cache)
+        self.runs[ALONE] = lambda: token(self.made, None)
+        return exact
+
+    def add(self, name: str, cache: Any) -> None:
+        self.runs[name] = lambda: token(self.made, cache)
+        self.held[name] = cache_bytes(cache)
+
+    def opened(self, policy: Policy, positions: list[int]) -> kvsieve.Stream:
+        """A stream that has seen the row's tokens and holds ``positions``."""
+        stream = self.streams.enter_context(kvsieve.stream(self.made, policy, backend="cpu"))
+        fill(stream, positions, self.length, self.kind, layers=self.layers)
         return stream
 
-    full = opened(kvsieve.Full(), list(range(length)))
-    errors["Full"] = same(f"{what}, Full()", dtype, token(made, full.cache), exact, errors["transformers"])
-    runs["Full"] = lambda: token(made, full.cache)
-    resident: dict[str, int] = {}
-    for name, policy in BOUNDED.items():
-        stream = opened(policy(), held(length))
-        got, want, reference = token(made, stream.cache), *(slowly(m, policy(), length, kind) for m in (wide(kind), made))
-        errors[name] = same(f"{what}, {name}", dtype, got, want, off(reference, want))
-        resident[name] = stream.stats().resident
-        runs[name] = lambda cache=stream.cache: token(made, cache)  # type: ignore[misc]
-    past.cache_clear()
-    bytes_read, yardsticks = readers()
-    # A token changes what the next one sees: nothing is repeated.
-    times = interleaved({**yardsticks, **runs}, rounds, clock=clock, repeat=False)
-    read = bytes_read / min(times[name].median for name in yardsticks)
-    weights = sum(p.nbytes for p in made.parameters())
-    kv = LAYERS * SHAPE.token_bytes(kind.itemsize) * length
-    ratios = {name: times["transformers"].median / times[name].median for name in ("Full", *BOUNDED)}
-    cells = [dtype, str(length), f"{read / 1e9:.1f}", str(times["transformers"]), str(times["Full"]), f"{ratios['Full']:.2f}"]
+    def slowly(self, made: Any, policy: Policy) -> torch.Tensor:
+        """The same token by the reference backend, on the same residents."""
+        with kvsieve.stream(made, policy, backend="reference") as stream:
+            fill(stream, held(self.length), self.length, self.kind, made.dtype, self.layers)
+            return token(made, stream.cache)
+
+    def ours(self, exact: torch.Tensor) -> dict[str, int]:
+        """Opens the streams, compares their logits, and adds them to what is timed; gives the tokens that each holds."""
+        what = f"decode {self.dtype} {self.length}"
+        full = self.opened(kvsieve.Full(), list(range(self.length)))
+        self.errors["Full"] = same(f"{what}, Full()", self.dtype, token(self.made, full.cache), exact, self.errors[STOCK])
+        opened, resident = {"Full": full}, {}
+        for name, policy in BOUNDED.items():
+            stream = opened[name] = self.opened(policy(), held(self.length))
+            got, want, reference = token(self.made, stream.cache), *(self.slowly(m, policy()) for m in (self.wide, self.made))
+            self.errors[name] = same(f"{what}, {name}", self.dtype, got, want, off(reference, want))
+            resident[name] = stream.stats().resident
+        for name, stream in opened.items():
+            self.held[name] = stream.stats().bytes_held
+            self.runs[name] = lambda cache=stream.cache: token(self.made, cache)  # type: ignore[misc]
+        return resident
+
+    def measure(self, clock: Clock, report: Report) -> None:
+        """Compares all logits, then measures."""
+        resident = self.ours(self.rivals(report))
+        past.cache_clear()
+        bytes_read, yardsticks = readers()
+        # A token changes what the next one sees: nothing is repeated.
+        times = interleaved({**yardsticks, **self.runs}, self.rounds, clock=clock, repeat=False)
+        read = bytes_read / min(times[name].median for name in yardsticks)
+        weights, kv = weight_bytes(self.made), self.layers.token_bytes(self.kind.itemsize) * self.length
+        least = (weights + kv) / read
+        report.row(
+            dtype=self.dtype,
+            length=self.length,
+            weight_bytes=weights,
+            kv_bytes=kv,
+            ceiling=round(1 + kv / weights, 4),
+            read_gb_per_s=round(read / 1e9, 3),
+            least_ms=round(least * 1e3, 4),
+            of_least=round(least / times["Full"].median, 4),
+            amdahl=round(times[STOCK].median / times[ALONE].median, 4),
+            times_as_fast={name: round(times[STOCK].median / times[name].median, 4) for name in self.runs if name != STOCK},
+            budget=BUDGET,
+            resident=resident,
+            bytes_held=self.held,
+            errors=self.errors,
+            times=timings(times),
+        )
+
+
+def cells(row: Row) -> list[str]:
+    """The row, as it is printed."""
+    times, fast = row["times"], row["times_as_fast"]
+    made = [row["dtype"], str(row["length"]), f"{row['read_gb_per_s']:.1f}", spread(times[STOCK])]
+    made += [f"{fast[name]:.2f}" if name in fast else "none" for name in RIVALS if name != STOCK]
+    made += [spread(times["Full"]), f"{fast['Full']:.2f}"]
     for name in BOUNDED:
-        cells += [figure(times[name].median), f"{ratios[name]:.2f}"]
-    cells += [f"{1 + kv / weights:.2f}", f"{errors['Full']:.0e}", f"{errors['transformers']:.0e}"]
-    report.row(
-        cells,
-        dtype=dtype,
-        length=length,
-        weight_bytes=weights,
-        kv_bytes=kv,
-        ceiling=round(1 + kv / weights, 4),
-        read_gb_per_s=round(read / 1e9, 3),
-        times_as_fast=ratios,
-        budget=BUDGET,
-        resident=resident,
-        errors=errors,
-        times={name: time.as_dict() for name, time in times.items()},
-    )
+        made += [middle(times[name]), f"{fast[name]:.2f}"]
+    made += [middle(times[ALONE]), f"{row['amdahl']:.2f}", figure(row["least_ms"] / 1e3), f"{row['ceiling']:.2f}"]
+    return [*made, f"{row['errors']['Full']:.0e}", f"{row['errors'][STOCK]:.0e}"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from kvsieve.errors import BenchError
 
-__all__ = ["DTYPES", "TABLES", "Options", "Shape"]
+__all__ = ["DTYPES", "POLICIES", "RANDOM", "TABLES", "WHOLE", "Options", "Shape"]
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 """Short names of the element types, and torch's."""
@@ -68,8 +68,18 @@ TABLES = {
     "decode": _Table((512, 2048, 8192, 32768), (512, 2048), dtypes=("f32", "bf16"), shapes=(Shape(9, 3, 64),)),
     "search": _Table((8192, 32768, 131072, 524288), (8192, 32768), dtypes=("bf16",)),
     "prefill": _Table((512, 1024, 2048, 4096, 8192), (512, 2048)),
+    "policies": _Table((512, 2048, 8192), (512, 2048), dtypes=("f32",), shapes=(Shape(9, 3, 64),)),
 }
 """The tables, and the cases of each."""
+
+WHOLE = ("decode", "policies")
+"""Tables of a whole model, which has its own shape."""
+
+RANDOM = "random"
+"""The model of those tables unless one is named: SmolLM2-135M's shape with random weights."""
+
+POLICIES = ("full()", "streamingllm(1024)", "sirllm(1024)", "snapkv(1024)", "quest(1024)", "full() | quantized(4)")
+"""What ``policies`` measures unless it is told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -77,11 +87,14 @@ class Options:
     """What to measure and how; make one with :meth:`of`.
 
     Attributes:
-        table: ``"attend"``, ``"decode"``, ``"search"`` or ``"prefill"``.
-        shapes, dtypes, lengths: the cases, in all combinations. ``decode`` has one model and so one shape.
+        table: ``"attend"``, ``"decode"``, ``"search"``, ``"prefill"`` or ``"policies"``.
+        shapes, dtypes, lengths: the cases, in all combinations. ``decode`` and ``policies`` have a model, and the shape is its own.
         rounds: rounds of every case; cases that take above 200 ms make do with five.
         threads: threads of torch and of the kernels. With one, the thread's own CPU time is measured; with more, the wall's.
-        json: also write everything to this file, after every row.
+        json: also write everything to this file, after every row; resume: rows that it holds are not measured again.
+        plot: a picture of the table, PNG or SVG.
+        model: of ``decode`` and ``policies``: ``random``, ``smollm2``, a local folder, or a GGUF file.
+        policies: of ``policies``, as text.
     """
 
     table: str
@@ -91,6 +104,10 @@ class Options:
     rounds: int = 9
     threads: int = 1
     json: Path | None = field(default=None, compare=False)
+    resume: bool = field(default=False, compare=False)
+    plot: Path | None = field(default=None, compare=False)
+    model: str = RANDOM
+    policies: tuple[str, ...] = POLICIES
 
     @classmethod
     def of(
@@ -103,12 +120,17 @@ class Options:
         rounds: int | None = None,
         threads: int = 1,
         json: Path | None = None,
+        resume: bool = False,
+        plot: Path | None = None,
+        model: str | None = None,
+        policies: list[str] | None = None,
         quick: bool = False,
     ) -> Options:
         """Options of ``table``, checked; what is not given is the table's own choice, less of it when ``quick``.
 
         Raises:
-            BenchError: for an unknown table or dtype, an unreadable shape, and counts that cannot be measured.
+            BenchError: for an unknown table or dtype, an unreadable shape, counts that cannot be measured, what the table does not
+                take, a file to go on with that is not named, and a picture of an unknown kind.
 
         >>> Options.of("attend", dtypes=["bf16"], quick=True).lengths
         (1024, 8192)
@@ -116,8 +138,16 @@ class Options:
         if table not in TABLES:
             raise BenchError(f"unknown table {table!r}; known: {', '.join(TABLES)}")
         usual = TABLES[table]
-        if shapes is not None and table == "decode":
-            raise BenchError("decode measures one model shape; leave --shape out")
+        if shapes is not None and table in WHOLE:
+            raise BenchError(f"{table} measures a whole model, whose shape is its own; leave --shape out")
+        if model is not None and table not in WHOLE:
+            raise BenchError(f"{table} measures one layer of a --shape; --model goes with {' and '.join(WHOLE)}")
+        if policies is not None and table != "policies":
+            raise BenchError(f"{table} has its own policies; --policy goes with policies")
+        if resume and json is None:
+            raise BenchError("--resume goes on with a file: name it by --json")
+        if plot is not None and plot.suffix not in (".png", ".svg"):
+            raise BenchError(f"a picture is .png or .svg, got --plot {plot}")
         for dtype in dtypes or ():
             if dtype not in DTYPES:
                 raise BenchError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}")
@@ -132,8 +162,12 @@ class Options:
             table,
             tuple(Shape.parse(shape) for shape in shapes) if shapes else usual.shapes,
             tuple(dtypes) if dtypes else usual.dtypes,
-            tuple(lengths) if lengths else usual.quick_lengths if quick else usual.lengths,
+            tuple(dict.fromkeys(lengths)) if lengths else usual.quick_lengths if quick else usual.lengths,
             rounds or (5 if quick else 9),
             threads,
-            json,
+            json=json,
+            resume=resume,
+            plot=plot,
+            model=model or RANDOM,
+            policies=tuple(policies) if policies else POLICIES,
         )

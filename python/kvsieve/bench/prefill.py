@@ -16,9 +16,9 @@ from kvsieve.backends.attention import attend as naive_attend
 from kvsieve.backends.attention import merge, rotate_part
 from kvsieve.backends.base import AttendCall
 from kvsieve.bench import rivals
-from kvsieve.bench.measure import Clock, Ring, Run, copies, figure, interleaved, quickest, readers, steady
+from kvsieve.bench.measure import Clock, Ring, Run, copies, interleaved, quickest, readers, steady
 from kvsieve.bench.options import DTYPES, Options, Shape
-from kvsieve.bench.report import TOLERANCE, Report, check
+from kvsieve.bench.report import TOLERANCE, Report, Row, check, known, middle, spread, timings
 from kvsieve.facts import LayerRope
 from kvsieve.policy.compose import Policy
 from kvsieve.policy.specs import make_planner
@@ -59,11 +59,13 @@ COLUMNS = (
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
     report.note(f"x: times as long as ours; windows hold {BUDGET} tokens; us/query: microseconds of one query of the chunk")
-    report.head(*COLUMNS)
+    report.head(cells, *COLUMNS)
     with steady(options.threads) as clock:
         for shape in options.shapes:
             for dtype in options.dtypes:
                 for length in options.lengths:
+                    if known(report, shape, dtype, length):
+                        continue
                     if not report.skip(f"{shape} {dtype} {length}", need(shape, dtype, length)):
                         measure(shape, dtype, length, options.rounds, clock, report)
 
@@ -167,14 +169,7 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
     ms = {name: time.median * 1e3 for name, time in times.items()}
     ratios = {name: ms[name] / ms["Full"] for name in runs if name != "Full"}
     per_query = {name: ms[name] * 1e3 / length for name in POLICIES}
-    cells = [str(shape), dtype, str(length), str(times["Full"])]
-    cells += [figure(times["generate_default"].median), f"{ratios['generate_default']:.2f}"]
-    cells += [figure(times[best].median), f"{ratios[best]:.2f}", best]
-    for name in ("StreamingLLM", "LMInfinite"):
-        cells += [figure(times[name].median), f"{per_query[name]:.1f}"]
-    cells += [f"{errors['Full']:.0e}", f"{errors['generate_default']:.0e}"]
     report.row(
-        cells,
         heads=shape.heads,
         kv_heads=shape.kv_heads,
         head_dim=shape.dim,
@@ -186,5 +181,17 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
         ratios={name: round(ratio, 4) for name, ratio in ratios.items()},
         us_per_query={name: round(us, 4) for name, us in per_query.items()},
         errors=errors,
-        times={name: time.as_dict() for name, time in times.items()},
+        times=timings(times),
     )
+
+
+def cells(row: Row) -> list[str]:
+    """The row, as it is printed."""
+    times, ratios, best = row["times"], row["ratios"], row["best"]
+    shape = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}"
+    made = [shape, row["dtype"], str(row["length"]), spread(times["Full"])]
+    made += [middle(times["generate_default"]), f"{ratios['generate_default']:.2f}"]
+    made += [middle(times[best]), f"{ratios[best]:.2f}", best]
+    for name in ("StreamingLLM", "LMInfinite"):
+        made += [middle(times[name]), f"{row['us_per_query'][name]:.1f}"]
+    return [*made, f"{row['errors']['Full']:.0e}", f"{row['errors']['generate_default']:.0e}"]

@@ -8,7 +8,7 @@ it costs.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -21,7 +21,7 @@ from kvsieve.bench import rivals
 from kvsieve.bench.attend import off
 from kvsieve.bench.measure import Clock, Run, copies, figure, interleaved, readers, steady
 from kvsieve.bench.options import DTYPES, Options, Shape
-from kvsieve.bench.report import Report, check
+from kvsieve.bench.report import Report, Row, check, known, spread, timings
 from kvsieve.policy.select import SparseSelection
 from kvsieve.policy.specs import make_planner
 
@@ -55,13 +55,26 @@ COLUMNS = (
 def run(options: Options, report: Report) -> None:
     """Measures every case of ``options``."""
     report.note("x: how often ours fits in their time; scored, read: keys of one step that selects, over all key-value heads")
-    report.head(*COLUMNS)
+    report.head(cells, *COLUMNS)
     with steady(options.threads) as clock:
         for shape in options.shapes:
             for dtype in options.dtypes:
                 for length in options.lengths:
-                    if not report.skip(f"{shape} {dtype} {length}", need(shape, dtype, length)):
-                        measure(shape, dtype, length, options.rounds, clock, report)
+                    names = wanted(shape, dtype, length, report)
+                    if names and not report.skip(f"{shape} {dtype} {length}", need(shape, dtype, length)):
+                        measure(shape, dtype, length, names, options.rounds, clock, report)
+
+
+def wanted(shape: Shape, dtype: str, length: int, report: Report) -> list[str]:
+    """The policies of a case that search a text so long, and that were not measured before."""
+    found = []
+    for name, policy in POLICIES.items():
+        rule: Any = policy.selection
+        if length <= rule.dense_until:
+            report.note(f"{shape} {dtype} {length} {name}: read whole, nothing to measure")
+        elif not known(report, shape, dtype, length, name=name):
+            found.append(name)
+    return found
 
 
 def need(shape: Shape, dtype: str, length: int) -> int:
@@ -128,14 +141,12 @@ class Layers:
         return torch.cat(parts, 2)
 
 
-def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, report: Report) -> None:
+def measure(shape: Shape, dtype: str, length: int, names: Sequence[str], rounds: int, clock: Clock, report: Report) -> None:
     """The rows of one case: checks every answer, then measures."""
     layers = Layers(shape, dtype, length)
-    for name, policy in POLICIES.items():
+    for name in names:
+        policy = POLICIES[name]
         rule: Any = policy.selection
-        if length <= rule.dense_until:
-            report.note(f"{shape} {dtype} {length} {name}: read whole, nothing to measure")
-            continue
         paces = rule.paces
         cycle = max(paces)
         every = dataclasses.replace(rule, refresh=(1,) * len(paces) if isinstance(rule.refresh, tuple) else 1)
@@ -159,16 +170,13 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
             for run in ("every_step", "as_refreshed")
             for rival in ("full", "generate_default")
         }
-        cells = [str(shape), dtype, str(length), name, _spread(times["full"], count), figure(seconds["generate_default"])]
-        for run in ("every_step", "as_refreshed"):
-            cells += [figure(seconds[run])] + [f"{ratios[f'{run}_over_{rival}']:.1f}" for rival in ("full", "generate_default")]
         report.row(
-            [*cells, str(scored), str(read), f"{error:.0e}"],
             heads=shape.heads,
             kv_heads=shape.kv_heads,
             head_dim=shape.dim,
             dtype=dtype,
             length=length,
+            name=name,
             policy=repr(policy),
             layers=count,
             cycle=cycle,
@@ -178,9 +186,16 @@ def measure(shape: Shape, dtype: str, length: int, rounds: int, clock: Clock, re
             read_gb_per_s=round(bytes_read / min(times[name].median for name in yardsticks) / 1e9, 3),
             seconds=seconds,
             ratios=ratios,
-            times={name: time.as_dict() for name, time in times.items()},
+            times=timings(times),
         )
 
 
-def _spread(timing: Any, count: int) -> str:
-    return f"{figure(timing.median / count)} ({figure(timing.min / count)}-{figure(timing.max / count)})"
+def cells(row: Row) -> list[str]:
+    """The row, as it is printed."""
+    seconds, ratios, full = row["seconds"], row["ratios"], row["times"]["full"]
+    shape = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']}"
+    a_layer = {name: ms / row["layers"] for name, ms in full.items() if name.endswith("_ms")}
+    made = [shape, row["dtype"], str(row["length"]), row["name"], spread(a_layer), figure(seconds["generate_default"])]
+    for run in ("every_step", "as_refreshed"):
+        made += [figure(seconds[run]), *(f"{ratios[f'{run}_over_{rival}']:.1f}" for rival in ("full", "generate_default"))]
+    return [*made, str(row["scored"]), str(row["read"]), f"{row['error']:.0e}"]

@@ -26,6 +26,7 @@ from kvsieve.evals import shopping, stream_nll
 from kvsieve.evals.models import fastest_dtype, load_smollm2, quietly, trained_length
 from kvsieve.evals.stream_nll import Progress, Reading
 from kvsieve.evals.texts import read_text
+from kvsieve.files.replace import replacing
 from kvsieve.view.live import LiveTable
 from kvsieve.view.typist import print_while_generating
 
@@ -78,13 +79,19 @@ def run(settings: Settings, began: float | None = None) -> dict[str, Any]:
     }
     words.draw(readings, settings, trained)
     page = words.page(recollections, tokenizer, settings.shopping_budget)
-    (settings.out / "tokens.html").write_text(page, encoding="utf-8")
+    _write(settings.out / "tokens.html", page)
     found["seconds"] = round(time.perf_counter() - began, 1)
     found["cpu_seconds"] = round(time.process_time(), 1)
     found["verdict"] = words.verdict(found)
-    (settings.out / "report.json").write_text(json.dumps(found, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    _write(settings.out / "report.json", json.dumps(found, indent=2, allow_nan=False) + "\n")
     words.print_summary(found, settings)
     return found
+
+
+def _write(path: Path, text: str) -> None:
+    """A file of the demo, which takes the place of an older one only when it is complete."""
+    with replacing(path, "file of the demo") as file:
+        file.write(text.encode())
 
 
 def _first_tokens(tokenizer: Any, text: str, count: int) -> torch.Tensor:

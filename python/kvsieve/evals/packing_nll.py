@@ -363,11 +363,11 @@ def _plain(found: Price) -> dict[str, Any]:
     return {key: None if value != value else value for key, value in asdict(found).items()}
 
 
-def _prices(told: dict[str, Any]) -> list[Price]:
-    """What stands in a file. Raises KeyError, TypeError or ValueError for what is none."""
+def _prices(told: Any) -> tuple[dict[str, Any], list[Price]]:
+    """The facts of a file's run, and its prices. Raises KeyError, TypeError or ValueError for what is none."""
     found = []
     for row in told["prices"]:
         numbers = {name: float(row[name]) for name in ("held", "perplexity", "change")}
         error = math.nan if row["error"] is None else float(row["error"])
         found.append(Price(str(row["name"]), nll=tuple(map(float, row["nll"])), error=error, **numbers))
-    return found
+    return dict(told["settings"]), found

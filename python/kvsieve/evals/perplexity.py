@@ -145,7 +145,7 @@ def _done(settings: Settings, facts: dict[str, Any]) -> dict[str, Row]:
     """Rows of the file to go on with, by policy."""
     if not settings.resume:
         return {}
-    rows = read_held(check_resume(settings.json), facts, lambda told: [*map(_row, told["rows"])])
+    rows = read_held(check_resume(settings.json), facts, lambda held: (dict(held["settings"]), [_row(row) for row in held["rows"]]))
     return {row.policy: row for row in rows or ()}
 
 

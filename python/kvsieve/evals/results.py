@@ -34,9 +34,9 @@ __all__ = [
 ]
 
 
-T = TypeVar("T")
-
 _WHAT = "file of results"
+
+T = TypeVar("T")
 
 
 class ResultsError(KvsieveError, OSError):
@@ -213,29 +213,28 @@ def interrupted(done: int, what: str, path: Path | None) -> str:
     return f"{done} {what} {kept}"
 
 
-def read_held(path: Path, facts: Mapping[str, Any], parse: Callable[[dict[str, Any]], T]) -> T | None:
-    """What the file of a run that is gone on with holds; None if there is no file.
+def read_held(path: Path, facts: Mapping[str, Any], read: Callable[[Any], tuple[Mapping[str, Any], T]]) -> T | None:
+    """What a file of results holds of a run that is gone on with; None if there is no file.
 
     Args:
         facts: what two runs must have in common for their results to stand in one table.
-        parse: makes of the file's content what is asked for; raises KeyError, TypeError or ValueError for what is none.
+        read: takes what is in the file; gives the facts of its run, and the results. It may raise KeyError, TypeError, ValueError.
 
     Raises:
-        ResultsError: for a file of something else, and for one of a run with other settings, with the first that differs.
+        ResultsError: for a file of something else, and for one of a run with other facts, with the first that differs.
     """
     if not path.exists():
         return None
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        theirs, found = dict(told["settings"]), parse(told)
-    except (ValueError, KeyError, TypeError) as error:
+        theirs, results = read(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ResultsError(f"{path} was not written by this command, and is left as it is: {error}") from error
     for name, mine in facts.items():
         if theirs.get(name) != mine:
             raise ResultsError(
                 f"{path} is of another run: {name} is {theirs.get(name)!r} there and {mine!r} here; name another --json"
             )
-    return found
+    return results
 
 
 def check_resume(path: Path | None) -> Path:
@@ -250,11 +249,9 @@ def check_resume(path: Path | None) -> Path:
 
 
 def read_cases(path: Path, facts: Mapping[str, Any]) -> dict[tuple[str, int, int], CaseResult]:
-    """The results of a run that is gone on with, by :attr:`CaseResult.key`; none if there is no file.
-
-    Raises as :func:`read_held`.
-    """
-    return {case.key: case for case in read_held(path, facts, lambda told: [*map(case_of, told["cases"])]) or ()}
+    """The results of a run that is gone on with, by :attr:`CaseResult.key`; none without a file. Raises as :func:`read_held`."""
+    cases = read_held(path, facts, lambda held: (dict(held["settings"]), [case_of(told) for told in held["cases"]]))
+    return {case.key: case for case in cases or ()}
 
 
 def case_of(told: Mapping[str, Any]) -> CaseResult:

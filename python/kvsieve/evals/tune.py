@@ -303,7 +303,11 @@ class _Work:
         if not self.settings.resume:
             return []
         path = check_resume(self.settings.json)
-        told = read_held(path, self.facts(), lambda told: (int(told["length"]), [Tried(**row) for row in told["tried"]]))
+        told = read_held(
+            path,
+            self.facts(),
+            lambda held: (dict(held["settings"]), (int(held["length"]), [Tried(**row) for row in held["tried"]])),
+        )
         if told is None:
             return []
         length, rows = told

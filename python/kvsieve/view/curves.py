@@ -8,10 +8,10 @@ from pathlib import Path
 
 from kvsieve.errors import KvsieveError
 
-__all__ = ["Series", "plot_curves"]
+__all__ = ["STYLES", "Series", "plot_curves"]
 
 # Okabe and Ito's palette: tells apart without hue; the dash and the marker tell apart without colour.
-_STYLES = (
+STYLES = (
     ("#000000", "-", "o"),
     ("#0072B2", "--", "s"),
     ("#E69F00", "-.", "^"),
@@ -62,7 +62,7 @@ def plot_curves(series: Sequence[Series], path: Path, *, trained_length: int | N
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     for i, line in enumerate(series):
-        color, dash, marker = _STYLES[i % len(_STYLES)]
+        color, dash, marker = STYLES[i % len(STYLES)]
         top.plot(
             line.centres,
             line.nll,

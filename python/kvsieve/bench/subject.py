@@ -1,0 +1,120 @@
+"""The model whose whole tokens are measured, and what its caches are filled with.
+
+Unless one is named it has SmolLM2-135M's shape and random weights: the time of a token does not depend on what they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+from typing import Any, NamedTuple
+
+import torch
+
+import kvsieve
+from kvsieve.bench.options import RANDOM, Shape
+from kvsieve.errors import BenchError
+from kvsieve.model.support import cache_name
+
+__all__ = ["LAYERS", "SHAPE", "VOCABULARY", "Layers", "layers_of", "load", "model", "past", "token", "weight_bytes", "wide"]
+
+LAYERS, SHAPE, VOCABULARY = 30, Shape(9, 3, 64), 49152
+
+
+class Layers(NamedTuple):
+    """What a model's caches hold: so many layers, of so many KV heads with keys and values of so many channels."""
+
+    layers: int = LAYERS
+    kv_heads: int = SHAPE.kv_heads
+    dim: int = SHAPE.dim
+
+    def token_bytes(self, itemsize: int) -> int:
+        """Bytes of one token's keys and values in all layers."""
+        return self.layers * Shape(self.kv_heads, self.kv_heads, self.dim).token_bytes(itemsize)
+
+
+@functools.lru_cache(maxsize=1)
+def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """The model in ``dtype``, and its tokenizer; None of random weights, which are the same every time.
+
+    Args:
+        name: ``random``, ``smollm2``, a local folder, or a GGUF file. Raises as ``kvsieve.evals.models.load_model``.
+    """
+    if name != RANDOM:
+        from kvsieve.evals.models import load_model
+
+        return load_model(name, dtype)
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        hidden_size=SHAPE.heads * SHAPE.dim,
+        intermediate_size=1536,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=SHAPE.heads,
+        num_key_value_heads=SHAPE.kv_heads,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=131072,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        tie_word_embeddings=True,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return LlamaForCausalLM._from_config(config, dtype=dtype).eval(), None
+
+
+def model(dtype: torch.dtype, name: str = RANDOM) -> Any:
+    """The model of :func:`load`."""
+    return load(name, dtype)[0]
+
+
+@functools.lru_cache(maxsize=1)
+def wide(dtype: torch.dtype, name: str = RANDOM) -> Any:
+    """The same weights, computing in float32."""
+    if dtype == torch.float32:
+        return model(dtype, name)
+    return copy.deepcopy(model(dtype, name)).float()
+
+
+def layers_of(made: Any) -> Layers:
+    """What the caches of a model hold.
+
+    Raises:
+        BenchError: for a model whose layers are not alike: a cache of it cannot be filled without reading a text.
+        UnsupportedModelError: for one that a stream does not serve.
+    """
+    with kvsieve.stream(made, kvsieve.Full(), backend="cpu") as stream:
+        attachment = stream._attachment
+        assert attachment is not None
+        facts = attachment.facts
+    kinds = {(layer.num_kv_heads, layer.key_dim, layer.value_dim) for layer in facts.layers}
+    heads, dim, value_dim = next(iter(kinds))
+    if len(kinds) > 1 or dim != value_dim or len(facts.layers) < len(facts.layer_types):
+        raise BenchError("the layers of this model are not alike: `kvsieve bench policies` reads a text by it instead")
+    return Layers(len(facts.layers), heads, dim)
+
+
+@functools.lru_cache(maxsize=1)
+def past(length: int, dtype: torch.dtype, layers: Layers = Layers()) -> list[tuple[torch.Tensor, torch.Tensor]]:  # noqa: B008
+    """Random keys and values ``[Hkv, length, D]`` of every layer."""
+    generator = torch.Generator().manual_seed(1)
+    shape = (layers.kv_heads, length, layers.dim)
+
+    def made() -> torch.Tensor:
+        return torch.randn(shape, generator=generator).to(dtype)
+
+    return [(made(), made()) for _ in range(layers.layers)]
+
+
+def weight_bytes(made: Any) -> int:
+    """Bytes of weights that a token reads: all, but of a table of embeddings that is not the head too, which gives one row."""
+    tables = made.get_input_embeddings().weight, getattr(made.get_output_embeddings(), "weight", None)
+    read = sum(p.nbytes for p in made.parameters())
+    return int(read - (0 if tables[0] is tables[1] else tables[0].nbytes))
+
+
+def token(made: Any, cache: Any) -> torch.Tensor:
+    """One token's forward: logits ``[1, 1, V]``. Without a cache it attends to itself alone."""
+    with torch.no_grad():
+        given = {"use_cache": False} if cache is None else {cache_name(made): cache}
+        logits: torch.Tensor = made(torch.tensor([[7]]), **given).logits
+    return logits
