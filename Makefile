@@ -113,6 +113,17 @@ bench: setup ## the measurements: out/bench.json, and criterion's report under c
 		$(BUILD_ENV) .venv/bin/pytest benches --benchmark-json=out/bench.json $(PYTEST_ARGS); fi
 	$(BUILD_ENV) cargo bench --locked --workspace --exclude kvsieve-py
 
+.PHONY: figures
+figures: ## the figures and tables of README and docs, made anew of the results in benches/record (needs nothing but Python)
+	@$(firstword $(wildcard .venv/bin/python) python3) scripts/figures.py
+	@$(firstword $(wildcard .venv/bin/python) python3) scripts/tables.py
+
+REPORT_ARGS ?=
+
+.PHONY: report
+report: setup ## a little of every measurement, in 20 minutes on two cores: out/report/index.html (REPORT_ARGS="--minutes 60 --resume")
+	.venv/bin/python scripts/report.py $(REPORT_ARGS)
+
 .PHONY: docs
 docs: ## the documentation as a site, into out/site; a link or an anchor that leads nowhere is an error
 	@scripts/docs.sh build

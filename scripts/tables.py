@@ -116,7 +116,90 @@ def lookups(record: Any) -> Rows:
     return [["summary", "`window`", "`block`", "`blocks`", "`per_head`", "recall", "digits right", "keys"], *rows]
 
 
+def demo(record: Any) -> Rows:
+    """What each memory of the demo held, how it read, and what it remembered."""
+    (low, high), (since, stop) = record["within_positions"], record["compared_positions"]
+    shopped = {row["memory"]: row for row in record["shopping"]}
+    within = f"nll to {high:,}" if not low else f"nll {low:,} to {high:,}"
+    rows = []
+    for row in record["reading"]:
+        asked = shopped.get(row["memory"])
+        nll = ["" if value is None else f"{value:.3f}" for value in (row["nll_within_trained"], row["nll_compared"])]
+        recall = ["", ""] if asked is None else [f"{100 * asked['retention']:.0f} %", f"{asked['correct']} of {asked['asked']}"]
+        rows.append([row["memory"], f"{row['bytes_held'] / MIB:.1f}", *nll, *recall])
+    header = ["memory", "MiB held", within, f"nll {since:,} to {stop:,}", "item tokens kept", "questions answered"]
+    return [header, *rows]
+
+
+def ms(timed: Any) -> str:
+    """A median in milliseconds, to three digits, or whole."""
+    return f"{timed['median_ms']:.3g}" if timed["median_ms"] < 1000 else f"{timed['median_ms']:,.0f}"
+
+
+def decode(record: Any) -> Rows:
+    """Whole tokens: times as fast as transformers' full cache, and the limits."""
+    rivals = [name for name in ("StaticCache", "QuantizedCache") if any(name in row["times"] for row in record["rows"])]
+    ours = {"Full": "`Full()`", "StreamingLLM": None, "LMInfinite": None, "SirLLM": None}
+    rows = []
+    for row in record["rows"]:
+        fast = row["times_as_fast"]
+        told = [row["dtype"], f"{row['length']:,}", ms(row["times"]["DynamicCache"])]
+        told += [f"{fast[name]:.2f}" if name in fast else "" for name in (*rivals, *ours)]
+        rows.append([*told, f"{row['amdahl']:.2f}", f"{row['least_ms']:.3g}", f"{row['ceiling']:.2f}"])
+    names = [f"`{name}`" for name in rivals] + [name or f"`{key}`" for key, name in ours.items()]
+    return [["dtype", "tokens seen", "`DynamicCache`, ms", *names, "bound", "least, ms", "ceiling"], *rows]
+
+
+def policies(record: Any) -> Rows:
+    """Every policy at every length: bytes, memory of the process, and time."""
+    rows = []
+    for row in record["rows"]:
+        grown = "" if row["resident_bytes"] is None else f"{(row['resident_bytes'] - row['base_bytes']) / MIB:,.0f}"
+        whole = "" if row["resident_bytes"] is None else f"{row['resident_bytes'] / MIB:,.0f}"
+        told = [code(row["name"]), f"{row['length']:,}", f"{row['bytes_held'] / MIB:.1f}", whole, grown]
+        rows.append([*told, ms(row["times"]["token"]), f"{row['times_as_fast']:.2f}", f"{row['least_ms']:.3g}"])
+    header = ["cache", "tokens", "held, MiB", "process, MiB", "of it for the text", "ms a token", "times as fast", "least, ms"]
+    return [header, *rows]
+
+
+def attend(record: Any) -> Rows:
+    """One layer's decode attention beside torch: times of others as multiples of ours."""
+    rows = []
+    for row in record["rows"]:
+        case = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']} {row['dtype']}"
+        ratios = row["ratios"]
+        told = [case, f"{row['length']:,}", ms(row["times"]["post_rope"]), f"{row['gb_per_s']:.1f}", f"{row['of_read']:.2f}"]
+        packed = f"{ratios['packed_sdpa']:.1f} x" if "packed_sdpa" in ratios else "inexact"
+        best = f"{ratios[row['best']]:.1f} x ({row['best']})"
+        rows.append([*told, f"{ratios['generate_default']:.1f} x", packed, best, f"{ratios['pre_rope']:.2f} x"])
+    header = ["heads/KV/D, dtype", "tokens", "ours, ms", "GB/s of K and V", "of what one thread reads"]
+    return [[*header, "generate's default takes", "packed torch", "best torch", "keys rotated on read"], *rows]
+
+
+def prefill(record: Any) -> Rows:
+    """One layer's attention of a chunk beside torch: times of others as multiples of ours, and windows by the query."""
+    rows = []
+    for row in record["rows"]:
+        case = f"{row['heads']}/{row['kv_heads']}/{row['head_dim']} {row['dtype']}"
+        told = [case, f"{row['length']:,}", ms(row["times"]["Full"]), f"{row['ratios']['generate_default']:.2f} x"]
+        told += [f"{row['ratios'][row['best']]:.2f} x ({row['best']})"]
+        rows.append([*told, *(f"{row['us_per_query'][name]:.1f}" for name in ("Full", "StreamingLLM", "LMInfinite"))])
+    header = ["heads/KV/D, dtype", "queries", "`Full()`, ms", "generate's default takes", "best torch"]
+    return [[*header, "us a query: `Full()`", "`StreamingLLM`", "`LMInfinite`"], *rows]
+
+
+def tuned(record: Any) -> Rows:
+    """What `kvsieve tune` tried."""
+    rows = []
+    for row in sorted(record["tried"], key=lambda row: row["nll"]):
+        told = [code(row["policy"]), f"{row['nll']:.3f}", f"{math.exp(row['nll']):.2f}", f"{row['bytes_held'] / 1e6:.1f}"]
+        rows.append([*told, f"{row['seconds']:.1f}", "yes" if row["fits"] else "no"])
+    return [["policy", "nats a token", "perplexity", "held, MB", "seconds", "fits"], *rows]
+
+
 TABLES = (
+    Table("docs/results/demo.md", "demo", "demo.json", demo),
+    Table("docs/results/decode.md", "decode", "decode.json", decode),
     Table("docs/results/tasks.md", "task-scores", "tasks.json", task_scores),
     Table("docs/results/tasks.md", "task-bytes", "tasks.json", task_bytes),
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),

@@ -315,14 +315,17 @@ def test_figures_outside_of_the_results_are_quoted_from_there() -> None:
     assert quoted > 30
 
 
-def test_the_chart_is_made_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_figures_are_made_of_the_records(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`make figures` makes the committed files, to the byte, and none of them lacks its record."""
     monkeypatch.syspath_prepend(str(pages.ROOT / "scripts"))
-    import chart
+    import figures
 
-    assert len(chart.rows()) == 4
-    for theme in chart.THEMES:
-        made = (pages.ROOT / "docs" / "assets" / f"demo-{theme}.svg").read_text(encoding="utf-8")
-        assert made == chart.svg(theme), "run python scripts/chart.py"
+    for figure in figures.FIGURES:
+        for theme in figures.THEMES:
+            made = (figures.ASSETS / f"{figure.name}-{theme}.svg").read_text(encoding="utf-8")
+            assert made == figures.made(figure, theme), "run make figures"
+    drawn = {f"{figure.name}-{theme}.svg" for figure in figures.FIGURES for theme in figures.THEMES}
+    assert {path.name for path in figures.ASSETS.glob("*.svg")} == drawn
 
 
 # -------------------------------------------------------------------------------------------------------------------- form, links
