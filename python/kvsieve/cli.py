@@ -25,8 +25,8 @@ from kvsieve.arguments import need_torch as _need_torch
 from kvsieve.arguments import output as _output
 from kvsieve.arguments import positive as _positive
 from kvsieve.arguments import whole as _whole
-from kvsieve.chat import add_chat as _add_chat
 from kvsieve.bench.commands import add_bench as _add_bench
+from kvsieve.chat import add_chat as _add_chat
 from kvsieve.errors import BackendError, KvsieveError
 from kvsieve.evals.commands import add_eval as _add_eval
 from kvsieve.evals.commands import add_tune as _add_tune

@@ -150,9 +150,10 @@ def test_the_outputs_of_the_guide_are_the_recorded_ones(recorded: dict[str, list
     text = page.read_text(encoding="utf-8")
     shown = re.findall(r"```sh\nkvsieve eval ([\w-]+) ([^\n]*)\n```\n\n```text\n(.*?)\n```", text, re.DOTALL)
     assert [task for task, _, _ in shown] == list(TASKS)
+    runs = next(one for one in RECORDED.TABLES if one.name == "task-scores").recorded["runs"]
     for task, arguments, printed in shown:
         mine = recorded[task]
-        guessed = [Guess(**told) for told in RECORDED.TABLES[0].recorded["runs"][task].get("without_a_model", ())]
+        guessed = [Guess(**told) for told in runs[task].get("without_a_model", ())]
         assert printed == table(mine) + (f"\n\nwithout a model:\n\n{guesses_table(guessed)}" if guessed else "")
         assert f"--cases {mine[0].cases} --threads 1" in arguments
         assert [text_name(policy) for policy in re.findall(r'--policy "([^"]+)"', arguments)] == [row.policy for row in mine]
