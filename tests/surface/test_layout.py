@@ -25,7 +25,7 @@ LEVELS = (
     ("policy",),
     ("bank",),
     ("files",),
-    ("errors", "checks", "budget", "stats", "facts", "_core"),
+    ("errors", "checks", "budget", "stats", "facts", "locks", "_core"),
 )
 """Folders and files of the package, the highest first: each may import its own level and those below."""
 

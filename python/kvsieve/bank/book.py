@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +11,7 @@ from typing import Any
 from kvsieve.bank import file
 from kvsieve.bank.entries import BankLayer, Entries, Shape
 from kvsieve.errors import CacheMismatchError, PolicyError, StateError
+from kvsieve.locks import shared_lock
 
 __all__ = ["Book", "Terms"]
 
@@ -50,7 +50,7 @@ class Book:
         self.changed = False
         self._entries: dict[str, Entries] = {}
         self._writers: dict[str, weakref.ref[Any]] = {}
-        self._lock = threading.RLock()
+        self._lock = shared_lock()
         self._release: weakref.finalize[..., Any] | None = None
         self._open()
 

@@ -12,12 +12,13 @@ Chunks are dropped from the front by moving ``lo``; a segment of which nothing i
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
+
+from kvsieve.locks import shared_lock
 
 __all__ = ["BankLayer", "Entries", "Piece", "Segment", "Shape"]
 
@@ -74,7 +75,7 @@ class Segment:
         self.values = {x.index: torch.zeros(x.num_kv_heads, size, shape.chunk, x.value_dim, dtype=x.dtype) for x in shape.layers}
         self.means = {x.index: torch.zeros(x.num_kv_heads, size, x.key_dim) for x in shape.layers}
         self.lengths = torch.zeros(size, dtype=torch.int64)
-        self._lock = threading.Lock()
+        self._lock = shared_lock()
 
     @property
     def nbytes(self) -> int:

@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import copy
 import operator
-import threading
 import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from kvsieve.locks import shared_lock
 from kvsieve.model.handoff import state
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ __all__ = ["ATTENTION_NAME", "Views", "hide", "original", "show"]
 ATTENTION_NAME = "kvsieve"
 """The name under which the attention and mask functions are registered. It must not contain `sdpa`, `flash`, `flex` or `/`."""
 
-_lock = threading.RLock()
+_lock = shared_lock()
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
 
 

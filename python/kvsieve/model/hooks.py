@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import threading
 import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.errors import CacheMismatchError, KvsieveError, StateError, UnsupportedModelError
+from kvsieve.locks import shared_lock
 from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
 from kvsieve.model.cache import StreamCache
@@ -76,7 +76,7 @@ class Attachment:
         self._model = weakref.ref(model)
         self.decoder: torch.nn.Module = model.get_decoder()
         self.users = 0
-        self.lock = threading.RLock()
+        self.lock = shared_lock()
         """Held while the attachment is made, which runs a few tokens; never during a user's forward."""
         self._facts: ModelFacts | None = None
         self._hooks: list[Any] = []
@@ -303,7 +303,7 @@ _CHECKPOINTING = (
 )
 
 _attached: weakref.WeakKeyDictionary[PreTrainedModel, Attachment] = weakref.WeakKeyDictionary()
-_lock = threading.RLock()
+_lock = shared_lock()
 
 
 def attach(model: PreTrainedModel) -> Attachment:

@@ -6,12 +6,12 @@ if one of the stores fails in the midst the stream is broken, which every later 
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from kvsieve.errors import StateError
+from kvsieve.locks import shared_lock
 from kvsieve.runtime.process import defer_sigint
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ class Blocks:
     def __init__(self, planner: Planner) -> None:
         self.planner = planner
         self.stores: dict[int, Store] = {}
-        self.lock = threading.RLock()
+        self.lock = shared_lock()
         self.tiers: SharedTiers | None = None
         self.broken: str | None = None
 

@@ -14,7 +14,6 @@ at a distance, summaries, or the keys that they are made of, are rotated by as m
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from kvsieve.backends.attention import attend
+from kvsieve.locks import shared_lock
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
@@ -45,7 +45,7 @@ class _Slab:
         with torch.inference_mode(False):
             self.data = torch.empty(capacity, *like.shape[1:], dtype=like.dtype, device=like.device)
         self.used = 0
-        self.lock = threading.Lock()
+        self.lock = shared_lock()
 
     def then(self, count: int, more: torch.Tensor) -> _Slab:
         """One whose first ``count`` summaries are this one's, and then ``more`` ``[m, Hkv, D]``: itself, where there is room, and

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +10,7 @@ import torch
 from kvsieve.backends.cuda import nvrtc
 from kvsieve.backends.cuda.ops.launch import Argument, Size, _launchers, register, values_of
 from kvsieve.errors import BackendError
+from kvsieve.locks import shared_lock
 
 if TYPE_CHECKING:
     from kvsieve.backends.cuda.nvrtc import Module
@@ -81,7 +81,7 @@ class CupyLauncher:
         return function
 
 
-_lock = threading.Lock()
+_lock = shared_lock()
 
 
 def require() -> None:

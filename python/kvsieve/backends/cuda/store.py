@@ -5,7 +5,6 @@ A prefill gathers the residents once and rotates them to where the policy shows 
 
 from __future__ import annotations
 
-import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -33,6 +32,7 @@ from kvsieve.backends.cuda.storage import PackedChannels, PackedStore, PlainStor
 from kvsieve.backends.cuda.tier import KeepsOnHost
 from kvsieve.backends.runs import columns, pick
 from kvsieve.errors import ShapeError, StateError, UnsupportedError
+from kvsieve.locks import shared_lock
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -70,7 +70,7 @@ class CudaStore(KeepsOnHost):
         self.plain = PlainStore(self._shape, k.dtype, k.device)
         self._packed: PackedStore | None = None
         self._prepared: Plan | None = None
-        self._lock = threading.RLock()
+        self._lock = shared_lock()
 
     @property
     def bytes_held(self) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import threading
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
@@ -24,6 +23,7 @@ from kvsieve.backends.reference.storage import PackedBlock
 from kvsieve.backends.runs import pick
 from kvsieve.budget import BLOCK
 from kvsieve.errors import ShapeError, StateError
+from kvsieve.locks import shared_lock
 
 if TYPE_CHECKING:
     from kvsieve._core import Moves, Part, Residents, Step
@@ -57,7 +57,7 @@ class ReferenceStore(HasTier):
     """Blocks ``[block, Hkv, 64, D]`` of keys and values, in plain tensors."""
 
     def __init__(self, k: torch.Tensor, v: torch.Tensor) -> None:
-        self._lock = threading.RLock()
+        self._lock = shared_lock()
         self._k = k.new_zeros(0, k.shape[1], BLOCK, k.shape[3])
         self._v = v.new_zeros(0, v.shape[1], BLOCK, v.shape[3])
         self._packing: Packing | None = None
