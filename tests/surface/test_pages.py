@@ -196,7 +196,7 @@ def test_a_policys_page_has_its_parameters_and_their_defaults(policy: str) -> No
     shown = {p.name: "required" if p.default is p.empty else repr(p.default).replace("'", '"') for p in signature}
     assert parameters(page_of(policy)) == shown
     text = page_of(policy).read_text(encoding="utf-8")
-    for heading in ("## Parameters", "## Memory", "## Cost", "## Limits", "## Composition"):
+    for heading in ("## When to use it", "## Parameters", "## Memory", "## Cost", "## Limits", "## Composition"):
         assert heading in text, heading
 
 
