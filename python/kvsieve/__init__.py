@@ -20,10 +20,13 @@ from kvsieve.methods.registry import *  # noqa: F403
 from kvsieve.policy.compose import Memory
 
 if TYPE_CHECKING:
+    from kvsieve.batching import Answer, Batch
     from kvsieve.stats import Kept, Stats
     from kvsieve.streams import Stream, load, stream
 
 __all__ = [
+    "Answer",
+    "Batch",
     "Kept",
     "KvsieveError",
     "Memory",
@@ -38,7 +41,10 @@ __all__ = [
 ]
 __all__ += registry.__all__
 
-_LAZY = {"load": "streams", "Kept": "stats", "Stats": "stats", "Stream": "streams", "stream": "streams"}
+_LAZY = {
+    **{"Answer": "batching", "Batch": "batching", "Kept": "stats", "Stats": "stats"},
+    **{"load": "streams", "Stream": "streams", "stream": "streams"},
+}
 
 
 memory_bank.SEAM.append(lambda: import_module("kvsieve.streams"))

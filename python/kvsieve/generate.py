@@ -8,6 +8,7 @@ that apart from what is really read, decides which columns of a forward are real
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from kvsieve.runtime.engine import Engine
     from kvsieve.runtime.transcript import Transcript
 
-__all__ = ["Reader", "accept", "chunk_of", "feed", "generate", "unpack", "waiting"]
+__all__ = ["Call", "Reader", "accept", "chunk_of", "feed", "generate", "unpack", "waiting"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,6 +78,8 @@ def accept(stream: Reader, ids: Any, mask: Any, name: str = "input_ids") -> list
     """
     engine = stream.engine
     engine.check_owner()
+    if engine.transcript.turn is not None:
+        raise StateError("a turn of this stream is under way; what it says must be over before more is read")
     ids = check_ids(ids, name)
     check_device(stream.model, ids, name)
     if engine.positions.several_axes:
@@ -221,7 +224,7 @@ def generate(
     if settings.copies > 1:
         with _all_or_nothing(stream.engine):
             return _generate_copies(stream, new, unread, prompt, kwargs, settings)
-    call = _Call(stream, new, unread, prompt, kwargs, settings)
+    call = Call(stream, new, unread, prompt, kwargs, settings)
     try:
         result = call.run(stream.cache, whole=bool(inputs))
     except BaseException:
@@ -253,7 +256,7 @@ def _model_inputs(kwargs: Mapping[str, Any]) -> list[str]:
     return [name for name in found if name not in _TOKEN_TYPES or _says(kwargs[name])]
 
 
-class _Call:
+class Call:
     """What one call of `model.generate` is given, and what it leaves."""
 
     def __init__(
@@ -302,14 +305,25 @@ class _Call:
             self.turn.chunk = batch.width
         else:
             kwargs["position_ids"] = positions_of(engine, batch, self.given)
-        engine.transcript.columns = self.given.width - batch.width
-        engine.transcript.turn = self.turn
+        self.begin()
         return self.stream.model.generate(
             input_ids=self.given.ids,
             attention_mask=self.given.mask,
             **{cache_name(self.stream.model): cache},
             **kwargs,
         )
+
+    def begin(self) -> None:
+        """The turn begins, on this thread.
+
+        Raises:
+            StateError: if the stream was used since the call was made.
+        """
+        transcript = self.engine.transcript
+        if transcript.turn is not None or transcript.rows is not self._before.rows:
+            raise StateError("this stream was used after its turn was asked for, and before it began")
+        transcript.columns = self.given.width - self.batch.width
+        transcript.turn, self.turn.owner = self.turn, threading.current_thread()
 
     def _arguments(self) -> dict[str, Any]:
         kwargs, turn = self.kwargs, self.turn
@@ -387,7 +401,7 @@ def _generate_copies(
 ) -> Any:
     """Beams, or several sequences: they run on a fork that shares the prompt's reading; then the stream reads the best one."""
     with stream.fork() as child:
-        call = _Call(child, new, unread, prompt, kwargs, settings)
+        call = Call(child, new, unread, prompt, kwargs, settings)
         result = call.run(child.cache)
         state = call.turn.prompt_state
         sequences = _sequences(result)

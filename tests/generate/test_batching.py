@@ -1,0 +1,351 @@
+"""Conversations that are answered together: each says what it would say alone, whoever joins, leaves, fails or is interrupted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import kvsieve
+import pytest
+import tiny
+import torch
+from kvsieve.errors import ArgumentError, CacheMismatchError, RangeError, ShapeError, StateError, UnsupportedError
+from systems import OF_EVERY_KIND, PROMPT, SYSTEMS
+from tiny import BACKENDS
+
+LENGTHS = (PROMPT, 1, 70)
+MOST = (9, 4, 14)
+
+
+def prompt(at: int) -> torch.Tensor:
+    return tiny.ids(1, LENGTHS[at], 60 + at)
+
+
+def opened(policy: Any, backend: str = "cpu") -> kvsieve.Stream:
+    return kvsieve.stream(tiny.model(), policy, backend)
+
+
+def greedy(most: int, **more: Any) -> dict[str, Any]:
+    return {"max_new_tokens": most, "do_sample": False, **more}
+
+
+@pytest.mark.parametrize("name", [name for name in SYSTEMS if name in OF_EVERY_KIND])
+def test_each_answer_is_that_of_its_stream_alone(name: str) -> None:
+    """Two turns each; texts of different lengths, which end at different times."""
+    model, system = tiny.model(), SYSTEMS[name]
+    alone, streams, batch = [], [opened(system.make()) for _ in LENGTHS], kvsieve.Batch(model)
+    for at, most in enumerate(MOST):
+        with opened(system.make()) as stream:
+            said = [stream.generate(ids, **greedy(most))[:, ids.shape[1] :] for ids in (prompt(at), tiny.ids(1, 5, 90 + at))]
+            alone.append((said, stream.seen, [kept.positions.tolist() for kept in stream.kept()]))
+    answers = [batch.add(stream, prompt(at), **greedy(MOST[at])) for at, stream in enumerate(streams)]
+    batch.run()
+    second = [batch.add(stream, tiny.ids(1, 5, 90 + at), **greedy(MOST[at])) for at, stream in enumerate(streams)]
+    batch.run()
+    for stream, first, later, (said, seen, kept) in zip(streams, answers, second, alone):
+        assert torch.equal(first.result()[None], said[0])
+        assert torch.equal(later.result()[None], said[1])
+        assert stream.seen == seen
+        assert [row.positions.tolist() for row in stream.kept()] == kept
+        assert stream.ids[0].tolist()[-len(later.ids) :] == later.ids.tolist()
+        stream.close()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_policies_side_by_side(backend: str) -> None:
+    """Also those that store keys in different ways, and so do not share a forward."""
+    policies = [kvsieve.Full(), kvsieve.StreamingLLM(32), kvsieve.SirLLM(48, recent=8), kvsieve.SnapKV(48, observe=8)]
+    want = []
+    for at, policy in enumerate(policies):
+        with opened(policy, backend) as stream:
+            want.append(stream.generate(prompt(at % 3), **greedy(8))[0, LENGTHS[at % 3] :])
+    batch, streams = kvsieve.Batch(tiny.model()), [opened(policy, backend) for policy in policies]
+    answers = [batch.add(stream, prompt(at % 3), **greedy(8)) for at, stream in enumerate(streams)]
+    batch.run()
+    assert [answer.ids.tolist() for answer in answers] == [ids.tolist() for ids in want]
+    for stream in streams:
+        stream.close()
+
+
+def test_who_comes_late_joins_and_who_is_done_leaves() -> None:
+    model = tiny.model()
+    rows: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    streams = [opened(kvsieve.StreamingLLM(48)) for _ in LENGTHS]
+    batch = kvsieve.Batch(model)
+    first = batch.add(streams[0], prompt(1), **greedy(12))
+    over = [*batch.step(), *batch.step()]
+    late = batch.add(streams[1], prompt(2), **greedy(4))
+    assert late.waits
+    assert not over
+    for found in batch:
+        over += found
+    handle.remove()
+    assert over == [late, first]
+    assert max(rows) == 2
+    assert rows[-1] == 1
+    assert (len(first.ids), len(late.ids)) == (12, 4)
+    for stream in streams:
+        stream.close()
+
+
+def test_prompts_are_read_in_pieces_between_the_others_tokens() -> None:
+    with opened(kvsieve.SirLLM(64, recent=8)) as talking, opened(kvsieve.SirLLM(64, recent=8)) as reading:
+        batch = kvsieve.Batch(tiny.model())
+        first = batch.add(talking, prompt(1), **greedy(40))
+        batch.step()
+        late = batch.add(reading, prompt(0), **greedy(2))
+        said = [len(first.ids)]
+        while late.waits:
+            batch.step()
+            said.append(len(first.ids))
+        assert len(said) > 4, "the prompt is longer than a piece"
+        assert said == list(range(said[0], said[0] + len(said))), "a token for each piece"
+        batch.run()
+
+
+def test_no_more_at_a_time_than_asked_for() -> None:
+    model, rows = tiny.model(), []
+    streams = [opened(kvsieve.Full()) for _ in range(4)]
+    batch = kvsieve.Batch(model, most=2)
+    answers = [batch.add(stream, prompt(1), **greedy(3)) for stream in streams]
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    batch.run()
+    handle.remove()
+    assert max(rows) == 2
+    assert all(len(answer.ids) == 3 for answer in answers)
+    for stream in streams:
+        stream.close()
+
+
+SETTINGS = {
+    "sampling": {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9},
+    "penalty": {"do_sample": False, "repetition_penalty": 1.7},
+    "ends": {"do_sample": False, "eos_token_id": list(range(0, tiny.VOCAB, 3))},
+    "least": {"do_sample": False, "eos_token_id": list(range(0, tiny.VOCAB, 3)), "min_new_tokens": 6},
+    "processor": {"do_sample": False, "logits_processor": [lambda ids, scores: scores.roll(int(ids[0, -1]) % 7, -1)]},
+    "criterion": {"do_sample": False, "stopping_criteria": [lambda ids, scores, **_: torch.tensor([ids.shape[1] % 11 == 0])]},
+}
+
+
+@pytest.mark.parametrize("name", list(SETTINGS))
+def test_settings_of_generate(name: str) -> None:
+    """In the second turn, where what looks back sees both."""
+    want = []
+    for at in range(3):
+        with opened(kvsieve.SirLLM(64, recent=8)) as stream:
+            stream.generate(prompt(at), **greedy(3))
+            torch.manual_seed(at)
+            ids = tiny.ids(1, 6, at)
+            want.append((stream.generate(ids, max_new_tokens=12, **SETTINGS[name])[0, 6:].tolist(), stream.ids[0].tolist()))
+    streams, batch = [opened(kvsieve.SirLLM(64, recent=8)) for _ in want], kvsieve.Batch(tiny.model())
+    for at, stream in enumerate(streams):
+        batch.add(stream, prompt(at), **greedy(3))
+    batch.run()
+    answers = [
+        batch.add(stream, tiny.ids(1, 6, at), seed=at, max_new_tokens=12, **SETTINGS[name]) for at, stream in enumerate(streams)
+    ]
+    batch.run()
+    assert [(answer.ids.tolist(), stream.ids[0].tolist()) for answer, stream in zip(answers, streams)] == want
+    for stream in streams:
+        stream.close()
+
+
+class Streamer:
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.given: list[list[int]] = []
+        self.ended = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        self.given.append(value.flatten().tolist())
+
+    def end(self) -> None:
+        self.ended += 1
+
+
+def test_streamers_are_told_what_those_of_generate_are() -> None:
+    alone, together = Streamer(), Streamer()
+    with opened(kvsieve.Full()) as stream:
+        stream.generate(prompt(2), streamer=alone, **greedy(5))
+    with opened(kvsieve.Full()) as stream:
+        batch = kvsieve.Batch(tiny.model())
+        batch.add(stream, prompt(2), streamer=together, **greedy(5))
+        batch.run()
+    assert together.given == alone.given
+    assert together.ended == alone.ended == 1
+
+
+# ------------------------------------------------------------------------------------------------------------------ what goes wrong
+
+
+def test_one_that_fails_leaves_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In attention, when its token should count, and in a processor of its own."""
+    with opened(kvsieve.SirLLM(48, recent=8)) as stream:
+        want = stream.generate(prompt(2), **greedy(24))[0, LENGTHS[2] :].tolist()
+
+    def breaks(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] > LENGTHS[2] + 2:
+            raise ValueError("broken processor")
+        return scores
+
+    streams, batch = [opened(kvsieve.SirLLM(48, recent=8)) for _ in range(4)], kvsieve.Batch(tiny.model())
+    processors: list[Any] = [None, None, [breaks], None]
+    answers = [batch.add(one, prompt(2), logits_processor=given, **greedy(24)) for one, given in zip(streams, processors)]
+    while any(answer.waits for answer in answers):
+        batch.step()
+    said = len(answers[0].ids), len(answers[1].ids)
+    for stream, call in ((streams[0], "attend"), (streams[1], "complete")):
+
+        def fails(*args: Any, call: str = call, **kwargs: Any) -> Any:
+            raise MemoryError(f"no room in {call}")
+
+        monkeypatch.setattr(stream._engine, call, fails)
+    batch.run()
+    monkeypatch.undo()
+    assert answers[3].result().tolist() == want
+    for answer, kind, count in (
+        (answers[0], MemoryError, said[0]),
+        (answers[1], MemoryError, said[1]),
+        (answers[2], ValueError, 3),
+    ):
+        with pytest.raises(kind):
+            answer.result()
+        assert answer.ids.tolist() == want[:count]
+    for stream, answer in zip(streams[:2], answers):
+        assert stream.ids[0].tolist() == [*prompt(2)[0].tolist(), *answer.ids.tolist()]
+        later = batch.add(stream, prompt(1), **greedy(2))
+        batch.run()
+        assert len(later.result()) == 2, "the stream goes on"
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.parametrize("where", ["attend", "complete"])
+def test_an_interrupt_loses_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where it comes between the tokens of two streams."""
+    want = []
+    for at in range(3):
+        with opened(kvsieve.StreamingLLM(48)) as stream:
+            want.append(stream.generate(prompt(at), **greedy(8))[0, LENGTHS[at] :].tolist())
+    streams, batch = [opened(kvsieve.StreamingLLM(48)) for _ in want], kvsieve.Batch(tiny.model())
+    answers = [batch.add(stream, prompt(at), **greedy(8)) for at, stream in enumerate(streams)]
+    while any(answer.waits for answer in answers):
+        batch.step()
+    call, left = getattr(streams[1]._engine, where), [1]
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return call(*args, **kwargs)
+
+    monkeypatch.setattr(streams[1]._engine, where, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        batch.step()
+    batch.run()
+    assert [answer.result().tolist() for answer in answers] == want
+    for stream in streams:
+        stream.close()
+
+
+def test_a_prompt_whose_reading_is_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(kvsieve.SirLLM(64, recent=8)) as stream:
+        want = stream.generate(prompt(0), **greedy(4))[0, PROMPT:].tolist()
+    with opened(kvsieve.SirLLM(64, recent=8)) as stream:
+        batch = kvsieve.Batch(tiny.model())
+        answer = batch.add(stream, prompt(0), **greedy(4))
+        batch.step()
+        assert answer.waits
+
+        def stopped(*args: Any, **kwargs: Any) -> Any:
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(stream._engine, "attend", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            batch.step()
+        monkeypatch.undo()
+        batch.run()
+        assert answer.result().tolist() == want
+
+
+def test_cancelled_answers_keep_what_was_said() -> None:
+    streams = [opened(kvsieve.SirLLM(64, recent=8)) for _ in range(3)]
+    batch = kvsieve.Batch(tiny.model())
+    talking = batch.add(streams[0], prompt(1), **greedy(20))
+    for _ in range(4):
+        batch.step()
+    reading, waiting = batch.add(streams[1], prompt(0), **greedy(4)), batch.add(streams[2], prompt(2), **greedy(4))
+    batch.step()
+    for answer in (talking, reading, waiting):
+        batch.cancel(answer)
+        batch.cancel(answer)
+        assert answer.done
+    assert not batch.answers
+    assert streams[0].ids[0].tolist() == [*prompt(1)[0].tolist(), *talking.result().tolist()]
+    for answer in (reading, waiting):
+        with pytest.raises(StateError, match="cancelled before its first token"):
+            answer.result()
+    assert 0 < streams[1].seen < PROMPT
+    assert not streams[2].seen
+    for stream in streams:
+        assert len(stream.generate(prompt(1), **greedy(2))[0]) == 3
+        stream.close()
+
+
+def test_a_stream_of_a_batch_is_nobody_elses() -> None:
+    with opened(kvsieve.Full()) as stream, opened(kvsieve.Full()) as other:
+        batch = kvsieve.Batch(tiny.model())
+        answer = batch.add(stream, prompt(1), **greedy(6))
+        with pytest.raises(StateError, match="in the batch already"):
+            batch.add(stream, prompt(1), **greedy(6))
+        batch.step()
+        with pytest.raises(StateError, match="a turn of this stream is under way"):
+            stream.feed(prompt(1))
+        with pytest.raises(StateError, match="not over"):
+            answer.result()
+        waits = batch.add(other, prompt(1), **greedy(6))
+        other.feed(prompt(1))
+        batch.run()
+        with pytest.raises(StateError, match="was used after its turn was asked for"):
+            waits.result()
+        assert other.seen == 1
+        with pytest.raises(StateError, match="not of this batch"):
+            kvsieve.Batch(tiny.model()).cancel(batch.add(stream, prompt(1), **greedy(6)))
+
+
+def test_what_a_batch_does_not_serve_is_refused() -> None:
+    batch = kvsieve.Batch(tiny.model())
+    with opened(kvsieve.Full()) as stream, kvsieve.stream(tiny.model("qwen2"), kvsieve.Full()) as foreign:
+        for arguments, error in (
+            ({"num_beams": 2}, UnsupportedError),
+            ({"num_return_sequences": 2, "do_sample": True}, UnsupportedError),
+            ({"prompt_lookup_num_tokens": 2}, UnsupportedError),
+            ({"return_dict_in_generate": True}, UnsupportedError),
+            ({"pixel_values": torch.zeros(1)}, UnsupportedError),
+            ({"streamer": 3}, ArgumentError),
+            ({"seed": "x"}, ArgumentError),
+            ({"max_new_tokens": 0}, ValueError),
+            ({"end_turn": 2}, ArgumentError),
+        ):
+            with pytest.raises(error):
+                batch.add(stream, prompt(1), **{"max_new_tokens": 2, **arguments})
+        with pytest.raises(RangeError):
+            batch.add(stream, torch.tensor([[10**6]]), max_new_tokens=2)
+        with pytest.raises(ShapeError):
+            batch.add(stream, torch.zeros(1, 0, dtype=torch.int64), max_new_tokens=2)
+        with pytest.raises(CacheMismatchError, match="one sequence"):
+            batch.add(stream, tiny.ids(2, 3), max_new_tokens=2)
+        with pytest.raises(CacheMismatchError, match="another model"):
+            batch.add(foreign, prompt(1), max_new_tokens=2)
+        with pytest.raises(ArgumentError, match="takes streams"):
+            batch.add(stream.cache, prompt(1), max_new_tokens=2)  # type: ignore[arg-type]
+        assert not batch.answers
+        assert not stream.seen
+        assert len(stream.generate(prompt(1), **greedy(2))[0]) == 3
+    with pytest.raises(ArgumentError, match="most"):
+        kvsieve.Batch(tiny.model(), most=0)
