@@ -30,7 +30,8 @@
 
 namespace shim {
 
-constexpr int kMaxThreads = 256, kStack = 96 << 10, kShared = 48 << 10, kGuard = 64;
+// Stacks lie an odd number of cache lines apart: a multiple of the cache's size would put all of their tops into the same few lines.
+constexpr int kMaxThreads = 256, kStack = (96 << 10) + 64 * 9, kShared = 48 << 10, kGuard = 64;
 
 struct Dim {
     unsigned x = 0, y = 0, z = 0;
@@ -92,7 +93,7 @@ inline unsigned draw(unsigned below) {
     state.random ^= state.random << 13;
     state.random ^= state.random >> 7;
     state.random ^= state.random << 17;
-    return unsigned((state.random >> 11) % below);
+    return unsigned((state.random >> 32) * below >> 32);
 }
 
 inline void fail(const char* format, ...) {
@@ -417,9 +418,10 @@ struct f16;
 inline float widen(f16 x);
 inline f16 narrow_f16(float x);
 
+#define KV_VISIBLE extern "C" __attribute__((visibility("default")))
 #define KV_EXPORT(name, ...)                                                                                                   \
     static void body_##name(const uint64_t* args) { shim::call(&__VA_ARGS__, args); }                                            \
-    extern "C" int arity_##name() { return shim::arity(&__VA_ARGS__); }                                                          \
-    extern "C" const char* run_##name(const uint64_t* args, const unsigned* grid, const unsigned* block, uint64_t seed) {        \
+    KV_VISIBLE int arity_##name() { return shim::arity(&__VA_ARGS__); }                                                          \
+    KV_VISIBLE const char* run_##name(const uint64_t* args, const unsigned* grid, const unsigned* block, uint64_t seed) {        \
         return shim::launch(&body_##name, args, grid, block, seed);                                                              \
     }
