@@ -200,7 +200,13 @@ class Runner:
             file.unlink(missing_ok=True)
         with open(self.folder / f"{part.name}.log", "w", encoding="utf-8") as log:
             process = subprocess.Popen(
-                [*self.program, *part.arguments, *told], stdout=log, stderr=subprocess.STDOUT, cwd=ROOT, start_new_session=True
+                [*self.program, *part.arguments, *told],
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                start_new_session=True,
+                # A script that runs in the background ignores Ctrl-C, and its children would.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
             try:
                 process.wait(left)

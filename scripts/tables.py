@@ -152,8 +152,9 @@ def decode(record: Any) -> Rows:
 
 def policies(record: Any) -> Rows:
     """Every policy at every length: bytes, memory of the process, and time."""
+    names = list(dict.fromkeys(row["name"] for row in record["rows"]))
     rows = []
-    for row in record["rows"]:
+    for row in sorted(record["rows"], key=lambda row: (row["dtype"], row["length"], names.index(row["name"]))):
         grown = "" if row["resident_bytes"] is None else f"{(row['resident_bytes'] - row['base_bytes']) / MIB:,.0f}"
         whole = "" if row["resident_bytes"] is None else f"{row['resident_bytes'] / MIB:,.0f}"
         told = [code(row["name"]), f"{row['length']:,}", f"{row['bytes_held'] / MIB:.1f}", whole, grown]

@@ -12,15 +12,18 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import kvsieve
+import pages
 import pytest
 import tiny
 import torch
-from kvsieve.bench import Options, alone, attend, picture, policies
+from kvsieve.bench import Options, alone, attend, decode, picture, policies, subject
 from kvsieve.bench.alone import Job
 from kvsieve.bench.caches import RIVALS, cache_bytes, make_cache
 from kvsieve.bench.report import Report
 from kvsieve.cli import main
 from kvsieve.errors import AccuracyError, BenchError
+from kvsieve.facts import LayerRope
 
 ATTEND = ["bench", "attend", "--quick", "--shape", "9/3/64", "--length", "1024", "--rounds", "3"]
 
@@ -143,7 +146,7 @@ def test_a_line_of_the_picture_is_a_column_of_the_rows() -> None:
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Processes load the tiny model."""
     monkeypatch.setattr(alone, "load", lambda name, dtype: (tiny.model(), None))
-    monkeypatch.setattr(alone, "VOCABULARY", tiny.VOCAB)
+    monkeypatch.setattr(subject, "VOCABULARY", tiny.VOCAB)
 
 
 def job(name: str, longest: int = 200) -> Job:
@@ -234,6 +237,32 @@ def test_a_process_that_is_gone_is_an_error() -> None:
     gone._process = type("Gone", (), {"join": lambda self, seconds: None, "exitcode": -9})()  # type: ignore[attr-defined]
     with pytest.raises(BenchError, match=r"its process ended \(exit -9\)"):
         gone("token")
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_keys_that_are_rotated_back_are_those_before_the_rotation(layout: Any) -> None:
+    rope = LayerRope(1e4 ** (-torch.arange(6).double() / 6), layout, 1.25)
+    keys, positions = torch.randn(2, 5, 16), [0, 3, 4, 900, 70_000]
+    rotated = rope.rotate(keys.double(), torch.tensor(positions)).float()
+    torch.testing.assert_close(subject.unrotated(rotated, positions, rope), keys, rtol=1e-5, atol=1e-5)
+
+
+def test_a_named_model_has_read_a_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its bounded policies hold tokens of it where they were, and every answer is compared before anything is timed."""
+    letters = pages.Letters()
+    monkeypatch.setattr("kvsieve.evals.models.load_model", lambda name, dtype: (tiny.model(), lambda text, **_: letters(text)))
+    monkeypatch.setattr(decode, "BUDGET", 32)
+    monkeypatch.setattr(decode, "BOUNDED", {"LMInfinite": lambda: kvsieve.LMInfinite(28, sinks=4)})
+    subject.load.cache_clear()
+    report = Report(Options.of("decode", model="mine"))
+    monkeypatch.setattr(decode, "cells", lambda row: [])
+    try:
+        decode.run(Options.of("decode", model="mine", dtypes=["f32"], lengths=[90], rounds=3), report)
+    finally:
+        subject.load.cache_clear()
+    (row,) = report.content["rows"]
+    assert row["resident"]["LMInfinite"] <= 32
+    assert all(row["errors"][name] < 1e-4 for name in ("Full", "LMInfinite", "StaticCache"))
 
 
 def test_bytes_of_a_cache_are_those_of_its_storages() -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,11 +21,9 @@ import kvsieve
 from kvsieve.backends.heap import trim_heap
 from kvsieve.bench.caches import RIVALS, STOCK, cache_bytes, make_cache, static_of
 from kvsieve.bench.measure import steady
-from kvsieve.bench.options import RANDOM
-from kvsieve.bench.subject import VOCABULARY, Layers, load, token, weight_bytes
+from kvsieve.bench.subject import Layers, load, text_ids, token, weight_bytes
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.models import quietly
-from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 
 __all__ = ["Job", "resident_bytes", "serve"]
@@ -136,7 +134,7 @@ class Work:
     def __init__(self, job: Job, left: ExitStack) -> None:
         self.job = job
         self.made, tokenizer = load(job.model, getattr(torch, job.dtype))
-        self.ids = text_of(job, tokenizer)
+        self.ids = text_ids(job.model, tokenizer, job.longest)
         self.clock = left.enter_context(steady(job.threads))
         token(self.made, None)  # what a first forward sets up belongs to no cache
         trim_heap()
@@ -175,16 +173,6 @@ class Work:
         return float(self.clock() - began)
 
 
-def text_of(job: Job, tokenizer: Any) -> torch.Tensor:
-    """The tokens ``[1, longest]`` of Python's own reference pages; random ones for random weights."""
-    if job.model == RANDOM:
-        return torch.randint(VOCABULARY, (1, job.longest), generator=torch.Generator().manual_seed(2))
-    ids = tokenizer(read_text(None)[: 12 * job.longest], return_tensors="pt", verbose=False)["input_ids"][:, : job.longest]
-    if ids.shape[1] < job.longest:
-        raise KvsieveError(f"the text has {ids.shape[1]:,} tokens; ask for a --length of so many at most")
-    return torch.as_tensor(ids)
-
-
 def serve(pipe: Connection, job: Job) -> None:
     """Does what comes through the pipe, one call after the other, until it is closed: ``(name, *arguments)``.
 
@@ -199,7 +187,8 @@ def serve(pipe: Connection, job: Job) -> None:
                 for call, *arguments in calls(pipe):
                     pipe.send(("ok", getattr(work, call)(*arguments)))
         except (KvsieveError, NotImplementedError, MemoryError, OSError, ValueError) as error:
-            pipe.send(("error", f"{error}" or type(error).__name__))
+            with suppress(OSError):  # nobody may be there any more
+                pipe.send(("error", f"{error}" or type(error).__name__))
         except KeyboardInterrupt:
             return
 

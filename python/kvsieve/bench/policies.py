@@ -30,9 +30,6 @@ from kvsieve.errors import AccuracyError, BenchError
 
 __all__ = ["run"]
 
-CHUNK = 512
-"""Tokens of a forward while the text is read."""
-
 EXACT = {"Full()", "StaticCache"}
 """What must give the logits of the stock cache, as far as rounding allows."""
 
@@ -146,7 +143,7 @@ class Table:
 
     def _started(self, name: str, processes: ExitStack) -> Alone:
         options = self.options
-        job = Job(name, options.model, DTYPES[self.dtype], max(options.lengths), CHUNK, options.threads)
+        job = Job(name, options.model, DTYPES[self.dtype], max(options.lengths), subject.CHUNK, options.threads)
         worker = Alone(self.context, job)
         processes.callback(worker.close)
         return worker

@@ -1,24 +1,37 @@
 """The model whose whole tokens are measured, and what its caches are filled with.
 
-Unless one is named it has SmolLM2-135M's shape and random weights: the time of a token does not depend on what they are.
+Unless one is named it has SmolLM2-135M's shape and random weights, and its caches hold random numbers: the time of a token does
+not depend on what they are. A named model reads a text first: random keys are far from any text to it, and magnify rounding.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 
 import kvsieve
+from kvsieve.bench.caches import STOCK, make_cache
 from kvsieve.bench.options import RANDOM, Shape
 from kvsieve.errors import BenchError
+from kvsieve.evals.texts import read_text
+from kvsieve.facts import LayerRope
 from kvsieve.model.support import cache_name
 
-__all__ = ["LAYERS", "SHAPE", "VOCABULARY", "Layers", "layers_of", "load", "model", "past", "token", "weight_bytes", "wide"]
+__all__ = [
+    *("CHUNK", "LAYERS", "SHAPE", "VOCABULARY", "Layers", "Pair", "layers_of", "load", "model", "past", "text_ids", "token"),
+    *("unrotated", "weight_bytes", "wide"),
+]
 
 LAYERS, SHAPE, VOCABULARY = 30, Shape(9, 3, 64), 49152
+
+CHUNK = 512
+"""Tokens of a forward while a text is read."""
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class Layers(NamedTuple):
@@ -70,9 +83,17 @@ def model(dtype: torch.dtype, name: str = RANDOM) -> Any:
 @functools.lru_cache(maxsize=1)
 def wide(dtype: torch.dtype, name: str = RANDOM) -> Any:
     """The same weights, computing in float32."""
+    narrow = model(dtype, name)
     if dtype == torch.float32:
-        return model(dtype, name)
-    return copy.deepcopy(model(dtype, name)).float()
+        return narrow
+    if name == RANDOM:
+        return copy.deepcopy(narrow).float()
+    # A model that was read from GGUF refuses to be cast; read anew it gets the weights as they were rounded.
+    made = load.__wrapped__(name, torch.float32)[0]
+    with torch.no_grad():
+        for mine, theirs in zip(made.parameters(), narrow.parameters()):
+            mine.copy_(theirs)
+    return made
 
 
 def layers_of(made: Any) -> Layers:
@@ -94,8 +115,13 @@ def layers_of(made: Any) -> Layers:
 
 
 @functools.lru_cache(maxsize=1)
-def past(length: int, dtype: torch.dtype, layers: Layers = Layers()) -> list[tuple[torch.Tensor, torch.Tensor]]:  # noqa: B008
-    """Random keys and values ``[Hkv, length, D]`` of every layer."""
+def past(length: int, dtype: torch.dtype, layers: Layers = Layers(), name: str = RANDOM) -> list[Pair]:  # noqa: B008
+    """Keys and values ``[Hkv, length, D]`` of every layer: those of a text that a named model has read, or random ones.
+
+    A text's keys are rotated, as transformers holds them.
+    """
+    if name != RANDOM:
+        return read(name, length, dtype)
     generator = torch.Generator().manual_seed(1)
     shape = (layers.kv_heads, length, layers.dim)
 
@@ -103,6 +129,40 @@ def past(length: int, dtype: torch.dtype, layers: Layers = Layers()) -> list[tup
         return torch.randn(shape, generator=generator).to(dtype)
 
     return [(made(), made()) for _ in range(layers.layers)]
+
+
+def read(name: str, length: int, dtype: torch.dtype) -> list[Pair]:
+    """What transformers' full cache holds after ``length`` tokens of a text."""
+    made, tokenizer = load(name, dtype)
+    cache = make_cache(STOCK, made.config, length)
+    with torch.no_grad():
+        ids = text_ids(name, tokenizer, length)
+        for start in range(0, length, CHUNK):
+            made(ids[:, start : start + CHUNK], **{cache_name(made): cache}, logits_to_keep=1)
+    return [(layer.keys[0], layer.values[0]) for layer in cache.layers]
+
+
+def text_ids(name: str, tokenizer: Any, length: int) -> torch.Tensor:
+    """The first tokens ``[1, length]`` of Python's own reference pages; random ones for random weights.
+
+    Raises:
+        BenchError: for more tokens than there are.
+    """
+    if name == RANDOM:
+        return torch.randint(VOCABULARY, (1, length), generator=torch.Generator().manual_seed(2))
+    ids = tokenizer(read_text(None)[: 12 * length], return_tensors="pt", verbose=False)["input_ids"][:, :length]
+    if ids.shape[1] < length:
+        raise BenchError(f"the text has {ids.shape[1]:,} tokens; ask for a --length of so many at most")
+    return torch.as_tensor(ids)
+
+
+def unrotated(k: torch.Tensor, positions: Sequence[int], rope: LayerRope | None) -> torch.Tensor:
+    """Keys ``[Hkv, n, D]`` as they were before ``rope`` rotated them by ``positions``."""
+    if rope is None:
+        return k
+    turned = rope.rotate(k.double(), -torch.tensor(positions), factor=False)
+    turned[..., : rope.rotary_dim] /= rope.factor
+    return turned.to(k.dtype)
 
 
 def weight_bytes(made: Any) -> int:
