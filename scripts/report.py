@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -66,16 +67,8 @@ def sections(minutes: float) -> tuple[Section, ...]:
         longer = {"grocery": "2048", "common-words": "2048"}.get(name, length)
         return Part(f"eval-{name}", ("eval", name, *policies, "--length", longer, "--cases", cases))
 
-    reading = (
-        "--policy",
-        "full()",
-        "--policy",
-        "streamingllm(512)",
-        "--policy",
-        "sirllm(512)",
-        "--policy",
-        "full() | quantized(4)",
-    )
+    texts = ("full()", "streamingllm(512)", "sirllm(512)", 'full() | quantized(4, when="prefill")')
+    reading = [word for text in texts for word in ("--policy", text)]
     return (
         Section(
             "Whole tokens",
@@ -145,6 +138,12 @@ def sections(minutes: float) -> tuple[Section, ...]:
 # -------------------------------------------------------------------------------------------------------------------------- running
 
 
+def children_seconds() -> float:
+    """CPU seconds of processes that have ended."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 class Runner:
     """Runs parts, and keeps what became of each in ``parts/state.json``: ``done``, ``failed``, ``interrupted`` or ``left out``."""
 
@@ -186,9 +185,9 @@ class Runner:
             self._became(part, command, "left out", 0.0, "the time was up")
             return
         print(f"{part.name}: {command}", flush=True)
-        began = time.monotonic()
+        began, worked = time.monotonic(), children_seconds()
         status, said = self._process(part, before.get("command") == command, left)
-        self._became(part, command, status, round(time.monotonic() - began, 1), said)
+        self._became(part, command, status, round(time.monotonic() - began, 1), said, round(children_seconds() - worked, 1))
 
     def _process(self, part: Part, known: bool, left: float) -> tuple[str, str]:
         """How the part ended, and what it said if not well."""
@@ -233,8 +232,9 @@ class Runner:
             except subprocess.TimeoutExpired:
                 continue
 
-    def _became(self, part: Part, command: str, status: str, seconds: float, said: str) -> None:
-        self.state[part.name] = {"status": status, "command": command, "seconds": seconds, "said": said}
+    def _became(self, part: Part, command: str, status: str, seconds: float, said: str, cpu_seconds: float = 0.0) -> None:
+        told = {"status": status, "command": command, "seconds": seconds, "cpu_seconds": cpu_seconds, "said": said}
+        self.state[part.name] = told
         text = json.dumps(self.state, indent=1) + "\n"
         partial = self.folder / "state.json.partial"
         partial.write_text(text, encoding="utf-8")

@@ -116,9 +116,12 @@ def shown(section: Section, runner: Results) -> tuple[str, bool]:
     parts, good = [f'<h2 id="{anchor(section.title)}">{section.title}</h2><p>{rich(section.what)}</p>'], True
     found = {part.name.removeprefix("eval-"): runner.record(part) for part in section.parts}
     found = {name: told for name, told in found.items() if told is not None}
+    left = [part.name for part in section.parts if runner.state.get(part.name, {}).get("status", "left out") == "left out"]
+    if left:
+        parts.append(f"<p>left out, the time was up: {', '.join(f'<code>{name}</code>' for name in left)}</p>")
     for part in section.parts:
         state = runner.state.get(part.name, {})
-        if state.get("status") != "done":
+        if state.get("status", "left out") not in ("done", "left out"):
             parts.append(f"<p>{status_of(state)}: <code>{html.escape(part.name)}</code> {html.escape(state.get('said', ''))}</p>")
     if found:
         try:
@@ -143,13 +146,16 @@ def page(chosen: Sequence[Section], runner: Results, facts: Mapping[str, Any], m
     made = [shown(section, runner) for section in chosen]
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     machine = f"{cpu()}, {os.cpu_count()} processors, {facts.get('instruction_set')}; {platform.platform()}"
-    overview = [["part", "command", "seconds", ""]]
+    overview = [["part", "command", "seconds", "CPU seconds", ""]]
     for section in chosen:
         for part in section.parts:
             state = runner.state.get(part.name, {})
-            overview.append(
-                [part.name, f"`{state.get('command', '')}`", f"{state.get('seconds', 0):.0f}", state.get("status", "left out")]
-            )
+            took = (f"{state.get(name, 0):.0f}" for name in ("seconds", "cpu_seconds"))
+            overview.append([part.name, f"`{state.get('command', '')}`", *took, state.get("status", "left out")])
+    states = [runner.state.get(part.name, {}).get("status", "left out") for section in chosen for part in section.parts]
+    counts = ", ".join(f"{states.count(status)} {status}" for status in dict.fromkeys(states))
+    bad = [part.name for section in chosen for part in section.parts if runner.state.get(part.name, {}).get("status") == "failed"]
+    told = f" <span class=bad>Failed: {', '.join(bad)}.</span>" if bad else ""
     nav = " ".join(f'<a href="#{anchor(section.title)}">{section.title}</a>' for section in chosen)
     head = [
         "<!doctype html><html lang=en><head><meta charset=utf-8><meta name=viewport content='width=device-width'>",
@@ -157,6 +163,7 @@ def page(chosen: Sequence[Section], runner: Results, facts: Mapping[str, Any], m
         f"<h1>kvsieve: what was measured here</h1><p class=lead>{today()}. {html.escape(machine)}. {html.escape(versions)}. "
         f"Made by <code>make report</code> in at most {minutes:g} minutes: short runs, which show that everything works "
         "and about where it stands. Ratios within one run mean something on a shared machine, milliseconds little.</p>",
+        f"<p>{len(states)} <a href='#parts'>parts</a>: {counts}.{told}</p>",
         f"<nav>{nav}</nav>",
     ]
     tail = [f'<h2 id="parts">All parts</h2>{table_of(overview, left=2)}', "</body></html>\n"]

@@ -203,6 +203,8 @@ TABLES = (
     Table("docs/results/decode.md", "decode", "decode.json", decode),
     Table("docs/results/tasks.md", "task-scores", "tasks.json", task_scores),
     Table("docs/results/tasks.md", "task-bytes", "tasks.json", task_bytes),
+    Table("docs/results/attention.md", "attend", "attend.json", attend),
+    Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),
     Table("docs/results/fetching.md", "infllm-lookup", "infllm-lookup.json", lookups),
     Table("docs/results/fetching.md", "infllm-perplexity", "perplexity-32k.json", perplexities),

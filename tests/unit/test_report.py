@@ -90,6 +90,7 @@ def test_the_page_holds_every_table_figure_and_command_and_needs_no_other_file(r
     for text in ("kvsieve bench decode --quick", "kvsieve eval copy", "QuantizedCache", "measured passkey", "kvsieve 0.0"):
         assert text in page
     assert "failed" not in page
+    assert "3 <a href='#parts'>parts</a>: 3 done." in page
 
 
 def test_a_part_that_fails_is_shown_and_the_others_go_on(run: Any) -> None:
@@ -108,7 +109,7 @@ def test_what_the_time_is_too_short_for_is_interrupted_or_left_out_and_gone_on_w
     status, page, calls = run("--minutes", "0.05", HANG="decode")
     assert status == 0
     assert "<span class=bad>interrupted</span>: <code>bench-decode</code> the time was up" in page
-    assert "left out: <code>eval-copy</code> the time was up" in page
+    assert "left out, the time was up: <code>eval-passkey</code>, <code>eval-copy</code>" in page
     assert len(calls) == 1
     status, page, calls = run("--resume")
     assert (status, len(calls)) == (0, 3)

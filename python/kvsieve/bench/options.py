@@ -78,7 +78,10 @@ WHOLE = ("decode", "policies")
 RANDOM = "random"
 """The model of those tables unless one is named: SmolLM2-135M's shape with random weights."""
 
-POLICIES = ("full()", "streamingllm(1024)", "sirllm(1024)", "snapkv(1024)", "quest(1024)", "full() | quantized(4)")
+POLICIES = (
+    *("full()", "streamingllm(1024)", "sirllm(1024)", "snapkv(1024)", "quest(1024)"),
+    'full() | quantized(4, when="prefill")',
+)
 """What ``policies`` measures unless it is told otherwise."""
 
 
