@@ -123,6 +123,12 @@ REPORT_ARGS ?=
 .PHONY: report
 report: setup ## a little of every measurement, in 20 minutes on two cores: out/report/index.html (REPORT_ARGS="--minutes 60 --resume")
 	.venv/bin/python scripts/report.py $(REPORT_ARGS)
+PEERS_ARGS ?=
+
+.PHONY: peers
+peers: setup ## kvsieve beside kvpress, OpenVINO, llama.cpp and transformers' caches, each in its own environment (half an hour; PEERS_ARGS)
+	@mkdir -p out
+	$(BUILD_ENV) .venv/bin/python benches/peers/run.py --json out/peers.json $(PEERS_ARGS)
 
 .PHONY: docs
 docs: ## the documentation as a site, into out/site; a link or an anchor that leads nowhere is an error
