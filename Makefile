@@ -123,6 +123,7 @@ REPORT_ARGS ?=
 .PHONY: report
 report: setup ## a little of every measurement, in 20 minutes on two cores: out/report/index.html (REPORT_ARGS="--minutes 60 --resume")
 	.venv/bin/python scripts/report.py $(REPORT_ARGS)
+
 PEERS_ARGS ?=
 
 .PHONY: peers

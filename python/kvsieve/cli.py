@@ -6,6 +6,7 @@ torch and transformers are imported by the command that needs them, so that help
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -31,6 +32,7 @@ from kvsieve.errors import BackendError, KvsieveError
 from kvsieve.evals.commands import add_eval as _add_eval
 from kvsieve.evals.commands import add_tune as _add_tune
 from kvsieve.files.replace import replacing, target_of
+from kvsieve.view.commands import add_view as _add_view
 
 __all__ = ["main"]
 
@@ -108,22 +110,11 @@ def _add_generate(commands: Any) -> None:
     prompt.add_argument("--prompt-file", type=Path, help="a file with the text to continue")
     generate.add_argument("--max-new-tokens", type=_positive, required=True, help="tokens to generate")
     generate.add_argument("--json", type=_output, help="also write prompt, text and stats to this file")
+    generate.add_argument("--record", type=_output, metavar="FILE", help="record what is held at every step, for kvsieve view FILE")
     _add_machine(generate, dtype_help="default: float32")
     generate.set_defaults(run=_generate)
 
 
-def _add_view(commands: Any) -> None:
-    view = commands.add_parser("view", help="pictures of what a policy does")
-    pictures = view.add_subparsers(required=True, metavar="picture")
-    trace = pictures.add_parser("trace", help="which positions of a text a policy selects, step by step")
-    trace.add_argument("--model", default="smollm2", help=_MODEL)
-    trace.add_argument("--policy", default="hip(512)", help='one that selects, for example "hip(512)"')
-    trace.add_argument("--prompt-file", type=Path, help="a file with the text to read; default: Python's own reference pages")
-    trace.add_argument("--tokens", type=_positive, default=4000, help="how much of it to read; default: 4,000")
-    trace.add_argument("--max-new-tokens", type=_positive, default=32, help="steps")
-    trace.add_argument("--out", type=Path, default=Path("out/trace.png"), help="the picture; numbers go beside it, as .json")
-    _add_machine(trace, dtype_help="default: float32")
-    trace.set_defaults(run=_view_trace)
 
 
 def _read_prompt(path: Path) -> str:
@@ -172,31 +163,15 @@ def _generate(arguments: argparse.Namespace) -> int:
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with kvsieve.stream(model, policy, backend=arguments.backend) as stream:
-        text = print_while_generating(stream, tokenizer, ids, max_new_tokens=arguments.max_new_tokens)
+        recording = contextlib.nullcontext() if arguments.record is None else stream.record(arguments.record, tokenizer)
+        with recording:
+            text = print_while_generating(stream, tokenizer, ids, max_new_tokens=arguments.max_new_tokens)
         stats = stream.stats()
     print(f"\n[{stats.policy} on {stats.backend}: {stats.seen:,} tokens seen, {stats.resident:,} resident, {held(stats)}]")
     if arguments.json is not None:
         report = {"prompt": prompt, "text": text, "stats": stats.as_dict()}
         with replacing(arguments.json, "report") as file:
             file.write((json.dumps(report, indent=2) + "\n").encode())
-    return 0
-
-
-def _view_trace(arguments: argparse.Namespace) -> int:
-    _need_torch(arguments.threads)
-    from kvsieve.evals.reads import Settings, run
-
-    settings = Settings(
-        model=arguments.model,
-        policy=arguments.policy,
-        out=arguments.out,
-        text=arguments.prompt_file,
-        tokens=arguments.tokens,
-        max_new_tokens=arguments.max_new_tokens,
-        dtype=arguments.dtype or "float32",
-        backend=arguments.backend,
-    )
-    run(settings)
     return 0
 
 

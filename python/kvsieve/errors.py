@@ -14,6 +14,7 @@ __all__ = [
     "PaddingError",
     "PolicyError",
     "RangeError",
+    "RecordingError",
     "SaveError",
     "SessionError",
     "SessionNotFoundError",
@@ -95,6 +96,10 @@ class BackendError(KvsieveError, RuntimeError):
 
 class BankError(KvsieveError, OSError):
     """A bank's file that cannot be read, written or locked; what was saved before is as it was."""
+
+
+class RecordingError(KvsieveError, ValueError):
+    """A file that is no recording of a stream, is damaged, has another version, or holds nothing."""
 
 
 class UnsupportedError(KvsieveError, NotImplementedError):

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from kvsieve import backends, banks, reading, session
+from kvsieve import backends, banks, reading, recording, session
 from kvsieve import generate as turns
 from kvsieve import trace as tracing
 from kvsieve.checks import check_flag, integer, told
@@ -198,6 +198,14 @@ class Stream:
             StateError: for a policy that reads all it holds, or before the first token.
         """
         return tracing.trace(self._check_open())
+
+    def record(self, path: str | PathLike[str], tokenizer: Any, *, row: int = 0) -> contextlib.AbstractContextManager[None]:
+        """Inside the block, what ``row`` holds and reads is recorded; at its end ``path`` is written, for ``kvsieve view``.
+
+        Raises:
+            ArgumentError, RangeError, SaveError: without a tokenizer, for a row that is none, or a path that cannot be written.
+        """
+        return recording.record(self._check_open(), self.model, path, tokenizer, row)
 
     # ---------------------------------------------------------------------------------------------------------------- feeding
 

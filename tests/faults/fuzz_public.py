@@ -51,6 +51,7 @@ from kvsieve.model.cache import StreamCache
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import tiny  # noqa: E402
+from recorded import Words  # noqa: E402
 from systems import SYSTEMS  # noqa: E402
 
 SECONDS = 20
@@ -316,6 +317,16 @@ def property_of(thing: Any, name: str) -> Callable[[], Any]:
     return lambda: getattr(thing, name)
 
 
+def recorded(stream: kvsieve.Stream) -> Callable[..., None]:
+    """A recording of nothing."""
+
+    def call(*arguments: Any, **named: Any) -> None:
+        with stream.record(*arguments, **named):
+            pass
+
+    return call
+
+
 def attempts(scene: Scene) -> Iterator[Work]:
     """Everything public, and arguments with which it works on this scene, or on another."""
     stream, cache, model, ids, rows = scene.stream, scene.stream.cache, scene.model, scene.prompt, scene.rows
@@ -384,6 +395,7 @@ def attempts(scene: Scene) -> Iterator[Work]:
         path = saved(scene)
         yield Work("load", kvsieve.load, [path, model, scene.backend], {"tokenizer": None, "bank": None})
         yield Work("Stream.save", stream.save, [path + " 2"], {"tokenizer": None})
+    yield Work("Stream.record", recorded(stream), ["a recording", Words()], {"row": 0})
     yield Work("Stream.cache", property_of(stream, "cache"))
     yield Work("Stream.seen", property_of(stream, "seen"))
     yield Work("Stream.ids", property_of(stream, "ids"))

@@ -165,6 +165,11 @@ class TensorFile:
         self._read_into(memoryview(data.numpy().data), self._body + begin)
         return data.view(dtype).reshape(shape)
 
+    def num_bytes(self, name: str) -> int:
+        """The size of a tensor."""
+        _, _, begin, end = self._entries[name]
+        return end - begin
+
     def _read_into(self, view: memoryview, at: int) -> None:
         """Fill ``view`` with the bytes from ``at`` on."""
         try:

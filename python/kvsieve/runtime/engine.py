@@ -182,6 +182,8 @@ class Engine(Held):
 
     @exclusive
     def _begin(self, forward: Forward) -> Forward:
+        for watcher in self.watchers:
+            watcher.begins(forward)
         for part in self.parts:
             part.begin(forward)
         store_all = self._stores_all or forward.width <= FEW or forward.verifying

@@ -15,7 +15,7 @@ from kvsieve.policy.specs import make_planner
 from kvsieve.runtime.blocks import Blocks
 from kvsieve.runtime.candidates import Candidates
 from kvsieve.runtime.exclusive import exclusive
-from kvsieve.runtime.part import Crop, Forward, Setting, State
+from kvsieve.runtime.part import Crop, Forward, Setting, State, Watcher
 from kvsieve.runtime.parts import Parts, check_backend
 from kvsieve.runtime.pinning import Pinning
 from kvsieve.runtime.process import defer_sigint
@@ -43,6 +43,7 @@ class Held:
         parts: what else has a state. Three that every stream has are named: transcript, positions, pinning.
         candidates: how the forward under way is read.
         forward: the forward under way, once its first layer has been reached.
+        watchers: who is told of every step; a fork has none.
     """
 
     def __init__(self, policy: Policy, facts: ModelFacts, backend: Backend, stored_keys: str, blocks: Blocks | None) -> None:
@@ -56,6 +57,7 @@ class Held:
         self.pinning = self.parts.the(Pinning)
         self.candidates = Candidates(self.parts)
         self.forward: Forward | None = None
+        self.watchers: list[Watcher] = []
 
     # ------------------------------------------------------------------------------------------------------------ what is held
 
@@ -153,6 +155,8 @@ class Held:
         """Evictions are over, and no resident is a candidate."""
         for part in self.parts:
             part.settled(turn_ended)
+        for watcher in self.watchers:
+            watcher.settled()
 
     @exclusive
     def make_room(self) -> None:

@@ -27,7 +27,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeAlias
 
 import torch
 
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from kvsieve.policy.compose import Policy
     from kvsieve.runtime.blocks import Blocks
 
-__all__ = ["Apply", "Crop", "Forward", "Join", "LayerInput", "Saved", "Setting", "State", "StreamPart", "unchanged"]
+__all__ = ["Apply", "Crop", "Forward", "Join", "LayerInput", "Saved", "Setting", "State", "StreamPart", "Watcher", "unchanged"]
 
 Apply: TypeAlias = Callable[[], None]
 """The second half of a change."""
@@ -164,6 +164,16 @@ class State:
     def seen(self) -> int:
         """Tokens of the row that had seen most."""
         return max((self.planner.seen(row) for row in range(self.planner.num_rows)), default=0)
+
+
+class Watcher(Protocol):
+    """Who is told of a stream's steps, and changes nothing: it is no part of what the stream is."""
+
+    def begins(self, forward: Forward) -> None:
+        """A forward is about to be planned."""
+
+    def settled(self) -> None:
+        """A forward, or a turn, is over, and evictions are."""
 
 
 class StreamPart:
