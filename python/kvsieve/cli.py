@@ -115,8 +115,6 @@ def _add_generate(commands: Any) -> None:
     generate.set_defaults(run=_generate)
 
 
-
-
 def _read_prompt(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8")
