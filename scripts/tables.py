@@ -78,6 +78,13 @@ def task_bytes(record: Any) -> Rows:
     return [["policy", "held, MiB", "peak, MiB"], *rows]
 
 
+def recall(record: Any) -> Rows:
+    """The score of one task by policy, and of players without a model."""
+    rows = [[code(row["policy"]), f"{100 * row['score']:.0f} %", f"{row['bytes_held'] / MIB:.1f}"] for row in record["summary"]]
+    guessed = [[row["player"], f"{100 * row['score']:.0f} %", ""] for row in record["without_a_model"]]
+    return [["policy", "score", "held, MiB"], *rows, *guessed]
+
+
 def passkeys(record: Any) -> Rows:
     """The passkeys found, by policy and length; the order is that of the depths."""
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
@@ -203,6 +210,7 @@ TABLES = (
     Table("docs/results/decode.md", "decode", "decode.json", decode),
     Table("docs/results/tasks.md", "task-scores", "tasks.json", task_scores),
     Table("docs/results/tasks.md", "task-bytes", "tasks.json", task_bytes),
+    Table("docs/results/tasks.md", "grocery-recall", "grocery.json", recall),
     Table("docs/results/attention.md", "attend", "attend.json", attend),
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),
