@@ -12,6 +12,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 
+# What is imported for the tests stays, so that there is nothing to collect until they begin.
+gc.disable()
+
 
 def pytest_configure(config: pytest.Config) -> None:
     spec = importlib.util.find_spec("kvsieve")
@@ -24,11 +27,37 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     only = "of the tests that are parametrised over backends, run those on this one only"
     parser.addoption("--backend", choices=("cpu", "reference"), help=only)
+    every = "run streams on the reference backend under every combination of the other parameters, not with each value of each"
+    parser.addoption("--every", action="store_true", help=every)
 
 
 def on_other_backends(item: pytest.Item, backend: str) -> bool:
     call = getattr(item, "callspec", None)
     return call is not None and call.params.get("backend", backend) != backend
+
+
+def thinned(items: list[pytest.Item]) -> list[pytest.Item]:
+    """``items`` without those on the reference backend whose every other parameter's value is tried there by another one.
+
+    Of a test of streams with two parameters or more besides the backend. The specification serves each family, policy and way of
+    reading; that it does so under each combination is asked of the backends that compute faster, which run all of them.
+    """
+    tests: dict[str, list[Any]] = {}
+    for item in items:
+        call = getattr(item, "callspec", None)
+        several = call is not None and len(call._idlist) > 2  # an id for each `parametrize`
+        if several and item.path.parent.name == "generate" and call.params.get("backend") == "reference":
+            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    dropped: set[pytest.Item] = set()
+    for left in tests.values():
+        values = {item: set(enumerate(item.callspec._idlist)) for item in left}
+        missing = set().union(*values.values())
+        while missing:
+            best = max(left, key=lambda item: len(values[item] & missing))
+            missing -= values[best]
+            left.remove(best)
+        dropped.update(left)
+    return [item for item in items if item not in dropped]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -38,6 +67,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if on_other_backends(item, backend)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if not on_other_backends(item, backend)]
+    elif not config.getoption("--every"):
+        kept = thinned(items)
+        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+        items[:] = kept
     # Long tests begin early, and those of the small model side by side in one worker, which loads it once.
     items.sort(key=lambda item: item.get_closest_marker("model") is None)
     skip_without_a_gpu(items)
@@ -47,10 +80,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
     """What is loaded by now stays: the collector of garbage need not look through all of torch and transformers again."""
     gc.collect()
     gc.freeze()
+    gc.enable()
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     gc.unfreeze()
+    gc.enable()
 
 
 def skip_without_a_gpu(items: list[pytest.Item]) -> None:
