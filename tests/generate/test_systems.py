@@ -20,9 +20,23 @@ from kvsieve.runtime.value_selection import ValueSelection
 from systems import OF_EVERY_KIND, PROMPT, SYSTEMS
 from tiny import BACKENDS
 
-BACKEND = pytest.mark.parametrize("backend", BACKENDS)
-EVERY = pytest.mark.parametrize(
-    "name", [name if name in OF_EVERY_KIND else pytest.param(name, marks=pytest.mark.slow) for name in SYSTEMS]
+
+def _slow(name: str) -> Any:
+    return () if name in OF_EVERY_KIND else pytest.mark.slow
+
+
+EVERY = pytest.mark.parametrize("name", [pytest.param(name, marks=_slow(name)) for name in SYSTEMS])
+
+# The specification is tried with one system of every kind; what differs in its settings alone is compared with it, with a fork and
+# turns, in `test_two_turns_and_a_fork_between_them_are_those_of_the_specification`.
+EVERYWHERE = pytest.mark.parametrize(
+    ("name", "backend"),
+    [
+        pytest.param(name, backend, marks=_slow(name))
+        for backend in BACKENDS
+        for name in SYSTEMS
+        if backend != "reference" or name in OF_EVERY_KIND
+    ],
 )
 
 # Two ways of going on: long chunks, short ones and single tokens.
@@ -60,8 +74,7 @@ def test_the_table_has_every_system() -> None:
     assert all(f"{system.text_name}(" in text for system in PUBLISHED)
 
 
-@BACKEND
-@EVERY
+@EVERYWHERE
 def test_the_system_is_at_work(name: str, backend: str) -> None:
     """Or the other tests here would show nothing."""
     with opened(name, backend) as stream:
@@ -85,8 +98,7 @@ def test_the_system_is_at_work(name: str, backend: str) -> None:
         assert ("spills" in SYSTEMS[name].doing) == (tiers is not None and tiers.spills > 0)
 
 
-@BACKEND
-@EVERY
+@EVERYWHERE
 def test_a_fork_goes_on_as_the_original_would(name: str, backend: str) -> None:
     """Both go on at once, by chunks that end blocks and by single tokens; the parent while its fork is open, and its fork."""
     model, wanted = tiny.model(), [alone(name, backend, at) for at in range(3)]
@@ -104,8 +116,7 @@ def test_a_fork_goes_on_as_the_original_would(name: str, backend: str) -> None:
             assert close(name, *got)
 
 
-@BACKEND
-@EVERY
+@EVERYWHERE
 def test_rows_repeated_reordered_and_selected_go_on_as_if_alone(name: str, backend: str) -> None:
     model, wanted = tiny.model(), [alone(name, backend, at) for at in (0, 2)]
     with opened(name, backend) as stream:
@@ -125,8 +136,7 @@ def test_rows_repeated_reordered_and_selected_go_on_as_if_alone(name: str, backe
         before.close()
 
 
-@BACKEND
-@EVERY
+@EVERYWHERE
 def test_the_best_beam_is_what_its_own_tokens_give(name: str, backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, PROMPT, 6)
     how: dict[str, Any] = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8, "length_penalty": 0.0}
@@ -139,8 +149,7 @@ def test_the_best_beam_is_what_its_own_tokens_give(name: str, backend: str) -> N
     assert float(logps.sum()) == pytest.approx(float(out.sequences_scores[0]), abs=1e-3)
 
 
-@BACKEND
-@EVERY
+@EVERYWHERE
 def test_a_crop_is_exact_or_refused(name: str, backend: str) -> None:
     """What evicts nothing returns to where it was, with a fork open too; what refuses has changed nothing."""
     if not SYSTEMS[name].retains:
@@ -163,8 +172,7 @@ def test_a_crop_is_exact_or_refused(name: str, backend: str) -> None:
             assert all(close(name, forward(model, fork.cache, piece), want) for piece, want in zip(rest(1), wanted))
 
 
-@BACKEND
-@EVERY
+@EVERYWHERE
 def test_assisted_decoding_is_lossless(name: str, backend: str) -> None:
     """The prompt repeats itself, so that lookups find something to propose."""
     model, ids = tiny.model(), torch.cat([tiny.ids(1, 30, 4)] * 10, 1)
@@ -176,8 +184,7 @@ def test_assisted_decoding_is_lossless(name: str, backend: str) -> None:
     assert answers[0] == answers[1]
 
 
-@BACKEND
-@EVERY
+@EVERYWHERE
 def test_a_padded_row_equals_its_solo_run(name: str, backend: str) -> None:
     model, rows = tiny.model(), [tiny.ids(1, n, n)[0] for n in (PROMPT, 207)]
     after = tiny.ids(2, 48, 3)
