@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from kvsieve.cli import main
@@ -226,20 +226,21 @@ def test_folders_without_a_model_say_what_they_hold(tmp_path: Path, capsys: pyte
 
 
 @pytest.mark.model
-@pytest.mark.usefixtures("loaded")
 def test_a_gguf_file_is_the_model_that_it_holds(
-    tmp_path: Path, model_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model_file: Path, smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Given itself, or as the only one of a folder; it is read once for both."""
+    """By its name, given itself, or as the only one of a folder: this file is read, and what was read runs."""
     from kvsieve.evals import models
 
-    monkeypatch.setattr(models, "_load_gguf", functools.cache(models._load_gguf))
+    read: list[Path] = []
+    monkeypatch.setattr(models, "_load_gguf", lambda path, dtype: read.append(path) or smollm2)
     file = tmp_path / "mine.gguf"
     file.symlink_to(model_file)
     texts = []
     for name in ("smollm2", str(file), str(tmp_path)):
         assert main(generate(prompt="The capital of France is", model=name)) == 0
         texts.append(capsys.readouterr().out)
+    assert read == [model_file, file, file]
     assert "Paris" in texts[0]
     assert texts[0] == texts[1] == texts[2]
 
@@ -283,14 +284,14 @@ def test_generate_prints_the_text_and_writes_json(tmp_path: Path, capsys: pytest
 def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     need_model()
     pytest.importorskip("matplotlib")
-    argv = ["demo", "--quick", "--tokens", "640", "--budget", "256", "--chunk", "256", "--out", str(tmp_path)]
+    argv = ["demo", "--quick", "--tokens", "512", "--budget", "192", "--chunk", "128", "--out", str(tmp_path)]
     assert main(argv) == 0
     report = json.loads((tmp_path / "report.json").read_text())
     reading = {row["memory"]: row for row in report["reading"]}
     shopping = {row["memory"]: row for row in report["shopping"]}
-    assert [(row["first"], row["stop"]) for row in reading.values()] == [(0, 640)] * 4
-    assert reading["full cache"]["resident"] == 640
-    assert all(row["resident"] <= 256 for name, row in reading.items() if name != "full cache")
+    assert [(row["first"], row["stop"]) for row in reading.values()] == [(0, 512)] * 4
+    assert reading["full cache"]["resident"] == 512
+    assert all(row["resident"] <= 192 for name, row in reading.items() if name != "full cache")
     assert reading["SirLLM"]["bytes_held"] < reading["full cache"]["bytes_held"] / 2
     assert all(0 < row["nll_compared"] < 8 for row in reading.values())
     assert (shopping["full cache"]["retention"], shopping["StreamingLLM"]["retention"]) == (1.0, 0.0)
@@ -302,4 +303,4 @@ def test_demo_writes_its_report_picture_and_page(tmp_path: Path, capsys: pytest.
     assert all(name in out for name in (*reading, "answered", "report.json"))
     assert out.index("questions answered") < out.index("reading up to token")
     assert " ".join(out.split()).endswith(report["verdict"])
-    assert "up to token 640 only, so nothing here shows" in report["verdict"]
+    assert "up to token 512 only, so nothing here shows" in report["verdict"]
