@@ -47,7 +47,7 @@ def test_forks_of_one_prefix_in_threads_answer_as_alone(policy: str, backend: st
             with stream.fork() as fork:
                 for turn in range(3):
                     prompt = tiny.ids(1, 5 + number, 50 + number + turn)
-                    found.append(fork.generate(prompt, do_sample=False, max_new_tokens=6)[0].tolist())
+                    found.append(fork.generate(prompt, do_sample=False, max_new_tokens=4)[0].tolist())
                     if turn == 1:
                         mark = fork.mark()
                         fork.generate(tiny.ids(1, 9, 3), do_sample=False, max_new_tokens=3)
