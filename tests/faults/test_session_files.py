@@ -57,9 +57,9 @@ def load(path: Path) -> None:
 
 
 def test_a_changed_file_is_refused_or_holds_what_it_says(fuzz: ModuleType) -> None:
-    wrong, counts = fuzz.run(1000, seed=11, tell=lambda _: None)
+    wrong, counts = fuzz.run(600, seed=11, tell=lambda _: None)
     assert wrong == []
-    assert counts["fine"] > 850
+    assert counts["fine"] > 510
 
 
 def test_what_is_silent_raw_or_broken_is_told(fuzz: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
