@@ -15,6 +15,9 @@ from kvsieve.errors import KvsieveError, StateError, UnsupportedError
 from kvsieve.runtime.head_eviction import HeadEviction
 from naive_heads import NaiveHeads
 
+# What is chosen depends on no release of transformers, and `test_systems` asks the rest of the same policies.
+pytestmark = pytest.mark.slow
+
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 RULE = pytest.mark.parametrize("policy", tiny.PER_HEAD)
 
@@ -89,7 +92,7 @@ def test_decoding_holds_at_most_a_block_more_and_always_what_it_must(policy: str
     with kvsieve.stream(model, tiny.POLICIES[policy](budget), backend) as stream:
         forward(model, stream.cache, tiny.ids(1, 12))
         acts, last = 0, 12
-        for at in range(200):
+        for at in range(140):
             forward(model, stream.cache, tiny.ids(1, 1, at))
             kept = heads(stream)
             seen = 13 + at
@@ -103,7 +106,7 @@ def test_decoding_holds_at_most_a_block_more_and_always_what_it_must(policy: str
                 assert k == sorted(set(k))
                 assert k[-4:] == list(range(seen - 4, seen))
                 assert policy != "h2o" or k[:2] == [0, 1]
-        assert acts == 3
+        assert acts == 2
         stream.end_turn()
         assert {len(k) for k in heads(stream)} == {budget}
 
@@ -170,11 +173,11 @@ def test_rows_are_selected_and_repeated_with_what_they_saw(policy: str, backend:
         order = [0, 2, 2, 2]
         assert [heads(stream, row) for row in range(4)] == [held[r] for r in order]
         tails = tiny.ids(4, 90, 7)
-        got = forwards(model, stream.cache, tails, [30, 1])
+        got = forwards(model, stream.cache, tails, [30, 1, 40, 1])
         for row, source in enumerate(order):
             with kvsieve.stream(model, tiny.POLICIES[policy](30), backend) as alone:
                 forward(model, alone.cache, ids[source : source + 1])
-                want = forwards(model, alone.cache, tails[row : row + 1], [30, 1])
+                want = forwards(model, alone.cache, tails[row : row + 1], [30, 1, 40, 1])
                 torch.testing.assert_close(got[row], want[0], atol=1e-4, rtol=0)
                 assert heads(alone) == heads(stream, row)
 
@@ -201,7 +204,7 @@ def test_a_forward_that_died_saw_nothing(policy: str, layer: int, backend: str, 
             now = snapshot(stream)
             assert held.keys() == now.keys()
             assert all(torch.equal(held[name], now[name]) for name in held)
-        got, want = (forwards(model, one.cache, ids[:, 50:], [30, 1]) for one in (stream, twin))
+        got, want = (forwards(model, one.cache, ids[:, 50:], [30, 1, 40, 1]) for one in (stream, twin))
         assert torch.equal(got, want)
         assert same_memory(stream, twin)
 
@@ -213,7 +216,7 @@ def test_a_forward_that_died_saw_nothing(policy: str, layer: int, backend: str, 
 @pytest.mark.parametrize("decoded", [0, 20, 90])
 def test_a_crop_is_exact_or_refused(decoded: int, backend: str) -> None:
     """Exact: as if the tokens had never been read, whichever are evicted later. Refused: nothing has changed."""
-    model, ids, more = tiny.model(), tiny.ids(1, 60 + decoded), tiny.ids(1, 90, 4)
+    model, ids, more = tiny.model(), tiny.ids(1, 60 + decoded), tiny.ids(1, 50, 4)
     policy, exact = kvsieve.SnapKV(40, observe=8, kernel=3), []
     with kvsieve.stream(model, policy, backend) as stream:
         forwards(model, stream.cache, ids[:, :30], [30])
@@ -232,7 +235,8 @@ def test_a_crop_is_exact_or_refused(decoded: int, backend: str) -> None:
                     twin.end_turn()
                     if left > 30:
                         forwards(model, twin.cache, ids[:, 30:left], [30, 1])
-                    got, want = (forwards(model, one.cache, more, [1]) for one in (fork, twin))
+                    # Three tokens later heads choose by the queries of tokens before and after what was forgotten.
+                    got, want = (forwards(model, one.cache, more, [1, 2, 30, 1]) for one in (fork, twin))
                     assert heads(fork) == heads(twin)
                     torch.testing.assert_close(got, want, atol=1e-4, rtol=0)
                 exact.append(count)
@@ -277,8 +281,8 @@ def test_sums_of_attention_cannot_forget_what_a_token_gave(backend: str) -> None
 @BACKEND
 @RULE
 def test_a_row_that_ended_early_forgets_what_it_was_padded_with(policy: str, backend: str) -> None:
-    """One row stops soon, the other goes on for two blocks: filler pushed tokens out, and every head still holds equally many."""
-    model, how = tiny.model(), {"max_new_tokens": 150, "do_sample": False, "pad_token_id": 0}
+    """One row stops soon, the other goes on over a block: filler pushed tokens out, and every head holds equally many."""
+    model, how = tiny.model(), {"max_new_tokens": 100, "do_sample": False, "pad_token_id": 0}
     ids, mask = pad_left([tiny.ids(1, 30)[0], tiny.ids(1, 24, 2)[0]])
     with kvsieve.stream(model, tiny.POLICIES[policy](20), backend) as stream:
         short, other = stream.generate(ids, mask, **how)[:, 30:].tolist()
@@ -287,9 +291,9 @@ def test_a_row_that_ended_early_forgets_what_it_was_padded_with(policy: str, bac
     with kvsieve.stream(model, tiny.POLICIES[policy](20), backend) as stream:
         out = stream.generate(ids, mask, eos_token_id=end, **how)
         assert at < 20, "the row did not end early: nothing was tested"
-        assert out[:, 30:].tolist() == [short[: at + 1] + [0] * (149 - at), other]
+        assert out[:, 30:].tolist() == [short[: at + 1] + [0] * (99 - at), other]
         seen = [stream._engine.planner.seen(row) for row in range(2)]
-        assert seen == [30 + at + 1, 24 + 149]
+        assert seen == [30 + at + 1, 24 + 99]
         for row in range(2):
             kept = heads(stream, row)
             assert len({len(k) for k in kept}) == 1
@@ -379,7 +383,7 @@ def test_a_file_holds_what_was_seen(family: str, policy: str, backend: str, tmp_
             loaded.end_turn()
             assert same_memory(stream, loaded)
             more = tiny.ids(4, 78, 5)
-            a, b = (forwards(model, one.cache, more, [10, 1]) for one in (stream, loaded))
+            a, b = (forwards(model, one.cache, more, [10, 1, 40, 1]) for one in (stream, loaded))
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
             assert [heads(stream, row) for row in range(4)] == [heads(loaded, row) for row in range(4)]
 
