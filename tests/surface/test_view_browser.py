@@ -133,7 +133,8 @@ def test_tokens_are_held_evicted_and_weighed_as_recorded(show: Any, recordings: 
             expected[str(token)] = "future" if token >= seen else f"kept{level}" if token in held else "gone"
         assert tab.js(CLASSES) == expected
         summary = f"token {seen} of {len(told.tokens)}: {len(held)} held, {told.steps['bytes'][step] / 2**20:.1f} MiB"
-        assert tab.js("document.querySelector('#now b').textContent") == summary
+        shown = tab.js("document.querySelector('#now').textContent")
+        assert shown == summary.replace(": ", "") + f" · step {step + 1} of {last + 1}"
         assert summary in tab.js("document.querySelector('#time').getAttribute('aria-valuetext')")
     assert "gone" in expected.values()
     tab.wait(f"document.querySelector('#said').textContent === {summary!r}", 10)
@@ -248,7 +249,10 @@ def test_a_long_text_is_laid_out_where_it_is_looked_at(show: Any) -> None:
     names = {int(token): name for token, name in tab.js(CLASSES).items() if 24_950 < int(token) < 25_010}
     assert len(names) == 59
     assert all(name == ("kept" if token <= 25_000 else "future") for token, name in names.items())
-    tab.js("document.getElementById('follow').click()")
+    follows = "document.getElementById('follow').checked"
+    assert tab.js(follows)
+    tab.call("Input.dispatchMouseEvent", type="mouseWheel", x=300, y=600, deltaX=0, deltaY=-500)
+    tab.wait(f"!{follows}", 10)
     tab.js("document.getElementById('text').scrollTop = 0")
     tab.js(frame)
     assert tab.js("document.querySelector('#text span[data-token=\"3\"]').className") == "gone"

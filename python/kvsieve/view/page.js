@@ -292,27 +292,31 @@ const readers = () => (recording.reads.of.every((lane) => lane.head === null) ? 
 
 let saying = 0;
 
-function summary() {
-  const held = count(steps.held[now]) + (recording.holds[0].layer === null ? " held" : " held by each head");
-  return `token ${count(steps.seen[now])} of ${count(tokens.length)}: ${held}, ${(steps.bytes[now] / MIB).toFixed(1)} MiB`;
+const place = () => `token ${count(steps.seen[now])} of ${count(tokens.length)}`;
+const stepNow = () => `step ${count(now + 1)} of ${count(last + 1)}`;
+function holding() {
+  const whose = recording.holds[0].layer === null ? "" : " by each head";
+  return `${count(steps.held[now])} held${whose}, ${(steps.bytes[now] / MIB).toFixed(1)} MiB`;
 }
 
 function show(step) {
   now = Math.max(0, Math.min(last, step));
   const time = $("time");
   if (+time.value !== now) time.value = now;
-  time.setAttribute("aria-valuetext", `step ${count(now + 1)} of ${count(last + 1)}, ${summary()}`);
+  time.setAttribute("aria-valuetext", `${stepNow()}, ${place()}: ${holding()}`);
   grow(steps.seen[now]);
   near.forEach(paint);
   if ($("follow").checked) follow();
-  $("now").replaceChildren(made("b", summary()), made("span", `step ${count(now + 1)} of ${count(last + 1)}`));
+  $("now").replaceChildren(made("b", place()), made("span", `${holding()} · ${stepNow()}`));
   const share = last ? now / last : 0;
   document.querySelectorAll(".cursor").forEach((cursor) => { cursor.style.left = `${100 * share}%`; });
   if (marked >= 0) $("token").textContent = whatIs(marked);
-  if ($("words").open) inWords();
   // A screen reader hears where the slider came to rest, not every step on the way.
   clearTimeout(saying);
-  saying = setTimeout(() => { $("said").textContent = summary(); }, 500);
+  saying = setTimeout(() => {
+    $("said").textContent = `${place()}: ${holding()}`;
+    if ($("words").open) inWords();
+  }, 500);
 }
 
 function inWords() {
@@ -334,6 +338,8 @@ function inWords() {
 // ------------------------------------------------------------------------------------------------------------------------ pictures
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+const told = (seconds) => (seconds < 1 ? `${(1000 * seconds).toPrecision(3)} ms` : `${seconds.toPrecision(3)} s`);
 
 function canvas(id, width, height) {
   const element = $(id);
@@ -391,8 +397,9 @@ function drawMap() {
     }
   }
   context.putImageData(image, 0, 0);
-  const read = view.reads.length ? " Orange: fetched; blue: always read; grey: held, and not read." : " The stronger the colour, the more of the tokens there are held.";
-  $("map-says").textContent = `Down: the text, from token 0 to ${count(tokens.length - 1)}. Across: the steps.${read}`;
+  const meaning = view.reads.length ? "Orange: fetched; blue: always read; grey: held, and not read."
+    : "The stronger the colour, the more of the tokens there are held.";
+  $("map-says").textContent = `Down: the text, from token 0 to ${count(tokens.length - 1)}. Across: the steps. ${meaning}`;
 }
 
 function drawCurve(id, lines, most) {
@@ -408,7 +415,9 @@ function drawCurve(id, lines, most) {
     while (from <= last) {
       // Of the steps within one pixel the highest is drawn.
       let to = from, peak = NaN;
-      for (; to <= last && (to === from || x(to) - x(from) < scale); to++) if (Number.isFinite(values[to]) && !(values[to] < peak)) peak = values[to];
+      for (; to <= last && (to === from || x(to) - x(from) < scale); to++) {
+        if (Number.isFinite(values[to]) && !(values[to] < peak)) peak = values[to];
+      }
       if (Number.isFinite(peak)) {
         const y = height - pad - (height - 2 * pad) * Math.min(1, peak / (most || 1));
         if (pen) context.lineTo(x(from), y); else context.moveTo(x(from), y);
@@ -423,17 +432,16 @@ function drawCurve(id, lines, most) {
 
 function drawCurves() {
   const peak = (values) => values.reduce((a, b) => (b > a ? b : a), 0);
-  const bytes = peak(steps.bytes), full = steps.full[last];
-  drawCurve("bytes", [{ values: steps.full, dash: [3, 3], name: "--dim" }, { values: steps.bytes, dash: [], name: "--accent" }], Math.max(bytes, full));
-  $("bytes-says").textContent = `At most ${(bytes / MIB).toFixed(1)} MiB held (line); a full cache would end at ${(full / MIB).toFixed(1)} MiB (dashes).`;
+  const bytes = peak(steps.bytes), full = steps.full[last], mib = (n) => `${(n / MIB).toFixed(1)} MiB`;
+  const lines = [{ values: steps.full, dash: [3, 3], name: "--dim" }, { values: steps.bytes, dash: [], name: "--accent" }];
+  drawCurve("bytes", lines, Math.max(bytes, full));
+  $("bytes-says").textContent = `At most ${mib(bytes)} held (line); a full cache would end at ${mib(full)} (dashes).`;
   const known = steps.seconds.filter(Number.isFinite).sort();
   if (!known.length) { $("speed-says").textContent = "Not recorded."; return; }
   const middle = known[known.length >> 1], high = known[Math.floor((known.length - 1) * .99)];
   drawCurve("speed", [{ values: steps.seconds, dash: [], name: "--accent" }], high);
   $("speed-says").textContent = `${told(middle)} a token in the middle step, up to ${told(high)} (99 of 100 steps).`;
 }
-
-const told = (seconds) => (seconds < 1 ? `${(1000 * seconds).toPrecision(3)} ms` : `${seconds.toPrecision(3)} s`);
 
 function curveTable() {
   if ($("numbers-body").firstChild) return;
@@ -444,7 +452,8 @@ function curveTable() {
   for (let i = 0; i < rows; i++) {
     const step = rows > 1 ? Math.round(i * last / (rows - 1)) : 0, line = made("tr"), ms = steps.seconds[step] * 1000;
     line.append(Object.assign(made("th", count(step + 1)), { scope: "row" }));
-    for (const cell of [count(steps.seen[step]), count(steps.held[step]), (steps.bytes[step] / MIB).toFixed(1), Number.isFinite(ms) ? ms.toFixed(1) : "none"]) line.append(made("td", cell));
+    const cells = [count(steps.seen[step]), count(steps.held[step]), (steps.bytes[step] / MIB).toFixed(1)];
+    line.append(...[...cells, Number.isFinite(ms) ? ms.toFixed(1) : "none"].map((cell) => made("td", cell)));
     body.append(line);
   }
   table.append(made("caption", rows <= last ? `${rows} of ${count(last + 1)} steps` : "every step"), head, body);
@@ -452,12 +461,14 @@ function curveTable() {
 }
 
 function drawLegend() {
-  const rows = [], sample = (name, text) => made("span", text, `sample ${name}`);
+  const rows = [];
+  const sample = (name, text) => made("span", text, `sample ${name}`);
   const levels = (kind, text) => rows.push([...Array(LEVELS)].map((_, i) => sample(`${kind} s${i + 1}`, `${i + 1}`)).concat(text));
   if (view.reads.length) {
     if (view.reads.length > 1) levels("fetched", ` fetched, by few (1) to all (5) of ${count(view.reads.length)} ${readers()}`);
     else rows.push([sample("fetched", "sea"), " fetched: selected and read at this step"]);
-    rows.push([sample("kept", "sea"), recording.reads.first === null ? " read" : ` always read: the first ${count(recording.reads.first)} and the newest ${count(recording.reads.newest)}`]);
+    const { first, newest } = recording.reads;
+    rows.push([sample("kept", "sea"), first === null ? " read" : ` always read: the first ${count(first)} and the newest ${count(newest)}`]);
     rows.push([sample("idle", "sea"), " held, and not read at this step"]);
   } else if (view.all > 1) levels("kept", ` held, by few (1) to all (5) of ${count(view.all)} heads`);
   else if (view.held[0].scores) {
@@ -479,7 +490,8 @@ function options() {
   const layers = [...new Set(lanes.map((one) => one.layer))].sort((a, b) => a - b);
   const heads = Math.max(0, ...lanes.map((one) => (one.heads ? one.heads : one.head === null ? 0 : one.head + 1)));
   const fill = (id, values, all) => {
-    $(id).replaceChildren(...[["", all], ...values.map((v) => [v, `${v}`])].map(([value, text]) => Object.assign(made("option", text), { value })));
+    const told = [["", all], ...values.map((value) => [value, `${value}`])];
+    $(id).replaceChildren(...told.map(([value, text]) => Object.assign(made("option", text), { value })));
     $(`of-${id}`).hidden = !values.length;
   };
   fill("layer", layers, "all");
@@ -503,7 +515,6 @@ let playing = 0;
 function play(on) {
   clearInterval(playing);
   playing = 0;
-  $("play").setAttribute("aria-pressed", `${on}`);
   $("play").textContent = on ? "Pause" : "Play";
   if (!on) return;
   if (now === last) show(0);
@@ -525,6 +536,12 @@ function listen() {
     const { token } = event.target.dataset;
     if (token !== undefined) mark(+token);
   });
+  // Who scrolls wants to look elsewhere.
+  const scrolls = ["ArrowUp", "ArrowDown", "PageUp", "PageDown", "Home", "End", " "];
+  const stay = () => { $("follow").checked = false; };
+  for (const kind of ["wheel", "touchmove"]) $("text").addEventListener(kind, stay, { passive: true });
+  $("text").addEventListener("pointerdown", (event) => { if (event.target === $("text")) stay(); });
+  $("text").addEventListener("keydown", (event) => { if (scrolls.includes(event.key)) stay(); });
   $("text").addEventListener("keydown", (event) => {
     if (event.altKey || event.ctrlKey || event.metaKey) return;
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
