@@ -172,6 +172,10 @@ def test_fetched_blocks_are_marked(show: Any, recordings: dict[str, Path]) -> No
         always = token < told.told["reads"]["first"] or token >= len(told.tokens) - told.told["reads"]["newest"]
         assert names[token] == (f"fetched s{[3, 5][fetched - 1]}" if fetched else "kept" if always else "idle")
     assert {name.split()[0] for name in names.values()} == {"fetched", "kept", "idle"}
+    tab.js("document.querySelector('#words').open = true")
+    tab.wait("document.querySelectorAll('#words-body p').length === 4")
+    told_fetched = sum(name.startswith("fetched") for name in names.values())
+    assert tab.js("document.querySelectorAll('#words-body p')[2].textContent").startswith(f"Fetched: {told_fetched} tokens: ")
     line = "getComputedStyle(document.querySelector('#text .fetched')).textDecorationLine"
     assert tab.js(line) == "underline", "not by colour alone"
 
@@ -212,7 +216,7 @@ def test_a_screen_reader_finds_names_and_words(show: Any, recordings: dict[str, 
     assert {"main", "complementary", "heading", "image", "list"} <= roles
     assert not [role for role, name in named if role in ("button", "slider", "image", "combobox", "checkbox") and not name]
     tab.js("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
-    tab.wait("document.querySelectorAll('#words-body p').length === 3 && document.querySelector('#numbers table') !== null")
+    tab.wait("document.querySelectorAll('#words-body p').length === 2 && document.querySelector('#numbers table') !== null")
     held = told.held(len(told.steps["seen"]) - 1)
     assert tab.js("document.querySelector('#words-body p').textContent").startswith(f"Held: {len(held)} tokens: 0 to 1; ")
     assert tab.js("document.querySelectorAll('#numbers tbody tr').length") == len(told.steps["seen"])

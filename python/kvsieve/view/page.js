@@ -320,10 +320,10 @@ function show(step) {
 }
 
 function inWords() {
-  const runs = [[], [], []], kinds = ["Held", "Fetched", "Evicted"], seen = steps.seen[now], codes = view.codes(now, 0, seen);
+  const kinds = view.reads.length ? ["Always read", "Evicted", "Fetched", "Held, and not read"] : ["Held", "Evicted"];
+  const runs = kinds.map(() => []), seen = steps.seen[now], codes = view.codes(now, 0, seen);
   for (let token = 0; token < seen; token++) {
-    const kind = codes[token] === GONE ? 2 : codes[token] >= FETCHED ? 1 : codes[token] === IDLE ? -1 : 0;
-    if (kind < 0) continue;
+    const kind = codes[token] === GONE ? 1 : codes[token] >= FETCHED ? 2 : codes[token] === IDLE ? 3 : 0;
     const list = runs[kind], end = list[list.length - 1];
     if (end && end[1] === token) end[1]++; else list.push([token, token + 1]);
   }
