@@ -49,8 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the workers too
     try:
+        if given.page is not None and given.render is None:
+            raise Refused("--page needs --render FILE, the record that belongs on the page")
         if given.render is not None:
-            print(table.page_tables(read_record(given.render)), end="")
+            render(read_record(given.render), given.page)
         else:
             Run(given).go()
     except (Refused, environments.EnvironmentFault) as error:
@@ -65,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--rivals", nargs="+", choices=cases.RIVALS, default=list(cases.RIVALS), metavar="RIVAL", help=", ".join(cases.RIVALS)
     )
-    made.add_argument("--match", metavar="TEXT", help="only rows whose description has this in it")
+    made.add_argument("--match", nargs="+", metavar="TEXT", help="only rows whose description has one of these in it")
     made.add_argument("--budget", type=positive(128, 32), default=1024, help="tokens that a bounded cache keeps (1024)")
     made.add_argument("--prompt", type=positive(256), default=2000, help="tokens that are read (2000)")
     made.add_argument("--tokens", type=positive(2), default=16, help="tokens that are decoded in a round (16)")
@@ -74,7 +76,11 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--resume", action="store_true", help="keep what the record has, and measure what it lacks")
     made.add_argument("--timeout", type=positive(1), default=600, help="seconds that a rival has for an answer (600)")
     made.add_argument("--memory", type=positive(1), default=8, help="GiB that a rival may take (8)")
+    made.add_argument("--no-quality", action="store_true", help="rounds alone; --resume adds the rest another time")
     made.add_argument("--render", type=Path, metavar="FILE", help="print the tables of a record, and measure nothing")
+    made.add_argument(
+        "--page", type=Path, metavar="FILE", help="with --render: put them into this page, where it has those of before"
+    )
     return made
 
 
@@ -102,6 +108,18 @@ def read_record(path: Path) -> dict[str, Any]:
     return dict(found)
 
 
+def render(record: dict[str, Any], page: Path | None) -> None:
+    """The tables onto standard output, or between the marks of a page."""
+    if page is None:
+        print(table.page_tables(record), end="")
+        return
+    try:
+        text = page.read_text(encoding="utf-8")
+        page.write_text(table.placed(text, record), encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise Refused(f"--page {page}: {error}") from None
+
+
 class Run:
     """One prompt's length: its record is ``runs[prompt]`` of the file."""
 
@@ -114,9 +132,9 @@ class Run:
         if given.json is not None and not given.json.parent.is_dir():
             raise Refused(f"--json {given.json}: there is no folder {given.json.parent}")
         chosen = [row for row in cases.rows(given.budget, given.prompt) if row.rival in given.rivals]
-        self.rows = {row.key: row for row in chosen if given.match is None or given.match in row.key}
+        self.rows = {row.key: row for row in chosen if given.match is None or any(text in row.key for text in given.match)}
         if not self.rows:
-            raise Refused(f"no row has {given.match!r} in its description")
+            raise Refused(f"no row has {' or '.join(map(repr, given.match))} in its description")
         self.settings = {name: getattr(given, name) for name in ("budget", "prompt", "tokens")} | {"forced": FORCED}
         self.record = self.begun()
         self.run: dict[str, Any] = self.record["runs"][str(given.prompt)]
@@ -162,7 +180,9 @@ class Run:
             self.workers = driver.Workers(start, self.given.timeout)
             try:
                 for row in self.rows.values():
-                    self.quality(row)
+                    self.greet(row)
+                    if not self.given.no_quality:
+                        self.quality(row)
                 driver.turns(self.rows, self.missing, self.measure, self.fail, self.yardstick)
             finally:
                 self.workers.close()
@@ -204,16 +224,24 @@ class Run:
         entry = self.entry(self.rows[key])
         return 0 if entry["error"] else max(self.given.rounds - len(entry["rounds"]), 0)
 
+    def greet(self, row: Row) -> None:
+        """Versions and tokenizer, if the record lacks them."""
+        entry = self.entry(row)
+        if entry["error"] or "versions" in entry:
+            return
+        try:
+            said = self.workers.ask(row.worker, {"do": "hello", "text": self.text[:20000]})
+        except driver.Fault as fault:
+            self.fail(row.key, str(fault))
+            return
+        same = said["ids"] == self.encode(self.text[:20000]) if said["ids"] else None
+        size = said["weights_bytes"] or environments.weights_bytes(row.weights)
+        self.keep(row, entry | {"versions": said["versions"], "same_ids": same, "weights_bytes": size})
+
     def quality(self, row: Row) -> None:
-        """Versions, tokenizer, log-likelihoods, passkeys: what the record lacks of them."""
+        """Log-likelihoods and digits: what the record lacks of them."""
         entry = self.entry(row)
         try:
-            if not entry["error"] and "versions" not in entry:
-                told = self.workers.ask(row.worker, {"do": "hello", "text": self.text[:20000]})
-                same = told["ids"] == self.encode(self.text[:20000]) if told["ids"] else None
-                entry |= {"versions": told["versions"], "same_ids": same}
-                entry["weights_bytes"] = told["weights_bytes"] or environments.weights_bytes(row.weights)
-                self.keep(row, entry)
             if not entry["error"] and not row.no_nll and "nll" not in entry:
                 self.keep(row, entry | self.score(row))
             for where in KEYS:

@@ -7,7 +7,7 @@ import statistics
 from itertools import takewhile
 from typing import Any
 
-__all__ = ["page_tables", "run_table"]
+__all__ = ["page_tables", "placed", "run_table"]
 
 HEAD = (
     "rival",
@@ -32,6 +32,23 @@ EMPTY = "–"
 def page_tables(record: dict[str, Any]) -> str:
     """Every run's table, the shortest prompt first."""
     return "\n".join(run_table(record["runs"][name]) for name in sorted(record["runs"], key=int))
+
+
+def placed(page: str, record: dict[str, Any]) -> str:
+    """``page`` with each run's table between its marks, ``<!-- prompt 2000 -->`` and ``<!-- end -->``.
+
+    Raises `ValueError` for a run that has no place there.
+    """
+    for name in sorted(record["runs"], key=int):
+        begin, end = f"<!-- prompt {name} -->\n", "<!-- end -->\n"
+        if begin not in page:
+            raise ValueError(f"it has no line {begin.strip()}")
+        before, rest = page.split(begin, 1)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise ValueError(f"it has no line {end.strip()} after {begin.strip()}")
+        page = f"{before}{begin}\n{run_table(record['runs'][name])}\n{end}{after}"
+    return page
 
 
 def run_table(run: dict[str, Any]) -> str:

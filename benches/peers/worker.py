@@ -287,6 +287,11 @@ class OpenVINO:
         return [-value for value in found.generated_log_probs[len(prompt) : len(prompt) + len(following)]], []
 
 
+LIKELIEST = 4096
+"""Tokens whose probabilities llama.cpp is asked for at each step: the whole vocabulary is megabytes of JSON. A token that is not
+among them counts as the last that is, so its perplexity is a lower bound if that happens."""
+
+
 class LlamaCpp:
     """llama.cpp's server in this process, made for one row."""
 
@@ -364,7 +369,7 @@ class LlamaCpp:
     def score(self, row: dict[str, Any], prompt: list[int], following: list[int]) -> tuple[list[float], list[int]]:
         nll, best = [], []
         for index, wanted in enumerate(following):
-            told = self.ask(row, prompt + following[:index], 1, logprobs=49152)
+            told = self.ask(row, prompt + following[:index], 1, logprobs=LIKELIEST)
             (content,) = told["choices"][0]["logprobs"]["content"]
             given = {one["id"]: one["logprob"] for one in content["top_logprobs"]}
             nll.append(-given.get(wanted, min(given.values())))

@@ -124,6 +124,7 @@ def test_rows_take_turns_and_one_that_fails_gets_no_other() -> None:
         (["--match", "nonsense"], "no row"),
         (["--render", "no.json"], "not a record"),
         (["--budget", "1000"], "multiple of 32"),
+        (["--page", "x.md"], "--render"),
         (["--rounds", "-1"], "at least 0"),
         (["--rivals", "nobody"], "invalid choice"),
     ],
@@ -215,6 +216,20 @@ def test_the_table_shows_medians_the_bound_and_the_error() -> None:
     assert broken.count(table.EMPTY) == 8
     assert rest[1].endswith("failed: `RuntimeError: a | b`")
     assert "Some CPU (avx512)" in rest[3]
+
+
+def test_tables_go_between_the_marks_of_a_page_and_replace_the_old_ones() -> None:
+    record = record_of_two()
+    page = "# Title\n\n<!-- prompt 2000 -->\nold\n<!-- end -->\nafter\n"
+    once = table.placed(page, record)
+    assert table.run_table(record["runs"]["2000"]) in once
+    assert once.startswith("# Title\n")
+    assert once.endswith("<!-- end -->\nafter\n")
+    assert "old" not in once
+    assert table.placed(once, record) == once
+    for bad in ("nothing", "<!-- prompt 2000 -->\n"):
+        with pytest.raises(ValueError, match="has no line"):
+            table.placed(bad, record)
 
 
 def test_agreement_ends_at_the_first_other_token() -> None:
