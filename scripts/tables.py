@@ -211,6 +211,7 @@ TABLES = (
     Table("docs/results/tasks.md", "task-scores", "tasks.json", task_scores),
     Table("docs/results/tasks.md", "task-bytes", "tasks.json", task_bytes),
     Table("docs/results/tasks.md", "grocery-recall", "grocery.json", recall),
+    Table("docs/results/decode.md", "policies", "policies.json", policies),
     Table("docs/results/attention.md", "attend", "attend.json", attend),
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),

@@ -179,6 +179,7 @@ class Beside:
 
     __call__ = policies.Alone.__call__
     answer = policies.Alone.answer
+    opened = policies.Alone.opened
 
     def close(self) -> None:
         self._pipe.close()

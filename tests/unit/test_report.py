@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html.parser
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -131,3 +132,40 @@ def test_wrong_arguments_exit_with_2(run: Any, arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         run(*arguments)
     assert stop.value.code == 2
+
+
+# ---------------------------------------------------------------------------------------------------------------------- figures
+
+
+@pytest.fixture
+def svg(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(pages.ROOT / "scripts"))
+    import svg
+
+    return svg
+
+
+def test_names_at_the_ends_of_lines_do_not_cover_each_other(svg: Any) -> None:
+    wanted = [100.0, 101.0, 99.0, 300.0, 100.5]
+    found = svg.spread_out(wanted, 14)
+    apart = sorted(found)
+    assert all(b - a > 13.9 for a, b in itertools.pairwise(apart))
+    assert sorted(range(5), key=found.__getitem__) == sorted(range(5), key=wanted.__getitem__)
+    assert found[3] == 300.0
+
+
+@pytest.mark.parametrize(("least", "most"), [(4.9, 210.0), (58.0, 126.0), (0.3, 9000.0), (990.0, 1010.0)])
+def test_ticks_are_round_and_lie_within_the_axis(svg: Any, least: float, most: float) -> None:
+    for log in (True, False):
+        found = svg.ticks(least, most, log)
+        assert 2 <= len(found) <= 8
+        assert all(least <= at <= most for at in found)
+        assert all(float(f"{at:.2g}") == pytest.approx(at) for at in found if most / least > 2)
+
+
+def test_what_tells_policies_apart_is_in_their_short_names(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(pages.ROOT / "scripts"))
+    import figures
+
+    names = ["SnapKV(budget=64, kernel=7)", "Full() | Quantized(bits=4, when='prefill')", "A(1, x=2)", "A(1, x=3)", "DynamicCache"]
+    assert list(figures.short(names).values()) == ["SnapKV(64)", "Full() | Quantized(4)", "A(1, x=2)", "A(1, x=3)", "DynamicCache"]

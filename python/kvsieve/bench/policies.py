@@ -96,6 +96,12 @@ class Alone:
             self._pipe.send((name, *arguments))
         return self.answer()
 
+    def opened(self) -> dict[str, Any]:
+        """What the process was before it held anything; waits until it is ready."""
+        facts: dict[str, Any] = self.answer()
+        self.facts = facts
+        return facts
+
     def answer(self) -> Any:
         """Raises BenchError for a process that refuses, or that is gone."""
         try:
@@ -132,13 +138,13 @@ class Table:
         while waiting or (first and left):
             with ExitStack() as processes:
                 stock = self._started(STOCK, processes)
-                facts = stock.answer()
+                facts = stock.opened()
                 each = facts["base_bytes"] or facts["weight_bytes"] + PROCESS
                 each += 3 * facts["token_bytes"] * max(self.options.lengths)
                 count = max(1, available_bytes() // 2 // each)
                 group, waiting = waiting[:count], waiting[count:]
                 workers = [stock, *self._group(group, processes)]
-                self._lengths(workers, left if first else {name: left[name] for name in group}, facts)
+                self._lengths(workers, left if first else {name: left[name] for name in group})
             first = False
 
     def _started(self, name: str, processes: ExitStack) -> Alone:
@@ -153,7 +159,7 @@ class Table:
         started, ready = [self._started(name, processes) for name in names], []
         for worker in started:
             try:
-                worker.answer()
+                worker.opened()
             except BenchError as error:
                 if worker.name not in RIVALS:
                     raise
@@ -162,7 +168,8 @@ class Table:
             ready.append(worker)
         return ready
 
-    def _lengths(self, workers: Sequence[Alone], left: dict[str, list[int]], facts: dict[str, Any]) -> None:
+    def _lengths(self, workers: Sequence[Alone], left: dict[str, list[int]]) -> None:
+        facts = {worker.name: worker.facts for worker in workers}
         for length in sorted({length for lengths in left.values() for length in lengths}):
             told = {worker.name: worker("read", length) for worker in workers}
             errors = self._errors(length, told)
@@ -175,11 +182,11 @@ class Table:
                     dtype=self.dtype,
                     length=length,
                     name=name,
-                    **facts,
+                    **facts[name],
                     **mine,
                     error=errors[name],
                     read_gb_per_s=round(read / 1e9, 3),
-                    least_ms=round((facts["weight_bytes"] + mine["bytes_held"]) / read * 1e3, 4),
+                    least_ms=round((facts[name]["weight_bytes"] + mine["bytes_held"]) / read * 1e3, 4),
                     times_as_fast=round(times[STOCK].median / times[name].median, 4),
                     times=timings({"token": times[name]}),
                 )
