@@ -155,13 +155,13 @@ def tasks(record: Any, theme: str) -> str:
         canvas.text(x + 18, 66, name, 12)
         x += 40 + 7 * len(name)
     for number, (task, run) in enumerate(runs.items()):
-        box = Box(45 + (number % across) * (width + 45), 100 + (number // across) * (height + 55), width, height)
+        box = Box(45 + (number % across) * (width + 45), 112 + (number // across) * (height + 62), width, height)
         found = {row["policy"]: (row["bytes_held"] / MIB, 100 * row["score"]) for row in run["summary"]}
         length = max(row["length"] for row in run["summary"])
         cases = max(row["cases"] for row in run["summary"])
-        title = f"{task}, {cases} case{'s' * (cases > 1)}" + (f", {length:,} tokens" if length != 2048 else "")
-        dots(canvas, box, {name: found[name] for name in names if name in found}, title, (most, 108))
-    bottom = 100 + -(-len(runs) // across) * (height + 55)
+        note = f"{cases} case{'s' * (cases > 1)} of {length:,} tokens"
+        dots(canvas, box, {name: found[name] for name in names if name in found}, task, note, (most, 108))
+    bottom = 112 + -(-len(runs) // across) * (height + 62) - 20
     canvas.text(12, bottom + 4, f"{when(record)}; kvsieve eval", 11, "muted")
     return canvas.text_of(bottom + 16)
 

@@ -146,12 +146,12 @@ def page(chosen: Sequence[Section], runner: Results, facts: Mapping[str, Any], m
     made = [shown(section, runner) for section in chosen]
     versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
     machine = f"{cpu()}, {os.cpu_count()} processors, {facts.get('instruction_set')}; {platform.platform()}"
-    overview = [["part", "command", "seconds", "CPU seconds", ""]]
+    overview = [["part", "", "command", "seconds", "CPU seconds"]]
     for section in chosen:
         for part in section.parts:
             state = runner.state.get(part.name, {})
-            took = (f"{state.get(name, 0):.0f}" for name in ("seconds", "cpu_seconds"))
-            overview.append([part.name, f"`{state.get('command', '')}`", *took, state.get("status", "left out")])
+            took = (f"{state[name]:.0f}" if state.get(name) else "" for name in ("seconds", "cpu_seconds"))
+            overview.append([part.name, state.get("status", "left out"), f"`{state.get('command', '')}`", *took])
     states = [runner.state.get(part.name, {}).get("status", "left out") for section in chosen for part in section.parts]
     counts = ", ".join(f"{states.count(status)} {status}" for status in dict.fromkeys(states))
     bad = [part.name for section in chosen for part in section.parts if runner.state.get(part.name, {}).get("status") == "failed"]
@@ -166,5 +166,5 @@ def page(chosen: Sequence[Section], runner: Results, facts: Mapping[str, Any], m
         f"<p>{len(states)} <a href='#parts'>parts</a>: {counts}.{told}</p>",
         f"<nav>{nav}</nav>",
     ]
-    tail = [f'<h2 id="parts">All parts</h2>{table_of(overview, left=2)}', "</body></html>\n"]
+    tail = [f'<h2 id="parts">All parts</h2>{table_of(overview, left=3)}', "</body></html>\n"]
     return "\n".join([*head, *(text for text, _ in made), *tail]), all(good for _, good in made)

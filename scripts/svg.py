@@ -161,10 +161,13 @@ def lines(
         canvas.text(tip + 4, end + 4, name, 11, colour)
 
 
-def dots(canvas: Canvas, box: Box, drawn: Mapping[str, tuple[float, float]], title: str, most: tuple[float, float]) -> None:
+def dots(
+    canvas: Canvas, box: Box, drawn: Mapping[str, tuple[float, float]], title: str, note: str, most: tuple[float, float]
+) -> None:
     """A panel of one dot a name, from zero to ``most`` on both axes; colours are numbered in the order of the names."""
     across, up = Axis(0, most[0], box.x, box.width, False), Axis(0, most[1], box.y + box.height, -box.height, False)
-    canvas.text(box.x, box.y - 8, title, 12, bold=True)
+    canvas.text(box.x, box.y - 20, title, 12, bold=True)
+    canvas.text(box.x, box.y - 6, note, 10, "muted")
     for at in ticks(0, most[1], False):
         canvas.line(box.x, up(at), box.x + box.width, up(at))
         canvas.text(box.x - 5, up(at) + 4, f"{at:g}", 10, "muted", "end")

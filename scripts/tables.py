@@ -63,7 +63,9 @@ def task_scores(record: Any) -> Rows:
     for task, run in runs.items():
         mine = {row["policy"]: row for row in run["summary"]}
         cases = {row["cases"] for row in run["summary"]}
-        rows.append([f"`{task}`", "/".join(map(str, sorted(cases))), *(f"{100 * mine[p]['score']:.0f} %" for p in policies)])
+        # A run that was interrupted has not come to every policy.
+        scores = [f"{100 * mine[policy]['score']:.0f} %" if policy in mine else "" for policy in policies]
+        rows.append([f"`{task}`", "/".join(map(str, sorted(cases))), *scores])
     return [["task", "cases", *map(code, policies)], *rows]
 
 

@@ -44,7 +44,7 @@ from kvsieve.errors import (
 STEPS = int(os.environ.get("KVSIEVE_STEPS", "0"))
 """Steps of a longer run; other ones each time."""
 
-IN_THE_GATE, A_RUN = {"cpu": 1000, "reference": 400}, 20
+IN_THE_GATE, A_RUN = {"cpu": 1600, "reference": 400}, 20
 """Steps on each backend, of which the specification is the slow one, and of each conversation."""
 
 MOST = 420

@@ -119,6 +119,17 @@ def test_what_the_time_is_too_short_for_is_interrupted_or_left_out_and_gone_on_w
     assert len(run()[2]) == 3
 
 
+def test_a_task_that_was_interrupted_is_shown_as_far_as_it_came(run: Any, tmp_path: Path) -> None:
+    assert run()[0] == 0
+    path = tmp_path / "out" / "parts" / "eval-copy.json"
+    told = json.loads(path.read_text())
+    told["summary"] = told["summary"][:1]
+    path.write_text(json.dumps(told))
+    status, page, _ = run("--resume")
+    assert status == 0
+    assert "<td class=text><code>copy</code></td><td>1</td><td>4 %</td><td></td><td></td>" in page
+
+
 def test_a_file_that_lost_its_rows_is_said_to_be_unreadable(run: Any, tmp_path: Path) -> None:
     assert run()[0] == 0
     (tmp_path / "out" / "parts" / "bench-decode.json").write_text(json.dumps({"rows": [{}]}))
