@@ -21,6 +21,10 @@ from tiny import BACKENDS
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
 
+# What is chosen depends on no release of transformers, and `test_systems` asks the rest of the same policies.
+pytestmark = pytest.mark.slow
+
+
 def quest(**changes: Any) -> Any:
     """Two blocks of 64 are candidates, of which 32 tokens are read; selected from 96 tokens on."""
     return kvsieve.Quest(**{"budget": 32, "sinks": 0, "window": 64, "query_block": 16, "query_stride": 3, **changes})
@@ -51,10 +55,12 @@ def test_a_text_that_fits_is_the_full_cache_bit_for_bit(family: str, name: str, 
     assert torch.equal(*got)
 
 
-@pytest.mark.slow
 @EVERY
-@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    # In bfloat16 the answers are compared so roughly that what a family adds would not be seen.
+    [*((family, torch.float32) for family in ("llama", "gemma2", "gpt_oss")), ("llama", torch.bfloat16)],
+)
 def test_the_backends_agree(family: str, name: str, dtype: torch.dtype) -> None:
     model, (ids, mask) = tiny.model(family, dtype=dtype), pad_left([tiny.ids(1, n, n)[0] for n in (LONG, 310)])
     got, read = {}, []
@@ -125,13 +131,12 @@ def test_a_row_equals_its_solo_run(name: str, backend: str) -> None:
     ids, mask = pad_left(rows)
     more = tiny.ids(3, 60, 5)
     with kvsieve.stream(model, KINDS[name](), backend) as stream:
-        forward(model, stream.cache, ids, mask)
         whole = torch.cat([mask, torch.ones_like(more)], 1)
-        got = torch.cat([forward(model, stream.cache, more[:, i : i + 1], whole[:, : ids.shape[1] + i + 1]) for i in range(60)], 1)
+        got = forwards(model, stream.cache, torch.cat([ids, more], 1), [330, 1, 40, 1], whole)[:, 330:]
     for row in range(3):
         with kvsieve.stream(model, KINDS[name](), backend) as solo:
             forward(model, solo.cache, rows[row][None])
-            alone = forwards(model, solo.cache, more[row : row + 1], [1])
+            alone = forwards(model, solo.cache, more[row : row + 1], [1, 40, 1])
         torch.testing.assert_close(got[row], alone[0], atol=1e-4, rtol=0)
 
 
@@ -204,11 +209,11 @@ def test_rows_are_selected_and_repeated_with_what_they_chose(name: str, backend:
 @BACKEND
 def test_a_fork_and_its_parent_do_not_touch_each_other(backend: str) -> None:
     model, ids = tiny.model(), tiny.ids(1, 300)
-    one, two = tiny.ids(1, 90, 1), tiny.ids(1, 90, 2)
+    one, two = tiny.ids(1, 40, 1), tiny.ids(1, 40, 2)
     with kvsieve.stream(model, quest(), backend) as stream:
         forwards(model, stream.cache, ids, [290, 1])
         with stream.fork() as child:
-            mixed = [[forward(model, s.cache, x[:, i : i + 1]) for s, x in ((stream, one), (child, two))] for i in range(90)]
+            mixed = [[forward(model, s.cache, x[:, i : i + 1]) for s, x in ((stream, one), (child, two))] for i in range(40)]
     for which, x in enumerate((one, two)):
         with kvsieve.stream(model, quest(), backend) as solo:
             forwards(model, solo.cache, ids, [290, 1])
@@ -222,7 +227,7 @@ def test_a_fork_and_its_parent_do_not_touch_each_other(backend: str) -> None:
 def test_a_forward_that_died_leaves_everything_as_it_was(
     name: str, width: int, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, ids, got = tiny.model(), tiny.ids(1, 350), []
+    model, ids, got = tiny.model(), tiny.ids(1, 326), []
 
     def dies(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("out of memory")
@@ -247,10 +252,10 @@ def test_turns_and_what_is_saved(backend: str, tmp_path: Path) -> None:
         stream.generate(tiny.ids(1, 131, 7), max_new_tokens=8, do_sample=False)
         assert stream.stats().resident == stream.seen == 250 + 8 + 131 + 7
         stream.save(tmp_path / "stream.safetensors")
-        want = forwards(model, stream.cache, tiny.ids(1, 60, 2), [1])
+        want = forwards(model, stream.cache, tiny.ids(1, 30, 2), [1])
     with kvsieve.load(tmp_path / "stream.safetensors", model, backend) as stream:
         assert repr(stream.policy) == repr(quest())
-        torch.testing.assert_close(forwards(model, stream.cache, tiny.ids(1, 60, 2), [1]), want, atol=1e-5, rtol=0)
+        torch.testing.assert_close(forwards(model, stream.cache, tiny.ids(1, 30, 2), [1]), want, atol=1e-5, rtol=0)
     with kvsieve.stream(model, quest(), backend) as stream:
         last = forward(model, stream.cache, tiny.ids(1, 250))
         for at in range(250, 258):
@@ -288,7 +293,6 @@ def test_within_the_trained_length_pre_rope_blocks_are_judged_by_content(family:
     assert read[:2] == read[2:]
 
 
-@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("family", ["qwen3", "glm4"])
 def test_beyond_it_what_is_read_stands_side_by_side(family: str, name: str) -> None:

@@ -20,6 +20,9 @@ from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import FixedDistance, Rebased
 from tiny import BACKENDS
 
+# What is chosen depends on no release of transformers, and `test_systems` asks the rest of the same policies.
+pytestmark = pytest.mark.slow
+
 Make = Callable[..., Any]
 
 
@@ -82,10 +85,12 @@ def test_one_token_more_is_selected_from(name: str, backend: str) -> None:
     assert all(layer.read < 2 * (length + 9) for layer in layers if not layer.dense)
 
 
-@pytest.mark.slow
 @EVERY
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "gpt_oss", "gpt_neox"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    # In bfloat16 the answers are compared so roughly that what a family adds would not be seen.
+    [*((family, torch.float32) for family in ("llama", "qwen3", "gemma2", "gpt_oss", "gpt_neox")), ("llama", torch.bfloat16)],
+)
 def test_the_backends_agree(family: str, name: str, dtype: torch.dtype) -> None:
     model, (ids, mask) = tiny.model(family, dtype=torch.float32), pad_left([tiny.ids(1, n, n)[0] for n in (140, 75)])
     model = model if dtype == torch.float32 else tiny.model(family, dtype=dtype)
@@ -110,13 +115,12 @@ def test_a_row_equals_its_solo_run(name: str, backend: str) -> None:
     ids, mask = pad_left([row[:-30] if len(row) > 40 else row[:10] for row in rows])
     more = tiny.ids(3, 40, 5)
     with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-        forward(model, stream.cache, ids, mask)
         whole = torch.cat([mask, torch.ones_like(more)], 1)
-        got = torch.cat([forward(model, stream.cache, more[:, i : i + 1], whole[:, : ids.shape[1] + i + 1]) for i in range(40)], 1)
+        got = forwards(model, stream.cache, torch.cat([ids, more], 1), [ids.shape[1], 1, 22, 1], whole)[:, ids.shape[1] :]
     for row in range(3):
         with kvsieve.stream(model, SEARCHES[name](), backend) as solo:
             forward(model, solo.cache, ids[row : row + 1, mask[row] > 0])
-            alone = forwards(model, solo.cache, more[row : row + 1], [1])
+            alone = forwards(model, solo.cache, more[row : row + 1], [1, 22, 1])
         torch.testing.assert_close(got[row], alone[0], atol=1e-4, rtol=0)
 
 
@@ -223,17 +227,17 @@ OVER: dict[str, Callable[[str], Any]] = {
 def test_padded_rows_and_two_turns_of_whatever_is_selected_from(over: str, name: str) -> None:
     """Each row of a padded batch reads what it reads alone, in the first turn and in the second."""
     model, rows = tiny.model(vocab_size=600), [distinct(1, n)[0] for n in (120, 84)]
-    (ids, mask), more = pad_left(rows), distinct(1, 240)[0, 120:].view(2, 60)
+    (ids, mask), more = pad_left(rows), distinct(1, 204)[0, 120:].view(2, 42)
     got, read = [], []
 
     def drive(stream: Any, ids: torch.Tensor, mask: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
-        forwards(model, stream.cache, ids, [ids.shape[1] - 40, 20, 1], mask)
+        forwards(model, stream.cache, ids, [ids.shape[1] - 30, 20, 1], mask)
         stream.end_turn()
         whole = None if mask is None else torch.cat([mask, torch.ones_like(more)], 1)
         return torch.cat(
             [
                 forward(model, stream.cache, more[:, lo:hi], None if whole is None else whole[:, : ids.shape[1] + hi])
-                for lo, hi in [(0, 30), *((at, at + 1) for at in range(30, 60))]
+                for lo, hi in [(0, 30), *((at, at + 1) for at in range(30, 42))]
             ],
             1,
         )
@@ -283,7 +287,6 @@ def test_within_the_trained_length_an_extension_changes_nothing(name: str, backe
         assert float((other - got[0]).abs().max()) <= 1e-3 * float(got[0].abs().max())
 
 
-@pytest.mark.slow
 @EVERY
 @pytest.mark.parametrize("family", ["llama", "qwen3", "glm4"])
 def test_beyond_it_what_is_read_stands_side_by_side(family: str, name: str) -> None:
