@@ -161,7 +161,7 @@ def with_sirllm(name: str, budget: int) -> Any:
 @BACKEND
 @EVERY
 def test_a_selection_over_more_than_is_retained_is_sirllm_alone(name: str, backend: str) -> None:
-    model, ids, got = tiny.model(), tiny.ids(1, 150), []
+    model, ids, got = tiny.model(), tiny.ids(1, 130), []
     for policy in (kvsieve.SirLLM(24, sinks=2, recent=8), kvsieve.SirLLM(24, sinks=2, recent=8) | SEARCHES[name](window=80)):
         with kvsieve.stream(model, policy, backend) as stream:
             got.append(forwards(model, stream.cache, ids, [60, 1]))
@@ -294,11 +294,11 @@ def test_beyond_it_what_is_read_stands_side_by_side(family: str, name: str) -> N
     model, ids, got = tiny.model(family, vocab_size=600), distinct(1, 150), []
     for backend in BACKENDS:
         with kvsieve.stream(model, SEARCHES[name](extend=40), backend) as stream:
-            got.append(forwards(model, stream.cache, ids, [64, 40, 1]))
+            got.append(forwards(model, stream.cache, ids, [64, 40, 1, 30, 1]))
             assert not any(layer.dense for layer in stream.trace())
     assert float((got[0] - got[1]).abs().max()) <= 1e-3 * float(got[0].abs().max())
     with kvsieve.stream(model, SEARCHES[name](dense_layers=0), "reference") as stream:
-        true = forwards(model, stream.cache, ids, [64, 40, 1])
+        true = forwards(model, stream.cache, ids, [64, 40, 1, 30, 1])
     assert not torch.allclose(got[0][:, -1], true[:, -1], atol=1e-2)
 
 
