@@ -260,7 +260,7 @@ def read_stub(path: Path) -> list[Call]:
         )
 
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.FunctionDef):
+        if isinstance(node, ast.FunctionDef) and node.name != "fail_at":  # which makes others fail, on purpose
             calls.append(one(node, None))
         elif isinstance(node, ast.ClassDef):
             OBJECTS.add(node.name)

@@ -2,8 +2,8 @@
 //!
 //! # Map
 //! From the ground up; a module imports from those above it in this list only (`tests/layout.rs` holds them to it).
-//! * [`error`], [`ids`], [`budget`], [`pins`], [`fork`]: the one error enum, newtypes, counts (never ratios), positions that stay, locks
-//!   that a forked process finds open.
+//! * [`error`], [`fault`], [`ids`], [`budget`], [`pins`], [`fork`]: the one error enum, places where tests make the core fail, newtypes,
+//!   counts (never ratios), positions that stay, locks that a forked process finds open.
 //! * [`tensor`], [`rope`], [`rank`], [`plan`]: borrowed tensors, rotary angles, order of scores, the plain structs that cross from the
 //!   control plane to the kernels.
 //! * [`block`]: block pool and tables: which token sits where. Integers only.
@@ -29,6 +29,7 @@ pub mod block;
 pub mod budget;
 pub mod error;
 pub mod evict;
+pub mod fault;
 pub mod fork;
 pub mod ids;
 pub mod kernels;

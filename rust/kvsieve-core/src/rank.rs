@@ -1,6 +1,6 @@
 //! The best entries of each row.
 
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// Maps floats to integers of the same order; NaN is below everything, and both zeros are equal.
 pub(crate) fn rank(x: f32) -> u32 {
@@ -14,6 +14,7 @@ pub(crate) fn rank(x: f32) -> u32 {
 /// For each row of `scores` (`[rows, columns]`) the columns of its `k` best entries: by value from high to low, equal values by
 /// column, NaN last. Selection first and then a sort of `k`, because `k` is small and rows are long.
 pub fn top_k(scores: &[f32], columns: usize, k: usize) -> Result<Vec<i64>> {
+    fault::may_panic();
     if k > columns || u32::try_from(columns).is_err() {
         return Err(Error::OutOfRange {
             what: "k",

@@ -8,8 +8,9 @@ const LINES_OF_A_FILE: usize = 500;
 const LINES_OF_A_FUNCTION: usize = 80;
 
 /// Files and folders of `src`, from the ground up. Each imports from those before it only.
-const ORDER: [&str; 17] = [
+const ORDER: [&str; 18] = [
     "error",
+    "fault",
     "ids",
     "budget",
     "pins",

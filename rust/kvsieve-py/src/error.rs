@@ -1,7 +1,9 @@
 //! Maps each core error to one Python class of `kvsieve.errors`; every class also inherits the builtin a user would catch.
 
 use kvsieve_core::Error;
-use pyo3::exceptions::PyMemoryError;
+use kvsieve_core::fault::{Fault, arm};
+use pyo3::exceptions::{PyMemoryError, PyRuntimeError};
+use pyo3::panic::PanicException;
 use pyo3::prelude::*;
 use std::sync::{Mutex, PoisonError};
 
@@ -57,6 +59,21 @@ fn error_samples() -> Vec<(&'static str, PyErr)> {
     Error::samples().into_iter().map(|(name, err)| (name, to_py(err))).collect()
 }
 
+/// The `nth` place from now on at which the core may panic, or may lack memory, does so, once; 0 for none. Returns what was left of
+/// the number before. For tests; see `kvsieve_core::fault`.
+#[pyfunction]
+fn fail_at(panic: bool, nth: u64) -> u64 {
+    arm(if panic { Fault::Panic } else { Fault::Memory }, nth)
+}
+
+/// A panic is a `RuntimeError`. PyO3 raises a class of its own for it, which is made for this library alone, and lets it inherit from
+/// `BaseException`, past which callers' `except Exception` would fall.
+fn panics_are_runtime_errors(py: Python<'_>) -> PyResult<()> {
+    py.get_type::<PanicException>().setattr("__bases__", (py.get_type::<PyRuntimeError>(),))
+}
+
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    panics_are_runtime_errors(m.py())?;
+    m.add_function(wrap_pyfunction!(fail_at, m)?)?;
     m.add_function(wrap_pyfunction!(error_samples, m)?)
 }

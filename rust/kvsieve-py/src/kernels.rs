@@ -3,12 +3,12 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvsieve_core::Error;
 use kvsieve_core::kernels::isa::{isa as chosen, levels};
 use kvsieve_core::kernels::{read as reading, rotate as rotating, surprisal as surprising};
 use kvsieve_core::rank;
 use kvsieve_core::rope::Layout;
 use kvsieve_core::tensor::{Dtype, Elems, ElemsMut, View};
+use kvsieve_core::{Error, fault};
 use numpy::{
     Element, IntoPyArray, PyArray2, PyArrayDyn, PyArrayMethods, PyReadonlyArray, PyReadonlyArray1, PyReadonlyArray2,
     PyReadonlyArrayDyn, PyReadwriteArrayDyn, PyUntypedArrayMethods, ndarray::Dimension,
@@ -37,6 +37,7 @@ pub fn copied<T: Element + Copy, D: Dimension>(given: &PyReadonlyArray<'_, T, D>
 /// Room for `count` more, or MemoryError.
 pub fn reserve<T>(to: &mut Vec<T>, count: usize) -> PyResult<()> {
     let bytes = count.saturating_mul(size_of::<T>());
+    fault::may_lack(bytes).map_err(to_py)?;
     to.try_reserve_exact(count).map_err(|_| to_py(Error::OutOfMemory { bytes }))
 }
 

@@ -7,6 +7,7 @@ use crate::plan::{Moves, Step, stored_keys_of};
 use kvsieve_core::Result;
 use kvsieve_core::budget::Budget;
 use kvsieve_core::evict::{self, surprisal};
+use kvsieve_core::fault;
 use kvsieve_core::ids::Run;
 use kvsieve_core::planner::{self, RowState};
 use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
@@ -28,7 +29,9 @@ impl Planner {
 
     /// Calls are planned whole before anything changes, so a panic in an earlier one does not spoil the rest.
     fn get(&self) -> MutexGuard<'_, planner::Planner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        let planner = self.inner.lock().unwrap_or_else(PoisonError::into_inner);
+        fault::may_panic();
+        planner
     }
 
     fn run<T: Send>(&self, py: Python<'_>, f: impl FnOnce(&mut planner::Planner) -> Result<T> + Send) -> PyResult<T> {
@@ -303,6 +306,7 @@ impl Planner {
 #[pyfunction]
 #[pyo3(signature = (scores, sinks, recent, budget, protected_tail = 0))]
 fn keep_surprisal(
+    py: Python<'_>,
     scores: PyReadonlyArray1<'_, f32>,
     sinks: usize,
     recent: usize,
@@ -310,13 +314,15 @@ fn keep_surprisal(
     protected_tail: usize,
 ) -> PyResult<Vec<usize>> {
     let scores = copied(&scores)?;
-    surprisal::keep(&scores, Budget { total: budget, sinks, recent }, protected_tail, &[]).map_err(to_py)
+    let budget = Budget { total: budget, sinks, recent };
+    py.detach(|| surprisal::keep(&scores, budget, protected_tail, &[])).map_err(to_py)
 }
 
 /// Indices kept by the rule of the published code, with room for `incoming` tokens.
 #[pyfunction]
 #[pyo3(signature = (scores, sinks, entropy_slots, recent, incoming = 0))]
 fn keep_surprisal_published(
+    py: Python<'_>,
     scores: PyReadonlyArray1<'_, f32>,
     sinks: usize,
     entropy_slots: usize,
@@ -324,7 +330,7 @@ fn keep_surprisal_published(
     incoming: usize,
 ) -> PyResult<Vec<usize>> {
     let scores = copied(&scores)?;
-    surprisal::keep_published(&scores, sinks, entropy_slots, recent, incoming, &[]).map_err(to_py)
+    py.detach(|| surprisal::keep_published(&scores, sinks, entropy_slots, recent, incoming, &[])).map_err(to_py)
 }
 
 /// The first `sinks` and the last `window` of `n`.

@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use kvsieve_core::error::at_least_one;
+use kvsieve_core::fault;
 use kvsieve_core::ids::Run;
 use kvsieve_core::kernels::chunk::attend_chunk;
 use kvsieve_core::kernels::isa::isa;
@@ -40,7 +41,9 @@ pub struct SparseState {
 
 impl Sparse {
     fn choices(&self) -> MutexGuard<'_, Choices> {
-        self.choices.lock().unwrap_or_else(PoisonError::into_inner)
+        let choices = self.choices.lock().unwrap_or_else(PoisonError::into_inner);
+        fault::may_panic();
+        choices
     }
 
     /// The rows' residents, with what the rule will ask of them.
@@ -69,9 +72,10 @@ impl Sparse {
         Ok(())
     }
 
-    /// Without the GIL, which a selection in progress asks for while it holds the lock.
-    fn with<R: Send>(&self, py: Python<'_>, run: impl FnOnce(&mut Choices) -> R + Send) -> R {
-        py.detach(|| run(&mut self.choices()))
+    /// With the GIL, and for as long as it takes to copy some pointers: a process that forks has the GIL too, so that its child never finds
+    /// the lock held by a thread which it has not got.
+    fn with<R>(&self, _py: Python<'_>, run: impl FnOnce(&mut Choices) -> R) -> R {
+        run(&mut self.choices())
     }
 }
 
@@ -190,6 +194,7 @@ impl Sparse {
         let level = isa().map_err(to_py)?;
         let signals = Signals::default();
         let residents = self.residents(py, store, step)?;
+        let mut next = self.with(py, |choices| choices.next(rows));
         // Never small: the choice alone reads thousands of keys.
         let done = store.read(py, usize::MAX, |arena| {
             let mut row_list = Vec::with_capacity(rows);
@@ -213,11 +218,11 @@ impl Sparse {
                 level,
             };
             let attend = if chunk { attend_chunk } else { attend_sparse };
-            let run =
-                |choices: &mut [Choice]| attend(arena, &self.rule, choices, &args, out, lse, &|| signals.arrived());
-            self.choices().forward(rows, run)
+            attend(arena, &self.rule, &mut next, &args, out, lse, &|| signals.arrived())
         });
-        done.map(|work| (work.searched, work.read)).map_err(|err| signals.error(err))
+        let work = done.map_err(|err| signals.error(err))?;
+        self.with(py, |choices| choices.chosen(next));
+        Ok((work.searched, work.read))
     }
 
     /// Forgets all choices: the next forward chooses anew.

@@ -2,6 +2,7 @@
 
 use std::sync::{Arc, PoisonError};
 
+use kvsieve_core::fault;
 use kvsieve_core::fork::Lock;
 use kvsieve_core::ids::{BlockId, Run};
 use kvsieve_core::kernels::attend::mass_len;
@@ -48,10 +49,15 @@ impl Store {
         if bytes < SMALL
             && let Some(arena) = self.arena.try_read()
         {
+            fault::may_panic();
             return f(&arena);
         }
         // A panic while writing leaves tokens half written but the memory sound.
-        py.detach(|| f(&self.arena.read()))
+        py.detach(|| {
+            let arena = self.arena.read();
+            fault::may_panic();
+            f(&arena)
+        })
     }
 
     pub(crate) fn write_with<R: Send>(
@@ -63,9 +69,14 @@ impl Store {
         if bytes < SMALL
             && let Some(mut arena) = self.arena.try_write()
         {
+            fault::may_panic();
             return f(&mut arena);
         }
-        py.detach(|| f(&mut self.arena.write()))
+        py.detach(|| {
+            let mut arena = self.arena.write();
+            fault::may_panic();
+            f(&mut arena)
+        })
     }
 
     fn runs_bytes(&self, runs: &[Run]) -> usize {
@@ -106,7 +117,7 @@ impl Store {
             None => None,
         };
         let sinks = sink_logits(&sinks)?;
-        let trig = rope.map(|rope| step.trig(rope, spans));
+        let trig = rope.map(|rope| py.detach(|| step.trig(rope, spans)));
         let trig: Option<&SpanTrig> = trig.as_deref();
         let level = isa().map_err(to_py)?;
         let args = Attend { q: view, spans, trig, scale, softcap, sinks, apply_factor, threads, level };

@@ -2,7 +2,7 @@
 
 use super::isa::Level;
 use super::simd::{Simd, dispatch};
-use crate::Result;
+use crate::{Result, fault};
 
 /// Chains of additions: more than the latency of one times the additions that a core starts at once.
 const CHAINS: usize = 8;
@@ -28,5 +28,6 @@ unsafe fn run<S: Simd>(x: &[f32]) -> f32 {
 /// The sum of `x`, in one pass over memory.
 pub fn read(x: &[f32], level: Level) -> Result<f32> {
     level.check()?;
+    fault::may_panic();
     Ok(dispatch!(level, run::<>(x: &[f32]) -> f32))
 }

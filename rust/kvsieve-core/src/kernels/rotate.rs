@@ -6,7 +6,7 @@ use super::isa::Level;
 use super::simd::{Elem, Simd, dispatch};
 use crate::rope::{Layout, Rope};
 use crate::tensor::{Dtype, ElemsMut, View, check_dtype, check_len};
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// Rotates the first `2 * cos.len()` channels of `x`.
 #[inline(always)]
@@ -111,6 +111,7 @@ pub fn rotate(
     level: Level,
 ) -> Result<()> {
     level.check()?;
+    fault::may_panic();
     let [batch, heads, tokens, dim] = x.shape();
     check_dtype("x", x.elems(), dtype)?;
     check_dtype("out", out.as_ref(), dtype)?;

@@ -7,7 +7,7 @@ use super::isa::Level;
 use super::simd::{Elem, Simd, dispatch, exp};
 use super::threads::{self, BREATH, INLINE};
 use crate::tensor::{Dtype, View, check_dtype, check_len};
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// Elements between two looks at what came out: a chunk stays in the first-level cache for a second look.
 const CHUNK: usize = 2048;
@@ -164,6 +164,7 @@ pub fn surprisal(
         if i > 0 && stop() {
             return Err(Error::Interrupted);
         }
+        fault::may_panic();
         let first = i * breath;
         let one = |(i, (id, out)): (usize, (&i64, &mut f32))| {
             rows(level, dtype, logits, first + i, std::slice::from_ref(id), std::slice::from_mut(out));

@@ -36,13 +36,14 @@ impl Choices {
         &self.rows
     }
 
-    /// Runs a forward of so many rows over the choices. Another number of rows than the last time chooses anew; a forward that fails
-    /// leaves all as it was.
-    pub fn forward<R>(&mut self, rows: usize, run: impl FnOnce(&mut [Choice]) -> Result<R>) -> Result<R> {
-        let mut next = if self.rows.len() == rows { self.rows.clone() } else { vec![Choice::default(); rows] };
-        let done = run(&mut next)?;
+    /// What a forward of so many rows goes on from. Another number of rows than the last time chooses anew.
+    pub fn next(&self, rows: usize) -> Vec<Choice> {
+        if self.rows.len() == rows { self.rows.clone() } else { vec![Choice::default(); rows] }
+    }
+
+    /// What a forward made of [`Choices::next`]. One that fails says nothing, which leaves all as it was.
+    pub fn chosen(&mut self, next: Vec<Choice>) {
         self.before = Some(std::mem::replace(&mut self.rows, next));
-        Ok(done)
     }
 
     /// The choices as they were before the last forward. Nothing happens if that has been undone, or made to count, already.
@@ -94,11 +95,9 @@ mod tests {
     }
 
     fn advance(choices: &mut Choices, rows: usize) {
-        let run = |rows: &mut [Choice]| {
-            rows.iter_mut().for_each(|row| row.next += 1);
-            Ok(())
-        };
-        choices.forward(rows, run).unwrap();
+        let mut next = choices.next(rows);
+        next.iter_mut().for_each(|row| row.next += 1);
+        choices.chosen(next);
     }
 
     #[test]
@@ -119,11 +118,8 @@ mod tests {
         assert_eq!(positions(&choices), [2, 2], "what counts is not undone");
         advance(&mut choices, 3);
         assert_eq!(positions(&choices), [1, 1, 1], "other rows choose anew");
-        let failed: Result<()> = choices.forward(3, |rows| {
-            rows[0].next = 99;
-            Err(Error::Interrupted)
-        });
-        assert_eq!((failed, positions(&choices)), (Err(Error::Interrupted), vec![1, 1, 1]));
+        choices.next(3)[0].next = 99;
+        assert_eq!(positions(&choices), [1, 1, 1], "a forward that fails");
         choices.undo();
         assert_eq!(positions(&choices), [2, 2], "the forward before the one that failed");
     }

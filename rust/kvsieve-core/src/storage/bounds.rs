@@ -12,7 +12,7 @@ use super::buf::Buf;
 use super::slabs::{Slabs, needs, number, reserve_all};
 use crate::ids::{BLOCK, BlockId, PACKED, Run};
 use crate::tensor::Dtype;
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// Calls `each` with every [`BLOCK`] residents of `runs`, as the runs that they lie in: neighbours of one block are one. What is left at the
 /// end is none.
@@ -84,6 +84,7 @@ fn is_whole(stretch: &[Run]) -> bool {
 /// Makes room for a number `at` of a list.
 fn room<T>(list: &mut Vec<T>, at: usize, empty: impl FnMut() -> T) -> Result<()> {
     let more = (at + 1).saturating_sub(list.len());
+    fault::may_lack(more * size_of::<T>())?;
     list.try_reserve(more).map_err(|_| Error::OutOfMemory { bytes: more * size_of::<T>() })?;
     list.resize_with(list.len() + more, empty);
     Ok(())

@@ -1,7 +1,7 @@
 //! What few of many blocks have, side by side: who looks at all of it does not look at the other blocks, of which a text that lies in a file
 //! has many.
 
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// By block what some have.
 pub(super) struct Dense<T> {
@@ -35,6 +35,7 @@ impl<T> Dense<T> {
 
     /// Room for blocks below `len`, and for `more` values.
     pub fn reserve(&mut self, len: usize, more: usize) -> Result<()> {
+        fault::may_lack(more)?;
         let blocks = len.saturating_sub(self.of_block.len());
         if self.of_block.try_reserve(blocks).is_err() || self.held.try_reserve(more).is_err() {
             return Err(Error::OutOfMemory { bytes: blocks * size_of::<u32>() + more * size_of::<(u32, T)>() });

@@ -11,7 +11,7 @@ mod linux {
     use std::ptr::NonNull;
 
     use super::super::buf::HUGE;
-    use crate::{Error, Result};
+    use crate::{Error, Result, fault};
 
     /// Since Linux 6.1; libc has no name for it on every target.
     const MADV_COLLAPSE: i32 = 25;
@@ -43,6 +43,7 @@ mod linux {
 
         /// Addresses for `bytes`, or none where there are not enough.
         pub fn new(bytes: usize) -> Option<Self> {
+            fault::may_lack(bytes).ok()?;
             let padded = bytes.checked_add(HUGE)?;
             let (prot, flags) =
                 (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE);
@@ -73,6 +74,7 @@ mod linux {
 
         /// Gives memory to `range`, whole pages without any, and zeroes it; on failure nothing has changed.
         pub fn commit(&mut self, range: Range<usize>) -> Result<()> {
+            fault::may_lack(range.len())?;
             let mut collapse = Vec::new();
             for stretch in self.stretches(&range) {
                 let before = self.filled[stretch];

@@ -7,6 +7,7 @@ use half::{bf16, f16};
 use super::scratch::Scratch;
 use super::unit::run_unit;
 use super::units::{Common, Unit};
+use crate::fault;
 use crate::kernels::isa::Level;
 use crate::kernels::simd::{self, Elem};
 use crate::storage::arena::Arena;
@@ -85,6 +86,7 @@ pub(super) fn kernel(level: Level, arena: &Arena) -> Kernel {
 }
 
 pub(super) fn run(kernel: Kernel, common: &Common<'_>, unit: &mut Unit<'_>) {
+    fault::may_panic();
     thread_local! {
         static SCRATCH: RefCell<Scratch> = const { RefCell::new(Scratch::new()) };
     }

@@ -10,7 +10,7 @@ use crate::kernels::simd::{Elem, Simd, dispatch};
 use crate::kernels::threads;
 use crate::plan::Span;
 use crate::tensor::{Dtype, ElemsMut};
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// Which values are added up: of the heaviest ones `top`, or fewer that have `mass` already. Of equal ones the earlier.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -64,6 +64,7 @@ pub(super) fn fill(
     }
     let mut sums = vec![0f32; items * heads * value_dim];
     let each = |(i, sums): (usize, &mut [f32])| {
+        fault::may_panic();
         let (item, head) = (i / heads, i % heads);
         one_head(common, found, keep, (item, head, starts[item]), sums)
     };

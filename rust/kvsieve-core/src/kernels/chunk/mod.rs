@@ -30,7 +30,7 @@ use super::threads;
 use crate::select::{Choice, Chosen, Inputs, Rule};
 use crate::storage::arena::Arena;
 use crate::tensor::{Dtype, ElemsMut};
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 use check::check;
 use compiled::kernels;
 use job::{Common, Queries};
@@ -158,6 +158,7 @@ impl Call<'_, '_> {
             if stopped.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
+            fault::may_panic();
             run_unit(&common, &blocks[i], head, is_last(i))
         };
         let pool = if args.threads == 1 || units.len() <= 1 { None } else { Some(threads::pool(args.threads)?) };

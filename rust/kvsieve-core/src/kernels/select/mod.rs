@@ -27,7 +27,7 @@ use super::threads;
 use crate::select::{Asked, Chosen, Inputs};
 use crate::storage::arena::Arena;
 use crate::tensor::{Dtype, Elems};
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 use check::{check, check_shown};
 use residents::Residents;
 use scorer::{Scorer, Scratch};
@@ -62,6 +62,7 @@ pub fn select_unless(
         if stopped.load(Ordering::Relaxed) {
             return Err(Error::Interrupted);
         }
+        fault::may_panic();
         let (block, head) = (unit / kv_heads, unit % kv_heads);
         run_unit(arena, args, (&args.blocks[block], rows.of(block)), (head, group), inputs)
     };

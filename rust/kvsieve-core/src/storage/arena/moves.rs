@@ -8,7 +8,7 @@ use crate::plan::{Move, Step};
 use crate::storage::packed::Chosen;
 use crate::storage::slabs::MAX_BLOCKS;
 use crate::tensor::{View, check_dtype, check_len};
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 impl Arena {
     /// Gives the packed blocks of `to` memory and the channels of those of `from`.
@@ -64,6 +64,7 @@ impl Arena {
         for packed in packed.iter_mut() {
             for head in 0..heads {
                 for run in joined(moves) {
+                    fault::may_panic();
                     // Neighbouring moves into one block become one, so that numbers that share a scale are seen together.
                     let n: usize = run.iter().map(|m| m.len as usize).sum();
                     let (mut keys, mut values) = (vec![0u8; n * kb], vec![0u8; n * vb]);
@@ -124,6 +125,7 @@ impl Arena {
         let appended = step.appends.iter().map(|a| (a.block, a.slot + a.len));
         self.reserve(step.copies.iter().map(ends).chain(appended))?;
 
+        fault::may_panic();
         self.move_tokens(&step.copies);
         self.touch(step.appends.iter().map(|a| (a.block, a.slot)));
         let es = self.dtype.size();
@@ -178,6 +180,7 @@ impl Arena {
         });
         let hops: Vec<_> = hops.collect();
         for head in 0..self.heads {
+            fault::may_panic();
             for &(from, to, from_hop, to_hop, len) in &hops {
                 // SAFETY: both ranges were checked to lie inside their blocks, which have memory; `copy` allows them to overlap.
                 unsafe { std::ptr::copy(from.0.add(head * from_hop.0), to.0.add(head * to_hop.0), len * kb) };

@@ -17,7 +17,7 @@ use crate::ids::{BLOCK, BlockId, Run};
 use crate::storage::slabs::{number, reserve_all};
 use crate::storage::tier::{Copied, Counts, Order, Tier, TierFile};
 use crate::tensor::ElemsMut;
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 impl Arena {
     /// Full blocks may lie in `file`, and about `capacity` blocks are in memory. Once, at any time.
@@ -250,6 +250,7 @@ impl Arena {
             return Err(self.bad_block(block as u32));
         };
         to.clear();
+        fault::may_lack(bytes)?;
         to.try_reserve(bytes).map_err(|_| Error::OutOfMemory { bytes })?;
         to.resize(bytes, 0);
         tier.file.read(copy.extent, copy.sum, block as u32, to)
@@ -259,6 +260,7 @@ impl Arena {
     pub(super) fn packed_up(&self, block: usize) -> Result<Vec<u8>> {
         let len = self.block_bytes();
         let mut bytes = Vec::new();
+        fault::may_lack(len)?;
         bytes.try_reserve(len).map_err(|_| Error::OutOfMemory { bytes: len })?;
         bytes.resize(len, 0);
         let start = bytes.as_mut_ptr();

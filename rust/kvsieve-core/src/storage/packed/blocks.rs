@@ -7,7 +7,7 @@ use super::packing::{Packing, row_bytes};
 use crate::ids::{BLOCK, BlockId, PACKED};
 use crate::storage::slabs::{COLUMN, Held, Slabs, needs, number, reserve_all};
 use crate::tensor::Dtype;
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// Bytes by what they hold.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -170,6 +170,7 @@ impl Packed {
         let Some(&(last, _)) = needs.last() else { return Ok(()) };
         let more = (last + 1).saturating_sub(self.channels.len());
         let oom = |_| Error::OutOfMemory { bytes: more * size_of::<Option<Arc<Channels>>>() };
+        fault::may_lack(more)?;
         self.channels.try_reserve(more).map_err(oom)?;
         self.channels.resize_with(self.channels.len() + more, || None);
         reserve_all(self.sections(), &needs)

@@ -6,11 +6,12 @@
 //! A process that was forked has no such thread, and may find anything of this locked for ever. It touches nothing here: see
 //! [`TierFile::at_home`].
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::file::{Extent, TierFile};
-use crate::{Error, Result};
+use crate::{Error, Result, fault};
 
 /// A disk that takes longer does not answer any more.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -109,19 +110,31 @@ pub(super) fn send(file: &Arc<TierFile>, job: Job) -> Result<()> {
 }
 
 fn do_one(file: &TierFile, Job { block, ticket, extent, work, to }: Job) {
+    // A thread that is gone would leave whoever waits for the answer waiting.
     let done = match work {
-        Work::Write(bytes) => Done::Written(file.write(extent, &bytes).map(|sum| (sum, bytes.len()))),
-        Work::Read(len, sum) => {
-            let mut bytes = Vec::new();
-            let read = match bytes.try_reserve(len) {
-                Ok(()) => {
-                    bytes.resize(len, 0);
-                    file.read(extent, sum, block as u32, &mut bytes)
-                }
-                Err(_) => Err(Error::OutOfMemory { bytes: len }),
-            };
-            Done::Read(read.map(|()| bytes))
+        Work::Write(bytes) => {
+            Done::Written(answered("write to", || file.write(extent, &bytes).map(|sum| (sum, bytes.len()))))
         }
+        Work::Read(len, sum) => Done::Read(answered("read", || read_all(file, block, extent, len, sum))),
     };
     to.put(file, Answer { block, ticket, extent, done });
+}
+
+fn read_all(file: &TierFile, block: usize, extent: Extent, len: usize, sum: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    fault::may_lack(len)?;
+    bytes.try_reserve(len).map_err(|_| Error::OutOfMemory { bytes: len })?;
+    bytes.resize(len, 0);
+    file.read(extent, sum, block as u32, &mut bytes)?;
+    Ok(bytes)
+}
+
+/// What came of it, if only that it panicked.
+fn answered<T>(what: &'static str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+    let run = || {
+        fault::may_panic();
+        run()
+    };
+    let gone = |_| Err(Error::TierFailed { what, reason: "its thread panicked".to_string() });
+    catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(gone)
 }
