@@ -18,5 +18,8 @@ if ! command -v apt-get >/dev/null || [ "$(id -u)" != 0 ]; then
 fi
 echo "kvsieve: installing chromium with apt-get, once" >&2
 export DEBIAN_FRONTEND=noninteractive
-{ apt-get -o Acquire::Retries=3 update && apt-get install -y --no-install-recommends chromium; } >&2 </dev/null
+for call in "-o Acquire::Retries=3 update" "install -y --no-install-recommends chromium"; do
+    # shellcheck disable=SC2086
+    timeout 300 apt-get $call >&2 </dev/null
+done
 find_one
