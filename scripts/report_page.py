@@ -144,7 +144,7 @@ def shown(section: Section, runner: Results) -> tuple[str, bool]:
 def page(chosen: Sequence[Section], runner: Results, facts: Mapping[str, Any], minutes: float) -> tuple[str, bool]:
     """The whole page, and whether everything could be made."""
     made = [shown(section, runner) for section in chosen]
-    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items())
+    versions = ", ".join(f"{name} {version}" for name, version in facts.get("versions", {}).items() if version)
     machine = f"{cpu()}, {os.cpu_count()} processors, {facts.get('instruction_set')}; {platform.platform()}"
     overview = [["part", "", "command", "seconds", "CPU seconds"]]
     for section in chosen:
