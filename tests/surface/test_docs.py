@@ -159,6 +159,18 @@ def test_the_outputs_of_the_guide_are_the_recorded_ones(recorded: dict[str, list
         assert [text_name(policy) for policy in re.findall(r'--policy "([^"]+)"', arguments)] == [row.policy for row in mine]
 
 
+def test_the_tables_of_the_neighbours_are_the_recorded_ones() -> None:
+    """`python benches/peers/run.py --render benches/record/peers.json` prints what belongs on the page."""
+    from peers import table
+
+    told = json.loads((ROOT / "benches" / "record" / "peers.json").read_text(encoding="utf-8"))
+    page = (ROOT / "docs" / "results" / "peers.md").read_text(encoding="utf-8")
+    made = [table.run_table(run) for run in told["runs"].values()]
+    assert made
+    assert not [text[:300] for text in made if text not in page]
+    assert page.count("\n| rival |") == len(made)
+
+
 @pytest.mark.model
 def test_the_recorded_cases_are_those_of_todays_tasks(smollm2: tuple[Any, Any]) -> None:
     told = json.loads((README_FILE.parent / "benches" / "record" / "tasks.json").read_text(encoding="utf-8"))
