@@ -100,9 +100,9 @@ impl<'py> Input<'py> {
         let err = |_| shape_error(what, "a C-contiguous array", format!("{:?}", self.shape()));
         Ok(match self {
             Input::F32(a) => Elems::F32(a.as_slice().map_err(err)?),
-            // SAFETY: both 16-bit integers have the same layout.
             Input::I16(a) => {
                 let bits = a.as_slice().map_err(err)?;
+                // SAFETY: both 16-bit integers have the same layout.
                 Elems::Bits(unsafe { std::slice::from_raw_parts(bits.as_ptr().cast(), bits.len()) })
             }
             Input::U16(a) => Elems::Bits(a.as_slice().map_err(err)?),

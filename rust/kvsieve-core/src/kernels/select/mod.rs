@@ -228,9 +228,11 @@ fn turn_queries(
 /// Widens a row of queries.
 fn widen(from: Elems<'_>, dtype: Dtype, to: &mut [f32]) {
     match dtype {
-        // SAFETY (all): the portable level needs nothing; the view's row has as many elements as `to`, of this dtype.
+        // SAFETY: the portable level needs nothing; the view's row has as many elements as `to`, of this dtype.
         Dtype::F32 => unsafe { load_row::<Portable, f32>(from.as_bytes_ptr().cast(), to) },
+        // SAFETY: as above.
         Dtype::BF16 => unsafe { load_row::<Portable, bf16>(from.as_bytes_ptr().cast(), to) },
+        // SAFETY: as above.
         Dtype::F16 => unsafe { load_row::<Portable, f16>(from.as_bytes_ptr().cast(), to) },
     }
 }
