@@ -68,6 +68,23 @@ fuzz: setup ## random arguments to the compiled core and to the public calls, ch
 	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_public.py --calls $(FUZZ_CALLS) --seed $(FUZZ_SEED)
 	OMP_NUM_THREADS=1 .venv/bin/python tests/faults/fuzz_files.py --executions $(FUZZ_EXECUTIONS) --seed $(FUZZ_SEED)
 
+FAULT_ARGS ?=
+
+.PHONY: faults
+faults: setup ## every row of the fault matrix, reduced, in about ten minutes: counts and verdicts (FAULT_ARGS="--times 10", "--row memory")
+	@$(BUILD_ENV) .venv/bin/python tests/faults/run.py $(FAULT_ARGS)
+
+.PHONY: audit
+audit: setup ## licences, sources and advisories of all dependencies; what cannot be asked here is said to be skipped
+	@scripts/audit.sh
+
+.PHONY: miri sanitize
+miri: ## the core's tests that are not SIMD under Miri, where rustup's nightly has it
+	@scripts/sanitize.sh miri
+
+sanitize: ## the same under what there is: Miri, AddressSanitizer (nightly) or valgrind
+	@scripts/sanitize.sh
+
 STEPS ?= 50000
 
 .PHONY: soak
