@@ -69,7 +69,7 @@ ROWS = {
     ),
     "long texts": Row(
         "memory and time a token stay flat under every bounded policy, however it is fed", "tokens",
-        ("long_run.py", "--tokens", "{n}", "--streams", "1"), 70_000, total("tokens"),
+        ("long_run.py", "--tokens", "{n}", "--streams", "1"), 12_000, total("tokens"),
     ),
     "streams": Row(
         "streams that are opened and closed, forks and marks among them, leave nothing", "streams",
