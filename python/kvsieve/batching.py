@@ -21,6 +21,7 @@ from kvsieve.model.cache import StreamCache
 from kvsieve.model.generation import Settings
 from kvsieve.model.support import cache_name
 from kvsieve.runtime.batch import positions_of
+from kvsieve.runtime.process import defer_sigint
 from kvsieve.runtime.together import Together
 from kvsieve.streams import Stream
 
@@ -56,9 +57,15 @@ class Answer:
         seed = kwargs.pop("seed", None)
         self._random = None if seed is None else torch.Generator(new.device).manual_seed(integer("seed", seed, 0))
         self._call = turns.Call(stream._reader(), [new], [before], new[None], kwargs, settings)
-        self._shown = self._call.given.ids
+        self._turn, self._shown, self._prompted = self._call.turn, self._call.given.ids, False
         self._sampler = _Sampler(stream.model, self._call, kwargs, settings)
-        self._read = 0
+        self._positions = positions_of(self._engine, self._call.batch)
+        self._started_at = (self._engine.transcript.seen() or [0])[0]
+        self._logits: torch.Tensor | None = None
+        """For the next token, float ``[1, V]``: all before it was read, and it is not sampled yet."""
+        self._sampled: tuple[torch.Tensor, torch.Tensor] | None = None
+        """A token ``[1]`` that the streamer and the criteria do not know yet, and its scores ``[1, V]``."""
+        self._call.begin()
 
     @property
     def ids(self) -> torch.Tensor:
@@ -67,52 +74,73 @@ class Answer:
     @property
     def waits(self) -> bool:
         """Whether some of its prompt is still to be read."""
-        return not self.done and self._read < self._call.batch.width
+        return not self.done and self._turn.left > 0
 
     # ---------------------------------------------------------------------------------------------- what a batch does with it
 
-    def _begin(self) -> None:
-        self._call.begin()
-        if self._streamer is not None:
-            self._streamer.put(self._call.prompt.cpu())
+    def _check(self) -> None:
+        """Nobody else has used the stream.
 
-    def _piece(self, model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next piece of the prompt, int64 ``[1, n]``, and its positions."""
-        batch, lo = self._call.batch, self._read
+        Raises:
+            StateError: if it was closed or changed since.
+        """
+        engine = self._engine
+        read = self._turn.width - self._turn.left + self._turn.fed
+        if self.stream._attachment is None:
+            raise StateError("this stream was closed before its answer was over")
+        if engine.transcript.turn is not self._turn or (engine.transcript.seen() or [0])[0] != self._started_at + read:
+            raise StateError("this stream was changed before its answer was over: rewound, cropped or reset")
+
+    def _next(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """What is read next and its positions, int64 ``[1, n]``: a piece of the prompt, or the newest token."""
+        if not self.waits:
+            at = self._engine.transcript.seen()[0] + self._engine.positions.of_rows(1)[0]
+            return self._shown[:, -1:], torch.tensor([[at]], device=self._shown.device)
+        lo = self._turn.width - self._turn.left
         piece = slice(lo, lo + self._call.stream.chunk)
-        if not lo:
-            self._positions = positions_of(self._engine, batch)
-        return batch.ids[:, piece], self._positions[:, piece]
+        return self._call.batch.ids[:, piece], self._positions[:, piece]
 
-    def _position(self) -> int:
-        """That of the newest token, which is read next."""
-        return self._engine.transcript.seen()[0] + self._engine.positions.of_rows(1)[0]
-
-    def _heard(self, logits: torch.Tensor) -> None:
-        """The model answers with logits ``[1, V]`` for the next token: sample it, and see whether the answer is over."""
-        token, scores = self._sampler.next(self._shown, logits, self._random)
-        self._shown = torch.cat([self._shown, token[:, None]], 1)
-        self._call.turn.said = self._shown
-        if self._streamer is not None:
-            self._streamer.put(token.cpu())
-        if self._sampler.over(self._shown, scores):
-            self._end()
+    def _hear(self) -> None:
+        """Sample the next token, if its logits are there, and see whether the answer is over. What is interrupted goes on here."""
+        if self._streamer is not None and not self._prompted:
+            self._prompted = True
+            self._streamer.put(self._call.prompt.cpu())
+        if self._logits is not None:
+            token, scores = self._sampler.next(self._shown, self._logits, self._random)
+            with defer_sigint():
+                self._logits, self._sampled = None, (token, scores)
+                self._turn.said = self._shown = torch.cat([self._shown, token[:, None]], 1)
+            if self._streamer is not None:
+                self._streamer.put(token.cpu())
+        if self._sampled is not None:
+            over = self._sampler.over(self._shown, self._sampled[1])
+            self._sampled = None
+            if over:
+                self._end()
 
     def _end(self, error: BaseException | None = None) -> None:
-        """The answer is over; what was said stays, and the newest token is not read."""
+        """The answer is over; what was said stays, and the newest token is not read. What goes wrong here is its error."""
         if self.done:
             return
-        self.done, self.error = True, error
+        with defer_sigint():
+            self.done, self.error = True, error
+            try:
+                self._check()
+                if error is None:
+                    self._call.finish([self.ids])
+                else:
+                    self._call.interrupted()
+                if self._end_turn:
+                    self.stream.end_turn()
+            except Exception as failure:
+                self.error = self.error or failure
+            if self._engine.transcript.turn is self._turn:
+                self._engine.transcript.turn = None
         try:
-            if error is None:
-                self._call.finish([self.ids])
-            else:
-                self._call.interrupted()
-            if self._end_turn:
-                self.stream.end_turn()
-        finally:
             if self._streamer is not None:
                 self._streamer.end()
+        except Exception as failure:
+            self.error = self.error or failure
 
     def result(self) -> torch.Tensor:
         """:attr:`ids`, once the answer is over.
@@ -145,6 +173,8 @@ class _Sampler:
             config.max_length = integer("max_length", settings.get("max_length"), 1)
         else:
             config.max_length = call.width + integer("max_new_tokens", 20 if most is None else most, 1)
+        if config.max_length <= call.width:
+            raise ArgumentError(f"max_length={config.max_length} is reached already by the {call.width} tokens that are given")
         model._prepare_special_tokens(config, True, device=call.given.ids.device)
         self._sample = bool(config.do_sample)
         self._processors = model._get_logits_processor(
@@ -228,28 +258,30 @@ class Batch:
         """
         if not isinstance(stream, Stream):
             raise ArgumentError(f"a batch takes streams, got {told(stream)}")
-        engine = stream._check_open()
-        if stream.model is not self.model:
-            raise CacheMismatchError("this stream is on another model than the batch")
-        if any(one.stream is stream for one in self.answers):
-            raise StateError("this stream is in the batch already; wait until its answer is over")
-        ids, kwargs = turns.unpack(input_ids, kwargs)
-        kwargs.pop("token_type_ids", None)
-        mask = kwargs.pop("attention_mask", None)
-        wrong = sorted(name for name in _REFUSED if kwargs.get(name))
-        if wrong:
-            raise UnsupportedError(f"an answer of a batch does not know {', '.join(wrong)}; use stream.generate")
-        new = turns.accept(stream._reader(), ids, mask)
-        if len(new) != 1 or engine.num_rows > 1:
-            raise CacheMismatchError(f"a batch takes streams of one sequence, this input has {len(new)}")
-        if kwargs.get("streamer") is not None and not hasattr(kwargs["streamer"], "put"):
-            raise ArgumentError(f"streamer must have put() and end(), got {told(kwargs['streamer'])}")
-        settings = Settings(stream.model, {name: value for name, value in kwargs.items() if name not in ("seed", "streamer")})
-        if settings.copies > 1:
-            raise UnsupportedError("an answer of a batch has neither beams nor several sequences; use stream.generate")
-        with self._lock, turns.waiting(stream._reader(), new, unread) as before:
-            answer = Answer(stream, new[0], before[0], {**kwargs, "seed": seed}, settings, check_flag("end_turn", end_turn))
-            self._waiting.append(answer)
+        with self._lock:
+            engine = stream._check_open()
+            if stream.model is not self.model:
+                raise CacheMismatchError("this stream is on another model than the batch")
+            if any(one.stream is stream for one in self.answers):
+                raise StateError("this stream is in the batch already; wait until its answer is over")
+            ids, kwargs = turns.unpack(input_ids, kwargs)
+            kwargs.pop("token_type_ids", None)
+            mask = kwargs.pop("attention_mask", None)
+            wrong = sorted(name for name in _REFUSED if kwargs.get(name))
+            if wrong:
+                raise UnsupportedError(f"an answer of a batch does not know {', '.join(wrong)}; use stream.generate")
+            new = turns.accept(stream._reader(), ids, mask)
+            if len(new) != 1 or engine.num_rows > 1:
+                raise CacheMismatchError(f"a batch takes streams of one sequence, this input has {len(new)}")
+            if kwargs.get("streamer") is not None and not hasattr(kwargs["streamer"], "put"):
+                raise ArgumentError(f"streamer must have put() and end(), got {told(kwargs['streamer'])}")
+            settings = Settings(stream.model, {name: value for name, value in kwargs.items() if name != "streamer"})
+            if settings.copies > 1:
+                raise UnsupportedError("an answer of a batch has neither beams nor several sequences; use stream.generate")
+            end_turn = check_flag("end_turn", end_turn)
+            with turns.waiting(stream._reader(), new, unread) as before:
+                answer = Answer(stream, new[0], before[0], {**kwargs, "seed": seed}, settings, end_turn)
+                self._waiting.append(answer)
         return answer
 
     def cancel(self, answer: Answer) -> None:
@@ -271,23 +303,22 @@ class Batch:
         """Every answer that is being said gets one more token, and the first that waits reads one more piece of its prompt.
 
         Returns:
-            the answers that are over since the last step.
+            the answers that are over since the last step, those that were cancelled aside.
 
-        A conversation that fails leaves the batch with its ``error``; the others get their token with the next step. An interrupt
-        leaves all of them at the last token that they have read. Other threads may add and cancel meanwhile.
+        A conversation that fails leaves the batch with its ``error``; the others get their token with the next step. After an
+        interrupt the next step goes on where each was. Other threads may add and cancel meanwhile.
         """
         with self._lock:
-            return self._step()
-
-    def _step(self) -> list[Answer]:
-        over: list[Answer] = []
-        self._active = [answer for answer in self._active if not answer.done]  # an interrupt may have left some
-        for stored in dict.fromkeys(answer._engine.stored_keys for answer in self._active):
-            self._next_tokens([answer for answer in self._active if answer._engine.stored_keys == stored], over)
-        if self._waiting and len(self._active) < self.most:
-            self._read(self._waiting[0], over)
-        self._active = [answer for answer in self._active if not answer.done]
-        return over
+            over: list[Answer] = []
+            for answer in self.answers:
+                answer._turn.owner = threading.current_thread()
+            self._hear(self._active, over)  # an interrupt may have come before all were heard
+            for stored in dict.fromkeys(answer._engine.stored_keys for answer in self._active):
+                self._read([answer for answer in self._active if answer._engine.stored_keys == stored], over)
+            if self._waiting and len(self._active) < self.most:
+                self._read(self._waiting[:1], over)
+            self._hear(self._active, over)
+            return over
 
     def run(self) -> None:
         """Steps until all answers are over."""
@@ -299,10 +330,14 @@ class Batch:
         while self.answers:
             yield self.step()
 
-    def _next_tokens(self, rows: Sequence[Answer], over: list[Answer]) -> None:
-        ids = torch.cat([answer._shown[:, -1:] for answer in rows])
-        positions = torch.tensor([[answer._position()] for answer in rows], device=ids.device)
+    def _read(self, rows: Sequence[Answer], over: list[Answer]) -> None:
+        """One forward over what these answers read next, which is equally long."""
+        rows = [answer for answer in rows if self._goes_on(answer, over)]
+        if not rows:
+            return
+        ids, positions = (torch.cat(parts) for parts in zip(*(answer._next() for answer in rows)))
         together = Together([answer._engine for answer in rows])
+        before = [(answer._turn.left, answer._turn.fed) for answer in rows]
         try:
             self._forward(StreamCache(together), ids, positions)  # type: ignore[arg-type]
         except BaseException as error:
@@ -310,51 +345,43 @@ class Batch:
             if not isinstance(error, Exception) or not together.failed:
                 raise
         finally:
-            # A token that counts was read, whatever became of the others: what follows it is known only now.
-            failed = {id(engine): error for engine, error in together.failed}
-            read = {id(engine) for engine in together.completed}
-            for at, answer in enumerate(rows):
-                if id(answer._engine) in failed:
-                    self._failed(answer, failed[id(answer._engine)], over)
-                elif id(answer._engine) in read and together.logits is not None:
-                    self._hear(answer, together.logits[at : at + 1, -1], over)
+            # What counts was read, whatever became of the others, and what follows it is known only now.
+            with defer_sigint():
+                for at, (answer, was) in enumerate(zip(rows, before)):
+                    if (answer._turn.left, answer._turn.fed) == was or answer._turn.left or together.logits is None:
+                        continue
+                    answer._logits = together.logits[at : at + 1, -1]
+                    if answer in self._waiting:
+                        self._waiting.remove(answer)
+                        self._active.append(answer)
+        for engine, failure in together.failed:
+            self._fail(next(answer for answer in rows if answer._engine is engine), failure, over)
 
-    def _read(self, answer: Answer, over: list[Answer]) -> None:
-        """The next piece of a prompt; with the last one its first token."""
+    def _goes_on(self, answer: Answer, over: list[Answer]) -> bool:
         try:
-            if not answer._read:
-                answer._begin()
-            ids, positions = answer._piece(self.model)
-            logits = self._forward(answer.stream.cache, ids, positions)
-        except Exception as error:
-            self._drop(answer)
-            self._failed(answer, error, over)
-            return
-        except BaseException:
-            answer._engine.rollback()
-            raise
-        answer._read += ids.shape[1]
-        if not answer.waits:
-            self._drop(answer)
-            self._active.append(answer)
-            self._hear(answer, logits[:, -1], over)
+            answer._check()
+        except StateError as error:
+            self._fail(answer, error, over)
+        return not answer.done
 
-    def _forward(self, cache: StreamCache, ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _forward(self, cache: StreamCache, ids: torch.Tensor, positions: torch.Tensor) -> None:
         least = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        named = {cache_name(self.model): cache}
-        logits: torch.Tensor = self.model(input_ids=ids, position_ids=positions, use_cache=True, **named, **least).logits
-        return logits
+        self.model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_name(self.model): cache}, **least)
 
-    def _hear(self, answer: Answer, logits: torch.Tensor, over: list[Answer]) -> None:
-        try:
-            answer._heard(logits)
-        except Exception as error:
-            self._failed(answer, error, over)
-            return
-        if answer.done:
-            over.append(answer)
+    def _hear(self, answers: Sequence[Answer], over: list[Answer]) -> None:
+        """Tokens are sampled from what was read. Streamers, processors and criteria are called here: they may do anything."""
+        for answer in list(answers):
+            try:
+                if not answer.done:
+                    answer._hear()
+            except Exception as error:
+                answer._end(error)
+            if answer.done and answer in self._active:
+                self._drop(answer)
+                over.append(answer)
 
-    def _failed(self, answer: Answer, error: BaseException, over: list[Answer]) -> None:
+    def _fail(self, answer: Answer, error: BaseException, over: list[Answer]) -> None:
+        self._drop(answer)
         answer._end(error)
         over.append(answer)
 

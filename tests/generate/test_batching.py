@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import kvsieve
@@ -225,9 +226,10 @@ def test_one_that_fails_leaves_and_the_others_go_on(monkeypatch: pytest.MonkeyPa
         stream.close()
 
 
-@pytest.mark.parametrize("where", ["attend", "complete"])
-def test_an_interrupt_loses_nothing(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even where it comes between the tokens of two streams."""
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("where", ["attend", "complete", "_commit"])
+def test_an_interrupt_loses_nothing(where: str, when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even where it comes between the tokens of two streams, or just when one of them counts."""
     want = []
     for at in range(3):
         with opened(kvsieve.StreamingLLM(48)) as stream:
@@ -240,9 +242,12 @@ def test_an_interrupt_loses_nothing(where: str, monkeypatch: pytest.MonkeyPatch)
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
         left[0] -= 1
+        if not left[0] and when == "before":
+            raise KeyboardInterrupt
+        found = call(*args, **kwargs)
         if not left[0]:
             raise KeyboardInterrupt
-        return call(*args, **kwargs)
+        return found
 
     monkeypatch.setattr(streams[1]._engine, where, interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -253,24 +258,122 @@ def test_an_interrupt_loses_nothing(where: str, monkeypatch: pytest.MonkeyPatch)
         stream.close()
 
 
-def test_a_prompt_whose_reading_is_interrupted_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("piece", [0, 2])
+@pytest.mark.parametrize("where", ["attend", "_commit"])
+def test_a_prompt_whose_reading_is_interrupted_goes_on(where: str, piece: int, monkeypatch: pytest.MonkeyPatch) -> None:
     with opened(kvsieve.SirLLM(64, recent=8)) as stream:
         want = stream.generate(prompt(0), **greedy(4))[0, PROMPT:].tolist()
     with opened(kvsieve.SirLLM(64, recent=8)) as stream:
         batch = kvsieve.Batch(tiny.model())
         answer = batch.add(stream, prompt(0), **greedy(4))
-        batch.step()
+        for _ in range(piece):
+            batch.step()
         assert answer.waits
+        call = getattr(stream._engine, where)
 
         def stopped(*args: Any, **kwargs: Any) -> Any:
+            if where == "_commit":
+                call(*args, **kwargs)
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(stream._engine, "attend", stopped)
+        monkeypatch.setattr(stream._engine, where, stopped)
         with pytest.raises(KeyboardInterrupt):
             batch.step()
         monkeypatch.undo()
         batch.run()
         assert answer.result().tolist() == want
+
+
+def test_an_interrupt_while_tokens_are_sampled_costs_nobody_one() -> None:
+    with opened(kvsieve.StreamingLLM(48)) as stream:
+        want = stream.generate(prompt(2), **greedy(8))[0, LENGTHS[2] :].tolist()
+    left = [5]
+
+    def interrupted(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        left[0] -= 1
+        if not left[0]:
+            raise KeyboardInterrupt
+        return scores
+
+    streams, batch = [opened(kvsieve.StreamingLLM(48)) for _ in range(3)], kvsieve.Batch(tiny.model())
+    answers = [batch.add(one, prompt(2), logits_processor=[interrupted], **greedy(8)) for one in streams]
+    with pytest.raises(KeyboardInterrupt):
+        batch.run()
+    batch.run()
+    assert [answer.result().tolist() for answer in answers] == [want] * 3
+    for stream in streams:
+        stream.close()
+
+
+@pytest.mark.parametrize("change", ["close", "reset", "rewind"])
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_stream_that_is_changed_fails_and_the_others_go_on(change: str, begun: bool) -> None:
+    with opened(kvsieve.StreamingLLM(48)) as stream:
+        want = stream.generate(prompt(2), **greedy(8))[0, LENGTHS[2] :].tolist()
+    streams, batch = [opened(kvsieve.StreamingLLM(48)) for _ in range(2)], kvsieve.Batch(tiny.model())
+    streams[0].feed(tiny.ids(1, 3, 5))
+    mark = streams[0].mark()
+    answers = [batch.add(one, prompt(2), **greedy(8)) for one in streams]
+    while begun and any(answer.waits for answer in answers):
+        batch.step()
+    {"close": streams[0].close, "reset": streams[0].reset, "rewind": lambda: streams[0].rewind(mark)}[change]()
+    batch.run()
+    assert answers[1].result().tolist() == want
+    if change != "rewind" or begun:
+        with pytest.raises(StateError, match="closed before" if change == "close" else "changed before"):
+            answers[0].result()
+    if change != "close":
+        assert streams[0].generate(prompt(1), **greedy(2)).shape == (1, 3), "the stream goes on"
+    for stream in streams:
+        stream.close()
+
+
+def test_what_goes_wrong_at_the_end_of_an_answer_is_its_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    streams, batch = [opened(kvsieve.StreamingLLM(48)) for _ in range(2)], kvsieve.Batch(tiny.model())
+    answers = [batch.add(one, prompt(1), **greedy(4)) for one in streams]
+
+    def fails() -> None:
+        raise MemoryError("no room at the end")
+
+    monkeypatch.setattr(streams[0], "end_turn", fails)
+    batch.run()
+    with pytest.raises(MemoryError):
+        answers[0].result()
+    assert len(answers[1].result()) == 4
+    for stream in streams:
+        stream.close()
+
+
+def test_a_streamer_may_cancel_another_answer() -> None:
+    streams, batch = [opened(kvsieve.StreamingLLM(48)) for _ in range(2)], kvsieve.Batch(tiny.model())
+    answers: list[Any] = []
+
+    class Cancels(Streamer):
+        def put(self, value: torch.Tensor) -> None:
+            super().put(value)
+            if len(self.given) == 4:
+                batch.cancel(answers[1])
+
+    heard = Streamer()
+    answers.append(batch.add(streams[0], prompt(1), streamer=Cancels(), **greedy(8)))
+    answers.append(batch.add(streams[1], prompt(1), streamer=heard, **greedy(8)))
+    batch.run()
+    assert len(answers[0].ids) == 8
+    assert heard.ended == 1
+    assert [one for given in heard.given[1:] for one in given] == answers[1].ids.tolist()
+    assert streams[1].ids[0].tolist() == [*prompt(1)[0].tolist(), *answers[1].ids.tolist()]
+    for stream in streams:
+        stream.close()
+
+
+def test_another_thread_may_step() -> None:
+    with opened(kvsieve.Full()) as stream:
+        batch = kvsieve.Batch(tiny.model())
+        answer = batch.add(stream, prompt(2), **greedy(4))
+        batch.step()
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(batch.run).result()
+        assert len(answer.result()) == 4
 
 
 def test_cancelled_answers_keep_what_was_said() -> None:
@@ -309,11 +412,12 @@ def test_a_stream_of_a_batch_is_nobody_elses() -> None:
         with pytest.raises(StateError, match="not over"):
             answer.result()
         waits = batch.add(other, prompt(1), **greedy(6))
-        other.feed(prompt(1))
+        with pytest.raises(StateError, match="a turn of this stream is under way"):
+            other.feed(prompt(1))
+        with pytest.raises(StateError, match="a turn of this stream is under way"):
+            kvsieve.Batch(tiny.model()).add(other, prompt(1), **greedy(6))
         batch.run()
-        with pytest.raises(StateError, match="was used after its turn was asked for"):
-            waits.result()
-        assert other.seen == 1
+        assert answer.result().tolist() == waits.result().tolist()
         with pytest.raises(StateError, match="not of this batch"):
             kvsieve.Batch(tiny.model()).cancel(batch.add(stream, prompt(1), **greedy(6)))
 
@@ -330,6 +434,7 @@ def test_what_a_batch_does_not_serve_is_refused() -> None:
             ({"streamer": 3}, ArgumentError),
             ({"seed": "x"}, ArgumentError),
             ({"max_new_tokens": 0}, ValueError),
+            ({"max_new_tokens": None, "max_length": 1}, ArgumentError),
             ({"end_turn": 2}, ArgumentError),
         ):
             with pytest.raises(error):

@@ -22,7 +22,7 @@ __all__ = ["Together"]
 
 
 class _Nobody:
-    """In the place of what reads pieces and candidates: every forward is over the newest token of each row, and stays whole."""
+    """In the place of what reads pieces and candidates: every forward stays whole."""
 
     inner = False
     verifying = False
@@ -38,11 +38,11 @@ class _Underway:
 
 
 class Together:
-    """Engines whose streams read one token each.
+    """Engines whose streams read equally many tokens.
 
     Attributes:
         failed: what engines raised in the last forward, of those that did; all the others can go on.
-        completed: engines whose token counts, once the model was through; ``logits``: what it returned, float ``[B, 1, V]``.
+        logits: what the model returned in it, float ``[B, r, V]``, also where some engine failed after that.
     """
 
     replaying = False
@@ -55,7 +55,6 @@ class Together:
         self.facts, self.stored_keys = first.facts, first.stored_keys
         self.candidates, self.transcript, self.positions = _Nobody(), _Underway(), first.positions
         self.failed: list[tuple[Engine, Exception]] = []
-        self.completed: list[Engine] = []
         self.logits: torch.Tensor | None = None
 
     @property
@@ -69,14 +68,14 @@ class Together:
         return len(self.engines)
 
     def cut(self, width: int, kept_logits: Any) -> None:
-        """A forward over one token stays whole."""
+        """Every forward stays whole."""
 
     def check_mask(self, mask: torch.Tensor, width: int) -> None:
         """No mask is given."""
 
     def expect(self, ids: torch.Tensor | None, *, foreign: bool = False) -> None:
-        """The causal LM begins a forward over ``ids``, int64 ``[B, 1]``."""
-        self.failed, self.completed, self.logits = [], [], None
+        """The causal LM begins a forward over ``ids``, int64 ``[B, n]``."""
+        self.failed, self.logits = [], None
         for at, engine in enumerate(self.engines):
             self._do(engine, engine.expect, None if ids is None else ids[at : at + 1])
 
@@ -97,7 +96,7 @@ class Together:
         position_ids: torch.Tensor | None,
         **call: Any,
     ) -> torch.Tensor:
-        """Attention of one layer, row by row: ``q`` ``[B, H, 1, D]``, ``k``, ``v`` ``[B, Hkv, 1, D]`` to ``[B, 1, H, Dv]``."""
+        """Attention of one layer, row by row: ``q`` ``[B, H, n, D]``, ``k``, ``v`` ``[B, Hkv, n, D]`` to ``[B, n, H, Dv]``."""
         out = []
         for at, engine in enumerate(self.engines):
             row = slice(at, at + 1)
@@ -106,17 +105,16 @@ class Together:
         return torch.cat(out)
 
     def decoded(self, hidden: torch.Tensor) -> None:
-        """The decoder returned ``hidden`` ``[B, 1, hidden]``."""
+        """The decoder returned ``hidden`` ``[B, n, hidden]``."""
         for at, engine in enumerate(self.engines):
             self._do(engine, engine.decoded, hidden[at : at + 1])
 
     def complete(self, logits: torch.Tensor) -> None:
-        """The causal LM returned ``logits`` ``[B, 1, V]``. Where one stream cannot take its token, the others have theirs."""
+        """The causal LM returned ``logits`` ``[B, r, V]``. Where one stream cannot take its token, the others have theirs."""
         self.logits = logits
         for at, engine in enumerate(self.engines):
             with contextlib.suppress(Exception):
                 self._do(engine, engine.complete, logits[at : at + 1])
-                self.completed.append(engine)
         if self.failed:
             raise self.failed[0][1]
 
