@@ -538,3 +538,25 @@ def test_joining_is_refused() -> None:
 def test_models_whose_keys_cannot_be_moved_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="cannot re-place"):
         kvsieve.stream(with_rope(rope_type="dynamic", factor=2.0, rope_theta=1e4), window() >> bank_of())
+
+
+def test_a_mark_from_before_the_first_token_has_the_bank_as_it_was() -> None:
+    """Also what the bank held for others before."""
+    bank = kvsieve.MemoryBank(chunk=4, top_k=8)
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(24, sinks=2) >> bank) as stream:
+        mark = stream.mark()
+        said = []
+        for _ in range(2):
+            said.append(stream.generate(tiny.ids(1, 90, 3), max_new_tokens=6, do_sample=False).tolist())
+            held = bank.stats().tokens
+            assert held > 20
+            stream.rewind(mark)
+            assert bank.stats().tokens == 0
+        assert said[0] == said[1]
+        stream.feed(tiny.ids(1, 90, 3))
+        stream.remember()
+        held, mark = bank.stats().tokens, stream.mark()
+        stream.feed(tiny.ids(1, 90, 4))
+        assert bank.stats().tokens > held
+        stream.rewind(mark)
+        assert bank.stats().tokens == held

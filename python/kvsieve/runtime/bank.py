@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -53,6 +53,13 @@ class RowState:
     entries: Entries
     left_at: int = 0
     newest: int = -1
+
+
+class BankState(NamedTuple):
+    """What it takes to return to a moment: what each row recalls, and before the first token what the bank holds."""
+
+    rows: tuple[RowState, ...]
+    held: dict[str, Entries]
 
 
 class Banking(StreamPart):
@@ -247,12 +254,16 @@ class Banking(StreamPart):
 
     # ----------------------------------------------------------------------------------------------------------------- moments
 
-    def state(self) -> tuple[RowState, ...]:
-        return tuple(self.rows)
+    def state(self) -> BankState:
+        if self.rows or not self.leads:
+            return BankState(tuple(self.rows), {})
+        return BankState((), {name: self._book.entries(name) for name in self.rule.names})
 
-    def return_to(self, state: Any) -> None:
-        self.rows = list(state)
+    def return_to(self, state: BankState) -> None:
+        self.rows = list(state.rows)
         self._publish()
+        for name, entries in state.held.items() if self.leads else ():
+            self._book.put(name, entries)
 
     def save(self) -> Saved:
         """Not what the bank holds, only how far it had come.
