@@ -1,4 +1,4 @@
-"""`make report`: a little of every measurement, and a page that shows it: ``out/report/index.html``, which needs no other file.
+"""`make report`: a little of each kind of measurement, and a page that shows it (``out/report/index.html``), all in one file.
 
     python scripts/report.py [--minutes 20] [--resume] [--only NAME ...] [--out out/report]
 
@@ -31,7 +31,7 @@ from report_page import Part, Section, cpu, page, today
 ROOT = Path(__file__).resolve().parent.parent
 TASKS = (
     *("passkey", "niah-single", "niah-multikey", "niah-multivalue", "niah-multiquery", "variable-tracking", "common-words"),
-    *("frequent-words", "kv-turns", "chat-memory", "grocery", "copy"),
+    *("frequent-words", "kv-turns", "chat-memory", "grocery", "rps", "copy"),
 )
 POLICIES = ("full()", "sirllm(256)", "quest(256)")
 GRACE = 20

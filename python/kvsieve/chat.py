@@ -202,15 +202,17 @@ class Chat:
             ids = self._message(asked.said, answered=True)
             start = self._length()
             read = start + ids.shape[1]
-            answer = print_while_generating(self.stream, self._tokenizer, ids, out=out, greedy=False, **self._options)
+            answer = print_while_generating(
+                self.stream, self._tokenizer, ids, out=out, greedy=False, end_turn=False, **self._options
+            )
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt) or read is None or self._length() <= read:
                 self.stream.rewind(asked.mark)
                 raise
             print(file=sys.stdout if out is None else out)
-            self.stream.end_turn()
             answer = str(self._tokenizer.decode(self.stream.ids[0][read:], skip_special_tokens=True))
         self.turns.append(Turn(asked.said, start, self._length()))
+        self.stream.end_turn()
         return answer
 
     def read(self, text: str) -> int:
@@ -220,12 +222,12 @@ class Chat:
             ids = self._message(text, answered=False)
             start = self._length()
             self.stream.feed(ids)
-            self.stream.end_turn()
         except BaseException:
             self.stream.rewind(mark)
             raise
         self.turns.append(Turn(text, start, self._length()))
         self._last = None
+        self.stream.end_turn()
         return int(ids.shape[1])
 
     def turn(self, number: str) -> Turn:
@@ -234,7 +236,7 @@ class Chat:
         Raises:
             ArgumentError: if there is none.
         """
-        if not number.isdigit() or not 1 <= int(number) <= len(self.turns):
+        if not number.isdecimal() or not 1 <= int(number) <= len(self.turns):
             known = f"1 to {len(self.turns)}" if self.turns else "none yet"
             raise ArgumentError(f"name a turn by its number, {known}; /turns lists them")
         return self.turns[int(number) - 1]
@@ -248,6 +250,9 @@ class Chat:
         import kvsieve
 
         found = kvsieve.load(path, self.stream.model, backend=self._backend, tokenizer=self._tokenizer)
+        if len(found.ids) > 1:
+            found.close()
+            raise ArgumentError(f"{path} holds {len(found.ids)} conversations side by side; a chat is one")
         self.stream.close()
         self.stream, self._last = found, None
         self.turns = [Turn(f"(what {path.name} holds)", 0, self._length())] if found.seen else []
@@ -338,9 +343,11 @@ def talk(chat: Chat, ask: Callable[[str], str] = input) -> None:
                 return
             _do(chat, line.strip(), name, rest.strip())
         except KeyboardInterrupt:
-            print("\n(forgotten)")
+            print("\n(interrupted)")
         except (KvsieveError, OSError) as error:
             print(f"kvsieve: {error}", file=sys.stderr)
+        except Exception as error:  # out of memory on a GPU, a template: the conversation is worth more than the trace
+            print(f"kvsieve: {type(error).__name__}: {error}", file=sys.stderr)
 
 
 def _lines(ask: Callable[[str], str]) -> Iterator[str]:
@@ -349,6 +356,9 @@ def _lines(ask: Callable[[str], str]) -> Iterator[str]:
             line = ask("> " if sys.stdin.isatty() else "")
         except KeyboardInterrupt:
             print("\n(Ctrl-D or /quit ends the chat)")
+            continue
+        except UnicodeDecodeError as error:
+            print(f"kvsieve: this line is not text: {error}", file=sys.stderr)
             continue
         except EOFError:
             return
@@ -389,7 +399,10 @@ def _do(chat: Chat, line: str, name: str, rest: str) -> None:
 def _path(text: str) -> Path:
     if not text:
         raise ArgumentError("name a file")
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ArgumentError(f"cannot find {text}: {error}") from error
 
 
 def _timed(chat: Chat, answer: Callable[[], str]) -> None:

@@ -53,13 +53,20 @@ def record(engine: Engine, model: object, path: str | PathLike[str], tokenizer: 
         raise RangeError(f"the stream has rows 0 to {engine.num_rows - 1}, not {row}")
     recorder = Recorder(engine, row)
     engine.watchers.append(recorder)
-    try:
-        yield
-    finally:
+
+    def end() -> None:
         engine.watchers.remove(recorder)
-        # What broke the block is told, and not what is missing in the file because of it.
         recorder.settled()
         write(path, {"model": type(model).__name__, **recorder.document(tokenizer)})
+
+    try:
+        yield
+    except BaseException:
+        # What broke the block is told, and not what is missing in the file because of it.
+        with contextlib.suppress(Exception):
+            end()
+        raise
+    end()
     if recorder.failed is not None:
         raise recorder.failed
 
@@ -93,13 +100,17 @@ class Recorder:
 
     def begins(self, forward: Forward) -> None:
         """The clock starts."""
-        self._forward, self._began = forward, time.perf_counter()
+        self._forward, self._began = forward, time.perf_counter() if self._began is None else self._began
 
     def settled(self) -> None:
         """A step is over. An error here is not the stream's: it is kept, and ends the recording."""
         seconds = float("nan") if self._began is None else time.perf_counter() - self._began
         forward, self._forward, self._began = self._forward, None, None
-        if self.failed is not None or self._row >= self._engine.num_rows:
+        if self.failed is not None:
+            return
+        if self._row >= self._engine.num_rows:
+            self._take_back(self._ids[:0], 0)
+            self._ids = self._ids[:0]
             return
         try:
             self._look(forward, seconds)

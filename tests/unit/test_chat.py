@@ -220,6 +220,8 @@ def test_commands(chat: Chat, tmp_path: Path, capsys: pytest.CaptureFixture[str]
         ("/read no-such-file", "no-such-file"),
         ("/pin", "none yet"),
         ("/forget two", "none yet"),
+        ("/pin \N{SUPERSCRIPT TWO}", "none yet"),
+        ("/save ~no-such-user-here/x", "no-such-user-here"),
         ("/regenerate", "no message to answer again"),
     ],
 )
@@ -227,6 +229,41 @@ def test_a_mistake_is_a_line_and_the_chat_goes_on(chat: Chat, line: str, said: s
     talk(chat, Lines(line, "/turns"))
     assert said in capsys.readouterr().err
     assert not chat.stream.seen
+
+
+def test_whatever_goes_wrong_the_chat_goes_on(
+    chat: Chat, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Out of memory, say. And a line that is no text."""
+    say(chat, "Who?")
+    before = told(chat)
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("CUDA out of memory")
+
+    class Typed(Lines):
+        def __call__(self, prompt: str) -> str:
+            line = super().__call__(prompt)
+            if line == "broken":
+                raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "invalid start byte")
+            return line
+
+    monkeypatch.setattr(chat.stream, "generate", fails)
+    talk(chat, Typed("broken", "And then?", "/turns"))
+    printed = capsys.readouterr()
+    assert "this line is not text" in printed.err
+    assert "RuntimeError: CUDA out of memory" in printed.err
+    assert "Who?" in printed.out
+    assert told(chat) == before
+
+
+def test_a_session_of_several_rows_is_no_chat(chat: Chat, tmp_path: Path) -> None:
+    with kvsieve.stream(tiny.model(), kvsieve.Full()) as stream:
+        stream.feed(tiny.ids(2, 5))
+        stream.save(tmp_path / "two")
+    with pytest.raises(ArgumentError, match="2 conversations"):
+        chat.load(tmp_path / "two")
+    assert say(chat, "Who?")
 
 
 def test_a_model_that_is_no_chat_model_is_refused() -> None:

@@ -141,6 +141,23 @@ def test_what_was_taken_back_is_not_recorded(tmp_path: Path) -> None:
     assert Recorded(tmp_path / "r").tokens == [Words().decode([i]) for i in c[0].tolist()]
 
 
+def test_a_reset_is_forgotten_and_what_broke_the_block_is_told(tmp_path: Path) -> None:
+    (tmp_path / "gone").mkdir()
+    with kvsieve.stream(tiny.model(), kvsieve.Full()) as stream:
+        with stream.record(tmp_path / "r", Words()):
+            stream.feed(tiny.ids(1, 70))
+            stream.reset()
+            stream.feed(tiny.ids(1, 9, 4))
+        assert len(read(tmp_path / "r")["tokens"]) == 9
+
+        def breaks() -> None:
+            (tmp_path / "gone").rmdir()
+            raise ValueError("mine")
+
+        with pytest.raises(ValueError, match="mine"), stream.record(tmp_path / "gone" / "r", Words()):
+            breaks()
+
+
 def test_tokens_may_come_back_and_leave_again(tmp_path: Path) -> None:
     """A pin in a chain brings tokens back to its first memory; one that is evicted by name leaves for good."""
     with kvsieve.stream(tiny.model(), kvsieve.Full()) as stream, stream.record(tmp_path / "r", Words()):

@@ -21,6 +21,7 @@ import kvsieve
 from kvsieve.backends.heap import trim_heap
 from kvsieve.bench.caches import RIVALS, STOCK, cache_bytes, make_cache, static_of
 from kvsieve.bench.measure import steady
+from kvsieve.bench.options import MOST_ROUNDS
 from kvsieve.bench.subject import Layers, load, text_ids, token, weight_bytes
 from kvsieve.errors import KvsieveError
 from kvsieve.evals.models import quietly
@@ -28,7 +29,7 @@ from kvsieve.model.support import cache_name
 
 __all__ = ["Job", "resident_bytes", "serve"]
 
-ROOM = 64
+ROOM = MOST_ROUNDS + 14
 """Tokens for which a static cache has room beside those that were read."""
 
 _LOADED = transformers.LlamaForCausalLM, transformers.DynamicCache

@@ -24,7 +24,7 @@ import torch
 import kvsieve
 from kvsieve.bench.caches import RIVALS, STOCK, cache_bytes, make_cache
 from kvsieve.bench.measure import Clock, Run, figure, interleaved, readers, steady
-from kvsieve.bench.options import DTYPES, RANDOM, Options
+from kvsieve.bench.options import DTYPES, MOST_ROUNDS, RANDOM, Options
 from kvsieve.bench.report import Report, Row, middle, spread, timings
 from kvsieve.bench.subject import Layers, Pair, layers_of, load, model, past, token, unrotated, weight_bytes, wide
 from kvsieve.errors import AccuracyError
@@ -68,7 +68,7 @@ COLUMNS = (
     ("torch's", 7),
 )
 
-ROOM = 64
+ROOM = MOST_ROUNDS + 14
 """Tokens for which a static cache has room beside those that were seen."""
 
 

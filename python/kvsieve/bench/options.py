@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from kvsieve.errors import BenchError
@@ -11,6 +12,10 @@ __all__ = ["DTYPES", "POLICIES", "RANDOM", "TABLES", "WHOLE", "Options", "Shape"
 
 DTYPES = {"f32": "float32", "bf16": "bfloat16", "f16": "float16"}
 """Short names of the element types, and torch's."""
+
+
+MOST_ROUNDS = 50
+"""Rounds of a case: a static cache has room for so many tokens, and some more."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +154,11 @@ class Options:
             raise BenchError(f"{table} has its own policies; --policy goes with policies")
         if resume and json is None:
             raise BenchError("--resume goes on with a file: name it by --json")
+        if rounds is not None and rounds > MOST_ROUNDS:
+            raise BenchError(f"--rounds is at most {MOST_ROUNDS}, got {rounds}")
+        apart = (rounds or 9) + 3
+        if table == "policies" and any(b - a < apart for a, b in pairwise(sorted(set(lengths or ())))):
+            raise BenchError(f"lengths of {table} are at least {apart} tokens apart, because measuring reads some")
         if plot is not None and plot.suffix not in (".png", ".svg"):
             raise BenchError(f"a picture is .png or .svg, got --plot {plot}")
         for dtype in dtypes or ():

@@ -117,9 +117,10 @@ def run(settings: Settings) -> list[CaseResult]:
     task, results = TASKS[settings.task], dict(held)
     keys = ((repr(policy), length, index) for length in settings.lengths for index in range(settings.cases) for policy in policies)
     wanted = list(dict.fromkeys(keys))
-    guessed = guesses(task, build_cases(tokenizer, task, settings))
+    cases = build_cases(tokenizer, task, settings)
+    guessed = guesses(task, cases)
     try:
-        for result in evaluate(model, tokenizer, task, policies, settings, held):
+        for result in evaluate(model, tokenizer, task, policies, settings, held, cases):
             results[result.key] = result
             if settings.json is not None:
                 about = {name: getattr(task, name) for name in ("name", "metric", "source")}
@@ -142,6 +143,7 @@ def evaluate(
     policies: Sequence[Policy],
     settings: Settings,
     held: dict[tuple[str, int, int], CaseResult] | None = None,
+    cases: Mapping[tuple[int, int], Case] | None = None,
 ) -> Iterator[CaseResult]:
     """The results of a task, case by case; of one case, policy by policy, so that what is interrupted compares them fairly.
 
@@ -149,6 +151,7 @@ def evaluate(
         model, tokenizer: any that a stream serves.
         settings: lengths, cases, seed, chunk and backend count here.
         held: results that are there already, by :attr:`CaseResult.key`; they are not run again.
+        cases: those of :func:`build_cases`, where they are made already.
 
     Raises:
         KvsieveError: before anything is run, for lengths too short for the task, cases that are held and that this tokenizer
@@ -158,7 +161,7 @@ def evaluate(
     for policy in policies:
         # What a policy cannot do on this model is said now, not after the first case of another one.
         kvsieve.stream(model, _of_one_case(policy), backend=settings.backend).close()
-    cases = build_cases(tokenizer, task, settings)
+    cases = build_cases(tokenizer, task, settings) if cases is None else cases
     for key, result in held.items():
         if key[1:] in cases and cases[key[1:]].digest != result.case:
             raise ResultsError(

@@ -66,6 +66,8 @@ def _view_file(arguments: argparse.Namespace) -> int:
         recording = recording_of(file, arguments.model)
     else:
         recording = read(file)
+        if arguments.model is not None:
+            raise KvsieveError(f"{file} is a recording, which holds its text; --model is of a session file")
     with replacing(out, "page") as opened:
         opened.write(page(recording, title=f"{recording['policy']}: {file.name}").encode())
     print(f"{out}: {len(recording['tokens']):,} tokens, {out.stat().st_size / 1e6:.1f} MB")

@@ -54,7 +54,9 @@ def _moment(file: TensorFile, path: Path, model: str | None) -> dict[str, Any]:
         raise file.error(f"it has seen {header['seen'][0]} tokens and knows {len(ids)}")
     holds = _per_head(file, len(ids)) or [_shared(file, len(ids))]
     sizes = [file.num_bytes(name) for name in file.names if not name.startswith(("transcript/", "positions.", "scores."))]
-    full = len(ids) * sum(heads * (keys + values) * _SIZES.get(dtype, 2) for _, heads, keys, values, dtype in header["model"][2])
+    full = sum(header["seen"]) * sum(
+        heads * (keys + values) * _SIZES.get(dtype, 2) for _, heads, keys, values, dtype in header["model"][2]
+    )
     held = max(int(one["mask"].sum(1).max(initial=0)) for one in holds)
     numbers: dict[str, float] = {"seen": len(ids), "held": held, "bytes": sum(sizes), "full": full, "seconds": float("nan")}
     saved = datetime.fromtimestamp(os.stat(path).st_mtime, timezone.utc)
