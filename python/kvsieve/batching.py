@@ -17,6 +17,7 @@ import torch
 from kvsieve import generate as turns
 from kvsieve.checks import check_flag, integer, told
 from kvsieve.errors import ArgumentError, CacheMismatchError, StateError, UnsupportedError
+from kvsieve.locks import shared_lock
 from kvsieve.model.cache import StreamCache
 from kvsieve.model.generation import Settings
 from kvsieve.model.support import cache_name
@@ -176,7 +177,7 @@ class _Sampler:
         if config.max_length <= call.width:
             raise ArgumentError(f"max_length={config.max_length} is reached already by the {call.width} tokens that are given")
         model._prepare_special_tokens(config, True, device=call.given.ids.device)
-        self._sample = bool(config.do_sample)
+        self._sample = config.do_sample is not None and check_flag("do_sample", config.do_sample)
         self._processors = model._get_logits_processor(
             generation_config=config,
             input_ids_seq_length=call.width,
@@ -223,7 +224,7 @@ class Batch:
         self.most = integer("most", most, 1)
         self._waiting: list[Answer] = []
         self._active: list[Answer] = []
-        self._lock = threading.RLock()
+        self._lock = shared_lock()
 
     @property
     def answers(self) -> list[Answer]:
@@ -288,8 +289,10 @@ class Batch:
         """The answer is over; what was said stays, and what was read of a prompt. One that is over already stays as it is.
 
         Raises:
-            StateError: for an answer of another batch.
+            StateError: for an answer of another batch. ArgumentError: for what is no answer.
         """
+        if not isinstance(answer, Answer):
+            raise ArgumentError(f"cancel takes what add() returned, got {told(answer)}")
         with self._lock:
             if answer.done:
                 return

@@ -2,7 +2,7 @@
 
 The child of a fork has the parent's memory, but of its threads only the one that forked: a lock that another thread held stays held
 there for ever, and what it guards stays half changed. So a fork waits until the other threads have left what these locks guard,
-which is bookkeeping, done in milliseconds, and never a model's forward. (The core's own locks do the same; see `fork.rs`.)
+which is bookkeeping, done in milliseconds, or a step of a batch. (The core's own locks do the same; see `fork.rs`.)
 """
 
 from __future__ import annotations

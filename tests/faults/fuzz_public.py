@@ -23,6 +23,7 @@ import argparse
 import contextlib
 import copy
 import decimal
+import functools
 import inspect
 import math
 import mmap
@@ -186,7 +187,17 @@ OTHERS: list[Callable[[], Any]] = [
 ]
 ENDLESS = ("max_new_tokens", "max_length", "num_beams")
 """A large number here is no mistake, and takes as long as it says."""
-NOT_EVERYWHERE = {"Stream", "Stream.evict", "Stream.feed", "Stream.join", "Stream.kept", "Stream.pin", "Stream.read_twice"}
+NOT_EVERYWHERE = {
+    "Answer",
+    "Batch.add",
+    "Stream",
+    "Stream.evict",
+    "Stream.feed",
+    "Stream.join",
+    "Stream.kept",
+    "Stream.pin",
+    "Stream.read_twice",
+}
 NOT_EVERYWHERE |= {"Stream.remember", "Stream.trace", "StreamCache.crop", "load", "model.generate()", "stream"}
 """What some policies refuse, so that it works in some scenes only."""
 OF_OTHER_LAYERS = {"get_conv_state", "get_recurrent_state", "update_conv_state", "update_recurrent_state", "update_indexer"}
@@ -415,6 +426,13 @@ def attempts(scene: Scene) -> Iterator[Work]:
     yield Work("Stream.generate", stream.generate, [ids, mask], {"end_turn": True, "unread": None, "pin": False, **told})
     yield Work("Stream.generate", stream.generate, [], {"inputs": ids, **told, "num_beams": 2})
     yield Work("Stream.generate", stream.generate, [ids], {**told, "eos_token_id": 2, "logits_processor": None})
+    yield Work("Batch", kvsieve.Batch, [model], {"most": 4})
+    yield Work("Batch.add", answered(scene), [stream, ids], {**told, "end_turn": True, "unread": None, "seed": 3})
+    yield Work("Answer", answered(scene), [stream, ids], told)
+    for name in ("answers", "step", "run"):
+        one = kvsieve.Batch(model)
+        yield Work(f"Batch.{name}", property_of(one, name) if name == "answers" else getattr(one, name))
+    yield Work("Batch.cancel", kvsieve.Batch(model).cancel, [finished(scene)])
     yield Work("Stream.end_turn", stream.end_turn)
     yield Work("Stream.reset", stream.reset)
     yield Work("Stream.remember", stream.remember)
@@ -498,6 +516,28 @@ def load_and_close(path: Any, **changes: Any) -> None:
     kvsieve.MemoryBank.load(path, **changes).close()
 
 
+def answered(scene: Scene) -> Callable[..., Any]:
+    """A stream's turn in a batch, from its beginning to its end."""
+
+    def call(stream: Any, ids: Any, **asked: Any) -> Any:
+        batch = kvsieve.Batch(scene.model)
+        answer = batch.add(stream, ids, **asked)
+        batch.run()
+        return answer.result()
+
+    return call
+
+
+@functools.cache
+def finished(scene: Scene) -> kvsieve.Answer:
+    """An answer that is over."""
+    with kvsieve.stream(scene.model, kvsieve.StreamingLLM(24), scene.backend) as stream:
+        batch = kvsieve.Batch(scene.model)
+        answer = batch.add(stream, tiny.ids(1, 3), max_new_tokens=1)
+        batch.run()
+    return answer
+
+
 def save_bank(tokenizer: Any, path: Any) -> None:
     bank = kvsieve.MemoryBank(path, capacity=64, chunk=4, top_k=8)
     try:
@@ -517,7 +557,7 @@ def public() -> set[str]:
     found |= set(policy.__all__) | {"parse", "System", "Mark"}
     found -= records | bases
     operators = {"__or__", "__rshift__", "__enter__", "__exit__", "__copy__", "__deepcopy__", "__reduce__"}
-    for kind in (kvsieve.Stream, kvsieve.MemoryBank, policy.Policy, methods.System, kvsieve.Stats):
+    for kind in (kvsieve.Stream, kvsieve.Batch, kvsieve.MemoryBank, policy.Policy, methods.System, kvsieve.Stats):
         found |= {f"{kind.__name__}.{n}" for n, v in vars(kind).items() if is_call(v) and (n[0] != "_" or n in operators)}
     names = {n for n in dir(StreamCache) if n[0] != "_" and is_call(inspect.getattr_static(StreamCache, n))} - OF_OTHER_LAYERS
     found |= {f"StreamCache.{n}" for n in names | {"__copy__", "__deepcopy__", "__reduce__"}}
