@@ -87,6 +87,16 @@ def recall(record: Any) -> Rows:
     return [["policy", "score", "held, MiB"], *rows, *guessed]
 
 
+def together(record: Any) -> Rows:
+    """Conversations answered together and one by one: tokens a second of all of them."""
+    rows = []
+    for row in record["rows"]:
+        rates = row["tokens_a_second"]
+        rows.append([code(row["policy"]), str(row["conversations"]), *(f"{rates[x]:.1f}" for x in ("one_by_one", "together"))])
+        rows[-1].append(f"{row['times']:.2f}")
+    return [["policy", "conversations", "one by one, tokens a second", "together", "times as fast"], *rows]
+
+
 def passkeys(record: Any) -> Rows:
     """The passkeys found, by policy and length; the order is that of the depths."""
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
@@ -214,6 +224,7 @@ TABLES = (
     Table("docs/results/tasks.md", "task-bytes", "tasks.json", task_bytes),
     Table("docs/results/tasks.md", "grocery-recall", "grocery.json", recall),
     Table("docs/results/decode.md", "policies", "policies.json", policies),
+    Table("docs/results/decode.md", "together", "together.json", together),
     Table("docs/results/attention.md", "attend", "attend.json", attend),
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),
