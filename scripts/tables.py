@@ -87,6 +87,15 @@ def recall(record: Any) -> Rows:
     return [["policy", "score", "held, MiB"], *rows, *guessed]
 
 
+def prices(record: Any) -> Rows:
+    """What storage formats cost after a prompt, beside the full cache."""
+    rows = []
+    for row in record["prices"]:
+        change = "" if row["name"] == "Full()" else f"{100 * row['change']:+.1f} ± {100 * (row['error'] or 0):.1f} %"
+        rows.append([code(row["name"]), f"{row['held']:.2f}", f"{row['perplexity']:.3f}", change])
+    return [["policy", "bytes after the prompt", "perplexity", "change"], *rows]
+
+
 def together(record: Any) -> Rows:
     """Conversations answered together and one by one: tokens a second of all of them."""
     rows = []
@@ -224,6 +233,7 @@ TABLES = (
     Table("docs/results/tasks.md", "task-bytes", "tasks.json", task_bytes),
     Table("docs/results/tasks.md", "grocery-recall", "grocery.json", recall),
     Table("docs/results/decode.md", "policies", "policies.json", policies),
+    Table("docs/results/packing.md", "packing-heads-of-128", "packing-heads-of-128.json", prices),
     Table("docs/results/decode.md", "together", "together.json", together),
     Table("docs/results/attention.md", "attend", "attend.json", attend),
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
