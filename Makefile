@@ -71,7 +71,7 @@ fuzz: setup ## random arguments to the compiled core and to the public calls, ch
 FAULT_ARGS ?=
 
 .PHONY: faults
-faults: setup ## every row of the fault matrix, reduced, in about ten minutes: counts and verdicts (FAULT_ARGS="--times 10", "--row memory")
+faults: setup ## every row of the fault matrix, reduced, planned for ten minutes: counts and verdicts (FAULT_ARGS="--times 10", "--row memory")
 	@$(BUILD_ENV) .venv/bin/python tests/faults/run.py $(FAULT_ARGS)
 
 .PHONY: audit
@@ -138,13 +138,13 @@ figures: ## the figures and tables of README and docs, made anew of the results 
 REPORT_ARGS ?=
 
 .PHONY: report
-report: setup ## a little of every measurement, in 20 minutes on two cores: out/report/index.html (REPORT_ARGS="--minutes 60 --resume")
+report: setup ## a little of each kind of measurement, planned for 20 minutes on two idle cores: out/report/index.html (REPORT_ARGS="--minutes 60 --resume")
 	.venv/bin/python scripts/report.py $(REPORT_ARGS)
 
 PEERS_ARGS ?=
 
 .PHONY: peers
-peers: setup ## kvsieve beside kvpress, OpenVINO, llama.cpp and transformers' caches, each in its own environment (half an hour; PEERS_ARGS)
+peers: setup ## kvsieve beside kvpress, OpenVINO, llama.cpp and transformers' caches, each in its own environment (long; PEERS_ARGS)
 	@mkdir -p out
 	$(BUILD_ENV) .venv/bin/python benches/peers/run.py --json out/peers.json $(PEERS_ARGS)
 

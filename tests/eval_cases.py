@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import kvsieve
 import tiny
 import torch
 from kvsieve.evals import harness, results
+from kvsieve.evals.task import Question
 from kvsieve.evals.tasks import TASKS
 
-__all__ = ["POLICIES", "Chunky", "Letters", "evaluate", "settings"]
+__all__ = ["POLICIES", "Chunky", "Letters", "evaluate", "settings", "stock_choice"]
 
 POLICIES = ("full()", "streamingllm(64)")
 
@@ -54,3 +56,16 @@ def settings(**changes: Any) -> harness.Settings:
 def evaluate(task: str, **changes: Any) -> list[results.CaseResult]:
     policies = [kvsieve.methods.parse(text) for text in POLICIES]
     return list(harness.evaluate(tiny.model(), Letters(), TASKS[task], policies, settings(task=task, **changes)))
+
+
+def stock_choice(context: Sequence[int], question: Question) -> tuple[int, ...]:
+    """The option of the highest mean log-probability a token after the context, by the tiny model without a stream."""
+    means = []
+    for option in question.options:
+        ids = torch.tensor([[*context, *question.ids, *option]])
+        with torch.no_grad():
+            losses = (
+                tiny.model()(ids).logits[0, -len(option) - 1 : -1].float().log_softmax(-1).gather(1, ids[0, -len(option) :, None])
+            )
+        means.append(float(losses.mean()))
+    return question.options[means.index(max(means))]

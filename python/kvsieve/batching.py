@@ -20,6 +20,7 @@ from kvsieve.errors import ArgumentError, CacheMismatchError, StateError, Unsupp
 from kvsieve.locks import shared_lock
 from kvsieve.model.cache import StreamCache
 from kvsieve.model.generation import Settings
+from kvsieve.model.sampling import Sampler
 from kvsieve.model.support import cache_name
 from kvsieve.runtime.batch import positions_of
 from kvsieve.runtime.process import defer_sigint
@@ -59,7 +60,7 @@ class Answer:
         self._random = None if seed is None else torch.Generator(new.device).manual_seed(integer("seed", seed, 0))
         self._call = turns.Call(stream._reader(), [new], [before], new[None], kwargs, settings)
         self._turn, self._shown, self._prompted = self._call.turn, self._call.given.ids, False
-        self._sampler = _Sampler(stream.model, self._call, kwargs, settings)
+        self._sampler = Sampler(stream.model, self._call.width, self._shown.device, kwargs, settings)
         self._positions = positions_of(self._engine, self._call.batch)
         self._started_at = (self._engine.transcript.seen() or [0])[0]
         self._logits: torch.Tensor | None = None
@@ -154,53 +155,6 @@ class Answer:
         if self.error is not None:
             raise self.error
         return self.ids
-
-
-class _Sampler:
-    """The next token, by what `generate` would be asked for."""
-
-    def __init__(self, model: PreTrainedModel, call: Any, kwargs: dict[str, Any], settings: Settings) -> None:
-        from transformers import LogitsProcessorList, StoppingCriteriaList
-
-        known = {
-            name: value for name, value in kwargs.items() if name not in ("logits_processor", "stopping_criteria", "tokenizer")
-        }
-        config, left = model._prepare_generation_config(known.pop("generation_config", None), **known)
-        left = {name: value for name, value in left.items() if name in known}
-        if left:
-            raise UnsupportedError(f"an answer of a batch does not know {', '.join(sorted(left))}")
-        most = settings.get("max_new_tokens")
-        if most is None and settings.get("max_length") is not None:
-            config.max_length = integer("max_length", settings.get("max_length"), 1)
-        else:
-            config.max_length = call.width + integer("max_new_tokens", 20 if most is None else most, 1)
-        if config.max_length <= call.width:
-            raise ArgumentError(f"max_length={config.max_length} is reached already by the {call.width} tokens that are given")
-        model._prepare_special_tokens(config, True, device=call.given.ids.device)
-        self._sample = config.do_sample is not None and check_flag("do_sample", config.do_sample)
-        self._processors = model._get_logits_processor(
-            generation_config=config,
-            input_ids_seq_length=call.width,
-            logits_processor=LogitsProcessorList(kwargs.get("logits_processor") or ()),
-            device=str(call.given.ids.device),
-            model_kwargs={},
-        )
-        self._criteria = model._get_stopping_criteria(
-            generation_config=config,
-            stopping_criteria=StoppingCriteriaList(kwargs.get("stopping_criteria") or ()),
-            tokenizer=kwargs.get("tokenizer"),
-        )
-
-    def next(self, ids: torch.Tensor, logits: torch.Tensor, random: torch.Generator | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The token ``[1]`` after ``ids`` ``[1, n]``, and the scores ``[1, V]`` that it was chosen by."""
-        scores = self._processors(ids, logits.to(torch.float32, copy=True))
-        if not self._sample:
-            return scores.argmax(-1), scores
-        return torch.multinomial(scores.softmax(-1), 1, generator=random)[:, 0], scores
-
-    def over(self, ids: torch.Tensor, scores: torch.Tensor) -> bool:
-        """Whether ``ids`` are the end of the answer."""
-        return bool(self._criteria(ids, scores).all())
 
 
 class Batch:

@@ -6,8 +6,7 @@ import statistics
 
 import kvsieve
 import tiny
-import torch
-from eval_cases import Letters, evaluate, settings
+from eval_cases import Letters, evaluate, settings, stock_choice
 from kvsieve.evals import harness, results
 from kvsieve.evals.task import Case
 from kvsieve.evals.tasks import TASKS
@@ -78,13 +77,7 @@ def test_a_question_in_between_is_of_what_stands_before_it_and_leaves_no_trace()
     assert len(full.answers) == len(window.answers) == len(case.questions) > 4
     for question, answer in list(zip(case.questions, full.answers))[::3]:
         context = [one for turn in case.turns[: question.after] for one in turn]
-        means = []
-        for option in question.options:
-            ids = torch.tensor([[*context, *question.ids, *option]])
-            with torch.no_grad():
-                losses = model(ids).logits[0, -len(option) - 1 : -1].float().log_softmax(-1).gather(1, ids[0, -len(option) :, None])
-            means.append(float(losses.mean()))
-        assert answer == Letters().decode(question.options[means.index(max(means))])
+        assert answer == Letters().decode(stock_choice(context, question))
     last = Case(case.turns, case.questions[-1:])
     with kvsieve.stream(model, kvsieve.StreamingLLM(64)) as stream:
         alone = harness.run_case(stream, Letters(), TASK, last, settings(task="rps"), LENGTH, 0, progress=lambda tokens: None)
