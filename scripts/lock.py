@@ -20,7 +20,7 @@ except ModuleNotFoundError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parent.parent
-EXTRAS = ("demo", "dev", "serve", "weights")
+EXTRAS = ("demo", "dev", "serve")
 HEADERS = {
     "main": """\
 # Exact versions of everything that kvsieve runs, demonstrates and tests with. Written by `make lock`; do not edit.
