@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from kvsieve.bank.entries import BankLayer
 from kvsieve.errors import StateError
 from kvsieve.model import fingerprint
+from kvsieve.model.parallel import refuse_files
 from kvsieve.runtime.bank import Banking
 from kvsieve.runtime.exclusive import exclusive
 
@@ -22,11 +23,12 @@ def lead(engine: Engine, model: PreTrainedModel) -> None:
     """The engine's rows are what its bank holds, if it has one.
 
     Raises:
-        CacheMismatchError: if the bank belongs to another model.
+        CacheMismatchError: if the bank belongs to another model. UnsupportedError: on a model that is spread over processes.
         StateError: if another stream writes it.
     """
     part = engine.parts.find(Banking)
     if part is not None:
+        refuse_files(engine.facts, "a bank")
         layers = [BankLayer(x.index, x.num_kv_heads, x.key_dim, x.value_dim, x.dtype) for x in engine.facts.layers]
         part.lead(part.rule.book.bind(layers, identity_of(engine, model)))
 

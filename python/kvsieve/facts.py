@@ -12,7 +12,7 @@ import torch
 if TYPE_CHECKING:
     from kvsieve._core import Rope
 
-__all__ = ["AttentionLayer", "LayerRope", "ModelFacts"]
+__all__ = ["AttentionLayer", "LayerRope", "ModelFacts", "Ranks"]
 
 Layout = Literal["half", "interleaved"]
 
@@ -121,6 +121,36 @@ class LayerRope:
 
 
 @dataclass(frozen=True, eq=False)
+class Ranks:
+    """The processes that a model is spread over (tensor parallel): each holds some of the KV heads of every layer.
+
+    Attributes:
+        group: of ``torch.distributed``.
+        size: processes in it.
+    """
+
+    group: Any = field(repr=False)
+    size: int
+
+    def sum(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over all processes, the same to the last bit in each of them."""
+        import torch.distributed
+
+        total = x.clone()
+        torch.distributed.all_reduce(total, group=self.group)
+        return total
+
+    def agree(self, mine: bytes, device: torch.device) -> bool:
+        """Whether all processes come with the same bytes, of one length; all of them are told the same."""
+        import torch.distributed
+
+        told = torch.tensor(list(mine), dtype=torch.int64, device=device)
+        both = torch.stack([told, -told])
+        torch.distributed.all_reduce(both, op=torch.distributed.ReduceOp.MAX, group=self.group)
+        return bool((both[0] == -both[1]).all())
+
+
+@dataclass(frozen=True, eq=False)
 class AttentionLayer:
     """One full-attention layer of a model, as the probe saw it.
 
@@ -160,6 +190,7 @@ class ModelFacts:
             use at that moment; None when unknown.
         longrope: whether the model changes its frequencies with the length it has seen.
         dynamic_rope: whether it does so in a way that cannot be re-placed.
+        ranks: the processes that share its heads; None of a model in one process. Heads and bytes are those of this process.
     """
 
     layers: tuple[AttentionLayer, ...]
@@ -169,6 +200,7 @@ class ModelFacts:
     logits_of: Callable[[torch.Tensor], torch.Tensor] | None
     longrope: bool
     dynamic_rope: bool
+    ranks: Ranks | None = None
 
     @property
     def bytes_per_token(self) -> int:

@@ -27,6 +27,7 @@ from kvsieve.files.tensor_file import Kind, Later, TensorFile, write
 from kvsieve.files.tensor_file import opened as opened_file
 from kvsieve.methods.parser import parse
 from kvsieve.model import fingerprint
+from kvsieve.model.parallel import refuse_files
 from kvsieve.runtime.saved import MOST, Saved, in_range, of_kind
 
 if TYPE_CHECKING:
@@ -50,12 +51,13 @@ def save(engine: Engine, model: PreTrainedModel, path: str | PathLike[str], toke
     undone before.
 
     Raises:
-        UnsupportedError: if the policy has parts that text cannot describe.
+        UnsupportedError: if the policy has parts that text cannot describe, or the model is spread over processes.
         SaveError: if the file cannot be written; what was there before is as it was.
     """
     policy = engine.policy
     if not _is_text(policy):
         raise UnsupportedError(f"the policy {policy!r} cannot be written as text; save works for kvsieve's own policies")
+    refuse_files(engine.facts, "a session file")
     engine.idle()
     tensors = _tokens(engine)
     data = {}
@@ -113,8 +115,9 @@ class SavedStream:
         """Refuse a model, its weights, or a tokenizer that the stream does not come from.
 
         Raises:
-            CacheMismatchError: naming what differs.
+            CacheMismatchError: naming what differs. UnsupportedError: for a model that is spread over processes.
         """
+        refuse_files(engine.facts, "a session file")
         header, mine = self._file.header, _shape(model, engine.facts)
         theirs, why = header["model"], None
         if mine != theirs:

@@ -114,6 +114,7 @@ class Stream:
     ) -> None:
         from kvsieve.model.cache import StreamCache
         from kvsieve.model.hooks import attach
+        from kvsieve.model.parallel import check_same
         from kvsieve.model.support import look_through, stored_keys
         from kvsieve.runtime.engine import Engine
 
@@ -128,6 +129,7 @@ class Stream:
                 facts = self._attachment.facts
                 chosen = chosen or backends.get(backends.choose(facts.layers[0].device, facts.layers[0].dtype))
                 self._engine = Engine(policy, facts, chosen, stored_keys(type(self.model).__name__, policy, facts))
+                check_same(facts, f"{policy!r} on {chosen.name}")
                 banks.lead(self._engine, self.model)
             else:
                 self._engine = _parent._engine.fork()
@@ -285,8 +287,7 @@ class Stream:
         that was delivered; :meth:`rewind` goes back to a mark taken before.
         """
         input_ids, kwargs = turns.unpack(input_ids, kwargs)
-        if "inputs" in kwargs and input_ids is None:
-            input_ids = kwargs.pop("inputs")
+        input_ids = kwargs.pop("inputs") if input_ids is None and "inputs" in kwargs else input_ids
         mask = kwargs.pop("attention_mask", None) if attention_mask is None else attention_mask
         for name in ("past_key_values", "cache"):
             if name in kwargs:
@@ -389,8 +390,7 @@ class Stream:
     def fork(self) -> Stream:
         """A second stream that shares this one's past. Blocks are shared until one of the two writes; neither changes the other."""
         self._check_open()
-        child = Stream(self.model, self.policy, _parent=self)
-        return child
+        return Stream(self.model, self.policy, _parent=self)
 
     def join(self, streams: Sequence[Stream], *, canonical: bool = False) -> Stream:
         """A stream that goes on from several documents, each read by a fork of this stream (set-based prompting, arXiv 2406.06581).

@@ -16,6 +16,7 @@ from kvsieve.errors import UnsupportedModelError
 from kvsieve.facts import AttentionLayer, LayerRope, ModelFacts
 from kvsieve.model.handoff import Watch, state
 from kvsieve.model.head import find_head
+from kvsieve.model.parallel import ranks_of
 from kvsieve.model.rope import measure
 from kvsieve.model.support import cache_name, layer_types, versions
 
@@ -148,6 +149,7 @@ class Probe:
             logits_of=find_head(self.model, self.config, hidden, logits),
             longrope=rope_type == "longrope",
             dynamic_rope=rope_type == "dynamic",
+            ranks=ranks_of(self.model),
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from kvsieve.errors import UnsupportedModelError
+from kvsieve.model.parallel import ranks_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,6 +83,7 @@ def refuse(model: PreTrainedModel) -> None:
         raise UnsupportedModelError(f"{name} is an encoder-decoder; streams serve decoder-only models")
     if not model.can_generate() or model.get_output_embeddings() is None:
         raise UnsupportedModelError(f"{name} has no language-model head; pass the causal-LM model, not its base")
+    ranks_of(model)
     config = model.config.get_text_config(decoder=True)
     if getattr(config, "kv_lora_rank", None):
         raise UnsupportedModelError(f"{name} uses multi-head latent attention, whose cache is not keys and values per head")

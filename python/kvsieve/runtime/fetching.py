@@ -99,7 +99,7 @@ class Fetching(StreamPart):
     def __init__(self, rule: FetchedSelection, setting: Setting) -> None:
         self.rule, self.summary = rule, summary_of(rule)
         self._policy, self._blocks = setting.policy, setting.blocks
-        self._tiered = setting.policy.tiers is not None
+        self._tiered, self._ranks = setting.policy.tiers is not None, setting.facts.ranks
         self._layers = {layer.index: layer for layer in setting.facts.layers}
         self.rows: Rows = []
         self.read: dict[int, list[Fetched | None]] = {}
@@ -208,6 +208,8 @@ class Fetching(StreamPart):
             pieces, asked = [piece.flatten(1) for piece in pieces], asked.flatten()
         # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
         scores = torch.cat([(piece * asked).sum(-1) for piece in pieces])
+        if self._ranks is not None and not self.rule.per_head:
+            scores = self._ranks.sum(scores)
         scores = scores.T.contiguous() if self.rule.per_head else scores[None]
         return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 

@@ -99,7 +99,7 @@ class Recycling(StreamPart):
     stores_all = True
 
     def __init__(self, rule: RecycledSelection, setting: Setting) -> None:
-        self.rule, self._blocks = rule, setting.blocks
+        self.rule, self._blocks, self._ranks = rule, setting.blocks, setting.facts.ranks
         self._ropes = {layer.index: layer.rope for layer in setting.facts.layers}
         self._layers = {layer.index: layer for layer in setting.facts.layers}
         self.rows: list[RowState] = []
@@ -177,6 +177,8 @@ class Recycling(StreamPart):
     def _mean_query(self, layer: int, q: torch.Tensor, position: int) -> torch.Tensor:
         """The mean over heads of ``q`` ``[H, D]``, turned back from ``position``: float32 ``[D]``."""
         mean, rope = q.detach().float().mean(0, keepdim=True), self._ropes[layer]
+        if self._ranks is not None:
+            mean = self._ranks.sum(mean) / self._ranks.size
         if rope is not None:
             mean = rope.rotate(mean, torch.tensor([-position], device=mean.device), factor=False)
         return mean[0]
