@@ -12,12 +12,13 @@ from pathlib import Path
 from kvsieve.errors import BackendError
 from kvsieve.methods.registry import SYSTEMS
 
-__all__ = ["BACKENDS", "MODEL", "POLICIES", "add_machine", "need_torch", "output", "positive", "whole"]
+__all__ = ["BACKENDS", "MODEL", "POLICIES", "WEIGHTS", "add_machine", "add_weights", "need_torch", "output", "positive", "whole"]
 
 MODEL = "smollm2, a local model folder, or a GGUF file"
 POLICIES = "known: " + ", ".join(system.text_name for system in SYSTEMS)
 BACKENDS = ("reference", "cpu", "cuda")
 DTYPES = ("float32", "bfloat16", "float16")
+WEIGHTS = ("int8", "int4")
 
 
 def output(text: str) -> Path:
@@ -51,6 +52,11 @@ def add_machine(parser: argparse.ArgumentParser, *, dtype_help: str) -> None:
     parser.add_argument("--dtype", choices=DTYPES, help=dtype_help)
     parser.add_argument("--threads", type=positive, help="CPU threads for torch; default: torch's own choice")
     parser.add_argument("--backend", help=f"{', '.join(BACKENDS)}; default: the fastest that can run here")
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+    """The argument `--weights`."""
+    parser.add_argument("--weights", choices=WEIGHTS, help="linear layers in 8 or 4 bits, on a CPU; default: as --dtype says")
 
 
 def need_torch(threads: int | None) -> None:

@@ -22,6 +22,7 @@ from kvsieve.arguments import BACKENDS as _BACKENDS
 from kvsieve.arguments import MODEL as _MODEL
 from kvsieve.arguments import POLICIES as _POLICIES
 from kvsieve.arguments import add_machine as _add_machine
+from kvsieve.arguments import add_weights as _add_weights
 from kvsieve.arguments import need_torch as _need_torch
 from kvsieve.arguments import output as _output
 from kvsieve.arguments import positive as _positive
@@ -112,6 +113,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--json", type=_output, help="also write prompt, text and stats to this file")
     generate.add_argument("--record", type=_output, metavar="FILE", help="record what is held at every step, for kvsieve view FILE")
     _add_machine(generate, dtype_help="default: float32")
+    _add_weights(generate)
     generate.set_defaults(run=_generate)
 
 
@@ -159,6 +161,10 @@ def _generate(arguments: argparse.Namespace) -> int:
     if arguments.json is not None:
         target_of(arguments.json, "report")  # what cannot be written is said before the model is loaded
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
+    if arguments.weights is not None:
+        from kvsieve.quantized_weights import quantize_weights
+
+        quantize_weights(model, arguments.weights)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with kvsieve.stream(model, policy, backend=arguments.backend) as stream:
         recording = contextlib.nullcontext() if arguments.record is None else stream.record(arguments.record, tokenizer)

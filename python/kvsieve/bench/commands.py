@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kvsieve.arguments import MODEL, need_torch, output, positive
+from kvsieve.arguments import MODEL, add_weights, need_torch, output, positive
 from kvsieve.arguments import POLICIES as KNOWN
 from kvsieve.bench.options import DTYPES, POLICIES, WHOLE, Options
 
@@ -33,6 +33,8 @@ def add_bench(commands: Any) -> None:
             one.add_argument("--model", help=f"{MODEL}; default: SmolLM2-135M's shape with random weights")
         else:
             one.add_argument("--shape", nargs="+", metavar="H/KV/D", help="heads/kv heads/head size; default: 9/3/64 32/8/128")
+        if table == "decode":
+            add_weights(one)
         if table == "policies":
             one.add_argument("--policy", nargs="+", action="extend", help=f"default: {' '.join(map(repr, POLICIES))}; {KNOWN}")
         one.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="element types")
@@ -61,6 +63,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         plot=arguments.plot,
         model=getattr(arguments, "model", None),
         policies=getattr(arguments, "policy", None),
+        weights=getattr(arguments, "weights", None),
         quick=arguments.quick,
     )
     need_torch(None)

@@ -68,6 +68,9 @@ COLUMNS = (
     ("torch's", 7),
 )
 
+QUANTIZED = 0.05
+"""Most error of logits where activations are rounded to 8 bits: a rounding elsewhere moves some of them by a step."""
+
 ROOM = MOST_ROUNDS + 14
 """Tokens for which a static cache has room beside those that were seen."""
 
@@ -136,8 +139,8 @@ def run(options: Options, report: Report) -> None:
             for length in options.lengths:
                 if report.known(dtype=dtype, length=length):
                     continue
-                layers = layers_of(model(kind, options.model))
-                kv, weights = layers.token_bytes(kind.itemsize) * length, weight_bytes(model(kind, options.model))
+                layers = layers_of(model(kind, options.model, options.weights))
+                kv, weights = layers.token_bytes(kind.itemsize) * length, weight_bytes(model(kind, options.model, options.weights))
                 exact = 0 if dtype == "f32" else 2 * kv + 3 * weights
                 if not report.skip(f"{dtype} {length}", 5 * kv + exact + weights + (2 << 30)):
                     with ExitStack() as streams:
@@ -153,12 +156,13 @@ class Case:
     def __init__(self, options: Options, dtype: str, length: int, layers: Layers, streams: ExitStack) -> None:
         self.dtype, self.length, self.layers, self.streams = dtype, length, layers, streams
         self.rounds, self.kind = options.rounds, getattr(torch, DTYPES[dtype])
-        self.made, self.wide = model(self.kind, options.model), wide(self.kind, options.model)
+        named = (options.model, options.weights)
+        self.made, self.wide = model(self.kind, *named), wide(self.kind, *named)
         self.runs: dict[str, Run] = {}
         self.errors: dict[str, float] = {}
         self.held: dict[str, int] = {}
-        self.pairs = past(length, self.kind, layers, options.model)
-        self.text = options.model != RANDOM
+        self.pairs = past(length, self.kind, layers, *named)
+        self.text, self.weights = options.model != RANDOM, options.weights
 
     def rivals(self, report: Report) -> torch.Tensor:
         """Fills transformers' caches, and adds them to what is timed; gives the logits in float32."""
@@ -188,6 +192,8 @@ class Case:
 
     def most(self, others: float) -> float:
         """What rounding explains: in 16 bits another right answer is off by ``others``."""
+        if self.weights is not None:
+            return QUANTIZED
         return LOGITS if self.dtype == "f32" else SLACK * others
 
     def add(self, name: str, cache: Any) -> None:

@@ -103,6 +103,7 @@ class Options:
         plot: a picture of the table, PNG or SVG.
         model: of ``decode`` and ``policies``: ``random``, ``smollm2``, a local folder, or a GGUF file.
         policies: of ``policies``, as text.
+        weights: of ``decode``: ``int8`` or ``int4`` for linear layers in so few bits, in the dtype ``f32``.
     """
 
     table: str
@@ -116,6 +117,7 @@ class Options:
     plot: Path | None = field(default=None, compare=False)
     model: str = RANDOM
     policies: tuple[str, ...] = POLICIES
+    weights: str | None = None
 
     @classmethod
     def of(
@@ -132,6 +134,7 @@ class Options:
         plot: Path | None = None,
         model: str | None = None,
         policies: list[str] | None = None,
+        weights: str | None = None,
         quick: bool = False,
     ) -> Options:
         """Options of ``table``, checked; what is not given is the table's own choice, less of it when ``quick``.
@@ -152,6 +155,8 @@ class Options:
             raise BenchError(f"{table} measures one layer of a --shape; --model goes with {' and '.join(WHOLE)}")
         if policies is not None and table != "policies":
             raise BenchError(f"{table} has its own policies; --policy goes with policies")
+        if weights is not None and (table != "decode" or set(dtypes or usual.dtypes) != {"f32"}):
+            raise BenchError("--weights goes with decode --dtype f32: what is left of the model stays in float32")
         if resume and json is None:
             raise BenchError("--resume goes on with a file: name it by --json")
         if rounds is not None and rounds > MOST_ROUNDS:
@@ -183,4 +188,5 @@ class Options:
             plot=plot,
             model=model or RANDOM,
             policies=tuple(policies) if policies else POLICIES,
+            weights=weights,
         )

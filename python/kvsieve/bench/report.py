@@ -54,7 +54,7 @@ def _cpu() -> str:
 
 Row = Mapping[str, Any]
 
-SAME = ("table", "model", "versions", "cpu", "instruction_set", "threads", "clock", "rounds")
+SAME = ("table", "model", "weights", "versions", "cpu", "instruction_set", "threads", "clock", "rounds")
 """Facts that two runs must have in common for their rows to stand in one table."""
 
 
@@ -90,7 +90,10 @@ class Report:
         self._json = options.json
         self._widths: list[int] = []
         self._cells: Callable[[Row], list[str]] = lambda row: []
-        self.content: dict[str, Any] = {"table": options.table, "model": options.model, **facts(options), "rows": [], "skipped": []}
+        self.content: dict[str, Any] = {
+            **{"table": options.table, "model": options.model, "weights": options.weights},
+            **{**facts(options), "rows": [], "skipped": []},
+        }
         if options.model == RANDOM and options.table not in WHOLE:
             self.content["model"] = None
         self._held: list[dict[str, Any]] = self._read() if options.resume else []

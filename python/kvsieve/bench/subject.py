@@ -20,6 +20,7 @@ from kvsieve.errors import BenchError
 from kvsieve.evals.texts import read_text
 from kvsieve.facts import LayerRope
 from kvsieve.model.support import cache_name
+from kvsieve.quantized_weights import Int4Linear
 
 __all__ = [
     *("CHUNK", "LAYERS", "SHAPE", "VOCABULARY", "Layers", "Pair", "layers_of", "load", "model", "past", "text_ids", "token"),
@@ -47,12 +48,19 @@ class Layers(NamedTuple):
 
 
 @functools.lru_cache(maxsize=1)
-def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def load(name: str, dtype: torch.dtype, weights: str | None = None) -> tuple[Any, Any]:
     """The model in ``dtype``, and its tokenizer; None of random weights, which are the same every time.
 
     Args:
         name: ``random``, ``smollm2``, a local folder, or a GGUF file. Raises as ``kvsieve.evals.models.load_model``.
+        weights: linear layers in few bits; raises as ``quantize_weights``.
     """
+    if weights is not None:
+        from kvsieve.quantized_weights import quantize_weights
+
+        made, tokenizer = load.__wrapped__(name, dtype)
+        quantize_weights(made, weights)
+        return made, tokenizer
     if name != RANDOM:
         from kvsieve.evals.models import load_model
 
@@ -75,15 +83,15 @@ def load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
         return LlamaForCausalLM._from_config(config, dtype=dtype).eval(), None
 
 
-def model(dtype: torch.dtype, name: str = RANDOM) -> Any:
+def model(dtype: torch.dtype, name: str = RANDOM, weights: str | None = None) -> Any:
     """The model of :func:`load`."""
-    return load(name, dtype)[0]
+    return load(name, dtype, weights)[0]
 
 
 @functools.lru_cache(maxsize=1)
-def wide(dtype: torch.dtype, name: str = RANDOM) -> Any:
+def wide(dtype: torch.dtype, name: str = RANDOM, weights: str | None = None) -> Any:
     """The same weights, computing in float32."""
-    narrow = model(dtype, name)
+    narrow = model(dtype, name, weights)
     if dtype == torch.float32:
         return narrow
     if name == RANDOM:
@@ -115,13 +123,19 @@ def layers_of(made: Any) -> Layers:
 
 
 @functools.lru_cache(maxsize=1)
-def past(length: int, dtype: torch.dtype, layers: Layers = Layers(), name: str = RANDOM) -> list[Pair]:  # noqa: B008
+def past(
+    length: int,
+    dtype: torch.dtype,
+    layers: Layers = Layers(),  # noqa: B008
+    name: str = RANDOM,
+    weights: str | None = None,
+) -> list[Pair]:
     """Keys and values ``[Hkv, length, D]`` of every layer: those of a text that a named model has read, or random ones.
 
     A text's keys are rotated, as transformers holds them.
     """
     if name != RANDOM:
-        return read(name, length, dtype)
+        return read(name, length, dtype, weights)
     generator = torch.Generator().manual_seed(1)
     shape = (layers.kv_heads, length, layers.dim)
 
@@ -131,9 +145,9 @@ def past(length: int, dtype: torch.dtype, layers: Layers = Layers(), name: str =
     return [(made(), made()) for _ in range(layers.layers)]
 
 
-def read(name: str, length: int, dtype: torch.dtype) -> list[Pair]:
+def read(name: str, length: int, dtype: torch.dtype, weights: str | None = None) -> list[Pair]:
     """What transformers' full cache holds after ``length`` tokens of a text."""
-    made, tokenizer = load(name, dtype)
+    made, tokenizer = load(name, dtype, weights)
     cache = make_cache(STOCK, made.config, length)
     with torch.no_grad():
         ids = text_ids(name, tokenizer, length)
@@ -168,8 +182,19 @@ def unrotated(k: torch.Tensor, positions: Sequence[int], rope: LayerRope | None)
 def weight_bytes(made: Any) -> int:
     """Bytes of weights that a token reads: all, but of a table of embeddings that is not the head too, which gives one row."""
     tables = made.get_input_embeddings().weight, getattr(made.get_output_embeddings(), "weight", None)
-    read = sum(p.nbytes for p in made.parameters())
+    read = sum(p.nbytes for p in made.parameters()) + sum(map(_packed_bytes, made.modules()))
     return int(read - (0 if tables[0] is tables[1] else tables[0].nbytes))
+
+
+def _packed_bytes(module: torch.nn.Module) -> int:
+    """Bytes of weights in few bits, which are no parameters, and of their scales."""
+    if isinstance(module, Int4Linear):
+        return sum(buffer.nbytes for buffer in module.buffers())
+    packed = getattr(module, "_packed_params", None)
+    if packed is None or not hasattr(packed, "_weight_bias"):
+        return 0
+    weight, bias = packed._weight_bias()
+    return int(weight.numel() + 8 * weight.shape[0] + (0 if bias is None else bias.nbytes))
 
 
 def token(made: Any, cache: Any) -> torch.Tensor:
