@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import importlib.util
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -112,18 +113,29 @@ def model_file() -> Path:
 @pytest.fixture(scope="session")
 def smollm2() -> tuple[Any, Any]:
     """The small model in float32 and its tokenizer, loaded once by a process. Do not change it."""
+    import tiny
     from kvsieve.evals.models import load_smollm2
 
-    return load_smollm2()
+    model, tokenizer = load_smollm2()
+    return tiny.shared(model), tokenizer
 
 
 @pytest.fixture
-def loaded(smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands that load the small model get a copy of the one that was loaded before."""
+def loaded(smollm2: tuple[Any, Any], monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Commands that load the small model get the one that was loaded before, which they may not change; the demo casts a copy."""
     import torch
 
     def load(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+        return smollm2 if dtype == torch.float32 else copied(dtype)
+
+    def copied(dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
         return copy.deepcopy(smollm2[0]).to(dtype), smollm2[1]
 
-    for module in ("kvsieve.evals.models", "kvsieve.demo.stages"):
-        monkeypatch.setattr(f"{module}.load_smollm2", load)
+    def weights() -> list[tuple[int, int]]:
+        return [(p.data_ptr(), p._version) for p in smollm2[0].parameters()]
+
+    before = weights()
+    monkeypatch.setattr("kvsieve.evals.models.load_smollm2", load)
+    monkeypatch.setattr("kvsieve.demo.stages.load_smollm2", copied)
+    yield
+    assert weights() == before, "the model that all tests share was changed"

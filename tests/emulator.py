@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import hashlib
 import os
 import platform
@@ -33,7 +34,7 @@ SHIM = Path(__file__).resolve().parent / "cuda"
 SHARED = os.environ.get("KVSIEVE_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "kvsieve"
 CACHE = Path(SHARED) / "emulator"
 FLAGS = ["-std=c++17", "-O2", "-fvisibility=hidden", "-ffp-contract=off", "-fno-strict-aliasing", "-fno-gnu-unique"]
-FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-shared", "-fPIC"]
+FLAGS += ["-Wall", "-Wno-unknown-pragmas", "-fPIC"]
 if platform.machine() == "x86_64" and " fma " in Path("/proc/cpuinfo").read_text():
     FLAGS.append("-mfma")  # fmaf is an instruction then and no call, with the same result
 
@@ -97,16 +98,30 @@ class Emulator:
         digest = hashlib.sha256("\n".join([source, *FLAGS]).encode())
         for path in included(self.folder / module.file, [SHIM / "shim.h", SHIM / "half.h"]):
             digest.update(path.read_bytes())
-        built = CACHE / f"{digest.hexdigest()}.so"
-        if not built.exists():
-            CACHE.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
-                (Path(scratch) / "kernel.cpp").write_text(source)
-                command = ["g++", *FLAGS, f"-I{SHIM}", f"-I{self.folder}", "kernel.cpp", "-o", "kernel.so"]
-                done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
-                assert done.returncode == 0, done.stderr
-                os.replace(Path(scratch) / "kernel.so", built)
-        return built
+        return built(f"{digest.hexdigest()}.so", source, "-shared", f"-I{shim_parsed()}", f"-I{SHIM}", f"-I{self.folder}")
+
+
+@functools.cache
+def shim_parsed() -> Path:
+    """A folder with ``shim.h.gch``: the shim and all that it includes, as g++ has parsed it once for every kernel."""
+    source = (SHIM / "shim.h").read_text()
+    version = subprocess.run(["g++", "--version"], capture_output=True, text=True, check=True).stdout
+    digest = hashlib.sha256("\n".join([source, version, *FLAGS]).encode()).hexdigest()
+    return built(f"{digest}/shim.h.gch", '#include "shim.h"\n', "-x", "c++-header", f"-I{SHIM}").parent
+
+
+def built(name: str, source: str, *arguments: str) -> Path:
+    """The file ``name`` of the cache, made of ``source`` unless it is there."""
+    made = CACHE / name
+    if not made.exists():
+        made.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=CACHE) as scratch:
+            (Path(scratch) / "kernel.cpp").write_text(source)
+            command = ["g++", *FLAGS, *arguments, "kernel.cpp", "-o", "made"]
+            done = subprocess.run(command, cwd=scratch, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            os.replace(Path(scratch) / "made", made)
+    return made
 
 
 def included(file: Path, found: list[Path]) -> list[Path]:

@@ -86,7 +86,7 @@ def fresh(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int =
 
 
 _examined: dict[Any, dict[Any, Any]] = {}
-"""What opening a stream found out about the models of :func:`model`, by the modes it was opened under."""
+"""What opening a stream found out about the models that are :func:`shared`, by the modes it was opened under."""
 
 
 @functools.cache
@@ -96,13 +96,17 @@ def model(family: str = "llama", dtype: torch.dtype = torch.float32, seed: int =
     A stream that opens on a model runs some tokens through it, which costs more than most tests do after it. As nobody changes this
     model, what the first stream found serves those that follow under the same modes. `fresh` and copies are examined every time.
     """
-    made = fresh(family, dtype, seed, **changes)
+    return shared(fresh(family, dtype, seed, **changes))
+
+
+def shared(made: Any) -> Any:
+    """``made``, which all tests of a process share from now on and nobody changes: it is examined once."""
     _examined[made] = {}
     return made
 
 
 def is_shared(made: Any) -> bool:
-    """Whether this is a model of :func:`model`, which all tests of a process share and nobody changes."""
+    """Whether this is a model that all tests of a process share and nobody changes."""
     return made in _examined
 
 

@@ -32,7 +32,7 @@ class LayerRope:
     layout: Layout
     factor: float = 1.0
 
-    @property
+    @cached_property
     def rotary_dim(self) -> int:
         """Channels that rotate."""
         return 2 * self.inv_freq.numel()
@@ -91,14 +91,15 @@ class LayerRope:
     def turn(self, x: torch.Tensor, table: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
         """``x`` ``[..., n, D]`` rotated by a table of :meth:`table`."""
         cos, sin = table
-        turned, rest = x[..., : self.rotary_dim], x[..., self.rotary_dim :]
+        rotary = self.rotary_dim
+        turned, rest = (x, None) if rotary == x.shape[-1] else (x[..., :rotary], x[..., rotary:])
         if self.layout == "half":
             a, b = turned.chunk(2, -1)
             turned = torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
         else:
             a, b = turned[..., 0::2], turned[..., 1::2]
             turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-        return torch.cat([turned, rest], -1) if rest.shape[-1] else turned
+        return turned if rest is None else torch.cat([turned, rest], -1)
 
     def rotate(self, x: torch.Tensor, positions: torch.Tensor, *, factor: bool = True) -> torch.Tensor:
         """``x`` ``[..., n, D]`` rotated by ``positions`` (int64 ``[n]``), in ``x``'s dtype."""

@@ -13,6 +13,7 @@ import torch
 import transformers
 from kvsieve.errors import UnsupportedModelError
 from kvsieve.model.cache import StreamCache
+from kvsieve.model.hooks import examined
 from kvsieve.model.support import NEWEST, OLDEST
 from transformers import Cache, LlamaForCausalLM, LlamaModel
 from transformers.models.llama import modeling_llama
@@ -153,6 +154,23 @@ def test_opening_runs_few_short_forwards() -> None:
         first = len(widths)
         with kvsieve.stream(model, kvsieve.Full()):
             assert len(widths) == first
+
+
+def test_who_opens_many_streams_has_the_model_examined_once() -> None:
+    """A command with a stream for each text. Afterwards the model is as it was, and examined anew."""
+    model = tiny.fresh()
+    before, widths = hooks(model), list[int]()
+    handle = model.register_forward_pre_hook(lambda m, a, k: widths.append(k["input_ids"].shape[1]), with_kwargs=True)
+    with examined(model):
+        once = len(widths)
+        for policy in (kvsieve.Full(), kvsieve.SirLLM(64)):
+            with kvsieve.stream(model, policy) as stream:
+                stream.feed(TEXT)
+        assert len(widths) == once + 2, "a stream reads its text, and nothing before it"
+    with kvsieve.stream(model, kvsieve.Full()):
+        assert len(widths) == 2 * once + 2
+    handle.remove()
+    assert hooks(model) == before
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ with kvsieve.stream(model, kvsieve.methods.parse(policies[0])) as stream:
     engine.begin_at(head, [(head, [(list(range(head)), [float("nan")] * head)])])
     before = resident()
     rss = lambda: None if before is None else resident() - before
+    k, v = torch.randn(3, head, 64), torch.randn(3, head, 64)
     for index in range(30):
-        k, v = torch.randn(3, head, 64), torch.randn(3, head, 64)
         store = engine.make_store(index, k[None], v[None])
         store.write(engine.planner.runs(0, 0), k, v)
     del k, v

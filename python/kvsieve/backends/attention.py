@@ -50,15 +50,16 @@ def attend(
     (heads, count, dim), (kv_heads, size, _) = q.shape, k.shape
     # The query heads of a group meet the same keys, one after another.
     rows = heads // kv_heads * count
-    logits = (q.reshape(kv_heads, rows, dim) @ k.transpose(-1, -2)).view(heads, count, size) * scale
+    # What a long prompt has of them is large, so that each step is taken in place.
+    logits = (q.reshape(kv_heads, rows, dim) @ k.transpose(-1, -2)).view(heads, count, size).mul_(scale)
     if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~visible, -torch.inf)
+        logits = logits.div_(softcap).tanh_().mul_(softcap)
+    logits.masked_fill_(~visible, -torch.inf)
     if 0 < top_k < logits.shape[-1]:
         kth = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth, -torch.inf)
+        logits.masked_fill_(logits < kth, -torch.inf)
     lse = torch.logsumexp(logits, -1)
-    weights = torch.exp(logits - torch.where(lse.isneginf(), 0.0, lse)[..., None])
+    weights = logits.sub_(torch.where(lse.isneginf(), 0.0, lse)[..., None]).exp_()
     return (weights.view(kv_heads, rows, size) @ v).view(heads, count, v.shape[2]), lse
 
 

@@ -27,6 +27,7 @@ from kvsieve.evals.models import fastest_dtype, load_smollm2, quietly, trained_l
 from kvsieve.evals.stream_nll import Progress, Reading
 from kvsieve.evals.texts import read_text
 from kvsieve.files.replace import replacing
+from kvsieve.model.hooks import examined
 from kvsieve.view.live import LiveTable
 from kvsieve.view.typist import print_while_generating
 
@@ -63,9 +64,10 @@ def run(settings: Settings, began: float | None = None) -> dict[str, Any]:
     assert trained is not None
     ids = _first_tokens(tokenizer, text, settings.tokens or 2 * trained)
 
-    recollections = _recollect_all(model, tokenizer, settings, began)
-    plan = _plan(model, ids, settings, trained, began)
-    readings, continuation = _read_all(model, tokenizer, ids, plan, settings, began)
+    with examined(model):
+        recollections = _recollect_all(model, tokenizer, settings, began)
+        plan = _plan(model, ids, settings, trained, began)
+        readings, continuation = _read_all(model, tokenizer, ids, plan, settings, began)
 
     found: dict[str, Any] = {
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items()},

@@ -157,7 +157,21 @@ def evaluate(
         KvsieveError: before anything is run, for lengths too short for the task, cases that are held and that this tokenizer
             makes otherwise, policies with a bank in a file, and what :func:`kvsieve.stream` refuses of any of them.
     """
-    held = {} if held is None else held
+    from kvsieve.model.hooks import examined
+
+    with examined(model):
+        yield from _evaluate(model, tokenizer, task, policies, settings, {} if held is None else held, cases)
+
+
+def _evaluate(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    policies: Sequence[Policy],
+    settings: Settings,
+    held: dict[tuple[str, int, int], CaseResult],
+    cases: Mapping[tuple[int, int], Case] | None,
+) -> Iterator[CaseResult]:
     for policy in policies:
         # What a policy cannot do on this model is said now, not after the first case of another one.
         kvsieve.stream(model, _of_one_case(policy), backend=settings.backend).close()

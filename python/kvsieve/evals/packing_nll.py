@@ -329,18 +329,21 @@ def _read(
     model: Any, chosen: dict[str, Policy], texts: list[torch.Tensor], settings: Settings
 ) -> Iterator[tuple[str, list[float], float]]:
     """Of each policy its name, the mean nats a token of each window, and what it held, as a share of the full cache's bytes."""
+    from kvsieve.model.hooks import examined
+
     head = max(settings.prompt - TAIL, 0)
-    prefixes = [read_prefix(model, text[:, :head], settings.backend) if head else None for text in texts]
-    for name, policy in chosen.items():
-        nll, held = [], []
-        for prefix, text in zip(prefixes, texts):
-            # What was read exactly, once for all, serves only those that keep it so until the prompt's end.
-            known, first = (prefix, head) if _keeps_until_end_of_turn(policy) else (None, 0)
-            prompt, continuation = text[:, first : settings.prompt], text[:, settings.prompt :]
-            one, share = losses(model, policy, known, prompt, continuation, backend=settings.backend)
-            nll.append(float(one.mean()))
-            held.append(share)
-        yield name, nll, statistics.fmean(held)
+    with examined(model):
+        prefixes = [read_prefix(model, text[:, :head], settings.backend) if head else None for text in texts]
+        for name, policy in chosen.items():
+            nll, held = [], []
+            for prefix, text in zip(prefixes, texts):
+                # What was read exactly, once for all, serves only those that keep it so until the prompt's end.
+                known, first = (prefix, head) if _keeps_until_end_of_turn(policy) else (None, 0)
+                prompt, continuation = text[:, first : settings.prompt], text[:, settings.prompt :]
+                one, share = losses(model, policy, known, prompt, continuation, backend=settings.backend)
+                nll.append(float(one.mean()))
+                held.append(share)
+            yield name, nll, statistics.fmean(held)
 
 
 def _keeps_until_end_of_turn(policy: Policy) -> bool:

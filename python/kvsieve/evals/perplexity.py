@@ -89,6 +89,7 @@ def run(settings: Settings) -> list[Row]:
             was written by other settings.
     """
     from kvsieve.evals.models import load_model
+    from kvsieve.model.hooks import examined
 
     policies = [kvsieve.methods.parse(text) for text in settings.policies]
     if not policies:
@@ -106,10 +107,11 @@ def run(settings: Settings) -> list[Row]:
         if ids.shape[1] < settings.length:
             raise KvsieveError(f"the text has {ids.shape[1]:,} tokens; give a longer one, or --length {ids.shape[1]}")
         try:
-            for policy in policies:
-                if repr(policy) not in rows:
-                    rows[repr(policy)] = _read(model, policy, ids, settings)
-                    _write(settings.json, facts, rows)
+            with examined(model):
+                for policy in policies:
+                    if repr(policy) not in rows:
+                        rows[repr(policy)] = _read(model, policy, ids, settings)
+                        _write(settings.json, facts, rows)
         except KeyboardInterrupt:
             print(f"kvsieve: {interrupted(len(rows), 'policies', settings.json)}", file=sys.stderr)
             raise

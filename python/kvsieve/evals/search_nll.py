@@ -287,6 +287,7 @@ def run(settings: Settings) -> list[Cost]:
     Holds the keys and values of all windows twice.
     """
     from kvsieve.evals.models import load_model
+    from kvsieve.model.hooks import examined
 
     chosen = settings.chosen()
     if not chosen:
@@ -297,7 +298,8 @@ def run(settings: Settings) -> list[Cost]:
     costs: list[Cost] = []
     for length in settings.lengths:
         texts = torch.cat(windows(ids, settings.windows, length + settings.continuation))
-        costs += _run_length(model, chosen, texts, length, settings, costs)
+        with examined(model):
+            costs += _run_length(model, chosen, texts, length, settings, costs)
         print("\n" + table([cost for cost in costs if cost.length == length]) + "\n", flush=True)
     return costs
 

@@ -157,6 +157,7 @@ def run(settings: Settings) -> list[Tried]:
             short, and a budget in which no candidate fits.
     """
     from kvsieve.evals.models import load_model
+    from kvsieve.model.hooks import examined
 
     more = [Candidate("as asked", lambda _, text=text: text) for text in settings.policies]  # type: ignore[misc]
     for candidate in more:
@@ -170,16 +171,17 @@ def run(settings: Settings) -> list[Tried]:
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
     # Enough for any length that the time allows; the whole of a large file would take longer to cut into tokens than to read.
     ids = tokenizer(text[: 8 << 20], return_tensors="pt", verbose=False)["input_ids"]
-    work = _Work(model, ids, settings)
-    tried = work.held(hashlib.sha256(text.encode()).hexdigest())
-    try:
-        for one in work.candidates([*more, *CANDIDATES], tried):
-            tried = [*tried, one]
-            work.write(tried)
-            print(f"{one.policy}: {one.nll:.4f} nats a token, {one.bytes_held / 1e6:.1f} MB, {one.seconds:.0f} s", flush=True)
-    except KeyboardInterrupt:
-        print(f"kvsieve: {interrupted(len(tried), 'candidates', settings.json)}", file=sys.stderr)
-        raise
+    with examined(model):
+        work = _Work(model, ids, settings)
+        tried = work.held(hashlib.sha256(text.encode()).hexdigest())
+        try:
+            for one in work.candidates([*more, *CANDIDATES], tried):
+                tried = [*tried, one]
+                work.write(tried)
+                print(f"{one.policy}: {one.nll:.4f} nats a token, {one.bytes_held / 1e6:.1f} MB, {one.seconds:.0f} s", flush=True)
+        except KeyboardInterrupt:
+            print(f"kvsieve: {interrupted(len(tried), 'candidates', settings.json)}", file=sys.stderr)
+            raise
     report(tried, settings, work)
     return tried
 

@@ -257,14 +257,11 @@ def kept(selection: Selection, positions: Sequence[int], num_keys: int, sinks: i
     ``window`` is that of these queries: for a query later than the one that selected, wider by the difference of their positions.
     """
     _counts(sinks=sinks, window=window)
-    at, key = torch.tensor(list(positions))[:, None], torch.arange(num_keys)[None, :]
-    near = (key < sinks) | (at - key < window)
-    out = torch.zeros(len(selection.starts), len(positions), num_keys, dtype=torch.bool)
-    for head in range(len(selection.starts)):
-        chosen = torch.zeros(num_keys, dtype=torch.bool)
-        chosen[torch.from_numpy(selection.tokens(head))] = True
-        out[head] = (key <= at) & (near | chosen)
-    return out
+    chosen = np.zeros((len(selection.starts), 1, num_keys), bool)
+    for head in range(len(chosen)):
+        chosen[head, 0, selection.tokens(head)] = True
+    at, key = np.array(positions, np.int64)[:, None], np.arange(num_keys)
+    return torch.from_numpy((key <= at) & ((key < sinks) | (at - key < window) | chosen))
 
 
 def sparse_attend(
