@@ -100,7 +100,7 @@ class FetchingLayer:
     def __init__(self, backend: str, policy: Any, call: AttendCall) -> None:
         self.backend, self.policy, self.call = backends.get(backend), policy, call
         self.blocks = Blocks(make_planner(policy.specs(1), policy.stored_keys))
-        facts = SimpleNamespace(layers=(), trained_length=None)
+        facts = SimpleNamespace(layers=(), trained_length=None, ranks=None)
         setting: Any = SimpleNamespace(policy=policy, facts=facts, backend=self.backend, blocks=self.blocks)
         part = Fetching.of(setting)
         assert part is not None

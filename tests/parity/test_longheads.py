@@ -194,7 +194,7 @@ def test_numbers_that_cannot_be_are_refused() -> None:
         kvsieve.stream(tiny.model(), kvsieve.LongHeads(8192)).__enter__()
     assert repr(kvsieve.LongHeads(2048)) == "LongHeads(context=2048)"
     assert kvsieve.methods.parse("longheads(64, chunk=16)") == kvsieve.LongHeads(64, 16)
-    facts = SimpleNamespace(layers=[SimpleNamespace(key_dim=8, value_dim=4)], trained_length=None)
+    facts = SimpleNamespace(layers=[SimpleNamespace(key_dim=8, value_dim=4)], trained_length=None, ranks=None)
     with pytest.raises(kvsieve.errors.UnsupportedModelError, match="of other sizes"):
         Fetching.of(SimpleNamespace(policy=kvsieve.LongHeads(96, 32), facts=facts))  # type: ignore[arg-type]
 
