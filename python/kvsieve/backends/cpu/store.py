@@ -21,7 +21,7 @@ from kvsieve.backends.attention import Partial, attend, merge, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cpu.pieces import attend_many, attend_one
-from kvsieve.backends.cpu.prefill import attend_part
+from kvsieve.backends.cpu.prefill import attend_part, multiplies_bfloat16
 from kvsieve.backends.cpu.tensors import DTYPES, floats, view
 from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.piece_matrices import in_order
@@ -261,7 +261,7 @@ class CpuStore:
         self, q: torch.Tensor, new_k: torch.Tensor, new_v: torch.Tensor, plan: PrefillPlan, frame: str, call: AttendCall
     ) -> Partial:
         """A memory read by top-k, by the last query only: out ``[H, m, Dv]``, lse ``[H, m]``."""
-        k, v = self._gather(plan, new_k, new_v)
+        k, v = (x.float() for x in self._gather(plan, new_k, new_v))
         out = torch.zeros(q.shape[0], q.shape[1], v.shape[2])
         lse = torch.full(q.shape[:2], -torch.inf)
         queries = q[:, -1:].float()
@@ -275,17 +275,17 @@ class CpuStore:
         return out, lse
 
     def _gather(self, plan: PrefillPlan, new_k: torch.Tensor, new_v: torch.Tensor) -> Partial:
-        """float32 keys and values of a part: its residents, then its new tokens (``[Hkv, m, D]``)."""
+        """Keys and values of a part, in their own dtype: its residents, then its new tokens (``[Hkv, m, D]``)."""
         heads, key_dim, value_dim = self._shape
         lo, hi = plan.part.new_range
         if plan.num_old == 0:
-            return new_k[:, lo:hi].float(), new_v[:, lo:hi].float()
+            return new_k[:, lo:hi], new_v[:, lo:hi]
         count = plan.num_old + hi - lo
         k = torch.empty(heads, count, key_dim, dtype=self._dtype)
         v = torch.empty(heads, count, value_dim, dtype=self._dtype)
         self._core.gather(*plan.runs, view(k), view(v), 0)
         k[:, plan.num_old :], v[:, plan.num_old :] = new_k[:, lo:hi], new_v[:, lo:hi]
-        return k.float(), v.float()
+        return k, v
 
     def _prefill(
         self,
@@ -296,7 +296,8 @@ class CpuStore:
         call: AttendCall,
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """``lse`` ``[B, H, q]`` is filled in where it is given."""
+        """``lse`` ``[B, H, q]`` is filled in where it is given, and is then one of float32 products."""
+        narrow = self._dtype == torch.bfloat16 and lse is None and multiplies_bfloat16()
         rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
         width = q.shape[2]
         for plan in self._plans.of(step):
@@ -305,11 +306,11 @@ class CpuStore:
                 continue
             new = slice(width - plan.num_queries, width)
             keys, values = self._gather(plan, k[part.row, :, new], v[part.row, :, new])
-            queries = q[part.row, :, new].float()
+            queries = q[part.row, :, new]
             tables = plan.rotation(call.rope, step.stored_keys)
             if tables is not None and call.rope is not None:
-                queries, keys = call.rope.turn(queries, tables[0]), call.rope.turn(keys, tables[1])
-            rows[part.row].append(attend_part(queries, keys, values, plan, call))
+                queries, keys = call.rope.turn(queries.float(), tables[0]), call.rope.turn(keys.float(), tables[1])
+            rows[part.row].append(attend_part(queries, keys, values, plan, call, narrow=narrow))
         for row, parts in enumerate(rows if lse is not None else ()):
             if parts and lse is not None:
                 lse[row, :, width - step.new_lens[row] :] = total(parts, call.sink_logits)
