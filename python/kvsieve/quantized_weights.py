@@ -40,10 +40,14 @@ class Int4Linear(torch.nn.Module):
         scales_and_zeros: bfloat16 ``[in / 32, out, 2]``.
     """
 
+    packed: torch.Tensor
+    scales_and_zeros: torch.Tensor
+    bias: torch.Tensor | None
+
     def __init__(self, linear: torch.nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        groups = linear.weight.detach().float().unflatten(1, (-1, GROUP))
+        groups = linear.weight.detach().float().view(linear.out_features, -1, GROUP)
         low, high = groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True)
         scale = ((high - low) / 15).clamp(min=torch.finfo(torch.bfloat16).tiny)
         codes = ((groups - low) / scale).round().clamp(0, 15).to(torch.int32).flatten(1)
@@ -81,7 +85,7 @@ def quantize_weights(model: PreTrainedModel, kind: str) -> None:
     layers = _linear_layers(model, kind)
     if kind == "int8":
         with _engine():
-            torch.ao.quantization.quantize_dynamic(
+            torch.ao.quantization.quantize_dynamic(  # type: ignore[no-untyped-call]
                 model, {torch.nn.Linear: torch.ao.quantization.per_channel_dynamic_qconfig}, inplace=True
             )
         return

@@ -1,4 +1,4 @@
-"""Prompts in bfloat16 by products of bfloat16 matrices: chosen by the processor, right on every one, and by nothing that chooses."""
+"""Prompts in bfloat16 by products of bfloat16 matrices: as the processor says, right on every one, and by nothing that chooses."""
 
 from __future__ import annotations
 
