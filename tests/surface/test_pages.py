@@ -8,6 +8,7 @@ that the reader sees, ``# not run: needs a GPU``; there are few of them.
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
 import re
 import shlex
@@ -59,10 +60,10 @@ def stream_for(block: Block, scope: dict[str, Any]) -> Iterator[None]:
 
 
 def run(page: Path, scope: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The variables of ``page`` after its Python blocks."""
+    """The variables of ``page`` after its Python blocks. Its model is its own: a page may change it."""
     tokenizer = Letters()
     scope = {} if scope is None else scope
-    scope |= {"kvsieve": kvsieve, "model": tiny.model(), "tokenizer": tokenizer}
+    scope |= {"kvsieve": kvsieve, "model": copy.deepcopy(tiny.model()), "tokenizer": tokenizer}
     scope |= {"inputs": tokenizer("Hello!"), "question": tokenizer("And then?")}
     for block in pages.blocks(page, "python"):
         code = block.compiled()
