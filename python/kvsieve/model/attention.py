@@ -12,7 +12,7 @@ from kvsieve.model.configs import original
 from kvsieve.model.handoff import HandedLayer, state, take
 from kvsieve.runtime.modes import autocast_enabled, refuse_backward, without_modes
 
-__all__ = ["attention_forward"]
+__all__ = ["attend", "attention_forward"]
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -51,13 +51,13 @@ def attention_forward(
             f"this model is in train mode with an attention dropout of {dropout}, which a stream does not apply; call model.eval()"
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
-    out = _attend(layer, module, query, key, value, attention_mask, scale, kwargs)
+    out = attend(layer, module, query, key, value, attention_mask, scale, kwargs)
     if watch is not None:
         watch.answered(module, out)
     return out, None
 
 
-def _attend(
+def attend(
     layer: HandedLayer,
     module: torch.nn.Module,
     query: torch.Tensor,

@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvsieve.checks import LARGEST, MOST_ROWS, integer
 from kvsieve.errors import RangeError, StateError, UnsupportedError, UnsupportedModelError
-from kvsieve.model.handoff import hand_off
+from kvsieve.model.handoff import GRAPH, hand_off, state
 from kvsieve.model.ids import number_of, row_indices
 from kvsieve.model.masks import check_dimensions
 
@@ -186,6 +186,8 @@ class StreamCache(Cache):  # type: ignore[misc]
         Raises:
             RangeError: for a layer that the model does not have. StateError: outside of a forward through this cache.
         """
+        if torch.compiler.is_compiling() and state.mode == GRAPH:
+            return key_states, value_states  # the operation that follows names its layer itself: see :mod:`.graphed`
         if type(layer_idx) is not int or not 0 <= layer_idx < len(self.layers):
             layer_idx = integer("layer_idx", layer_idx, 0, len(self.layers) - 1, RangeError)
         found: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
