@@ -77,11 +77,11 @@ def graphed_attention(
         value,
         layer,
         query.shape[-1] ** -0.5 if scaling is None else scaling,
-        kwargs.get("softcap"),
-        kwargs.get("s_aux"),
-        kwargs.get("sliding_window"),
-        kwargs.get("position_ids"),
-        attention_mask,
+        softcap=kwargs.get("softcap"),
+        sinks=kwargs.get("s_aux"),
+        sliding_window=kwargs.get("sliding_window"),
+        position_ids=kwargs.get("position_ids"),
+        mask=attention_mask,
     )
     return out, None
 
@@ -95,7 +95,7 @@ def _outside(module: Any, query: torch.Tensor, key: torch.Tensor, value: torch.T
 
 
 _SCHEMA = (
-    "attend_layer(Tensor query, Tensor key, Tensor value, Tensor(a!) layer, float scale, float? softcap, Tensor? sinks, "
+    "attend_layer(Tensor query, Tensor key, Tensor value, Tensor(a!) layer, float scale, *, float? softcap, Tensor? sinks, "
     "SymInt? sliding_window, Tensor? position_ids, Tensor? mask) -> Tensor"
 )
 """Queries ``[B, H, q, D]``, keys and values ``[B, Hkv, q, D]`` of the new tokens, the layer int64 ``[1]``; to ``[B, q, H, Dv]``."""
@@ -110,6 +110,7 @@ def _attend_layer(
     value: torch.Tensor,
     layer: torch.Tensor,
     scale: float,
+    *,
     softcap: float | None,
     sinks: torch.Tensor | None,
     sliding_window: int | None,
@@ -146,7 +147,7 @@ def _columns(through: Pass, cache: StreamCache, query: torch.Tensor) -> torch.Te
     return through.columns
 
 
-def _like(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any) -> torch.Tensor:
+def _like(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
     batch, heads, width, _ = query.shape
     return value.new_empty((batch, width, heads, value.shape[3]))
 

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
     from kvsieve.facts import ModelFacts
 
-__all__ = ["Attachment", "attach"]
+__all__ = ["Attachment", "attach", "between"]
 
 
 class _Hook:
@@ -96,7 +96,7 @@ class Attachment:
         self._facts: ModelFacts | None = None
         self._takes_positions = "position_ids" in inspect.signature(type(self.decoder).forward).parameters
         self._hooks: list[Any] = []
-        self._between = _between(model, self.decoder)
+        self._between = between(model, self.decoder)
         self._views = configs.Views(model.config.get_text_config(decoder=True))
         self._viewed = [*self._between, *_with_configs(self.decoder)]
 
@@ -249,7 +249,7 @@ class Attachment:
             if pieces is not None:
                 kwargs = changed = unrecorded(read_pieces, self.model, cache, kwargs, pieces)
                 ids = kwargs["input_ids"]
-        handoff.enter(self, module, cache, graph=self._graphs(args, kwargs))
+        handoff.enter(self, module, cache, graph=self._graphs(cache, args, kwargs))
         unrecorded(engine.expect, ids, foreign=foreign)
         unrecorded(engine.prepare)
         return None if changed is None else (args, changed)
@@ -268,7 +268,7 @@ class Attachment:
 
     def _before_between(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = self._cache_of(args, kwargs)
-        graph = cache is not None and self._graphs(args, kwargs)
+        graph = cache is not None and self._graphs(cache, args, kwargs)
         if not self._is_others(cache) and handoff.enter(self, module, cache, graph=graph) is not None and cache is not None:
             self._begin(module, cache, kwargs)
             unrecorded(cache.engine.prepare)
@@ -293,11 +293,12 @@ class Attachment:
             return None
         return args, {**kwargs, "position_ids": _positions(cache, args, kwargs)}
 
-    def _graphs(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    def _graphs(self, cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast."""
         mask = kwargs.get("attention_mask")
         return (
             not self._between
+            and not cache.engine.replaying
             and len(args) <= 1
             and (mask is None or isinstance(mask, torch.Tensor))
             and not torch.is_grad_enabled()
@@ -360,7 +361,7 @@ def attach(model: PreTrainedModel) -> Attachment:
     return found
 
 
-def _between(model: PreTrainedModel, decoder: torch.nn.Module) -> list[torch.nn.Module]:
+def between(model: PreTrainedModel, decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """Models between the causal LM and its decoder, outermost first: they may make masks."""
     from transformers import PreTrainedModel
 
