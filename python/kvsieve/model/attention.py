@@ -50,6 +50,9 @@ def attention_forward(
         raise StateError(
             f"this model is in train mode with an attention dropout of {dropout}, which a stream does not apply; call model.eval()"
         )
+    through = state.through
+    if attention_mask is None and through is not None and through.mask is not None:
+        attention_mask = through.columns(query.shape[2])
     scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
     out = attend(layer, module, query, key, value, attention_mask, scale, kwargs)
     if watch is not None:

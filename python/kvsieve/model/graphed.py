@@ -19,7 +19,7 @@ import torch
 from kvsieve.errors import StateError
 from kvsieve.locks import shared_lock
 from kvsieve.model.attention import attend, attention_forward
-from kvsieve.model.handoff import Pass, hand_off, state
+from kvsieve.model.handoff import hand_off, state
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -124,7 +124,7 @@ def _attend_layer(
     index = layer.item()
     through.attended += 1
     if mask is None and through.mask is not None:
-        mask = _columns(through, cache, query)
+        mask = through.columns(query.shape[2])
     return attend(
         cache.layers[index],
         cache.engine.facts.modules[index],
@@ -135,16 +135,6 @@ def _attend_layer(
         scale,
         {"softcap": softcap, "s_aux": sinks, "position_ids": position_ids, "sliding_window": sliding_window},
     )
-
-
-def _columns(through: Pass, cache: StreamCache, query: torch.Tensor) -> torch.Tensor:
-    """The padding of the new columns ``[B, q]``: no mask function ran, so the first layer looks at the mask."""
-    if through.columns is None:
-        assert through.mask is not None
-        mask = through.mask.to(device=query.device, dtype=torch.bool)
-        cache.engine.check_mask(mask, query.shape[2])
-        through.columns = mask[:, -query.shape[2] :]
-    return through.columns
 
 
 def _like(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:

@@ -61,22 +61,32 @@ class Pass:
     Attributes:
         attended: how many of its layers have attended.
         graph: whether compiled code may reach them by :mod:`.graphed`.
-        mask: bool-like ``[B, seen + q]`` that the decoder was given, or None; only operations of a graph read it.
-        columns: the padding of the new columns ``[B, q]``, once it was taken out of :attr:`mask`.
+        mask: ``[B, seen + q]`` that the decoder would have been given, or None if it was, or if there is none.
     """
 
-    __slots__ = ("_cache", "attended", "columns", "graph", "mask")
+    __slots__ = ("_cache", "_columns", "attended", "graph", "mask")
 
     def __init__(self, cache: StreamsCache, graph: bool = False) -> None:
         self._cache = weakref.ref(cache)
         self.attended, self.graph = 0, graph
         self.mask: torch.Tensor | None = None
-        self.columns: torch.Tensor | None = None
+        self._columns: torch.Tensor | None = None
 
     @property
     def cache(self) -> StreamsCache | None:
         """The cache, while anything else holds it."""
         return self._cache()
+
+    def columns(self, width: int) -> torch.Tensor | None:
+        """The padding of the ``width`` new columns, bool ``[B, width]``: the end of :attr:`mask`, which is looked at once."""
+        if self._columns is None and self.mask is not None:
+            cache = self._cache()
+            assert cache is not None
+            mask = self.mask.to(torch.bool)
+            cache.engine.check_mask(mask, width)
+            # Compiled layers are guarded by strides, and those of a part of the mask are another for every length.
+            self._columns = mask[:, -width:].clone(memory_format=torch.contiguous_format)
+        return self._columns
 
 
 class _Frame:

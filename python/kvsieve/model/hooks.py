@@ -286,12 +286,7 @@ class Attachment:
             return None
         if isinstance(positions, torch.Tensor) and positions.ndim == 3:
             cache.engine.positions.check_axes(positions)
-        if not through.graph:
-            return None
-        through.mask = kwargs.get("attention_mask")
-        if positions is not None or not self._takes_positions:
-            return None
-        return args, {**kwargs, "position_ids": _positions(cache, args, kwargs)}
+        return (args, _of_one_size(cache, through, args, kwargs)) if through.graph and self._takes_positions else None
 
     def _graphs(self, cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast."""
@@ -301,6 +296,7 @@ class Attachment:
             and not cache.engine.replaying
             and len(args) <= 1
             and (mask is None or isinstance(mask, torch.Tensor))
+            and all(isinstance(ids, torch.Tensor | None) for ids in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")))
             and not torch.is_grad_enabled()
             and not autocast_enabled(self.facts.layers[0].device.type)
         )
@@ -380,11 +376,22 @@ def _with_configs(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in decoder.modules() if isinstance(vars(module).get("config"), PretrainedConfig)]
 
 
-def _positions(cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    """Positions ``[1, q]`` as a decoder counts them itself: compiled code that counts is compiled again when the text has grown."""
-    given = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(t, torch.Tensor))
-    seen = cache.engine.columns
-    return torch.arange(seen, seen + given.shape[1], device=given.device)[None]
+def _of_one_size(cache: StreamCache, through: handoff.Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A decoder's arguments without what grows with the text, for which compiled code would be made again.
+
+    Positions ``[B, q]`` are given, so that it counts none; as a part of the whole text's they had its strides. The mask over all that
+    was seen goes by the pass to those who look at it. Without positions a mask stays: some decoders make the one of the other.
+    """
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is None and mask is None:
+        ids = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(t, torch.Tensor))
+        seen = cache.engine.columns
+        positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)[None]
+    elif isinstance(positions, torch.Tensor):
+        through.mask, mask = mask, None
+        if positions.stride()[:1] != positions.shape[-1:]:
+            positions = positions.clone(memory_format=torch.contiguous_format)
+    return {**kwargs, "position_ids": positions, "attention_mask": mask}
 
 
 def _is_checkpointing(decoder: torch.nn.Module) -> bool:
