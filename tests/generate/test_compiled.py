@@ -6,6 +6,7 @@ one that makes code of it, in seconds.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import logging
@@ -66,7 +67,7 @@ def attention(model: Any) -> Any:
     return model
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture
 def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
     yield
@@ -78,6 +79,7 @@ CASES = [(forward, 2), (method, 1), (whole, 1), (layers, 2), (wrapped_layers, 1)
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("fresh_compiler")
 @pytest.mark.parametrize(("compiled", "count"), CASES)
 @torch.no_grad()
 def test_compiled(compiled: Callable[[Any], Any], count: int) -> None:
@@ -123,6 +125,12 @@ def decoding(family: str = "llama", backend: str = "eager", **changes: Any) -> t
     return model, compiler
 
 
+@pytest.fixture(scope="module")
+def decoder() -> tuple[Any, Compiler]:
+    """The same for all tests that change nothing about it: what is compiled for one serves the others."""
+    return decoding(backend="aot_eager", max_position_embeddings=16384)
+
+
 def said(model: Any, policy: Any, text: torch.Tensor, new: int = 12) -> tuple[torch.Tensor, kvsieve.Stream]:
     """What a stream says greedily in two turns, and the stream, still open."""
     stream = kvsieve.stream(model, policy, "cpu")
@@ -132,9 +140,10 @@ def said(model: Any, policy: Any, text: torch.Tensor, new: int = 12) -> tuple[to
 
 
 @pytest.mark.parametrize("names", [OF_EVERY_KIND, pytest.param(tuple(SYSTEMS), marks=pytest.mark.slow)], ids=["kinds", "all"])
-def test_every_system_decodes_as_without_a_compiler(names: tuple[str, ...]) -> None:
+def test_every_system_decodes_as_without_a_compiler(names: tuple[str, ...], decoder: tuple[Any, Compiler]) -> None:
     """Two graphs serve them all: keys stored before their rotation, and after it. They hold every layer."""
-    model, compiler = decoding(backend="aot_eager")
+    model, compiler = decoder
+    before = len(compiler.layers)
     for name in names:
         system = SYSTEMS[name]
         text = tiny.ids(1, PROMPT, 3)
@@ -144,13 +153,14 @@ def test_every_system_decodes_as_without_a_compiler(names: tuple[str, ...]) -> N
         assert [kept.positions.tolist() for kept in stream.kept()] == [kept.positions.tolist() for kept in plain.kept()], name
         stream.close()
         plain.close()
-    assert compiler.layers == [2, 2]
+    assert before or compiler.layers == [2, 2]
+    assert len(compiler.layers) == (before or 2)
 
 
-LONG = ("qwen3", "gemma2", "gpt_oss", "phi3", "mistral", "cohere2")
+LONG = ("gpt_neox", "qwen3", "gemma2", "gpt_oss", "phi3", "mistral", "cohere2")
 
 
-@pytest.mark.parametrize("family", ["gemma3", "gpt_neox", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
+@pytest.mark.parametrize("family", ["gemma3", *(pytest.param(name, marks=pytest.mark.slow) for name in LONG)])
 def test_families(family: str) -> None:
     """Sliding layers, learned sinks, partial rotary, parallel attention: all layers are in one graph."""
     model, compiler = decoding(family)
@@ -165,7 +175,7 @@ def test_families(family: str) -> None:
     assert len(compiler.layers) <= 2
 
 
-@pytest.mark.parametrize("compiled", ["layers", "whole"])
+@pytest.mark.parametrize("compiled", ["layers", pytest.param("whole", marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_nothing_is_compiled_again_as_the_text_grows(compiled: str) -> None:
     """Where a caller compiled the model, or its layers one by one, which then share their code.
@@ -192,30 +202,33 @@ def test_nothing_is_compiled_again_as_the_text_grows(compiled: str) -> None:
 
 
 @torch.no_grad()
-def test_ten_thousand_tokens() -> None:
-    model, compiler = decoding(max_position_embeddings=16384)
+def test_ten_thousand_tokens(decoder: tuple[Any, Compiler]) -> None:
+    model, compiler = decoder
     with kvsieve.stream(model, kvsieve.Full(), "cpu") as stream:
+        known = []
         for seen in (100, 1000, 10_000):
             stream.feed(tiny.ids(1, seen - stream.seen, seen))
             stream.generate(tiny.ids(1, 1), do_sample=False, max_new_tokens=3)
-            assert compiler.layers == [2]
+            known.append(len(compiler.layers))
+        assert known[0] == known[-1] > 0
 
 
-def test_streams_that_come_and_go_share_what_was_compiled() -> None:
+def test_streams_that_come_and_go_share_what_was_compiled(decoder: tuple[Any, Compiler]) -> None:
     """More of them than a compiler's limit of variants; between them the model is as it was."""
-    model, compiler = decoding()
-    want = tiny.model()(TEXT).logits
+    model, compiler = decoder
+    want, known = tiny.model()(TEXT).logits, []
     for at in range(10):
         said(model, kvsieve.StreamingLLM(16 + at), TEXT, 3)[1].close()
         assert not any("kvsieve" in name for module in model.modules() for name in vars(module))
         torch.testing.assert_close(model(TEXT).logits, want)
-    assert compiler.layers == [2]
+        known.append(len(compiler.layers))
+    assert known[0] == known[-1] > 0
 
 
 @torch.no_grad()
-def test_rows_with_pads() -> None:
+def test_rows_with_pads(decoder: tuple[Any, Compiler]) -> None:
     """A left-padded batch, of which a row stops before the other; pads of new columns reach the layers."""
-    model, _ = decoding()
+    model, _ = decoder
     ids, mask = pad_left([tiny.ids(1, 30)[0], tiny.ids(1, 11, 5)[0]])
     policy = kvsieve.SirLLM(24, recent=8)
     with kvsieve.stream(tiny.model(), policy, "cpu") as plain, kvsieve.stream(model, policy, "cpu") as stream:
@@ -227,10 +240,14 @@ def test_rows_with_pads() -> None:
         assert same_memory(stream, plain)
 
 
-def test_forks_and_two_streams_in_turns() -> None:
-    model, _ = decoding()
+def test_forks_and_two_streams_in_turns(decoder: tuple[Any, Compiler]) -> None:
+    model, _ = decoder
     texts = [tiny.ids(1, 40, at) for at in range(3)]
-    with torch.no_grad(), kvsieve.stream(model, kvsieve.LMInfinite(32), "cpu") as a, kvsieve.stream(model, kvsieve.Full(), "cpu") as b:
+    with (
+        torch.no_grad(),
+        kvsieve.stream(model, kvsieve.LMInfinite(32), "cpu") as a,
+        kvsieve.stream(model, kvsieve.Full(), "cpu") as b,
+    ):
         plain = {s: kvsieve.stream(tiny.model(), s.policy, "cpu") for s in (a, b)}
         for s, mine in plain.items():
             for stream in (s, mine):
@@ -246,9 +263,9 @@ def test_forks_and_two_streams_in_turns() -> None:
             mine.close()
 
 
-def test_a_batch_of_conversations() -> None:
+def test_a_batch_of_conversations(decoder: tuple[Any, Compiler]) -> None:
     """Rows come and go: each says what it says alone."""
-    model, compiler = decoding()
+    model, compiler = decoder
     texts, most = [tiny.ids(1, n, n) for n in (40, 9, 21)], (9, 3, 12)
     with torch.no_grad():
         want = [said(tiny.model(), kvsieve.StreamingLLM(32), text, new) for text, new in zip(texts, most)]
@@ -264,36 +281,41 @@ def test_a_batch_of_conversations() -> None:
 
 
 @torch.no_grad()
-def test_threads_are_told_apart() -> None:
-    """What is compiled asks its own thread: one in a stream's forward, the other without a stream, at once."""
-    model, _ = decoding()
-    want, got = tiny.model()(TEXT).logits, []
-    with kvsieve.stream(model, kvsieve.SirLLM(16, recent=4), "cpu") as stream, kvsieve.stream(tiny.model(), stream.policy, "cpu") as plain:
-        for s in (stream, plain):
+def test_threads_are_told_apart(decoder: tuple[Any, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled asks its own thread: while one is in a layer of a stream's forward, others read without one, and with another."""
+    model, _ = decoder
+    with contextlib.ExitStack() as block:
+        policies = (kvsieve.SirLLM(16, recent=4), kvsieve.Full())
+        streams = [block.enter_context(kvsieve.stream(m, p, "cpu")) for m in (model, tiny.model()) for p in policies]
+        mine, other, *plain = streams
+        for s in streams:
             s.feed(TEXT)
+        attend, got = mine._engine.attend, []
 
-        me = threading.current_thread()
-
-        def beside(module: Any, args: Any, output: Any) -> None:
-            if threading.current_thread() is not me:
-                return
-            run = threading.Thread(target=lambda: got.append(model(TEXT).logits))
-            with torch.no_grad():
+        def beside(*args: Any, **kwargs: Any) -> Any:
+            calls = (lambda: model(TEXT).logits, lambda: read(model, other.cache, MORE[:, :1]))
+            for call in calls if len(got) < 2 else ():
+                run = threading.Thread(target=torch.no_grad()(lambda call=call: got.append(call())))
                 run.start()
                 run.join()
+            return attend(*args, **kwargs)
 
-        hook = model.model.norm.register_forward_hook(torch.compiler.disable(beside))
-        answer = read(model, stream.cache, MORE[:, :1])
-        hook.remove()
-        torch.testing.assert_close(answer, read(tiny.model(), plain.cache, MORE[:, :1]))
-    torch.testing.assert_close(got[0], want)
+        monkeypatch.setattr(mine._engine, "attend", beside)
+        answer = read(model, mine.cache, MORE[:, :1])
+        wants = [tiny.model()(TEXT).logits, read(tiny.model(), plain[1].cache, MORE[:, :1])]
+        torch.testing.assert_close(answer, read(tiny.model(), plain[0].cache, MORE[:, :1]))
+        for answer, want in zip(got, wants, strict=True):
+            torch.testing.assert_close(answer, want)
 
 
 @torch.no_grad()
-def test_an_interrupted_forward_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_forward_leaves_nothing(decoder: tuple[Any, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
     """An error, or Ctrl-C, in the last layer's attention: the stream is as before, and goes on by the same code."""
-    model, compiler = decoding(backend="aot_eager")
-    with kvsieve.stream(model, kvsieve.SirLLM(16, recent=4), "cpu") as stream, kvsieve.stream(tiny.model(), stream.policy, "cpu") as plain:
+    model, compiler = decoder
+    with (
+        kvsieve.stream(model, kvsieve.SirLLM(16, recent=4), "cpu") as stream,
+        kvsieve.stream(tiny.model(), stream.policy, "cpu") as plain,
+    ):
         for s in (stream, plain):
             s.feed(TEXT)
         engine, attend = stream._engine, stream._engine.attend
@@ -313,12 +335,14 @@ def test_an_interrupted_forward_leaves_nothing(monkeypatch: pytest.MonkeyPatch) 
             got, want = (read(m, s.cache, MORE[:, at : at + 1]) for m, s in ((model, stream), (tiny.model(), plain)))
             torch.testing.assert_close(got, want)
         assert same_memory(stream, plain)
-    assert compiler.layers == [2]
+    assert set(compiler.layers) == {2}
 
 
-def test_gradients_and_autocast_stay_outside() -> None:
+@pytest.mark.slow
+def test_gradients_and_autocast_stay_outside(decoder: tuple[Any, Compiler]) -> None:
     """They are served as without a compiler: by Python."""
-    model, compiler = decoding()
+    model, compiler = decoder
+    known = len(compiler.layers)
     with kvsieve.stream(model, kvsieve.Full(), "cpu") as stream, kvsieve.stream(tiny.model(), kvsieve.Full(), "cpu") as plain:
         for s in (stream, plain):
             s.feed(TEXT)
@@ -329,12 +353,13 @@ def test_gradients_and_autocast_stay_outside() -> None:
         torch.testing.assert_close(logits, tiny.model()(MORE[:, 1:2], past_key_values=plain.cache).logits)
         with pytest.raises(UnsupportedError, match="gradients"):
             logits.sum().backward()
+        assert len(compiler.layers) == known
         with torch.inference_mode():
             got = model(MORE[:, 2:3], past_key_values=stream.cache).logits
         torch.testing.assert_close(got, tiny.model()(MORE[:, 2:3], past_key_values=plain.cache).logits, check_stride=False)
-    assert compiler.layers == [2]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_caller_who_compiled_the_model_with_gradients_on_is_refused_backward() -> None:
     model = tiny.fresh()
@@ -359,14 +384,14 @@ def test_what_cannot_be_compiled_is_refused_and_changes_nothing() -> None:
     assert model.model._compiled_call_impl is None
 
 
-def test_copies_and_pickles_are_not_compiled() -> None:
-    model, compiler = decoding()
-    stored = io.BytesIO()
+def test_copies_and_pickles_are_not_compiled(decoder: tuple[Any, Compiler]) -> None:
+    model, compiler = decoder
+    known, stored = len(compiler.layers), io.BytesIO()
     torch.save(model, stored)
     stored.seek(0)
     for twin in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
         said(twin, kvsieve.Full(), TEXT, 2)[1].close()
-    assert compiler.layers == []
+    assert len(compiler.layers) == known
 
 
 _NONE = dict.fromkeys(("softcap", "sinks", "sliding_window", "position_ids", "mask"))
