@@ -36,9 +36,10 @@ class _Decoding:
 def compile(model: Any, *, disable: bool = False, **options: Any) -> None:
     """Compile the decoder of ``model``, in place, for decoding under streams: one token of each row at a time.
 
-    It holds for every stream of the model and every policy, for `model.generate`, :meth:`kvsieve.Stream.generate`, assisted decoding's
-    single steps and :class:`kvsieve.Batch`, until it is undone. The first token of each kind takes as long as the compiler does; none is
-    compiled again because the text has grown. Prompts, forwards without a stream, and forwards with gradients or autocast run as before.
+    It holds for every stream of the model and every policy, for `model.generate`, :meth:`kvsieve.Stream.generate` and
+    :class:`kvsieve.Batch`, until it is undone. The first token takes as long as the compiler does (again for policies that store
+    keys before their rotation, and for other numbers of rows); none is compiled again because the text has grown. Prompts, forwards
+    without a stream, with gradients or under autocast run as before.
 
     Args:
         model: a transformers causal language model, or what wraps one.
@@ -47,15 +48,15 @@ def compile(model: Any, *, disable: bool = False, **options: Any) -> None:
             kvsieve's hooks in it, so ``fullgraph`` is not among them.
 
     Raises:
-        UnsupportedModelError: for a model that no stream opens on, or whose masks are made outside of its decoder (a vision-language
-            model). ArgumentError: for options that `torch.compile` does not take. Nothing has changed then.
+        UnsupportedModelError: for a model that no stream opens on, or whose masks are made outside of its decoder (one that sees
+            images). ArgumentError: for options that `torch.compile` does not take. Nothing has changed then.
     """
     model = look_through(model)
     refuse(model)
     decoder: torch.nn.Module = model.get_decoder()
     if between(model, decoder):
         raise UnsupportedModelError(
-            f"{type(model).__name__} makes masks outside of its decoder, which compiled code would not see; a stream serves it as it is"
+            f"{type(model).__name__} makes masks outside of its decoder, which compiled code would not see; stream it as it is"
         )
     if disable:
         decoder._compiled_call_impl = None

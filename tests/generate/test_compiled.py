@@ -1,7 +1,7 @@
 """Compiled models under a stream: whatever is compiled, the answers are those of the model as it was.
 
-Compilers that make nothing of a graph (`eager`, and `aot_eager`, which rewrites what writes to a tensor) tell as much of the seam as
-one that makes code of it, in seconds.
+Compilers that make nothing of a graph (`eager`, and `aot_eager`, which rewrites what writes to a tensor) tell as much of the seam
+as one that makes code of it, in seconds.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def test_compiled(compiled: Callable[[Any], Any], count: int) -> None:
     torch.testing.assert_close(model(both).logits, want, atol=1e-4, rtol=0)
 
 
-# ----------------------------------------------------------------------------------------------------------------- compiled decoding
+# ---------------------------------------------------------------------------------------------------------------- compiled decoding
 
 
 class Compiler:
@@ -282,7 +282,7 @@ def test_a_batch_of_conversations(decoder: tuple[Any, Compiler]) -> None:
 
 @torch.no_grad()
 def test_threads_are_told_apart(decoder: tuple[Any, Compiler], monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is compiled asks its own thread: while one is in a layer of a stream's forward, others read without one, and with another."""
+    """While a thread is in a layer of a stream's forward, others read without one, and with another one: each is told its own."""
     model, _ = decoder
     with contextlib.ExitStack() as block:
         policies = (kvsieve.SirLLM(16, recent=4), kvsieve.Full())

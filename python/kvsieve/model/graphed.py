@@ -1,12 +1,12 @@
 """Attention of one layer as one operation of a compiled graph.
 
-Without it `torch.compile` ends its graph at every layer, because what a stream decides is Python. The operation is opaque: to the
-compiler it is a function of the new queries, keys and values, whose shapes are the same however many tokens the stream holds, and it
-writes to the tensor that names its layer. That tensor stands for what the stream holds of the layer: nothing is written to it, but an
-operation that writes is neither dropped, nor done twice, nor moved across another one on the same tensor.
+Without it `torch.compile` ends its graph at every layer, because what a stream decides is Python. The operation is opaque: to
+the compiler it is a function of the new queries, keys and values, whose shapes are the same however many tokens the stream holds,
+and it writes to the tensor that names its layer. That tensor stands for what the stream holds of the layer: nothing is written to
+it, but an operation that writes is neither dropped, nor done twice, nor moved across another one on the same tensor.
 
-What runs is what runs without a compiler: the layer's cache attends. Planning and eviction stay outside of the graph, in the hooks of
-the model and its decoder. Which stream's forward this is says the thread that runs it.
+What runs is what runs without a compiler: the layer's cache attends. Planning and eviction stay outside of the graph, in the hooks
+of the model and its decoder. Which stream's forward this is says the thread that runs it.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["graphed_attention", "mark", "unmark"]
 
 _LAYER = "_kvsieve_layer"
-"""The attribute of an attention module that names its layer: int64 ``[1]`` on the host. An int would be built into what is compiled,
-so that layers compiled one by one could not share it."""
+"""The attribute of an attention module that names its layer: int64 ``[1]`` on the host. An int would be built into what is
+compiled, so that layers compiled one by one could not share it."""
 
 
 _marked: weakref.WeakKeyDictionary[torch.nn.Module, int] = weakref.WeakKeyDictionary()
@@ -70,7 +70,7 @@ def graphed_attention(
     """As :func:`~kvsieve.model.attention.attention_forward`, of a stream's layer, inside of a graph."""
     layer = module.__dict__.get(_LAYER)
     if layer is None or dropout or kwargs.get("output_attentions"):
-        return _outside(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)
+        return _outside(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs)  # type: ignore[no-any-return]
     out: torch.Tensor = torch.ops.kvsieve.attend_layer(
         query,
         key,
@@ -100,8 +100,8 @@ _SCHEMA = (
 )
 """Queries ``[B, H, q, D]``, keys and values ``[B, Hkv, q, D]`` of the new tokens, the layer int64 ``[1]``; to ``[B, q, H, Dv]``."""
 
-_library = torch.library.Library("kvsieve", "FRAGMENT")
-_library.define(_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,))
+_library = torch.library.Library("kvsieve", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,))  # type: ignore[no-untyped-call]
 
 
 def _attend_layer(
@@ -121,7 +121,7 @@ def _attend_layer(
     cache: StreamCache | None = None if through is None else through.cache  # type: ignore[assignment]
     if through is None or cache is None:
         raise StateError("a compiled layer of a stream ran outside of its forward; call the model, and not what was compiled of it")
-    index = layer.item()
+    index = int(layer.item())
     through.attended += 1
     if mask is None and through.mask is not None:
         mask = through.columns(query.shape[2])
@@ -142,5 +142,5 @@ def _like(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: An
     return value.new_empty((batch, width, heads, value.shape[3]))
 
 
-_library.impl("attend_layer", _attend_layer, "CompositeExplicitAutograd")
+_library.impl("attend_layer", _attend_layer, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 torch.library.register_fake("kvsieve::attend_layer", _like, lib=_library)

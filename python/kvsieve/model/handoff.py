@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["GRAPH", "OPEN", "STOCK", "HandedLayer", "Pass", "StreamsCache", "Watch", "enter", "hand_off", "leave", "state", "take"]
 
 STOCK, OPEN, GRAPH = 0, 1, 2
-"""How code that is being compiled reaches attention: the model's own, kvsieve's in Python (which ends the graph), or kvsieve's as one
-operation of the graph (:mod:`.graphed`). Compiled code is kept for later calls, so it is guarded by the thread's `mode`."""
+"""How code that is being compiled reaches attention: the model's own, kvsieve's in Python (which ends the graph), or kvsieve's as
+one operation of the graph (:mod:`.graphed`). Compiled code is kept for later calls, so it is guarded by the thread's `mode`."""
 
 
 class StreamsCache(Protocol):

@@ -376,11 +376,13 @@ def _with_configs(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in decoder.modules() if isinstance(vars(module).get("config"), PretrainedConfig)]
 
 
-def _of_one_size(cache: StreamCache, through: handoff.Pass, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def _of_one_size(
+    cache: handoff.StreamsCache, through: handoff.Pass, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
     """A decoder's arguments without what grows with the text, for which compiled code would be made again.
 
-    Positions ``[B, q]`` are given, so that it counts none; as a part of the whole text's they had its strides. The mask over all that
-    was seen goes by the pass to those who look at it. Without positions a mask stays: some decoders make the one of the other.
+    Positions ``[B, q]`` are given, so that it counts none; as a part of the whole text's they had its strides. The mask over all
+    that was seen goes by the pass to those who look at it. Without positions a mask stays: some decoders make the one of the other.
     """
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is None and mask is None:

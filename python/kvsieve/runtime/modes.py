@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -59,17 +59,16 @@ _eager: list[ExitStack] = []
 
 @contextmanager
 def uncompiled() -> Iterator[None]:
-    """Code that `torch.compile` wrapped runs as it was written. torch has one such switch for all threads: others are slower meanwhile."""
+    """Code that `torch.compile` wrapped runs as it was written. torch has one such switch for all threads: what others have
+    compiled is slower meanwhile."""
     if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import would take a second
         yield
         return
     with _eager_lock:
         _eager.append(ExitStack())
         if len(_eager) == 1:
-            try:
+            with suppress(RuntimeError):  # called from compiled code, where it cannot be switched: what this compiles is not used
                 _eager[0].enter_context(torch.compiler.set_stance("force_eager"))
-            except RuntimeError:  # called from compiled code: what it calls has been left to Python already
-                pass
     try:
         yield
     finally:
