@@ -6,6 +6,7 @@ operation of the graph (:mod:`kvsieve.model.graphed`). So it is compiled once. P
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -26,6 +27,9 @@ class _Decoding:
 
     def __init__(self, decoder: torch.nn.Module, options: dict[str, Any]) -> None:
         self._plain = decoder._call_impl
+        if "isolate_recompiles" in inspect.signature(torch.compile).parameters:
+            # torch limits the variants of a function, and all models of transformers share some; here it counts them by model.
+            options = {"isolate_recompiles": True, **options}
         self._compiled = torch.compile(decoder._call_impl, **options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
