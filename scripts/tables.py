@@ -106,6 +106,15 @@ def together(record: Any) -> Rows:
     return [["policy", "conversations", "one by one, tokens a second", "together", "times as fast"], *rows]
 
 
+def compiled(record: Any) -> Rows:
+    """A whole token by compiled code beside one without, and the products of weights in it."""
+    rows = []
+    for row in record["rows"]:
+        times = [f"{row[f'{name}_ms']:.1f}" for name in ("eager", "compiled", "products")]
+        rows.append([code(row["policy"]), *times, f"{row['times']:.2f}", f"{row['bound']:.2f}"])
+    return [["policy", "eager, ms", "compiled, ms", "its products alone, ms", "times as fast", "if only products were left"], *rows]
+
+
 def passkeys(record: Any) -> Rows:
     """The passkeys found, by policy and length; the order is that of the depths."""
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
@@ -235,6 +244,7 @@ TABLES = (
     Table("docs/results/decode.md", "policies", "policies.json", policies),
     Table("docs/results/packing.md", "packing-heads-of-128", "packing-heads-of-128.json", prices),
     Table("docs/results/decode.md", "together", "together.json", together),
+    Table("docs/results/decode.md", "compiled", "compiled.json", compiled),
     Table("docs/results/attention.md", "attend", "attend.json", attend),
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),

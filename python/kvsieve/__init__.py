@@ -21,6 +21,7 @@ from kvsieve.policy.compose import Memory
 
 if TYPE_CHECKING:
     from kvsieve.batching import Answer, Batch
+    from kvsieve.compiling import compile
     from kvsieve.stats import Kept, Stats
     from kvsieve.streams import Stream, load, stream
 
@@ -33,6 +34,7 @@ __all__ = [
     "Stats",
     "Stream",
     "__version__",
+    "compile",
     "errors",
     "load",
     "methods",
@@ -43,7 +45,7 @@ __all__ += registry.__all__
 
 _LAZY = {
     **{"Answer": "batching", "Batch": "batching", "Kept": "stats", "Stats": "stats"},
-    **{"load": "streams", "Stream": "streams", "stream": "streams"},
+    **{"compile": "compiling", "load": "streams", "Stream": "streams", "stream": "streams"},
 }
 
 

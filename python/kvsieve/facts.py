@@ -184,6 +184,7 @@ class ModelFacts:
 
     Attributes:
         layers: its full-attention layers, in order.
+        modules: the attention module of every layer, the sliding ones included.
         layer_types: the type of every layer; the others keep their own caches.
         layer_kwargs: what the stock cache layers of those types need.
         trained_length: tokens the model was trained for; None when the configuration does not say.
@@ -195,6 +196,7 @@ class ModelFacts:
     """
 
     layers: tuple[AttentionLayer, ...]
+    modules: tuple[torch.nn.Module, ...]
     layer_types: tuple[str, ...]
     layer_kwargs: tuple[dict[str, Any], ...]
     trained_length: int | None

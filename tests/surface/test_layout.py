@@ -17,7 +17,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "kvsieve"
 LEVELS = (
     ("cli",),
     ("serve", "chat", "evals", "bench", "view", "demo", "graphs", "arguments", "quantized_weights"),
-    ("__init__", "batching", "streams", "generate", "reading", "session", "trace", "banks", "recording"),
+    ("__init__", "batching", "compiling", "streams", "generate", "reading", "session", "trace", "banks", "recording"),
     ("model",),
     ("runtime",),
     ("backends",),

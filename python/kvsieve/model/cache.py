@@ -10,7 +10,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kvsieve.checks import LARGEST, MOST_ROWS, integer
 from kvsieve.errors import RangeError, StateError, UnsupportedError, UnsupportedModelError
-from kvsieve.model.handoff import hand_off
+from kvsieve.model.handoff import GRAPH, hand_off, state
 from kvsieve.model.ids import number_of, row_indices
 from kvsieve.model.masks import check_dimensions
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from kvsieve.runtime.engine import Engine
 
 __all__ = ["Owner", "SlidingLayer", "StreamCache", "StreamLayer"]
+
+
+_hand_off_outside = torch.compiler.disable(hand_off)  # type: ignore[no-untyped-call]
+"""For compiled code, which ends there. What is not compiled need not pay for that."""
 
 
 class Owner(Protocol):
@@ -54,12 +58,11 @@ class StreamLayer(CacheLayerMixin):  # type: ignore[misc]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         self.is_initialized = True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Hands this layer over; returns the new keys and values only, because the past is read from the store."""
-        hand_off(self)
+        (_hand_off_outside if torch.compiler.is_compiling() else hand_off)(self)
         return key_states, value_states
 
     def attend(
@@ -186,10 +189,13 @@ class StreamCache(Cache):  # type: ignore[misc]
         Raises:
             RangeError: for a layer that the model does not have. StateError: outside of a forward through this cache.
         """
+        compiling = torch.compiler.is_compiling()
+        if compiling and state.mode == GRAPH:
+            return key_states, value_states  # the operation that follows names its layer itself: see :mod:`.graphed`
         if type(layer_idx) is not int or not 0 <= layer_idx < len(self.layers):
             layer_idx = integer("layer_idx", layer_idx, 0, len(self.layers) - 1, RangeError)
-        found: tuple[torch.Tensor, torch.Tensor] = self.layers[layer_idx].update(key_states, value_states, *args, **kwargs)
-        return found
+        (_hand_off_outside if compiling else hand_off)(self.layers[layer_idx])
+        return key_states, value_states
 
     def early_initialization(self, *args: Any, **kwargs: Any) -> None:
         """Nothing is to be done: a layer's memory is made by its first forward."""

@@ -17,15 +17,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.locks import shared_lock
-from kvsieve.model.handoff import state
+from kvsieve.model.handoff import GRAPH, OPEN, state
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-__all__ = ["ATTENTION_NAME", "Views", "hide", "original", "show"]
+__all__ = ["ATTENTION_NAME", "GRAPH_NAME", "Views", "hide", "original", "show"]
 
 ATTENTION_NAME = "kvsieve"
 """The name under which the attention and mask functions are registered. It must not contain `sdpa`, `flash`, `flex` or `/`."""
+
+GRAPH_NAME = "kvsieve_graph"
+"""The name under which compiled code finds the attention that is one operation. No mask function has it, so none is made there."""
 
 _lock = shared_lock()
 _classes: dict[tuple[type, tuple[str, ...]], type] = {}
@@ -37,9 +40,11 @@ def original(config: Any) -> Any:
 
 
 def _name(self: Any) -> Any:
-    # Compiled code is kept for later calls, so it always asks kvsieve, which decides when it runs.
+    # Compiled code is kept for later calls. It is guarded by plain values of its thread; frames are none.
     if torch.compiler.is_compiling():
-        return ATTENTION_NAME
+        if state.mode == GRAPH:
+            return GRAPH_NAME
+        return ATTENTION_NAME if state.mode == OPEN else self._kvsieve_original._attn_implementation
     if state.frames or (state.watch is not None and state.watch.dispatch):
         return ATTENTION_NAME
     return self._kvsieve_original._attn_implementation

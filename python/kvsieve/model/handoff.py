@@ -17,7 +17,11 @@ from kvsieve.errors import StateError
 if TYPE_CHECKING:
     from kvsieve.runtime.engine import Engine
 
-__all__ = ["HandedLayer", "Pass", "StreamsCache", "Watch", "enter", "hand_off", "leave", "state", "take"]
+__all__ = ["GRAPH", "OPEN", "STOCK", "HandedLayer", "Pass", "StreamsCache", "Watch", "enter", "hand_off", "leave", "state", "take"]
+
+STOCK, OPEN, GRAPH = 0, 1, 2
+"""How code that is being compiled reaches attention: the model's own, kvsieve's in Python (which ends the graph), or kvsieve's as
+one operation of the graph (:mod:`.graphed`). Compiled code is kept for later calls, so it is guarded by the thread's `mode`."""
 
 
 class StreamsCache(Protocol):
@@ -52,18 +56,37 @@ class HandedLayer(Protocol):
 
 
 class Pass:
-    """One forward of a model through a stream's cache: the cache, and how many of its layers have attended."""
+    """One forward of a model through a stream's cache.
 
-    __slots__ = ("_cache", "attended")
+    Attributes:
+        attended: how many of its layers have attended.
+        graph: whether compiled code may reach them by :mod:`.graphed`.
+        mask: ``[B, seen + q]`` that the decoder would have been given, or None if it was, or if there is none.
+    """
 
-    def __init__(self, cache: StreamsCache) -> None:
+    __slots__ = ("_cache", "_columns", "attended", "graph", "mask")
+
+    def __init__(self, cache: StreamsCache, graph: bool = False) -> None:
         self._cache = weakref.ref(cache)
-        self.attended = 0
+        self.attended, self.graph = 0, graph
+        self.mask: torch.Tensor | None = None
+        self._columns: torch.Tensor | None = None
 
     @property
     def cache(self) -> StreamsCache | None:
         """The cache, while anything else holds it."""
         return self._cache()
+
+    def columns(self, width: int) -> torch.Tensor | None:
+        """The padding of the ``width`` new columns, bool ``[B, width]``: the end of :attr:`mask`, which is looked at once."""
+        if self._columns is None and self.mask is not None:
+            cache = self._cache()
+            assert cache is not None
+            mask = self.mask.to(torch.bool)
+            cache.engine.check_mask(mask, width)
+            # Compiled layers are guarded by strides, and those of a part of the mask are another for every length.
+            self._columns = mask[:, -width:].clone(memory_format=torch.contiguous_format)
+        return self._columns
 
 
 class _Frame:
@@ -104,10 +127,21 @@ class Watch:
 
 
 class _Thread(threading.local):
+    """One thread's forwards.
+
+    Attributes:
+        frames: hooked modules that run, innermost last.
+        handed: the layer that was handed over and not taken yet.
+        watch: what a probe sees.
+        mode, raw: what compiled code is guarded by, so plain values: how it reaches attention, and whether keys are stored before
+            their rotation.
+    """
+
     def __init__(self) -> None:
         self.frames: list[_Frame] = []
         self.handed: weakref.ref[Any] | None = None
         self.watch: Watch | None = None
+        self.mode, self.raw = STOCK, False
 
     @property
     def through(self) -> Pass | None:
@@ -120,27 +154,44 @@ class _Thread(threading.local):
         through = self.through
         return None if through is None else through.cache
 
+    def refresh(self) -> None:
+        """What runs on this thread, or is watched, has changed."""
+        through = self.through
+        cache = None if through is None else through.cache
+        self.raw = cache is not None and cache.engine.stored_keys == "pre_rope"
+        watched = self.watch is not None and self.watch.dispatch
+        if through is None or cache is None:
+            self.mode = OPEN if watched else STOCK
+        else:
+            self.mode = GRAPH if through.graph and self.watch is None else OPEN
+
 
 state = _Thread()
 """This thread's forwards, innermost last."""
 
 
-def enter(owner: object, module: torch.nn.Module, cache: StreamsCache | None) -> Pass | None:
-    """A module hooked by ``owner`` begins. Returns the pass if it is the outermost module of a forward through ``cache``."""
+def enter(owner: object, module: torch.nn.Module, cache: StreamsCache | None, *, graph: bool = False) -> Pass | None:
+    """A module hooked by ``owner`` begins; ``graph`` is the new pass's.
+
+    Returns:
+        the pass, if this is the outermost module of a forward through ``cache``.
+    """
     key = id(owner), id(module)
     outer = state.through
     if cache is None:
         # A forward without a stream inside of another one must not be taken for a part of it.
         if state.frames:
             state.frames.append(_Frame(key, None))
+            state.refresh()
         return None
     if outer is not None and outer.cache is cache and not any(f.key == key and f.through is outer for f in state.frames):
         state.frames.append(_Frame(key, outer))
         return None
     _drop_dead(cache)
-    through = Pass(cache)
+    through = Pass(cache, graph)
     state.frames.append(_Frame(key, through))
     state.handed = None
+    state.refresh()
     return through
 
 
@@ -154,6 +205,7 @@ def leave(owner: object, module: torch.nn.Module) -> tuple[Pass | None, bool]:
             outermost = through is not None and not any(frame.through is through for frame in frames)
             if outermost:
                 state.handed = None
+            state.refresh()
             return through, outermost
     return None, False
 

@@ -7,6 +7,7 @@ attention modules (pre-RoPE keys). A copy of the model gets hooks that do nothin
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 import weakref
 from collections.abc import Callable, Iterator
@@ -20,6 +21,7 @@ from kvsieve.model import configs, handoff, masks
 from kvsieve.model.attention import attention_forward
 from kvsieve.model.cache import StreamCache
 from kvsieve.model.generation import driven_by_generate
+from kvsieve.model.graphed import graphed_attention, mark, unmark
 from kvsieve.model.handoff import state
 from kvsieve.model.ids import check_forward
 from kvsieve.model.pieces import read_pieces
@@ -27,14 +29,14 @@ from kvsieve.model.probe import Probe, with_identity
 from kvsieve.model.reread import read_again
 from kvsieve.model.support import refuse, versions
 from kvsieve.model.verify import verify
-from kvsieve.runtime.modes import unrecorded
+from kvsieve.runtime.modes import autocast_enabled, unrecorded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvsieve.facts import ModelFacts
 
-__all__ = ["Attachment", "attach", "examined"]
+__all__ = ["Attachment", "attach", "between", "examined"]
 
 
 class _Hook:
@@ -52,6 +54,19 @@ class _Hook:
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return getattr, (contextlib.nullcontext(), "__exit__")
+
+
+class _RotationHook:
+    """Before an attention module: where a stream stores keys as they are before their rotation, the module's own is the identity.
+
+    Compiled code has it inside, so it reads nothing but a plain value of its thread.
+    """
+
+    def __call__(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+        return (args, with_identity(kwargs)) if state.raw else None
+
+    __deepcopy__ = _Hook.__deepcopy__
+    __reduce_ex__ = _Hook.__reduce_ex__
 
 
 _numbers = itertools.count(1 << 60)
@@ -79,8 +94,9 @@ class Attachment:
         self.lock = shared_lock()
         """Held while the attachment is made, which runs a few tokens; never during a user's forward."""
         self._facts: ModelFacts | None = None
+        self._takes_positions = "position_ids" in inspect.signature(type(self.decoder).forward).parameters
         self._hooks: list[Any] = []
-        self._between = _between(model, self.decoder)
+        self._between = between(model, self.decoder)
         self._views = configs.Views(model.config.get_text_config(decoder=True))
         self._viewed = [*self._between, *_with_configs(self.decoder)]
 
@@ -151,6 +167,7 @@ class Attachment:
         from transformers import AttentionInterface, AttentionMaskInterface
 
         AttentionInterface.register(configs.ATTENTION_NAME, attention_forward)
+        AttentionInterface.register(configs.GRAPH_NAME, graphed_attention)
         AttentionMaskInterface.register(configs.ATTENTION_NAME, masks.mask_rows)
         model = self.model
         self._hook_before(model, self._before_model, keep=True)
@@ -166,10 +183,12 @@ class Attachment:
     def _hook_layers(self) -> None:
         for layer in () if self._facts is None else self._facts.layers:
             if layer.rope is not None:
-                self._hook_before(layer.module, self._before_attention, keep=True)
+                self._hook_before(layer.module, _RotationHook(), keep=True)
+        mark(() if self._facts is None else self._facts.modules)
 
     def _hook_before(self, module: torch.nn.Module, call: Callable[..., Any], keep: bool = False) -> Any:
-        handle = _renumbered(module.register_forward_pre_hook(_Hook(self, call), with_kwargs=True))
+        hook = call if isinstance(call, _RotationHook) else _Hook(self, call)
+        handle = _renumbered(module.register_forward_pre_hook(hook, with_kwargs=True))
         if keep:
             self._hooks.append(handle)
         return handle
@@ -179,6 +198,7 @@ class Attachment:
 
     def _remove(self) -> None:
         configs.hide(self._viewed)
+        unmark(() if self._facts is None else self._facts.modules)
         for hook in self._hooks:
             hook.remove()
         self._hooks.clear()
@@ -229,7 +249,7 @@ class Attachment:
             if pieces is not None:
                 kwargs = changed = unrecorded(read_pieces, self.model, cache, kwargs, pieces)
                 ids = kwargs["input_ids"]
-        handoff.enter(self, module, cache)
+        handoff.enter(self, module, cache, graph=self._graphs(cache, args, kwargs))
         unrecorded(engine.expect, ids, foreign=foreign)
         unrecorded(engine.prepare)
         return None if changed is None else (args, changed)
@@ -248,7 +268,8 @@ class Attachment:
 
     def _before_between(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         cache = self._cache_of(args, kwargs)
-        if not self._is_others(cache) and handoff.enter(self, module, cache) is not None and cache is not None:
+        graph = cache is not None and self._graphs(cache, args, kwargs)
+        if not self._is_others(cache) and handoff.enter(self, module, cache, graph=graph) is not None and cache is not None:
             self._begin(module, cache, kwargs)
             unrecorded(cache.engine.prepare)
 
@@ -257,11 +278,28 @@ class Attachment:
         if outermost and output is None and through is not None and through.cache is not None:
             unrecorded(through.cache.engine.rollback)
 
-    def _before_decoder(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def _before_decoder(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
         self._before_between(module, args, kwargs)
-        cache, positions = state.cache, kwargs.get("position_ids")
-        if cache is not None and isinstance(positions, torch.Tensor) and positions.ndim == 3:
+        through, positions = state.through, kwargs.get("position_ids")
+        cache = None if through is None else through.cache
+        if through is None or cache is None:
+            return None
+        if isinstance(positions, torch.Tensor) and positions.ndim == 3:
             cache.engine.positions.check_axes(positions)
+        return (args, _of_one_size(cache, through, args, kwargs)) if through.graph and self._takes_positions else None
+
+    def _graphs(self, cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast."""
+        mask = kwargs.get("attention_mask")
+        return (
+            not self._between
+            and not cache.engine.replaying
+            and len(args) <= 1
+            and (mask is None or isinstance(mask, torch.Tensor))
+            and all(isinstance(ids, torch.Tensor | None) for ids in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")))
+            and not torch.is_grad_enabled()
+            and not autocast_enabled(self.facts.layers[0].device.type)
+        )
 
     def _after_decoder(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
         if state.watch is not None and output is not None:
@@ -284,13 +322,6 @@ class Attachment:
             )
         through.attended = 0
         unrecorded(cache.engine.decoded, _tensor(output, "last_hidden_state"))
-
-    def _before_attention(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-        """Pre-RoPE keys: the module's own rotation becomes the identity."""
-        cache = state.cache
-        if cache is None or cache.engine.stored_keys != "pre_rope":
-            return None
-        return args, with_identity(kwargs)
 
     def _stash(self, module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         if state.watch is not None:
@@ -342,7 +373,7 @@ def examined(model: PreTrainedModel) -> Iterator[None]:
         attachment.release()
 
 
-def _between(model: PreTrainedModel, decoder: torch.nn.Module) -> list[torch.nn.Module]:
+def between(model: PreTrainedModel, decoder: torch.nn.Module) -> list[torch.nn.Module]:
     """Models between the causal LM and its decoder, outermost first: they may make masks."""
     from transformers import PreTrainedModel
 
@@ -359,6 +390,26 @@ def _with_configs(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     from transformers import PretrainedConfig
 
     return [module for module in decoder.modules() if isinstance(vars(module).get("config"), PretrainedConfig)]
+
+
+def _of_one_size(
+    cache: handoff.StreamsCache, through: handoff.Pass, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """A decoder's arguments without what grows with the text, for which compiled code would be made again.
+
+    Positions ``[B, q]`` are given, so that it counts none; as a part of the whole text's they had its strides. The mask over all
+    that was seen goes by the pass to those who look at it. Without positions a mask stays: some decoders make the one of the other.
+    """
+    positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
+    if positions is None and mask is None:
+        ids = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(t, torch.Tensor))
+        seen = cache.engine.columns
+        positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)[None]
+    elif isinstance(positions, torch.Tensor):
+        through.mask, mask = mask, None
+        if positions.stride()[:1] != positions.shape[-1:]:
+            positions = positions.clone(memory_format=torch.contiguous_format)
+    return {**kwargs, "position_ids": positions, "attention_mask": mask}
 
 
 def _is_checkpointing(decoder: torch.nn.Module) -> bool:

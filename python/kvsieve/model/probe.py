@@ -19,6 +19,7 @@ from kvsieve.model.head import find_head
 from kvsieve.model.parallel import ranks_of
 from kvsieve.model.rope import measure
 from kvsieve.model.support import cache_name, layer_types, versions
+from kvsieve.runtime.modes import uncompiled
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -33,10 +34,12 @@ PIECES = ((0, 4), (4, 5))
 def watching(watch: Watch) -> Iterator[Watch]:
     """``watch`` sees what this thread does."""
     before, state.watch = state.watch, watch
+    state.refresh()
     try:
         yield watch
     finally:
         state.watch = before
+        state.refresh()
 
 
 class Probe:
@@ -56,11 +59,12 @@ class Probe:
 
     @contextmanager
     def quiet(self) -> Iterator[None]:
-        """Without gradients, autocast and dropout, whatever the caller has on."""
+        """Without gradients, autocast, dropout and compiled code, whatever the caller has on."""
         training = [module for module in self.model.modules() if module.training]
         with ExitStack() as modes:
             modes.enter_context(torch.inference_mode(False))
             modes.enter_context(torch.no_grad())
+            modes.enter_context(uncompiled())
             for kind in {self.device.type, "cpu"}:
                 modes.enter_context(torch.autocast(kind, enabled=False))
             try:
@@ -143,6 +147,7 @@ class Probe:
         rope_type = _rope_type(self.config)
         return ModelFacts(
             layers=tuple(layers),
+            modules=tuple(modules[index] for index in range(len(types))),
             layer_types=tuple(types),
             layer_kwargs=tuple(kwargs),
             trained_length=getattr(self.config, "max_position_embeddings", None),

@@ -19,7 +19,7 @@ from kvsieve.backends.base import AttendCall, Backend, Store
 from kvsieve.errors import CacheMismatchError, ShapeError, StateError
 from kvsieve.runtime.exclusive import exclusive
 from kvsieve.runtime.held import Held
-from kvsieve.runtime.part import Apply, Forward, LayerInput
+from kvsieve.runtime.part import Apply, Forward, LayerInput, StreamPart
 from kvsieve.runtime.process import defer_sigint
 
 if TYPE_CHECKING:
@@ -53,6 +53,9 @@ class Engine(Held):
         super().__init__(policy, facts, backend, stored_keys, blocks)
         self.replaying = False
         self._layers = {layer.index: layer for layer in facts.layers}
+        self._moves = policy.moves
+        self._answering = [part for part in self.parts if type(part).attend is not StreamPart.attend]
+        self._calls: dict[int, AttendCall] = {}
         self._first = next(i for i, kind in enumerate(facts.layer_types) if i in self._layers or kind == "sliding_attention")
         selects = [memory.roles.select for memory in policy.memories]
         self.reads_top_k = any(select.top_k for select in selects)
@@ -125,18 +128,26 @@ class Engine(Held):
         forward = self.forward
         if forward is None or forward.step is None or forward.width != q.shape[2]:
             raise StateError(f"layer {index} ran out of order: its stream has no open step of {q.shape[2]} tokens")
-        facts, store, rope = self._layers.get(index), None, None
-        if facts is not None:
-            store = self._store_of(facts, module, k, v)
-            rope = facts.rope if self.policy.moves else None
-        call = AttendCall(scale, softcap, sinks, rope, self.reads_top_k and index >= self._top_k_from)
-        layer = LayerInput(index, q, k, v, call, forward, store)
-        for part in self.parts:
-            out = part.attend(layer)
-            if out is not None:
-                return out
+        facts = self._layers.get(index)
+        store = None if facts is None else self._store_of(facts, module, k, v)
+        call = self._calls.get(index)
+        if call is None or call.scale != scale or call.softcap != softcap or call.sink_logits is not sinks:
+            call = self._call(index, scale, softcap, sinks)
+        if self._answering:
+            layer = LayerInput(index, q, k, v, call, forward, store)
+            for part in self._answering:
+                out = part.attend(layer)
+                if out is not None:
+                    return out
         assert store is not None
         return store.run(q, k, v, forward.step, call)
+
+    def _call(self, index: int, scale: float, softcap: float | None, sinks: torch.Tensor | None) -> AttendCall:
+        """What is the layer's own, kept for its next token."""
+        facts = self._layers.get(index)
+        rope = facts.rope if facts is not None and self._moves else None
+        made = self._calls[index] = AttendCall(scale, softcap, sinks, rope, self.reads_top_k and index >= self._top_k_from)
+        return made
 
     def _store_of(self, facts: AttentionLayer, module: torch.nn.Module, k: torch.Tensor, v: torch.Tensor) -> Store:
         if module is not facts.module:

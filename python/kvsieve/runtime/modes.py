@@ -8,15 +8,17 @@ mode, and where it does arithmetic of its own without autocast. Where none of th
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 
 from kvsieve.errors import UnsupportedError
+from kvsieve.locks import shared_lock
 
-__all__ = ["autocast_enabled", "refuse_backward", "unrecorded", "without_modes"]
+__all__ = ["autocast_enabled", "refuse_backward", "uncompiled", "unrecorded", "without_modes"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -49,6 +51,30 @@ def autocast_enabled(device: str) -> bool:
         return torch.is_autocast_enabled(device)
     except RuntimeError:  # a device type that autocast does not know
         return False
+
+
+_eager_lock = shared_lock()
+_eager: list[ExitStack] = []
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """Code that `torch.compile` wrapped runs as it was written. torch has one such switch for all threads: what others have
+    compiled is slower meanwhile."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and the import would take a second
+        yield
+        return
+    with _eager_lock:
+        _eager.append(ExitStack())
+        if len(_eager) == 1:
+            with suppress(RuntimeError):  # called from compiled code, where it cannot be switched: what this compiles is not used
+                _eager[0].enter_context(torch.compiler.set_stance("force_eager"))
+    try:
+        yield
+    finally:
+        with _eager_lock:
+            first = _eager.pop(0) if len(_eager) == 1 else _eager.pop()
+            first.close()
 
 
 class _NoBackward(torch.autograd.Function):

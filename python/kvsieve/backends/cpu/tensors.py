@@ -15,7 +15,8 @@ DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "
 
 def view(x: torch.Tensor) -> npt.NDArray[Any]:
     """A numpy view of ``x``; 16-bit floats as their bits."""
-    x = x.detach()
+    if x.requires_grad:
+        x = x.detach()
     if x.stride(-1) != 1:
         x = x.contiguous()
     return x.numpy() if x.dtype == torch.float32 else x.view(torch.int16).numpy()
