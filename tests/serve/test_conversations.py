@@ -309,19 +309,19 @@ def test_bytes_of_shared_blocks_count_once() -> None:
 
 
 def test_a_conversation_that_does_not_fit_fails_alone() -> None:
-    with cases.service(kvsieve.Full(), memory=600_000) as service:
+    with cases.service(kvsieve.Full(), memory=300_000) as service:
         small = ask(service, job([ASKED], 40, eos_token_id=None))
-        large = ask(service, job([("user", "a very long text " * 200)]))
+        large = ask(service, job([("user", "a very long text " * 60)]))
         assert isinstance(large.wait().error, ServiceFullError)
         assert len(small.wait().ids()) == 40
         assert small.error is None
         assert answer(service, [ASKED], 4).reason() == "length"
         # One that grows beyond it while it answers.
-        grows = ask(service, job([("user", "long " * 80)], 3000, eos_token_id=None))
+        grows = ask(service, job([("user", "long " * 60)], 3000, eos_token_id=None))
         assert isinstance(grows.wait().error, ServiceFullError)
         assert grows.ids()
         assert answer(service, [LATER], 4).error is None
-        assert service.snapshot().bytes_held <= 600_000
+        assert service.snapshot().bytes_held <= 300_000
 
 
 def test_everything_is_given_back_at_the_end() -> None:
