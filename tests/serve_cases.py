@@ -1,4 +1,4 @@
-"""What the tests of a service share: a tokenizer of letters with a chat template, a listener, and what the library answers alone."""
+"""What the tests of a service share: a tokenizer of letters, a chat template, a listener, and what the library answers alone."""
 
 from __future__ import annotations
 

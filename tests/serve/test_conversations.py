@@ -93,7 +93,7 @@ def test_sampling_by_seed_is_that_of_the_batch() -> None:
         assert answer(service, [ASKED], **{**options, "seed": 8}).ids() != want.ids.tolist()
 
 
-# --------------------------------------------------------------------------------------------------------------- one state, several ways
+# ---------------------------------------------------------------------------------------------------------- one state, several ways
 
 
 @pytest.mark.parametrize("name", ["full", "sirllm", "quest"])
@@ -186,7 +186,7 @@ def test_an_answer_that_is_no_text_is_not_remembered() -> None:
         assert service.snapshot().states == 0
 
 
-# --------------------------------------------------------------------------------------------------------------------------- sharing
+# -------------------------------------------------------------------------------------------------------------------------- sharing
 
 
 def test_a_first_message_is_read_once_for_all_conversations() -> None:
@@ -257,7 +257,7 @@ def test_a_policy_with_a_bank_is_refused() -> None:
         assert stream.generate(tiny.ids(1, 3), max_new_tokens=1).shape == (1, 4)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------- budget
+# --------------------------------------------------------------------------------------------------------------------------- budget
 
 
 def allocated(service: Service) -> int:

@@ -64,7 +64,7 @@ class Held:
 def test_an_answer_does_not_depend_on_who_else_is_there(chunk: int) -> None:
     """Prompts are cut in the same places, whatever is read and answered between two pieces."""
     policy = kvsieve.SirLLM(48, recent=8)
-    asked = [[("user", f"{name} tells " + "of the sea " * (3 + 5 * at))] for at, name in enumerate("abcdef")]
+    asked = [[("user", f"{name} tells " + "of the sea " * (2 + 3 * at))] for at, name in enumerate("abcdef")]
     with cases.service(policy, chunk=chunk) as service:
         alone = [answer(service, one, 6 + at).ids() for at, one in enumerate(asked)]
     with cases.service(policy, chunk=chunk, most=4) as service:

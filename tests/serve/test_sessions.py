@@ -75,16 +75,22 @@ def test_what_leaves_memory_comes_back_from_its_file(tmp_path: Path) -> None:
         assert counts.bytes_held <= 700_000
 
 
-def test_a_conversation_has_one_file_that_of_its_newest_end(tmp_path: Path) -> None:
+def test_a_conversation_has_two_files_of_its_newest_ends(tmp_path: Path) -> None:
+    """One who was not told of the newest answer, because the server was killed, asks for it again."""
     with cases.service(kvsieve.SirLLM(64, recent=8), sessions=tmp_path, durable=True) as service:
         messages = said(service)
-        for _ in range(3):
-            messages += [("assistant", answer(service, messages).text()), THEN]
-            assert len(files(tmp_path)) == 2
+        for turn in range(3):
+            before = messages
+            messages = [*messages, ("assistant", answer(service, messages).text()), THEN]
+            assert len(files(tmp_path)) == 4, turn
         other = answer(service, [*messages[:-2], ("assistant", "no"), THEN])
-        assert len(files(tmp_path)) == 4
+        assert len(files(tmp_path)) == 6
         assert other.error is None
-    assert len(files(tmp_path)) == 4
+    for asked in (before, messages):
+        with cases.service(kvsieve.SirLLM(64, recent=8), sessions=tmp_path) as service:
+            heard = answer(service, asked)
+            assert heard.usage().cached > 0
+            assert not heard.usage().read_again
 
 
 def test_files_are_their_owners_and_tell_no_text(tmp_path: Path) -> None:

@@ -32,6 +32,9 @@ PUBLIC = "public"
 INNER = 2
 """Moments inside of a conversation that are remembered beside its newest end: where its last message begins, and ends."""
 
+FILES = 2
+"""Files of one conversation."""
+
 log = logging.getLogger("kvsieve.serve")
 
 
@@ -307,12 +310,14 @@ class Conversations:
         return state.stored is not None
 
     def _remove_older(self, state: State) -> None:
-        """A conversation is in one file: that of its newest end."""
+        """A conversation is in two files at most: those of its newest end and of the one before it. A client that was never told of
+        the newest one goes on from that."""
         assert self.sessions is not None
-        at = state
+        files, at = 1, state
         while at.parent is not None:
             older = at.parent
-            if older.kind == "inner" and older.stored is not None:
+            files += older.stored is not None
+            if files > FILES and older.kind == "inner" and older.stored is not None:
                 self.sessions.remove(older.stored)
                 older.stored = None
                 if older.stream is None:

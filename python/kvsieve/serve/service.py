@@ -171,11 +171,12 @@ class Service:
 
     def close(self, grace: float = 10.0) -> None:
         """Take no more jobs. Those that wait fail with `ServiceClosedError`, and so do those that are not over after ``grace``
-        seconds. Then conversations are written to files, and the model is as it was. Closing twice is fine.
+        seconds. Then conversations are written to files, and the model is as it was. Closing twice is fine; the shorter
+        grace holds.
         """
         with self._changed:
-            if self._closing is None:
-                self._closing = time.monotonic() + max(grace, 0.0)
+            until = time.monotonic() + max(grace, 0.0)
+            self._closing = until if self._closing is None else min(self._closing, until)
             self._changed.notify()
             thread = self._thread
         if thread is None:
