@@ -32,7 +32,9 @@ def tokenizer(kind: str) -> Any:
         words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", "a", "b", "▁a", "▁b", ".", "é"]
         made = Tokenizer(models.BPE({word: at for at, word in enumerate(words)}, [("▁", "a"), ("▁", "b")], byte_fallback=True))
         made.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
-        made.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        made.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
     return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<s>", eos_token="</s>")
 
 

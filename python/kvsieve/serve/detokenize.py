@@ -1,7 +1,7 @@
 """Text out of tokens, piece by piece, as far as it is settled.
 
-Tokens are parts of words, and of the bytes of a character: what a token says may be known only after the next one. And the beginning
-of a text that ends an answer must not be delivered, in case that the rest of it follows.
+Tokens are parts of words, and of the bytes of a character: what a token says may be known only after the next one. And the
+beginning of a text that ends an answer must not be delivered, in case that the rest of it follows.
 """
 
 from __future__ import annotations
