@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from kvsieve.errors import KvsieveError, PromptTooLongError, ServiceBusyError, ServiceClosedError
 from kvsieve.serve.access import Access
 from kvsieve.serve.answering import Answers, Delta, Events, Failed, Gone
-from kvsieve.serve.jobs import Job
+from kvsieve.serve.jobs import Job, Reason
 from kvsieve.serve.metrics import CONTENT_TYPE, Metrics
 from kvsieve.serve.openai import Asked, Refusal, asked_chat, asked_text, parsed
 from kvsieve.serve.prompts import opening_of, render
@@ -245,6 +245,13 @@ def _check_text(name: str, text: str) -> None:
         raise Refusal(400, f"{name} has half a surrogate pair, which is no text", param=name, code="invalid_value") from None
 
 
+UNREAD: Mapping[Reason | None, Refusal] = {
+    "timeout": Refusal(504, "there was no time to read the prompt", kind="server_error", code="timeout"),
+    "cancelled": Refusal(503, "the server closed before the prompt was read", kind="server_error", code="closing", retry_after=1),
+}
+"""Answers that end before they begin."""
+
+
 class _Talk(Response):
     """The answers to one request: a whole one, or, as a response, a stream of server-sent events."""
 
@@ -310,8 +317,8 @@ class _Talk(Response):
             if not heard and (delta.text or delta.tokens):
                 heard = True
                 self._desk.metrics.first_token.observe(time.monotonic() - self._began)
-            if self._answers.over and self._answers.began is None and "timeout" in self._answers.reasons:
-                raise Refusal(504, "there was no time to read the prompt", kind="server_error", code="timeout")
+            if delta.reason in UNREAD and self._answers.began is None:
+                raise UNREAD[delta.reason]
             yield delta
         self._desk.metrics.seconds.observe(time.monotonic() - self._began)
 
