@@ -115,18 +115,6 @@ class UnsupportedModelError(UnsupportedError):
     """A model whose attention kvsieve cannot serve; the message names the reason."""
 
 
-class PromptTooLongError(KvsieveError, ValueError):
-    """A prompt, with the answer that was asked for, that is longer than the server reads."""
-
-
-class ServiceBusyError(KvsieveError, RuntimeError):
-    """A server whose queue is full. Nothing was taken; try again later."""
-
-
-class ServiceClosedError(KvsieveError, RuntimeError):
-    """A server that is closing, or closed. Nothing was taken."""
-
-
 class BenchError(KvsieveError, ValueError):
     """A measurement that cannot be made as asked: an unreadable shape, an unknown dtype, a length or a count that is too small."""
 

@@ -17,7 +17,7 @@ import pytest
 import serving
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kvsieve.errors import ArgumentError, BudgetError, PromptTooLongError, ServiceBusyError, ServiceClosedError
+from kvsieve.errors import ArgumentError, BudgetError, PromptTooLongError, ServiceBusyError, ServiceClosedError, ServiceFullError
 from kvsieve.serve import app as http_app
 from kvsieve.serve.access import Access
 from kvsieve.serve.jobs import Job, Usage
@@ -435,6 +435,7 @@ def test_other_methods_are_refused(address: str) -> None:
 FAILURES = [
     (ServiceBusyError("the queue is full"), 429, "rate_limit_error", "queue_full"),
     (ServiceClosedError("closing"), 503, "server_error", "closing"),
+    (ServiceFullError("it needs 3 GiB"), 503, "server_error", "memory_full"),
     (PromptTooLongError("9,000 tokens, at most 4,096"), 400, "invalid_request_error", "context_length_exceeded"),
     (BudgetError("a budget of 2 cannot hold it"), 400, "invalid_request_error", "invalid_value"),
     (RuntimeError("secret path /root"), 500, "server_error", "internal_error"),

@@ -73,6 +73,14 @@ def test_a_space_before_a_word_is_kept_after_a_special_token() -> None:
     assert pieces("words", [a, ends, a]) == ["a", "", " a", ""]
 
 
+def test_the_first_word_has_the_space_that_it_has_behind_the_prompt() -> None:
+    words = tokenizer("words")
+    a, b = words.convert_tokens_to_ids(["▁a", "▁b"])
+    assert Pieces(words).push(b) == "b"
+    behind = Pieces(words, [a, words.eos_token_id])
+    assert [behind.push(b), behind.push(a), behind.end()] == [" b", " a", ""]
+
+
 def test_what_never_becomes_a_character_is_delivered_in_the_end() -> None:
     letters = tokenizer("bytes").get_vocab()
     half = letters[pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str("é")[0][0][0]]

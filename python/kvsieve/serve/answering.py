@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from kvsieve.serve.detokenize import Pieces, Stops, text_of
 from kvsieve.serve.jobs import Reason, Token, Usage
 
-__all__ = ["Answers", "Delta", "Events", "Failed", "Gone", "Shown"]
+__all__ = ["AnswerText", "Answers", "Delta", "Events", "Failed", "Gone", "Shown"]
 
 LEAST = -9999.0
 """The logarithm that is told of what is impossible: JSON has no infinity, and OpenAI's clients know this number."""
@@ -81,17 +81,23 @@ class Events:
         return await self._queue.get()
 
 
-class _Choice:
-    """One answer as text."""
+class AnswerText:
+    """One answer as text.
 
-    def __init__(self, tokenizer: Any, stop: tuple[str, ...]) -> None:
-        self._tokenizer, self._pieces, self.stops = tokenizer, Pieces(tokenizer), Stops(stop)
+    Args:
+        stop: strings that end it.
+        before: the tokens that it stands behind.
+    """
+
+    def __init__(self, tokenizer: Any, stop: Sequence[str], before: Sequence[int]) -> None:
+        self._tokenizer, self._pieces, self.stops = tokenizer, Pieces(tokenizer, before), Stops(stop)
         self._settled, self._delivered = 0, 0
         self._waiting: list[Shown] = []
         self.said = 0
         self.over: tuple[Reason, Usage] | None = None
 
     def push(self, token: Token) -> tuple[str, tuple[Shown, ...]]:
+        """What one more token settles, and the tokens that are told with it."""
         self.said += 1
         if self.stops.hit is not None:
             return "", ()
@@ -124,6 +130,7 @@ class Answers:
 
     Args:
         events: the job's sink.
+        choices: the text of each.
         stopped: called once all answers have reached a stop string, should the model thread go on.
 
     Attributes:
@@ -131,11 +138,10 @@ class Answers:
         reasons: why each answer ended.
     """
 
-    def __init__(self, events: Events, tokenizer: Any, n: int, stop: tuple[str, ...], stopped: Callable[[], None]) -> None:
-        self._events, self._stopped = events, stopped
-        self._choices = [_Choice(tokenizer, stop) for _ in range(n)]
+    def __init__(self, events: Events, choices: Sequence[AnswerText], stopped: Callable[[], None]) -> None:
+        self._events, self._choices, self._stopped = events, choices, stopped
         self.began: Usage | None = None
-        self.reasons: list[Reason | None] = [None] * n
+        self.reasons: list[Reason | None] = [None] * len(choices)
 
     @property
     def over(self) -> bool:

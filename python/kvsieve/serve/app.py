@@ -17,13 +17,13 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from kvsieve.errors import KvsieveError, PromptTooLongError, ServiceBusyError, ServiceClosedError
+from kvsieve.errors import KvsieveError, PromptTooLongError, ServiceBusyError, ServiceClosedError, ServiceFullError
 from kvsieve.serve.access import Access
-from kvsieve.serve.answering import Answers, Delta, Events, Failed, Gone
+from kvsieve.serve.answering import Answers, AnswerText, Delta, Events, Failed, Gone
 from kvsieve.serve.jobs import Job, Reason
 from kvsieve.serve.metrics import CONTENT_TYPE, Metrics
 from kvsieve.serve.openai import Asked, Refusal, asked_chat, asked_text, parsed
-from kvsieve.serve.prompts import opening_of, render
+from kvsieve.serve.prompts import Prompt, opening_of, render, tail_of
 from kvsieve.serve.replies import DONE, Reply, event
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def refusal_of(error: Exception, retry_after: int = 1) -> Refusal:
         return Refusal(429, str(error), kind="rate_limit_error", code="queue_full", retry_after=retry_after)
     if isinstance(error, ServiceClosedError):
         return Refusal(503, str(error), kind="server_error", code="closing", retry_after=retry_after)
+    if isinstance(error, ServiceFullError):
+        return Refusal(503, str(error), kind="server_error", code="memory_full", retry_after=retry_after)
     if isinstance(error, PromptTooLongError):
         return Refusal(400, str(error), param="messages", code="context_length_exceeded")
     if isinstance(error, KvsieveError) and isinstance(error, ValueError):
@@ -180,12 +182,14 @@ class _Desk:
             return Response(status_code=CLOSED_REQUEST)
         self.check_model(asked.model)
         job = await asyncio.to_thread(self._job, asked, self.access.owner(request.headers, asked.user))
+        before = tail_of(self.tokenizer, job.text)
         events = Events(asyncio.get_running_loop())
         try:
             ticket = await asyncio.to_thread(self.service.submit, job, events)
         except Exception as error:
             raise self.failure(error) from error
-        answers = Answers(events, self.tokenizer, job.n, job.stop, lambda: self.service.cancel(ticket))
+        texts = [AnswerText(self.tokenizer, job.stop, before) for _ in range(job.n)]
+        answers = Answers(events, texts, lambda: self.service.cancel(ticket))
         shapes = {"n": job.n, "logprobs": asked.logprobs is not None, "usage": asked.include_usage}
         reply = Reply(chat=asked.chat, model=self.settings.name, **shapes)
         talk = _Talk(self, answers, reply, events, lambda: self.service.cancel(ticket), began)
@@ -213,18 +217,26 @@ class _Desk:
         return bytes(data)
 
     def _job(self, asked: Asked, owner: str) -> Job:
-        ends: tuple[int, ...] = ()
         if asked.chat:
-            text, ends = render(self.tokenizer, asked.messages, asked.tools, asked.template)
+            prompt = render(self.tokenizer, asked.messages, asked.tools, asked.template)
         else:
-            text = asked.prompt if asked.prompt.startswith(self._opening) else self._opening + asked.prompt
-        for name, value in (("prompt", text), *(("stop", one) for one in asked.stop)):
+            prompt = Prompt(asked.prompt if asked.prompt.startswith(self._opening) else self._opening + asked.prompt)
+        for name, value in (("prompt", prompt.text), *(("stop", one) for one in asked.stop)):
             _check_text(name, value)
         options = {**asked.options, "max_new_tokens": asked.most or self.settings.max_new_tokens}
         if asked.bias:
             self._check_bias(asked.bias)
             options["sequence_bias"] = {(token,): value for token, value in asked.bias.items()}
-        return Job(owner, text, ends, options, asked.stop, asked.n, asked.logprobs, self.settings.seconds)
+        return Job(
+            owner,
+            prompt.text,
+            prompt.boundaries,
+            options,
+            stop=asked.stop,
+            n=asked.n,
+            logprobs=asked.logprobs,
+            seconds=self.settings.seconds,
+        )
 
     def _check_bias(self, bias: Mapping[int, float]) -> None:
         most = self.settings.vocabulary

@@ -31,14 +31,15 @@ class Pieces:
 
     Args:
         tokenizer: anything with ``decode(ids, skip_special_tokens, clean_up_tokenization_spaces)``.
+        before: the tokens before the answer, the last few of them: they say whether its first word has a space before it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
+        self._window = list(before)
         """Tokens that are decoded together: those of the last piece, as decoders treat the first token of a text in a way of its
         own, and those since."""
-        self._said = ""
+        self._said = text_of(tokenizer, self._window) if before else ""
         """What was delivered of the window's text."""
         self._waiting: list[int] = []
         """The window's tokens whose text was not delivered, or not all of it."""

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from kvsieve.serve.openai import Refusal
 
-__all__ = ["opening_of", "public_text", "render", "template_of"]
+__all__ = ["Prompt", "opening_of", "public_text", "render", "tail_of", "template_of"]
 
 FIRST, LAST = 2, 4
 """Messages from the beginning and from the end whose ends are looked for. A system prompt and a first document are shared, and the
@@ -17,15 +18,27 @@ last messages are edited or asked again; a conversation of a thousand messages i
 Messages = Sequence[Mapping[str, Any]]
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the model reads.
+
+    Attributes:
+        boundaries: where messages end, offsets in ``text``, ascending.
+        answered: where the newest earlier answer begins; 0 where there is none, or where that cannot be told.
+    """
+
+    text: str
+    boundaries: tuple[int, ...] = ()
+    answered: int = 0
+
+
 def template_of(tokenizer: Any) -> bool:
     """Whether the tokenizer has a chat template."""
     return bool(getattr(tokenizer, "chat_template", None))
 
 
-def render(
-    tokenizer: Any, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]
-) -> tuple[str, tuple[int, ...]]:
-    """The prompt, and the offsets in it at which messages end.
+def render(tokenizer: Any, messages: Messages, tools: Sequence[Mapping[str, Any]] | None, variables: Mapping[str, Any]) -> Prompt:
+    """The prompt that messages make.
 
     A message's end is where the text of the messages up to it ends, if that is how the whole begins: a template that writes earlier
     messages otherwise once there are later ones has no end there.
@@ -39,11 +52,11 @@ def render(
     text = _rendered(tokenizer, messages, tools, variables, asks=True)
     if tools and text == _rendered(tokenizer, messages, None, variables, asks=True):
         raise Refusal(400, "this model's chat template does not know tools", param="tools", code="unsupported_parameter")
-    ends = set()
-    for count in sorted({*range(1, FIRST + 1), *range(len(messages) - LAST + 1, len(messages) + 1)}):
-        if 0 < count <= len(messages) and (end := _end(tokenizer, messages[:count], tools, variables, text)):
-            ends.add(end)
-    return text, tuple(sorted(ends))
+    # The message before the last answer; there may be any number of calls' results behind that.
+    answer = max((at for at, message in enumerate(messages) if message["role"] == "assistant"), default=0)
+    counts = {*range(1, FIRST + 1), answer, *range(len(messages) - LAST + 1, len(messages) + 1)}
+    ends = {count: _end(tokenizer, messages[:count], tools, variables, text) for count in counts if 0 < count <= len(messages)}
+    return Prompt(text, tuple(sorted({end for end in ends.values() if end})), ends.get(answer) or 0)
 
 
 def _check_variables(tokenizer: Any, variables: Mapping[str, Any]) -> None:
@@ -84,11 +97,11 @@ def public_text(tokenizer: Any, messages: Messages, tools: Sequence[Mapping[str,
         Refusal: for messages that the template refuses, or renders otherwise once a question follows.
     """
     asked = {"role": "user", "content": "?"}
-    text, ends = render(tokenizer, [*messages, asked], tools, {})
-    part = _end(tokenizer, messages, tools, {}, text)
-    if not part or part not in ends:
+    text = render(tokenizer, [*messages, asked], tools, {}).text
+    end = _end(tokenizer, messages, tools, {}, text)
+    if not end:
         raise Refusal(400, "the chat template does not write these messages as the beginning of what follows")
-    return text[:part]
+    return text[:end]
 
 
 def opening_of(tokenizer: Any) -> str:
@@ -99,3 +112,8 @@ def opening_of(tokenizer: Any) -> str:
         if whole[start : start + len(bare)] == bare:
             return str(tokenizer.decode(whole[:start])) if start else ""
     return ""
+
+
+def tail_of(tokenizer: Any, text: str) -> list[int]:
+    """The last few tokens of a prompt, about: what decides how the first word of an answer is written."""
+    return list(tokenizer(text[-32:], add_special_tokens=False)["input_ids"])
