@@ -22,6 +22,7 @@ class Job:
             model needs one): nothing is added to it.
         boundaries: where messages end, offsets in ``text``, ascending, ``0 < b <= len(text)``. A conversation can be continued,
             edited or asked again from there. Without them it is remembered where its answers end.
+        answered: where the newest of its earlier answers begins; 0 without one. What :attr:`Usage.read_again` goes by.
         options: for :meth:`kvsieve.Batch.add`: ``max_new_tokens``, ``do_sample``, ``temperature``, ``top_p``, ``seed`` and others.
             With ``n`` answers, the seed of answer ``i`` is ``seed + i``.
         stop: texts that end an answer; the tokens that complete one are delivered.
@@ -33,6 +34,7 @@ class Job:
     owner: str
     text: str
     boundaries: tuple[int, ...] = ()
+    answered: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     n: int = 1
@@ -57,16 +59,16 @@ class Token:
 
 @dataclass(frozen=True)
 class Usage:
-    """What one answer took, in tokens.
+    """What one answer took, in tokens. With ``n`` answers, ``prompt`` and ``read`` are the same for all, and were read once.
 
     Attributes:
         prompt: of the prompt, as the conversation has seen them.
         read: of these, read for this request; the others were remembered.
-        said: of the answer so far.
+        said: of this answer so far.
         resident: held for attention now.
         evicted: seen by this conversation and no longer held.
-        read_again: whether the conversation was known here and had to be read from its beginning: its state was dropped, damaged,
-            or not written before the server was killed.
+        read_again: whether an earlier answer in the prompt was read as text: the state that held it was dropped, damaged, not
+            written before a server was killed, or the client changed it or brought it from elsewhere.
     """
 
     prompt: int
