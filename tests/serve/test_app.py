@@ -278,6 +278,7 @@ def test_messages_that_a_template_rewrites_have_no_end(service: Scripted, addres
     told = [("system", "S"), ("user", "A"), ("assistant", "hm</think>B"), ("user", "C")]
     chat(address, messages=[{"role": role, "content": content} for role, content in told])
     [job] = service.jobs
+    assert job.text[: job.answered] == "[system]S[user]A"
     assert job.text == "[system]S[user]A[assistant]B[user]C[assistant]"
     ends = [job.text[:end] for end in job.boundaries]
     assert ends == ["[system]S[user]A", "[system]S[user]A[assistant]B[user]C"]
@@ -291,7 +292,9 @@ def test_a_long_conversation_is_not_rendered_once_for_each_message(
     monkeypatch.setattr(serving.tokenizer(), "apply_chat_template", lambda *a, **k: calls.append(a) or rendered(*a, **k))
     chat(address, messages=[{"role": ("user", "assistant")[at % 2], "content": str(at)} for at in range(101)])
     assert len(calls) <= 8
-    assert len(service.jobs[0].boundaries) == 6
+    [job] = service.jobs
+    assert len(job.boundaries) == 6
+    assert job.text[job.answered :].startswith(f"{serving.STARTS}assistant\n99<")
 
 
 # ------------------------------------------------------------------------------------------------------------------------ refusals
