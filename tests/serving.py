@@ -124,6 +124,14 @@ class Scripted:
         return Snapshot(**told)  # type: ignore[arg-type]
 
 
+_servers: dict[str, Server] = {}
+
+
+def ending(address: str) -> Server:
+    """The server at an address, to be ended."""
+    return _servers[address]
+
+
 @contextlib.contextmanager
 def serving(service: Any, grace: float = 5.0, **settings: Any) -> Iterator[str]:
     """An app over ``service`` on a free port of this machine; its address."""
@@ -134,7 +142,9 @@ def serving(service: Any, grace: float = 5.0, **settings: Any) -> Iterator[str]:
     thread.start()
     try:
         until(lambda: server.started)
-        yield f"127.0.0.1:{socket.getsockname()[1]}"
+        address = f"127.0.0.1:{socket.getsockname()[1]}"
+        _servers[address] = server
+        yield address
     finally:
         server.should_exit = True
         thread.join(30)
