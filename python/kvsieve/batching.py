@@ -2,8 +2,9 @@
 Yu et al., OSDI 2022).
 
 A conversation is a stream. It joins once its prompt was read, in pieces between the others' tokens, and leaves when its answer
-ends; nobody waits for the longest. The last piece, where it is one token, is read with the others' tokens. Attention is each stream's own, so rows may be of any length and under any policy, and a row's
-answer is that of :meth:`kvsieve.Stream.generate` alone, up to the rounding of matrix products of another width.
+ends; nobody waits for the longest. A last piece of one token is read with the others' tokens. Attention is each stream's own, so
+rows may be of any length and under any policy, and a row's answer is that of :meth:`kvsieve.Stream.generate` alone, up to the
+rounding of matrix products of another width.
 """
 
 from __future__ import annotations
