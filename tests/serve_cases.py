@@ -154,7 +154,9 @@ def feed(stream: kvsieve.Stream, text: str, chunk: int) -> None:
         stream.feed(ids_of(text[lo : lo + chunk]), chunk=chunk)
 
 
-def say(stream: kvsieve.Stream, messages: Sequence[tuple[str, str]], start: int, new: int = 8, **more: Any) -> tuple[list[int], int]:
+def say(
+    stream: kvsieve.Stream, messages: Sequence[tuple[str, str]], start: int, new: int = 8, **more: Any
+) -> tuple[list[int], int]:
     """What the library's own stream answers, and how much of the next prompt it has read."""
     text, ends, _ = rendered(messages)
     last = read(stream, text, start, ends)

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import tiny
 from kvsieve.serve.app import Settings, create_app
 from kvsieve.serve.jobs import Histogram, Job, Snapshot, Ticket, Token, Usage
 from kvsieve.serve.running import Server, bound
@@ -32,6 +33,8 @@ TEMPLATE = """\
 {% endif %}"""
 """ChatML with tools, as such templates are written."""
 
+CHAT = "/v1/chat/completions"
+
 VOCABULARY = 264
 
 
@@ -48,6 +51,16 @@ def tokenizer() -> Any:
 
 def ids(text: str) -> list[int]:
     return list(tokenizer()(text, add_special_tokens=False)["input_ids"])
+
+
+def model(**changes: Any) -> Any:
+    """A tiny model whose answers end with the end of a message, and are of letters until then: bytes that are no characters are
+    not the ones that a client sends back."""
+    made, end = tiny.fresh(vocab_size=VOCABULARY, **changes), tokenizer().eos_token_id
+    made.generation_config.eos_token_id = end
+    known = {end, *ids("abcdefghijklmnopqrstuvwxyz ,.")}
+    made.generation_config.suppress_tokens = [token for token in range(VOCABULARY) if token not in known]
+    return made
 
 
 def prompt(*messages: tuple[str, str]) -> str:

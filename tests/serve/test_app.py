@@ -23,9 +23,9 @@ from kvsieve.serve.access import Access
 from kvsieve.serve.jobs import Job, Usage
 from kvsieve.serve.openai import IGNORED, Refusal, asked_chat, asked_text, parsed
 from prometheus_client.parser import text_string_to_metric_families
-from serving import Scripted, call, events, ids, post, prompt, says, until
+from serving import CHAT, Scripted, call, events, ids, post, prompt, says, until
 
-CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
+TEXT = "/v1/completions"
 KEYS = ("first-key-of-some-length", "other-key-of-some-length")
 ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 

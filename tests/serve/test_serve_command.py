@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import http.client
 import importlib.util
 import json
+import re
+import signal
 import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +167,51 @@ def test_a_file_that_is_no_prompt_is_refused(name: str, data: bytes, said: str, 
 # --------------------------------------------------------------------------------------------------------------------- the end
 
 
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    serving.model().save_pretrained(tmp_path / "small")
+    serving.tokenizer().save_pretrained(tmp_path / "small")
+    return tmp_path / "small"
+
+
+@pytest.fixture
+def process(folder: Path, tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
+    """The command itself, with a key, and a folder for its conversations."""
+    (tmp_path / "key").write_text(GOOD)
+    options = ["--policy", "sirllm(64)", "--port", "0", "--api-key-file", "key", "--sessions", "kept", "--threads", "1"]
+    command = [sys.executable, "-m", "kvsieve.cli", "serve", "--model", str(folder), "--grace", "30", *options]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        yield started
+        started.kill()
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_command_after_what_it_was_saying(process: subprocess.Popen[str], tmp_path: Path) -> None:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    found = re.fullmatch(r"small under SirLLM\(.*\): http://(127\.0\.0\.1:\d+)/v1 \(Ctrl-C ends\)\n", line)
+    assert found, (line, process.communicate()[1])
+    asked = {"messages": [{"role": "user", "content": "Go on"}], "max_tokens": 300, "stream": True}
+    asked |= {"logit_bias": {str(ids("z")[0]): 100}}
+    connection = http.client.HTTPConnection(found[1], timeout=60)
+    headers = {"Content-Type": "application/json", "Authorization": f"Bearer {GOOD.strip()}"}
+    connection.request("POST", serving.CHAT, json.dumps(asked), headers)
+    answer = connection.getresponse()
+    begun = b"".join(answer.readline() for _ in range(4))
+    process.send_signal(signal.SIGTERM)
+    chunks = serving.events(begun + answer.read())
+    connection.close()
+    assert chunks.pop() == "[DONE]"
+    texts = [json.loads(chunk)["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(texts) == "z" * 300
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out) == (0, ""), err
+    assert "Traceback" not in err
+    files = [path for path in (tmp_path / "kept").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files), "the conversation is kept"
+    assert not [path for path in files if path.stat().st_mode & 0o077], "and for its owner alone"
+
+
 def slow(go: threading.Event) -> Any:
     """An answer that is half said, and goes on when it may."""
 
@@ -182,13 +231,13 @@ def test_what_is_being_answered_is_answered_when_the_server_ends(stream: bool) -
     service.script = slow(go)
     with serving.serving(service, grace=20) as address:
         asked = {"messages": [{"role": "user", "content": "Hi"}], "stream": stream}
-        client = threading.Thread(target=lambda: answers.append(post(address, "/v1/chat/completions", asked)))
+        client = threading.Thread(target=lambda: answers.append(post(address, serving.CHAT, asked)))
         client.start()
         until(lambda: service.jobs)
         serving.ending(address).should_exit = True
         until(lambda: service.closed)
         with pytest.raises(OSError, match="refused"):
-            post(address, "/v1/chat/completions", asked)
+            post(address, serving.CHAT, asked)
         go.set()
     client.join(20)
     [(status, _, body)] = answers

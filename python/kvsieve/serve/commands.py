@@ -40,9 +40,9 @@ def add_serve(commands: Any) -> None:
         help="a system prompt that is read at start, and shared by all clients; .json: messages, and tools",
     )
     work = serve.add_argument_group("work")
-    work.add_argument("--most", type=positive, default=16, help="answers that are said at a time; default: 16")
-    work.add_argument("--queue", type=positive, default=64, help="requests that may wait; default: 64")
-    work.add_argument("--chunk", type=positive, help="tokens of a prompt that are read between two steps")
+    work.add_argument("--most", type=positive, default=32, help="answers that are said at a time; default: 32")
+    work.add_argument("--queue", type=positive, default=256, help="requests that may wait; default: 256")
+    work.add_argument("--chunk", type=positive, help="tokens of a prompt between two tokens of the others; default: 128")
     work.add_argument("--longest", type=positive, help="most tokens of a conversation; default: no limit")
     work.add_argument("--max-new-tokens", type=positive, default=1024, help="of an answer, if a client does not say; default: 1024")
     work.add_argument("--timeout", type=seconds, default=600.0, help="seconds until an answer is cut; 0: never; default: 600")
@@ -91,6 +91,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from kvsieve.serve.access import Access
     from kvsieve.serve.running import bound
 
+    if arguments.durable and arguments.sessions is None:
+        raise ArgumentError("--durable needs a folder: --sessions DIR")
     keys = _keys(arguments.api_key_file)
     opened = Access(keys)
     policy = parse(arguments.policy)
@@ -123,6 +125,7 @@ def _serve(
         most=arguments.most,
         queue=arguments.queue,
         longest=arguments.longest,
+        disk=arguments.disk,
         durable=arguments.durable,
         public=[_public(tokenizer, file, data) for file, data in texts],
         **({} if arguments.chunk is None else {"chunk": arguments.chunk}),
@@ -137,13 +140,12 @@ def _serve(
         facts={"policy": repr(policy)},
     )
     app = create_app(service, tokenizer, settings)
-    server = Server(app, service, grace=arguments.grace, access_log=arguments.access_log)
     service.start()
     try:
         host, port = socket.getsockname()[:2]
         at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        print(f"{name} under {policy!r}: http://{at}/v1 (Ctrl-C ends)", flush=True)
-        server.run([socket])
+        ready = f"{name} under {policy!r}: http://{at}/v1 (Ctrl-C ends)"
+        Server(app, service, grace=arguments.grace, ready=ready, access_log=arguments.access_log).run([socket])
     finally:
         service.close(0)
 

@@ -7,7 +7,7 @@ import contextlib
 import signal
 import socket
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -59,10 +59,11 @@ class Server(uvicorn.Server):
 
     Args:
         app: over ``service``.
+        ready: a line that is printed once it listens.
         access_log: a line for each request: address, path and status.
     """
 
-    def __init__(self, app: Any, service: Service, *, grace: float = 10.0, access_log: bool = False) -> None:
+    def __init__(self, app: Any, service: Service, *, grace: float = 10.0, ready: str = "", access_log: bool = False) -> None:
         config = uvicorn.Config(
             app,
             lifespan="off",
@@ -72,20 +73,26 @@ class Server(uvicorn.Server):
             timeout_graceful_shutdown=int(grace + AFTER_GRACE),
         )
         super().__init__(config)
-        self._service, self._grace = service, grace
+        self._service, self._grace, self._ready = service, grace, ready
 
-    async def shutdown(self, sockets: Sequence[socket.socket] | None = None) -> None:
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Called once: from now on it listens."""
+        await super().startup(sockets)
+        if self._ready:
+            print(self._ready, flush=True)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Called once, when it is to end: the model thread finishes while connections do."""
         closing = asyncio.create_task(asyncio.to_thread(self._service.close, self._grace))
         try:
-            await super().shutdown(list(sockets or ()))
+            await super().shutdown(sockets)
         finally:
             if self.force_exit:
                 await asyncio.to_thread(self._service.close, 0)
             await closing
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Generator[None, None, None]:
         """A signal is what ends a server, and no failure: the process goes on behind it."""
         if threading.current_thread() is not threading.main_thread():
             yield
