@@ -29,7 +29,7 @@ def model() -> Any:
 def served(model: Any) -> Iterator[tuple[Service, str]]:
     with (
         Service(model, serving.tokenizer(), kvsieve.Full(), memory=2**28, public=[PUBLIC], longest=6_000) as service,
-        serving.serving(service, max_new_tokens=12) as address,
+        serving.serving(service, max_new_tokens=12, longest=6_000) as address,
     ):
         yield service, address
 
@@ -159,6 +159,14 @@ def test_a_prompt_that_is_too_long_says_so(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
         ask(client, ("user", "x" * 6_000), session="l")
     assert refused.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError):
+        ask(client, ("user", "x" * 900), session="l", max_completion_tokens=5_900)
+
+
+def test_an_answer_whose_length_is_not_said_takes_what_the_prompt_leaves(client: openai.OpenAI) -> None:
+    around = len(ids(prompt(("user", ""))))
+    answer = ask(client, ("user", "x" * (6_000 - around - 3)), session="l", logit_bias={str(ids("z")[0]): 100})
+    assert (said(answer), answer.choices[0].finish_reason) == ("zzz", "length")
 
 
 def test_several_clients_get_what_each_gets_alone(client: openai.OpenAI, model: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -134,12 +135,14 @@ def _serve(
         name=name,
         keys=keys,
         max_new_tokens=arguments.max_new_tokens,
+        longest=arguments.longest,
         seconds=arguments.timeout or None,
         body=arguments.body,
         vocabulary=int(model.config.get_text_config(decoder=True).vocab_size),
         facts={"policy": repr(policy)},
     )
-    app = create_app(service, tokenizer, settings)
+    # A copy: the model thread uses the other one at the same time.
+    app = create_app(service, copy.deepcopy(tokenizer), settings)
     service.start()
     try:
         host, port = socket.getsockname()[:2]
