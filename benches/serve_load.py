@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import http.client
 import json
 import platform
 import random
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -27,9 +29,7 @@ from typing import Any
 
 from prometheus_client.parser import text_string_to_metric_families
 
-WORDS = (
-    "the sea is wide and the tide comes in twice a day while ships of all kinds lie in the harbour and wait for the wind".split()
-)
+TEXT = "the sea is wide and the tide comes in twice a day while ships of all kinds lie in the harbour and wait for the wind"
 LENGTHS = (5, 20, 20, 60, 60, 200)
 """Words of a message; one of these, at random."""
 ANSWERS = (4, 16, 16, 48)
@@ -48,6 +48,7 @@ class Client(threading.Thread):
         self.errors: list[str] = []
         self.first: list[float] = []
         """Seconds until the first piece of each streamed answer."""
+        self._connection: http.client.HTTPConnection | None = None
         self.usage: collections.Counter[str] = collections.Counter()
 
     def run(self) -> None:
@@ -55,7 +56,7 @@ class Client(threading.Thread):
             self._talks += 1
             told: list[dict[str, str]] = [{"role": "system", "content": "You know the sea, and answer briefly."}]
             for _ in range(self._random.randint(1, TURNS)):
-                words = self._random.choices(WORDS, k=self._random.choice(LENGTHS))
+                words = self._random.choices(TEXT.split(), k=self._random.choice(LENGTHS))
                 told.append({"role": "user", "content": " ".join(words)})
                 answer = self._ask(told)
                 if answer is None:
@@ -72,6 +73,7 @@ class Client(threading.Thread):
         asked |= {"stream_options": {"include_usage": True}} if stream else {}
         while time.monotonic() < self._until:
             began, connection = time.monotonic(), http.client.HTTPConnection(self._address, timeout=600)
+            self._connection = connection
             headers = {"Content-Type": "application/json", "X-Session-Key": f"{self._number}"}
             try:
                 connection.request("POST", "/v1/chat/completions", json.dumps(asked), headers)
@@ -86,7 +88,7 @@ class Client(threading.Thread):
                     return ""
                 return self._streamed(answer, began) if stream else self._whole(json.loads(answer.read()))
             except (OSError, http.client.HTTPException, ValueError, KeyError) as error:
-                self.errors.append(f"{type(error).__name__}: {error}")
+                self._wrong(f"{type(error).__name__}: {error}")
                 return ""
             finally:
                 connection.close()
@@ -117,8 +119,20 @@ class Client(threading.Thread):
             if leaves and len(text) > 10:
                 self.statuses["left"] += 1
                 return text
-        self.errors.append("a stream ended without [DONE]")
+        self._wrong("a stream ended without [DONE]")
         return text
+
+    def _wrong(self, error: str) -> None:
+        """What goes wrong once the time is over is that this client leaves."""
+        if time.monotonic() < self._until:
+            self.errors.append(error)
+        else:
+            self.statuses["left at the end"] += 1
+
+    def leave(self) -> None:
+        """The time is over: an answer that has not come is not waited for."""
+        with contextlib.suppress(OSError, AttributeError):
+            self._connection.sock.shutdown(socket.SHUT_RDWR)  # type: ignore[union-attr]
 
     def _count(self, usage: dict[str, Any]) -> None:
         self.usage["answers"] += 1
@@ -180,6 +194,8 @@ def load(address: str, process: int, clients: int, minutes: float) -> dict[str, 
         held = now[("kvsieve_held_bytes", "")] / 2**20
         marks.append({"seconds": round(60 * minutes - (until - time.monotonic())), "held_mib": round(held, 1), **resident(process)})
     for thread in threads:
+        thread.leave()
+    for thread in threads:
         thread.join()
     found, usage = metrics(address), sum((thread.usage for thread in threads), collections.Counter[str]())
     statuses = sum((thread.statuses for thread in threads), collections.Counter[str]())
@@ -217,7 +233,7 @@ def main() -> int:
             found = load(told[1], server.pid, arguments.clients, arguments.minutes)
         finally:
             server.send_signal(signal.SIGTERM)
-    settings = {"clients": arguments.clients, "minutes": arguments.minutes, "server": arguments.server}
+    settings = {"clients": arguments.clients, "minutes": arguments.minutes, "options": arguments.server}
     found = {
         "date": str(date.today()),
         "machine": platform.processor() or platform.machine(),
