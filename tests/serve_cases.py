@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import kvsieve
 import tiny
 import torch
+from kvsieve.generate import chunk_of
 from kvsieve.serve.jobs import Job, Token, Usage
 from kvsieve.serve.service import Service
 
@@ -133,15 +134,15 @@ def service(policy: Any, model: Any = None, **changes: Any) -> Service:
     return Service(model or tiny.model(), Letters(), policy, **given)
 
 
-def read(stream: kvsieve.Stream, text: str, start: int, ends: Sequence[int], chunk: int = CHUNK) -> torch.Tensor:
+def read(stream: kvsieve.Stream, text: str, start: int, ends: Sequence[int]) -> torch.Tensor:
     """The library reads the rest of a prompt with the cuts of a service; returns the last token, which is not read.
 
     Cuts are where the first message ends and where the last one begins and ends, if 16 tokens lie between two.
     """
-    inside = [end for end in ends if end < len(text)]
+    inside, chunk = [end for end in ends if end < len(text)], min(CHUNK, chunk_of(stream._engine))
     begin = start
     for end in sorted({*inside[-2:], *inside[:1]}):
-        if end - begin >= LEAST:
+        if end - begin + waits(stream) >= LEAST:
             feed(stream, text[begin:end], chunk)
             begin = end
     if len(text) - begin > 1:
@@ -149,9 +150,17 @@ def read(stream: kvsieve.Stream, text: str, start: int, ends: Sequence[int], chu
     return ids_of(text[-1])
 
 
+def waits(stream: kvsieve.Stream) -> int:
+    """Tokens that were said and not read: they are read with the new ones."""
+    return len(stream.ids[0]) - stream.seen if stream.ids else 0
+
+
 def feed(stream: kvsieve.Stream, text: str, chunk: int) -> None:
-    for lo in range(0, len(text), chunk):
-        stream.feed(ids_of(text[lo : lo + chunk]), chunk=chunk)
+    lo = 0
+    while lo < len(text):
+        hi = lo + chunk - waits(stream)
+        stream.feed(ids_of(text[lo:hi]), chunk=chunk)
+        lo = hi
 
 
 def say(

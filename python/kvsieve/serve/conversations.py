@@ -262,15 +262,14 @@ class Conversations:
     def _states(self) -> Iterator[State]:
         return (state for known in self._known.values() for same in known.values() for state in same.values())
 
-    @property
-    def held(self) -> int:
-        """States in memory."""
-        return sum(state.stream is not None for state in self._states())
-
-    @property
-    def stored(self) -> list[State]:
-        """States in files."""
-        return [state for state in self._states() if state.stored is not None]
+    def sizes(self) -> tuple[int, int, int]:
+        """States in memory, states in files, and the bytes of these."""
+        held = stored = size = 0
+        for state in self._states():
+            held += state.stream is not None
+            stored += state.stored is not None
+            size += 0 if state.stored is None else state.stored.size
+        return held, stored, size
 
     # --------------------------------------------------------------------------------------------------------------------- files
 
@@ -326,7 +325,7 @@ class Conversations:
         """The files used longest ago go until the rest is within its bytes."""
         if self.disk is None or self.sessions is None:
             return
-        stored = sorted(self.stored, key=lambda one: (one is newest, one.used))
+        stored = sorted((one for one in self._states() if one.stored is not None), key=lambda one: (one is newest, one.used))
         sizes = sum(state.stored.size for state in stored if state.stored is not None)
         for state in stored:
             if sizes <= self.disk:

@@ -45,8 +45,10 @@ class Holdings:
         beside = sum(self._frozen.values()) + sum(_beside(one) for one in self._changing)
         return beside + sum(blocks.bytes_held for blocks, _ in self._allocators.values())
 
-    def __len__(self) -> int:
-        return len(self._frozen) + len(self._changing) - 1
+    @property
+    def streams(self) -> list[Stream]:
+        """All that are open, the first one among them."""
+        return [*self._changing, *self._frozen]
 
     def add(self, found: Stream) -> Stream:
         """A stream that was opened elsewhere."""
@@ -79,7 +81,7 @@ class Holdings:
 
     def close_all(self) -> None:
         """The model is as it was."""
-        for one in [*self._changing, *self._frozen]:
+        for one in self.streams:
             self.close(one)
 
 

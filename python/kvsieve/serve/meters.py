@@ -58,10 +58,10 @@ class Meters:
 
     def now(self, reading: int, answering: int, states: Conversations) -> None:
         """What is held now; called on the model thread, which alone may look at streams."""
-        self.reading, self.answering = reading, answering
-        self.bytes_held, self.states = states.holdings.bytes_held, states.held
-        stored = [state.stored.size for state in states.stored if state.stored is not None]
-        self.stored, self.bytes_stored = len(stored), sum(stored)
+        before = self.reading, self.answering
+        self.reading, self.answering, self.bytes_held = reading, answering, states.holdings.bytes_held
+        if before != (reading, answering) or not (reading or answering):  # a step changes no states
+            self.states, self.stored, self.bytes_stored = states.sizes()
 
     def snapshot(self, queued: int, states: Conversations) -> Snapshot:
         """As plain data; on any thread."""
