@@ -19,9 +19,9 @@ import pytest
 import serving
 from kvsieve.cli import main
 from kvsieve.errors import ArgumentError
-from kvsieve.serve.commands import KEY, _public
+from kvsieve.serve.commands import KEY, _name, _public
 from kvsieve.serve.jobs import Job, Usage
-from kvsieve.serve.running import bound
+from kvsieve.serve.running import Server, bound
 from serving import STARTS, Scripted, ids, post, until
 
 GOOD = "a-key-of-some-length\n"
@@ -130,6 +130,21 @@ def test_a_free_port_of_each_kind() -> None:
         with bound(host, 0, keys=False) as made:
             assert made.getsockname()[1] > 0
             assert family is None or made.family == family
+
+
+@pytest.mark.parametrize(
+    ("model", "name"), [("smollm2", "smollm2"), ("a/Qwen2.5-0.5B", "Qwen2.5-0.5B"), ("x/Smol.Q4.gguf", "Smol.Q4")]
+)
+def test_a_model_is_called_as_its_folder_or_file(model: str, name: str) -> None:
+    assert _name(model) == name
+
+
+def test_a_second_signal_does_not_wait() -> None:
+    server = Server(lambda *_: None, Scripted())
+    server.handle_exit(signal.SIGINT, None)
+    assert (server.should_exit, server.force_exit) == (True, False)
+    server.handle_exit(signal.SIGTERM, None)
+    assert server.force_exit
 
 
 # ------------------------------------------------------------------------------------------------------------------ shared prompts

@@ -268,11 +268,11 @@ def _check_text(name: str, text: str) -> None:
         raise Refusal(400, f"{name} has half a surrogate pair, which is no text", param=name, code="invalid_value") from None
 
 
-UNREAD: Mapping[Reason | None, Refusal] = {
-    "timeout": Refusal(504, "there was no time to read the prompt", kind="server_error", code="timeout"),
-    "cancelled": Refusal(503, "the server closed before the prompt was read", kind="server_error", code="closing", retry_after=1),
-}
-"""Answers that end before they begin."""
+def _unread(reason: Reason | None) -> Refusal:
+    """For an answer that ends before it begins."""
+    if reason == "timeout":
+        return Refusal(504, "there was no time to read the prompt", kind="server_error", code="timeout")
+    return Refusal(503, "the server ended this before the prompt was read", kind="server_error", code="closing", retry_after=1)
 
 
 class _Talk(Response):
@@ -290,7 +290,7 @@ class _Talk(Response):
             async with self._watched(receive) as deltas:
                 async for delta in deltas:
                     self._reply.add(delta)
-            return JSONResponse(self._reply.whole(self._usage()))
+            return JSONResponse(self._reply.whole(self._answers.usage()))
         except Gone:
             return Response(status_code=CLOSED_REQUEST)
         except Failed as failure:
@@ -308,7 +308,7 @@ class _Talk(Response):
                         await _write(send, *map(event, self._reply.first()))
                     chunks = self._reply.chunks(delta)
                     await _write(send, *(map(event, chunks) if chunks else [_COMMENT] * (self._answers.began is None)))
-            await _write(send, *map(event, self._reply.last(self._usage())), DONE)
+            await _write(send, *map(event, self._reply.last(self._answers.usage())), DONE)
         except Gone:
             return
         except (Failed, Refusal) as failure:
@@ -340,13 +340,10 @@ class _Talk(Response):
             if not heard and (delta.text or delta.tokens):
                 heard = True
                 self._desk.metrics.first_token.observe(time.monotonic() - self._began)
-            if delta.reason in UNREAD and self._answers.began is None:
-                raise UNREAD[delta.reason]
+            if delta.reason is not None and self._answers.began is None:
+                raise _unread(delta.reason)
             yield delta
         self._desk.metrics.seconds.observe(time.monotonic() - self._began)
-
-    def _usage(self) -> dict[str, Any]:
-        return self._answers.usage()
 
     async def _gone(self, receive: Receive) -> None:
         while (await receive())["type"] != "http.disconnect":

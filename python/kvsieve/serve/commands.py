@@ -115,7 +115,7 @@ def _serve(
     from kvsieve.serve.service import Service
 
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
-    name = arguments.name or Path(arguments.model).expanduser().resolve().stem
+    name = arguments.name or _name(arguments.model)
     service = Service(
         model,
         tokenizer,
@@ -151,6 +151,11 @@ def _serve(
         Server(app, service, grace=arguments.grace, ready=ready, access_log=arguments.access_log).run([socket])
     finally:
         service.close(0)
+
+
+def _name(model: str) -> str:
+    """A folder's name, or a file's without what says that it is GGUF."""
+    return Path(model).expanduser().resolve().name.removesuffix(".gguf")
 
 
 def _public(tokenizer: Any, file: Path, data: bytes) -> str:
