@@ -179,9 +179,10 @@ class _Desk:
         began = time.monotonic()
         self.access.check(request.headers)  # before a byte of the body is read
         try:
-            asked = asked_of(parsed(await self._body(request)))
+            body = await self._body(request)
         except ClientDisconnect:
             return Response(status_code=CLOSED_REQUEST)
+        asked = await asyncio.to_thread(lambda: asked_of(parsed(body)))  # some megabytes take their time
         self.check_model(asked.model)
         job = await asyncio.to_thread(self._job, asked, self.access.owner(request.headers, asked.user))
         before = tail_of(self.tokenizer, job.text)

@@ -14,6 +14,9 @@ __all__ = ["Pieces", "Stops", "text_of"]
 UNFINISHED = "\ufffd"
 """What decoders write for bytes that are no character, or not yet one."""
 
+FEW_TOGETHER = 16
+"""Tokens that are decoded together before those that are settled are left behind: a call costs more than a few tokens in it."""
+
 MOST_TOGETHER = 64
 """Tokens that are decoded together at most, where none of them settles what was said before it. A character has four bytes."""
 
@@ -37,8 +40,8 @@ class Pieces:
     def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._window = list(before)
-        """Tokens that are decoded together: those of the last piece, as decoders treat the first token of a text in a way of its
-        own, and those since."""
+        """Tokens that are decoded together: those of a piece that was delivered, as decoders treat the first token of a text in a
+        way of its own, and those since."""
         self._said = text_of(tokenizer, self._window) if before else ""
         """What was delivered of the window's text."""
         self._waiting: list[int] = []
@@ -58,6 +61,8 @@ class Pieces:
         if len(settled) < len(new):
             self._said += settled
             self._waiting = [token] if settled else self._waiting
+        elif new and len(self._window) < FEW_TOGETHER:
+            self._said, self._waiting = text, []
         elif new:
             self._window, self._said, self._waiting = self._waiting, text_of(self._tokenizer, self._waiting), []
         else:  # a special token: what follows still has the same word before it
@@ -104,8 +109,10 @@ class Stops:
 
     def _unsure(self, text: str) -> int:
         """Characters at the end of ``text`` with which a stop string may begin."""
-        longest = max((len(string) for string in self._strings), default=1) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(string.startswith(text[-size:]) for string in self._strings):
-                return size
-        return 0
+        most = 0
+        for string in self._strings:
+            at = text.find(string[0], max(len(text) - len(string) + 1, 0))
+            while at >= 0 and not string.startswith(text[at:]):
+                at = text.find(string[0], at + 1)
+            most = max(most, len(text) - at if at >= 0 else 0)
+        return most
