@@ -71,6 +71,7 @@ def test_a_space_before_a_word_is_kept_after_a_special_token() -> None:
     words = tokenizer("words")
     a, ends = words.convert_tokens_to_ids(["▁a", "</s>"])
     assert pieces("words", [a, ends, a]) == ["a", "", " a", ""]
+    assert pieces("words", [a] * 40) == ["a", *[" a"] * 39, ""], "however many came before"
 
 
 def test_the_first_word_has_the_space_that_it_has_behind_the_prompt() -> None:
