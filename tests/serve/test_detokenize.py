@@ -71,6 +71,15 @@ def test_a_space_before_a_word_is_kept_after_a_special_token() -> None:
     words = tokenizer("words")
     a, ends = words.convert_tokens_to_ids(["▁a", "</s>"])
     assert pieces("words", [a, ends, a]) == ["a", "", " a", ""]
+    assert pieces("words", [a] * 40) == ["a", *[" a"] * 39, ""], "however many came before"
+
+
+def test_the_first_word_has_the_space_that_it_has_behind_the_prompt() -> None:
+    words = tokenizer("words")
+    a, b = words.convert_tokens_to_ids(["▁a", "▁b"])
+    assert Pieces(words).push(b) == "b"
+    behind = Pieces(words, [a, words.eos_token_id])
+    assert [behind.push(b), behind.push(a), behind.end()] == [" b", " a", ""]
 
 
 def test_what_never_becomes_a_character_is_delivered_in_the_end() -> None:

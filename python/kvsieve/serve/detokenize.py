@@ -1,7 +1,7 @@
 """Text out of tokens, piece by piece, as far as it is settled.
 
-Tokens are parts of words, and of the bytes of a character: what a token says may be known only after the next one. And the beginning
-of a text that ends an answer must not be delivered, in case that the rest of it follows.
+Tokens are parts of words, and of the bytes of a character: what a token says may be known only after the next one. And the
+beginning of a text that ends an answer must not be delivered, in case that the rest of it follows.
 """
 
 from __future__ import annotations
@@ -13,6 +13,9 @@ __all__ = ["Pieces", "Stops", "text_of"]
 
 UNFINISHED = "\ufffd"
 """What decoders write for bytes that are no character, or not yet one."""
+
+FEW_TOGETHER = 16
+"""Tokens that are decoded together before those that are settled are left behind: a call costs more than a few tokens in it."""
 
 MOST_TOGETHER = 64
 """Tokens that are decoded together at most, where none of them settles what was said before it. A character has four bytes."""
@@ -31,14 +34,15 @@ class Pieces:
 
     Args:
         tokenizer: anything with ``decode(ids, skip_special_tokens, clean_up_tokenization_spaces)``.
+        before: the tokens before the answer, the last few of them: they say whether its first word has a space before it.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, before: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._window: list[int] = []
-        """Tokens that are decoded together: those of the last piece, as decoders treat the first token of a text in a way of its
-        own, and those since."""
-        self._said = ""
+        self._window = list(before)
+        """Tokens that are decoded together: those of a piece that was delivered, as decoders treat the first token of a text in a
+        way of its own, and those since."""
+        self._said = text_of(tokenizer, self._window) if before else ""
         """What was delivered of the window's text."""
         self._waiting: list[int] = []
         """The window's tokens whose text was not delivered, or not all of it."""
@@ -57,6 +61,8 @@ class Pieces:
         if len(settled) < len(new):
             self._said += settled
             self._waiting = [token] if settled else self._waiting
+        elif new and len(self._window) < FEW_TOGETHER:
+            self._said, self._waiting = text, []
         elif new:
             self._window, self._said, self._waiting = self._waiting, text_of(self._tokenizer, self._waiting), []
         else:  # a special token: what follows still has the same word before it
@@ -103,8 +109,10 @@ class Stops:
 
     def _unsure(self, text: str) -> int:
         """Characters at the end of ``text`` with which a stop string may begin."""
-        longest = max((len(string) for string in self._strings), default=1) - 1
-        for size in range(min(longest, len(text)), 0, -1):
-            if any(string.startswith(text[-size:]) for string in self._strings):
-                return size
-        return 0
+        most = 0
+        for string in self._strings:
+            at = text.find(string[0], max(len(text) - len(string) + 1, 0))
+            while at >= 0 and not string.startswith(text[at:]):
+                at = text.find(string[0], at + 1)
+            most = max(most, len(text) - at if at >= 0 else 0)
+        return most

@@ -14,11 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 __all__ = ["IGNORED", "Asked", "Refusal", "asked_chat", "asked_text", "parsed"]
 
-IGNORED = (
-    *("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction"),
-    "stream_options",
-)
-"""Fields that may be anything: they are about a provider's accounts, caches and speed. ``stream_options`` counts with ``stream``."""
+IGNORED = (*("metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "prediction"),)
+"""Fields that may be anything: they are about a provider's accounts, caches and speed."""
 
 NEUTRAL: dict[str, tuple[Any, ...]] = {
     "response_format": ({"type": "text"},),
@@ -216,7 +213,6 @@ def asked_chat(body: dict[str, Any]) -> Asked:
         Refusal: for a field that is wrong, or that asks for what is not served.
     """
     found = _checked(_Chat, body)
-    tools = [_plain(tool) for tool in found.tools or ()] or None
     if found.tool_choice not in (None, "auto", "none"):
         _refuse("tool_choice", 'tool_choice can be "auto" or "none": what a model calls is its own choice here')
     if found.top_logprobs is not None and not found.logprobs:
@@ -224,7 +220,7 @@ def asked_chat(body: dict[str, Any]) -> Asked:
     return Asked(
         chat=True,
         messages=[_message(at, message) for at, message in enumerate(found.messages)],
-        tools=None if found.tool_choice == "none" else tools,
+        tools=None if found.tool_choice == "none" else body.get("tools") or None,
         template=found.chat_template_kwargs or {},
         logprobs=(found.top_logprobs or 0) if found.logprobs else None,
         most=found.max_completion_tokens or found.max_tokens,
@@ -327,7 +323,7 @@ def _content(where: str, message: _Message) -> str:
     if isinstance(message.content, str):
         return message.content
     for part in message.content:
-        if part.type not in ("text", "refusal") or part.text is None:
+        if part.type != "text" or part.text is None:
             _refuse(f"{where}.content", f"a part of type {part.type!r} is not served, parts of text are")
     return "\n".join(str(part.text) for part in message.content)
 
@@ -340,7 +336,3 @@ def _call(call: _ToolCall) -> dict[str, Any]:
         arguments = None
     told = {"name": call.function.name, "arguments": arguments if isinstance(arguments, dict) else call.function.arguments}
     return {"type": "function", "function": told} | ({} if call.id is None else {"id": call.id})
-
-
-def _plain(tool: _Tool) -> dict[str, Any]:
-    return tool.model_dump(exclude_none=True)
