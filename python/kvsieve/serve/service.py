@@ -44,6 +44,9 @@ __all__ = ["CHUNK", "Service"]
 CHUNK = 128
 """Most tokens of a prompt between two tokens of the others."""
 
+PAUSE = 0.05
+"""Seconds without a job before a conversation is written: the next turn of one that goes on at once need not wait for its file."""
+
 log = logging.getLogger("kvsieve.serve")
 
 
@@ -217,6 +220,7 @@ class Service:
 
     def _wait(self) -> bool:
         """Until there is something to do, conversations are written to files. False once the service is closed."""
+        paused = False
         while True:
             with self._changed:
                 if self._queue or self._worker.works:
@@ -227,7 +231,8 @@ class Service:
                 state = self._states.unwritten()
                 if state is None:
                     self._worker.publish()
-                    self._changed.wait()
+                if not paused or state is None:
+                    paused = not self._changed.wait(None if state is None else PAUSE)
                     continue
             self._states.write(state)
 
