@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["CHUNK", "Service"]
 
 CHUNK = 128
-"""Most tokens of a prompt between two tokens of the others."""
+"""Most tokens of a prompt between two tokens of the others. On a CPU a prompt in such pieces takes a sixth longer than in pieces of
+512, and others wait a quarter as long; pieces of 64 would take half as long again (SmolLM2-135M, one core: 0.5 s a piece)."""
 
 PAUSE = 0.05
 """Seconds without a job before a conversation is written: the next turn of one that goes on at once need not wait for its file."""
@@ -98,14 +99,17 @@ class Service:
         if getattr(policy, "bank", None) is not None:
             raise UnsupportedError(f"{policy!r} has a bank, in which one conversation would find what another one said")
         disk = None if disk is None else integer("disk", disk, 1)
-        holdings = Holdings(model, policy, backend)
+        holdings, found = Holdings(model, policy, backend), None
         try:
             self._model, self._texts, self._meters = holdings.root.model, Texts(tokenizer), Meters()
-            found = None if sessions is None else Sessions(Path(sessions), self._model, tokenizer, policy, backend)
+            if sessions is not None:
+                found = Sessions(Path(sessions), self._model, tokenizer, policy, backend)
             self._states = Conversations(holdings, memory, found, disk)
             limits = Limits(self._most, chunk, self._longest, durable)
             self._worker = Worker(self._states, self._texts, self._meters, limits)
         except BaseException:
+            if found is not None:
+                found.close()
             holdings.close_all()
             raise
         self._changed = threading.Condition(shared_lock())
