@@ -99,6 +99,9 @@ def test_an_address_that_is_taken_or_not_ours(capsys: pytest.CaptureFixture[str]
     [
         (["--policy", "juggle(3)"], "juggle"),
         (["--public", "nothing.txt"], "nothing.txt"),
+        (["--device", "abacus"], "cannot run a model on the device abacus"),
+        (["--device", "meta"], "cannot run a model on the device meta"),
+        (["--durable"], "--durable needs a folder"),
     ],
 )
 def test_what_cannot_be_is_said_before_a_model_is_loaded(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
