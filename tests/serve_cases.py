@@ -10,7 +10,7 @@ import kvsieve
 import tiny
 import torch
 from kvsieve.generate import chunk_of
-from kvsieve.serve.jobs import Job, Token, Usage
+from kvsieve.serve.jobs import Job, Snapshot, Token, Usage
 from kvsieve.serve.service import Service
 
 END = ord("$")
@@ -127,6 +127,13 @@ def answer(service: Service, messages: Any, new: int = 8, **more: Any) -> Heard:
     if heard.error is not None:
         raise heard.error
     return heard
+
+
+def settled(service: Service) -> Snapshot:
+    """What a service holds once nobody is being answered; it is told at the end of the turn in which the last answer was."""
+    while (found := service.snapshot()).answering or found.reading or found.queued:
+        threading.Event().wait(0.001)
+    return found
 
 
 def service(policy: Any, model: Any = None, **changes: Any) -> Service:

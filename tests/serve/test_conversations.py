@@ -13,7 +13,7 @@ import tiny
 import torch
 from kvsieve.errors import ServiceFullError, UnsupportedError
 from kvsieve.serve.service import Service
-from serve_cases import answer, ask, job, rendered, say
+from serve_cases import answer, ask, job, rendered, say, settled
 from systems import SYSTEMS
 
 SYSTEM = ("system", "you are kind and brief, and you know the sea")
@@ -153,9 +153,9 @@ def test_a_divergence_goes_on_from_the_nearest_moment_before_it() -> None:
 def test_moments_inside_of_a_conversation_are_few() -> None:
     with cases.service(kvsieve.Full()) as service:
         talk(service, 3)
-        few = service.snapshot().states
+        few = settled(service).states
         talk(service, 9)
-        assert service.snapshot().states <= few + 3
+        assert settled(service).states <= few + 3
         assert service.snapshot().bytes_held > 0
 
 
@@ -183,7 +183,7 @@ def test_an_answer_that_is_no_text_is_not_remembered() -> None:
     with Service(tiny.model(), Halves(), kvsieve.Full(), memory=1 << 30, backend="cpu") as service:
         heard = answer(service, "once upon a time there was", 1, sequence_bias={(110,): 1000.0})
         assert heard.ids() == [110]
-        assert service.snapshot().states == 0
+        assert settled(service).states == 0
 
 
 # -------------------------------------------------------------------------------------------------------------------------- sharing
@@ -285,7 +285,7 @@ def test_the_byte_budget_holds_at_every_step(monkeypatch: pytest.MonkeyPatch) ->
             for past, one in zip(pasts, heard):
                 assert one.wait().error is None
                 past += [("assistant", one.text()), ("user", "and then?")]
-        found = service.snapshot()
+        found = settled(service)
         assert memory / 2 < most[0] <= memory
         assert found.dropped > 6
         assert found.errors == 0
@@ -298,10 +298,10 @@ def test_bytes_of_shared_blocks_count_once() -> None:
     with cases.service(kvsieve.Full()) as service:
         long = ("system", "a long text " * 60)
         answer(service, [long, ASKED], 1)
-        one = service.snapshot().bytes_held
+        one = settled(service).bytes_held
         for at in range(8):
             answer(service, [long, ("user", f"{at}{at}{at}")], 1)
-        assert service.snapshot().states > 8
+        assert settled(service).states > 8
         # A block of its own for each, and not the text.
         token = service._states.holdings.bytes_per_token
         assert service.snapshot().bytes_held - one <= 8 * 2 * 64 * token
@@ -321,7 +321,7 @@ def test_a_conversation_that_does_not_fit_fails_alone() -> None:
         assert isinstance(grows.wait().error, ServiceFullError)
         assert grows.ids()
         assert answer(service, [LATER], 4).error is None
-        assert service.snapshot().bytes_held <= 300_000
+        assert settled(service).bytes_held <= 300_000
 
 
 def test_everything_is_given_back_at_the_end() -> None:

@@ -449,3 +449,45 @@ def test_many_threads_may_submit_and_cancel() -> None:
         assert service.snapshot().errors == 0
     assert len(found) == 4
     assert all(past == found[0] for past in found), "each has said the same to everybody"
+
+
+def test_a_long_prompt_does_not_keep_short_ones_waiting_nor_they_it() -> None:
+    """The fewest tokens left come first, and every fourth piece is the oldest's."""
+    held, begun = Held(kvsieve.Full()), list[str]()
+
+    class Notes(Heard):
+        def __init__(self, name: str) -> None:
+            super().__init__()
+            self.name = name
+
+        def begin(self, usage: Any) -> None:
+            begun.append(self.name)
+            super().begin(usage)
+
+    long = Notes("long")
+    held.service.submit(job([("user", "a long story " * 14)], 1), long)
+    assert held.at_turn.wait(30)
+    short = [Notes(f"short {at}") for at in range(12)]
+    for at, one in enumerate(short):
+        held.service.submit(job(ASKED, 1, owner=f"{at}"), one)
+    held.go()
+    for one in (long, *short):
+        assert one.wait().error is None
+    assert begun[0] != "long"
+    assert begun.index("long") < 12, "it comes before the last of those that came after it"
+    held.service.close()
+
+
+def test_conversations_wait_for_room_and_all_are_answered() -> None:
+    """Each fits alone, and no two at a time."""
+    with cases.service(kvsieve.Full()) as service:
+        want = [answer(service, [("user", name * 420)], 6, owner=name, **NEVER).ids() for name in "abcd"]
+    with cases.service(kvsieve.Full(), memory=600_000) as service:
+        heard = [ask(service, job([("user", name * 420)], 6, owner=name, **NEVER)) for name in "abcd"]
+        answered = [one.wait() for one in heard]
+        assert [one.ids() for one in answered if one.error is None] == [
+            ids for ids, one in zip(want, answered) if one.error is None
+        ]
+        assert sum(one.error is None for one in answered) >= 1
+        assert answer(service, [("user", "d" * 420)], 6, owner="e", **NEVER).ids() == want[3]
+        assert service.snapshot().errors == 0

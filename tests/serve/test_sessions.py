@@ -69,7 +69,7 @@ def test_what_leaves_memory_comes_back_from_its_file(tmp_path: Path) -> None:
         for name, past in pasts.items():
             found = answer(service, past, logprobs=2, owner=name)
             same(found, want[name])
-        counts = service.snapshot()
+        counts = cases.settled(service)
         assert counts.loads >= 3
         assert counts.rereads == 0
         assert counts.bytes_held <= 700_000
@@ -259,7 +259,7 @@ def test_files_stay_within_their_bytes(tmp_path: Path) -> None:
     names = "abcde"
     with cases.service(kvsieve.Full(), sessions=tmp_path, disk=3 * size, durable=True) as service:
         pasts = {name: said(service, name) for name in names}
-        assert service.snapshot().bytes_stored <= 3 * size
+        assert cases.settled(service).bytes_stored <= 3 * size
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors")) <= 3 * size
     with cases.service(kvsieve.Full(), sessions=tmp_path, disk=2 * size) as service:
         assert len(files(tmp_path)) == 4

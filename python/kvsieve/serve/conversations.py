@@ -345,9 +345,11 @@ class Conversations:
 
     def close(self) -> None:
         """Write what no file holds, as far as that can be, and close all streams."""
-        while (state := self.unwritten()) is not None:
-            self.write(state)
-        for state in list(self._states()):
-            self._forget(state)
-        if self.sessions is not None:
-            self.sessions.close()
+        try:
+            while (state := self.unwritten()) is not None:
+                self.write(state)
+            for state in list(self._states()):
+                self._forget(state)
+        finally:
+            if self.sessions is not None:
+                self.sessions.close()

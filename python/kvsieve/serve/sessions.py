@@ -86,7 +86,7 @@ class Sessions:
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, tokenizer: Any, policy: Policy, backend: str | None) -> None:
-        self.folder, self._model, self._tokenizer, self._policy, self._backend = folder, model, tokenizer, policy, backend
+        self.folder, self._model, self._policy, self._backend = folder, model, policy, backend
         self.unusable = 0
         try:
             written: object = parse(repr(policy))
@@ -124,7 +124,7 @@ class Sessions:
                 place.mkdir(mode=0o700, exist_ok=True)
                 sync_folder(str(self.folder))
             os.close(os.open(data, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))  # what replaces it has its permissions
-            stream.save(data, tokenizer=self._tokenizer)
+            stream.save(data)  # the description knows the tokenizer, whose fingerprint takes half a second
             size, unread = data.stat().st_size, len(stream.ids[0]) - stream.seen
             stored = Stored(owner, name, length, digest, stream.seen, unread, size, time.time())
             with replacing(told, "state of a conversation", 0o600) as file:
@@ -143,7 +143,7 @@ class Sessions:
             KvsieveError: if it is damaged, gone, or not what its description says.
         """
         _, data, told = self._paths(stored.owner, stored.name)
-        stream = streams.load(data, self._model, self._backend, tokenizer=self._tokenizer)
+        stream = streams.load(data, self._model, self._backend)
         try:
             held = stream.ids
             if repr(stream.policy) != repr(self._policy) or len(held) != 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -99,9 +99,9 @@ class Worker:
 
     def turn(self) -> None:
         """A piece of a prompt, and a token for every answer."""
-        reading = [work for work in self.works if not work.choices]
-        if reading:
-            self._read(self._next(reading))
+        for work in self._in_order():
+            if self._read(work):
+                break
         if self._batch.answers:
             self._step()
 
@@ -110,29 +110,35 @@ class Worker:
         answers = sum(choice.ended is None for work in self.works for choice in work.choices)
         self._meters.now(sum(not work.choices for work in self.works), answers, self._states)
 
-    def _next(self, reading: Sequence[Work]) -> Work:
-        """Whose piece is read: the fewest tokens left come first, and nobody waits for ever."""
-        self._pieces += 1
-        return reading[0] if self._pieces % OLDEST == 0 else min(reading, key=lambda work: work.left)
+    def _in_order(self) -> list[Work]:
+        """Whose piece is read next: the fewest tokens left come first, and nobody waits for ever."""
+        reading = [work for work in self.works if not work.choices]
+        self._pieces += bool(reading)
+        oldest = reading[:1] if self._pieces % OLDEST == 0 else []
+        return [*oldest, *sorted(reading[len(oldest) :], key=lambda work: work.left)]
 
     # -------------------------------------------------------------------------------------------------------------------- reading
 
-    def _read(self, work: Work) -> None:
-        """One piece of a prompt, or the first tokens of its answers. What goes wrong is that job's alone."""
+    def _read(self, work: Work) -> bool:
+        """One piece of a prompt, or the first tokens of its answers; False if it waits for room. What goes wrong is its own."""
         try:
             if work.stream is None and not self._open(work):
-                return
+                return False
             assert work.stream is not None
             if work.left:
                 ids = work.piece(self._chunk)
-                if self._room(work, ids.shape[1] + SLOTS):
-                    work.stream.feed(ids.to(self._model.device), chunk=self._chunk)
-                    self._meters.tokens_read += ids.shape[1]
-                    self._kept(work, work.was_read(ids.shape[1]))
-            if not work.left and self._room(work, work.job.n * SLOTS):
+                if not self._room(work, ids.shape[1] + SLOTS):
+                    return False
+                work.stream.feed(ids.to(self._model.device), chunk=self._chunk)
+                self._meters.tokens_read += ids.shape[1]
+                self._kept(work, work.was_read(ids.shape[1]))
+            if not work.left:
+                if not self._room(work, work.job.n * SLOTS):
+                    return False
                 self._answer(work)
         except Exception as error:
             self.fail(work, error)
+        return True
 
     def _open(self, work: Work) -> bool:
         """Whether the job's stream has read what is remembered; it may have to wait for room."""
@@ -140,7 +146,8 @@ class Worker:
         try:
             stream, state = self._states.open(owner_key(job.owner), job.text)
         except NoRoomError:
-            if any(other.choices for other in self.works):
+            # Those that have begun go on, or fail, and give their memory back.
+            if any(other.choices or other.stream is not None for other in self.works):
                 return False
             raise ServiceFullError("the memory has no room for this conversation") from None
         work.state = state
