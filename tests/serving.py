@@ -97,6 +97,7 @@ class Scripted:
         self.script: Script = says("Hello.")
         self.refusal: Exception | None = None
         self.closed: list[float] = []
+        self.alive = True
         self._threads: list[threading.Thread] = []
 
     def submit(self, job: Job, sink: Any) -> Ticket:

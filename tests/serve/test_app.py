@@ -538,6 +538,15 @@ def test_health_is_told_to_everybody(locked: tuple[Scripted, str]) -> None:
     assert (status, json.loads(body)) == (200, {"status": "ok"})
 
 
+def test_health_is_that_of_the_model_thread(service: Scripted, address: str) -> None:
+    service.alive = False
+    try:
+        status, _, body = call(address, "GET", "/health")
+    finally:
+        service.alive = True
+    assert (status, json.loads(body)["error"]["code"]) == (503, "closing")
+
+
 def test_owners_are_keys_and_sessions(locked: tuple[Scripted, str]) -> None:
     service, address = locked
     asked = [

@@ -88,7 +88,7 @@ def test_an_address_that_is_taken_or_not_ours(capsys: pytest.CaptureFixture[str]
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = str(taken.getsockname()[1])
         assert f"cannot serve 127.0.0.1 port {port}" in refused(capsys, "--port", port)
-    assert "there is no address nowhere.invalid" in refused(capsys, "--host", "nowhere.invalid")
+    assert "there is no address a..b" in refused(capsys, "--host", "a..b")
     monkeypatch.setenv(KEY, GOOD.strip())
     assert "cannot serve 192.0.2.1" in refused(capsys, "--host", "192.0.2.1")
 
@@ -99,6 +99,9 @@ def test_an_address_that_is_taken_or_not_ours(capsys: pytest.CaptureFixture[str]
     [
         (["--policy", "juggle(3)"], "juggle"),
         (["--public", "nothing.txt"], "nothing.txt"),
+        (["--device", "abacus"], "cannot run a model on the device abacus"),
+        (["--device", "meta"], "cannot run a model on the device meta"),
+        (["--durable"], "--durable needs a folder"),
     ],
 )
 def test_what_cannot_be_is_said_before_a_model_is_loaded(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

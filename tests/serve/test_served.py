@@ -200,6 +200,19 @@ def test_a_client_that_leaves_frees_its_place(service: Service, client: openai.O
     assert said(ask(client, ("user", "Go on"), session="n")) == stock(model, prompt(("user", "Go on")), 12)
 
 
+def test_health_ends_with_the_service() -> None:
+    service = Service(serving.model(), serving.tokenizer(), kvsieve.Full(), memory=2**24)
+    with serving.serving(service) as address:
+        found = [serving.call(address, "GET", "/health")[0]]
+        service.start()
+        found.append(serving.call(address, "GET", "/health")[0])
+        service.close()
+        found.append(serving.call(address, "GET", "/health")[0])
+        status, headers, _ = post(address, CHAT, {"messages": [{"role": "user", "content": "Hi"}]})
+    assert found == [503, 200, 503]
+    assert (status, headers["retry-after"]) == (503, "1")
+
+
 def test_a_full_queue_is_told_and_others_wait() -> None:
     asked = {"messages": [{"role": "user", "content": "Go on"}], "max_tokens": 3_000, "logit_bias": {str(ids("z")[0]): 100}}
     short, answers = {**asked, "max_tokens": 2}, list[Any]()

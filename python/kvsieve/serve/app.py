@@ -110,6 +110,8 @@ def create_app(service: Service, tokenizer: Any, settings: Settings) -> FastAPI:
 
     @app.get("/health", response_model=None)
     async def health() -> Response:
+        if not service.alive:
+            raise Refusal(503, "the server is ending, or its model thread has ended", kind="server_error", code="closing")
         return JSONResponse({"status": "ok"})
 
     @app.get("/metrics", response_model=None)

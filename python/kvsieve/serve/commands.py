@@ -54,6 +54,7 @@ def add_serve(commands: Any) -> None:
     door.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"a key a line; {KEY} holds one, too")
     door.add_argument("--body", type=size, default="8MiB", help="most bytes of a request; default: 8MiB")
     door.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
+    serve.add_argument("--device", default="cpu", help="where the model runs, as torch names it: cpu, cuda, cuda:1; default: cpu")
     add_machine(serve, dtype_help="default: float32")
     serve.set_defaults(run=_run)
 
@@ -97,11 +98,27 @@ def _run(arguments: argparse.Namespace) -> int:
     keys = _keys(arguments.api_key_file)
     opened = Access(keys)
     policy = parse(arguments.policy)
+    _check_device(arguments.device)
     texts = [(file, file.read_bytes()) for file in arguments.public]
     # The address is taken before the model is loaded, which takes longer than to say that another has it.
     with bound(arguments.host, arguments.port, keys=not opened.open) as socket:
         _serve(arguments, policy, keys, texts, socket)
     return 0
+
+
+def _check_device(name: str) -> None:
+    """Something can lie there.
+
+    Raises:
+        BackendError: if not.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = " ".join(str(error).split())
+        raise BackendError(f"cannot run a model on the device {name}: {said[:200]}") from error
 
 
 def _serve(
@@ -115,6 +132,7 @@ def _serve(
     from kvsieve.serve.service import Service
 
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
+    model = model.to(arguments.device)
     name = arguments.name or _name(arguments.model)
     service = Service(
         model,

@@ -171,6 +171,12 @@ class Service:
             self._cancelled.add(ticket.number)
             self._changed.notify()
 
+    @property
+    def alive(self) -> bool:
+        """Whether jobs are taken, and the model thread is there to answer them."""
+        with self._changed:
+            return self._closing is None and self._thread is not None and self._thread.is_alive()
+
     def snapshot(self) -> Snapshot:
         """What the service holds and has done."""
         with self._changed:
