@@ -227,7 +227,7 @@ class Worker:
             for number, one in enumerate(streams):
                 mine = None if seed is None else seed + number
                 answer = self._batch.add(one, last, seed=mine, logprobs=job.logprobs, **options)
-                pieces = Pieces(self._texts.tokenizer) if job.stop else None
+                pieces = Pieces(self._texts.tokenizer, work.tail) if job.stop else None
                 choices.append(Choice(number, one, answer, pieces, Stops(job.stop)))
         except BaseException:
             for choice in choices:
