@@ -171,6 +171,11 @@ def test_a_text_that_is_sent_back_whole_goes_on_where_it_ended() -> None:
         again = answer(service, text, 5, eos_token_id=None)
         assert again.ids() == first.ids()
         assert again.usage().cached == 0
+        # Where an end token came, all of the text was read, and nothing is left that could tell the next token.
+        ended = answer(service, text, 12, eos_token_id=whole[2], owner="bob")
+        assert ended.reason() == "stop"
+        said = text + ended.text()[:-1]
+        assert answer(service, said, 3, owner="bob").ids() == answer(service, said, 3, owner="cat").ids()
 
 
 def test_an_answer_that_is_no_text_is_not_remembered() -> None:
@@ -268,7 +273,7 @@ def allocated(service: Service) -> int:
 
 def test_the_byte_budget_holds_at_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twelve conversations where three fit: memory is really given back, and each goes on as if it had never left."""
-    policy, memory, most = kvsieve.Full(), 2_000_000, [0]
+    policy, memory, most = kvsieve.Full(), 500_000, [0]
     with cases.service(policy, memory=memory) as service:
         step = service._worker.turn
 
@@ -279,7 +284,7 @@ def test_the_byte_budget_holds_at_every_step(monkeypatch: pytest.MonkeyPatch) ->
             assert not service._worker.works or service.snapshot().bytes_held <= memory
 
         monkeypatch.setattr(service._worker, "turn", turn)
-        pasts: list[list[tuple[str, str]]] = [[("user", f"{name} " * 90)] for name in "abcdefghijkl"]
+        pasts: list[list[tuple[str, str]]] = [[("user", f"{name} " * 45)] for name in "abcdefghijkl"]
         for _ in range(2):
             heard = [ask(service, job(past)) for past in pasts]
             for past, one in zip(pasts, heard):

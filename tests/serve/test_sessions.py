@@ -93,6 +93,15 @@ def test_a_conversation_has_two_files_of_its_newest_ends(tmp_path: Path) -> None
             assert not heard.usage().read_again
 
 
+def test_restarts_leave_no_more_files(tmp_path: Path) -> None:
+    messages = FIRST
+    for _ in range(4):
+        with cases.service(kvsieve.SirLLM(64, recent=8), sessions=tmp_path) as service:
+            for _ in range(2):
+                messages = [*messages, ("assistant", answer(service, messages).text()), THEN]
+        assert len(files(tmp_path)) <= 4
+
+
 def test_files_are_their_owners_and_tell_no_text(tmp_path: Path) -> None:
     folder = tmp_path / "deep" / "sessions"
     with cases.service(kvsieve.Full(), sessions=folder) as service:

@@ -142,7 +142,11 @@ class Conversations:
         Raises:
             NoRoomError: if the state is in a file, and there is no room for it now.
         """
-        for state in self._matches(owner, text):
+        found = list(self._matches(owner, text))
+        for state, before in zip(found, found[1:]):
+            if state.parent is None and state.owner == before.owner:  # as after a restart
+                state.parent = before
+        for state in found:
             if state.stream is None and not self._load(state):
                 continue
             state.used, state.busy = next(self._clock), state.busy + 1
@@ -185,8 +189,10 @@ class Conversations:
         state = self._known.get(owner, {}).get(length, {}).get(digest)
         if state is None:
             unread = len(stream.ids[0]) - stream.seen
-            state = State(owner, length, digest, kind, stream.seen, unread, parent=parent)
+            state = State(owner, length, digest, kind, stream.seen, unread)
             self._index(state)
+        if state.parent is None and parent is not state:
+            state.parent = parent
         if state.stream is None:
             self.changed = True
             self.holdings.freeze(stream)
