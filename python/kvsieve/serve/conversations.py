@@ -143,7 +143,7 @@ class Conversations:
             NoRoomError: if the state is in a file, and there is no room for it now.
         """
         found = list(self._matches(owner, text))
-        for state, before in zip(found, found[1:]):
+        for state, before in itertools.pairwise(found):
             if state.parent is None and state.owner == before.owner:  # as after a restart
                 state.parent = before
         for state in found:
