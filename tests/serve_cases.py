@@ -130,7 +130,7 @@ def answer(service: Service, messages: Any, new: int = 8, **more: Any) -> Heard:
 
 
 def settled(service: Service) -> Snapshot:
-    """What a service holds once nobody is being answered; it is told at the end of the turn in which the last answer was."""
+    """What a service holds once nobody is being answered."""
     while (found := service.snapshot()).answering or found.reading or found.queued:
         threading.Event().wait(0.001)
     return found

@@ -83,6 +83,10 @@ ROWS = {
         "Ctrl-C is raised within 200 ms, and what follows is as if the call had not been made", "interrupts",
         ("interrupts.py", "--moments", "{n}"), 110, total("interrupted"),
     ),
+    "killed servers": Row(
+        "a server that is killed goes on with what it wrote, and with every durable answer, or says that it read again", "kills",
+        ("serve_kill.py", "--times", "{n}"), 6, total("killed"),
+    ),
     "GIL": Row(
         "no call into the core keeps other threads waiting for 20 ms", "calls",
         ("gil.py", "--repeat", "{n}"), 3, len,

@@ -93,6 +93,9 @@ class Conversations:
         memory: most bytes of all streams together.
         sessions: where states go that leave memory; None: they are forgotten.
         disk: most bytes of files; None: any number.
+
+    Attributes:
+        changed: whether :meth:`sizes` may be others than before; who asks for them takes it back.
     """
 
     holdings: Holdings
@@ -100,6 +103,7 @@ class Conversations:
     sessions: Sessions | None = None
     disk: int | None = None
     counts: Counts = field(default_factory=Counts)
+    changed: bool = True
     _known: dict[str, dict[int, dict[bytes, State]]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -168,6 +172,7 @@ class Conversations:
             log.warning("a conversation is read again, its file stays: %s", error)
             return False
         self.counts.loads += 1
+        self.changed = True
         state.stream = self.holdings.add(stream)
         self.holdings.freeze(stream)
         return True
@@ -183,6 +188,7 @@ class Conversations:
             state = State(owner, length, digest, kind, stream.seen, unread, parent=parent)
             self._index(state)
         if state.stream is None:
+            self.changed = True
             self.holdings.freeze(stream)
             state.stream = stream
         else:
@@ -213,10 +219,12 @@ class Conversations:
             at = state
 
     def _index(self, state: State) -> None:
+        self.changed = True
         self._known.setdefault(state.owner, {}).setdefault(state.length, {})[state.digest] = state
 
     def _forget(self, state: State) -> None:
         """There is no such state any more."""
+        self.changed = True
         known = self._known.get(state.owner, {})
         of_length = known.get(state.length, {})
         if of_length.get(state.digest) is state:
@@ -238,6 +246,7 @@ class Conversations:
             self._forget(state)
             return
         self.counts.evictions += 1
+        self.changed = True
         self.holdings.close(state.stream)
         state.stream = None
 
@@ -300,6 +309,7 @@ class Conversations:
             log.warning("a conversation is in memory only: %s", error)
             return False
         self.counts.saves += 1
+        self.changed = True
         if self.disk is not None and state.stored.size > self.disk:
             log.warning("a conversation of %s bytes is in memory only: the files' limit is %s", state.stored.size, self.disk)
             self.sessions.remove(state.stored)
@@ -319,7 +329,7 @@ class Conversations:
             files += older.stored is not None
             if files > FILES and older.kind == "inner" and older.stored is not None:
                 self.sessions.remove(older.stored)
-                older.stored = None
+                older.stored, self.changed = None, True
                 if older.stream is None:
                     at.parent = older.parent
                     self._forget(older)
@@ -338,7 +348,7 @@ class Conversations:
             assert state.stored is not None
             sizes -= state.stored.size
             self.sessions.remove(state.stored)
-            state.stored = None
+            state.stored, self.changed = None, True
             if state.stream is None:
                 self.counts.dropped += 1
                 self._forget(state)

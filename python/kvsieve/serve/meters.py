@@ -58,9 +58,9 @@ class Meters:
 
     def now(self, reading: int, answering: int, states: Conversations) -> None:
         """What is held now; called on the model thread, which alone may look at streams."""
-        before = self.reading, self.answering
         self.reading, self.answering, self.bytes_held = reading, answering, states.holdings.bytes_held
-        if before != (reading, answering) or not (reading or answering):  # a step changes no states
+        if states.changed:
+            states.changed = False
             self.states, self.stored, self.bytes_stored = states.sizes()
 
     def snapshot(self, queued: int, states: Conversations) -> Snapshot:

@@ -227,7 +227,7 @@ class Worker:
             for number, one in enumerate(streams):
                 mine = None if seed is None else seed + number
                 answer = self._batch.add(one, last, seed=mine, logprobs=job.logprobs, **options)
-                pieces = Pieces(self._texts.tokenizer) if job.stop else None
+                pieces = Pieces(self._texts.tokenizer, work.tail) if job.stop else None
                 choices.append(Choice(number, one, answer, pieces, Stops(job.stop)))
         except BaseException:
             for choice in choices:
@@ -284,6 +284,7 @@ class Worker:
         if state is not None and self._limits.durable:
             self._states.write(state, must=True)
         self._meters.ends[reason] = self._meters.ends.get(reason, 0) + 1
+        self.publish()
         self._tell(work, lambda: work.sink.end(choice.number, reason, usage))
         if all(one.ended is not None for one in work.choices):
             self._leave(work)
@@ -336,6 +337,7 @@ class Worker:
             log.error("a request failed", exc_info=error)
         self._leave(work)
         self._meters.failed += 1
+        self.publish()
         self._tell(work, lambda: work.sink.fail(error))
 
     def _leave(self, work: Work) -> None:
