@@ -3,8 +3,8 @@
     python tests/faults/serve_clients.py --answers 1000
 
 Twelve clients of four owners talk to a server with the full cache, whose memory holds a few conversations, whose queue holds a
-few requests, and which writes to a folder what leaves memory. One request in five is left, before its answer begins or in the middle
-of it. Every answer that arrives must be what the stock model says after the prompt, with every token of that counted; nothing but
+few requests, and which writes to a folder what leaves memory. One request in five is left, before its answer begins or amid
+it. Every answer that arrives must be what the stock model says after the prompt, with every token of that counted; nothing but
 429 is an error; and in the end nothing runs, and the memory is within its bound.
 """
 
