@@ -9,10 +9,14 @@ import argparse
 import importlib.util
 from pathlib import Path
 
-from kvsieve.errors import BackendError
+from kvsieve.budget import parse_bytes
+from kvsieve.errors import BackendError, BudgetError
 from kvsieve.methods.registry import SYSTEMS
 
-__all__ = ["BACKENDS", "MODEL", "POLICIES", "WEIGHTS", "add_machine", "add_weights", "need_torch", "output", "positive", "whole"]
+__all__ = [
+    *("BACKENDS", "MODEL", "POLICIES", "WEIGHTS", "add_machine", "add_weights", "need_torch", "output", "positive", "seconds", "size"),
+    "whole",
+]
 
 MODEL = "smollm2, a local model folder, or a GGUF file"
 POLICIES = "known: " + ", ".join(system.text_name for system in SYSTEMS)
@@ -44,6 +48,25 @@ def positive(text: str) -> int:
     number = whole(text)
     if number < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {number}")
+    return number
+
+
+def size(text: str) -> int:
+    """Bytes, written as budgets are: ``64MiB``, ``2GB``."""
+    try:
+        return parse_bytes(text)
+    except BudgetError:
+        raise argparse.ArgumentTypeError(f"must be bytes such as 64MiB or 2GB, got {text!r}") from None
+
+
+def seconds(text: str) -> float:
+    """Seconds, from 0 to a year."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number <= 31_536_000:
+        raise argparse.ArgumentTypeError(f"must be seconds from 0 on, got {text!r}")
     return number
 
 

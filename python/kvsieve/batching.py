@@ -2,14 +2,16 @@
 Yu et al., OSDI 2022).
 
 A conversation is a stream. It joins once its prompt was read, in pieces between the others' tokens, and leaves when its answer
-ends; nobody waits for the longest. Attention is each stream's own, so rows may be of any length and under any policy, and a row's
-answer is that of :meth:`kvsieve.Stream.generate` alone, up to the rounding of matrix products of another width.
+ends; nobody waits for the longest. A last piece of one token is read with the others' tokens. Attention is each stream's own, so
+rows may be of any length and under any policy, and a row's answer is that of :meth:`kvsieve.Stream.generate` alone, up to the
+rounding of matrix products of another width.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,7 +32,7 @@ from kvsieve.streams import Stream
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Answer", "Batch"]
+__all__ = ["Answer", "Batch", "LogProbs"]
 
 _REFUSED = (
     *("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "custom_generate", "negative_prompt_ids"),
@@ -38,6 +40,26 @@ _REFUSED = (
     *("return_dict_in_generate", "max_time", "position_ids", "inputs_embeds", "synced_gpus"),
 )
 """Arguments of `generate` that answers of a batch do not know."""
+
+
+@dataclass(frozen=True)
+class LogProbs:
+    """What the model thought of one token: natural logarithms of its probabilities, before temperature and other processors.
+
+    Attributes:
+        token: of the token that was said.
+        top: the most probable ids and their logarithms, the best first.
+    """
+
+    token: float
+    top: tuple[tuple[int, float], ...] = ()
+
+    @classmethod
+    def of(cls, logits: torch.Tensor, token: torch.Tensor, most: int) -> LogProbs:
+        """Of a token ``[1]``, and the ``most`` best ones, by ``logits`` ``[1, V]``."""
+        logs = logits[0].float().log_softmax(-1)
+        best = logs.topk(min(most, len(logs)))
+        return cls(float(logs[token]), tuple(zip(best.indices.tolist(), best.values.tolist())))
 
 
 class Answer:
@@ -48,6 +70,7 @@ class Answer:
         ids: the tokens that it has said so far, int64 ``[m]``, the one that ended it among them.
         done: whether it is over: ended, cancelled, or failed.
         error: why it failed; None if it did not. The stream then holds what was said before.
+        logprobs: one for each of ``ids``, if they were asked for; else empty.
     """
 
     def __init__(
@@ -56,7 +79,9 @@ class Answer:
         self.stream, self.done = stream, False
         self.error: BaseException | None = None
         self._engine, self._end_turn, self._streamer = stream._engine, end_turn, kwargs.pop("streamer", None)
-        seed = kwargs.pop("seed", None)
+        seed, most = kwargs.pop("seed", None), kwargs.pop("logprobs", None)
+        self.logprobs: list[LogProbs] = []
+        self._most = None if most is None else integer("logprobs", most, 0)
         self._random = None if seed is None else torch.Generator(new.device).manual_seed(integer("seed", seed, 0))
         self._call = turns.Call(stream._reader(), [new], [before], new[None], kwargs, settings)
         self._turn, self._shown, self._prompted = self._call.turn, self._call.given.ids, False
@@ -109,7 +134,9 @@ class Answer:
             self._streamer.put(self._call.prompt.cpu())
         if self._logits is not None:
             token, scores = self._sampler.next(self._shown, self._logits, self._random)
+            found = [] if self._most is None else [LogProbs.of(self._logits, token, self._most)]
             with defer_sigint():
+                self.logprobs += found
                 self._logits, self._sampled = None, (token, scores)
                 self._turn.said = self._shown = torch.cat([self._shown, token[:, None]], 1)
             if self._streamer is not None:
@@ -193,6 +220,7 @@ class Batch:
         end_turn: bool = True,
         unread: torch.Tensor | None = None,
         seed: int | None = None,
+        logprobs: int | None = None,
         **kwargs: Any,
     ) -> Answer:
         """One turn of ``stream`` joins; nothing is read yet.
@@ -203,6 +231,7 @@ class Batch:
             end_turn: call its :meth:`~kvsieve.Stream.end_turn` when the answer is over.
             unread: as for :meth:`kvsieve.Stream.generate`.
             seed: of the sampling of this answer; without one the tokens depend on torch's own numbers, which all answers share.
+            logprobs: fill :attr:`Answer.logprobs`, with so many of the most probable tokens each.
             kwargs: as for `generate`: ``max_new_tokens``, ``do_sample``, ``temperature``, ``eos_token_id``, ``stop_strings`` with
                 ``tokenizer``, ``logits_processor``, ``stopping_criteria``, ``streamer``, ``generation_config`` and others.
 
@@ -235,7 +264,8 @@ class Batch:
                 raise UnsupportedError("an answer of a batch has neither beams nor several sequences; use stream.generate")
             end_turn = check_flag("end_turn", end_turn)
             with turns.waiting(stream._reader(), new, unread) as before:
-                answer = Answer(stream, new[0], before[0], {**kwargs, "seed": seed}, settings, end_turn)
+                given = {**kwargs, "seed": seed, "logprobs": logprobs}
+                answer = Answer(stream, new[0], before[0], given, settings, end_turn)
                 self._waiting.append(answer)
         return answer
 
@@ -257,7 +287,8 @@ class Batch:
 
     @torch.no_grad()
     def step(self) -> list[Answer]:
-        """Every answer that is being said gets one more token, and the first that waits reads one more piece of its prompt.
+        """Every answer that is being said gets one more token, and the first that waits reads one more piece of its prompt. Those
+        whose prompts are read but for one token join at once.
 
         Returns:
             the answers that are over since the last step, those that were cancelled aside.
@@ -270,10 +301,13 @@ class Batch:
             for answer in self.answers:
                 answer._turn.owner = threading.current_thread()
             self._hear(self._active, over)  # an interrupt may have come before all were heard
-            for stored in dict.fromkeys(answer._engine.stored_keys for answer in self._active):
-                self._read([answer for answer in self._active if answer._engine.stored_keys == stored], over)
-            if self._waiting and len(self._active) < self.most:
-                self._read(self._waiting[:1], over)
+            ready = [answer for answer in self._waiting if answer._turn.left == 1]
+            rows = [*self._active, *ready[: max(self.most - len(self._active), 0)]]
+            for stored in dict.fromkeys(answer._engine.stored_keys for answer in rows):
+                self._read([answer for answer in rows if answer._engine.stored_keys == stored], over)
+            longer = [answer for answer in self._waiting if answer._turn.left > 1]
+            if longer and len(self._active) < self.most:
+                self._read(longer[:1], over)
             self._hear(self._active, over)
             return over
 

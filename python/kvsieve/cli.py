@@ -1,4 +1,4 @@
-"""The `kvsieve` command: see a bounded memory at work, run a model with one, measure it, draw what it reads, look at this machine.
+"""The `kvsieve` command: see a bounded memory at work, run or serve a model with one, measure it, draw what it reads.
 
 torch and transformers are imported by the command that needs them, so that help and mistakes answer at once.
 """
@@ -33,6 +33,7 @@ from kvsieve.errors import BackendError, KvsieveError
 from kvsieve.evals.commands import add_eval as _add_eval
 from kvsieve.evals.commands import add_tune as _add_tune
 from kvsieve.files.replace import replacing, target_of
+from kvsieve.serve.commands import add_serve as _add_serve
 from kvsieve.view.commands import add_view as _add_view
 
 __all__ = ["main"]
@@ -73,6 +74,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_demo(commands)
     _add_generate(commands)
     _add_chat(commands)
+    _add_serve(commands)
     _add_eval(commands)
     _add_tune(commands)
     _add_view(commands)

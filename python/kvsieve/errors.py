@@ -13,9 +13,14 @@ __all__ = [
     "KvsieveError",
     "PaddingError",
     "PolicyError",
+    "PromptTooLongError",
     "RangeError",
     "RecordingError",
     "SaveError",
+    "ServiceBusyError",
+    "ServiceClosedError",
+    "ServiceError",
+    "ServiceFullError",
     "SessionError",
     "SessionNotFoundError",
     "ShapeError",
@@ -116,3 +121,23 @@ class BenchError(KvsieveError, ValueError):
 
 class AccuracyError(KvsieveError, ArithmeticError):
     """An answer that is further from float64 than it may be. What is wrong is not worth measuring."""
+
+
+class ServiceError(KvsieveError, RuntimeError):
+    """A request that a service did not answer."""
+
+
+class ServiceBusyError(ServiceError):
+    """As many requests wait as may; this one was not taken. Try again later."""
+
+
+class ServiceClosedError(ServiceError):
+    """The service is closing, closed, or was not started."""
+
+
+class ServiceFullError(ServiceError, MemoryError):
+    """A conversation, together with those that are being answered, needs more memory than the service may hold."""
+
+
+class PromptTooLongError(ServiceError, ValueError):
+    """A prompt, with the answer that is asked for, has more tokens than the service takes."""

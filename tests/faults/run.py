@@ -83,6 +83,15 @@ ROWS = {
         "Ctrl-C is raised within 200 ms, and what follows is as if the call had not been made", "interrupts",
         ("interrupts.py", "--moments", "{n}"), 110, total("interrupted"),
     ),
+    "killed servers": Row(
+        "a server that is killed goes on with what it wrote, and with every durable answer, or says that it read again", "kills",
+        ("serve_kill.py", "--times", "{n}"), 6, total("killed"),
+    ),
+    "clients of servers": Row(
+        "clients that leave harm nobody, and every answer is the stock model's, also once its conversation was in a file",
+        "answers",
+        ("serve_clients.py", "--answers", "{n}"), 200, total("answers"),
+    ),
     "GIL": Row(
         "no call into the core keeps other threads waiting for 20 ms", "calls",
         ("gil.py", "--repeat", "{n}"), 3, len,

@@ -366,6 +366,54 @@ def test_a_streamer_may_cancel_another_answer() -> None:
         stream.close()
 
 
+def test_prompts_read_but_for_one_token_join_at_once() -> None:
+    """In the forward of those that are being answered; no more than may be answered at a time."""
+    model, policy = tiny.model(), kvsieve.SirLLM(64, recent=8)
+    rows: list[int] = []
+    handle = model.register_forward_pre_hook(
+        lambda module, args, kwargs: rows.append(kwargs["input_ids"].shape[0]), with_kwargs=True
+    )
+    streams, batch, answers = [opened(policy) for _ in range(5)], kvsieve.Batch(model, most=4), []
+    with opened(policy) as stream:
+        stream.feed(prompt(2)[:, :-1])
+        want = stream.generate(prompt(2)[:, -1:], **greedy(6))[0, 1:].tolist()
+    for stream in streams:
+        stream.feed(prompt(2)[:, :-1])
+        answers.append(batch.add(stream, prompt(2)[:, -1:], **greedy(6)))
+    rows.clear()
+    batch.step()
+    batch.step()
+    assert rows == [4, 4]
+    assert [len(answer.ids) for answer in answers] == [2, 2, 2, 2, 0]
+    batch.run()
+    handle.remove()
+    assert [answer.result().tolist() for answer in answers] == [want] * 5
+    for stream in streams:
+        stream.close()
+
+
+def test_probabilities_are_those_of_the_model() -> None:
+    """Before temperature, and of the tokens that were said; asked for by one answer, not by the other."""
+    model = tiny.model()
+    with opened(kvsieve.Full()) as one, opened(kvsieve.Full()) as other:
+        batch = kvsieve.Batch(model)
+        asked = batch.add(one, prompt(2), logprobs=3, seed=5, max_new_tokens=8, do_sample=True, temperature=2.5)
+        with pytest.raises(ArgumentError, match="logprobs"):
+            batch.add(other, prompt(2), logprobs=-1, **greedy(2))
+        silent = batch.add(other, prompt(2), **greedy(8))
+        batch.run()
+        with torch.no_grad():
+            logits = model(torch.cat([prompt(2), asked.ids[None]], 1)).logits[0, LENGTHS[2] - 1 : -1]
+        want = logits.log_softmax(-1)
+        assert silent.logprobs == []
+        assert len(asked.logprobs) == 8
+        for token, found, logs in zip(asked.ids.tolist(), asked.logprobs, want):
+            best = logs.topk(3)
+            assert found.token == pytest.approx(float(logs[token]), abs=1e-4)
+            assert [number for number, _ in found.top] == best.indices.tolist()
+            assert [value for _, value in found.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+
+
 def test_another_thread_may_step() -> None:
     with opened(kvsieve.Full()) as stream:
         batch = kvsieve.Batch(tiny.model())

@@ -26,7 +26,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     assert "usage: kvsieve" in done.stdout
 
 
-@pytest.mark.parametrize("command", ["demo", "generate", "eval", "view", "bench", "info"])
+@pytest.mark.parametrize("command", ["demo", "generate", "serve", "eval", "view", "bench", "info"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stop:
         main([command, "--help"])

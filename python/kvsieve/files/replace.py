@@ -12,11 +12,11 @@ from typing import BinaryIO
 from kvsieve.checks import told
 from kvsieve.errors import KvsieveError, SaveError
 
-__all__ = ["replacing", "target_of"]
+__all__ = ["replacing", "sync_folder", "target_of"]
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], what: str) -> Iterator[BinaryIO]:
+def replacing(path: str | os.PathLike[str], what: str, mode: int = 0o666) -> Iterator[BinaryIO]:
     """A new file, open for writing, that replaces ``path`` when the block is left without an error.
 
     It has a name that nobody can guess, in the folder of ``path``, until it and then the folder have been flushed to the disk. A
@@ -25,30 +25,31 @@ def replacing(path: str | os.PathLike[str], what: str) -> Iterator[BinaryIO]:
     Args:
         path: the file to write.
         what: what it is, for messages: ``"session file"``.
+        mode: its permissions where there was none, less those that the process's mask takes.
 
     Raises:
         SaveError: if ``path`` is something else than a regular file (a folder, a device, a pipe), if it may not be written, or if
             the disk is full or fails. What was there before is as it was.
     """
-    target, mode = target_of(path, what)
+    target, kept = target_of(path, what)
     folder, name = os.path.split(target)
     partial = os.path.join(folder, f".{name[:64]}.{secrets.token_hex(8)}.partial")
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-        held = os.open(partial, flags, 0o666)
+        held = os.open(partial, flags, mode)
     except (OSError, ValueError) as err:
         raise SaveError(f"cannot write the {what} {path}: {_reason(err)}") from err
     done = False
     try:
         with open(held, "wb+") as file:
-            if mode is not None:
-                _keep_mode(file.fileno(), mode)
+            if kept is not None:
+                _keep_mode(file.fileno(), kept)
             yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, target)
         done = True
-        _sync_folder(folder)
+        sync_folder(folder)
     except KvsieveError:
         raise
     except OSError as err:
@@ -95,7 +96,8 @@ def _keep_mode(held: int, mode: int) -> None:
         os.fchmod(held, mode)
 
 
-def _sync_folder(folder: str) -> None:
+def sync_folder(folder: str) -> None:
+    """What was made, replaced or removed in a folder is on the disk."""
     if os.name == "nt":  # a folder cannot be opened there; the rename is written through
         return
     held = os.open(folder or ".", os.O_RDONLY)

@@ -1,0 +1,202 @@
+"""`kvsieve serve`: its arguments, and what they start. torch and what HTTP needs are imported once the arguments are right."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kvsieve.arguments import MODEL, POLICIES, add_machine, need_torch, positive, seconds, size
+from kvsieve.errors import ArgumentError, BackendError
+
+__all__ = ["add_serve"]
+
+KEY = "KVSIEVE_API_KEY"
+NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+
+
+def add_serve(commands: Any) -> None:
+    """Adds the command to those of ``commands``, what `argparse` calls its subparsers."""
+    serve = commands.add_parser("serve", help="answer OpenAI's chat completions, with conversations that are remembered")
+    serve.add_argument("--model", default="smollm2", help=f"{MODEL}; default: smollm2")
+    serve.add_argument("--name", help="what clients call the model; default: the name of its folder or file")
+    serve.add_argument("--policy", default="sirllm(4096)", help=f'of each conversation; default: "sirllm(4096)"; {POLICIES}')
+    memory = serve.add_argument_group("memory")
+    memory.add_argument("--memory", type=size, default="2GiB", help="bytes of all conversations in memory; default: 2GiB")
+    memory.add_argument(
+        "--sessions", type=Path, metavar="DIR", help="folder for conversations that leave the memory, or outlive it"
+    )
+    memory.add_argument("--disk", type=size, default="20GiB", help="bytes of the session files; default: 20GiB")
+    memory.add_argument("--durable", action="store_true", help="an answer ends once its conversation is in a file")
+    memory.add_argument(
+        "--public",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="a system prompt that is read at start, and shared by all clients; .json: messages, and tools",
+    )
+    work = serve.add_argument_group("work")
+    work.add_argument("--most", type=positive, default=32, help="answers that are said at a time; default: 32")
+    work.add_argument("--queue", type=positive, default=256, help="requests that may wait; default: 256")
+    work.add_argument("--chunk", type=positive, help="tokens of a prompt between two tokens of the others; default: 128")
+    work.add_argument("--longest", type=positive, help="most tokens of a conversation; default: no limit")
+    work.add_argument("--max-new-tokens", type=positive, default=1024, help="of an answer, if a client does not say; default: 1024")
+    work.add_argument("--timeout", type=seconds, default=600.0, help="seconds until an answer is cut; 0: never; default: 600")
+    work.add_argument("--grace", type=seconds, default=10.0, help="seconds that answers have when the server ends; default: 10")
+    door = serve.add_argument_group("access")
+    door.add_argument("--host", default="127.0.0.1", help="another address than this machine's own needs a key; default: 127.0.0.1")
+    door.add_argument("--port", type=_port, default=8000, help="default: 8000; 0: a free one")
+    door.add_argument("--api-key-file", type=Path, metavar="FILE", help=f"a key a line; {KEY} holds one, too")
+    door.add_argument("--body", type=size, default="8MiB", help="most bytes of a request; default: 8MiB")
+    door.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
+    serve.add_argument("--device", default="cpu", help="where the model runs, as torch names it: cpu, cuda, cuda:1; default: cpu")
+    add_machine(serve, dtype_help="default: float32")
+    serve.set_defaults(run=_run)
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be from 0 to 65535, got {text!r}")
+    return int(text)
+
+
+def _keys(file: Path | None) -> tuple[str, ...]:
+    """The keys of the file, and that of the environment.
+
+    Raises:
+        ArgumentError: for a file without a key.
+    """
+    found = [os.environ[KEY]] if os.environ.get(KEY) else []
+    if file is not None:
+        try:
+            lines = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError as error:
+            raise ArgumentError(f"{file} is not UTF-8 text") from error
+        told = [line for line in lines if line and not line.startswith("#")]
+        if not told:
+            raise ArgumentError(f"{file} holds no key; write one a line")
+        found += told
+    return tuple(found)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise BackendError(f"kvsieve serve needs {', '.join(missing)}; pip install 'kvsieve[serve]'")
+    need_torch(arguments.threads)
+    from kvsieve.methods import parse
+    from kvsieve.serve.access import Access
+    from kvsieve.serve.running import bound
+
+    if arguments.durable and arguments.sessions is None:
+        raise ArgumentError("--durable needs a folder: --sessions DIR")
+    keys = _keys(arguments.api_key_file)
+    opened = Access(keys)
+    policy = parse(arguments.policy)
+    _check_device(arguments.device)
+    texts = [(file, file.read_bytes()) for file in arguments.public]
+    # The address is taken before the model is loaded, which takes longer than to say that another has it.
+    with bound(arguments.host, arguments.port, keys=not opened.open) as socket:
+        _serve(arguments, policy, keys, texts, socket)
+    return 0
+
+
+def _check_device(name: str) -> None:
+    """Something can lie there.
+
+    Raises:
+        BackendError: if not.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=name).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        said = " ".join(str(error).split())
+        raise BackendError(f"cannot run a model on the device {name}: {said[:200]}") from error
+
+
+def _serve(
+    arguments: argparse.Namespace, policy: Any, keys: tuple[str, ...], texts: Sequence[tuple[Path, bytes]], socket: Any
+) -> None:
+    import torch
+
+    from kvsieve.evals.models import load_model
+    from kvsieve.serve.app import Settings, create_app
+    from kvsieve.serve.running import Server
+    from kvsieve.serve.service import Service
+
+    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
+    model = model.to(arguments.device)
+    name = arguments.name or _name(arguments.model)
+    service = Service(
+        model,
+        tokenizer,
+        policy,
+        backend=arguments.backend,
+        memory=arguments.memory,
+        sessions=arguments.sessions,
+        most=arguments.most,
+        queue=arguments.queue,
+        longest=arguments.longest,
+        disk=arguments.disk,
+        durable=arguments.durable,
+        public=[_public(tokenizer, file, data) for file, data in texts],
+        **({} if arguments.chunk is None else {"chunk": arguments.chunk}),
+    )
+    settings = Settings(
+        name=name,
+        keys=keys,
+        max_new_tokens=arguments.max_new_tokens,
+        longest=arguments.longest,
+        seconds=arguments.timeout or None,
+        body=arguments.body,
+        vocabulary=int(model.config.get_text_config(decoder=True).vocab_size),
+        facts={"policy": repr(policy)},
+    )
+    # A copy: the model thread uses the other one at the same time.
+    app = create_app(service, copy.deepcopy(tokenizer), settings)
+    service.start()
+    try:
+        host, port = socket.getsockname()[:2]
+        at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        ready = f"{name} under {policy!r}: http://{at}/v1 (Ctrl-C ends)"
+        Server(app, service, grace=arguments.grace, ready=ready, access_log=arguments.access_log).run([socket])
+    finally:
+        service.close(0)
+
+
+def _name(model: str) -> str:
+    """A folder's name, or a file's without what says that it is GGUF."""
+    return Path(model).expanduser().resolve().name.removesuffix(".gguf")
+
+
+def _public(tokenizer: Any, file: Path, data: bytes) -> str:
+    """What prompts begin with that begin as the file says.
+
+    Raises:
+        ArgumentError: for a file that holds no messages, or those that the chat template does not begin with.
+    """
+    from kvsieve.serve.openai import Refusal, asked_chat, parsed
+    from kvsieve.serve.prompts import opening_of, public_text, template_of
+
+    try:
+        if file.suffix == ".json":
+            told = data if data.lstrip()[:1] == b"{" else b'{"messages": ' + data + b"}"
+            asked = asked_chat(parsed(told))
+            return public_text(tokenizer, asked.messages, asked.tools)
+        text = data.decode().strip()
+        if not text:
+            raise ArgumentError(f"{file} is empty")
+        if not template_of(tokenizer):
+            return opening_of(tokenizer) + text
+        return public_text(tokenizer, [{"role": "system", "content": text}])
+    except UnicodeDecodeError as error:
+        raise ArgumentError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+    except Refusal as refusal:
+        raise ArgumentError(f"{file}: {refusal.message}") from refusal
