@@ -14,7 +14,19 @@ from kvsieve.errors import BackendError, BudgetError
 from kvsieve.methods.registry import SYSTEMS
 
 __all__ = [
-    *("BACKENDS", "MODEL", "POLICIES", "WEIGHTS", "add_machine", "add_weights", "need_torch", "output", "positive", "seconds", "size"),
+    *(
+        "BACKENDS",
+        "MODEL",
+        "POLICIES",
+        "WEIGHTS",
+        "add_machine",
+        "add_weights",
+        "need_torch",
+        "output",
+        "positive",
+        "seconds",
+        "size",
+    ),
     "whole",
 ]
 

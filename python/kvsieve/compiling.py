@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from kvsieve.checks import check_flag
 from kvsieve.errors import ArgumentError, UnsupportedModelError
 from kvsieve.model.handoff import GRAPH, state
 from kvsieve.model.hooks import between
@@ -55,6 +56,7 @@ def compile(model: Any, *, disable: bool = False, **options: Any) -> None:
         UnsupportedModelError: for a model that no stream opens on, or whose masks are made outside of its decoder (one that sees
             images). ArgumentError: for options that `torch.compile` does not take. Nothing has changed then.
     """
+    disable = check_flag("disable", disable)
     model = look_through(model)
     refuse(model)
     decoder: torch.nn.Module = model.get_decoder()

@@ -426,6 +426,7 @@ def attempts(scene: Scene) -> Iterator[Work]:
     yield Work("Stream.generate", stream.generate, [ids, mask], {"end_turn": True, "unread": None, "pin": False, **told})
     yield Work("Stream.generate", stream.generate, [], {"inputs": ids, **told, "num_beams": 2})
     yield Work("Stream.generate", stream.generate, [ids], {**told, "eos_token_id": 2, "logits_processor": None})
+    yield Work("compile", kvsieve.compile, [model], {"disable": True})
     yield Work("Batch", kvsieve.Batch, [model], {"most": 4})
     yield Work("Batch.add", answered(scene), [stream, ids], {**told, "end_turn": True, "unread": None, "seed": 3})
     yield Work("Answer", answered(scene), [stream, ids], told)

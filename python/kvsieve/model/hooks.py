@@ -289,14 +289,18 @@ class Attachment:
         return (args, _of_one_size(cache, through, args, kwargs)) if through.graph and self._takes_positions else None
 
     def _graphs(self, cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast."""
+        """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast. What
+        is no input of a decoder is left to its own words."""
         mask = kwargs.get("attention_mask")
+        given = [x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
         return (
             not self._between
             and not cache.engine.replaying
             and len(args) <= 1
             and (mask is None or isinstance(mask, torch.Tensor))
-            and all(isinstance(ids, torch.Tensor | None) for ids in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")))
+            and len(given) == 1
+            and isinstance(given[0], torch.Tensor)
+            and given[0].dim() > 1
             and not torch.is_grad_enabled()
             and not autocast_enabled(self.facts.layers[0].device.type)
         )

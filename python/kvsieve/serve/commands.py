@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvsieve.arguments import MODEL, POLICIES, add_machine, need_torch, positive, seconds, size
+from kvsieve.arguments import MODEL, POLICIES, add_machine, add_weights, need_torch, positive, seconds, size
 from kvsieve.errors import ArgumentError, BackendError
 
 __all__ = ["add_serve"]
@@ -56,6 +56,7 @@ def add_serve(commands: Any) -> None:
     door.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
     serve.add_argument("--device", default="cpu", help="where the model runs, as torch names it: cpu, cuda, cuda:1; default: cpu")
     add_machine(serve, dtype_help="default: float32")
+    add_weights(serve)
     serve.set_defaults(run=_run)
 
 
@@ -93,6 +94,8 @@ def _run(arguments: argparse.Namespace) -> int:
     from kvsieve.serve.access import Access
     from kvsieve.serve.running import bound
 
+    if arguments.weights is not None and arguments.device != "cpu":
+        raise ArgumentError(f"--weights {arguments.weights} is for a CPU, not for --device {arguments.device}")
     if arguments.durable and arguments.sessions is None:
         raise ArgumentError("--durable needs a folder: --sessions DIR")
     keys = _keys(arguments.api_key_file)
@@ -132,6 +135,10 @@ def _serve(
     from kvsieve.serve.service import Service
 
     model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
+    if arguments.weights is not None:
+        from kvsieve.quantized_weights import quantize_weights
+
+        quantize_weights(model, arguments.weights)
     model = model.to(arguments.device)
     name = arguments.name or _name(arguments.model)
     service = Service(
