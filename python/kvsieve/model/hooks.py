@@ -289,8 +289,8 @@ class Attachment:
         return (args, _of_one_size(cache, through, args, kwargs)) if through.graph and self._takes_positions else None
 
     def _graphs(self, cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast. What
-        is no input of a decoder is left to its own words."""
+        """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast.
+        What is no input of a decoder is left to its own words."""
         mask = kwargs.get("attention_mask")
         given = [x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
         return (
