@@ -20,7 +20,7 @@ from kvsieve.errors import BenchError
 from kvsieve.evals.texts import read_text
 from kvsieve.facts import LayerRope
 from kvsieve.model.support import cache_name
-from kvsieve.quantized_weights import Int4Linear
+from kvsieve.quantized_weights import Int4Linear, Int8Linear
 
 __all__ = [
     *("CHUNK", "LAYERS", "SHAPE", "VOCABULARY", "Layers", "Pair", "layers_of", "load", "model", "past", "text_ids", "token"),
@@ -182,19 +182,15 @@ def unrotated(k: torch.Tensor, positions: Sequence[int], rope: LayerRope | None)
 def weight_bytes(made: Any) -> int:
     """Bytes of weights that a token reads: all, but of a table of embeddings that is not the head too, which gives one row."""
     tables = made.get_input_embeddings().weight, getattr(made.get_output_embeddings(), "weight", None)
-    read = sum(p.nbytes for p in made.parameters()) + sum(map(_packed_bytes, made.modules()))
+    read = sum(p.nbytes for p in made.parameters()) + sum(_packed_bytes(name, module) for name, module in made.named_modules())
     return int(read - (0 if tables[0] is tables[1] else tables[0].nbytes))
 
 
-def _packed_bytes(module: torch.nn.Module) -> int:
-    """Bytes of weights in few bits, which are no parameters, and of their scales."""
-    if isinstance(module, Int4Linear):
-        return sum(buffer.nbytes for buffer in module.buffers())
-    packed = getattr(module, "_packed_params", None)
-    if packed is None or not hasattr(packed, "_weight_bias"):
+def _packed_bytes(name: str, module: torch.nn.Module) -> int:
+    """Bytes of weights in few bits, which are no parameters, and of their scales: those that a token reads."""
+    if not isinstance(module, Int4Linear | Int8Linear) or name.endswith(".many"):
         return 0
-    weight, bias = packed._weight_bias()
-    return int(weight.numel() + 8 * weight.shape[0] + (0 if bias is None else bias.nbytes))
+    return sum(buffer.nbytes for buffer in module.buffers(recurse=False))
 
 
 def token(made: Any, cache: Any) -> torch.Tensor:

@@ -70,11 +70,11 @@ def _may_differ(probe: Probe) -> bool:
 def _without_rounding(probe: Probe, module: torch.nn.Module, watch: Watch, error: float, tolerance: float) -> tuple[float, float]:
     """A second look at coarse numbers: an error and how large it may be.
 
-    An expert chosen the other way because of a rounding is a different answer, and a right one: of a model with experts the first
-    layer's attention is compared, before any choice. Of any other one the stock model's own error is the measure, between the text
+    An expert chosen the other way because of a rounding is a different answer, and a right one; so is a large activation that is
+    rounded to the next of 8 bits. Of such a model the first layer's attention is compared, before any choice. Of any other one the stock model's own error is the measure, between the text
     read in pieces and read at once.
     """
-    if _has_experts(probe.decoder):
+    if _chooses(probe.decoder):
         _, stock = probe.pieces(probe.stock_cache(), dispatch=True)
         want, got = (torch.cat(w.answers[module], 1) for w in (stock, watch))
         return _distance(want, got), tolerance
@@ -106,5 +106,10 @@ def _is_quantized(model: torch.nn.Module) -> bool:
     )
 
 
-def _has_experts(decoder: torch.nn.Module) -> bool:
-    return any(word in type(module).__name__.lower() for module in decoder.modules() for word in ("expert", "moe", "router"))
+def _chooses(decoder: torch.nn.Module) -> bool:
+    """Whether it has experts, or layers that round activations to few bits."""
+    return any(
+        getattr(module, "rounds_activations", False)
+        or any(word in type(module).__name__.lower() for word in ("expert", "moe", "router"))
+        for module in decoder.modules()
+    )
