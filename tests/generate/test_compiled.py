@@ -394,6 +394,25 @@ def test_copies_and_pickles_are_not_compiled(decoder: tuple[Any, Compiler]) -> N
     assert len(compiler.layers) == known
 
 
+@torch.no_grad()
+def test_a_stream_that_opened_in_inference_mode_or_under_a_default_device_is_served_outside_of_it() -> None:
+    want = tiny.model()(torch.cat([TEXT, MORE[:, :1]], 1)).logits[:, -1:]
+    model, compiler = decoding(backend="aot_eager")
+    for mode in (torch.inference_mode(), torch.device("meta")):
+        with mode:
+            stream = kvsieve.stream(model, kvsieve.Full(), "cpu")
+        with stream:
+            model(TEXT, past_key_values=stream.cache)
+            torch.testing.assert_close(model(MORE[:, :1], past_key_values=stream.cache).logits, want, atol=1e-4, rtol=0)
+    assert sum(compiler.layers) == 2
+
+
+def test_a_torch_without_words_for_cuda_graphs_declares_the_operation_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert graphed._tags() == (torch.Tag.cudagraph_unsafe,)
+    monkeypatch.setattr(torch, "Tag", object())
+    assert graphed._tags() == ()
+
+
 _NONE = dict.fromkeys(("softcap", "sinks", "sliding_window", "position_ids", "mask"))
 
 
