@@ -27,7 +27,7 @@ from kvsieve.model.ids import check_forward
 from kvsieve.model.pieces import read_pieces
 from kvsieve.model.probe import Probe, with_identity
 from kvsieve.model.reread import read_again
-from kvsieve.model.support import refuse, versions
+from kvsieve.model.support import look_through, refuse, versions
 from kvsieve.model.verify import verify
 from kvsieve.runtime.modes import autocast_enabled, unrecorded
 
@@ -289,8 +289,10 @@ class Attachment:
         return (args, _of_one_size(cache, through, args, kwargs)) if through.graph and self._takes_positions else None
 
     def _graphs(self, cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast. What
-        is no input of a decoder is left to its own words."""
+        """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast.
+
+        What is no input of a decoder is left to its own words.
+        """
         mask = kwargs.get("attention_mask")
         given = [x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
         return (
@@ -362,7 +364,7 @@ def attach(model: PreTrainedModel) -> Attachment:
 
 
 @contextlib.contextmanager
-def examined(model: PreTrainedModel) -> Iterator[None]:
+def examined(model: Any) -> Iterator[None]:
     """``model`` is examined once for all streams that open on it in the block, and not for each that opens when none is open.
 
     Who opens a stream for each of many texts saves some forwards before each. In the block nobody may change the model.
@@ -370,7 +372,7 @@ def examined(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         UnsupportedModelError: as :func:`attach`.
     """
-    attachment = attach(model)
+    attachment = attach(look_through(model))
     try:
         yield
     finally:
