@@ -58,8 +58,9 @@ class Int4Linear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x`` ``[..., in]`` to ``[..., out]``, in its dtype."""
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        out = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_zeros).to(x.dtype)
+        # The scales are cast with their model, by `model.half()` for one.
+        rows, scales = x.reshape(-1, self.in_features).to(torch.bfloat16), self.scales_and_zeros.to(torch.bfloat16)
+        out = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, scales).to(x.dtype)
         out = out.view(*x.shape[:-1], self.out_features)
         return out if self.bias is None else out + self.bias
 

@@ -126,3 +126,12 @@ def test_four_bits_keep_the_dtype_of_the_model(dtype: torch.dtype) -> None:
         got = model(TEXT, past_key_values=stream.cache).logits
         assert got.dtype == dtype
         assert off(got.float(), model(TEXT).logits.float()) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bits_stay_usable_where_the_model_is_cast(dtype: torch.dtype) -> None:
+    layer, x = Int4Linear(torch.nn.Linear(64, 32)), torch.randn(3, 64)
+    with torch.no_grad():
+        want, got = layer(x), layer.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    assert off(got.float(), want) < 0.01
