@@ -102,8 +102,9 @@ class Int4Linear(torch.nn.Module):
         if x.dim() > 1 and x.shape[-2] > FEW:
             done: torch.Tensor = self.many(x)
             return done
-        rows = x.reshape(-1, self.in_features).to(torch.bfloat16)
-        out = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, self.scales_and_zeros).float()
+        # The scales are cast with their model, by `model.half()` for one.
+        rows, scales = x.reshape(-1, self.in_features).to(torch.bfloat16), self.scales_and_zeros.to(torch.bfloat16)
+        out = torch._weight_int4pack_mm_for_cpu(rows, self.packed, GROUP, scales).float()
         out = out if self.bias is None else out + self.bias
         return out.to(x.dtype).view(*x.shape[:-1], self.out_features)
 

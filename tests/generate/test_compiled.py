@@ -20,7 +20,7 @@ import tiny
 import torch
 from drive import forward as read
 from drive import forwards, pad_left, same_memory
-from kvsieve.errors import ArgumentError, StateError, UnsupportedError, UnsupportedModelError
+from kvsieve.errors import ArgumentError, PaddingError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.model import graphed
 from systems import OF_EVERY_KIND, PROMPT, SYSTEMS
 from torch._dynamo.backends.registry import lookup_backend
@@ -392,6 +392,53 @@ def test_copies_and_pickles_are_not_compiled(decoder: tuple[Any, Compiler]) -> N
     for twin in (copy.deepcopy(model), torch.load(stored, weights_only=False)):
         said(twin, kvsieve.Full(), TEXT, 2)[1].close()
     assert len(compiler.layers) == known
+
+
+def decoding_model(model: Any) -> Any:
+    kvsieve.compile(model, backend="eager")
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("compiled", [decoding_model, method, layers])
+def test_a_mask_without_positions_is_seen(compiled: Callable[[Any], Any]) -> None:
+    """transformers' forward takes one, and makes no positions of it; compiled code makes no mask."""
+    made, seen = compiled(tiny.fresh()), []
+    pads = torch.ones(2, 12, dtype=torch.long)
+    pads[1, :3] = 0
+    for model in (tiny.model(), made):
+        with kvsieve.stream(model, kvsieve.Full(), "cpu") as stream:
+            logits = [model(tiny.ids(2, 12), attention_mask=pads, past_key_values=stream.cache).logits[:, -1]]
+            assert stream._engine.blocks.seen == [12, 9]
+        with kvsieve.stream(model, kvsieve.Full(), "cpu") as stream:
+            model(tiny.ids(2, 12), past_key_values=stream.cache)
+            hidden = torch.ones(2, 13, dtype=torch.long)
+            logits.append(model(tiny.ids(2, 1, 5), attention_mask=hidden, past_key_values=stream.cache).logits[:, -1])
+            hidden = torch.ones(2, 14, dtype=torch.long)
+            hidden[0, 4] = 0
+            with pytest.raises(PaddingError):
+                model(tiny.ids(2, 1, 6), attention_mask=hidden, past_key_values=stream.cache)
+        seen.append(torch.cat(logits))
+    torch.testing.assert_close(*seen, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_a_stream_that_opened_in_inference_mode_or_under_a_default_device_is_served_outside_of_it() -> None:
+    want = tiny.model()(torch.cat([TEXT, MORE[:, :1]], 1)).logits[:, -1:]
+    model, compiler = decoding(backend="aot_eager")
+    for mode in (torch.inference_mode(), torch.device("meta")):
+        with mode:
+            stream = kvsieve.stream(model, kvsieve.Full(), "cpu")
+        with stream:
+            model(TEXT, past_key_values=stream.cache)
+            torch.testing.assert_close(model(MORE[:, :1], past_key_values=stream.cache).logits, want, atol=1e-4, rtol=0)
+    assert sum(compiler.layers) == 2
+
+
+def test_a_torch_without_words_for_cuda_graphs_declares_the_operation_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert graphed._tags() == (torch.Tag.cudagraph_unsafe,)
+    monkeypatch.setattr(torch, "Tag", object())
+    assert graphed._tags() == ()
 
 
 _NONE = dict.fromkeys(("softcap", "sinks", "sliding_window", "position_ids", "mask"))

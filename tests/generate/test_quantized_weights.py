@@ -188,3 +188,12 @@ def test_the_real_model_says_nearly_the_same(kind: str) -> None:
     before = nll()
     quantize_weights(model, kind)
     assert abs(nll() - before) < 0.15
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_four_bits_stay_usable_where_the_model_is_cast(dtype: torch.dtype) -> None:
+    layer, x = Int4Linear(torch.nn.Linear(64, 32)), torch.randn(3, 64)
+    with torch.no_grad():
+        want, got = layer(x), layer.to(dtype)(x.to(dtype))
+    assert got.dtype == dtype
+    assert off(got.float(), want) < 0.01

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import multiprocessing
@@ -21,6 +22,7 @@ from kvsieve.bench import Options, alone, attend, decode, picture, policies, sub
 from kvsieve.bench.alone import Job
 from kvsieve.bench.caches import RIVALS, cache_bytes, make_cache
 from kvsieve.bench.report import Report
+from kvsieve.bench.run import run
 from kvsieve.cli import main
 from kvsieve.errors import AccuracyError, BenchError
 from kvsieve.facts import LayerRope
@@ -264,6 +266,22 @@ def test_a_named_model_has_read_a_text(monkeypatch: pytest.MonkeyPatch, capsys: 
     (row,) = report.content["rows"]
     assert row["resident"]["LMInfinite"] <= 32
     assert all(row["errors"][name] < 1e-4 for name in ("Full", "LMInfinite", "StaticCache"))
+
+
+@pytest.mark.parametrize("weights", [None, "int8"])
+def test_a_named_model_is_loaded_once(weights: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[str] = []
+    monkeypatch.setattr(
+        "kvsieve.evals.models.load_model", lambda name, dtype: (loaded.append(name) or copy.deepcopy(tiny.model()), None)
+    )
+    monkeypatch.setattr(decode.Case, "__init__", lambda *args: None)
+    monkeypatch.setattr(decode.Case, "measure", lambda *args: None)
+    subject.load.cache_clear()
+    try:
+        run(Options.of("decode", model="mine", dtypes=["f32"], lengths=[90], rounds=3, weights=weights))
+    finally:
+        subject.load.cache_clear()
+    assert loaded == ["mine"]
 
 
 def test_bytes_of_a_cache_are_those_of_its_storages() -> None:

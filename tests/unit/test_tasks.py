@@ -293,6 +293,14 @@ def test_a_right_answer_is_scored_in_full(monkeypatch: pytest.MonkeyPatch) -> No
     assert result.score == 0.75
 
 
+def test_a_model_inside_of_a_wrapper_is_asked_as_a_stream_would_look_through_it() -> None:
+    asked = TASKS["niah-single"], [kvsieve.Full()], settings(lengths=(560,), cases=1)
+    (plain,), (wrapped,) = (
+        harness.evaluate(model, Letters(), *asked) for model in (tiny.model(), torch.compile(tiny.model(), backend="eager"))
+    )
+    assert wrapped.answers == plain.answers
+
+
 def test_settings_of_the_model_do_not_change_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     plain = evaluate("niah-single", lengths=(560,), cases=1)
     generation = tiny.model().generation_config

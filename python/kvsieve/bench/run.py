@@ -34,7 +34,7 @@ def run(options: Options) -> None:
             kvsieve.methods.parse(text)
     if options.model != RANDOM:
         # What cannot be read is said before a file of results is replaced.
-        subject.load(options.model, getattr(torch, DTYPES[options.dtypes[0]]))
+        subject.load(options.model, getattr(torch, DTYPES[options.dtypes[0]]), options.weights)
     report = Report(options)
     try:
         import_module(f"kvsieve.bench.{options.table}").run(options, report)

@@ -40,9 +40,10 @@ _lock = shared_lock()
 
 def mark(modules: Sequence[torch.nn.Module]) -> None:
     """Name the layers of attention ``modules``, in order."""
-    with _lock:
+    # It is written to in the graph, whatever mode and default device the caller opened the stream under.
+    with _lock, torch.inference_mode(False):
         for index, module in enumerate(modules):
-            module.__dict__.setdefault(_LAYER, torch.tensor([index]))
+            module.__dict__.setdefault(_LAYER, torch.tensor([index], device="cpu"))
             _marked[module] = _marked.get(module, 0) + 1
 
 
@@ -100,8 +101,15 @@ _SCHEMA = (
 )
 """Queries ``[B, H, q, D]``, keys and values ``[B, Hkv, q, D]`` of the new tokens, the layer int64 ``[1]``; to ``[B, q, H, Dv]``."""
 
+
+def _tags() -> tuple[Any, ...]:
+    """That no CUDA graph may hold it. Before torch 2.8 there is no such word, and a CPU tensor among the operands says the same."""
+    unsafe = getattr(torch.Tag, "cudagraph_unsafe", None)
+    return () if unsafe is None else (unsafe,)
+
+
 _library = torch.library.Library("kvsieve", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(_SCHEMA, tags=(torch.Tag.cudagraph_unsafe,))  # type: ignore[no-untyped-call]
+_library.define(_SCHEMA, tags=_tags())  # type: ignore[no-untyped-call]
 
 
 def _attend_layer(

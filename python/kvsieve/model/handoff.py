@@ -61,7 +61,7 @@ class Pass:
     Attributes:
         attended: how many of its layers have attended.
         graph: whether compiled code may reach them by :mod:`.graphed`.
-        mask: ``[B, seen + q]`` that the decoder would have been given, or None if it was, or if there is none.
+        mask: ``[B, seen + q]`` that the decoder was called with where compiled code may run, or None if there is none.
     """
 
     __slots__ = ("_cache", "_columns", "attended", "graph", "mask")

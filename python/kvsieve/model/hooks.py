@@ -27,7 +27,7 @@ from kvsieve.model.ids import check_forward
 from kvsieve.model.pieces import read_pieces
 from kvsieve.model.probe import Probe, with_identity
 from kvsieve.model.reread import read_again
-from kvsieve.model.support import refuse, versions
+from kvsieve.model.support import look_through, refuse, versions
 from kvsieve.model.verify import verify
 from kvsieve.runtime.modes import autocast_enabled, unrecorded
 
@@ -286,11 +286,17 @@ class Attachment:
             return None
         if isinstance(positions, torch.Tensor) and positions.ndim == 3:
             cache.engine.positions.check_axes(positions)
-        return (args, _of_one_size(cache, through, args, kwargs)) if through.graph and self._takes_positions else None
+        if not through.graph:
+            return None
+        # No mask is made in a graph, so that what a decoder is given of it must be known outside.
+        through.mask = kwargs.get("attention_mask")
+        return (args, _of_one_size(cache, args, kwargs)) if self._takes_positions else None
 
     def _graphs(self, cache: StreamCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether compiled code may hold this forward's attention: nothing but pads is masked, and nothing is recorded or cast.
-        What is no input of a decoder is left to its own words."""
+
+        What is no input of a decoder is left to its own words.
+        """
         mask = kwargs.get("attention_mask")
         given = [x for x in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if x is not None]
         return (
@@ -362,7 +368,7 @@ def attach(model: PreTrainedModel) -> Attachment:
 
 
 @contextlib.contextmanager
-def examined(model: PreTrainedModel) -> Iterator[None]:
+def examined(model: Any) -> Iterator[None]:
     """``model`` is examined once for all streams that open on it in the block, and not for each that opens when none is open.
 
     Who opens a stream for each of many texts saves some forwards before each. In the block nobody may change the model.
@@ -370,7 +376,7 @@ def examined(model: PreTrainedModel) -> Iterator[None]:
     Raises:
         UnsupportedModelError: as :func:`attach`.
     """
-    attachment = attach(model)
+    attachment = attach(look_through(model))
     try:
         yield
     finally:
@@ -396,13 +402,11 @@ def _with_configs(decoder: torch.nn.Module) -> list[torch.nn.Module]:
     return [module for module in decoder.modules() if isinstance(vars(module).get("config"), PretrainedConfig)]
 
 
-def _of_one_size(
-    cache: handoff.StreamsCache, through: handoff.Pass, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Any]:
+def _of_one_size(cache: handoff.StreamsCache, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """A decoder's arguments without what grows with the text, for which compiled code would be made again.
 
     Positions ``[B, q]`` are given, so that it counts none; as a part of the whole text's they had its strides. The mask over all
-    that was seen goes by the pass to those who look at it. Without positions a mask stays: some decoders make the one of the other.
+    that was seen goes by the pass to those who look at it. Without positions it stays too: some decoders make the one of the other.
     """
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is None and mask is None:
@@ -410,7 +414,7 @@ def _of_one_size(
         seen = cache.engine.columns
         positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)[None]
     elif isinstance(positions, torch.Tensor):
-        through.mask, mask = mask, None
+        mask = None
         if positions.stride()[:1] != positions.shape[-1:]:
             positions = positions.clone(memory_format=torch.contiguous_format)
     return {**kwargs, "position_ids": positions, "attention_mask": mask}
