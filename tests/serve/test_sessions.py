@@ -281,6 +281,35 @@ def test_files_stay_within_their_bytes(tmp_path: Path) -> None:
     assert files(tmp_path) == []
 
 
+def test_a_file_that_makes_room_for_others_is_read_again(tmp_path: Path) -> None:
+    """The conversation that comes back is the one whose file goes, because another one leaves a full memory for a full disk."""
+    with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
+        past = said(service, "a", "a" * 400)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    with cases.service(kvsieve.Full(), sessions=tmp_path, disk=size * 6 // 5, memory=size * 8 // 5) as service:
+        said(service, "b", "b" * 400)
+        cases.settled(service)
+        assert answer(service, past, owner="a").usage().read_again
+        assert service.snapshot().failed == 0
+
+
+def test_a_damaged_state_may_have_cost_the_one_before_it_its_place(tmp_path: Path) -> None:
+    system = ("system", "s" * 100)
+    with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
+        messages = [system, ("user", "a" * 300)]
+        past = [*messages, ("assistant", answer(service, messages, owner="a").text()), THEN]
+    (file,) = tmp_path.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with cases.service(kvsieve.Full(), sessions=tmp_path, memory=len(data) * 3 // 2) as service:
+        answer(service, [system, ("user", "b" * 200)], owner="a")
+        assert cases.settled(service).states > 1
+        assert answer(service, past, owner="a").usage().cached == 0
+        counts = cases.settled(service)
+        assert (counts.failed, counts.unusable) == (0, 1)
+
+
 def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
     file = tmp_path / "file"
     file.write_text("no folder")
