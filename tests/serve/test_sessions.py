@@ -261,6 +261,14 @@ def test_a_disk_that_fails_costs_nothing_but_the_file(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_files_are_written_where_descriptors_are_inherited_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no ``O_CLOEXEC``."""
+    with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
+        monkeypatch.delattr(os, "O_CLOEXEC", raising=False)
+        said(service)
+    assert len(files(tmp_path)) == 2
+
+
 def test_files_stay_within_their_bytes(tmp_path: Path) -> None:
     with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
         said(service)

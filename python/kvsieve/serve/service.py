@@ -126,12 +126,17 @@ class Service:
         """Read the public texts, and answer jobs from now on.
 
         Raises:
-            StateError: if it was started before. ServiceFullError: if the memory cannot hold the public texts.
+            StateError: if it was started before. ServiceFullError: if the memory cannot hold the public texts; the service is then
+                closed.
         """
         if self._thread is not None or self._closing is not None:
             raise StateError("a service is started once")
-        for text in self._public:
-            self._worker.read_public(text)
+        try:
+            for text in self._public:
+                self._worker.read_public(text)
+        except BaseException:
+            self.close(0)
+            raise
         self._thread = threading.Thread(target=self._run, name="kvsieve service", daemon=True)
         self._thread.start()
 

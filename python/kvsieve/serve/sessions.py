@@ -123,7 +123,8 @@ class Sessions:
             if not place.is_dir():
                 place.mkdir(mode=0o700, exist_ok=True)
                 sync_folder(str(self.folder))
-            os.close(os.open(data, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))  # what replaces it has its permissions
+            flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+            os.close(os.open(data, flags, 0o600))  # what replaces it has its permissions
             stream.save(data)  # the description knows the tokenizer, whose fingerprint takes half a second
             size, unread = data.stat().st_size, len(stream.ids[0]) - stream.seen
             stored = Stored(owner, name, length, digest, stream.seen, unread, size, time.time())
