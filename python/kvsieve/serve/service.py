@@ -156,8 +156,9 @@ class Service:
             ArgumentError, UnsupportedError: for a job that cannot be.
         """
         longest = check_job(job, self._model, self._most)
-        if self._longest is not None and not self._texts.at_most(job.text, self._longest - longest):
-            raise PromptTooLongError(f"the prompt and an answer of {longest} tokens have more than {self._longest} tokens together")
+        least = 1 if job.shorter else longest
+        if self._longest is not None and not self._texts.at_most(job.text, self._longest - least):
+            raise PromptTooLongError(f"the prompt and an answer of {least} tokens have more than {self._longest} tokens together")
         with self._changed:
             if self._thread is None or self._closing is not None:
                 raise ServiceClosedError("this service is closed, or was not started")
