@@ -261,6 +261,13 @@ def test_a_disk_that_fails_costs_nothing_but_the_file(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_a_durable_answer_that_no_file_may_hold_has_no_end(tmp_path: Path) -> None:
+    with cases.service(kvsieve.Full(), sessions=tmp_path, disk=1000, durable=True) as service:
+        with pytest.raises(SaveError, match="limit is 1,000"):
+            said(service)
+        assert files(tmp_path) == []
+
+
 def test_files_are_written_where_descriptors_are_inherited_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Windows has no ``O_CLOEXEC``."""
     with cases.service(kvsieve.Full(), sessions=tmp_path) as service:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvsieve.errors import CacheMismatchError, KvsieveError, ServiceError
+from kvsieve.errors import CacheMismatchError, KvsieveError, SaveError, ServiceError
 from kvsieve.serve.texts import Kind, digests
 
 if TYPE_CHECKING:
@@ -320,9 +320,12 @@ class Conversations:
         self.counts.saves += 1
         self.changed = True
         if self.disk is not None and state.stored.size > self.disk:
-            log.warning("a conversation of %s bytes is in memory only: the files' limit is %s", state.stored.size, self.disk)
+            size = state.stored.size
             self.sessions.remove(state.stored)
             state.stored = None
+            if must:
+                raise SaveError(f"cannot keep a conversation of {size:,} bytes: the files' limit is {self.disk:,}")
+            log.warning("a conversation of %s bytes is in memory only: the files' limit is %s", size, self.disk)
             return False
         self._remove_older(state)
         self._trim_files(state)
