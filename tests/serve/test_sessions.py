@@ -353,6 +353,17 @@ class Own(type(kvsieve.SirLLM(64).memories[0].roles.evict)):  # type: ignore[mis
         return "Own()"
 
 
+def test_a_folder_that_cannot_be_read_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        with pytest.raises(SaveError, match="Permission denied"):
+            cases.service(kvsieve.Full(), sessions=tmp_path)
+    cases.service(kvsieve.Full(), sessions=tmp_path).close()
+
+
 def test_strangers_files_are_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.safetensors").write_text("mine")

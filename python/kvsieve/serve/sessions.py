@@ -96,12 +96,16 @@ class Sessions:
             raise UnsupportedError(f"the policy {policy!r} cannot be written as text, so its conversations cannot be kept in files")
         told = [VERSION, repr(policy), fingerprint.weights(model), fingerprint.tokenizer(tokenizer)]
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        self._lock: int | None = None
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _locked(folder)
-        except OSError as err:
-            raise SaveError(f"cannot keep conversations in {folder}: {err.strerror or err}") from err
-        self.found = list(self._scan())
+            self.found = list(self._scan())
+        except BaseException as err:
+            self.close()
+            if isinstance(err, OSError):
+                raise SaveError(f"cannot keep conversations in {folder}: {err.strerror or err}") from err
+            raise
 
     def close(self) -> None:
         """Another process may use the folder."""
