@@ -211,6 +211,14 @@ def test_what_is_no_file_is_no_session(tmp_path: Path) -> None:
         kvsieve.load(7, tiny.model())  # type: ignore[arg-type]
 
 
+def test_the_longest_name_that_a_folder_takes_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / ("\U0001f30a" * 60 + ".wave")
+    with replace.replacing(file, "test file") as out:
+        out.write(b"sea")
+    assert file.read_bytes() == b"sea"
+    assert os.listdir(tmp_path) == [file.name]
+
+
 def test_another_byte_order_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written(tmp_path)
     monkeypatch.setattr(sys, "byteorder", "big")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import http.client
 import json
@@ -20,8 +21,10 @@ from hypothesis import strategies as st
 from kvsieve.errors import ArgumentError, BudgetError, PromptTooLongError, ServiceBusyError, ServiceClosedError, ServiceFullError
 from kvsieve.serve import app as http_app
 from kvsieve.serve.access import Access
+from kvsieve.serve.answering import Answers, AnswerText, Events
 from kvsieve.serve.jobs import Job, Usage
 from kvsieve.serve.openai import IGNORED, Refusal, asked_chat, asked_text, parsed
+from kvsieve.serve.replies import Reply
 from prometheus_client.parser import text_string_to_metric_families
 from serving import CHAT, Scripted, call, events, ids, post, prompt, says, until
 
@@ -117,6 +120,7 @@ def test_what_a_client_leaves_out_is_the_models_own(service: Scripted, address: 
     ("fields", "options"),
     [
         ({"temperature": 0, "top_p": 0.5, "seed": 4}, {"do_sample": False}),
+        ({"temperature": 1e-40}, {"do_sample": False}),
         ({"temperature": 1}, {"do_sample": True, "temperature": 1.0}),
         ({"top_k": -1}, {"do_sample": True, "top_k": 0}),
         ({"min_p": 0.1, "repetition_penalty": 1.2}, {"do_sample": True, "min_p": 0.1, "repetition_penalty": 1.2}),
@@ -322,6 +326,7 @@ WRONG: list[tuple[Any, str | None]] = [
     ({**ASK, "n": 1000}, "n"),
     ({**ASK, "temperature": -1}, "temperature"),
     ({**ASK, "temperature": 1e999}, None),
+    ({**ASK, "repetition_penalty": 1e-40}, "repetition_penalty"),
     ({**ASK, "top_p": 2}, "top_p"),
     ({**ASK, "stop": [""]}, "stop"),
     ({**ASK, "stop": ["x"] * 17}, "stop"),
@@ -653,6 +658,28 @@ def test_a_stream_that_waits_says_that_it_lives(service: Scripted, address: str,
     connection.close()
     assert events(rest)[-1] == "[DONE]"
     assert "".join(json.loads(one)["choices"][0]["delta"].get("content", "") for one in events(rest)[:-1]) == "Hello."
+
+
+def test_an_answer_that_has_ended_stays_so_while_another_goes_on() -> None:
+    """The pulse of a prompt that is being read may come when it was read, and the first answer is over."""
+
+    async def ended() -> list[Any]:
+        events = Events(asyncio.get_running_loop())
+        texts = [AnswerText(serving.tokenizer(), (), ()) for _ in range(2)]
+        reply = Reply(chat=True, model="tiny", n=2)
+        for told in ("begin", "end", "wait", "last"):
+            if told == "wait":
+                events.tell("wait")
+            elif told == "begin":
+                events.begin(Usage(9, 9))
+            else:
+                events.end(int(told == "last"), "stop", Usage(9, 9, 1))
+            await asyncio.sleep(0)  # what is told by other threads comes by the loop
+        async for delta in Answers(events, texts, lambda: None):
+            reply.add(delta)
+        return [choice["finish_reason"] for choice in reply.whole({})["choices"]]
+
+    assert asyncio.run(ended()) == ["stop", "stop"]
 
 
 # ------------------------------------------------------------------------------------------------------------------------- metrics

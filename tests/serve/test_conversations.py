@@ -234,8 +234,16 @@ def test_public_texts_are_everybodys_and_are_read_at_the_start() -> None:
         for name in ("ada", "bob"):
             assert answer(service, [SYSTEM, ASKED], owner=name).usage().cached == len(text)
     service.close()
+
+
+def test_a_service_that_cannot_start_gives_everything_back() -> None:
+    model, text = tiny.fresh(), rendered([SYSTEM])[0]
+    service = cases.service(kvsieve.Full(), model, memory=1000, public=[text])
     with pytest.raises(ServiceFullError, match="public"):
-        cases.service(kvsieve.Full(), memory=1000, public=[text]).start()
+        service.start()
+    assert not service._states.holdings.streams
+    assert not model._forward_hooks
+    assert not service.alive
 
 
 def test_several_answers_read_a_prompt_once() -> None:

@@ -29,7 +29,7 @@ def model() -> Any:
 def served(model: Any) -> Iterator[tuple[Service, str]]:
     with (
         Service(model, serving.tokenizer(), kvsieve.Full(), memory=2**28, public=[PUBLIC], longest=6_000) as service,
-        serving.serving(service, max_new_tokens=12, longest=6_000) as address,
+        serving.serving(service, max_new_tokens=12) as address,
     ):
         yield service, address
 

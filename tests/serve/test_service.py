@@ -184,6 +184,12 @@ def test_a_prompt_that_is_too_long_is_refused_at_once_or_when_it_was_counted() -
         service._texts.tokenizer = Words()
         late = ask(service, Job("ada", "y" * 120, (60,), 0, {"max_new_tokens": 30, "do_sample": False}))
         assert isinstance(late.wait().error, PromptTooLongError)
+        # Where nobody said how long the answer is, it takes what the parts leave.
+        options = {"max_new_tokens": 30, "do_sample": False, **NEVER}
+        for shorter in (False, True):
+            late = ask(service, Job("ada", "z" * 90, (45,), 0, options, shorter=shorter)).wait()
+            assert isinstance(late.error, PromptTooLongError) is not shorter
+        assert (len(late.ids()), late.reason()) == (10, "length")
 
 
 @pytest.mark.parametrize(
@@ -191,6 +197,7 @@ def test_a_prompt_that_is_too_long_is_refused_at_once_or_when_it_was_counted() -
     [
         ({"n": 0}, ArgumentError),
         ({"n": 33}, ArgumentError),
+        ({"shorter": 1}, ArgumentError),
         ({"logprobs": -1}, ArgumentError),
         ({"logprobs": True}, ArgumentError),
         ({"seconds": 0}, ArgumentError),

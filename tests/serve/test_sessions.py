@@ -261,6 +261,21 @@ def test_a_disk_that_fails_costs_nothing_but_the_file(
     assert not list(tmp_path.rglob("*.partial"))
 
 
+def test_a_durable_answer_that_no_file_may_hold_has_no_end(tmp_path: Path) -> None:
+    with cases.service(kvsieve.Full(), sessions=tmp_path, disk=1000, durable=True) as service:
+        with pytest.raises(SaveError, match="limit is 1,000"):
+            said(service)
+        assert files(tmp_path) == []
+
+
+def test_files_are_written_where_descriptors_are_inherited_otherwise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Windows has no ``O_CLOEXEC``."""
+    with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
+        monkeypatch.delattr(os, "O_CLOEXEC", raising=False)
+        said(service)
+    assert len(files(tmp_path)) == 2
+
+
 def test_files_stay_within_their_bytes(tmp_path: Path) -> None:
     with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
         said(service)
@@ -279,6 +294,35 @@ def test_files_stay_within_their_bytes(tmp_path: Path) -> None:
         past = said(service)
         assert answer(service, past).usage().cached > 0
     assert files(tmp_path) == []
+
+
+def test_a_file_that_makes_room_for_others_is_read_again(tmp_path: Path) -> None:
+    """The conversation that comes back is the one whose file goes, because another one leaves a full memory for a full disk."""
+    with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
+        past = said(service, "a", "a" * 400)
+    size = sum(path.stat().st_size for path in tmp_path.rglob("*.safetensors"))
+    with cases.service(kvsieve.Full(), sessions=tmp_path, disk=size * 6 // 5, memory=size * 8 // 5) as service:
+        said(service, "b", "b" * 400)
+        cases.settled(service)
+        assert answer(service, past, owner="a").usage().read_again
+        assert service.snapshot().failed == 0
+
+
+def test_a_damaged_state_may_have_cost_the_one_before_it_its_place(tmp_path: Path) -> None:
+    system = ("system", "s" * 100)
+    with cases.service(kvsieve.Full(), sessions=tmp_path) as service:
+        messages = [system, ("user", "a" * 300)]
+        past = [*messages, ("assistant", answer(service, messages, owner="a").text()), THEN]
+    (file,) = tmp_path.rglob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+    with cases.service(kvsieve.Full(), sessions=tmp_path, memory=len(data) * 3 // 2) as service:
+        answer(service, [system, ("user", "b" * 200)], owner="a")
+        assert cases.settled(service).states > 1
+        assert answer(service, past, owner="a").usage().cached == 0
+        counts = cases.settled(service)
+        assert (counts.failed, counts.unusable) == (0, 1)
 
 
 def test_a_folder_that_cannot_be_used_is_refused_at_once(tmp_path: Path) -> None:
@@ -307,6 +351,17 @@ class Own(type(kvsieve.SirLLM(64).memories[0].roles.evict)):  # type: ignore[mis
 
     def __repr__(self) -> str:
         return "Own()"
+
+
+def test_a_folder_that_cannot_be_read_is_given_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path) -> Any:
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "iterdir", refused)
+        with pytest.raises(SaveError, match="Permission denied"):
+            cases.service(kvsieve.Full(), sessions=tmp_path)
+    cases.service(kvsieve.Full(), sessions=tmp_path).close()
 
 
 def test_strangers_files_are_left_alone(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ def replacing(path: str | os.PathLike[str], what: str, mode: int = 0o666) -> Ite
     """
     target, kept = target_of(path, what)
     folder, name = os.path.split(target)
-    partial = os.path.join(folder, f".{name[:64]}.{secrets.token_hex(8)}.partial")
+    short = name.encode(errors="ignore")[:64].decode(errors="ignore")  # a name has up to 255 bytes, this one too
+    partial = os.path.join(folder, f".{short}.{secrets.token_hex(8)}.partial")
     try:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
         held = os.open(partial, flags, mode)

@@ -148,7 +148,8 @@ class Answers:
         return all(reason is not None for reason in self.reasons)
 
     async def __aiter__(self) -> AsyncIterator[Delta]:
-        """What is said, as it is settled; an empty piece once the prompt was read, and whenever a while has passed.
+        """What is said, as it is settled; an empty piece once the prompt was read, and whenever a while has passed
+        before that.
 
         Raises:
             Failed: if the job fails.
@@ -160,6 +161,8 @@ class Answers:
                 raise Failed(event[0])
             if name == "gone":
                 raise Gone
+            if name == "wait" and self.began is not None:  # told while the prompt's end was
+                continue
             if name in ("begin", "wait"):
                 self.began = event[0] if event else self.began
                 yield Delta(0, "")

@@ -53,7 +53,6 @@ class Settings:
         name: of the model, as clients call it.
         keys: that open the server; none: whoever reaches it may ask.
         max_new_tokens: of an answer, where the client does not say.
-        longest: most tokens of a prompt and its answer, as the service takes them; None: any number.
         seconds: until an answer is cut; None: never.
         body: most bytes of a request.
         vocabulary: token ids that the model knows.
@@ -63,7 +62,6 @@ class Settings:
     name: str
     keys: tuple[str, ...] = ()
     max_new_tokens: int = 1024
-    longest: int | None = None
     seconds: float | None = None
     body: int = 8 * 2**20
     vocabulary: int | None = None
@@ -228,7 +226,7 @@ class _Desk:
             prompt = Prompt(asked.prompt if asked.prompt.startswith(self._opening) else self._opening + asked.prompt)
         for name, value in (("prompt", prompt.text), *(("stop", one) for one in asked.stop)):
             _check_text(name, value)
-        options = {**asked.options, "max_new_tokens": asked.most or self._room(prompt.text)}
+        options = {**asked.options, "max_new_tokens": asked.most or self.settings.max_new_tokens}
         if asked.bias:
             self._check_bias(asked.bias)
             options["sequence_bias"] = {(token,): value for token, value in asked.bias.items()}
@@ -240,17 +238,10 @@ class _Desk:
             options=options,
             stop=asked.stop,
             n=asked.n,
+            shorter=asked.most is None,
             logprobs=asked.logprobs,
             seconds=self.settings.seconds,
         )
-
-    def _room(self, text: str) -> int:
-        """The most tokens of an answer whose client does not say: as many as the prompt leaves, where that is less."""
-        most, longest = self.settings.max_new_tokens, self.settings.longest
-        if longest is None or len(text.encode()) + most <= longest:  # a token is a byte at least
-            return most
-        left = longest - len(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-        return min(most, max(left, 1))
 
     def _check_bias(self, bias: Mapping[int, float]) -> None:
         most = self.settings.vocabulary

@@ -160,7 +160,6 @@ def _serve(
         name=name,
         keys=keys,
         max_new_tokens=arguments.max_new_tokens,
-        longest=arguments.longest,
         seconds=arguments.timeout or None,
         body=arguments.body,
         vocabulary=int(model.config.get_text_config(decoder=True).vocab_size),

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvsieve.errors import CacheMismatchError, KvsieveError, ServiceError
+from kvsieve.errors import CacheMismatchError, KvsieveError, SaveError, ServiceError
 from kvsieve.serve.texts import Kind, digests
 
 if TYPE_CHECKING:
@@ -160,16 +160,19 @@ class Conversations:
 
     def _load(self, state: State) -> bool:
         """Whether a state came back from its file. One that cannot is no state, and its file goes."""
-        assert self.sessions is not None
-        assert state.stored is not None
-        if not self.room(state.stored.size):
-            raise NoRoomError(f"a conversation of {state.stored.size:,} bytes waits until there is room for it")
+        stored, state.used = state.stored, next(self._clock)
+        if self.sessions is None or stored is None:  # it left memory while a longer one was looked for
+            return False
+        if not self.room(stored.size):
+            raise NoRoomError(f"a conversation of {stored.size:,} bytes waits until there is room for it")
+        if state.stored is not stored:  # its file made room for those that left memory
+            return False
         try:
-            stream = self.sessions.load(state.stored)
+            stream = self.sessions.load(stored)
         except (CacheMismatchError, ServiceError) as error:
             log.warning("a conversation is read again: %s", error)
             self.counts.unusable += 1
-            self.sessions.remove(state.stored)
+            self.sessions.remove(stored)
             self._forget(state)
             return False
         except (KvsieveError, OSError) as error:
@@ -317,9 +320,12 @@ class Conversations:
         self.counts.saves += 1
         self.changed = True
         if self.disk is not None and state.stored.size > self.disk:
-            log.warning("a conversation of %s bytes is in memory only: the files' limit is %s", state.stored.size, self.disk)
+            size = state.stored.size
             self.sessions.remove(state.stored)
             state.stored = None
+            if must:
+                raise SaveError(f"cannot keep a conversation of {size:,} bytes: the files' limit is {self.disk:,}")
+            log.warning("a conversation of %s bytes is in memory only: the files' limit is %s", size, self.disk)
             return False
         self._remove_older(state)
         self._trim_files(state)

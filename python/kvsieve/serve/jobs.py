@@ -27,6 +27,8 @@ class Job:
             With ``n`` answers, the seed of answer ``i`` is ``seed + i``.
         stop: texts that end an answer; the tokens that complete one are delivered.
         n: answers to the same prompt, which is read once.
+        shorter: whether answers have fewer tokens than ``max_new_tokens`` where the service's ``longest`` leaves less, instead of
+            being refused.
         logprobs: alternatives of each token, the most probable first; 0: that of the token alone; None: neither.
         seconds: from submission until the answer is cut; its end is told as ``"timeout"``.
     """
@@ -38,6 +40,7 @@ class Job:
     options: Mapping[str, Any] = field(default_factory=dict)
     stop: tuple[str, ...] = ()
     n: int = 1
+    shorter: bool = False
     logprobs: int | None = None
     seconds: float | None = None
 

@@ -35,6 +35,9 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 
 MOST_STOPS, LONGEST_STOP, MOST_LOGPROBS, MOST_CHOICES = 16, 256, 20, 16
 
+COLDEST = 1e-6
+"""The temperature below which the most probable token is taken: logits over much less are infinite, and nothing can be sampled."""
+
 Kind = Literal["invalid_request_error", "authentication_error", "permission_error", "rate_limit_error", "server_error"]
 
 
@@ -121,7 +124,7 @@ class _Body(_Checked):
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
     stop: str | list[str] | None = None
@@ -278,7 +281,7 @@ def _common(found: Any) -> dict[str, Any]:
 def _options(found: Any) -> dict[str, Any]:
     """Settings of `generate`. Those that the client leaves out are the model's own."""
     options: dict[str, Any] = {}
-    if found.temperature == 0:
+    if found.temperature is not None and found.temperature < COLDEST:
         return {"do_sample": False} | ({} if found.repetition_penalty is None else {"repetition_penalty": found.repetition_penalty})
     for name in ("temperature", "top_p", "min_p"):
         if (value := getattr(found, name)) is not None:

@@ -126,12 +126,17 @@ class Service:
         """Read the public texts, and answer jobs from now on.
 
         Raises:
-            StateError: if it was started before. ServiceFullError: if the memory cannot hold the public texts.
+            StateError: if it was started before. ServiceFullError: if the memory cannot hold the public texts; the service is then
+                closed.
         """
         if self._thread is not None or self._closing is not None:
             raise StateError("a service is started once")
-        for text in self._public:
-            self._worker.read_public(text)
+        try:
+            for text in self._public:
+                self._worker.read_public(text)
+        except BaseException:
+            self.close(0)
+            raise
         self._thread = threading.Thread(target=self._run, name="kvsieve service", daemon=True)
         self._thread.start()
 
@@ -151,8 +156,9 @@ class Service:
             ArgumentError, UnsupportedError: for a job that cannot be.
         """
         longest = check_job(job, self._model, self._most)
-        if self._longest is not None and not self._texts.at_most(job.text, self._longest - longest):
-            raise PromptTooLongError(f"the prompt and an answer of {longest} tokens have more than {self._longest} tokens together")
+        least = 1 if job.shorter else longest
+        if self._longest is not None and not self._texts.at_most(job.text, self._longest - least):
+            raise PromptTooLongError(f"the prompt and an answer of {least} tokens have more than {self._longest} tokens together")
         with self._changed:
             if self._thread is None or self._closing is not None:
                 raise ServiceClosedError("this service is closed, or was not started")

@@ -96,12 +96,16 @@ class Sessions:
             raise UnsupportedError(f"the policy {policy!r} cannot be written as text, so its conversations cannot be kept in files")
         told = [VERSION, repr(policy), fingerprint.weights(model), fingerprint.tokenizer(tokenizer)]
         self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        self._lock: int | None = None
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._lock = _locked(folder)
-        except OSError as err:
-            raise SaveError(f"cannot keep conversations in {folder}: {err.strerror or err}") from err
-        self.found = list(self._scan())
+            self.found = list(self._scan())
+        except BaseException as err:
+            self.close()
+            if isinstance(err, OSError):
+                raise SaveError(f"cannot keep conversations in {folder}: {err.strerror or err}") from err
+            raise
 
     def close(self) -> None:
         """Another process may use the folder."""
@@ -123,7 +127,8 @@ class Sessions:
             if not place.is_dir():
                 place.mkdir(mode=0o700, exist_ok=True)
                 sync_folder(str(self.folder))
-            os.close(os.open(data, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600))  # what replaces it has its permissions
+            flags = os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0)
+            os.close(os.open(data, flags, 0o600))  # what replaces it has its permissions
             stream.save(data)  # the description knows the tokenizer, whose fingerprint takes half a second
             size, unread = data.stat().st_size, len(stream.ids[0]) - stream.seen
             stored = Stored(owner, name, length, digest, stream.seen, unread, size, time.time())

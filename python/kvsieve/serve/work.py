@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvsieve.checks import integer, real, told
+from kvsieve.checks import check_flag, integer, real, told
 from kvsieve.errors import ArgumentError, KvsieveError, UnsupportedError
 from kvsieve.model.generation import Settings
 from kvsieve.model.sampling import Sampler
@@ -58,6 +58,7 @@ def check_job(job: Job, model: PreTrainedModel, most: int) -> int:
         except UnicodeEncodeError:
             raise ArgumentError(f"{name} holds half of a character (a lone surrogate)") from None
     integer("n", job.n, 1, most)
+    check_flag("shorter", job.shorter)
     if job.logprobs is not None:
         integer("logprobs", job.logprobs, 0, MOST_LOGPROBS)
     if job.seconds is not None and not (real(job.seconds) or 0) > 0:

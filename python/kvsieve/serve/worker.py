@@ -158,6 +158,8 @@ class Worker:
             parts = segments(self._texts, job.text, start, unread, job.boundaries)
             count = stream.seen + sum(len(part.ids) for part in parts)
             most = self._limits.longest
+            if most is not None and job.shorter:
+                work.longest = max(min(work.longest, most - count), 1)
             if most is not None and count + work.longest > most:
                 raise PromptTooLongError(f"the conversation has {count} tokens, and with an answer more than {most}")
             if unread:
@@ -218,7 +220,7 @@ class Worker:
         """The prompt was read but for its last token, which all answers read on their own."""
         job, stream = work.job, work.stream
         assert stream is not None
-        options = {**job.options}
+        options = {**job.options, **({"max_new_tokens": work.longest} if job.shorter else {})}
         seed = options.pop("seed", None)
         choices: list[Choice] = []
         streams = [stream, *(self._holdings.fork(stream) for _ in range(job.n - 1))]
