@@ -71,8 +71,8 @@ def _without_rounding(probe: Probe, module: torch.nn.Module, watch: Watch, error
     """A second look at coarse numbers: an error and how large it may be.
 
     An expert chosen the other way because of a rounding is a different answer, and a right one; so is a large activation that is
-    rounded to the next of 8 bits. Of such a model the first layer's attention is compared, before any choice. Of any other one the stock model's own error is the measure, between the text
-    read in pieces and read at once.
+    rounded to the next of 8 bits. Of such a model the first layer's attention is compared, before any choice. Of any other one the
+    stock model's own error is the measure, between the text read in pieces and read at once.
     """
     if _chooses(probe.decoder):
         _, stock = probe.pieces(probe.stock_cache(), dispatch=True)
