@@ -115,6 +115,20 @@ def compiled(record: Any) -> Rows:
     return [["policy", "eager, ms", "compiled, ms", "its products alone, ms", "times as fast", "if only products were left"], *rows]
 
 
+def widths(record: Any) -> Rows:
+    """Whole tokens, prompts and what they cost, by the width of the weights."""
+    rows = []
+    for row in record["rows"]:
+        for width, times in row["times"].items():
+            token, read = f"{row[f'{width}_ms']:.1f}", row["prompt_tokens_a_second"][width]
+            told = [f"{times:.2f}", f"{read:,.0f}", f"{row['nll'][width]:.3f}", f"{row['weight_bytes'][width] / MIB:,.0f} MiB"]
+            rows.append([code(row["policy"]), width, token, *told])
+    return [
+        ["policy", "weights", "a token, ms", "times as fast", "prompt, tokens a second", "nats a token", "read for a token"],
+        *rows,
+    ]
+
+
 def passkeys(record: Any) -> Rows:
     """The passkeys found, by policy and length; the order is that of the depths."""
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
@@ -244,6 +258,7 @@ TABLES = (
     Table("docs/results/decode.md", "policies", "policies.json", policies),
     Table("docs/results/packing.md", "packing-heads-of-128", "packing-heads-of-128.json", prices),
     Table("docs/results/decode.md", "together", "together.json", together),
+    Table("docs/results/decode.md", "weights", "weights.json", widths),
     Table("docs/results/decode.md", "compiled", "compiled.json", compiled),
     Table("docs/results/attention.md", "attend", "attend.json", attend),
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
