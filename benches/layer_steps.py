@@ -61,7 +61,7 @@ class FetchingStep:
     def __init__(self, policy: Any, layer: Layer, generator: torch.Generator | None = None) -> None:
         self.layer, self.rule, planner = layer, policy.fetching, holding(policy, layer.length)
         self.runs = planner.runs(0, 0)
-        facts = SimpleNamespace(layers=(), trained_length=None)
+        facts = SimpleNamespace(layers=(), trained_length=None, ranks=None)
         setting: Any = SimpleNamespace(policy=policy, facts=facts, blocks=Blocks(planner))
         part = Fetching.of(setting)
         assert part is not None

@@ -26,6 +26,7 @@ def written(path: Path, argv: list[str]) -> dict[str, Any]:
         *(
             "table",
             "model",
+            "weights",
             "date",
             "versions",
             "cpu",
