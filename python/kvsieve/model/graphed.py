@@ -15,6 +15,7 @@ import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import library
 
 from kvsieve.errors import StateError
 from kvsieve.locks import shared_lock
@@ -108,8 +109,8 @@ def _tags() -> tuple[Any, ...]:
     return () if unsafe is None else (unsafe,)
 
 
-_library = torch.library.Library("kvsieve", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define(_SCHEMA, tags=_tags())  # type: ignore[no-untyped-call]
+_operations = library.Library("kvsieve", "FRAGMENT")  # type: ignore[no-untyped-call]
+_operations.define(_SCHEMA, tags=_tags())  # type: ignore[no-untyped-call]
 
 
 def _attend_layer(
@@ -150,5 +151,5 @@ def _like(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: An
     return value.new_empty((batch, width, heads, value.shape[3]))
 
 
-_library.impl("attend_layer", _attend_layer, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
-torch.library.register_fake("kvsieve::attend_layer", _like, lib=_library)
+_operations.impl("attend_layer", _attend_layer, "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
+library.register_fake("kvsieve::attend_layer", _like, lib=_operations)
