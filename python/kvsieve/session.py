@@ -172,7 +172,7 @@ class SavedStream:
                 positions = held.indices(f"positions.{m}.{row}", max(seen, 1), None)
                 counts[m, row] = len(positions)
                 scores = held.tensor(f"scores.{m}.{row}", torch.float32, len(positions))
-                found.append((positions.tolist(), scores.tolist()))
+                found.append((positions.numpy(), scores.numpy()))
             rows.append((seen, found))
         if not set(self._layers) <= set(layers) or (any(counts.values()) and set(self._layers) != set(layers)):
             raise SessionError(f"it holds the layers {self._layers}, this model has {sorted(layers)}")

@@ -78,6 +78,13 @@ def bookkeeping(tokens: int) -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "Planner.blocks_in_use", planner.blocks_in_use
     yield "Planner.tidy", planner.tidy
     yield "Planner.settle", lambda: planner.settle(True)
+    empty, positions = planner_of(0), np.arange(tokens)
+
+    def restore() -> None:
+        empty.reset()
+        empty.restore(tokens, [(tokens, [(positions, scores)])])
+
+    yield "Planner.restore, arrays", restore
     own = planner_of(tokens, _core.Eviction.own(tokens, 4, 4))
     yield "Planner.keep", lambda: own.keep(0, 0, everything)
     yield "Planner.decay", lambda: own.decay([0.5])

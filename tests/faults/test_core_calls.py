@@ -6,8 +6,10 @@ import importlib.util
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import kvsieve
+import numpy as np
 import pytest
 
 
@@ -43,3 +45,31 @@ def test_a_panic_and_a_death_are_told(fuzz: ModuleType, monkeypatch: pytest.Monk
     told, _ = fuzz.run(900, seed=1, tell=lambda _: None)
     assert any(line.startswith("DIED -6") and " isa(" in line for line in told)
     assert any(line.startswith("RAW SystemExit") and " isa_levels(" in line for line in told)
+
+
+def test_saved_tokens_come_as_arrays_or_as_lists() -> None:
+    """An array is copied at once, so that a long session keeps no other thread waiting; what is no position is refused in both."""
+    from kvsieve import _core
+
+    def planner() -> Any:
+        return _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.original())], "post_rope")
+
+    positions, scores = np.array([0, 2, 5], np.int64), np.array([0.5, np.nan, 2.0], np.float32)
+    ways = [(positions, scores), (positions.tolist(), scores.tolist()), (np.arange(6)[[0, 2, 5]], scores.repeat(2)[::2])]
+    for way in ways:
+        made = planner()
+        made.restore(6, [(6, [way])])
+        assert made.positions(0, 0).tolist() == [0, 2, 5]
+        np.testing.assert_array_equal(made.scores(0, 0), scores)
+    for wrong in (
+        np.array([-1, 2, 5]),
+        [-1, 2, 5],
+        np.array([0, 2, 6]),
+        np.array([2, 0, 5]),
+        positions.astype(np.int32)[:2],
+        "abc",
+    ):
+        made = planner()
+        with pytest.raises((TypeError, ValueError, OverflowError)):
+            made.restore(6, [(6, [(wrong, scores)])])
+        assert made.num_rows == 0

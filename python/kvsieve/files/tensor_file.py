@@ -225,7 +225,8 @@ class TensorFile:
         digest, at = hashlib.sha256(), len(_START)
         told = raw[at : at + 64]
         digest.update(len(raw).to_bytes(8, "little") + raw[:at] + b"0" * 64 + raw[at + 64 :])
-        left, buffer = self._state[0] - 8 - len(raw), memoryview(bytearray(_CHUNK))
+        left = self._state[0] - 8 - len(raw)
+        buffer = memoryview(bytearray(min(left, _CHUNK)))
         while left:
             piece = buffer[: min(left, _CHUNK)]
             self._read_into(piece, self._state[0] - left)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsieve.backends.heap import trim_heap
 from kvsieve.errors import StateError
@@ -277,12 +277,12 @@ class Held:
         return child
 
     @exclusive
-    def begin_at(self, columns: int, rows: Sequence[tuple[int, list[tuple[list[int], list[float]]]]]) -> None:
+    def begin_at(self, columns: int, rows: Sequence[tuple[int, list[tuple[Any, Any]]]]) -> None:
         """Make places for tokens that the model does not read here; the caller writes keys and values to :meth:`Planner.runs`.
 
         Args:
             columns: columns seen.
-            rows: for each row the tokens seen, and for each memory positions and scores.
+            rows: for each row the tokens seen, and for each memory positions (int64) and scores (float32), each an array or a list.
         """
         self.planner.restore(columns, list(rows))
         for part in self.parts:

@@ -22,8 +22,8 @@ from kvsieve.runtime.turn import Turn
 
 __all__ = ["Ids", "Row", "Transcript", "TranscriptState"]
 
-CHUNK = 4096
-"""Ids in one chunk."""
+CHUNK = 8192
+"""Ids in one chunk, 32 KB: each takes up to a page more, where it ends beside what is given back to the system."""
 
 UNKNOWN = -1
 """The id of a token that was given as an embedding."""

@@ -20,7 +20,46 @@ pub struct Planner {
     inner: Mutex<planner::Planner>,
 }
 
-type SavedRow = (u64, Vec<(Vec<u64>, Vec<f32>)>);
+type SavedRow<'py> = (u64, Vec<(Positions<'py>, Scores<'py>)>);
+
+/// Positions of saved tokens: an array, which is copied at once, or a list, over which other Python threads wait.
+#[derive(FromPyObject)]
+enum Positions<'py> {
+    Array(PyReadonlyArray1<'py, i64>),
+    List(Vec<u64>),
+}
+
+impl Positions<'_> {
+    fn numbers(self) -> PyResult<Vec<u64>> {
+        match self {
+            Self::List(numbers) => Ok(numbers),
+            Self::Array(array) => {
+                let mut numbers = Vec::new();
+                reserve(&mut numbers, array.as_array().len())?;
+                for &position in array.as_array() {
+                    numbers.push(u64::try_from(position)?);
+                }
+                Ok(numbers)
+            }
+        }
+    }
+}
+
+/// Their scores, in the same two ways.
+#[derive(FromPyObject)]
+enum Scores<'py> {
+    Array(PyReadonlyArray1<'py, f32>),
+    List(Vec<f32>),
+}
+
+impl Scores<'_> {
+    fn numbers(self) -> PyResult<Vec<f32>> {
+        match self {
+            Self::List(numbers) => Ok(numbers),
+            Self::Array(array) => copied(&array),
+        }
+    }
+}
 
 impl Planner {
     fn wrap(inner: planner::Planner) -> Self {
@@ -222,9 +261,13 @@ impl Planner {
     }
 
     /// Rows are (seen, [(positions, scores) per memory]). Write the tokens to `runs` afterwards.
-    fn restore(&self, py: Python<'_>, columns: u64, rows: Vec<SavedRow>) -> PyResult<()> {
-        let rows: Vec<_> = rows.into_iter().map(|(seen, memories)| RowState { seen, memories }).collect();
-        self.run(py, |p| p.restore(columns, &rows))
+    fn restore(&self, py: Python<'_>, columns: u64, rows: Vec<SavedRow<'_>>) -> PyResult<()> {
+        let mut states = Vec::with_capacity(rows.len());
+        for (seen, memories) in rows {
+            let numbers = memories.into_iter().map(|(positions, scores)| Ok((positions.numbers()?, scores.numbers()?)));
+            states.push(RowState { seen, memories: numbers.collect::<PyResult<_>>()? });
+        }
+        self.run(py, |p| p.restore(columns, &states))
     }
 
     #[getter]
