@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import ast
 import collections
+import json
 import mmap
 import os
 import random
@@ -482,6 +483,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{arguments.calls:,} calls in {time.perf_counter() - began:.0f} s, {len(wrong)} of them no result and no typed error")
     missing = {call.key for call in read_stub(Path(kvsieve.__file__).with_name("_core.pyi"))} - returned
     print(f"nothing was returned by: {', '.join(sorted(missing)) or 'none'}")
+    print(json.dumps({"calls": arguments.calls, "wrong": wrong[:20]}))
     return 1 if wrong else 0
 
 

@@ -25,6 +25,7 @@ import copy
 import decimal
 import functools
 import inspect
+import json
 import math
 import mmap
 import os
@@ -800,6 +801,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong, returned = run(arguments.calls, arguments.seed)
     print(f"{arguments.calls:,} calls in {time.perf_counter() - began:.0f} s, {len(wrong)} of them wrong")
     print(f"nothing was returned by: {', '.join(sorted(public() - returned)) or 'none'}")
+    print(json.dumps({"calls": arguments.calls, "wrong": wrong[:20]}))
     return 1 if wrong else 0
 
 
