@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -73,3 +74,25 @@ def test_saved_tokens_come_as_arrays_or_as_lists() -> None:
         with pytest.raises((TypeError, ValueError, OverflowError)):
             made.restore(6, [(6, [(wrong, scores)])])
         assert made.num_rows == 0
+
+
+NO_BLOCK = """
+import resource, sys, tempfile
+import numpy as np
+from kvsieve import _core
+store = _core.Store(2, 16, 16, "float32")
+tier = _core.Tier(store, _core.TierFile(tempfile.gettempdir()), 4)
+has = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (has + (256 << 20), -1))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+for later in (False, True):
+    tier.trim(np.array([2**31 - 1, 7, 2**57, -1]), later)
+print("kept nothing")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the limit counts what /proc tells")
+def test_a_number_that_is_no_blocks_keeps_nothing_and_makes_no_list_of_its_length() -> None:
+    """Two billion flags were asked for, and the process ended where there was no place for them."""
+    done = subprocess.run([sys.executable, "-c", NO_BLOCK], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "kept nothing\n"), done.stderr

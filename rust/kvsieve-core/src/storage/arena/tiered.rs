@@ -184,10 +184,13 @@ impl Arena {
     pub(super) fn leaving(&mut self, keep: &[BlockId]) -> Result<(Vec<usize>, Vec<usize>)> {
         self.collect()?;
         let held: Vec<_> = self.full_blocks().collect();
+        // A number that is no block's keeps nothing, and makes no list as long as itself.
+        let known = |block: &BlockId| !block.is_packed() && (self.holds(*block) || self.is_spilled(*block));
+        let kept: Vec<_> = keep.iter().copied().filter(known).map(number).collect();
         let tier = self.tier()?;
         tier.failure()?;
         tier.end_lease();
-        tier.protect(keep.iter().map(|&block| number(block)));
+        tier.protect(kept.into_iter());
         let over = held.len().saturating_sub(tier.capacity);
         let leaving = tier.leaving(held.iter().copied(), over);
         let most = std::mem::take(&mut tier.copies_due);
