@@ -196,7 +196,9 @@ class SavedStream:
         except SessionError as err:
             message = str(err)
             raise err if message.startswith(self._file.path) else self._file.error(message) from None
-        except (CacheMismatchError, UnsupportedError, BackendError, TierError, BankError):
+        except CacheMismatchError as err:
+            raise (err if self._file.path in str(err) else CacheMismatchError(f"{self._file.path}: {err}")) from None
+        except (UnsupportedError, BackendError, TierError, BankError):
             raise
         except (KvsieveError, KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError) as err:
             raise self._file.error(f"{type(err).__name__}: {err}") from err

@@ -40,7 +40,7 @@ ROOM = (0, MIB // 8, MIB // 2, MIB, 2 * MIB)
 """Bytes above what the process has."""
 BLOCK = 64 * 2 * 2 * 4 * 128 * 4
 """Bytes of 64 tokens in both layers: a block may be there in part, or whole."""
-ROUNDS = 400
+ROUNDS = 40
 """Calls after which nothing more is refused, so that a policy under which nothing ever is ends too."""
 
 POLICIES: dict[str, Callable[[], Any]] = {

@@ -21,7 +21,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from kvsieve.errors import KvsieveError, SaveError, SessionError, SessionNotFoundError, UnsupportedError
+from kvsieve.errors import CacheMismatchError, KvsieveError, SaveError, SessionError, SessionNotFoundError, UnsupportedError
 from kvsieve.files import replace, tensor_file
 from kvsieve.files.tensor_file import Kind, Later, TensorFile
 
@@ -478,3 +478,19 @@ def test_every_error_is_kvsieves_own(real: bytes, fuzz: ModuleType, tmp_path: Pa
         path.write_bytes(fuzz.signed(fuzz.joined({**header, "__metadata__": metadata}, body)))
         with pytest.raises(KvsieveError, match="other"):
             load(path)
+
+
+def test_a_file_of_other_sliding_windows_is_named(fuzz: ModuleType, tmp_path: Path) -> None:
+    """The fingerprint of the weights is right, and what the file says of its windows is not."""
+    path, model = tmp_path / "stream", tiny.model("gemma2")
+    with kvsieve.stream(model, kvsieve.StreamingLLM(24, sinks=2), "cpu") as stream:
+        stream.feed(tiny.ids(1, 40))
+        stream.save(path)
+    header, body = fuzz.split(path.read_bytes())
+    inner = json.loads(header["__metadata__"]["kvsieve"])
+    (layers,) = (part["layers"] for part in inner["parts"].values() if "window" in str(part.get("layers")))
+    layers[0]["window"] = 7
+    metadata = {**header["__metadata__"], "kvsieve": json.dumps(inner)}
+    path.write_bytes(fuzz.signed(fuzz.joined({**header, "__metadata__": metadata}, body)))
+    with pytest.raises(CacheMismatchError, match=f"{path}: the stream was saved from a model with sliding windows"):
+        kvsieve.load(path, model, "cpu")

@@ -57,6 +57,10 @@ compiled!(neon, simd::Neon, ["aarch64", "neon"]);
 compiled!(portable, simd::Portable, []);
 
 /// Those for a level and a dtype; `dots`: with products of pairs of `bf16`.
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    expect(unused_variables, reason = "no other architecture's level has such products")
+)]
 pub(super) fn kernels(level: Level, dtype: Dtype, dots: bool) -> Kernels {
     macro_rules! typed {
         ($level:ident) => {
