@@ -79,4 +79,4 @@ def compile(model: Any, *, disable: bool = False, **options: Any) -> None:
 def _columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
     """Tokens of each row that a decoder is given."""
     given = (*args[:1], kwargs.get("input_ids"), kwargs.get("inputs_embeds"))
-    return next((t.shape[1] for t in given if isinstance(t, torch.Tensor) and t.dim() > 1), 0)
+    return next((t.shape[1] for t in given if isinstance(t, torch.Tensor) and not t.is_nested and t.dim() > 1), 0)

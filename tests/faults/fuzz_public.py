@@ -678,6 +678,8 @@ class Fuzzer:
                     scene.stream.generate(tiny.ids(rows, 3), max_new_tokens=1, do_sample=False)
                 scene.stream.stats()
                 self.forget()
+            if scene.policy.bank is not None:
+                self.forget()  # what a fork or a batch has read is in the bank, and the stream's next answer may recall it
         except KvsieveError:
             self.forget()
         except Exception as err:

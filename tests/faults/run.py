@@ -80,15 +80,15 @@ ROWS = {
     ),
     "long texts": Row(
         "memory and time a token stay flat under every bounded policy", "tokens",
-        ("long_run.py", "--way", "feed", "--tokens", "{n}"), 12_000, 1_000_000, total("tokens"),
+        ("long_run.py", "--way", "feed", "--tokens", "{n}"), 100_000, 1_000_000, total("tokens"),
     ),
     "long conversations": Row(
         "so they do when it answers", "tokens",
-        ("long_run.py", "--way", "stream.generate", "--tokens", "{n}"), 12_000, 1_000_000, total("tokens"),
+        ("long_run.py", "--way", "stream.generate", "--tokens", "{n}"), 100_000, 1_000_000, total("tokens"),
     ),
     "long texts of callers": Row(
         "so they do under `model.generate` and a caller's own loop, beside what a caller's columns cost", "tokens",
-        ("long_run.py", "--way", "model.generate", "--way", "forward", "--tokens", "{n}"), 12_000, 1_000_000, total("tokens"),
+        ("long_run.py", "--way", "model.generate", "--way", "forward", "--tokens", "{n}"), 100_000, 1_000_000, total("tokens"),
     ),
     "streams": Row(
         "streams that are opened and closed, forks and marks among them, leave nothing", "streams",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -111,6 +112,27 @@ def test_prompts_that_are_not_ids_are_refused(ids: Any) -> None:
             with pytest.raises(ShapeError) as caught:
                 call(ids)
             assert isinstance(caught.value, ValueError)
+        assert stream.seen == 0
+        assert stream.generate(tiny.ids(1, 5), max_new_tokens=2, do_sample=False).shape == (1, 7)
+
+
+@pytest.mark.parametrize("most", ["4", ["a", ""], Path("/nowhere"), 2.5, -1])
+def test_lengths_of_a_batchs_answers_that_are_none_are_refused(most: Any) -> None:
+    """transformers compares a length with a number, whatever it is."""
+    with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream, pytest.raises(KvsieveError) as caught:
+        kvsieve.Batch(stream.model).add(stream, tiny.ids(1, 6), max_new_tokens=most, do_sample=False)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+def test_a_forward_over_a_nested_tensor_fails_where_the_stock_model_does(backend: str) -> None:
+    model, nested = tiny.model(), torch.nested.nested_tensor([torch.ones(2), torch.ones(3)])
+    with pytest.raises(RuntimeError, match="Expected"):
+        model(nested)
+    with kvsieve.stream(model, kvsieve.StreamingLLM(64), backend) as stream:
+        with pytest.raises(RuntimeError, match="Expected") as caught:
+            model(nested, past_key_values=stream.cache)
+        assert Path(kvsieve.__file__).parent not in Path(caught.traceback[-1].path).parents
         assert stream.seen == 0
         assert stream.generate(tiny.ids(1, 5), max_new_tokens=2, do_sample=False).shape == (1, 7)
 

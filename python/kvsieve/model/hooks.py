@@ -411,6 +411,8 @@ def _of_one_size(cache: handoff.StreamsCache, args: tuple[Any, ...], kwargs: dic
     positions, mask = kwargs.get("position_ids"), kwargs.get("attention_mask")
     if positions is None and mask is None:
         ids = next(t for t in (*args, kwargs.get("input_ids"), kwargs.get("inputs_embeds")) if isinstance(t, torch.Tensor))
+        if ids.is_nested or ids.dim() < 2:
+            return kwargs  # which the model itself refuses
         seen = cache.engine.columns
         positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)[None]
     elif isinstance(positions, torch.Tensor):

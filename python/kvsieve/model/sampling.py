@@ -36,7 +36,10 @@ class Sampler:
         known = {
             name: value for name, value in kwargs.items() if name not in ("logits_processor", "stopping_criteria", "tokenizer")
         }
-        config, left = model._prepare_generation_config(known.pop("generation_config", None), **known)
+        try:
+            config, left = model._prepare_generation_config(known.pop("generation_config", None), **known)
+        except (TypeError, ValueError, AttributeError) as err:  # transformers compares what it is given
+            raise ArgumentError(f"an answer of a batch cannot have these settings: {str(err).partition(chr(10))[0][:200]}") from err
         left = {name: value for name, value in left.items() if name in known}
         if left:
             raise UnsupportedError(f"an answer of a batch does not know {', '.join(sorted(left))}")
