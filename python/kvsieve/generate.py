@@ -118,18 +118,19 @@ def waiting(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | 
         ShapeError, CacheMismatchError: for ``unread`` that is no batch of tokens, or another one's.
     """
     engine, transcript = stream.engine, stream.engine.transcript
-    given = _given(stream, new, unread)
-    scores, before = engine.parts.find(SurprisalScores), None
-    if scores is not None and scores.tail is None and engine.columns:
-        before = engine.state()
-        _take_back_last(engine)
-    now = transcript.rows
-    try:
-        yield _unread_of(transcript, new, given)
-    except BaseException:
-        if before is not None and transcript.rows is now:
-            engine.rewind(before)
-        raise
+    with engine.claimed():
+        given = _given(stream, new, unread)
+        scores, before = engine.parts.find(SurprisalScores), None
+        if scores is not None and scores.tail is None and engine.columns:
+            before = engine.state()
+            _take_back_last(engine)
+        now = transcript.rows
+        try:
+            yield _unread_of(transcript, new, given)
+        except BaseException:
+            if before is not None and transcript.rows is now:
+                engine.rewind(before)
+            raise
 
 
 def _given(stream: Reader, new: Sequence[torch.Tensor], unread: torch.Tensor | None) -> torch.Tensor | None:

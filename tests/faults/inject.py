@@ -176,8 +176,8 @@ class Conversation:
         return True
 
     def holds_more(self, before: tuple[int, int]) -> bool:
-        """Whether there are more blocks than before, or more bytes than is kept once made: bounds of their pages, and the room of one
-        block in each layer, which grows as it fills."""
+        """Whether there are more blocks than before, or more bytes than are kept once made: bounds of pages, and room of a block in
+        each layer, which grows as it fills."""
         (blocks, size), (had, least) = held(self.stream), before
         return blocks > had or size > 1.02 * least + self.room
 

@@ -92,3 +92,34 @@ def test_another_thread_is_refused_while_a_turn_runs(backend: str) -> None:
         thread.join()
         assert done
         stream.rewind(done[0])
+
+
+def test_another_thread_is_refused_from_the_first_line_of_a_call_to_its_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the first forward too, and for the end of a turn: both had slipped in, and the stream held neither thread's text."""
+    from kvsieve import generate as turns
+
+    model, refused, done = tiny.model(), [], turns.feed
+    with kvsieve.stream(model, kvsieve.StreamingLLM(64), "cpu") as stream:
+        stream.feed(tiny.ids(1, 9))
+
+        def other() -> None:
+            for call in (lambda: stream.feed(tiny.ids(1, 3)), stream.end_turn, stream.mark):
+                try:
+                    call()
+                except StateError as error:
+                    refused.append("in use by thread" in str(error))
+
+        def feed(*args: Any) -> None:
+            thread = threading.Thread(target=other)
+            thread.start()
+            thread.join()
+            done(*args)
+
+        monkeypatch.setattr(turns, "feed", feed)
+        stream.feed(tiny.ids(1, 5, 1))
+        monkeypatch.undo()
+        assert refused == [True, True, True]
+        assert stream.ids[0].tolist() == torch.cat([tiny.ids(1, 9), tiny.ids(1, 5, 1)], 1)[0].tolist()
+        refused.clear()
+        other()
+        assert refused == [], "nobody is at work"

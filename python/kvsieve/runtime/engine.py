@@ -160,10 +160,11 @@ class Engine(Held):
         return store
 
     def make_store(self, index: int, k: torch.Tensor, v: torch.Tensor) -> Store:
-        """An empty store for layer ``index``, for keys and values like these (``[B, Hkv, q, D]``)."""
-        store = self.stores[index] = self.backend.make_store(k, v)
+        """An empty store for layer ``index``, for keys and values like these (``[B, Hkv, q, D]``); its own once all parts know."""
+        store = self.backend.make_store(k, v)
         for part in self.parts:
             part.new_store(index, store)
+        self.stores[index] = store
         return store
 
     def _open(self, q: torch.Tensor, mask: torch.Tensor | None, position_ids: torch.Tensor | None) -> None:

@@ -6,7 +6,8 @@ Every change is a loop over the parts (:mod:`.part`); which ones there are is no
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvsieve.backends.heap import trim_heap
@@ -44,6 +45,7 @@ class Held:
         candidates: how the forward under way is read.
         forward: the forward under way, once its first layer has been reached.
         watchers: who is told of every step; a fork has none.
+        claim: the thread that is in :meth:`claimed`.
     """
 
     def __init__(self, policy: Policy, facts: ModelFacts, backend: Backend, stored_keys: str, blocks: Blocks | None) -> None:
@@ -58,6 +60,7 @@ class Held:
         self.candidates = Candidates(self.parts)
         self.forward: Forward | None = None
         self.watchers: list[Watcher] = []
+        self.claim: threading.Thread | None = None
 
     # ------------------------------------------------------------------------------------------------------------ what is held
 
@@ -133,10 +136,28 @@ class Held:
         Raises:
             StateError: if the thread that began it lives.
         """
-        turn = self.transcript.turn
+        turn, me = self.transcript.turn, threading.current_thread()
         owner = self.forward.owner if self.forward is not None else None if turn is None else turn.owner
-        if owner is not None and owner is not threading.current_thread() and owner.is_alive():
-            raise StateError(f"this stream is in use by thread {owner.name!r}; wait for it, or give each thread a stream.fork()")
+        for one in (owner, self.claim):
+            if one is not None and one is not me and one.is_alive():
+                raise StateError(f"this stream is in use by thread {one.name!r}; wait for it, or give each thread a stream.fork()")
+
+    @contextmanager
+    def claimed(self) -> Iterator[None]:
+        """Inside, other threads are refused, between two forwards and before the first one too.
+
+        Raises:
+            StateError: if another thread is at work.
+        """
+        me, before = threading.current_thread(), None
+        try:
+            with self.lock:
+                self.check_owner()
+                before, self.claim = self.claim, me
+            yield
+        finally:
+            if self.claim is me:
+                self.claim = before
 
     # ---------------------------------------------------------------------------------------------------------------- evicting
 
@@ -167,7 +188,7 @@ class Held:
     @exclusive
     def end_turn(self) -> None:
         """Scores decay, the budget holds exactly, memory is given back."""
-        self.blocks.check_whole()
+        self.idle()
         self.evict(force=True, turn_ended=True)
         self.settled(turn_ended=True)
 
