@@ -1,5 +1,7 @@
 //! Tokens to and from a caller's memory.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use super::memory::Arena;
 use crate::ids::Run;
 use crate::tensor::{Elems, ElemsMut, check_dtype, check_len};
@@ -111,8 +113,9 @@ impl Arena {
                 }
             }
         };
-        self.each_run(runs, 0, total, plain, packed);
+        let done = catch_unwind(AssertUnwindSafe(|| self.each_run(runs, 0, total, plain, packed)));
         self.packed = mine;
+        done.unwrap_or_else(|panic| resume_unwind(panic));
         Ok(())
     }
 }

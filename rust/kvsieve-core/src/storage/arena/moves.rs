@@ -1,5 +1,7 @@
 //! Tokens into blocks, and from block to block.
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use std::sync::Arc;
 
 use super::memory::Arena;
@@ -61,30 +63,34 @@ impl Arena {
         packed.choose(moves.iter().map(|m| m.to), &channels);
         self.touch(moves.iter().map(|m| (m.to, m.to_slot)));
         let mut packed = self.packed.take();
-        for packed in packed.iter_mut() {
-            for head in 0..heads {
-                for run in joined(moves) {
-                    fault::may_panic();
-                    // Neighbouring moves into one block become one, so that numbers that share a scale are seen together.
-                    let n: usize = run.iter().map(|m| m.len as usize).sum();
-                    let (mut keys, mut values) = (vec![0u8; n * kb], vec![0u8; n * vb]);
-                    let mut at = 0;
-                    for m in run {
-                        let (k, v) = self.rows(m.from, head, m.from_slot);
-                        let len = m.len as usize;
-                        // SAFETY: the source was checked to lie in its block; the buffers have room for all moves of the run.
-                        unsafe {
-                            std::ptr::copy_nonoverlapping(k, keys.as_mut_ptr().add(at * kb), len * kb);
-                            std::ptr::copy_nonoverlapping(v, values.as_mut_ptr().add(at * vb), len * vb);
+        // After a panic it is there again.
+        let done = catch_unwind(AssertUnwindSafe(|| {
+            for packed in packed.iter_mut() {
+                for head in 0..heads {
+                    for run in joined(moves) {
+                        fault::may_panic();
+                        // Neighbouring moves into one block become one, so that numbers that share a scale are seen together.
+                        let n: usize = run.iter().map(|m| m.len as usize).sum();
+                        let (mut keys, mut values) = (vec![0u8; n * kb], vec![0u8; n * vb]);
+                        let mut at = 0;
+                        for m in run {
+                            let (k, v) = self.rows(m.from, head, m.from_slot);
+                            let len = m.len as usize;
+                            // SAFETY: the source was checked to lie in its block; the buffers have room for all moves of the run.
+                            unsafe {
+                                std::ptr::copy_nonoverlapping(k, keys.as_mut_ptr().add(at * kb), len * kb);
+                                std::ptr::copy_nonoverlapping(v, values.as_mut_ptr().add(at * vb), len * vb);
+                            }
+                            at += len;
                         }
-                        at += len;
+                        // SAFETY: `n` rows at both pointers; the slots were checked, and the block was given memory and channels.
+                        unsafe { packed.put(run[0].to, head, run[0].to_slot, keys.as_ptr(), values.as_ptr(), n) };
                     }
-                    // SAFETY: `n` rows at both pointers; the slots were checked, and the block was given memory and channels.
-                    unsafe { packed.put(run[0].to, head, run[0].to_slot, keys.as_ptr(), values.as_ptr(), n) };
                 }
             }
-        }
+        }));
         self.packed = packed;
+        done.unwrap_or_else(|panic| resume_unwind(panic));
         Ok(())
     }
 
