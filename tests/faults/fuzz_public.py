@@ -20,7 +20,6 @@ What is wrong is told, one line each, and the exit status is 1:
 from __future__ import annotations
 
 import argparse
-import ast
 import contextlib
 import copy
 import decimal
@@ -54,7 +53,7 @@ from kvsieve.model.cache import StreamCache
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import tiny  # noqa: E402
 from recorded import Words  # noqa: E402
-from systems import SYSTEMS  # noqa: E402
+from systems import SYSTEMS, arguments_of  # noqa: E402
 
 SECONDS = 20
 """A call that takes longer counts as one that hangs."""
@@ -337,14 +336,6 @@ def recorded(stream: kvsieve.Stream) -> Callable[..., None]:
             pass
 
     return call
-
-
-def arguments_of(system: methods.System) -> tuple[list[Any], dict[str, Any]]:
-    """Those of a published system in its row of the registry: so a new one is called here without a line of its own."""
-    calls = (node for node in ast.walk(ast.parse(system.small)) if isinstance(node, ast.Call))
-    (call,) = (call for call in calls if ast.unparse(call.func) == system.text_name)
-    named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
-    return [ast.literal_eval(argument) for argument in call.args], named
 
 
 def attempts(scene: Scene) -> Iterator[Work]:
