@@ -30,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--backend", choices=("cpu", "reference"), help=only)
     every = "run streams on the reference backend under every combination of the other parameters, not with each value of each"
     parser.addoption("--every", action="store_true", help=every)
+    each = "with --backend: run streams with each value of each parameter, not under every combination"
+    parser.addoption("--each", action="store_true", help=each)
 
 
 def on_other_backends(item: pytest.Item, backend: str) -> bool:
@@ -37,17 +39,18 @@ def on_other_backends(item: pytest.Item, backend: str) -> bool:
     return call is not None and call.params.get("backend", backend) != backend
 
 
-def thinned(items: list[pytest.Item]) -> list[pytest.Item]:
-    """``items`` without those on the reference backend whose every other parameter's value is tried there by another one.
+def thinned(items: list[pytest.Item], backends: tuple[str, ...] = ("reference",)) -> list[pytest.Item]:
+    """``items`` without those on ``backends`` whose every other parameter's value is tried there by another one.
 
     Of a test of streams with two parameters or more besides the backend. The specification serves each family, policy and way of
-    reading; that it does so under each combination is asked of the backends that compute faster, which run all of them.
+    reading; that it does so under each combination is asked of the backends that compute faster, which run all of them. So is
+    another release of transformers: what it may break is the seam, which each value alone goes through.
     """
     tests: dict[str, list[Any]] = {}
     for item in items:
         call = getattr(item, "callspec", None)
         several = call is not None and len(call._idlist) > 2  # an id for each `parametrize`
-        if several and item.path.parent.name == "generate" and call.params.get("backend") == "reference":
+        if several and item.path.parent.name == "generate" and call.params.get("backend") in backends:
             tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
     dropped: set[pytest.Item] = set()
     for left in tests.values():
@@ -61,6 +64,12 @@ def thinned(items: list[pytest.Item]) -> list[pytest.Item]:
     return [item for item in items if item not in dropped]
 
 
+def drop(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    """``items`` becomes ``kept``; the rest is told as deselected."""
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     backend = config.getoption("--backend")
@@ -68,10 +77,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if on_other_backends(item, backend)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if not on_other_backends(item, backend)]
+        if config.getoption("--each"):
+            drop(config, items, thinned(items, (backend,)))
     elif not config.getoption("--every"):
-        kept = thinned(items)
-        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
-        items[:] = kept
+        drop(config, items, thinned(items))
     # Long tests begin early, and those of the small model side by side in one worker, which loads it once.
     items.sort(key=lambda item: item.get_closest_marker("model") is None)
     skip_without_a_gpu(items)
