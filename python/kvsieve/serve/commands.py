@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvsieve.arguments import MODEL, POLICIES, add_machine, add_weights, need_torch, positive, seconds, size
+from kvsieve.arguments import MODEL, POLICIES, add_machine, add_speed, need_torch, positive, seconds, size
 from kvsieve.errors import ArgumentError, BackendError
 
 __all__ = ["add_serve"]
@@ -56,7 +56,7 @@ def add_serve(commands: Any) -> None:
     door.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
     serve.add_argument("--device", default="cpu", help="where the model runs, as torch names it: cpu, cuda, cuda:1; default: cpu")
     add_machine(serve, dtype_help="default: float32")
-    add_weights(serve)
+    add_speed(serve)
     serve.set_defaults(run=_run)
 
 
@@ -90,18 +90,18 @@ def _run(arguments: argparse.Namespace) -> int:
     if missing:
         raise BackendError(f"kvsieve serve needs {', '.join(missing)}; pip install 'kvsieve[serve]'")
     need_torch(arguments.threads)
+    from kvsieve.loading import check_asked
     from kvsieve.methods import parse
     from kvsieve.serve.access import Access
     from kvsieve.serve.running import bound
 
-    if arguments.weights is not None and arguments.device != "cpu":
-        raise ArgumentError(f"--weights {arguments.weights} is for a CPU, not for --device {arguments.device}")
     if arguments.durable and arguments.sessions is None:
         raise ArgumentError("--durable needs a folder: --sessions DIR")
     keys = _keys(arguments.api_key_file)
     opened = Access(keys)
     policy = parse(arguments.policy)
     _check_device(arguments.device)
+    check_asked(arguments)
     texts = [(file, file.read_bytes()) for file in arguments.public]
     # The address is taken before the model is loaded, which takes longer than to say that another has it.
     with bound(arguments.host, arguments.port, keys=not opened.open) as socket:
@@ -127,19 +127,12 @@ def _check_device(name: str) -> None:
 def _serve(
     arguments: argparse.Namespace, policy: Any, keys: tuple[str, ...], texts: Sequence[tuple[Path, bytes]], socket: Any
 ) -> None:
-    import torch
-
-    from kvsieve.evals.models import load_model
+    from kvsieve.loading import load_asked
     from kvsieve.serve.app import Settings, create_app
     from kvsieve.serve.running import Server
     from kvsieve.serve.service import Service
 
-    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
-    if arguments.weights is not None:
-        from kvsieve.quantized_weights import quantize_weights
-
-        quantize_weights(model, arguments.weights)
-    model = model.to(arguments.device)
+    model, tokenizer = load_asked(arguments)
     name = arguments.name or _name(arguments.model)
     service = Service(
         model,
