@@ -19,7 +19,8 @@ import pytest
 import serving
 from kvsieve.cli import main
 from kvsieve.errors import ArgumentError
-from kvsieve.serve.commands import KEY, _name, _public
+from kvsieve.serve.building import public_prompt
+from kvsieve.serve.commands import KEY, _name
 from kvsieve.serve.jobs import Job, Usage
 from kvsieve.serve.running import Server, bound
 from serving import STARTS, Scripted, ids, post, until
@@ -102,6 +103,7 @@ def test_an_address_that_is_taken_or_not_ours(capsys: pytest.CaptureFixture[str]
         (["--device", "abacus"], "cannot run a model on the device abacus"),
         (["--device", "meta"], "cannot run a model on the device meta"),
         (["--durable"], "--durable needs a folder"),
+        (["--sessions", "nowhere://a"], "cannot keep conversations at nowhere://a"),
     ],
 )
 def test_what_cannot_be_is_said_before_a_model_is_loaded(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,18 +155,18 @@ def test_a_second_signal_does_not_wait() -> None:
 # ------------------------------------------------------------------------------------------------------------------ shared prompts
 
 
-def test_a_public_text_is_what_prompts_begin_with(tmp_path: Path) -> None:
+def test_a_public_text_is_what_prompts_begin_with() -> None:
     tokenizer = serving.tokenizer()
-    text = _public(tokenizer, tmp_path / "kind.txt", b"Be kind.\n")
+    text = public_prompt(tokenizer, "kind.txt", b"Be kind.\n")
     assert text == f"{STARTS}system\nBe kind.{serving.ENDS}\n"
     assert serving.prompt(("system", "Be kind."), ("user", "Hi")).startswith(text)
     messages = [{"role": "developer", "content": "Be"}, {"role": "user", "content": "Read"}]
-    assert _public(tokenizer, tmp_path / "a.json", json.dumps(messages).encode()) == "".join(
+    assert public_prompt(tokenizer, "a.json", json.dumps(messages).encode()) == "".join(
         f"{STARTS}{role}\n{said}{serving.ENDS}\n" for role, said in (("system", "Be"), ("user", "Read"))
     )
     tool = {"type": "function", "function": {"name": "tide"}}
     told = json.dumps({"messages": messages, "tools": [tool]}).encode()
-    assert _public(tokenizer, tmp_path / "a.json", told).startswith(f"{STARTS}tools\n{json.dumps(tool)}")
+    assert public_prompt(tokenizer, "a.json", told).startswith(f"{STARTS}tools\n{json.dumps(tool)}")
 
 
 @pytest.mark.parametrize(
@@ -177,9 +179,9 @@ def test_a_public_text_is_what_prompts_begin_with(tmp_path: Path) -> None:
         ("a.json", b'[{"role": "wizard", "content": ""}]', "messages.0.role"),
     ],
 )
-def test_a_file_that_is_no_prompt_is_refused(name: str, data: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_prompt_is_refused(name: str, data: bytes, said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
-        _public(serving.tokenizer(), tmp_path / name, data)
+        public_prompt(serving.tokenizer(), name, data)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the end

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kvsieve.arguments import MODEL, POLICIES, add_machine, add_weights, need_torch, positive, seconds, size
 from kvsieve.errors import ArgumentError, BackendError
+from kvsieve.serve.building import Plan
 
 __all__ = ["add_serve"]
 
@@ -28,7 +27,9 @@ def add_serve(commands: Any) -> None:
     memory = serve.add_argument_group("memory")
     memory.add_argument("--memory", type=size, default="2GiB", help="bytes of all conversations in memory; default: 2GiB")
     memory.add_argument(
-        "--sessions", type=Path, metavar="DIR", help="folder for conversations that leave the memory, or outlive it"
+        "--sessions",
+        metavar="DIR|URL",
+        help="folder for conversations that leave the memory, or outlive it; s3://..., file://...: one that several servers share",
     )
     memory.add_argument("--disk", type=size, default="20GiB", help="bytes of the session files; default: 20GiB")
     memory.add_argument("--durable", action="store_true", help="an answer ends once its conversation is in a file")
@@ -93,19 +94,23 @@ def _run(arguments: argparse.Namespace) -> int:
     from kvsieve.methods import parse
     from kvsieve.serve.access import Access
     from kvsieve.serve.running import bound
+    from kvsieve.serve.shared import file_system
+    from kvsieve.serve.store import is_url
 
     if arguments.weights is not None and arguments.device != "cpu":
         raise ArgumentError(f"--weights {arguments.weights} is for a CPU, not for --device {arguments.device}")
     if arguments.durable and arguments.sessions is None:
         raise ArgumentError("--durable needs a folder: --sessions DIR")
+    if is_url(arguments.sessions):
+        file_system(arguments.sessions)
     keys = _keys(arguments.api_key_file)
     opened = Access(keys)
     policy = parse(arguments.policy)
     _check_device(arguments.device)
-    texts = [(file, file.read_bytes()) for file in arguments.public]
+    plan = _plan(arguments, keys)
     # The address is taken before the model is loaded, which takes longer than to say that another has it.
     with bound(arguments.host, arguments.port, keys=not opened.open) as socket:
-        _serve(arguments, policy, keys, texts, socket)
+        _serve(arguments, plan, policy, socket)
     return 0
 
 
@@ -124,54 +129,38 @@ def _check_device(name: str) -> None:
         raise BackendError(f"cannot run a model on the device {name}: {said[:200]}") from error
 
 
-def _serve(
-    arguments: argparse.Namespace, policy: Any, keys: tuple[str, ...], texts: Sequence[tuple[Path, bytes]], socket: Any
-) -> None:
-    import torch
-
-    from kvsieve.evals.models import load_model
-    from kvsieve.serve.app import Settings, create_app
-    from kvsieve.serve.running import Server
-    from kvsieve.serve.service import Service
-
-    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
-    if arguments.weights is not None:
-        from kvsieve.quantized_weights import quantize_weights
-
-        quantize_weights(model, arguments.weights)
-    model = model.to(arguments.device)
-    name = arguments.name or _name(arguments.model)
-    service = Service(
-        model,
-        tokenizer,
-        policy,
-        backend=arguments.backend,
+def _plan(arguments: argparse.Namespace, keys: tuple[str, ...]) -> Plan:
+    return Plan(
+        model=arguments.model,
+        name=arguments.name or _name(arguments.model),
+        policy=arguments.policy,
         memory=arguments.memory,
+        dtype=arguments.dtype or "float32",
+        weights=arguments.weights,
+        device=arguments.device,
+        backend=arguments.backend,
         sessions=arguments.sessions,
-        most=arguments.most,
-        queue=arguments.queue,
-        longest=arguments.longest,
         disk=arguments.disk,
         durable=arguments.durable,
-        public=[_public(tokenizer, file, data) for file, data in texts],
-        **({} if arguments.chunk is None else {"chunk": arguments.chunk}),
-    )
-    settings = Settings(
-        name=name,
+        public=tuple((str(file), file.read_bytes()) for file in arguments.public),
+        most=arguments.most,
+        queue=arguments.queue,
+        chunk=arguments.chunk,
+        longest=arguments.longest,
         keys=keys,
         max_new_tokens=arguments.max_new_tokens,
         seconds=arguments.timeout or None,
         body=arguments.body,
-        vocabulary=int(model.config.get_text_config(decoder=True).vocab_size),
-        facts={"policy": repr(policy)},
     )
-    # A copy: the model thread uses the other one at the same time.
-    app = create_app(service, copy.deepcopy(tokenizer), settings)
+
+
+def _serve(arguments: argparse.Namespace, plan: Plan, policy: Any, socket: Any) -> None:
+    from kvsieve.serve.running import Server, address_of
+
+    service, app = plan.open()
     service.start()
     try:
-        host, port = socket.getsockname()[:2]
-        at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        ready = f"{name} under {policy!r}: http://{at}/v1 (Ctrl-C ends)"
+        ready = f"{plan.name} under {policy!r}: {address_of(*socket.getsockname()[:2])} (Ctrl-C ends)"
         Server(app, service, grace=arguments.grace, ready=ready, access_log=arguments.access_log).run([socket])
     finally:
         service.close(0)
@@ -180,29 +169,3 @@ def _serve(
 def _name(model: str) -> str:
     """A folder's name, or a file's without what says that it is GGUF."""
     return Path(model).expanduser().resolve().name.removesuffix(".gguf")
-
-
-def _public(tokenizer: Any, file: Path, data: bytes) -> str:
-    """What prompts begin with that begin as the file says.
-
-    Raises:
-        ArgumentError: for a file that holds no messages, or those that the chat template does not begin with.
-    """
-    from kvsieve.serve.openai import Refusal, asked_chat, parsed
-    from kvsieve.serve.prompts import opening_of, public_text, template_of
-
-    try:
-        if file.suffix == ".json":
-            told = data if data.lstrip()[:1] == b"{" else b'{"messages": ' + data + b"}"
-            asked = asked_chat(parsed(told))
-            return public_text(tokenizer, asked.messages, asked.tools)
-        text = data.decode().strip()
-        if not text:
-            raise ArgumentError(f"{file} is empty")
-        if not template_of(tokenizer):
-            return opening_of(tokenizer) + text
-        return public_text(tokenizer, [{"role": "system", "content": text}])
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except Refusal as refusal:
-        raise ArgumentError(f"{file}: {refusal.message}") from refusal
