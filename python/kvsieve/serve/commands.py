@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ __all__ = ["add_serve"]
 
 KEY = "KVSIEVE_API_KEY"
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+RAY = "kvsieve serve --ray needs Ray Serve; pip install 'kvsieve[ray]'"
 
 
 def add_serve(commands: Any) -> None:
@@ -40,6 +42,17 @@ def add_serve(commands: Any) -> None:
         default=[],
         metavar="FILE",
         help="a system prompt that is read at start, and shared by all clients; .json: messages, and tools",
+    )
+    several = serve.add_argument_group("several replicas")
+    several.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="replicas by Ray Serve, which share --sessions; on this machine, or in the cluster at ADDRESS (auto: one that runs)",
+    )
+    several.add_argument(
+        "--replicas", type=_replicas, metavar="N|MIN-MAX", help="with --ray: how many, or as many as the load asks for; default: 2"
     )
     work = serve.add_argument_group("work")
     work.add_argument("--most", type=positive, default=32, help="answers that are said at a time; default: 32")
@@ -67,6 +80,15 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _replicas(text: str) -> tuple[int, int]:
+    least, dash, most = text.partition("-")
+    if least.isdecimal() and (most if dash else "1").isdecimal():
+        found = int(least), int(most if dash else least)
+        if 1 <= found[0] <= found[1]:
+            return found
+    raise argparse.ArgumentTypeError(f"must be a number as 2, or two as 1-4, got {text!r}")
+
+
 def _keys(file: Path | None) -> tuple[str, ...]:
     """The keys of the file, and that of the environment.
 
@@ -90,27 +112,40 @@ def _run(arguments: argparse.Namespace) -> int:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendError(f"kvsieve serve needs {', '.join(missing)}; pip install 'kvsieve[serve]'")
+    if arguments.ray is not None and importlib.util.find_spec("ray") is None:
+        raise BackendError(RAY)
     need_torch(arguments.threads)
     from kvsieve.methods import parse
     from kvsieve.serve.access import Access
     from kvsieve.serve.running import bound
-    from kvsieve.serve.shared import file_system
+    from kvsieve.serve.shared import file_system, store_url
     from kvsieve.serve.store import is_url
 
     if arguments.weights is not None and arguments.device != "cpu":
         raise ArgumentError(f"--weights {arguments.weights} is for a CPU, not for --device {arguments.device}")
     if arguments.durable and arguments.sessions is None:
         raise ArgumentError("--durable needs a folder: --sessions DIR")
-    if is_url(arguments.sessions):
-        file_system(arguments.sessions)
+    if arguments.replicas is not None and arguments.ray is None:
+        raise ArgumentError("--replicas is for --ray; without it one process serves")
+    if arguments.ray is not None and ":" in arguments.device:
+        raise ArgumentError(f"Ray gives each replica a GPU of its own: --device cuda, not {arguments.device}")
     keys = _keys(arguments.api_key_file)
     opened = Access(keys)
     policy = parse(arguments.policy)
-    _check_device(arguments.device)
+    if arguments.ray is None:
+        _check_device(arguments.device)
     plan = _plan(arguments, keys)
+    if arguments.ray is not None:
+        plan = replace(plan, sessions=store_url(plan.sessions), durable=True)
+    if plan.sessions is not None and is_url(plan.sessions):
+        file_system(plan.sessions)
     # The address is taken before the model is loaded, which takes longer than to say that another has it.
     with bound(arguments.host, arguments.port, keys=not opened.open) as socket:
-        _serve(arguments, plan, policy, socket)
+        if arguments.ray is None:
+            _serve(arguments, plan, policy, socket)
+            return 0
+        at = socket.getsockname()[:2]
+    _serve_replicas(arguments, plan, policy, at)
     return 0
 
 
@@ -164,6 +199,28 @@ def _serve(arguments: argparse.Namespace, plan: Plan, policy: Any, socket: Any) 
         Server(app, service, grace=arguments.grace, ready=ready, access_log=arguments.access_log).run([socket])
     finally:
         service.close(0)
+
+
+def _serve_replicas(arguments: argparse.Namespace, plan: Plan, policy: Any, at: tuple[str, int]) -> None:
+    # Replicas have folders of their own that they work in.
+    model = plan.model if plan.model == "smollm2" else str(Path(plan.model).expanduser().absolute())
+    if arguments.ray == "local" and model != "smollm2" and not Path(model).exists():
+        raise ArgumentError(f"no model at {model}")
+    try:
+        from kvsieve.serve.ray_app import run
+    except ImportError as error:
+        raise BackendError(f"{RAY} ({error})") from error
+    least, most = replicas = arguments.replicas or (2, 2)
+    run(
+        replace(plan, model=model),
+        arguments.ray,
+        replicas,
+        at,
+        ready=f"{plan.name} under {policy!r}, {least if least == most else f'{least} to {most}'} replicas",
+        grace=arguments.grace,
+        threads=arguments.threads,
+        access_log=arguments.access_log,
+    )
 
 
 def _name(model: str) -> str:

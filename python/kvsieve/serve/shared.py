@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any
 from kvsieve import streams
 from kvsieve.errors import ArgumentError, BackendError, SaveError, ServiceError, SessionNotFoundError
 from kvsieve.files.replace import sync_folder
-from kvsieve.serve.store import VERSION, Store, Stored
+from kvsieve.serve.store import VERSION, Store, Stored, is_url
 from kvsieve.serve.texts import digests
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
     from kvsieve.policy.compose import Policy
 
-__all__ = ["Shared", "file_system"]
+__all__ = ["Shared", "file_system", "store_url"]
 
 MAGIC = b"kvsieve\n"
 """The last bytes of an object; before them the length of the description in four bytes, and the description."""
@@ -80,6 +80,19 @@ def file_system(url: str) -> tuple[Any, str]:
     except (ValueError, OSError) as error:
         raise ArgumentError(f"cannot keep conversations at {url}: {error}") from error
     return found, str(path).rstrip("/")
+
+
+def store_url(sessions: str | None) -> str:
+    """Where several processes keep conversations.
+
+    Raises:
+        ArgumentError: for nothing, or what each process has on its own.
+    """
+    if sessions is None:
+        raise ArgumentError("--ray needs a store that the replicas share: --sessions DIR, or a URL")
+    if sessions.startswith("memory:"):
+        raise ArgumentError(f"{sessions} is of one process; --ray needs a store that the replicas share")
+    return sessions if is_url(sessions) else f"file://{Path(sessions).expanduser().absolute()}"
 
 
 class Shared(Store):
