@@ -132,6 +132,7 @@ def application(plan: Plan, *, replicas: tuple[int, int], grace: float, threads:
 
     front = serve.deployment(
         name="relay",
+        num_replicas=min(2, most),  # without a model; where one dies the other takes what comes
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=2**20,  # the replicas say when there are too many
         graceful_shutdown_timeout_s=grace + AFTER_GRACE,
