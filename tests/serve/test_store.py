@@ -396,7 +396,7 @@ def test_a_state_is_seen_when_it_is_whole(url: str, monkeypatch: pytest.MonkeyPa
         def killed(*_: Any) -> None:
             raise OSError("killed")
 
-        monkeypatch.setattr(Shared, "_unlink", lambda *_: None)
+        monkeypatch.setattr(Shared, "_clean", lambda *_: None)
         if url.startswith("file"):
             monkeypatch.setattr(Shared, "_publish", killed)
         else:

@@ -142,7 +142,8 @@ class Shared(Store):
             stack.enter_context(self._writing(place))
             self._make(place)
             spool = Path(partial) if self._local else Path(stack.enter_context(_scratch())) / "state"
-            stack.callback(self._unlink, partial)
+            if not self._atomic:
+                stack.callback(self._clean, partial)
             os.close(os.open(spool, os.O_WRONLY | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o600))  # kept by what replaces it
             stream.save(spool)
             stored = Stored(owner, name, length, digest, stream.seen, unread, spool.stat().st_size, time.time())
@@ -307,12 +308,20 @@ class Shared(Store):
 
     def _make(self, place: str) -> None:
         """A folder, where there are folders."""
+        if self._atomic:
+            return
         if self._local:
             if not os.path.isdir(place):
                 os.makedirs(place, mode=0o700, exist_ok=True)
                 sync_folder(os.path.dirname(place))
         else:
             self._fs.makedirs(place, exist_ok=True)
+
+    def _clean(self, partial: str) -> None:
+        """What was not moved is not left."""
+        with contextlib.suppress(Exception):  # what comes before tells why there is something
+            if self._fs.exists(partial):
+                self._fs.rm_file(partial)
 
     def _unlink(self, path: str) -> None:
         try:
