@@ -45,9 +45,9 @@ compile-tests: ## compile the Rust core's tests, and nothing else; `make test` r
 	$(BUILD_ENV) cargo test --quiet --locked --workspace --exclude kvsieve-py --no-run
 
 # The seam with transformers and everything that `generate` does, without the real model and without the slow tests. What a backend
-# computes does not depend on transformers: one of them is enough here.
+# computes does not depend on transformers: one of them is enough here, with each value of each parameter.
 RELEASE ?= oldest newest
-RELEASE_ARGS ?= --backend cpu -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
+RELEASE_ARGS ?= --backend cpu --each -m "not model and not gpu and not slow" tests/generate tests/surface/test_transformers_facts.py
 
 .PHONY: test-transformers
 test-transformers: setup ## the seam's and generate's tests on other releases (RELEASE="oldest newest", or 5.17.0, ...)

@@ -6,6 +6,7 @@ import copy
 import gc
 import importlib.util
 from collections.abc import Iterator
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,10 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     only = "of the tests that are parametrised over backends, run those on this one only"
     parser.addoption("--backend", choices=("cpu", "reference"), help=only)
-    every = "run streams on the reference backend under every combination of the other parameters, not with each value of each"
+    every = "run every combination of parameters, also those that others make needless"
     parser.addoption("--every", action="store_true", help=every)
+    each = "with --backend: run streams with each value of each parameter, not under every combination"
+    parser.addoption("--each", action="store_true", help=each)
 
 
 def on_other_backends(item: pytest.Item, backend: str) -> bool:
@@ -37,28 +40,47 @@ def on_other_backends(item: pytest.Item, backend: str) -> bool:
     return call is not None and call.params.get("backend", backend) != backend
 
 
-def thinned(items: list[pytest.Item]) -> list[pytest.Item]:
-    """``items`` without those on the reference backend whose every other parameter's value is tried there by another one.
+def covering(items: list[pytest.Item], count: int) -> list[pytest.Item]:
+    """Some of one test's ``items``: every combination of ``count`` of its parameters' values is in one of them."""
+    together = {item: set(combinations(enumerate(item.callspec._idlist), count)) for item in items}  # type: ignore[attr-defined]
+    missing: set[Any] = set().union(*together.values())
+    chosen: list[pytest.Item] = []
+    while missing:
+        chosen.append(max(items, key=lambda item: len(together[item] & missing)))
+        missing -= together[chosen[-1]]
+    return chosen
 
-    Of a test of streams with two parameters or more besides the backend. The specification serves each family, policy and way of
-    reading; that it does so under each combination is asked of the backends that compute faster, which run all of them.
+
+def thinned(items: list[pytest.Item], each: tuple[str, ...] = ("reference",)) -> list[pytest.Item]:
+    """``items`` without combinations of parameters that others of the same test make needless.
+
+    Of a test of streams with two parameters or more besides the backend, every value of each is tried on the backends ``each``. The
+    specification serves each family, policy and way of reading; that it does so under each combination is asked of the backends
+    that compute faster. So it is of another release of transformers: what it may break is the seam, which each value goes through.
+
+    Of a test of kernels with three parameters or more (dtype, head size, group, instruction set, ...) every two values meet.
     """
-    tests: dict[str, list[Any]] = {}
+    streams: dict[tuple[str, str], list[pytest.Item]] = {}
+    kernels: dict[str, list[pytest.Item]] = {}
     for item in items:
         call = getattr(item, "callspec", None)
-        several = call is not None and len(call._idlist) > 2  # an id for each `parametrize`
-        if several and item.path.parent.name == "generate" and call.params.get("backend") == "reference":
-            tests.setdefault(item.nodeid.partition("[")[0], []).append(item)
+        if call is None or len(call._idlist) < 3:  # an id for each `parametrize`
+            continue
+        test = item.nodeid.partition("[")[0]
+        if item.path.parent.name != "generate":
+            kernels.setdefault(test, []).append(item)
+        elif call.params.get("backend") in each:
+            streams.setdefault((test, call.params["backend"]), []).append(item)
     dropped: set[pytest.Item] = set()
-    for left in tests.values():
-        values = {item: set(enumerate(item.callspec._idlist)) for item in left}
-        missing = set().union(*values.values())
-        while missing:
-            best = max(left, key=lambda item: len(values[item] & missing))
-            missing -= values[best]
-            left.remove(best)
-        dropped.update(left)
+    for some, count in (*((some, 1) for some in streams.values()), *((some, 2) for some in kernels.values())):
+        dropped |= set(some) - set(covering(some, count))
     return [item for item in items if item not in dropped]
+
+
+def drop(config: pytest.Config, items: list[pytest.Item], kept: list[pytest.Item]) -> None:
+    """``items`` becomes ``kept``; the rest is told as deselected."""
+    config.hook.pytest_deselected(items=list(set(items) - set(kept)))
+    items[:] = kept
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -68,10 +90,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         others = [item for item in items if on_other_backends(item, backend)]
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if not on_other_backends(item, backend)]
+        if config.getoption("--each"):
+            drop(config, items, thinned(items, (backend,)))
     elif not config.getoption("--every"):
-        kept = thinned(items)
-        config.hook.pytest_deselected(items=list(set(items) - set(kept)))
-        items[:] = kept
+        drop(config, items, thinned(items))
     # Long tests begin early, and those of the small model side by side in one worker, which loads it once.
     items.sort(key=lambda item: item.get_closest_marker("model") is None)
     skip_without_a_gpu(items)

@@ -133,8 +133,8 @@ class Letters:
     special_tokens_map: dict[str, str] = {}  # noqa: RUF012
 
     def __call__(
-        self, text: str | list[str], return_tensors: str = "pt", padding: bool = False, add_special_tokens: bool = True
-    ) -> dict[str, torch.Tensor]:
+        self, text: str | list[str], return_tensors: str | None = None, padding: bool = False, add_special_tokens: bool = True
+    ) -> dict[str, Any]:
         texts = [text] if isinstance(text, str) else text
         assert padding or len({len(one) for one in texts}) == 1, "texts of unlike length need padding=True"
         width = max(len(one) for one in texts)
@@ -142,9 +142,19 @@ class Letters:
         for row, one in enumerate(texts):
             ids[row, width - len(one) :] = torch.tensor([3 + ord(letter) % (tiny.VOCAB - 3) for letter in one])
             mask[row, width - len(one) :] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        made = {"input_ids": ids, "attention_mask": mask}
+        if return_tensors == "pt":
+            return made
+        return {name: x[0].tolist() if isinstance(text, str) else x.tolist() for name, x in made.items()}
 
-    def decode(self, ids: torch.Tensor) -> str:
+    chat_template = "of test pages"
+
+    def apply_chat_template(self, messages: list[dict[str, str]], tokenize: bool, add_generation_prompt: bool) -> str:
+        assert not tokenize
+        text = "".join(f"<{message['role']}>{message['content']}</>" for message in messages)
+        return text + "<assistant>" * add_generation_prompt
+
+    def decode(self, ids: torch.Tensor, **_: Any) -> str:
         return "".join(chr(97 + int(one) % 26) for one in ids)
 
     def batch_decode(self, rows: torch.Tensor) -> list[str]:

@@ -7,6 +7,7 @@ row in the registry alone.
 
 from __future__ import annotations
 
+import ast
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -52,6 +53,14 @@ class System:
         """How far logits may be apart. Keys in codes are coded again when they move together after an eviction, and which ones move
         depends on what a fork or another row shares: up to half a step of 255."""
         return 5e-3 if "evicts" in self.doing and isinstance(self.make().compression, QuantizedStorage) else 1e-4
+
+
+def arguments_of(system: methods.System) -> tuple[list[Any], dict[str, Any]]:
+    """Those of a published system in its row of the registry, so that a new one is called without a line of its own."""
+    calls = (node for node in ast.walk(ast.parse(system.small)) if isinstance(node, ast.Call))
+    (call,) = (call for call in calls if ast.unparse(call.func) == system.text_name)
+    named = {keyword.arg: ast.literal_eval(keyword.value) for keyword in call.keywords if keyword.arg}
+    return [ast.literal_eval(argument) for argument in call.args], named
 
 
 _SMALL = {system.page.replace("-", "_"): system for system in PUBLISHED}

@@ -9,6 +9,7 @@ from typing import Any
 import kvsieve
 import torch
 from kvsieve.model.hooks import Attachment
+from systems import arguments_of
 
 # On tensors this small a second thread only costs; on a busy machine, several times the whole run.
 torch.set_num_threads(1)
@@ -144,12 +145,13 @@ POLICIES: dict[str, Any] = {
     "h2o": lambda budget: kvsieve.H2O(budget, recent=4, sinks=2),
     "chain": lambda budget: kvsieve.StreamingLLM(budget // 2, sinks=2) >> kvsieve.SirLLM(budget // 2, sinks=0, recent=0),
 }
-"""Every policy by name, as a function of the tokens it may hold. An eviction system without a row is tried by its defaults."""
+"""Every policy by name, as a function of the tokens it may hold. An eviction system without a row is tried with
+the settings of its row in the registry, whose first argument is its budget."""
 
 _rows = [repr(make(64)) for make in POLICIES.values()]
 for _system in kvsieve.methods.SYSTEMS:
     if _system.does == "evicts" and not any(row.startswith(f"{_system.name}(") for row in _rows):
-        POLICIES[_system.page] = _system.make
+        POLICIES[_system.page] = functools.partial(_system.make, **arguments_of(_system)[1])
 
 BOUNDED = [name for name, make in POLICIES.items() if make(64).memories[-1].roles.evict.evicts]
 """The policies whose memory is bounded."""

@@ -7,8 +7,8 @@ from typing import Any
 
 __all__ = ["NO_NLL", "RIVALS", "Row", "rows"]
 
-RIVALS = ("kvsieve", "transformers", "kvpress", "openvino", "llamacpp")
-TORCH = ("kvsieve", "transformers", "kvpress")
+RIVALS = ("kvsieve", "transformers", "quanto", "kvpress", "openvino", "llamacpp")
+TORCH = ("kvsieve", "transformers", "quanto", "kvpress")
 
 NO_NLL = "no interface gives the log-probability of a given token after an eviction"
 
@@ -18,7 +18,7 @@ class Row:
     """One line of the table.
 
     Attributes:
-        rival: one of `RIVALS`; kvsieve and transformers share an environment.
+        rival: one of `RIVALS`; kvsieve and transformers share an environment, `quanto` is transformers with optimum-quanto.
         name: what the table calls the cache.
         weights: how they are stored: ``F32``, ``BF16``, ``F16``, ``Q8_0`` or ``Q4_1``.
         compute: the dtype of activations.
@@ -45,7 +45,7 @@ class Row:
     @property
     def worker(self) -> str:
         """The process that a row runs in: torch's rows share a model, an engine that is made for one cache is alone."""
-        return f"{self.rival}-{self.compute}" if self.rival in TORCH else self.key
+        return f"{self.rival}-{self.weights}-{self.compute}" if self.rival in TORCH else self.key
 
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for JSON and for the worker."""
@@ -57,7 +57,7 @@ def rows(budget: int, prompt: int) -> list[Row]:
     found = []
     for compute, weights in (("float32", "F32"), ("bfloat16", "BF16")):
         found += _torch(budget, prompt, compute, weights)
-    return found + _openvino(budget) + _llamacpp(budget, prompt)
+    return found + _few_bits(budget) + _openvino(budget) + _llamacpp(budget, prompt)
 
 
 def _torch(budget: int, prompt: int, compute: str, weights: str) -> list[Row]:
@@ -92,12 +92,21 @@ def _torch(budget: int, prompt: int, compute: str, weights: str) -> list[Row]:
         "DynamicCache": (compute, "dynamic"),
         "StaticCache": (compute, "static"),
         "QuantizedCache, fp8": ("8 bits", "fp8"),
-        "QuantizedCache, quanto": ("4 bits", "quanto"),
     }
     return [
         *(row("kvsieve", name, cache, bounded, policy=name.lower()) for name, (cache, bounded) in policies.items()),
         *(row("transformers", name, cache, make=make) for name, (cache, make) in stock.items()),
+        row("quanto", "QuantizedCache, quanto", "4 bits", make="quanto"),
         *(row("kvpress", name, compute, name not in whole, **setting) for name, setting in presses.items()),
+    ]
+
+
+def _few_bits(budget: int) -> list[Row]:
+    """kvsieve as it is fastest: the file's weights stay in 4 bits, and tokens come by compiled code."""
+    policies = {"Full()": False, f"SirLLM({budget})": True}
+    return [
+        Row("kvsieve", f"{name}, compiled", "Q4_1", "float32", "float32", {"policy": name.lower()}, bounded)
+        for name, bounded in policies.items()
     ]
 
 

@@ -20,7 +20,7 @@ from typing import Any
 __all__ = ["EnvironmentFault", "python_of", "weights_bytes", "weights_file"]
 
 HERE = Path(__file__).parent
-BORROWING = ("kvpress",)
+BORROWING = ("kvpress", "quanto")
 """Rivals that read torch, and whatever else they pin the same, from kvsieve's environment: a second torch would be 5 GB."""
 
 FILE_TYPES = {"F16": 1, "Q8_0": 7}

@@ -25,7 +25,7 @@ HEAD = (
     "agrees",
 )
 REFERENCE = "transformers / DynamicCache / F32 / float32 / float32"
-NAMES = {"openvino": "OpenVINO GenAI", "llamacpp": "llama.cpp"}
+NAMES = {"quanto": "transformers", "openvino": "OpenVINO GenAI", "llamacpp": "llama.cpp"}
 EMPTY = "–"
 
 

@@ -19,7 +19,9 @@ __all__ = [
         "MODEL",
         "POLICIES",
         "WEIGHTS",
+        "add_compile",
         "add_machine",
+        "add_speed",
         "add_weights",
         "need_torch",
         "output",
@@ -92,6 +94,18 @@ def add_machine(parser: argparse.ArgumentParser, *, dtype_help: str) -> None:
 def add_weights(parser: argparse.ArgumentParser) -> None:
     """The argument `--weights`."""
     parser.add_argument("--weights", choices=WEIGHTS, help="linear layers in 8 or 4 bits, on a CPU; default: as --dtype says")
+
+
+def add_speed(parser: argparse.ArgumentParser) -> None:
+    """The arguments `--weights` and `--compile`, which make tokens faster."""
+    add_weights(parser)
+    add_compile(parser)
+
+
+def add_compile(parser: argparse.ArgumentParser) -> None:
+    """The argument `--compile`."""
+    what = "compile the decoder by torch: the first tokens take up to a minute or two, the rest less; needs a C++ compiler"
+    parser.add_argument("--compile", action="store_true", help=what)
 
 
 def need_torch(threads: int | None) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 
-from kvsieve.arguments import MODEL, POLICIES, add_machine, add_weights, need_torch, positive
+from kvsieve.arguments import MODEL, POLICIES, add_machine, add_speed, need_torch, positive
 from kvsieve.errors import ArgumentError, KvsieveError, StateError
 
 if TYPE_CHECKING:
@@ -278,7 +278,7 @@ def add_chat(commands: Any) -> None:
     chat.add_argument("--top-p", type=float, help="sample among the most probable tokens of this share; default: as the model's")
     chat.add_argument("--seed", type=int, help="of the sampling; default: another one each time")
     add_machine(chat, dtype_help="default: float32")
-    add_weights(chat)
+    add_speed(chat)
     chat.set_defaults(run=_run)
 
 
@@ -310,14 +310,11 @@ def _run(arguments: argparse.Namespace) -> int:
     import torch
 
     import kvsieve
-    from kvsieve.evals.models import load_model
+    from kvsieve.loading import check_asked, load_asked
 
     policy = kvsieve.methods.parse(arguments.policy)
-    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
-    if arguments.weights is not None:
-        from kvsieve.quantized_weights import quantize_weights
-
-        quantize_weights(model, arguments.weights)
+    check_asked(arguments)
+    model, tokenizer = load_asked(arguments)
     if arguments.seed is not None:
         torch.manual_seed(arguments.seed)
     stream = kvsieve.stream(model, policy, backend=arguments.backend)

@@ -22,7 +22,7 @@ from kvsieve.arguments import BACKENDS as _BACKENDS
 from kvsieve.arguments import MODEL as _MODEL
 from kvsieve.arguments import POLICIES as _POLICIES
 from kvsieve.arguments import add_machine as _add_machine
-from kvsieve.arguments import add_weights as _add_weights
+from kvsieve.arguments import add_speed as _add_speed
 from kvsieve.arguments import need_torch as _need_torch
 from kvsieve.arguments import output as _output
 from kvsieve.arguments import positive as _positive
@@ -115,7 +115,7 @@ def _add_generate(commands: Any) -> None:
     generate.add_argument("--json", type=_output, help="also write prompt, text and stats to this file")
     generate.add_argument("--record", type=_output, metavar="FILE", help="record what is held at every step, for kvsieve view FILE")
     _add_machine(generate, dtype_help="default: float32")
-    _add_weights(generate)
+    _add_speed(generate)
     generate.set_defaults(run=_generate)
 
 
@@ -152,21 +152,16 @@ def _generate(arguments: argparse.Namespace) -> int:
     if not prompt:
         raise KvsieveError("the prompt is empty; give at least one character")
     _need_torch(arguments.threads)
-    import torch
-
     import kvsieve
-    from kvsieve.evals.models import load_model
+    from kvsieve.loading import check_asked, load_asked
     from kvsieve.methods import parse
     from kvsieve.view.typist import held, print_while_generating
 
     policy = parse(arguments.policy)
+    check_asked(arguments)
     if arguments.json is not None:
         target_of(arguments.json, "report")  # what cannot be written is said before the model is loaded
-    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
-    if arguments.weights is not None:
-        from kvsieve.quantized_weights import quantize_weights
-
-        quantize_weights(model, arguments.weights)
+    model, tokenizer = load_asked(arguments)
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
     with kvsieve.stream(model, policy, backend=arguments.backend) as stream:
         recording = contextlib.nullcontext() if arguments.record is None else stream.record(arguments.record, tokenizer)

@@ -53,7 +53,7 @@ from kvsieve.model.cache import StreamCache
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 import tiny  # noqa: E402
 from recorded import Words  # noqa: E402
-from systems import SYSTEMS  # noqa: E402
+from systems import SYSTEMS, arguments_of  # noqa: E402
 
 SECONDS = 20
 """A call that takes longer counts as one that hangs."""
@@ -341,10 +341,8 @@ def recorded(stream: kvsieve.Stream) -> Callable[..., None]:
 def attempts(scene: Scene) -> Iterator[Work]:
     """Everything public, and arguments with which it works on this scene, or on another."""
     stream, cache, model, ids, rows = scene.stream, scene.stream.cache, scene.model, scene.prompt, scene.rows
-    yield Work("StreamingLLM", kvsieve.StreamingLLM, [24], {"sinks": 2})
-    yield Work("H2O", kvsieve.H2O, [24], {"sinks": 2, "recent": 4})
-    yield Work("SnapKV", kvsieve.SnapKV, [48], {"observe": 8, "kernel": 3})
-    yield Work("Full", kvsieve.Full)
+    for system in methods.SYSTEMS:
+        yield Work(system.name, system.make, *arguments_of(system))
     yield Work("SirLLM", kvsieve.SirLLM, ["64MiB"], {"sinks": 2, "recent": 4, "decay": 0.5})
     yield Work("LMInfinite", kvsieve.LMInfinite, [22], {"sinks": 2, "middle_top_k": 3, "middle_from_layer": 1, "ceiling": 9})
     yield Work("ThinK", kvsieve.ThinK, [0.5], {"recent": 8, "observe": 8, "flush_every": 4, "skip_layers": (1,), "when": "prefill"})
@@ -353,15 +351,10 @@ def attempts(scene: Scene) -> Iterator[Work]:
     yield Work("Quantized", kvsieve.Quantized, [], {"key_bits": 4, "value_bits": 0})
     hip = {"block": 4, "sinks": 2, "window": 24, "dense_layers": 1, "refresh": 4, "query_block": 16, "query_stride": 3}
     yield Work("HiP", kvsieve.HiP, [32], {**hip, "representative": "middle", "extend": 64})
-    stages = {"stages": ((16, 96), (4, 48), (2, 24)), "refresh": (8, 4, 2), "sinks": 2, "window": 24, "wide": 32, "wide_layers": 1}
-    yield Work("InfiniteHiP", kvsieve.InfiniteHiP, [], {**stages, "query_block": 16, "query_stride": 3})
     yield Work("InfiniteHiP", kvsieve.InfiniteHiP, ["3k"])
-    yield Work("Quest", kvsieve.Quest, [32], {"sinks": 0, "window": 64, "query_block": 16, "query_stride": 3})
-    yield Work("RefreshKV", kvsieve.RefreshKV, [48], {"stride": 3, "similarity": 0.9, "kernel": 3})
     yield Work("SelectiveV", kvsieve.SelectiveV, [24], {"mass": 0.9})
     infllm = {"blocks": 3, "block": 8, "representatives": 2, "sinks": 4, "query_block": 16, "per_head": True}
     yield Work("InfLLM", kvsieve.InfLLM, [32], {**infllm, "summary": "representatives", "host_budget": "96KiB", "disk": "."})
-    yield Work("LongHeads", kvsieve.LongHeads, [96], {"chunk": 16})
     bank = {
         "capacity": 192,
         "chunk": 4,

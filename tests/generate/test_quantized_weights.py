@@ -29,6 +29,20 @@ def quantized(kind: str, family: str = "llama") -> Any:
     return model
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_compiled_code_answers_alike(kind: str) -> None:
+    """A prompt that both kinds multiply in pieces, then tokens by compiled code."""
+    said = []
+    for compiled in (False, True):
+        model = quantized(kind)
+        if compiled:
+            kvsieve.compile(model, backend="aot_eager")
+        with kvsieve.stream(model, kvsieve.SirLLM(32)) as stream:
+            said.append(stream.generate(TEXT, max_new_tokens=12, do_sample=False, output_logits=True, return_dict_in_generate=True))
+    assert torch.equal(said[0].sequences, said[1].sequences)
+    assert all(off(got, want) < 1e-5 for want, got in zip(said[0].logits, said[1].logits))
+
+
 def off(got: torch.Tensor, want: torch.Tensor) -> float:
     return float((got - want).norm() / want.norm())
 

@@ -27,6 +27,7 @@ def written(path: Path, argv: list[str]) -> dict[str, Any]:
             "table",
             "model",
             "weights",
+            "compiled",
             "date",
             "versions",
             "cpu",

@@ -250,20 +250,31 @@ def test_keys_that_are_rotated_back_are_those_before_the_rotation(layout: Any) -
     torch.testing.assert_close(subject.unrotated(rotated, positions, rope), keys, rtol=1e-5, atol=1e-5)
 
 
-def test_a_named_model_has_read_a_text(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_named_model_has_read_a_text(compiled: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Its bounded policies hold tokens of it where they were, and every answer is compared before anything is timed."""
     letters = pages.Letters()
-    monkeypatch.setattr("kvsieve.evals.models.load_model", lambda name, dtype: (tiny.model(), lambda text, **_: letters(text)))
+    made = copy.deepcopy(tiny.model())
+    monkeypatch.setattr("kvsieve.evals.models.load_model", lambda name, dtype: (made, lambda text, **_: letters(text)))
     monkeypatch.setattr(decode, "BUDGET", 32)
     monkeypatch.setattr(decode, "BOUNDED", {"LMInfinite": lambda: kvsieve.LMInfinite(28, sinks=4)})
+    asked: list[bool] = []
+
+    def compile(model: Any, disable: bool = False) -> None:
+        asked.append(not disable)
+        kvsieve.compiling.compile(model, disable=disable, **({} if disable else {"backend": "eager"}))
+
+    monkeypatch.setattr(kvsieve, "compile", compile)
     subject.load.cache_clear()
     report = Report(Options.of("decode", model="mine"))
     monkeypatch.setattr(decode, "cells", lambda row: [])
     try:
-        decode.run(Options.of("decode", model="mine", dtypes=["f32"], lengths=[90], rounds=3), report)
+        decode.run(Options.of("decode", model="mine", dtypes=["f32"], lengths=[90], rounds=3, compiled=compiled), report)
     finally:
         subject.load.cache_clear()
     (row,) = report.content["rows"]
+    assert asked == ([True, False] if compiled else [])
+    assert made.get_decoder()._compiled_call_impl is None
     assert row["resident"]["LMInfinite"] <= 32
     assert all(row["errors"][name] < 1e-4 for name in ("Full", "LMInfinite", "StaticCache"))
 

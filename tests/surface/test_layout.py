@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "python" / "kvsieve"
 
 LEVELS = (
     ("cli",),
-    ("serve", "chat", "evals", "bench", "view", "demo", "graphs", "arguments", "quantized_weights"),
+    ("serve", "chat", "evals", "bench", "view", "demo", "graphs", "arguments", "loading", "quantized_weights"),
     ("__init__", "batching", "compiling", "streams", "generate", "reading", "session", "trace", "banks", "recording"),
     ("model",),
     ("runtime",),

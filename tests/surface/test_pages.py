@@ -64,7 +64,7 @@ def run(page: Path, scope: dict[str, Any] | None = None) -> dict[str, Any]:
     tokenizer = Letters()
     scope = {} if scope is None else scope
     scope |= {"kvsieve": kvsieve, "model": copy.deepcopy(tiny.model()), "tokenizer": tokenizer}
-    scope |= {"inputs": tokenizer("Hello!"), "question": tokenizer("And then?")}
+    scope |= {"inputs": tokenizer("Hello!", "pt"), "question": tokenizer("And then?", "pt")}
     for block in pages.blocks(page, "python"):
         code = block.compiled()
         if block.reason is None:

@@ -172,7 +172,7 @@ def test_every_row_has_its_own_name_and_a_worker_of_its_rival() -> None:
     assert len({row.key for row in rows}) == len(rows)
     assert {row.rival for row in rows} == set(cases.RIVALS) == set(worker.RIVALS)
     shared = {row.worker for row in rows if row.rival == "kvsieve"}
-    assert shared == {"kvsieve-float32", "kvsieve-bfloat16"}
+    assert shared == {"kvsieve-F32-float32", "kvsieve-BF16-bfloat16", "kvsieve-Q4_1-float32"}
     alone = [row.worker for row in rows if row.rival in ("openvino", "llamacpp")]
     assert len(set(alone)) == len(alone)
     assert table.REFERENCE in {row.key for row in rows}

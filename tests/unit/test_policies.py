@@ -131,21 +131,13 @@ class TestRegistry:
             assert [name for name, found in does.items() if found] == want
 
 
-@pytest.mark.parametrize("make", [s.make for s in SYSTEMS if s.does != "recalls"], ids=lambda make: make.__name__)
-def test_policies_are_frozen_and_hashable(make: Any) -> None:
-    known = {
-        kvsieve.Full: (),
-        kvsieve.ThinK: (0.4,),
-        kvsieve.Quantized: (4,),
-        kvsieve.InfiniteHiP: ("fast",),
-        kvsieve.LongHeads: (768,),
-    }
-    args = known.get(make, (64,))
-    policy = make(*args)
-    assert policy == make(*args)
-    assert hash(policy) == hash(make(*args))
+@pytest.mark.parametrize("system", [s for s in SYSTEMS if s.does != "recalls"], ids=lambda system: system.name)
+def test_policies_are_frozen_and_hashable(system: registry.System) -> None:
+    policy = parse(system.small)
+    assert policy == parse(system.small)
+    assert hash(policy) == hash(parse(system.small))
     with pytest.raises(AttributeError):
-        policy.memories[0].evict = None
+        policy.memories[0].evict = None  # type: ignore[misc]
 
 
 class TestParts:

@@ -151,13 +151,32 @@ def test_a_rule_of_ones_own_works_end_to_end(place: Any, backend: str) -> None:
         assert seen.positions.tolist() == list(range(54))
         assert seen.positions.dtype == np.int64
         assert np.isnan(seen.scores).all()
-        assert (seen.seen, seen.turn_ended) == (54, False)
+        assert (seen.seen, seen.turn_ended, seen.budget) == (54, False, 24)
         forwards(model, stream.cache, ids[:, 54:], [1])
         assert len(rule.calls) == 2, "single tokens wait until a block can be won"
         stream.end_turn()
         assert rule.calls[-1].turn_ended
         # 30 residents: two sinks, six recent ones, and every other of the 22 between.
         assert stream.stats().resident == 19
+
+
+def test_a_rule_of_ones_own_with_a_budget_in_bytes_is_told_its_tokens() -> None:
+    class Newest(EvictionRule):
+        def __init__(self, budget: int | str) -> None:
+            self.budget = budget
+
+        def keep(self, residents: Residents) -> Sequence[int]:
+            n = len(residents.positions)
+            return range(n - residents.budget, n)
+
+    model = tiny.model()
+    with kvsieve.stream(model, kvsieve.Full(), "reference") as stream:
+        forward(model, stream.cache, tiny.ids(1, 64))
+        block = stream.stats().bytes_held
+    with kvsieve.stream(model, Memory(evict=Newest(f"{5 * block}B")), "reference") as stream:
+        # Of five blocks two are set aside.
+        forward(model, stream.cache, tiny.ids(1, 4 * 64))
+        assert positions(stream) == [list(range(64, 256))]
 
 
 @pytest.mark.parametrize("backend", tiny.BACKENDS)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from kvsieve.arguments import MODEL, add_weights, need_torch, output, positive
+from kvsieve.arguments import MODEL, add_speed, need_torch, output, positive
 from kvsieve.arguments import POLICIES as KNOWN
 from kvsieve.bench.options import DTYPES, POLICIES, WHOLE, Options
 
@@ -34,7 +34,7 @@ def add_bench(commands: Any) -> None:
         else:
             one.add_argument("--shape", nargs="+", metavar="H/KV/D", help="heads/kv heads/head size; default: 9/3/64 32/8/128")
         if table == "decode":
-            add_weights(one)
+            add_speed(one)
         if table == "policies":
             one.add_argument("--policy", nargs="+", action="extend", help=f"default: {' '.join(map(repr, POLICIES))}; {KNOWN}")
         one.add_argument("--dtype", nargs="+", choices=tuple(DTYPES), help="element types")
@@ -64,6 +64,7 @@ def _bench(arguments: argparse.Namespace) -> int:
         model=getattr(arguments, "model", None),
         policies=getattr(arguments, "policy", None),
         weights=getattr(arguments, "weights", None),
+        compiled=getattr(arguments, "compile", False),
         quick=arguments.quick,
     )
     need_torch(None)

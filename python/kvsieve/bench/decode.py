@@ -132,6 +132,8 @@ def run(options: Options, report: Report) -> None:
         "x: times as fast as transformers' DynamicCache; alone: a token that attends to itself only; bound: what a token could "
         "gain if attention cost nothing; least: reading weights, keys and values once; ceiling: 1 + KV bytes / weight bytes"
     )
+    if options.compiled:
+        report.note("streams decode by compiled code (kvsieve.compile); transformers' caches and alone do not")
     report.head(cells, *COLUMNS)
     with steady(options.threads) as clock:
         for dtype in options.dtypes:
@@ -162,7 +164,7 @@ class Case:
         self.errors: dict[str, float] = {}
         self.held: dict[str, int] = {}
         self.pairs = past(length, self.kind, layers, *named)
-        self.text, self.weights = options.model != RANDOM, options.weights
+        self.text, self.weights, self.compiled = options.model != RANDOM, options.weights, options.compiled
 
     def rivals(self, report: Report) -> torch.Tensor:
         """Fills transformers' caches, and adds them to what is timed; gives the logits in float32."""
@@ -240,7 +242,11 @@ class Case:
 
     def measure(self, clock: Clock, report: Report) -> None:
         """Compares all logits, then measures."""
-        resident = self.ours(self.rivals(report))
+        exact = self.rivals(report)
+        if self.compiled:
+            kvsieve.compile(self.made)
+            self.streams.callback(kvsieve.compile, self.made, disable=True)
+        resident = self.ours(exact)
         self.pairs = []
         past.cache_clear()
         bytes_read, yardsticks = readers()

@@ -104,6 +104,7 @@ class Options:
         model: of ``decode`` and ``policies``: ``random``, ``smollm2``, a local folder, or a GGUF file.
         policies: of ``policies``, as text.
         weights: of ``decode``: ``int8`` or ``int4`` for linear layers in so few bits, in the dtype ``f32``.
+        compiled: of ``decode``: streams decode by compiled code.
     """
 
     table: str
@@ -118,6 +119,7 @@ class Options:
     model: str = RANDOM
     policies: tuple[str, ...] = POLICIES
     weights: str | None = None
+    compiled: bool = False
 
     @classmethod
     def of(
@@ -135,6 +137,7 @@ class Options:
         model: str | None = None,
         policies: list[str] | None = None,
         weights: str | None = None,
+        compiled: bool = False,
         quick: bool = False,
     ) -> Options:
         """Options of ``table``, checked; what is not given is the table's own choice, less of it when ``quick``.
@@ -157,6 +160,8 @@ class Options:
             raise BenchError(f"{table} has its own policies; --policy goes with policies")
         if weights is not None and (table != "decode" or set(dtypes or usual.dtypes) != {"f32"}):
             raise BenchError("--weights goes with decode --dtype f32: what is left of the model stays in float32")
+        if compiled and table != "decode":
+            raise BenchError(f"{table} runs no model by compiled code; --compile goes with decode")
         if resume and json is None:
             raise BenchError("--resume goes on with a file: name it by --json")
         if rounds is not None and rounds > MOST_ROUNDS:
@@ -189,4 +194,5 @@ class Options:
             model=model or RANDOM,
             policies=tuple(policies) if policies else POLICIES,
             weights=weights,
+            compiled=compiled,
         )

@@ -54,7 +54,7 @@ def _cpu() -> str:
 
 Row = Mapping[str, Any]
 
-SAME = ("table", "model", "weights", "versions", "cpu", "instruction_set", "threads", "clock", "rounds")
+SAME = ("table", "model", "weights", "compiled", "versions", "cpu", "instruction_set", "threads", "clock", "rounds")
 """Facts that two runs must have in common for their rows to stand in one table."""
 
 
@@ -91,7 +91,7 @@ class Report:
         self._widths: list[int] = []
         self._cells: Callable[[Row], list[str]] = lambda row: []
         self.content: dict[str, Any] = {
-            **{"table": options.table, "model": options.model, "weights": options.weights},
+            **{"table": options.table, "model": options.model, "weights": options.weights, "compiled": options.compiled},
             **{**facts(options), "rows": [], "skipped": []},
         }
         if options.model == RANDOM and options.table not in WHOLE:

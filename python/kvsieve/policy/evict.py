@@ -30,6 +30,7 @@ class Residents:
         turn_ended: whether this is the end of a turn rather than an overflow.
         pinned: bool ``[n]``, which of them :meth:`kvsieve.Stream.pin` said stay. They stay whether or not the rule keeps them:
             then they take the places of the oldest others.
+        budget: most that may stay, in tokens: a rule whose budget is in bytes does not know it.
     """
 
     positions: npt.NDArray[np.int64]
@@ -37,6 +38,7 @@ class Residents:
     seen: int
     turn_ended: bool
     pinned: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))
+    budget: int = 0
 
 
 class HeadObservation(Protocol):
@@ -92,7 +94,7 @@ class EvictionRule:
     needs_surprisal: ClassVar[bool] = False
 
     def keep(self, residents: Residents) -> Sequence[int]:
-        """Indices of the residents that stay, ascending; the sinks, the recent ones and at most ``budget`` in all."""
+        """Indices of the residents that stay, ascending; the sinks, the recent ones and at most ``residents.budget`` in all."""
         raise NotImplementedError(f"{type(self).__name__} does not define keep()")
 
     def spec(self, bytes_per_token: int) -> EvictionSpec:

@@ -97,7 +97,7 @@ class Eviction(StreamPart):
             return
         positions, first = planner.positions(memory, row), memory == 0
         stays = pinned(planner.pins(row) if first else [], positions)
-        residents = Residents(positions, planner.scores(memory, row), planner.seen(row), turn_ended, stays)
+        residents = Residents(positions, planner.scores(memory, row), planner.seen(row), turn_ended, stays, spec.budget)
         kept = [int(i) for i in rule.keep(residents)]
         if kept != sorted(set(kept)) or (kept and not 0 <= kept[0] <= kept[-1] < count):
             raise PolicyError(f"{type(rule).__name__}.keep must return ascending indices below {count}, got {kept[:4]}...")

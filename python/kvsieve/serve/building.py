@@ -21,7 +21,7 @@ class Plan:
     """A server that is not there yet.
 
     Attributes:
-        model, weights, dtype, device, backend: the model, and how it runs; as the command's arguments.
+        model, weights, compile, dtype, device, backend: the model, and how it runs; as the command's arguments.
         name: what clients call it.
         policy: as text.
         memory, sessions, disk, durable, most, queue, chunk, longest: see :class:`~kvsieve.serve.service.Service`.
@@ -35,6 +35,7 @@ class Plan:
     memory: int
     dtype: str = "float32"
     weights: str | None = None
+    compile: bool = False
     device: str = "cpu"
     backend: str | None = None
     sessions: str | None = None
@@ -56,20 +57,13 @@ class Plan:
         Raises:
             KvsieveError: for what cannot be; see :class:`~kvsieve.serve.service.Service`.
         """
-        import torch
-
-        from kvsieve.evals.models import load_model
+        from kvsieve.loading import load_asked
         from kvsieve.methods import parse
         from kvsieve.serve.app import Settings, create_app
         from kvsieve.serve.service import Service
 
         policy = parse(self.policy)
-        model, tokenizer = load_model(self.model, getattr(torch, self.dtype))
-        if self.weights is not None:
-            from kvsieve.quantized_weights import quantize_weights
-
-            quantize_weights(model, self.weights)
-        model = model.to(self.device)
+        model, tokenizer = load_asked(self)
         service = Service(
             model,
             tokenizer,

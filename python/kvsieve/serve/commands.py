@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kvsieve.arguments import MODEL, POLICIES, add_machine, add_weights, need_torch, positive, seconds, size
+from kvsieve.arguments import MODEL, POLICIES, add_machine, add_speed, need_torch, positive, seconds, size
 from kvsieve.errors import ArgumentError, BackendError
 from kvsieve.serve.building import Plan
 
@@ -70,7 +70,7 @@ def add_serve(commands: Any) -> None:
     door.add_argument("--access-log", action="store_true", help="a line for each request: address, path, status")
     serve.add_argument("--device", default="cpu", help="where the model runs, as torch names it: cpu, cuda, cuda:1; default: cpu")
     add_machine(serve, dtype_help="default: float32")
-    add_weights(serve)
+    add_speed(serve)
     serve.set_defaults(run=_run)
 
 
@@ -115,14 +115,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.ray is not None and importlib.util.find_spec("ray") is None:
         raise BackendError(RAY)
     need_torch(arguments.threads)
+    from kvsieve.loading import check_asked
     from kvsieve.methods import parse
     from kvsieve.serve.access import Access
     from kvsieve.serve.running import bound
     from kvsieve.serve.shared import file_system, store_url
     from kvsieve.serve.store import is_url
 
-    if arguments.weights is not None and arguments.device != "cpu":
-        raise ArgumentError(f"--weights {arguments.weights} is for a CPU, not for --device {arguments.device}")
     if arguments.durable and arguments.sessions is None:
         raise ArgumentError("--durable needs a folder: --sessions DIR")
     if arguments.replicas is not None and arguments.ray is None:
@@ -134,6 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
     policy = parse(arguments.policy)
     if arguments.ray is None:
         _check_device(arguments.device)
+    check_asked(arguments)
     plan = _plan(arguments, keys)
     if arguments.ray is not None:
         plan = replace(plan, sessions=store_url(plan.sessions), durable=True)
@@ -172,6 +172,7 @@ def _plan(arguments: argparse.Namespace, keys: tuple[str, ...]) -> Plan:
         memory=arguments.memory,
         dtype=arguments.dtype or "float32",
         weights=arguments.weights,
+        compile=arguments.compile,
         device=arguments.device,
         backend=arguments.backend,
         sessions=arguments.sessions,
