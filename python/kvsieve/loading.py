@@ -15,8 +15,12 @@ from kvsieve.quantized_weights import quantize_weights
 __all__ = ["check_asked", "load_asked"]
 
 
-def check_asked(arguments: argparse.Namespace) -> None:
+def check_asked(arguments: argparse.Namespace, *, here: bool = True) -> None:
     """What is asked for can be had, as far as that is known before the model is loaded, which takes long.
+
+    Args:
+        arguments: those of :func:`load_asked`.
+        here: whether this machine will run the model; another one's compiler is not asked.
 
     Raises:
         ArgumentError: for weights in few bits elsewhere than on a CPU.
@@ -24,7 +28,7 @@ def check_asked(arguments: argparse.Namespace) -> None:
     """
     if arguments.weights is not None and _device(arguments) != "cpu":
         raise ArgumentError(f"--weights {arguments.weights} is for a CPU, not for --device {_device(arguments)}")
-    if arguments.compile:
+    if arguments.compile and here:
         _check_compiler(_device(arguments))
 
 

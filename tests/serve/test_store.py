@@ -18,14 +18,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from fsspec.registry import _registry, known_implementations
 from kvsieve.errors import ArgumentError, BackendError, SaveError, SessionNotFoundError, UnsupportedError
 from kvsieve.serve import shared
-from kvsieve.serve.service import Service
 from kvsieve.serve.shared import Shared, file_system
 from kvsieve.serve.store import Stored, owner_key
-from serve_cases import answer
+from serve_cases import THEN, answer, said, same
 from systems import SYSTEMS
 
-FIRST = [("user", "where do the ships go that leave at night?")]
-THEN = ("user", "and those that leave in the morning?")
 LAST = ("user", "and who is left at home?")
 
 
@@ -92,19 +89,6 @@ def objects(url: str) -> list[str]:
     """Everything that is there."""
     found, path = file_system(url)
     return [one for one in found.find(path) if not one.endswith("/")]
-
-
-def said(service: Service, name: str = "ada", text: str = FIRST[0][1]) -> list[tuple[str, str]]:
-    """One turn, and the message after it."""
-    messages = [("user", text)]
-    return [*messages, ("assistant", answer(service, messages, owner=name).text()), THEN]
-
-
-def same(found: cases.Heard, want: cases.Heard) -> None:
-    assert found.ids() == want.ids()
-    assert found.usage() == want.usage()
-    for one, other in zip(found.tokens[0], want.tokens[0]):
-        assert one.logprob == pytest.approx(other.logprob, abs=2e-6)
 
 
 def opened(url: str, **changes: Any) -> Shared:

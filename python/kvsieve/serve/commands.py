@@ -133,7 +133,7 @@ def _run(arguments: argparse.Namespace) -> int:
     policy = parse(arguments.policy)
     if arguments.ray is None:
         _check_device(arguments.device)
-    check_asked(arguments)
+    check_asked(arguments, here=arguments.ray is None)
     plan = _plan(arguments, keys)
     if arguments.ray is not None:
         plan = replace(plan, sessions=store_url(plan.sessions), durable=True)
