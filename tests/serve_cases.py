@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import kvsieve
+import pytest
 import tiny
 import torch
 from kvsieve.generate import chunk_of
 from kvsieve.serve.jobs import Job, Snapshot, Token, Usage
 from kvsieve.serve.service import Service
+
+FIRST = [("user", "where do the ships go that leave at night?")]
+THEN = ("user", "and those that leave in the morning?")
+"""A turn, and the message after its answer."""
 
 END = ord("$")
 """The token that ends a message."""
@@ -181,3 +186,17 @@ def say(
     if said[-1] == END:  # the next prompt begins with the text of that token
         stream._engine.transcript.say([torch.zeros(0, dtype=torch.int64)])
     return said, len(text) + len([one for one in said if one != END])
+
+
+def said(service: Service, name: str = "ada", text: str = FIRST[0][1]) -> list[tuple[str, str]]:
+    """One turn, and the message after it."""
+    messages = [("user", text)]
+    return [*messages, ("assistant", answer(service, messages, owner=name).text()), THEN]
+
+
+def same(found: Heard, want: Heard) -> None:
+    assert found.ids() == want.ids()
+    assert found.usage() == want.usage()
+    for one, other in zip(found.tokens[0], want.tokens[0]):
+        assert one.logprob == pytest.approx(other.logprob, abs=2e-6)
+        assert dict(one.top) == pytest.approx(dict(other.top), abs=2e-6)

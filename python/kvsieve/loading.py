@@ -15,8 +15,12 @@ from kvsieve.quantized_weights import quantize_weights
 __all__ = ["check_asked", "load_asked"]
 
 
-def check_asked(arguments: argparse.Namespace) -> None:
+def check_asked(arguments: argparse.Namespace, *, here: bool = True) -> None:
     """What is asked for can be had, as far as that is known before the model is loaded, which takes long.
+
+    Args:
+        arguments: those of :func:`load_asked`.
+        here: whether this machine will run the model; another one's compiler is not asked.
 
     Raises:
         ArgumentError: for weights in few bits elsewhere than on a CPU.
@@ -24,16 +28,16 @@ def check_asked(arguments: argparse.Namespace) -> None:
     """
     if arguments.weights is not None and _device(arguments) != "cpu":
         raise ArgumentError(f"--weights {arguments.weights} is for a CPU, not for --device {_device(arguments)}")
-    if arguments.compile:
+    if arguments.compile and here:
         _check_compiler(_device(arguments))
 
 
-def load_asked(arguments: argparse.Namespace) -> tuple[Any, Any]:
+def load_asked(arguments: Any) -> tuple[Any, Any]:
     """The model and its tokenizer.
 
     Args:
-        arguments: ``model``, ``dtype``, ``weights`` and ``compile`` as :mod:`kvsieve.arguments` declares them; ``device`` if the
-            command has it. :func:`check_asked` has found nothing wrong with them.
+        arguments: with ``model``, ``dtype``, ``weights`` and ``compile`` as :mod:`kvsieve.arguments` declares them; ``device`` if
+            there is one. :func:`check_asked` has found nothing wrong with them.
 
     Raises:
         as `load_model`, `quantize_weights` and `kvsieve.compile`.
@@ -47,7 +51,7 @@ def load_asked(arguments: argparse.Namespace) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _device(arguments: argparse.Namespace) -> str:
+def _device(arguments: Any) -> str:
     return getattr(arguments, "device", "cpu")
 
 

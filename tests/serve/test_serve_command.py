@@ -19,9 +19,11 @@ import pytest
 import serving
 from kvsieve.cli import main
 from kvsieve.errors import ArgumentError
-from kvsieve.serve.commands import KEY, _name, _public
+from kvsieve.serve.building import public_prompt
+from kvsieve.serve.commands import KEY, _name
 from kvsieve.serve.jobs import Job, Usage
 from kvsieve.serve.running import Server, bound
+from kvsieve.serve.shared import file_system, store_url
 from serving import STARTS, Scripted, ids, post, until
 
 GOOD = "a-key-of-some-length\n"
@@ -102,10 +104,41 @@ def test_an_address_that_is_taken_or_not_ours(capsys: pytest.CaptureFixture[str]
         (["--device", "abacus"], "cannot run a model on the device abacus"),
         (["--device", "meta"], "cannot run a model on the device meta"),
         (["--durable"], "--durable needs a folder"),
+        (["--sessions", "nowhere://a"], "cannot keep conversations at nowhere://a"),
+        (["--replicas", "2"], "--replicas is for --ray"),
     ],
 )
 def test_what_cannot_be_is_said_before_a_model_is_loaded(argv: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert said in refused(capsys, *argv)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "--ray needs a store that the replicas share: --sessions"),
+        (["--sessions", "memory://a"], "memory://a is of one process"),
+        (["--sessions", "kept", "--device", "cuda:1"], "--device cuda, not cuda:1"),
+        (["--sessions", "kept", "--host", "0.0.0.0"], "ask for a key"),
+        (["--sessions", "kept", "--model", "nothing"], "no model at "),
+    ],
+)
+def test_what_replicas_cannot_be_is_said_before_ray_is_started(
+    argv: list[str], said: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray need not be there, nor is it asked: it stands in here as an empty module that has no `init`."""
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: found("json" if name == "ray" else name, *more))
+    assert said in refused(capsys, "--ray", *argv)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *more: None if name == "ray" else found(name, *more))
+    assert "pip install 'kvsieve[ray]'" in refused(capsys, "--ray", *argv)
+
+
+def test_replicas_keep_conversations_where_all_of_them_see_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert store_url("kept here") == f"file://{tmp_path}/kept here"
+    assert file_system(store_url("kept here"))[1] == f"{tmp_path}/kept here"
+    assert store_url("s3://bucket/kept") == "s3://bucket/kept"
 
 
 @pytest.mark.parametrize(
@@ -119,6 +152,10 @@ def test_what_cannot_be_is_said_before_a_model_is_loaded(argv: list[str], said: 
         ["--timeout", "soon"],
         ["--timeout", "nan"],
         ["--grace", "-1"],
+        ["--replicas", "0"],
+        ["--replicas", "3-2"],
+        ["--replicas", "2-"],
+        ["--replicas", "two"],
     ],
 )
 def test_wrong_arguments_exit_with_2(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,18 +190,18 @@ def test_a_second_signal_does_not_wait() -> None:
 # ------------------------------------------------------------------------------------------------------------------ shared prompts
 
 
-def test_a_public_text_is_what_prompts_begin_with(tmp_path: Path) -> None:
+def test_a_public_text_is_what_prompts_begin_with() -> None:
     tokenizer = serving.tokenizer()
-    text = _public(tokenizer, tmp_path / "kind.txt", b"Be kind.\n")
+    text = public_prompt(tokenizer, "kind.txt", b"Be kind.\n")
     assert text == f"{STARTS}system\nBe kind.{serving.ENDS}\n"
     assert serving.prompt(("system", "Be kind."), ("user", "Hi")).startswith(text)
     messages = [{"role": "developer", "content": "Be"}, {"role": "user", "content": "Read"}]
-    assert _public(tokenizer, tmp_path / "a.json", json.dumps(messages).encode()) == "".join(
+    assert public_prompt(tokenizer, "a.json", json.dumps(messages).encode()) == "".join(
         f"{STARTS}{role}\n{said}{serving.ENDS}\n" for role, said in (("system", "Be"), ("user", "Read"))
     )
     tool = {"type": "function", "function": {"name": "tide"}}
     told = json.dumps({"messages": messages, "tools": [tool]}).encode()
-    assert _public(tokenizer, tmp_path / "a.json", told).startswith(f"{STARTS}tools\n{json.dumps(tool)}")
+    assert public_prompt(tokenizer, "a.json", told).startswith(f"{STARTS}tools\n{json.dumps(tool)}")
 
 
 @pytest.mark.parametrize(
@@ -177,9 +214,9 @@ def test_a_public_text_is_what_prompts_begin_with(tmp_path: Path) -> None:
         ("a.json", b'[{"role": "wizard", "content": ""}]', "messages.0.role"),
     ],
 )
-def test_a_file_that_is_no_prompt_is_refused(name: str, data: bytes, said: str, tmp_path: Path) -> None:
+def test_a_file_that_is_no_prompt_is_refused(name: str, data: bytes, said: str) -> None:
     with pytest.raises(ArgumentError, match=said):
-        _public(serving.tokenizer(), tmp_path / name, data)
+        public_prompt(serving.tokenizer(), name, data)
 
 
 # --------------------------------------------------------------------------------------------------------------------- the end

@@ -13,26 +13,8 @@ import pytest
 import serve_cases as cases
 import tiny
 from kvsieve.errors import SaveError, ServiceError, UnsupportedError
-from kvsieve.serve.service import Service
-from serve_cases import answer, job, rendered
+from serve_cases import FIRST, THEN, answer, job, rendered, said, same
 from systems import SYSTEMS
-
-FIRST = [("user", "where do the ships go that leave at night?")]
-THEN = ("user", "and those that leave in the morning?")
-
-
-def said(service: Service, name: str = "ada", text: str = FIRST[0][1]) -> list[tuple[str, str]]:
-    """One turn, and the message after it."""
-    messages = [("user", text)]
-    return [*messages, ("assistant", answer(service, messages, owner=name).text()), THEN]
-
-
-def same(found: cases.Heard, want: cases.Heard) -> None:
-    assert found.ids() == want.ids()
-    assert found.usage() == want.usage()
-    for one, other in zip(found.tokens[0], want.tokens[0]):
-        assert one.logprob == pytest.approx(other.logprob, abs=2e-6)
-        assert dict(one.top) == pytest.approx(dict(other.top), abs=2e-6)
 
 
 def files(folder: Path) -> list[Path]:

@@ -255,7 +255,9 @@ def test_a_named_model_has_read_a_text(compiled: bool, monkeypatch: pytest.Monke
     """Its bounded policies hold tokens of it where they were, and every answer is compared before anything is timed."""
     letters = pages.Letters()
     made = copy.deepcopy(tiny.model())
-    monkeypatch.setattr("kvsieve.evals.models.load_model", lambda name, dtype: (made, lambda text, **_: letters(text)))
+    monkeypatch.setattr(
+        "kvsieve.evals.models.load_model", lambda name, dtype: (made, lambda text, **_: letters(text, return_tensors="pt"))
+    )
     monkeypatch.setattr(decode, "BUDGET", 32)
     monkeypatch.setattr(decode, "BOUNDED", {"LMInfinite": lambda: kvsieve.LMInfinite(28, sinks=4)})
     asked: list[bool] = []

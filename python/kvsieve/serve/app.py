@@ -29,7 +29,7 @@ from kvsieve.serve.replies import DONE, Reply, event
 if TYPE_CHECKING:
     from kvsieve.serve.service import Service
 
-__all__ = ["Settings", "create_app", "refusal_of"]
+__all__ = ["Settings", "body_of", "create_app", "refusal_of", "response_of"]
 
 log = logging.getLogger("kvsieve.serve")
 
@@ -81,7 +81,7 @@ def create_app(service: Service, tokenizer: Any, settings: Settings) -> FastAPI:
     async def broken(request: Request, error: Exception) -> Response:
         refusal = refusal_of(error)
         desk.metrics.requests.labels(_path(request.scope), refusal.status).inc()  # it does not come by the middleware
-        return _told(refusal)
+        return response_of(refusal)
 
     handlers: dict[type[Exception], Any] = {Refusal: _refused, HTTPException: _no_such, Exception: broken}
     for kind, handler in handlers.items():
@@ -124,7 +124,7 @@ def create_app(service: Service, tokenizer: Any, settings: Settings) -> FastAPI:
 
 
 async def _refused(_: Request, refusal: Refusal) -> Response:
-    return _told(refusal)
+    return response_of(refusal)
 
 
 async def _no_such(request: Request, error: HTTPException) -> Response:
@@ -132,7 +132,8 @@ async def _no_such(request: Request, error: HTTPException) -> Response:
     return JSONResponse(Refusal(error.status_code, said).body, error.status_code, headers=error.headers)
 
 
-def _told(refusal: Refusal) -> Response:
+def response_of(refusal: Refusal) -> Response:
+    """A refusal as a client gets it."""
     headers = {} if refusal.retry_after is None else {"retry-after": str(refusal.retry_after)}
     if refusal.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -157,6 +158,36 @@ def refusal_of(error: Exception, retry_after: int = 1) -> Refusal:
     return Refusal(500, "the server failed; its log says how", kind="server_error", code="internal_error")
 
 
+# ------------------------------------------------------------------------------------------------------------------------- bodies
+
+
+async def body_of(request: Request, most: int) -> bytes:
+    """The body of a request, of up to ``most`` bytes.
+
+    Raises:
+        Refusal: for one that is no JSON, is longer, or is not here in time. ClientDisconnect: if it does not come.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise Refusal(415, "the body must be JSON: Content-Type: application/json")
+    try:
+        return await asyncio.wait_for(_read(request, most), LONGEST_UPLOAD)
+    except asyncio.TimeoutError:
+        raise Refusal(408, f"the body was not here within {LONGEST_UPLOAD:.0f} seconds") from None
+
+
+async def _read(request: Request, most: int) -> bytes:
+    data, length = bytearray(), request.headers.get("content-length", "0")
+    too_long = Refusal(413, f"a body may have up to {most:,} bytes", code="request_too_large")
+    if length.isdecimal() and int(length) > most:
+        raise too_long
+    async for part in request.stream():
+        data += part
+        if len(data) > most:
+            raise too_long
+    return bytes(data)
+
+
 # ------------------------------------------------------------------------------------------------------------------------ answers
 
 
@@ -179,7 +210,7 @@ class _Desk:
         began = time.monotonic()
         self.access.check(request.headers)  # before a byte of the body is read
         try:
-            body = await self._body(request)
+            body = await body_of(request, self.settings.body)
         except ClientDisconnect:
             return Response(status_code=CLOSED_REQUEST)
         asked = await asyncio.to_thread(lambda: asked_of(parsed(body)))  # some megabytes take their time
@@ -197,27 +228,6 @@ class _Desk:
         reply = Reply(chat=asked.chat, model=self.settings.name, n=job.n, logprobs=told, usage=usage)
         talk = _Talk(self, answers, reply, events, lambda: self.service.cancel(ticket), began)
         return talk if asked.stream else await talk.whole(request.receive)
-
-    async def _body(self, request: Request) -> bytes:
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise Refusal(415, "the body must be JSON: Content-Type: application/json")
-        try:
-            return await asyncio.wait_for(self._read(request), LONGEST_UPLOAD)
-        except asyncio.TimeoutError:
-            raise Refusal(408, f"the body was not here within {LONGEST_UPLOAD:.0f} seconds") from None
-
-    async def _read(self, request: Request) -> bytes:
-        most, data = self.settings.body, bytearray()
-        told = request.headers.get("content-length", "0")
-        too_long = Refusal(413, f"a body may have up to {most:,} bytes", code="request_too_large")
-        if told.isdecimal() and int(told) > most:
-            raise too_long
-        async for part in request.stream():
-            data += part
-            if len(data) > most:
-                raise too_long
-        return bytes(data)
 
     def _job(self, asked: Asked, owner: str) -> Job:
         if asked.chat:
@@ -292,23 +302,27 @@ class _Talk(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Once the first event is there, its status; an error before that is a response of its own."""
-        sent = False
+        sent = begun = False
         try:
             async with self._watched(receive) as deltas:
                 async for delta in deltas:
                     if not sent:
                         await send(_START)
                         sent = True
+                    if self._answers.began is None:  # until then another replica could answer instead
+                        await _write(send, _COMMENT)
+                        continue
+                    if not begun:
+                        begun = True
                         await _write(send, *map(event, self._reply.first()))
-                    chunks = self._reply.chunks(delta)
-                    await _write(send, *(map(event, chunks) if chunks else [_COMMENT] * (self._answers.began is None)))
+                    await _write(send, *map(event, self._reply.chunks(delta)))
             await _write(send, *map(event, self._reply.last(self._answers.usage())), DONE)
         except Gone:
             return
         except (Failed, Refusal) as failure:
             refusal = failure if isinstance(failure, Refusal) else self._desk.failure(failure.error)
             if not sent:
-                await _told(refusal)(scope, receive, send)
+                await response_of(refusal)(scope, receive, send)
                 return
             await _write(send, event(refusal.body))
         await send({"type": "http.response.body", "body": b"", "more_body": False})

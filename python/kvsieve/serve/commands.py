@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import importlib.util
 import os
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from kvsieve.arguments import MODEL, POLICIES, add_machine, add_speed, need_torch, positive, seconds, size
 from kvsieve.errors import ArgumentError, BackendError
+from kvsieve.serve.building import Plan
 
 __all__ = ["add_serve"]
 
 KEY = "KVSIEVE_API_KEY"
 NEEDS = ("fastapi", "uvicorn", "prometheus_client")
+RAY = "kvsieve serve --ray needs Ray Serve; pip install 'kvsieve[ray]'"
 
 
 def add_serve(commands: Any) -> None:
@@ -28,7 +29,9 @@ def add_serve(commands: Any) -> None:
     memory = serve.add_argument_group("memory")
     memory.add_argument("--memory", type=size, default="2GiB", help="bytes of all conversations in memory; default: 2GiB")
     memory.add_argument(
-        "--sessions", type=Path, metavar="DIR", help="folder for conversations that leave the memory, or outlive it"
+        "--sessions",
+        metavar="DIR|URL",
+        help="folder for conversations that leave the memory, or outlive it; s3://..., file://...: one that several servers share",
     )
     memory.add_argument("--disk", type=size, default="20GiB", help="bytes of the session files; default: 20GiB")
     memory.add_argument("--durable", action="store_true", help="an answer ends once its conversation is in a file")
@@ -39,6 +42,17 @@ def add_serve(commands: Any) -> None:
         default=[],
         metavar="FILE",
         help="a system prompt that is read at start, and shared by all clients; .json: messages, and tools",
+    )
+    several = serve.add_argument_group("several replicas")
+    several.add_argument(
+        "--ray",
+        nargs="?",
+        const="local",
+        metavar="ADDRESS",
+        help="replicas by Ray Serve, which share --sessions; on this machine, or in the cluster at ADDRESS (auto: one that runs)",
+    )
+    several.add_argument(
+        "--replicas", type=_replicas, metavar="N|MIN-MAX", help="with --ray: how many, or as many as the load asks for; default: 2"
     )
     work = serve.add_argument_group("work")
     work.add_argument("--most", type=positive, default=32, help="answers that are said at a time; default: 32")
@@ -66,6 +80,15 @@ def _port(text: str) -> int:
     return int(text)
 
 
+def _replicas(text: str) -> tuple[int, int]:
+    least, dash, most = text.partition("-")
+    if least.isdecimal() and (most if dash else "1").isdecimal():
+        found = int(least), int(most if dash else least)
+        if 1 <= found[0] <= found[1]:
+            return found
+    raise argparse.ArgumentTypeError(f"must be a number as 2, or two as 1-4, got {text!r}")
+
+
 def _keys(file: Path | None) -> tuple[str, ...]:
     """The keys of the file, and that of the environment.
 
@@ -89,23 +112,40 @@ def _run(arguments: argparse.Namespace) -> int:
     missing = [name for name in NEEDS if importlib.util.find_spec(name) is None]
     if missing:
         raise BackendError(f"kvsieve serve needs {', '.join(missing)}; pip install 'kvsieve[serve]'")
+    if arguments.ray is not None and importlib.util.find_spec("ray") is None:
+        raise BackendError(RAY)
     need_torch(arguments.threads)
     from kvsieve.loading import check_asked
     from kvsieve.methods import parse
     from kvsieve.serve.access import Access
     from kvsieve.serve.running import bound
+    from kvsieve.serve.shared import file_system, store_url
+    from kvsieve.serve.store import is_url
 
     if arguments.durable and arguments.sessions is None:
         raise ArgumentError("--durable needs a folder: --sessions DIR")
+    if arguments.replicas is not None and arguments.ray is None:
+        raise ArgumentError("--replicas is for --ray; without it one process serves")
+    if arguments.ray is not None and ":" in arguments.device:
+        raise ArgumentError(f"Ray gives each replica a GPU of its own: --device cuda, not {arguments.device}")
     keys = _keys(arguments.api_key_file)
     opened = Access(keys)
     policy = parse(arguments.policy)
-    _check_device(arguments.device)
-    check_asked(arguments)
-    texts = [(file, file.read_bytes()) for file in arguments.public]
+    if arguments.ray is None:
+        _check_device(arguments.device)
+    check_asked(arguments, here=arguments.ray is None)
+    plan = _plan(arguments, keys)
+    if arguments.ray is not None:
+        plan = replace(plan, sessions=store_url(plan.sessions), durable=True)
+    if plan.sessions is not None and is_url(plan.sessions):
+        file_system(plan.sessions)
     # The address is taken before the model is loaded, which takes longer than to say that another has it.
     with bound(arguments.host, arguments.port, keys=not opened.open) as socket:
-        _serve(arguments, policy, keys, texts, socket)
+        if arguments.ray is None:
+            _serve(arguments, plan, policy, socket)
+            return 0
+        at = socket.getsockname()[:2]
+    _serve_replicas(arguments, plan, policy, at)
     return 0
 
 
@@ -124,78 +164,66 @@ def _check_device(name: str) -> None:
         raise BackendError(f"cannot run a model on the device {name}: {said[:200]}") from error
 
 
-def _serve(
-    arguments: argparse.Namespace, policy: Any, keys: tuple[str, ...], texts: Sequence[tuple[Path, bytes]], socket: Any
-) -> None:
-    from kvsieve.loading import load_asked
-    from kvsieve.serve.app import Settings, create_app
-    from kvsieve.serve.running import Server
-    from kvsieve.serve.service import Service
-
-    model, tokenizer = load_asked(arguments)
-    name = arguments.name or _name(arguments.model)
-    service = Service(
-        model,
-        tokenizer,
-        policy,
-        backend=arguments.backend,
+def _plan(arguments: argparse.Namespace, keys: tuple[str, ...]) -> Plan:
+    return Plan(
+        model=arguments.model,
+        name=arguments.name or _name(arguments.model),
+        policy=arguments.policy,
         memory=arguments.memory,
+        dtype=arguments.dtype or "float32",
+        weights=arguments.weights,
+        compile=arguments.compile,
+        device=arguments.device,
+        backend=arguments.backend,
         sessions=arguments.sessions,
-        most=arguments.most,
-        queue=arguments.queue,
-        longest=arguments.longest,
         disk=arguments.disk,
         durable=arguments.durable,
-        public=[_public(tokenizer, file, data) for file, data in texts],
-        **({} if arguments.chunk is None else {"chunk": arguments.chunk}),
-    )
-    settings = Settings(
-        name=name,
+        public=tuple((str(file), file.read_bytes()) for file in arguments.public),
+        most=arguments.most,
+        queue=arguments.queue,
+        chunk=arguments.chunk,
+        longest=arguments.longest,
         keys=keys,
         max_new_tokens=arguments.max_new_tokens,
         seconds=arguments.timeout or None,
         body=arguments.body,
-        vocabulary=int(model.config.get_text_config(decoder=True).vocab_size),
-        facts={"policy": repr(policy)},
     )
-    # A copy: the model thread uses the other one at the same time.
-    app = create_app(service, copy.deepcopy(tokenizer), settings)
+
+
+def _serve(arguments: argparse.Namespace, plan: Plan, policy: Any, socket: Any) -> None:
+    from kvsieve.serve.running import Server, address_of
+
+    service, app = plan.open()
     service.start()
     try:
-        host, port = socket.getsockname()[:2]
-        at = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-        ready = f"{name} under {policy!r}: http://{at}/v1 (Ctrl-C ends)"
+        ready = f"{plan.name} under {policy!r}: {address_of(*socket.getsockname()[:2])} (Ctrl-C ends)"
         Server(app, service, grace=arguments.grace, ready=ready, access_log=arguments.access_log).run([socket])
     finally:
         service.close(0)
 
 
+def _serve_replicas(arguments: argparse.Namespace, plan: Plan, policy: Any, at: tuple[str, int]) -> None:
+    # Replicas have folders of their own that they work in.
+    model = plan.model if plan.model == "smollm2" else str(Path(plan.model).expanduser().absolute())
+    if arguments.ray == "local" and model != "smollm2" and not Path(model).exists():
+        raise ArgumentError(f"no model at {model}")
+    try:
+        from kvsieve.serve.ray_app import run
+    except ImportError as error:
+        raise BackendError(f"{RAY} ({error})") from error
+    least, most = replicas = arguments.replicas or (2, 2)
+    run(
+        replace(plan, model=model),
+        arguments.ray,
+        replicas,
+        at,
+        ready=f"{plan.name} under {policy!r}, {least if least == most else f'{least} to {most}'} replicas",
+        grace=arguments.grace,
+        threads=arguments.threads,
+        access_log=arguments.access_log,
+    )
+
+
 def _name(model: str) -> str:
     """A folder's name, or a file's without what says that it is GGUF."""
     return Path(model).expanduser().resolve().name.removesuffix(".gguf")
-
-
-def _public(tokenizer: Any, file: Path, data: bytes) -> str:
-    """What prompts begin with that begin as the file says.
-
-    Raises:
-        ArgumentError: for a file that holds no messages, or those that the chat template does not begin with.
-    """
-    from kvsieve.serve.openai import Refusal, asked_chat, parsed
-    from kvsieve.serve.prompts import opening_of, public_text, template_of
-
-    try:
-        if file.suffix == ".json":
-            told = data if data.lstrip()[:1] == b"{" else b'{"messages": ' + data + b"}"
-            asked = asked_chat(parsed(told))
-            return public_text(tokenizer, asked.messages, asked.tools)
-        text = data.decode().strip()
-        if not text:
-            raise ArgumentError(f"{file} is empty")
-        if not template_of(tokenizer):
-            return opening_of(tokenizer) + text
-        return public_text(tokenizer, [{"role": "system", "content": text}])
-    except UnicodeDecodeError as error:
-        raise ArgumentError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-    except Refusal as refusal:
-        raise ArgumentError(f"{file}: {refusal.message}") from refusal

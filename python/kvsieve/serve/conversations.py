@@ -16,12 +16,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from kvsieve.errors import CacheMismatchError, KvsieveError, SaveError, ServiceError
+from kvsieve.errors import CacheMismatchError, KvsieveError, SaveError, ServiceError, SessionNotFoundError
 from kvsieve.serve.texts import Kind, digests
 
 if TYPE_CHECKING:
     from kvsieve.serve.holdings import Holdings
-    from kvsieve.serve.sessions import Sessions, Stored
+    from kvsieve.serve.store import Store, Stored
     from kvsieve.streams import Stream
 
 __all__ = ["PUBLIC", "Conversations", "NoRoomError", "State"]
@@ -47,7 +47,7 @@ class State:
     """One moment of one conversation.
 
     Attributes:
-        owner: see :func:`~kvsieve.serve.sessions.owner_key`.
+        owner: see :func:`~kvsieve.serve.store.owner_key`.
         length: characters of its text; digest: SHA-256 of it.
         kind: what it is remembered for.
         seen: tokens that its stream has read; unread: that it said and has not.
@@ -92,7 +92,7 @@ class Conversations:
         holdings: the streams.
         memory: most bytes of all streams together.
         sessions: where states go that leave memory; None: they are forgotten.
-        disk: most bytes of files; None: any number.
+        disk: most bytes of files; None: any number, or the store keeps to its own limit.
 
     Attributes:
         changed: whether :meth:`sizes` may be others than before; who asks for them takes it back.
@@ -100,7 +100,7 @@ class Conversations:
 
     holdings: Holdings
     memory: int
-    sessions: Sessions | None = None
+    sessions: Store | None = None
     disk: int | None = None
     counts: Counts = field(default_factory=Counts)
     changed: bool = True
@@ -135,14 +135,20 @@ class Conversations:
         # A state of the whole text can be continued only where a token of it is still to be read.
         return (state for state in reversed(found) if state.length < len(text) or state.unread)
 
-    def open(self, owner: str, text: str) -> tuple[Stream, State | None]:
+    def open(self, owner: str, text: str, reach: int = 0) -> tuple[Stream, State | None]:
         """A stream that has read the beginning of ``text``, and the state that it goes on from; None: it has read nothing. The
         state is busy until :meth:`done`.
+
+        Args:
+            reach: where what others may have read and written ends. A store that they share is asked where nothing longer is known.
 
         Raises:
             NoRoomError: if the state is in a file, and there is no room for it now.
         """
         found = list(self._matches(owner, text))
+        if reach and self.sessions is not None and self.sessions.shared and (not found or found[0].length <= reach):
+            self._look(owner, text, self.sessions)
+            found = list(self._matches(owner, text))
         for state, before in itertools.pairwise(found):
             if state.parent is None and state.owner == before.owner:  # as after a restart
                 state.parent = before
@@ -153,13 +159,22 @@ class Conversations:
             return self.holdings.fork(state.stream), state
         return self.holdings.fork(), None
 
+    def _look(self, owner: str, text: str, sessions: Store) -> None:
+        """States that another process has written are states here as well, in files."""
+        for stored in sessions.find(owner, text):
+            digest = bytes.fromhex(stored.digest)
+            if digest not in self._known.get(owner, {}).get(stored.length, {}):
+                state = State(owner, stored.length, digest, "leaf", stored.tokens, stored.unread)
+                state.stored, state.written, state.used = stored, True, next(self._clock)
+                self._index(state)
+
     def done(self, state: State | None) -> None:
         """A stream that :meth:`open` returned is a state of its own now, or closed."""
         if state is not None:
             state.busy -= 1
 
     def _load(self, state: State) -> bool:
-        """Whether a state came back from its file. One that cannot is no state, and its file goes."""
+        """Whether a state came back from its file. One that cannot is no state, and its file is not used again."""
         stored, state.used = state.stored, next(self._clock)
         if self.sessions is None or stored is None:  # it left memory while a longer one was looked for
             return False
@@ -169,10 +184,15 @@ class Conversations:
             return False
         try:
             stream = self.sessions.load(stored)
+        except SessionNotFoundError as error:
+            log.warning("a conversation is read again: %s", error)
+            self.counts.unusable += not self.sessions.shared  # whoever shares it went on from it, or made room
+            self._forget(state)
+            return False
         except (CacheMismatchError, ServiceError) as error:
             log.warning("a conversation is read again: %s", error)
             self.counts.unusable += 1
-            self.sessions.remove(stored)
+            self.sessions.spoiled(stored)
             self._forget(state)
             return False
         except (KvsieveError, OSError) as error:
@@ -278,7 +298,18 @@ class Conversations:
         if state.kind == "leaf":
             self.write(state)
         self._release(state)
+        if state.stored is not None and state.kind == "leaf" and self.sessions is not None and self.sessions.shared:
+            self._leave(state)
         return True
+
+    def _leave(self, leaf: State) -> None:
+        """A conversation that is in a shared store alone is looked for when it comes back; it may go on elsewhere meanwhile."""
+        at: State | None = leaf
+        while at is not None:
+            before = at.parent
+            if at.stream is None:
+                self._forget(at)
+            at = before
 
     def _states(self) -> Iterator[State]:
         return (state for known in self._known.values() for same in known.values() for state in same.values())
@@ -307,6 +338,8 @@ class Conversations:
         Raises:
             KvsieveError: with ``must``, if it cannot be written.
         """
+        if state.stored is not None and must and self.sessions is not None and not self.sessions.holds(state.stored):
+            state.stored = None
         if state.stored is not None or self.sessions is None or state.stream is None or (state.written and not must):
             return state.stored is not None
         state.written = True

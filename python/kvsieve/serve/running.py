@@ -19,7 +19,7 @@ from kvsieve.serve.access import is_loopback
 if TYPE_CHECKING:
     from kvsieve.serve.service import Service
 
-__all__ = ["Server", "bound"]
+__all__ = ["Server", "address_of", "bound"]
 
 AFTER_GRACE = 5.0
 """Seconds that connections have to be told of answers that were cut."""
@@ -50,6 +50,11 @@ def bound(host: str, port: int, *, keys: bool) -> socket.socket:
         made.close()
         raise ArgumentError(f"cannot serve {host} port {port}: {error.strerror or error}") from error
     return made
+
+
+def address_of(host: str, port: int) -> str:
+    """What clients call a server."""
+    return f"http://[{host}]:{port}/v1" if ":" in host else f"http://{host}:{port}/v1"
 
 
 class Server(uvicorn.Server):

@@ -30,6 +30,8 @@ from kvsieve.serve.holdings import Holdings
 from kvsieve.serve.jobs import Job, Sink, Snapshot, Ticket
 from kvsieve.serve.meters import Meters
 from kvsieve.serve.sessions import Sessions
+from kvsieve.serve.shared import Shared
+from kvsieve.serve.store import Store, is_url
 from kvsieve.serve.texts import Texts
 from kvsieve.serve.work import Work, check_job
 from kvsieve.serve.worker import Limits, Worker
@@ -51,6 +53,14 @@ PAUSE = 0.05
 log = logging.getLogger("kvsieve.serve")
 
 
+def _store(
+    where: str | Path, model: PreTrainedModel, tokenizer: Any, policy: Policy, backend: str | None, disk: int | None
+) -> Store:
+    if is_url(where):
+        return Shared(str(where), model, tokenizer, policy, backend, disk)
+    return Sessions(Path(where), model, tokenizer, policy, backend)
+
+
 class Service:
     """Conversations of many owners on one model.
 
@@ -58,7 +68,8 @@ class Service:
         model, tokenizer: of transformers; the service's thread alone uses the model from :meth:`start` to :meth:`close`.
         policy, backend: of every conversation; see :func:`kvsieve.stream`.
         memory: most bytes of keys and values, of all conversations that are remembered or running.
-        sessions: folder of conversations that are not in memory; without one they are read again.
+        sessions: folder of conversations that are not in memory, for this service alone, or a URL of fsspec (``s3://``, ``file://``)
+            for all services that share it; without one they are read again.
         most: most answers that are said at a time.
         queue: most jobs that wait.
         chunk: most tokens of a prompt between two tokens of the others; never more than the policy's own.
@@ -81,7 +92,7 @@ class Service:
         *,
         backend: str | None = None,
         memory: int,
-        sessions: Path | None = None,
+        sessions: str | Path | None = None,
         most: int = 32,
         queue: int = 256,
         chunk: int = CHUNK,
@@ -103,8 +114,8 @@ class Service:
         try:
             self._model, self._texts, self._meters = holdings.root.model, Texts(tokenizer), Meters()
             if sessions is not None:
-                found = Sessions(Path(sessions), self._model, tokenizer, policy, backend)
-            self._states = Conversations(holdings, memory, found, disk)
+                found = _store(sessions, self._model, tokenizer, policy, backend, disk)
+            self._states = Conversations(holdings, memory, found, None if found is not None and found.shared else disk)
             limits = Limits(self._most, chunk, self._longest, durable)
             self._worker = Worker(self._states, self._texts, self._meters, limits)
         except BaseException:

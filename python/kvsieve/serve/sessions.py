@@ -1,4 +1,4 @@
-"""States of conversations on disk.
+"""States of conversations in a folder of this process alone.
 
     DIR/<owner>/<state>.safetensors     the stream, as `Stream.save` writes it
     DIR/<owner>/<state>.json            what it is: written last, so that a state without it, or that does not fit it, is none
@@ -10,31 +10,28 @@ an owner by that of the name. Nothing is pickled. One process at a time uses a f
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import logging
 import os
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvsieve import streams
-from kvsieve.errors import PolicyError, SaveError, ServiceError, UnsupportedError
+from kvsieve.errors import SaveError, ServiceError
 from kvsieve.files.replace import replacing, sync_folder
-from kvsieve.methods.parser import parse
-from kvsieve.model import fingerprint
+from kvsieve.serve.store import VERSION, Store, Stored
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from kvsieve.policy.compose import Policy
 
-__all__ = ["Sessions", "Stored", "owner_key"]
+__all__ = ["Sessions"]
 
-VERSION = 1
 _OWNER, _STATE = re.compile(r"[0-9a-f]{32}"), re.compile(r"[0-9a-f]{40}")
 _MOST_TOLD = 65536
 """Bytes of a JSON file that is one of these."""
@@ -42,35 +39,7 @@ _MOST_TOLD = 65536
 log = logging.getLogger("kvsieve.serve")
 
 
-def owner_key(owner: str) -> str:
-    """What an owner is called here: 32 hexadecimal digits."""
-    return hashlib.sha256(b"kvsieve owner " + owner.encode()).hexdigest()[:32]
-
-
-@dataclass(frozen=True)
-class Stored:
-    """A state on disk.
-
-    Attributes:
-        owner: see :func:`owner_key`.
-        name: of its files, without their endings.
-        length: characters of its text; digest: SHA-256 of that, in hexadecimal digits.
-        tokens: of the conversation that the model has read; unread: of it, said and not read.
-        size: bytes of the stream's file.
-        used: when it was written or used last, seconds since 1970.
-    """
-
-    owner: str
-    name: str
-    length: int
-    digest: str
-    tokens: int
-    unread: int
-    size: int
-    used: float
-
-
-class Sessions:
+class Sessions(Store):
     """The folder of states that one service writes and reads.
 
     Args:
@@ -86,16 +55,8 @@ class Sessions:
     """
 
     def __init__(self, folder: Path, model: PreTrainedModel, tokenizer: Any, policy: Policy, backend: str | None) -> None:
-        self.folder, self._model, self._policy, self._backend = folder, model, policy, backend
-        self.unusable = 0
-        try:
-            written: object = parse(repr(policy))
-        except PolicyError:
-            written = None
-        if repr(written) != repr(policy):
-            raise UnsupportedError(f"the policy {policy!r} cannot be written as text, so its conversations cannot be kept in files")
-        told = [VERSION, repr(policy), fingerprint.weights(model), fingerprint.tokenizer(tokenizer)]
-        self.identity = hashlib.sha256(json.dumps(told).encode()).hexdigest()
+        super().__init__(model, tokenizer, policy, backend)
+        self.folder = folder
         self._lock: int | None = None
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -121,7 +82,7 @@ class Sessions:
         Raises:
             SaveError: if they cannot be written; there is then no such state.
         """
-        name = hashlib.sha256(f"{self.identity} {length} {digest}".encode()).hexdigest()[:40]
+        name = self.named(length, digest)
         place, data, told = self._paths(owner, name)
         try:
             if not place.is_dir():
@@ -142,25 +103,17 @@ class Sessions:
         return stored
 
     def load(self, stored: Stored) -> streams.Stream:
-        """The stream of a state.
-
-        Raises:
-            KvsieveError: if it is damaged, gone, or not what its description says.
-        """
+        """The stream of a state; see :meth:`Store.load`."""
         _, data, told = self._paths(stored.owner, stored.name)
-        stream = streams.load(data, self._model, self._backend)
-        try:
-            held = stream.ids
-            if repr(stream.policy) != repr(self._policy) or len(held) != 1:
-                raise ServiceError(f"{data} holds another policy, or not one conversation")
-            if (stream.seen, len(held[0]) - stream.seen) != (stored.tokens, stored.unread):
-                raise ServiceError(f"{data} has seen {stream.seen} tokens, its description says {stored.tokens}")
-        except BaseException:
-            stream.close()
-            raise
+        stream = self._opened(data, stored)
         with contextlib.suppress(OSError):
             os.utime(told)
         return stream
+
+    def holds(self, stored: Stored) -> bool:
+        """Whether both files are there."""
+        _, data, told = self._paths(stored.owner, stored.name)
+        return data.is_file() and told.is_file()
 
     def remove(self, stored: Stored) -> None:
         """Remove the files of a state; what describes it first."""

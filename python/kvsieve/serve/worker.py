@@ -20,7 +20,7 @@ from kvsieve.generate import chunk_of
 from kvsieve.model.generation import Settings
 from kvsieve.serve.conversations import PUBLIC, Conversations, NoRoomError
 from kvsieve.serve.detokenize import Pieces, Stops
-from kvsieve.serve.sessions import owner_key
+from kvsieve.serve.store import owner_key
 from kvsieve.serve.texts import Texts, segments
 from kvsieve.serve.work import Choice, Work
 
@@ -144,7 +144,8 @@ class Worker:
         """Whether the job's stream has read what is remembered; it may have to wait for room."""
         job = work.job
         try:
-            stream, state = self._states.open(owner_key(job.owner), job.text)
+            # Others may have written states of a conversation that has had answers; of a text without messages nobody knows.
+            stream, state = self._states.open(owner_key(job.owner), job.text, job.answered if job.boundaries else len(job.text))
         except NoRoomError:
             # Those that have begun go on, or fail, and give their memory back.
             if any(other.choices or other.stream is not None for other in self.works):
