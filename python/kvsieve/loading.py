@@ -9,7 +9,7 @@ import torch
 
 from kvsieve.compiling import compile
 from kvsieve.errors import ArgumentError, BackendError
-from kvsieve.evals.models import load_model
+from kvsieve.evals import models
 from kvsieve.quantized_weights import quantize_weights
 
 __all__ = ["check_asked", "load_asked"]
@@ -42,7 +42,7 @@ def load_asked(arguments: Any) -> tuple[Any, Any]:
     Raises:
         as `load_model`, `quantize_weights` and `kvsieve.compile`.
     """
-    model, tokenizer = load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
+    model, tokenizer = models.load_model(arguments.model, getattr(torch, arguments.dtype or "float32"))
     if arguments.weights is not None:
         quantize_weights(model, arguments.weights)
     model = model.to(_device(arguments))

@@ -380,8 +380,8 @@ def test_a_request_that_fails_fails_alone(where: str, monkeypatch: pytest.Monkey
         def fails(*_: Any, **__: Any) -> Any:
             raise MemoryError(f"no room in {where}")
 
-        def opens(owner: str, text: str) -> Any:
-            stream, state = opened(owner, text)
+        def opens(owner: str, text: str, *reach: int) -> Any:
+            stream, state = opened(owner, text, *reach)
             if text.endswith("break it$\n<assistant>"):
                 monkeypatch.setattr(stream if where in ("feed", "end_turn", "fork") else stream._engine, where, fails)
             return stream, state

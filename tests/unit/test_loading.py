@@ -34,7 +34,7 @@ def compiled_with(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return plain(function, **{**options, "backend": "eager"})
 
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(loading, "load_model", lambda name, dtype: (copy.deepcopy(tiny.model()).to(dtype), None))
+    monkeypatch.setattr("kvsieve.evals.models.load_model", lambda name, dtype: (copy.deepcopy(tiny.model()).to(dtype), None))
     return given
 
 
