@@ -28,12 +28,14 @@ __all__ = [
     "Tier",
     "TierFile",
     "__version__",
+    "attend_dense",
     "attend_heaviest",
     "attend_highest",
     "attend_pieces",
     "attend_sets",
     "error_samples",
     "fail_at",
+    "is_intel",
     "isa",
     "isa_levels",
     "keep_surprisal",
@@ -361,6 +363,20 @@ class Sparse:
 class SparseState:
     """What the rows of a :class:`Sparse` have chosen at some time."""
 
+def attend_dense(
+    q: npt.NDArray[Any],
+    k: npt.NDArray[Any],
+    v: npt.NDArray[Any],
+    first: npt.NDArray[np.int64],
+    last: npt.NDArray[np.int64],
+    scale: float,
+    softcap: float | None,
+    *,
+    out: npt.NDArray[np.float32],
+    lse: npt.NDArray[np.float32],
+    dtype: str | None = None,
+    threads: int = 1,
+) -> None: ...
 def attend_heaviest(
     store: Store,
     q: npt.NDArray[Any],
@@ -435,5 +451,6 @@ def surprisal(
 def top_k(scores: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.int64]: ...
 def error_samples() -> list[tuple[str, BaseException]]: ...
 def fail_at(panic: bool, nth: int) -> int: ...
+def is_intel() -> bool: ...
 def isa() -> str: ...
 def isa_levels() -> list[str]: ...

@@ -336,6 +336,9 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     full.pack(moves, channels, [4, 4])
     add(full, "channels", core.PACKED)
     add(store, "apply", planner.fork().evict([0], 1, 2))
+    alone = q[0], k[0], k[0], np.array([0, 0, 1]), np.array([3, 3, 3])
+    wide = {"out": np.empty((new, heads, dim), np.float32), "lse": np.empty((heads, new), np.float32)}
+    add(core, "attend_dense", *alone, 0.3, 5.0, **wide, dtype="float32", threads=1)
     add(core, "attend_heaviest", store, q, step, [True, False], None, *numbers, out, top=2, mass=1.0, renormalise=True)
     add(core, "attend_highest", store, q, step, [True, True], *numbers, out)
     one_q, one_out = q[:, :, :1].copy(), np.empty((rows, 1, heads, dim), np.float32)

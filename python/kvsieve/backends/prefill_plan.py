@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from kvsieve.backends.runs import Columns
@@ -32,6 +34,7 @@ class PrefillPlan:
     tables: dict[int, tuple[Table, Table] | None] = field(default_factory=dict)
     bands: list[tuple[slice, slice, torch.Tensor | None]] | None = None
     visible: torch.Tensor | None = None
+    edges: tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None = None
 
     @classmethod
     def of(cls, part: Part, num_queries: int) -> PrefillPlan:
@@ -82,3 +85,13 @@ class PrefillPlan:
                 bias = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf) if bool(hidden.any()) else None
                 self.bands.append((slice(lo, lo + len(queries)), slice(first, last), bias))
         return self.bands
+
+    def seen_by(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+        """Of each key, int64 ``[keys]``: the first query that sees it, and the first after that one that does not."""
+        if self.edges is None:
+            part = self.part
+            q_at, k_at = part.query_true(), part.key_true()
+            first = np.searchsorted(q_at, k_at + max(part.far, 0))
+            last = np.full_like(first, self.num_queries) if part.near is None else np.searchsorted(q_at, k_at + part.near)
+            self.edges = first, np.maximum(first, last)
+        return self.edges

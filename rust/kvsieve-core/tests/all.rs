@@ -5,6 +5,7 @@ mod apart;
 mod arena;
 mod chunk;
 mod common;
+mod dense;
 mod evict;
 mod heaviest;
 mod join;

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-use kvsieve_core::kernels::isa::{isa as chosen, levels};
+use kvsieve_core::kernels::isa::{is_intel as made_by_intel, isa as chosen, levels};
 use kvsieve_core::kernels::{read as reading, rotate as rotating, surprisal as surprising};
 use kvsieve_core::rank;
 use kvsieve_core::rope::Layout;
@@ -17,7 +17,7 @@ use pyo3::prelude::*;
 
 use crate::error::{Signals, to_py};
 
-fn shape_error(what: &'static str, expected: &str, got: String) -> PyErr {
+pub fn shape_error(what: &'static str, expected: &str, got: String) -> PyErr {
     to_py(Error::Shape { what, expected: expected.to_string(), got })
 }
 
@@ -197,7 +197,7 @@ impl<'py> Output<'py> {
 }
 
 /// The dtype of an array: its own for `float32`, else the one named, for bits do not tell.
-fn dtype_of(input: &Input<'_>, name: Option<&str>) -> PyResult<Dtype> {
+pub fn dtype_of(input: &Input<'_>, name: Option<&str>) -> PyResult<Dtype> {
     match name {
         Some(name) => Dtype::parse(name).map_err(to_py),
         None if input.is_f32() => Ok(Dtype::F32),
@@ -326,6 +326,12 @@ fn isa() -> PyResult<&'static str> {
     chosen().map(|level| level.name()).map_err(to_py)
 }
 
+/// Whether the processor is Intel's.
+#[pyfunction]
+fn is_intel() -> bool {
+    made_by_intel()
+}
+
 /// Every instruction set of this machine that the kernels are compiled for, the slowest first.
 #[pyfunction]
 fn isa_levels() -> Vec<&'static str> {
@@ -339,6 +345,7 @@ pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {
     m.add_function(wrap_pyfunction!(surprisal, m)?)?;
     m.add_function(wrap_pyfunction!(top_k, m)?)?;
     m.add_function(wrap_pyfunction!(isa, m)?)?;
+    m.add_function(wrap_pyfunction!(is_intel, m)?)?;
     m.add_function(wrap_pyfunction!(isa_levels, m)?)?;
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 use pyo3::prelude::*;
 
+mod dense;
 mod error;
 mod heaviest;
 mod kernels;
@@ -24,6 +25,7 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     select::register(m)?;
     sets::register(m)?;
+    dense::register(m)?;
     heaviest::register(m)?;
     pieces::register(m)?;
     tier::register(m)?;

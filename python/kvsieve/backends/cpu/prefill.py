@@ -1,22 +1,24 @@
-"""Attention of many queries through torch's fused matrix kernels: in float32, or in bfloat16 where that is the faster one.
+"""Attention of many queries: by the core's kernel or torch's fused one, whichever is faster on this processor (docs/log.md).
 
-In bands where the policy has a window, so that cost is linear in the chunk, and in pieces where one call would be long.
+Torch's in bands where the policy has a window, so that cost is linear in the chunk, and in pieces where one call would be long.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 
+from kvsieve import _core
 from kvsieve.backends.attention import Partial, attend, concatenate, join, visibility
+from kvsieve.backends.cpu.tensors import DTYPES, view
 from kvsieve.backends.prefill_plan import BAND, PrefillPlan
 
 if TYPE_CHECKING:
     from kvsieve.backends.base import AttendCall
 
-__all__ = ["attend_part", "dense", "flash", "multiplies_bfloat16"]
+__all__ = ["Kernels", "attend_part", "dense", "flash", "kernels", "multiplies_bfloat16"]
 
 QUERIES = 256
 """A long prompt is cut at multiples of so many queries."""
@@ -27,14 +29,33 @@ WORK = 10 << 30
 
 @functools.cache
 def multiplies_bfloat16() -> bool:
-    """Whether this processor has units for products of bfloat16 matrices (Intel's AMX).
-
-    With them torch's kernel takes a half to a third of the time that it takes in float32. Without, on processors that have mere
-    instructions for bfloat16, it takes twice as long (docs/log.md). Both answers are those of the instruction set, not of a
-    measurement, so that a machine gives the same numbers every time.
-    """
+    """Whether this processor has units for products of bfloat16 matrices (Intel's AMX), which torch's kernel uses."""
     asked = getattr(torch.cpu, "_is_amx_tile_supported", None)
     return asked is not None and bool(asked())
+
+
+class Kernels(NamedTuple):
+    """By what a prefill is computed."""
+
+    own: bool
+    """By the core's kernel wherever it can, in float32; else by torch's wherever that can."""
+    bfloat16: str | None
+    """Whose products of bfloat16 matrices are faster than those of float32: ``"own"``, ``"torch"``, or nobody's."""
+
+
+@functools.cache
+def kernels() -> Kernels:
+    """What is faster on this processor: by its maker and instruction set, not by a measurement, so that a machine gives the same
+    numbers every time.
+
+    Torch's kernel multiplies by MKL, which runs its fast code on Intel's processors alone; elsewhere the core's takes 0.6 to 0.9 of its
+    time in float32. With AMX torch's takes a half to a third of its own time in bfloat16; with mere instructions for pairs of bfloat16
+    it takes twice as long, and the core's a third.
+    """
+    own = _core.isa() in ("avx2", "avx512", "avx512bf16") and not _core.is_intel()
+    if multiplies_bfloat16():
+        return Kernels(own, "torch")
+    return Kernels(own, "own" if _core.isa() == "avx512bf16" else None)
 
 
 def flash(
@@ -88,13 +109,23 @@ def _causal(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_old: int, num
     return join(pieces)
 
 
+def seen(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan, call: AttendCall) -> Partial:
+    """Attention to a part by the core's kernel, of whatever its queries see; operands of one dtype, result as :func:`flash`."""
+    heads, count, value_dim = q.shape[0], q.shape[1], v.shape[2]
+    out, lse = torch.empty(count, heads, value_dim), torch.empty(heads, count)
+    first, last = plan.seen_by()
+    asked = view(q), view(k), view(v), first, last, call.scale, call.softcap
+    _core.attend_dense(*asked, out=view(out), lse=view(lse), dtype=DTYPES[q.dtype], threads=torch.get_num_threads())
+    return out.transpose(0, 1), lse
+
+
 def attend_part(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan, call: AttendCall, *, narrow: bool = False
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, plan: PrefillPlan, call: AttendCall, *, exact: bool = True
 ) -> Partial:
-    """Attention of a prefill to one part: float32 out ``[H, m, Dv]``, lse ``[H, m]``; ``narrow``: by products of bfloat16 matrices,
-    where nothing is chosen by them."""
-    part = plan.part
-    if part.far or part.top_k or call.softcap is not None or k.shape[-1] != v.shape[-1]:
+    """Attention of a prefill to one part: float32 out ``[H, m, Dv]``, lse ``[H, m]``. Unless ``exact``, keys and values that are of
+    bfloat16 are multiplied as such where that is faster."""
+    part, chosen = plan.part, kernels()
+    if part.top_k:
         if plan.visible is None:
             plan.visible = visibility(part, q.device)
         q, k, v = q.float(), k.float(), v.float()
@@ -104,8 +135,13 @@ def attend_part(
             for lo in range(0, q.shape[1], BAND)
         ]
         return concatenate(done)
-    computed = torch.bfloat16 if narrow else torch.float32
+    narrow = chosen.bfloat16 if v.dtype == torch.bfloat16 and not exact else None
+    computed = torch.float32 if narrow is None else torch.bfloat16
     q, k, v = q.to(computed), k.to(computed), v.to(computed)
+    # Torch's kernel knows neither caps nor values of other channels than the keys.
+    unknown = bool(part.far) or call.softcap is not None or k.shape[-1] != v.shape[-1]
+    if unknown or narrow == "own" or (chosen.own and narrow is None):
+        return seen(q, k, v, plan, call)
     if part.near is None:
         return dense(q, k, v, plan.num_old, call.scale)
     outs = [flash(q[:, queries], k[:, keys], v[:, keys], call.scale, bias=bias) for queries, keys, bias in plan.band_list()]

@@ -1,4 +1,4 @@
-"""One layer's blocks, in Rust: decode attention in place, prefill through torch's fused matrix kernels.
+"""One layer's blocks, in Rust: decode attention in place, prefill by the core's kernel or torch's.
 
 Two paths, one decision:
 
@@ -21,7 +21,7 @@ from kvsieve.backends.attention import Partial, attend, merge, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cpu.pieces import attend_many, attend_one
-from kvsieve.backends.cpu.prefill import attend_part, multiplies_bfloat16
+from kvsieve.backends.cpu.prefill import attend_part
 from kvsieve.backends.cpu.tensors import DTYPES, floats, view
 from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.piece_matrices import in_order
@@ -297,7 +297,6 @@ class CpuStore:
         lse: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``lse`` ``[B, H, q]`` is filled in where it is given, and is then one of float32 products."""
-        narrow = self._dtype == torch.bfloat16 and lse is None and multiplies_bfloat16()
         rows: list[list[Partial]] = [[] for _ in range(q.shape[0])]
         width = q.shape[2]
         for plan in self._plans.of(step):
@@ -310,7 +309,7 @@ class CpuStore:
             tables = plan.rotation(call.rope, step.stored_keys)
             if tables is not None and call.rope is not None:
                 queries, keys = call.rope.turn(queries.float(), tables[0]), call.rope.turn(keys.float(), tables[1])
-            rows[part.row].append(attend_part(queries, keys, values, plan, call, narrow=narrow))
+            rows[part.row].append(attend_part(queries, keys, values, plan, call, exact=lse is not None))
         for row, parts in enumerate(rows if lse is not None else ()):
             if parts and lse is not None:
                 lse[row, :, width - step.new_lens[row] :] = total(parts, call.sink_logits)

@@ -97,6 +97,18 @@ pub fn isa() -> Result<Level> {
         .clone()
 }
 
+/// Whether the processor is Intel's: some libraries of others run their fast code on those alone.
+pub fn is_intel() -> bool {
+    #[cfg(target_arch = "x86_64")]
+    {
+        let leaf = std::arch::x86_64::__cpuid(0);
+        let name = [leaf.ebx, leaf.edx, leaf.ecx].map(u32::to_le_bytes);
+        name.as_flattened() == b"GenuineIntel"
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    false
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -106,6 +118,13 @@ mod tests {
     fn every_64_bit_arm_runs_on_neon() {
         assert_eq!(levels(), [Level::Portable, Level::Neon]);
         assert_eq!(choose(None), Ok(Level::Neon));
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn the_maker_is_the_one_that_linux_names() {
+        let told = std::fs::read_to_string("/proc/cpuinfo").unwrap();
+        assert_eq!(is_intel(), told.contains("GenuineIntel"));
     }
 
     #[test]

@@ -29,6 +29,10 @@ pub(super) trait Place {
     /// # Safety
     /// As for `out`.
     unsafe fn lse(&self, row: usize, lse: f32);
+    /// Whether rows are of `f32` whatever the keys are.
+    fn is_wide(&self) -> bool {
+        false
+    }
 }
 
 /// Memory that a thread keeps.
@@ -356,6 +360,7 @@ unsafe fn weigh_odd<E: Elem, const DOTS: bool>(part: &Part<'_>, (top, height): (
 #[inline(always)]
 unsafe fn finish<S: Simd, E: Elem>(block: &Block<'_>, places: &Places, state: &State, place: &dyn Place) {
     let Block { shape, num_rows, group, .. } = *block;
+    let wide = place.is_wide();
     for row in 0..num_rows {
         let (max, weights) = (state.max[row], state.total[row]);
         let sink = block.sinks.map_or(0.0, |sinks| (sinks[row % group] - max).exp());
@@ -364,15 +369,31 @@ unsafe fn finish<S: Simd, E: Elem>(block: &Block<'_>, places: &Places, state: &S
         // SAFETY: the caller's promise.
         unsafe {
             place.lse(row, if weights == 0.0 { f32::NEG_INFINITY } else { max + weights.ln() });
-            let (from, to) = (places.sums.add(row * places.value_width), place.out(row).cast::<E>());
-            let whole = shape.value_dim / S::LANES * S::LANES;
-            let by = S::splat(norm);
-            for c in (0..whole).step_by(S::LANES) {
-                E::store::<S>(to.add(c), S::mul(S::load(from.add(c)), by));
+            let (from, to) = (places.sums.add(row * places.value_width), place.out(row));
+            if wide {
+                hand_over::<S, f32>(from, norm, shape.value_dim, to.cast());
+            } else {
+                hand_over::<S, E>(from, norm, shape.value_dim, to.cast());
             }
-            for c in whole..shape.value_dim {
-                *to.add(c) = E::of_f32(*from.add(c) * norm);
-            }
+        }
+    }
+}
+
+/// `count` sums times `norm`.
+///
+/// # Safety
+/// As for [`Simd`]; so many numbers to read and to write.
+#[inline(always)]
+unsafe fn hand_over<S: Simd, E: Elem>(from: *const f32, norm: f32, count: usize, to: *mut E) {
+    let whole = count / S::LANES * S::LANES;
+    // SAFETY: the caller's promise.
+    unsafe {
+        let by = S::splat(norm);
+        for c in (0..whole).step_by(S::LANES) {
+            E::store::<S>(to.add(c), S::mul(S::load(from.add(c)), by));
+        }
+        for c in whole..count {
+            *to.add(c) = E::of_f32(*from.add(c) * norm);
         }
     }
 }

@@ -8,6 +8,7 @@
 mod attend;
 mod check;
 mod compiled;
+mod dense;
 mod job;
 mod product;
 mod reads;
@@ -33,6 +34,7 @@ use crate::tensor::{Dtype, ElemsMut};
 use crate::{Error, Result, fault};
 use check::check;
 use compiled::kernels;
+pub use dense::{Dense, attend_dense};
 use job::{Common, Queries};
 use residents::Residents;
 use shape::Shape;
