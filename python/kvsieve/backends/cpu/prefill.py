@@ -48,9 +48,9 @@ def kernels() -> Kernels:
     """What is faster on this processor: by its maker and instruction set, not by a measurement, so that a machine gives the same
     numbers every time.
 
-    Torch's kernel multiplies by MKL, which runs its fast code on Intel's processors alone; elsewhere the core's takes 0.6 to 0.9 of its
-    time in float32. With AMX torch's takes a half to a third of its own time in bfloat16; with mere instructions for pairs of bfloat16
-    it takes twice as long, and the core's a third.
+    Torch's kernel multiplies by MKL, which runs its fast code on Intel's processors alone; elsewhere the core's takes 0.6 to 0.9
+    of its time in float32. With AMX torch's takes a half to a third of its own time in bfloat16; with mere instructions for pairs
+    of bfloat16 it takes twice as long, and the core's a third.
     """
     own = _core.isa() in ("avx2", "avx512", "avx512bf16") and not _core.is_intel()
     if multiplies_bfloat16():
