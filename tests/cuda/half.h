@@ -2,10 +2,9 @@
 #pragma once
 
 inline float widen(f16 x) {
-    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 31u, fraction = x.bits & 1023u;
-    if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | fraction << 13);
-    const float value = exponent ? std::ldexp(float(1024u + fraction), int(exponent) - 25) : std::ldexp(float(fraction), -24);
-    return sign ? -value : value;
+    const uint32_t sign = uint32_t(x.bits & 0x8000u) << 16, size = x.bits & 0x7fffu;
+    if (size >= 0x7c00u) return __uint_as_float(sign | 0x7f800000u | size << 13);
+    return __uint_as_float(sign | __float_as_uint(__uint_as_float(size << 13) * 0x1p112f));  // exact, also where it is subnormal
 }
 
 inline f16 narrow_f16(float x) {

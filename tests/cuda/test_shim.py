@@ -142,6 +142,9 @@ FAULTS = {
     "others that will never come": "if (threadIdx.x < 32) __syncwarp(); else if (threadIdx.x != 40) __syncwarp();",
     "a thread ended while others wait": "if (threadIdx.x != 7) __syncthreads();",
     "meet in different operations": "if (threadIdx.x % 2) __syncwarp(); else __ballot_sync(0xffffffffu, true);",
+    "warp meet in different operations": "if (threadIdx.x % 2) __shfl_xor_sync(~0u, 1.f, 2); __shfl_xor_sync(~0u, 1.f, 1);",
+    "lanes of a warp meet in different": "if (threadIdx.x % 2) __syncwarp(); __shfl_xor_sync(~0u, 1.f, 1);",
+    "threads wait for others that": "__shfl_xor_sync(~0u, 1.f, threadIdx.x % 2 ? 2 : 1);",
     "beyond the end of an array": "KV_SHARED(float, x, 16); x[16 + threadIdx.x % 2] = 1.f;",
     "bytes of shared memory": "KV_SHARED(float, x, 13000); x[0] = 1.f;",
 }
@@ -176,3 +179,14 @@ def test_half_precision_rounds_as_torch_does(value: float, tmp_path: Path) -> No
     launcher.launch(Module("half.cu", ("half",)), (1, 1, 1), 32, [x.data_ptr(), y.data_ptr(), z.data_ptr()], CPU)
     assert torch.equal(y.nan_to_num(7.0), x.half().nan_to_num(7.0))
     assert torch.equal(z.nan_to_num(7.0), x.half().float().nan_to_num(7.0))
+
+
+def test_every_half_is_widened_as_torch_does(tmp_path: Path) -> None:
+    source = "__global__ void every(float* y) { for (i64 i = threadIdx.x; i < 65536; i += 32) y[i] = widen(f16{u16(i)}); }"
+    (tmp_path / "common.cuh").write_text((SOURCES / "common.cuh").read_text())
+    (tmp_path / "every.cu").write_text(f'#include "common.cuh"\n{source}\n')
+    found = torch.empty(65536)
+    emulator.Emulator(tmp_path).launch(Module("every.cu", ("every",)), (1, 1, 1), 32, [found.data_ptr()], CPU)
+    want = torch.arange(65536).to(torch.uint16).view(torch.float16).float()
+    torch.testing.assert_close(found, want, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(found.signbit(), want.signbit())

@@ -7,6 +7,7 @@ the module where that is one, on the package where it is a name of the package's
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +64,9 @@ def imported(path: Path) -> Iterator[str]:
                 yield inner if inner in MODULES else base or "__init__"
 
 
+@functools.cache
 def graph() -> dict[str, set[str]]:
+    """What each module imports. Asked by tests alone: every worker loads this file, and one of them runs it."""
     found = {name: set(imported(path)) - {name} for name, path in MODULES.items()}
     for name, others in found.items():
         for other in others:
@@ -74,9 +77,6 @@ def graph() -> dict[str, set[str]]:
     return found
 
 
-GRAPH = graph()
-
-
 def level(module: str) -> int:
     top = module.split(".")[0]
     return next(at for at, names in enumerate(LEVELS) if top in names)
@@ -85,16 +85,16 @@ def level(module: str) -> int:
 def circles() -> list[set[str]]:
     """Groups of modules that reach each other (Tarjan's algorithm would be faster)."""
     reach: dict[str, set[str]] = {}
-    for name in GRAPH:
+    for name in graph():
         seen: set[str] = set()
         left = [name]
         while left:
-            for other in GRAPH[left.pop()]:
+            for other in graph()[left.pop()]:
                 if other not in seen:
                     seen.add(other)
                     left.append(other)
         reach[name] = seen
-    groups = {frozenset(b for b in GRAPH if b in reach[a] and a in reach[b]) for a in GRAPH if a in reach[a]}
+    groups = {frozenset(b for b in graph() if b in reach[a] and a in reach[b]) for a in graph() if a in reach[a]}
     return [set(group) for group in groups]
 
 
@@ -104,7 +104,7 @@ def test_every_module_has_a_place() -> None:
 
 
 def test_imports_point_downwards() -> None:
-    assert not {(name, other) for name, others in GRAPH.items() for other in others if level(other) < level(name)}
+    assert not {(name, other) for name, others in graph().items() for other in others if level(other) < level(name)}
 
 
 def test_no_imports_run_in_a_circle() -> None:
@@ -114,13 +114,13 @@ def test_no_imports_run_in_a_circle() -> None:
 def test_no_part_of_a_stream_is_known_to_the_engine_or_to_session_files() -> None:
     parts = {f"runtime.{name}" for name in ("compression", "eviction", "head_eviction", "selection", "sliding", "surprisal")}
     for name in ("runtime.engine", "runtime.held", "runtime.part", "session"):
-        assert not GRAPH[name] & parts, name
+        assert not graph()[name] & parts, name
 
 
 def test_what_a_package_is_says_its_docstring_alone() -> None:
     """A package's own file that imports its modules makes circles of all that they import from it."""
     for name in ("model", "runtime"):
-        assert not GRAPH[name]
+        assert not graph()[name]
 
 
 def test_files_are_short() -> None:
@@ -142,5 +142,5 @@ def test_calls_are_short() -> None:
 @pytest.mark.parametrize("module", ["model", "runtime", "streams", "methods", "policy"])
 def test_the_graph_is_read_at_all(module: str) -> None:
     """The reader sees imports at the top, for types, and in functions."""
-    assert any(other.split(".")[0] == module for others in GRAPH.values() for other in others)
+    assert any(other.split(".")[0] == module for others in graph().values() for other in others)
     assert "kvsieve" not in MODULES
