@@ -64,6 +64,9 @@ impl Residents {
 /// A piece as Python writes it: key-value head or -1, residents `lo..hi`, distance of the first, whether all are so far away.
 type Given = (i64, u32, u32, i64, bool);
 
+/// What was told of the attention beside its answer: scores, and what each token got.
+type Told<'py> = (Option<Bound<'py, PyArray2<f32>>>, Option<Bound<'py, PyArray1<f32>>>);
+
 /// Attends one query to pieces of its row, at the distances that they name: `q` `[1, heads, 1, channels]`, not rotated; `out` `[1, heads,
 /// channels]`; `lse` `[heads]`. Returns float32 `[kv_heads, hi - lo]`, the probabilities of the piece `scored`, summed over the query heads
 /// of each group; and if `told` float32 `[n]`, what each token of each piece in turn got, all heads together.
@@ -85,7 +88,7 @@ fn attend_pieces<'py>(
     scored: Option<usize>,
     threads: usize,
     told: bool,
-) -> PyResult<(Option<Bound<'py, PyArray2<f32>>>, Option<Bound<'py, PyArray1<f32>>>)> {
+) -> PyResult<Told<'py>> {
     let q = Input::new("q", q)?;
     let view = q.view("q")?;
     let mut out = Output::new("out", out)?;
