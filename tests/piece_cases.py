@@ -81,9 +81,9 @@ def pieces(case: Case, device: torch.device, seeds: int = 6) -> None:
         call = AttendCall(**given, sink_logits=sinks)
         there = AttendCall(**given, sink_logits=None if sinks is None else sinks.to(device))
         queries = q[:, first : first + count]
-        got = layer.store.attend_pieces(queries.to(device), first, residents, asked, there, scored)
+        got = layer.store.attend_pieces(queries.to(device), first, residents, asked, there, scored, told=True)
         read = lambda lo, hi, k=k, v=v: (k[:, lo:hi].double(), v[:, lo:hi].double())  # noqa: E731
-        want = attend_pieces(queries.double(), first, asked, read, call, scored)
+        want = attend_pieces(queries.double(), first, asked, read, call, scored, told=True)
         assert got.out.dtype == dtype
         close(got.out, want.out, TOLERANCE[dtype])
         torch.testing.assert_close(got.lse.cpu().double(), want.lse, atol=1e-4 if dtype == torch.float32 else 2e-2, rtol=1e-5)
@@ -91,6 +91,9 @@ def pieces(case: Case, device: torch.device, seeds: int = 6) -> None:
             assert got.scores is not None
             assert want.scores is not None
             close(got.scores, want.scores.double(), max(TOLERANCE[dtype], 2e-5))
+        assert got.mass is not None
+        assert want.mass is not None
+        close(got.mass, want.mass.double(), max(TOLERANCE[dtype], 2e-5))
 
 
 def residents_of(layer: FetchingLayer, row: int) -> Residents:

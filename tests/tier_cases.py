@@ -205,7 +205,8 @@ def model(base: str, device: torch.device) -> None:
     made, ids = on(tiny.model(), device), tiny.ids(1, 424).to(device)
     with kvsieve.stream(made, BASES[base](), "cuda") as stream:
         want = forwards(made, stream.cache, ids, [400, 1])
-    for count, order in ((20, "recency"), (3, "recency"), (4, "scores")):
+    fetches = BASES[base]().memories[0].roles.select.fetches
+    for count, order in ((20, "recency"), (3, "recency"), (4, "scores" if fetches else "recency")):
         with kvsieve.stream(made, tiered(BASES[base](), count, keep=64, order=order), "cuda") as stream:
             assert torch.equal(forwards(made, stream.cache, ids, [400, 1]), want)
             tiers = stream.stats().tiers

@@ -418,7 +418,8 @@ def attend_pieces(
     lse: npt.NDArray[np.float32] | None = None,
     scored: int | None = None,
     threads: int = 1,
-) -> npt.NDArray[np.float32] | None: ...
+    told: bool = False,
+) -> tuple[npt.NDArray[np.float32] | None, npt.NDArray[np.float32] | None]: ...
 def attend_sets(
     store: Store,
     q: npt.NDArray[Any],

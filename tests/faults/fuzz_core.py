@@ -345,7 +345,7 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     add(core, "attend_sets", store, one_q, last, [chosen, None], *numbers, one_out)
     lse_of_one, out_of_one = np.empty(heads, np.float32), np.empty((1, heads, dim), np.float32)
     asked = (store, q[:1, :, :1].copy(), residents, pieces)
-    add(core, "attend_pieces", *asked, rope, *numbers, out_of_one, lse_of_one, scored=0)
+    add(core, "attend_pieces", *asked, rope, *numbers, out_of_one, lse_of_one, scored=0, told=True)
     add(sparse, "attend", store, one_q, last, *numbers, one_out, np.empty((rows, heads, 1), np.float32), chunk=False)
     add(sparse, "select_rows", [1, 0])
     add(sparse, "return_to", state)

@@ -16,9 +16,9 @@ import tiny
 import torch
 from drive import forward, forwards, greedy, pad_left, same_memory
 from kvsieve.backends.cuda.capabilities import CAPABILITIES as CUDA
-from kvsieve.errors import BackendError, BudgetError, StateError, TierError, TierFullError, UnsupportedError
+from kvsieve.errors import BackendError, BudgetError, PolicyError, StateError, TierError, TierFullError, UnsupportedError
 from kvsieve.policy import Memory, Tiered
-from kvsieve.runtime.tiers import Tiers
+from kvsieve.runtime.fetching import Fetching
 from tier_cases import BLOCK, most_in_memory
 from tiny import BACKENDS
 
@@ -44,7 +44,7 @@ def files(folder: Path) -> list[str]:
 
 @pytest.mark.slow
 @BACKEND
-@pytest.mark.parametrize("options", [{}, {"order": "scores"}, {"background": True}], ids=["recency", "scores", "background"])
+@pytest.mark.parametrize("options", [{}, {"background": True}], ids=["recency", "background"])
 def test_a_long_text(backend: str, options: Any, tmp_path: Path) -> None:
     model, ids = tiny.model(), tiny.ids(1, 700)
     policy = tiered(tmp_path, **options)
@@ -175,31 +175,96 @@ def test_the_newest_tokens_stay(tmp_path: Path) -> None:
         assert spilled()[-3:] != [False] * 3
         stream.feed(tiny.ids(1, 1))
         assert spilled()[-4:] == [False] * 4
-        # The part tells what layers fetch.
-        tiers = stream._engine.parts.find(Tiers)
-        assert tiers is not None
-        before = tiers.stats()
-        tiers.fetch(0, [(0, 0, 64), (1, 3, 9)])
-        after = tiers.stats()
-        assert (after.hits + after.loads) - (before.hits + before.loads) == 2
-        assert spilled()[:2] == [False, False]
 
 
-@pytest.mark.parametrize(("order", "gone"), [("scores", [0, 2]), ("recency", [0, 1])])
-def test_scores_say_what_leaves_where_the_rule_asks_for_them(order: Any, gone: list[int], tmp_path: Path) -> None:
-    model = tiny.model()
-    with kvsieve.stream(model, tiered(tmp_path, blocks=5, keep=64, order=order), "cpu") as stream:
+@BACKEND
+def test_the_attention_that_blocks_got_is_told_where_they_leave_by_it(backend: str, tmp_path: Path) -> None:
+    """Of every lookup of a layer once, all rows together; with what is told of the window it is all there was."""
+    base = kvsieve.InfLLM(64, blocks=3, block=32, representatives=2, sinks=8, query_block=64)
+    heads, layers = tiny.model().config.num_attention_heads, tiny.model().config.num_hidden_layers
+    with kvsieve.stream(tiny.model(), tiered(tmp_path, 5, base, keep=64, order="scores"), backend) as stream:
+        stream.feed(torch.cat([tiny.ids(1, 300, seed) for seed in range(2)]))
+        told: list[tuple[list[int], list[float]]] = []
+        near: list[float] = []
+        for store in stream._engine.stores.values():
+            watch(store, "score", lambda given, _: told.append(given))
+            watch(store, "attend_pieces", lambda _, found: near.append(float(found.scores.sum())))
+        stream.feed(tiny.ids(2, 1))
+        assert len(told) == layers
+        assert len(near) == 2 * layers
+        for layer, (blocks, mass) in enumerate(told):
+            assert len(set(blocks)) == len(blocks)
+            assert set(blocks) == {block for row in range(2) for block in far_blocks(stream, layer, row)}
+            assert sum(mass) + sum(near[2 * layer : 2 * layer + 2]) == pytest.approx(2 * heads, abs=1e-4)
+            assert min(mass) > 0
+    with kvsieve.stream(tiny.model(), tiered(tmp_path, 5, base, keep=64), backend) as stream:
         stream.feed(tiny.ids(1, 300))
-        tiers = stream._engine.parts.find(Tiers)
-        assert tiers is not None
-        tiers.score(0, [1, 3], [8.0, 3.0])
-        stream.feed(tiny.ids(1, 200))
-        # Seven full blocks, of which five fit; the last one is kept.
-        spilled = [
-            [block for block, _, _ in stream._engine.planner.runs(0, 0) if store._tier.is_spilled(block)]  # type: ignore[attr-defined]
-            for store in stream._engine.stores.values()
-        ]
-        assert spilled == [gone, [0, 1]], "the second layer was told no scores"
+        for store in stream._engine.stores.values():
+            watch(store, "score", lambda given, _: pytest.fail(f"nobody asked for {given}"))
+        stream.feed(tiny.ids(1, 1))
+
+
+def watch(store: Any, name: str, see: Any) -> None:
+    """Have every call of a store's method seen: what it was given, and what it answered."""
+    method = getattr(store, name)
+
+    def call(*given: Any) -> Any:
+        found = method(*given)
+        see(given, found)
+        return found
+
+    setattr(store, name, call)
+
+
+def far_blocks(stream: kvsieve.Stream, layer: int, row: int) -> set[int]:
+    """Blocks of the tokens that a row's last query read beyond its window."""
+    read = stream._engine.parts.the(Fetching).read[layer][row]
+    assert read is not None
+    slots = [block for block, lo, hi in stream._engine.planner.runs(0, row) for _ in range(lo, hi)]
+    return {slots[token] for piece in read.choice.pieces[1:] for token in range(piece.lo, piece.hi)}
+
+
+def test_reads_of_all_rows_begin_before_one_of_them_attends(tmp_path: Path) -> None:
+    """A single row's own fetch begins them all."""
+    base = kvsieve.InfLLM(64, blocks=3, block=32, sinks=8, query_block=64, summary="bounds")
+    for rows in (1, 2):
+        with kvsieve.stream(tiny.model(), tiered(tmp_path, 5, base, keep=64), "cpu") as stream:
+            stream.feed(torch.cat([tiny.ids(1, 600, seed) for seed in range(rows)]))
+            events: list[Any] = []
+            stores = list(stream._engine.stores.values())
+            for store in stores:
+                watch(store, "prefetch", lambda given, _, events=events: events.append(set(given[0])))
+                for name in ("fetch", "attend_pieces"):
+                    watch(store, name, lambda given, _, events=events, name=name: events.append(name))
+            stream.feed(tiny.ids(rows, 1))
+            read = stream._engine.parts.the(Fetching).read
+            for layer in range(len(stores)):
+                if rows > 1:
+                    runs = {run for row in range(rows) for run in runs_read(stream, read[layer][row], row)}
+                    assert events.pop(0) == runs
+                for _ in range(rows):
+                    assert [events.pop(0), events.pop(0)] == ["fetch", "attend_pieces"]
+            assert not events
+
+
+def runs_read(stream: kvsieve.Stream, last: Any, row: int) -> list[tuple[int, int, int]]:
+    """Where the tokens lie that a row read last, piece by piece."""
+    found, runs = [], stream._engine.planner.runs(0, row)
+    starts = [0]
+    for _, lo, hi in runs:
+        starts.append(starts[-1] + hi - lo)
+    for piece in last.choice.pieces:
+        for (block, lo, hi), start in zip(runs, starts):
+            cut = max(piece.lo - start, 0), min(piece.hi - start, hi - lo)
+            if cut[0] < cut[1]:
+                found.append((block, lo + cut[0], lo + cut[1]))
+    return found
+
+
+def test_scores_that_nobody_tells_are_refused(tmp_path: Path) -> None:
+    for base in (kvsieve.Full(), kvsieve.HiP(64, sinks=4, window=16)):
+        with pytest.raises(PolicyError, match="order='recency', or a policy that fetches blocks"):
+            kvsieve.stream(tiny.model(), tiered(tmp_path, base=base, order="scores"), "cpu")
 
 
 @BACKEND

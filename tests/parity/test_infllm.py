@@ -333,12 +333,12 @@ def test_pieces_on_the_cpu_are_those_of_the_definition(seed: int, count: int, dt
     pieces = random_pieces(rng, first, count, kv_heads, scored)
     residents = residents_of(layer)
     mine = q[0, :, first : first + count]
-    got = layer.store.attend_pieces(mine, first, residents, pieces, call, scored)
+    got = layer.store.attend_pieces(mine, first, residents, pieces, call, scored, told=True)
 
     def read(lo: int, hi: int) -> tuple[torch.Tensor, torch.Tensor]:
         return k[0, :, lo:hi].double(), v[0, :, lo:hi].double()
 
-    want = attend_pieces(mine.double(), first, pieces, read, call, scored)
+    want = attend_pieces(mine.double(), first, pieces, read, call, scored, told=True)
     tolerance = 1e-5 if dtype == torch.float32 else 2e-2
     assert got.out.dtype == dtype
     assert off(got.out, want.out) < tolerance
@@ -347,6 +347,15 @@ def test_pieces_on_the_cpu_are_those_of_the_definition(seed: int, count: int, dt
         assert got.scores is not None
         assert want.scores is not None
         assert off(got.scores, want.scores) < tolerance
+    assert got.mass is not None
+    assert want.mass is not None
+    assert got.mass.shape == want.mass.shape == (sum(piece.hi - piece.lo for piece in pieces[1:]),)
+    assert off(got.mass, want.mass) < tolerance
+    # To be told of it changes no answer.
+    untold = layer.store.attend_pieces(mine, first, residents, pieces, call, scored)
+    assert untold.mass is None
+    assert torch.equal(untold.out, got.out)
+    assert torch.equal(untold.lse, got.lse)
 
 
 def residents_of(layer: FetchingLayer) -> Any:

@@ -81,6 +81,40 @@ def test_the_order_in_which_blocks_leave(backend: str, tmp_path: Path) -> None:
 
 
 @BACKEND
+@pytest.mark.parametrize("decay", [None, 0.5], ids=["recency", "scores"])
+def test_a_block_that_mattered_outlasts_those_that_were_fetched_later(decay: float | None, backend: str, tmp_path: Path) -> None:
+    """Three of five blocks have place. By hand, with a decay of a half, as of the last step before somebody has to leave:
+
+    fetched        0    1    2    3        0        1
+    attention      6   .5   .4   .3      .05        1
+    block 0        6    3  1.5  .75     .425
+    block 1            .5  .25 (leaves)
+    block 2                 .4   .2       .1 (leaves)
+    block 3                      .3      .15
+
+    Block 0 is found in memory when it is fetched again, where the order of fetching has let it go as the oldest. What it had before
+    still counts afterwards: .375 + .05, not .05 alone, which would be the least of the three.
+    """
+    twins = Twins(backend, tmp_path, capacity=3, rows=1, decay=decay)
+    twins.feed(twins.planners[0], [5 * 64])
+    runs = twins.runs(twins.planners[0])
+    twins.tiered.spill([block for block, _, _ in runs])
+    held = []
+    for block, attention in ((0, 6.0), (1, 0.5), (2, 0.4), (3, 0.3), (0, 0.05), (1, 1.0)):
+        twins.tiered.fetch([runs[block]])
+        twins.tiered.score([block], [attention])
+        twins.tiered.trim([])
+        held.append(tier_cases.in_memory(twins.tiered, runs))
+    if decay is None:
+        assert held[3:] == [{1, 2, 3}, {2, 3, 0}, {3, 0, 1}]
+    else:
+        assert held[3:] == [{0, 2, 3}, {0, 2, 3}, {0, 3, 1}]
+    counts = twins.tiered.tier_counts()
+    assert (counts.hits, counts.loads) == ((0, 6) if decay is None else (1, 5))
+    twins.check()
+
+
+@BACKEND
 def test_a_store_without_a_file(backend: str) -> None:
     example = torch.zeros(1, HEADS, 1, DIM)
     store: Any = backends.get(backend).make_store(example, example)

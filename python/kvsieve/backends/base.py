@@ -137,11 +137,14 @@ class Attended:
         out: ``[H, m, Dv]``, learned sink logits taken into account; lse: ``[H, m]``, without them, -inf where nothing is read.
         scores: float32 ``[Hkv, hi - lo]`` of the first piece, if it was asked for: probabilities summed over the queries and over
             the query heads of a group.
+        mass: float32 ``[n]``, if it was asked for: of each piece but the first in turn, of each of its tokens ``lo..hi``, the
+            probabilities summed over queries and over all query heads that read it.
     """
 
     out: torch.Tensor
     lse: torch.Tensor
     scores: torch.Tensor | None = None
+    mass: torch.Tensor | None = None
 
 
 # -------------------------------------------------------------------------------------------------------------------- protocols
@@ -250,7 +253,14 @@ class Store(Protocol):
         """Store the step's new keys and values, as :meth:`run` does, without attention."""
 
     def attend_pieces(
-        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+        self,
+        q: torch.Tensor,
+        first: int,
+        residents: Residents,
+        pieces: Sequence[Piece],
+        call: AttendCall,
+        scored: bool = False,
+        told: bool = False,
     ) -> Attended:
         """Attention of some of a row's queries to pieces of its text. What they read is stored already, pre-RoPE.
 
@@ -259,6 +269,7 @@ class Store(Protocol):
             residents: where the row's tokens lie.
             pieces: at least one; those that a head reads are disjoint.
             scored: whether the scores of the first piece, which all heads read, are wanted.
+            told: whether it is wanted how much attention the tokens of the other pieces got.
 
         Returns:
             ``out`` in the dtype of ``q``.

@@ -229,8 +229,8 @@ class HasTier:
             self._tiered().spill(blocks)
 
     def prefetch(self, runs: Runs) -> None:
-        with self._lock:
-            self._tiered().load(block for block, _, _ in runs if block < PACKED)
+        """Copies are in memory: there is nothing to be read ahead."""
+        self._tiered()
 
     def finish(self) -> None:
         self._tiered()

@@ -6,6 +6,7 @@ What is at one distance, and what is at distances that follow each other, is one
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -59,9 +60,57 @@ def seen_by(piece: Piece, query: int) -> tuple[int, int]:
 
 
 def attend_many(
+    q: torch.Tensor,
+    first: int,
+    pieces: Sequence[Piece],
+    matrices: Matrices,
+    call: AttendCall,
+    scored: bool,
+    told: Sequence[Piece] | None = None,
+) -> Attended:
+    """Queries ``q`` ``[H, m, D]`` over ``pieces``; see :meth:`kvsieve.backends.base.Store.attend_pieces`.
+
+    Args:
+        told: pieces of whose tokens it is wanted how much attention they got, all of them among what is read; None for none.
+    """
+    found = _attend_many(q, first, pieces, matrices, call, scored)
+    if told is None:
+        return found
+    total = found.lse
+    if call.sink_logits is not None:
+        total = torch.logaddexp(total, call.sink_logits.detach().to(total)[:, None])
+    mass = [_mass(q.float(), first, piece, matrices, call, total) for piece in told]
+    return replace(found, mass=torch.cat([total.new_zeros(0), *mass]))
+
+
+def _mass(q: torch.Tensor, first: int, piece: Piece, matrices: Matrices, call: AttendCall, total: torch.Tensor) -> torch.Tensor:
+    """How much attention each token of ``piece`` got from the queries whose logits, of all that they read, sum up to ``total``
+    ``[H, m]``: float32 ``[hi - lo]``. Keys are compared again, for some queries at a time; the values are not needed."""
+    k = matrices.read([piece[:2]])[0].float()
+    group, count = q.shape[0] // k.shape[0], q.shape[1]
+    if piece.head is not None:
+        mine = slice(piece.head * group, (piece.head + 1) * group)
+        q, k, total = q[mine], k[piece.head : piece.head + 1], total[mine]
+    if call.rope is not None:
+        at = range(piece.distance, piece.distance + (1 if piece.fixed else count))
+        q, k = matrices.rotate(call.rope, q, [at]), matrices.rotate(call.rope, k, [range(1 if piece.fixed else k.shape[1])])
+    found, seen = q.new_zeros(k.shape[1]), sees(piece, first, count, q.device)
+    size = max(1, min(BAND, matrices.cells // max(q.shape[0] * k.shape[1], 1)))
+    for lo in range(0, count, size):
+        logits = q[:, lo : lo + size].reshape(k.shape[0], -1, q.shape[2]) @ k.transpose(1, 2)
+        logits = logits.view(q.shape[0], -1, k.shape[1]).mul_(call.scale)
+        if call.softcap is not None:
+            logits = call.softcap * torch.tanh(logits / call.softcap)
+        if seen is not None:
+            logits.masked_fill_(~seen[lo : lo + size], -torch.inf)
+        # A query that reads nothing at all gives nothing.
+        found += logits.sub_(total[:, lo : lo + size, None].nan_to_num(neginf=0.0)).exp_().sum((0, 1))
+    return found
+
+
+def _attend_many(
     q: torch.Tensor, first: int, pieces: Sequence[Piece], matrices: Matrices, call: AttendCall, scored: bool
 ) -> Attended:
-    """Queries ``q`` ``[H, m, D]`` over ``pieces``; see :meth:`kvsieve.backends.base.Store.attend_pieces`."""
     near, others = (pieces[0], pieces[1:]) if scored else (None, pieces)
     wide, found = q.to(matrices.dtype), []
     for head in sorted({piece.head for piece in others}, key=lambda head: -1 if head is None else head):

@@ -58,7 +58,9 @@ def of_head(found: Partial, head: int, group: int, heads: int) -> Partial:
     return out, lse
 
 
-def attend_pieces(q: torch.Tensor, first: int, pieces: Sequence[Piece], read: Read, call: AttendCall, scored: bool) -> Attended:
+def attend_pieces(
+    q: torch.Tensor, first: int, pieces: Sequence[Piece], read: Read, call: AttendCall, scored: bool, told: bool = False
+) -> Attended:
     """See :meth:`kvsieve.backends.base.Store.attend_pieces`."""
     wide, (heads, count, dim) = q.to(torch.float64 if q.dtype == torch.float64 else torch.float32), q.shape
     logits, values = [], []
@@ -83,7 +85,9 @@ def attend_pieces(q: torch.Tensor, first: int, pieces: Sequence[Piece], read: Re
     joined = torch.cat(values, 1)
     given = weights.view(joined.shape[0], -1, joined.shape[1])
     out = (given @ joined).view(heads, count, -1)
-    return Attended(out.to(q.dtype), lse, given[..., : pieces[0].hi - pieces[0].lo].sum(1).float() if scored else None)
+    near = pieces[0].hi - pieces[0].lo
+    scores = given[..., :near].sum(1).float() if scored else None
+    return Attended(out.to(q.dtype), lse, scores, given[..., near:].sum((0, 1)).float() if told else None)
 
 
 def only(x: torch.Tensor, head: int | None) -> torch.Tensor:

@@ -59,7 +59,11 @@ class HoldsTiers(Store, Protocol):
         """Full ones of these blocks leave memory; ``later`` and errors are as of :meth:`trim`."""
 
     def prefetch(self, runs: Any) -> None:
-        """Begin to read the blocks of these runs that are not in memory. What goes wrong is said by the fetch that needs them."""
+        """Have the system begin to read the blocks of these runs that are not in memory, and wait for nothing.
+
+        It is a hint: what it reads lies in the system's cache of the file, so no block comes or goes, nothing counts as a hit or a
+        load, and what goes wrong is said by the fetch that needs a block. Where copies are in the host's memory it does nothing.
+        """
 
     def finish(self) -> None:
         """Wait until nothing is being read or written any more; raises as :meth:`trim`."""

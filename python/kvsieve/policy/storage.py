@@ -187,6 +187,8 @@ class StorageRule:
     """Whether tokens stay as they came."""
     tiered: ClassVar[bool] = False
     """Whether some of them may lie in a file."""
+    by_scores: bool = False
+    """Whether blocks leave memory by the attention that they got, so that the selection has to tell it."""
     prunes: ClassVar[bool] = False
     """Whether it keeps some channels of the keys, so that a rule that makes codes of them can be joined to it by ``|``."""
     quantizes: ClassVar[bool] = False
@@ -233,8 +235,9 @@ class Tiered(StorageRule):
             Refused on ``cuda``.
         keep: newest tokens of each row that stay in memory.
         order: which blocks leave memory first. ``"recency"``: those that were fetched longest ago. ``"scores"``: those of the
-            lowest score, where each step of a layer makes it ``score * decay`` and adds the attention that the block got (InfLLM,
-            Xiao et al., arXiv 2402.04617). No policy of kvsieve's own tells that attention yet, so this is ``"recency"`` for them.
+            lowest score, where each lookup of a layer makes it ``score * decay`` and adds the attention that the block got, all
+            queries, heads and rows together (InfLLM, Xiao et al., arXiv 2402.04617); of equal ones those fetched longest ago. It
+            goes with a rule that fetches blocks, and costs comparing a prompt's queries with what they fetched once more.
         decay: of scores.
         background: whether a thread writes blocks while the model goes on. At most 32 blocks of a layer are then in memory for
             longer; what could not be written is said at the end of the next forward. On ``cuda`` they are always copied so.
@@ -267,6 +270,10 @@ class Tiered(StorageRule):
         decay = real(self.decay)
         if decay is None or not 0.0 <= decay <= 1.0:
             raise PolicyError(f"decay must lie between 0 and 1, got {told(self.decay)}")
+
+    @property
+    def by_scores(self) -> bool:  # type: ignore[override]
+        return self.order == "scores"
 
     @property
     def budget_bytes(self) -> int:

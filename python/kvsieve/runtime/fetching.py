@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -31,7 +31,8 @@ from kvsieve.runtime.summaries import News, Summed, Table, summary_of
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvsieve.backends.base import Store
+    from kvsieve.backends.base import Runs
+    from kvsieve.backends.tiers import HoldsTiers
     from kvsieve.policy.select import FetchedSelection, Piece
 
 __all__ = ["Choice", "Fetched", "Fetching"]
@@ -83,6 +84,21 @@ class Fetched:
 State: TypeAlias = "tuple[Rows, dict[int, list[Fetched | None]]]"
 
 
+def by_run(runs: Runs, mass: torch.Tensor) -> list[tuple[int, float]]:
+    """The block of each run, and how much attention its tokens got, of what each token of ``runs`` in turn did, float32 ``[n]``."""
+    lens = np.array([hi - lo for _, lo, hi in runs], np.int64)
+    sums = np.add.reduceat(mass.double().cpu().numpy(), np.cumsum(lens) - lens) if runs else np.zeros(0)
+    return [(block, float(total)) for (block, _, _), total in zip(runs, sums)]
+
+
+def added_up(masses: Sequence[tuple[int, float]]) -> tuple[list[int], list[float]]:
+    """Each block once, and all that it got."""
+    total: dict[int, float] = {}
+    for block, mass in masses:
+        total[block] = total.get(block, 0.0) + mass
+    return list(total), list(total.values())
+
+
 class Fetching(StreamPart):
     """Summaries of the blocks of a stream's rows, and what they fetched.
 
@@ -99,7 +115,8 @@ class Fetching(StreamPart):
     def __init__(self, rule: FetchedSelection, setting: Setting) -> None:
         self.rule, self.summary = rule, summary_of(rule)
         self._policy, self._blocks = setting.policy, setting.blocks
-        self._tiered, self._ranks = setting.policy.tiers is not None, setting.facts.ranks
+        tiers = setting.policy.tiers
+        self._tiered, self._scored, self._ranks = tiers is not None, tiers is not None and tiers.by_scores, setting.facts.ranks
         self._layers = {layer.index: layer for layer in setting.facts.layers}
         self.rows: Rows = []
         self.read: dict[int, list[Fetched | None]] = {}
@@ -150,6 +167,7 @@ class Fetching(StreamPart):
         out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], layer.v.shape[3])
         states: list[Summed | None] = [None] * q.shape[0]
         reads: list[Fetched | None] = [None] * q.shape[0]
+        blocks: list[list[tuple[int, int]]] = [[] for _ in step.new_lens]
         for row, count in enumerate(step.new_lens):
             if not count:
                 continue
@@ -157,23 +175,51 @@ class Fetching(StreamPart):
                 self._residents[row] = Residents(step, row)
             first = len(self._residents[row]) - count
             states[row] = self.rows[row].get(layer.index) if self.rows else None
-            for lo, hi in self.rule.query_blocks(first, count):
-                columns = slice(q.shape[2] - count + lo - first, q.shape[2] - count + hi - first)
-                answer, states[row], choice = self.query_block(layer, row, lo, q[row, :, columns], states[row])
-                out[row, columns], reads[row] = answer.transpose(0, 1), Fetched(hi - 1, choice)
+            blocks[row] = self.rule.query_blocks(first, count)
+        # Rows choose at the same time: what they will read is known before any of them reads, and is one lookup of the layer.
+        for turn in range(max(map(len, blocks))):
+            asking = {row: mine[turn] for row, mine in enumerate(blocks) if turn < len(mine)}
+            self._lookup(layer, asking, states, reads, out)
         self._new[layer.index], self._reads[layer.index] = states, reads
         return out
 
-    def query_block(
-        self, layer: LayerInput, row: int, first: int, q: torch.Tensor, state: Summed | None
-    ) -> tuple[torch.Tensor, Summed, Choice]:
-        """Queries ``q`` ``[H, m, D]`` of tokens from ``first`` on: ``[H, m, Dv]``, what is known then, and what they read."""
+    def _lookup(
+        self,
+        layer: LayerInput,
+        asking: Mapping[int, tuple[int, int]],
+        states: list[Summed | None],
+        reads: list[Fetched | None],
+        out: torch.Tensor,
+    ) -> None:
+        """The queries ``lo..hi`` of each row of ``asking`` choose, and then read."""
+        q, tier = layer.q, cast("HoldsTiers", layer.store)
+        columns, chosen = {}, {}
+        for row, (lo, hi) in asking.items():
+            end = len(self._residents[row])
+            columns[row] = slice(lo - end, hi - end or None)
+            chosen[row] = self._choose(lo, q[row, :, columns[row]], states[row])
+        if self._tiered and len(chosen) > 1:
+            # A row's own fetch begins all of its reads; those of the next rows begin now, and go on while this one attends.
+            tier.prefetch([run for row, choice in chosen.items() for run in self._runs(row, choice.pieces)])
+        masses: list[tuple[int, float]] = []
+        for row, (lo, hi) in asking.items():
+            answer, states[row], mass = self._read(layer, row, lo, q[row, :, columns[row]], states[row], chosen[row])
+            out[row, columns[row]], reads[row] = answer.transpose(0, 1), Fetched(hi - 1, chosen[row])
+            masses += mass
+        if self._scored:
+            tier.score(*added_up(masses))
+
+    def _read(
+        self, layer: LayerInput, row: int, first: int, q: torch.Tensor, state: Summed | None, choice: Choice
+    ) -> tuple[torch.Tensor, Summed, list[tuple[int, float]]]:
+        """Queries ``q`` ``[H, m, D]`` of tokens from ``first`` on: ``[H, m, Dv]``, what is known then, and the attention that
+        blocks got, if that is asked for."""
         store, residents = layer.store, self._residents[row]
         assert store is not None
-        choice = self._choose(first, q, state)
-        self._fetch(store, residents, choice.pieces)
+        if self._tiered:
+            store.fetch(self._runs(row, choice.pieces))
         scored = self.summary.needs_scores
-        found = store.attend_pieces(q, first, residents, choice.pieces, layer.call, scored)
+        found = store.attend_pieces(q, first, residents, choice.pieces, layer.call, scored, self._scored)
         news = News(
             first + q.shape[1],
             q,
@@ -183,7 +229,8 @@ class Fetching(StreamPart):
             found.scores,
             choice.pieces[0].lo,
         )
-        return found.out, self.summary.after(state, news), choice
+        mass = [] if found.mass is None else by_run(self._runs(row, choice.pieces[1:]), found.mass)
+        return found.out, self.summary.after(state, news), mass
 
     def _choose(self, first: int, q: torch.Tensor, state: Summed | None) -> Choice:
         """What queries ``q`` ``[H, m, D]`` from token ``first`` on read."""
@@ -213,10 +260,9 @@ class Fetching(StreamPart):
         scores = scores.T.contiguous() if self.rule.per_head else scores[None]
         return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
 
-    def _fetch(self, store: Store, residents: Residents, pieces: Sequence[Piece]) -> None:
-        """What is about to be read by one layer: where blocks are not all in memory, they are brought there."""
-        if self._tiered:
-            store.fetch([run for piece in pieces for run in residents.runs(piece.lo, piece.hi)])
+    def _runs(self, row: int, pieces: Sequence[Piece]) -> Runs:
+        """Where the tokens of these pieces lie, piece by piece."""
+        return [run for piece in pieces for run in self._residents[row].runs(piece.lo, piece.hi)]
 
     def commit(self, forward: Forward) -> Apply:
         old = self.rows or [{}] * len(forward.lens)

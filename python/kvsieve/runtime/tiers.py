@@ -15,14 +15,12 @@ from typing import TYPE_CHECKING, cast
 from kvsieve.backends.heap import trim_heap
 from kvsieve.backends.tiers import HoldsTiers, TierCounts
 from kvsieve.budget import BLOCK
-from kvsieve.errors import BudgetError
+from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.runtime.part import Forward, LayerInput, Saved, Setting, StreamPart
 from kvsieve.runtime.shared_tiers import SharedTiers
 from kvsieve.stats import TierStats
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     import torch
 
     from kvsieve.backends.base import Runs, Store
@@ -76,15 +74,21 @@ class Tiers(StreamPart):
         """None if all tokens are in memory.
 
         Raises:
+            PolicyError: if blocks shall leave by scores, and the policy fetches none, so that nobody tells any.
             BudgetError: if the budget is too small for this model.
             TierError: if there can be no file in the folder. BackendError: if the backend knows none.
         """
-        rule = setting.policy.tiers
+        rule, select = setting.policy.tiers, setting.policy.memories[0].roles.select
+        if rule is not None and rule.by_scores and not select.fetches:
+            raise PolicyError(
+                f"order='scores' is the attention that blocks got when they were fetched, and {select!r} fetches none; choose "
+                "order='recency', or a policy that fetches blocks, such as kvsieve.InfLLM(...)"
+            )
         return None if rule is None else cls(rule, setting)
 
     def new_store(self, index: int, store: Store) -> None:
         if self._shared is not None:
-            decay = self._rule.decay if self._rule.order == "scores" else None
+            decay = self._rule.decay if self._rule.by_scores else None
             _tiered(store).set_tier(self._shared.file, self.capacity, decay)
 
     # ------------------------------------------------------------------------------------------------------------- one forward
@@ -131,20 +135,6 @@ class Tiers(StreamPart):
             for store in self._blocks.stores.values():
                 _tiered(store).hold(sorted(new))
         shared.windows[self] = window
-
-    # ----------------------------------------------------------------------------------------------------------- what callers do
-
-    def fetch(self, layer: int, runs: Runs) -> None:
-        """The blocks of these runs are in memory until layer ``layer`` fetches again, or the forward ends."""
-        self._blocks.stores[layer].fetch(runs)
-
-    def prefetch(self, layer: int, runs: Runs) -> None:
-        """Begin to read those of these blocks that are not in memory."""
-        _tiered(self._blocks.stores[layer]).prefetch(runs)
-
-    def score(self, layer: int, blocks: Sequence[int], mass: Sequence[float]) -> None:
-        """A step of a layer is over in which ``blocks`` got so much attention, over all heads and queries."""
-        _tiered(self._blocks.stores[layer]).score(blocks, mass)
 
     def stats(self) -> TierStats:
         """What all layers did."""

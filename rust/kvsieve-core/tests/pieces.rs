@@ -86,13 +86,26 @@ fn pieces_are_seen_where_they_are_told() {
             let (mut exact_lse, mut exact_mass) = (vec![8.0; heads], vec![8.0; mass_len(&spans, 1)]);
             let to = exact.elems_mut();
             attend_apart_mass(&arena, &args, to, Some(&mut exact_lse), &mut exact_mass, &|| false).unwrap();
-            for scored in [None, Some(0)] {
+            for (scored, told) in [(None, false), (Some(0), false), (None, true), (Some(0), true)] {
                 let mut out = Data::of(&vec![7.0; heads * 32], dtype);
                 let mut lse = vec![7.0; heads];
                 let (runs, pieces) = (&RUNS[..], &given[..]);
-                let args =
-                    AttendPieces { q, runs, starts: &[], pieces, scored, rope, scale, softcap, sinks, threads, level };
-                let mass = attend_pieces(&arena, &args, out.elems_mut(), Some(&mut lse), &|| false).unwrap();
+                let args = AttendPieces {
+                    q,
+                    runs,
+                    starts: &[],
+                    pieces,
+                    scored,
+                    told,
+                    rope,
+                    scale,
+                    softcap,
+                    sinks,
+                    threads,
+                    level,
+                };
+                let found = attend_pieces(&arena, &args, out.elems_mut(), Some(&mut lse), &|| false).unwrap();
+                let mass = &found.scores;
                 let what = format!("round {round} {level:?} {dtype:?}");
                 assert!(off(&out.f64s(), &exact.f64s()) <= tolerance(dtype), "{what}");
                 assert!(lse.iter().zip(&exact_lse).all(|(a, b)| (a - b).abs() <= 1e-4), "{what}");
@@ -103,9 +116,27 @@ fn pieces_are_seen_where_they_are_told() {
                     let off = mine.iter().zip(&exact_mass[at..at + 68]).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
                     assert!(off <= 1e-5, "{what}: {off}");
                 }
+                let want = if told { by_token(&given, kv_heads, &exact_mass) } else { Vec::new() };
+                assert_eq!(found.mass.len(), want.len());
+                assert!(found.mass.iter().zip(&want).all(|(a, b)| (a - b).abs() <= 1e-5), "{what}: {:?}", found.mass);
             }
         }
     }
+}
+
+/// What each token of each piece got, where the probabilities of all keys lie head by head in the order of the pieces.
+fn by_token(given: &[Piece], kv_heads: usize, mass: &[f32]) -> Vec<f32> {
+    let mut mass = mass.iter();
+    let mut sums: Vec<Vec<f32>> = given.iter().map(|piece| vec![0.0; (piece.hi - piece.lo) as usize]).collect();
+    for head in 0..kv_heads as u32 {
+        for (piece, sums) in given.iter().zip(&mut sums).filter(|(piece, _)| piece.head.is_none_or(|mine| mine == head))
+        {
+            assert_eq!(sums.len(), (piece.hi - piece.lo) as usize);
+            sums.iter_mut().for_each(|sum| *sum += mass.next().unwrap());
+        }
+    }
+    assert!(mass.next().is_none());
+    sums.concat()
 }
 
 #[test]
@@ -156,6 +187,7 @@ fn pieces_that_are_none_are_refused() {
             starts: &[],
             pieces: &[piece],
             scored,
+            told: false,
             rope,
             scale,
             softcap,

@@ -18,6 +18,8 @@ struct State {
     bytes: Vec<u8>,
     stopped: bool,
     fails: Option<io::ErrorKind>,
+    /// What was said to be needed soon: where it begins, and its bytes.
+    hints: Vec<(u64, u64)>,
 }
 
 /// Bytes in memory, behind a gate at which the thread waits while it is shut.
@@ -50,6 +52,10 @@ impl Medium for Gate {
             to[..n].copy_from_slice(&state.bytes[at as usize..][..n]);
             Ok(n)
         })
+    }
+
+    fn will_need(&self, at: u64, len: u64) {
+        self.set(|state| state.hints.push((at, len)));
     }
 
     fn write_at(&self, from: &[u8], at: u64) -> io::Result<usize> {
@@ -162,28 +168,64 @@ fn what_could_not_be_written_is_said_by_the_next_call() {
     assert_eq!(pair.file.bytes().0, 2 * 4096);
 }
 
+/// The file is told of all blocks of a fetch before the first of them is read, neighbours in the file as one; of a block alone it is not.
 #[test]
-fn a_fetch_waits_for_what_is_being_read() {
+fn reads_of_a_fetch_begin_together() {
     let mut pair = Pair::new(5, 6, 4);
-    pair.tiered.spill(&ids(&[0, 1, 2])).unwrap();
-    pair.tiered.prefetch(&[whole(0), whole(1), whole(5)]).unwrap();
-    pair.tiered.fetch(&[whole(0)]).unwrap();
-    pair.tiered.fetch(&[whole(0), whole(1)]).unwrap();
+    let hints = |pair: &Pair| std::mem::take(&mut pair.gate.0.0.lock().unwrap().hints);
+    for block in [3, 0, 1, 5] {
+        pair.tiered.spill(&ids(&[block])).unwrap();
+    }
+    // Extents lie in the order in which they were written, 4,096 bytes each: those of 3, 0 and 1, then that of 5.
+    pair.tiered.fetch(&[whole(5), whole(3), whole(0), whole(2)]).unwrap();
+    assert_eq!(hints(&pair), [(0, 2 * 4096), (3 * 4096, 4096)]);
+    pair.tiered.fetch(&[whole(1)]).unwrap();
+    assert_eq!(hints(&pair), []);
     let counts = pair.tiered.tier_counts();
-    assert_eq!((counts.loads, counts.bytes_read), (2, 2 * 64 * 2 * 2 * DIM as u64), "each was read once");
+    assert_eq!((counts.hits, counts.loads, counts.bytes_read), (1, 4, 4 * 64 * 2 * 2 * DIM as u64));
     pair.check(6);
-    // A block that is written while it is being read is loaded first; what the thread read is of no use.
-    pair.tiered.spill(&ids(&[0, 1])).unwrap();
-    pair.tiered.prefetch(&[whole(0), whole(2)]).unwrap();
-    pair.write(Run { block: BlockId(0), lo: 60, hi: 64 });
-    pair.tiered.finish().unwrap();
-    pair.check(6);
-    // Damage is said by the fetch.
-    pair.tiered.spill(&ids(&[1])).unwrap();
-    pair.gate.set(|state| state.bytes.iter_mut().for_each(|byte| *byte ^= 1));
+}
+
+/// To read ahead moves no block and counts nothing, and what is wrong with a block is said by the fetch that needs it.
+#[test]
+fn what_is_read_ahead_is_a_hint() {
+    let mut pair = Pair::new(5, 6, 4);
+    pair.tiered.spill(&ids(&[0, 1, 4])).unwrap();
+    let before = pair.tiered.tier_counts();
+    pair.tiered.prefetch(&[whole(1), whole(4), whole(5), whole(1)]).unwrap();
+    assert_eq!(pair.gate.0.0.lock().unwrap().hints, [(4096, 2 * 4096)]);
+    assert_eq!(pair.tiered.tier_counts(), before);
+    assert_eq!([0, 1, 4, 5].map(|block| pair.in_memory(block)), [false, false, false, true]);
+    pair.gate.set(|state| state.bytes[4096] ^= 1);
     pair.tiered.prefetch(&[whole(1)]).unwrap();
-    pair.tiered.finish().unwrap();
     assert_eq!(pair.tiered.fetch(&[whole(1)]), Err(Error::TierDamaged { block: 1 }));
+    pair.gate.set(|state| state.bytes[4096] ^= 1);
+    pair.tiered.fetch(&[whole(1)]).unwrap();
+    pair.check(6);
+}
+
+/// What leaves for a fetch hands its memory to what comes, and nothing is kept beside.
+#[test]
+fn memory_of_what_leaves_goes_to_what_comes() {
+    let mut pair = Pair::new(6, 12, 3);
+    let all: Vec<u32> = (0..12).collect();
+    pair.tiered.spill(&ids(&all)).unwrap();
+    assert_eq!(pair.tiered.bytes(), 0);
+    let block = 64 * 2 * 2 * DIM;
+    for round in 0..40 {
+        let some = [round % 12, (round * 5 + 1) % 12, (round * 7 + 2) % 12].map(whole);
+        pair.tiered.fetch(&some).unwrap();
+        assert!(pair.tiered.bytes() <= 6 * block, "three of this fetch, and three that were there");
+        pair.check(12);
+        pair.tiered.trim(&[]).unwrap();
+        assert!(pair.tiered.bytes() <= 3 * block);
+    }
+    // A block whose memory was another's is written, moved and freed like any other one.
+    pair.tiered.fetch(&[whole(7)]).unwrap();
+    pair.write(Run { block: BlockId(7), lo: 3, hi: 64 });
+    let in_use: Vec<bool> = (0..12).map(|block| block == 7).collect();
+    [&mut pair.tiered, &mut pair.twin].into_iter().for_each(|arena| arena.free_unused(&in_use, &[]));
+    assert_eq!(pair.tiered.bytes(), block);
 }
 
 #[test]

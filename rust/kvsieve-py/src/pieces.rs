@@ -64,11 +64,14 @@ impl Residents {
 /// A piece as Python writes it: key-value head or -1, residents `lo..hi`, distance of the first, whether all are so far away.
 type Given = (i64, u32, u32, i64, bool);
 
+/// What was told of the attention beside its answer: scores, and what each token got.
+type Told<'py> = (Option<Bound<'py, PyArray2<f32>>>, Option<Bound<'py, PyArray1<f32>>>);
+
 /// Attends one query to pieces of its row, at the distances that they name: `q` `[1, heads, 1, channels]`, not rotated; `out` `[1, heads,
 /// channels]`; `lse` `[heads]`. Returns float32 `[kv_heads, hi - lo]`, the probabilities of the piece `scored`, summed over the query heads
-/// of each group.
+/// of each group; and if `told` float32 `[n]`, what each token of each piece in turn got, all heads together.
 #[pyfunction]
-#[pyo3(signature = (store, q, residents, given, rope, scale, softcap, sinks, out, lse=None, scored=None, threads=1))]
+#[pyo3(signature = (store, q, residents, given, rope, scale, softcap, sinks, out, lse=None, scored=None, threads=1, told=false))]
 #[allow(clippy::too_many_arguments)]
 fn attend_pieces<'py>(
     py: Python<'py>,
@@ -84,7 +87,8 @@ fn attend_pieces<'py>(
     mut lse: Option<PyReadwriteArray1<'_, f32>>,
     scored: Option<usize>,
     threads: usize,
-) -> PyResult<Option<Bound<'py, PyArray2<f32>>>> {
+    told: bool,
+) -> PyResult<Told<'py>> {
     let q = Input::new("q", q)?;
     let view = q.view("q")?;
     let mut out = Output::new("out", out)?;
@@ -105,18 +109,31 @@ fn attend_pieces<'py>(
     };
     let (runs, starts, rope) = (&residents.runs[..], &residents.starts[..], rope.map(|rope| &rope.inner));
     let level = isa().map_err(to_py)?;
-    let args =
-        AttendPieces { q: view, runs, starts, pieces: &given, scored, rope, scale, softcap, sinks, threads, level };
+    let args = AttendPieces {
+        q: view,
+        runs,
+        starts,
+        pieces: &given,
+        scored,
+        told,
+        rope,
+        scale,
+        softcap,
+        sinks,
+        threads,
+        level,
+    };
     let signals = Signals::default();
     let done = store.read(py, usize::MAX, |arena| pieces::attend_pieces(arena, &args, out, lse, &|| signals.arrived()));
-    let mass = done.map_err(|err| signals.error(err))?;
-    match scored {
-        None => Ok(None),
+    let found = done.map_err(|err| signals.error(err))?;
+    let scores = match scored {
+        None => None,
         Some(_) => {
-            let shape = [store.num_kv_heads(), mass.len() / store.num_kv_heads()];
-            Ok(Some(PyArray1::from_vec(py, mass).reshape(shape)?))
+            let shape = [store.num_kv_heads(), found.scores.len() / store.num_kv_heads()];
+            Some(PyArray1::from_vec(py, found.scores).reshape(shape)?)
         }
-    }
+    };
+    Ok((scores, told.then(|| PyArray1::from_vec(py, found.mass))))
 }
 
 pub fn register(m: &Bound<'_, PyModule>) -> PyResult<()> {

@@ -82,7 +82,7 @@ impl Tier {
         self.run(py, &blocks, if later { Arena::spill_later } else { Arena::spill })
     }
 
-    /// Begins to read blocks that are not in memory.
+    /// Has the system read blocks that are not in memory into its cache, and waits for nothing.
     fn prefetch(&self, py: Python<'_>, blocks: PyReadonlyArray1<'_, i64>) -> PyResult<()> {
         self.run(py, &blocks, |arena, blocks| arena.prefetch(&whole(blocks)))
     }

@@ -19,6 +19,8 @@ from kvsieve.backends.piece_matrices import attend_many as attend_matrices
 from kvsieve.backends.prefill_plan import BAND
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
     from kvsieve._core import Residents, Store
     from kvsieve.backends.base import AttendCall
     from kvsieve.facts import LayerRope
@@ -28,7 +30,14 @@ __all__ = ["attend_many", "attend_one"]
 
 
 def attend_one(
-    core: Store, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool
+    core: Store,
+    q: torch.Tensor,
+    first: int,
+    residents: Residents,
+    pieces: Sequence[Piece],
+    call: AttendCall,
+    scored: bool,
+    told: bool,
 ) -> Attended:
     """The query ``q`` ``[H, 1, D]`` over ``pieces``, in place."""
     out = torch.empty(1, q.shape[0], core.value_dim, dtype=q.dtype)
@@ -42,7 +51,7 @@ def attend_one(
     rope = None if call.rope is None else call.rope.core
     lo, hi = seen[0]
     wanted = scored and lo < hi
-    found = attend_in_place(
+    found, mass = attend_in_place(
         core,
         view(q[None]),
         residents,
@@ -55,6 +64,7 @@ def attend_one(
         lse=lse,
         scored=0 if wanted else None,
         threads=torch.get_num_threads(),
+        told=told,
     )
     scores = None
     if scored:
@@ -62,12 +72,27 @@ def attend_one(
         scores = torch.from_numpy(found)
         if (lo, hi) != pieces[0][:2]:
             scores = torch.nn.functional.pad(scores, (lo - pieces[0].lo, pieces[0].hi - hi))
-    return Attended(out[0][:, None], torch.from_numpy(lse)[:, None], scores)
+    return Attended(out[0][:, None], torch.from_numpy(lse)[:, None], scores, None if mass is None else _padded(mass, pieces, seen))
 
 
-def attend_many(q: torch.Tensor, first: int, pieces: Sequence[Piece], read: Read, call: AttendCall, scored: bool) -> Attended:
+def _padded(mass: npt.NDArray[np.float32], pieces: Sequence[Piece], seen: Sequence[tuple[int, int]]) -> torch.Tensor:
+    """What the tokens ``seen`` of each piece got, as that of all tokens of each but the first."""
+    found, at = [], 0
+    for piece, (lo, hi) in zip(pieces, seen):
+        count = max(hi - lo, 0)
+        mine = torch.from_numpy(mass[at : at + count])
+        found.append(torch.nn.functional.pad(mine, (lo - piece.lo, piece.hi - hi)) if count else torch.zeros(piece.hi - piece.lo))
+        at += count
+    return torch.cat([torch.zeros(0), *found[1:]])
+
+
+def attend_many(
+    q: torch.Tensor, first: int, pieces: Sequence[Piece], read: Read, call: AttendCall, scored: bool, told: bool
+) -> Attended:
     """Queries ``q`` ``[H, m, D]`` over ``pieces``, in float32; where scores are wanted, a KV head at a time."""
-    return attend_matrices(q, first, pieces, Matrices(read, _rotate, _matrix, torch.float32, 1, CELLS), call, scored)
+    return attend_matrices(
+        q, first, pieces, Matrices(read, _rotate, _matrix, torch.float32, 1, CELLS), call, scored, pieces[1:] if told else None
+    )
 
 
 def _rotate(rope: LayerRope, x: torch.Tensor, places: Sequence[range]) -> torch.Tensor:

@@ -121,11 +121,18 @@ class CpuStore:
         self._core.append(view(k), view(v), step)
 
     def attend_pieces(
-        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+        self,
+        q: torch.Tensor,
+        first: int,
+        residents: Residents,
+        pieces: Sequence[Piece],
+        call: AttendCall,
+        scored: bool = False,
+        told: bool = False,
     ) -> Attended:
         if q.shape[1] == 1:
-            return attend_one(self._core, q, first, residents, pieces, call, scored)
-        return attend_many(q, first, pieces, lambda spans: self.read(in_order(residents, spans)), call, scored)
+            return attend_one(self._core, q, first, residents, pieces, call, scored, told)
+        return attend_many(q, first, pieces, lambda spans: self.read(in_order(residents, spans)), call, scored, told)
 
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: CpuSelection

@@ -112,10 +112,12 @@ class Spans(NamedTuple):
         return starts_held.view(torch.int32), spans.view(torch.int32).view(-1, 4), shifts, keys
 
 
-def attend_pieces(held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piece], call: AttendCall, scored: bool) -> Attended:
+def attend_pieces(
+    held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piece], call: AttendCall, scored: bool, told: bool = False
+) -> Attended:
     """See :meth:`kvsieve.backends.base.Store.attend_pieces`."""
     if q.shape[1] == 1:
-        return _attend_one(held, q, first, pieces, call, scored)
+        return _attend_one(held, q, first, pieces, call, scored, told)
     near, others = (list(pieces[:1]), pieces[1:]) if scored else ([], pieces)
     near += [part for piece in others for part in cut(piece, first, q.shape[1])]
     matrices = Matrices(
@@ -126,10 +128,12 @@ def attend_pieces(held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piec
         held.shape[0],
         CELLS,
     )
-    return attend_many(q, first, near, matrices, call, scored)
+    return attend_many(q, first, near, matrices, call, scored, pieces[1:] if told else None)
 
 
-def _attend_one(held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piece], call: AttendCall, scored: bool) -> Attended:
+def _attend_one(
+    held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piece], call: AttendCall, scored: bool, told: bool
+) -> Attended:
     """The query ``q`` ``[H, 1, D]``, in place."""
     (kv_heads, key_dim, value_dim), (heads, _, _), rope, device = held.shape, q.shape, call.rope, q.device
     group, asked = heads // kv_heads, Spans.of(pieces, first, held.residents, kv_heads, rope is not None)
@@ -160,16 +164,31 @@ def _attend_one(held: Held, q: torch.Tensor, first: int, pieces: Sequence[Piece]
         factor=1.0 if rope is None else rope.factor**2,
         raw=rope is not None,
         sink_logits=call.sinks,
-        key_starts=keys if scored else None,
-        total_keys=int(asked.keys[-1]) if scored else 0,
+        key_starts=keys if scored or told else None,
+        total_keys=int(asked.keys[-1]) if scored or told else 0,
     ).run()
     assert lse is not None
+    mass = _mass_of(scores, pieces, first, asked.keys) if told and scores is not None else None
+    if not scored:
+        scores = None
     if scores is not None:
         lo, hi = seen_by(pieces[0], first)
         # The first piece comes first in every item.
         mine = [scores[:, at : at + hi - lo] for at in asked.keys[:-1].tolist()]
         scores = torch.nn.functional.pad(torch.cat(mine), (lo - pieces[0].lo, pieces[0].hi - hi))
-    return Attended(out.view(heads, 1, value_dim), lse.view(heads, 1), scores)
+    return Attended(out.view(heads, 1, value_dim), lse.view(heads, 1), scores, mass)
+
+
+def _mass_of(scores: torch.Tensor, pieces: Sequence[Piece], query: int, keys: npt.NDArray[np.int64]) -> torch.Tensor:
+    """What the tokens of each piece but the first got, of what all keys of each item got, float32 ``[Hkv or 1, n]``."""
+    found, at = [torch.zeros(piece.hi - piece.lo, device=scores.device) for piece in pieces], keys[:-1].tolist()
+    for piece, mine in zip(pieces, found):
+        lo, hi = seen_by(piece, query)
+        for item in range(len(at)) if lo < hi else ():
+            if piece.head in (None, item):
+                mine[lo - piece.lo : hi - piece.lo] += scores[:, at[item] : at[item] + hi - lo].sum(0)
+                at[item] += hi - lo
+    return torch.cat([scores.new_zeros(0), *found[1:]])
 
 
 def cut(piece: Piece, first: int, count: int) -> list[Piece]:

@@ -269,11 +269,18 @@ class CudaStore(KeepsOnHost):
         self._append(k, v, self._context.plan(step, self.device))
 
     def attend_pieces(
-        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+        self,
+        q: torch.Tensor,
+        first: int,
+        residents: Residents,
+        pieces: Sequence[Piece],
+        call: AttendCall,
+        scored: bool = False,
+        told: bool = False,
     ) -> Attended:
         there = None if self._tier is None else self._tier.check
         held = Held(self._context, self.table, self._shape, residents, self.read, there)
-        return attend_pieces(held, q, first, pieces, call, scored)
+        return attend_pieces(held, q, first, pieces, call, scored, told)
 
     # -------------------------------------------------------------------------------------------------------------------- prefill
 

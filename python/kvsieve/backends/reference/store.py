@@ -109,9 +109,16 @@ class ReferenceStore(HasTier):
         self._append(k, v, step)
 
     def attend_pieces(
-        self, q: torch.Tensor, first: int, residents: Residents, pieces: Sequence[Piece], call: AttendCall, scored: bool = False
+        self,
+        q: torch.Tensor,
+        first: int,
+        residents: Residents,
+        pieces: Sequence[Piece],
+        call: AttendCall,
+        scored: bool = False,
+        told: bool = False,
     ) -> Attended:
-        return attend_pieces(q, first, pieces, lambda lo, hi: self.read(residents.runs(lo, hi)), call, scored)
+        return attend_pieces(q, first, pieces, lambda lo, hi: self.read(residents.runs(lo, hi)), call, scored, told)
 
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: ReferenceSelection

@@ -39,6 +39,8 @@ pub struct AttendPieces<'a> {
     pub pieces: &'a [Piece],
     /// Which of them, one for all heads, is wanted the probabilities of.
     pub scored: Option<usize>,
+    /// Whether it is wanted how much attention every token of every piece got, all heads together.
+    pub told: bool,
     /// `None` for layers without position encoding.
     pub rope: Option<&'a Arc<Rope>>,
     pub scale: f32,
@@ -46,6 +48,15 @@ pub struct AttendPieces<'a> {
     pub sinks: Option<&'a [f32]>,
     pub threads: usize,
     pub level: Level,
+}
+
+/// What was told of the attention beside its answer; each is empty where it was not asked for.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Told {
+    /// Of the scored piece, `[kv_heads][hi - lo]`, summed over the query heads of each group.
+    pub scores: Vec<f32>,
+    /// Of each piece in turn `hi - lo` numbers, summed over all query heads that read it.
+    pub mass: Vec<f32>,
 }
 
 fn check(piece: &Piece, layout: &Layout<'_>, kv_heads: usize) -> Result<()> {
@@ -75,62 +86,76 @@ fn push(layout: &Layout<'_>, piece: &Piece, spans: &mut Spans) {
     }
 }
 
+/// The pieces that a key-value head reads, by their numbers, in the order in which it reads them: what is scored comes first, so that its
+/// probabilities are the first ones of each head.
+fn read_by<'a>(args: &AttendPieces<'a>, head: usize) -> impl Iterator<Item = usize> + use<'a> {
+    let (pieces, scored) = (args.pieces, args.scored);
+    let others = (0..pieces.len())
+        .filter(move |&at| Some(at) != scored && pieces[at].head.is_none_or(|reader| reader as usize == head));
+    scored.into_iter().chain(others)
+}
+
 /// Attends the query of a row to its pieces, which must be disjoint for each head: `out` `[heads, value_dim]`, of the dtype of `q`; `lse`
-/// `[heads]`. Returns the probabilities of the scored piece, `[kv_heads][hi - lo]`, summed over the query heads of each group; nothing if
-/// none is scored. Asks `stop` as [`super::attend_unless`] does.
+/// `[heads]`. Returns what was asked to be told. Asks `stop` as [`super::attend_unless`] does.
 pub fn attend_pieces(
     arena: &Arena,
     args: &AttendPieces<'_>,
     out: ElemsMut<'_>,
     lse: Option<&mut [f32]>,
     stop: &dyn Fn() -> bool,
-) -> Result<Vec<f32>> {
+) -> Result<Told> {
     let kv_heads = arena.num_kv_heads();
     check_len("rows and queries", args.q.shape()[0] * args.q.shape()[2], 1)?;
     let layout = Layout::of(args.runs, args.starts)?;
     for piece in args.pieces {
         check(piece, &layout, kv_heads)?;
     }
-    let scored = match args.scored {
-        None => None,
-        Some(at) => match args.pieces.get(at) {
-            Some(piece) if piece.head.is_none() => Some((at, piece)),
-            piece => {
-                let (what, expected) = ("scored", "a piece that all heads read");
-                return Err(Error::OutOfRange { what, expected, got: format!("{at}, {piece:?}") });
-            }
-        },
-    };
+    if let Some(at) = args.scored
+        && args.pieces.get(at).is_none_or(|piece| piece.head.is_some())
+    {
+        let (what, expected) = ("scored", "a piece that all heads read");
+        return Err(Error::OutOfRange { what, expected, got: format!("{at}, {:?}", args.pieces.get(at)) });
+    }
     let mut spans = Spans { num_rows: 1, num_queries: 1, starts: vec![0], spans: Vec::new() };
     for head in 0..kv_heads {
-        // What is scored comes first: its probabilities are the first ones of each head.
-        if let Some((_, piece)) = scored {
-            push(&layout, piece, &mut spans);
-        }
-        for (at, piece) in args.pieces.iter().enumerate() {
-            let mine = piece.head.is_none_or(|reader| reader as usize == head);
-            if mine && args.scored != Some(at) {
-                push(&layout, piece, &mut spans);
-            }
-        }
+        read_by(args, head).for_each(|at| push(&layout, &args.pieces[at], &mut spans));
         spans.starts.push(spans.spans.len() as u32);
     }
     let trig = args.rope.map(|rope| SpanTrig::of_many(&spans, rope));
     let AttendPieces { q, scale, softcap, sinks, threads, level, .. } = *args;
     let (spans, trig) = (&spans, trig.as_ref());
     let attend = Attend { q, spans, trig, scale, softcap, sinks, apply_factor: true, threads, level };
-    let Some((_, piece)) = scored else {
+    if args.scored.is_none() && !args.told {
         attend_apart(arena, &attend, out, lse, stop)?;
-        return Ok(Vec::new());
-    };
+        return Ok(Told::default());
+    }
     let mut mass = vec![0f32; mass_len(spans, 1)];
     attend_apart_mass(arena, &attend, out, lse, &mut mass, stop)?;
-    let count = (piece.hi - piece.lo) as usize;
-    let mut found = Vec::with_capacity(kv_heads * count);
-    let mut at = 0;
-    for list in spans.starts.windows(2) {
-        found.extend_from_slice(&mass[at..at + count]);
-        at += spans.spans[list[0] as usize..list[1] as usize].iter().map(|s| (s.hi - s.lo) as usize).sum::<usize>();
+    Ok(told(args, kv_heads, &mass))
+}
+
+/// What is wanted of the probabilities of all keys, which lie head by head as they were read.
+fn told(args: &AttendPieces<'_>, kv_heads: usize, mass: &[f32]) -> Told {
+    let count = |piece: &Piece| (piece.hi - piece.lo) as usize;
+    let mut starts = vec![0];
+    starts.extend(args.pieces.iter().scan(0, |end, piece| {
+        *end += count(piece);
+        Some(*end)
+    }));
+    let total = if args.told { starts[args.pieces.len()] } else { 0 };
+    let mut found = Told { scores: Vec::new(), mass: vec![0.0; total] };
+    let mut next = 0;
+    for head in 0..kv_heads {
+        for at in read_by(args, head) {
+            let mine = &mass[next..next + count(&args.pieces[at])];
+            if Some(at) == args.scored {
+                found.scores.extend_from_slice(mine);
+            }
+            if args.told {
+                found.mass[starts[at]..].iter_mut().zip(mine).for_each(|(sum, more)| *sum += more);
+            }
+            next += mine.len();
+        }
     }
-    Ok(found)
+    found
 }

@@ -103,6 +103,8 @@ pub(super) struct Slabs {
     head_bytes: usize,
     held: Dense<Slab>,
     extents: Vec<Option<Reservation>>,
+    /// Memory of whole blocks that was [laid by](Slabs::lay_by).
+    spare: Vec<Buf>,
 }
 
 impl Slabs {
@@ -120,8 +122,8 @@ impl Slabs {
 
     /// For blocks of `[heads][bytes]` that are always there as a whole.
     pub fn of_blocks(heads: usize, bytes: usize) -> Self {
-        let (held, extents) = (Dense::default(), Vec::new());
-        Slabs { heads, columns: 0, slot_bytes: 0, step: BLOCK, head_bytes: bytes, held, extents }
+        let (held, extents, spare) = (Dense::default(), Vec::new(), Vec::new());
+        Slabs { heads, columns: 0, slot_bytes: 0, step: BLOCK, head_bytes: bytes, held, extents, spare }
     }
 
     /// Blocks that may have memory: none from here on has.
@@ -298,6 +300,29 @@ impl Slabs {
         if let Some(slab) = self.held.take(block) {
             self.release(block, &slab);
         }
+    }
+
+    /// Takes the block's memory back, and keeps it for another one, where it is not part of an extent's.
+    pub fn lay_by(&mut self, block: usize) {
+        match self.held.take(block) {
+            Some(Slab { slots: BLOCK, own: Some(buf), .. }) => self.spare.push(buf),
+            Some(slab) => self.release(block, &slab),
+            None => {}
+        }
+    }
+
+    /// Memory for a whole block that has none: what was laid by, or new one, but none of an extent's, which the kernel would have to give
+    /// and zero. Whatever lies in it is to be written over.
+    pub fn lend(&mut self, block: usize) -> Result<()> {
+        self.held.reserve(block + 1, 1)?;
+        let buf = self.spare.pop().map_or_else(|| Buf::zeroed(self.bytes_of(BLOCK)), Ok)?;
+        self.held.set(block, Slab { start: buf.ptr(), hop: self.head_bytes, slots: BLOCK, own: Some(buf) });
+        Ok(())
+    }
+
+    /// Gives back what was laid by and not lent.
+    pub fn tidy(&mut self) {
+        self.spare = Vec::new();
     }
 
     fn release(&mut self, block: usize, slab: &Slab) {

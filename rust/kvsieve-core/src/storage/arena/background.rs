@@ -1,14 +1,14 @@
-//! Blocks that leave memory, and come back, while others compute: what the file's thread does for an arena.
+//! Blocks that leave memory while others compute: what the file's thread does for an arena.
 //!
 //! What a block holds is copied when it is to be written, and its memory is given back once that is done, unless the block was read or
-//! written meanwhile. What was read lies beside until the next call here puts it in its place.
+//! written meanwhile.
 
 use super::memory::Arena;
 use super::tiered::without_space;
 use crate::Result;
-use crate::ids::{BLOCK, BlockId, Run};
+use crate::ids::{BLOCK, BlockId};
 use crate::storage::slabs::number;
-use crate::storage::tier::{Answer, Copied, Done, Work};
+use crate::storage::tier::{Answer, Copied};
 
 /// Blocks of a layer that are under way at most: they are in memory twice.
 const UNDER_WAY: usize = 32;
@@ -50,32 +50,7 @@ impl Arena {
         let bytes = self.packed_up(block)?;
         let tier = self.tier()?;
         let extent = tier.file.allocate(bytes.len())?;
-        tier.send(block, extent, Work::Write(bytes), leaves).inspect_err(|_| tier.file.free(extent))
-    }
-
-    /// Begins to read those of these blocks that are not in memory. A fetch that comes before they are there waits for them.
-    ///
-    /// What cannot be read is said by the fetch that needs it.
-    pub fn prefetch(&mut self, runs: &[Run]) -> Result<()> {
-        if self.tier.is_none() {
-            return Ok(());
-        }
-        self.collect()?;
-        if !self.tier()?.file.at_home() {
-            return Ok(());
-        }
-        let wanted = self.numbers(runs.iter().map(|run| run.block).filter(|block| !block.is_packed()))?;
-        let missing: Vec<_> = wanted.into_iter().filter(|&block| self.spilled(block)).collect();
-        self.drop_copied(missing.len());
-        let len = BLOCK as usize * self.token_bytes();
-        for block in missing {
-            self.make_way()?;
-            let tier = self.tier()?;
-            if let Some(Copied { extent, sum }) = tier.copy(block).filter(|_| !tier.is_pending(block)) {
-                tier.send(block, extent, Work::Read(len, sum), false)?;
-            }
-        }
-        Ok(())
+        tier.send(block, extent, bytes, leaves).inspect_err(|_| tier.file.free(extent))
     }
 
     /// Waits until nothing is under way, and says what went wrong.
@@ -116,22 +91,20 @@ impl Arena {
         let (block, extent) = (answer.block, answer.extent);
         let tier = self.tier()?;
         let current = tier.is_current(&answer);
-        match answer.done {
-            Done::Written(Ok((sum, bytes))) if current.is_some() => {
+        match answer.written {
+            Ok((sum, bytes)) if current.is_some() => {
                 tier.copied(block, Copied { extent, sum }, bytes);
                 let leaves = current == Some(true) && !tier.leaving(std::iter::once(block), 1).is_empty();
                 if leaves {
                     self.give_back(block);
                 }
             }
-            Done::Written(written) => {
+            written => {
                 tier.file.free(extent);
                 if let (Err(err), Some(_)) = (written, current) {
                     tier.failed(err);
                 }
             }
-            Done::Read(Ok(bytes)) if current.is_some() && self.spilled(block) => self.put_back(block, &bytes)?,
-            Done::Read(_) => {}
         }
         Ok(())
     }

@@ -14,7 +14,7 @@ use std::sync::Arc;
 
 use super::memory::{Arena, Place};
 use crate::ids::{BLOCK, BlockId, Run};
-use crate::storage::slabs::{number, reserve_all};
+use crate::storage::slabs::number;
 use crate::storage::tier::{Copied, Counts, Order, Tier, TierFile};
 use crate::tensor::ElemsMut;
 use crate::{Error, Result, fault};
@@ -137,9 +137,18 @@ impl Arena {
         if !missing.is_empty() {
             self.drop_copied(missing.len());
         }
-        for &block in &wanted {
+        self.announce(&missing)?;
+        let fetched = self.fetch_each(&wanted);
+        self.keys.tidy();
+        self.values.tidy();
+        fetched
+    }
+
+    fn fetch_each(&mut self, wanted: &[usize]) -> Result<()> {
+        let mut bytes = Vec::new();
+        for &block in wanted {
             if self.spilled(block) {
-                self.load(block)?;
+                self.load(block, &mut bytes)?;
             } else {
                 self.tier()?.hit(block);
             }
@@ -151,7 +160,7 @@ impl Arena {
     ///
     /// Nothing is written here. Where a block without a copy was the one to leave, another one leaves in its place, and the end of the
     /// step writes a copy of the first.
-    pub(super) fn drop_copied(&mut self, more: usize) {
+    fn drop_copied(&mut self, more: usize) {
         let Some(tier) = &mut self.tier else { return };
         let full: Vec<_> = self.keys.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block).collect();
         let over = (full.len() + more).saturating_sub(tier.capacity);
@@ -161,7 +170,10 @@ impl Arena {
         let first: HashSet<_> = tier.leaving(full.iter().copied(), over).into_iter().collect();
         let leaving = tier.leaving(full.into_iter().filter(|&block| tier.copy(block).is_some()), over);
         tier.copies_due += leaving.iter().filter(|block| !first.contains(block)).count();
-        leaving.into_iter().for_each(|block| self.give_back(block));
+        for block in leaving {
+            self.keys.lay_by(block);
+            self.values.lay_by(block);
+        }
     }
 
     /// These blocks stay in memory, whatever is fetched, until the next [`Arena::trim`] says otherwise.
@@ -220,24 +232,50 @@ impl Arena {
         self.load_all(&numbers)
     }
 
-    fn load_all(&mut self, blocks: &[usize]) -> Result<()> {
-        blocks.iter().try_for_each(|&block| if self.spilled(block) { self.load(block) } else { Ok(()) })
+    /// Begins to read several blocks from the file at once; a single one is read at once anyway.
+    fn announce(&mut self, missing: &[usize]) -> Result<()> {
+        if missing.len() > 1 {
+            self.tier()?.will_need(missing);
+        }
+        Ok(())
     }
 
-    /// Loads a block that is not in memory; after an error it is as it was.
-    fn load(&mut self, block: usize) -> Result<()> {
-        self.await_block(block)?;
-        if !self.spilled(block) {
+    /// Has the system begin to read those of these blocks that are not in memory, into its own cache: nothing is waited for, no memory of
+    /// the arena's is taken, and no block leaves for it. A fetch that comes later finds them there, and says what went wrong.
+    pub fn prefetch(&mut self, runs: &[Run]) -> Result<()> {
+        if self.tier.is_none() {
             return Ok(());
         }
+        self.collect()?;
+        let wanted = self.numbers(runs.iter().map(|run| run.block).filter(|block| !block.is_packed()))?;
+        let missing: Vec<_> = wanted.into_iter().filter(|&block| self.spilled(block)).collect();
+        self.tier()?.will_need(&missing);
+        Ok(())
+    }
+
+    fn load_all(&mut self, blocks: &[usize]) -> Result<()> {
+        let missing: Vec<_> = blocks.iter().copied().filter(|&block| self.spilled(block)).collect();
+        self.announce(&missing)?;
         let mut bytes = Vec::new();
-        self.read_copy(block, &mut bytes)?;
-        self.put_back(block, &bytes)
+        // A block may be named twice.
+        missing
+            .into_iter()
+            .try_for_each(|block| if self.spilled(block) { self.load(block, &mut bytes) } else { Ok(()) })
+    }
+
+    /// Loads a block that is not in memory, by way of `bytes`; after an error it is as it was.
+    fn load(&mut self, block: usize, bytes: &mut Vec<u8>) -> Result<()> {
+        self.read_copy(block, bytes)?;
+        self.put_back(block, bytes)
     }
 
     /// A block that is not in memory is there again.
-    pub(super) fn put_back(&mut self, block: usize, bytes: &[u8]) -> Result<()> {
-        reserve_all([&mut self.keys, &mut self.values].into_iter(), &[(block, BLOCK)])?;
+    fn put_back(&mut self, block: usize, bytes: &[u8]) -> Result<()> {
+        self.keys.lend(block)?;
+        if let Err(err) = self.values.lend(block) {
+            self.keys.free(block);
+            return Err(err);
+        }
         // SAFETY: the buffer is as long as a block, and the block was just given memory.
         self.each_head(block, |from, to, n| unsafe {
             std::ptr::copy_nonoverlapping(bytes.as_ptr().add(from), to, n);

@@ -30,6 +30,8 @@ pub trait Medium: Send + Sync {
     fn read_at(&self, to: &mut [u8], at: u64) -> io::Result<usize>;
     /// Writes some bytes at `at`.
     fn write_at(&self, from: &[u8], at: u64) -> io::Result<usize>;
+    /// Begins to read `len` bytes at `at`, and waits for nothing: a hint, which changes no answer.
+    fn will_need(&self, _at: u64, _len: u64) {}
 }
 
 /// A part of the file.
@@ -147,6 +149,17 @@ impl TierFile {
         Ok(checksum(from, extent.offset))
     }
 
+    /// Begins to read some extents, all at once, so that each is there sooner when it is [read](Self::read). A hint: what goes wrong is said
+    /// by that read.
+    pub(super) fn will_need(&self, mut extents: Vec<Extent>) {
+        extents.sort_unstable_by_key(|extent| extent.offset);
+        for stretch in extents.chunk_by(|a, b| a.offset + a.bytes == b.offset) {
+            if let [first, .., last] | [first @ last] = stretch {
+                self.medium.will_need(first.offset, last.offset + last.bytes - first.offset);
+            }
+        }
+    }
+
     /// Reads what was written to an extent to `to`, which is of no use after an error. `block` is whose it is.
     ///
     /// # Errors
@@ -203,6 +216,15 @@ mod system {
 
         fn write_at(&self, from: &[u8], at: u64) -> io::Result<usize> {
             FileExt::write_at(self, from, at)
+        }
+
+        #[cfg(target_os = "linux")]
+        fn will_need(&self, at: u64, len: u64) {
+            use std::os::fd::AsRawFd;
+            if let (Ok(at), Ok(len)) = (libc::off_t::try_from(at), libc::off_t::try_from(len)) {
+                // SAFETY: an open file, and a range of it; an advice, so what it answers matters to nobody.
+                unsafe { libc::posix_fadvise(self.as_raw_fd(), at, len, libc::POSIX_FADV_WILLNEED) };
+            }
         }
     }
 

@@ -1,7 +1,6 @@
-//! Extents that are read and written while others compute, by the thread of their file.
+//! Extents that are written while others compute, by the thread of their file.
 //!
-//! It never sees an arena. What it writes was copied before, what it reads is copied into place by whoever asked, and what it has done
-//! lies in a [`Mailbox`] until that one looks. So a block may change, or go, while the thread is at work: its answer is then of no use.
+//! It never sees an arena. What it writes was copied before, and what it has done lies in a [`Mailbox`] until whoever asked looks. So a block may change, or go, while the thread is at work: its answer is then of no use.
 //!
 //! A process that was forked has no such thread, and may find anything of this locked for ever. It touches nothing here: see
 //! [`TierFile::at_home`].
@@ -16,19 +15,13 @@ use crate::{Error, Result, fault};
 /// A disk that takes longer does not answer any more.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// What the thread shall do for a block. The ticket is what its answer is known by.
+/// What the thread shall write of a block. The ticket is what its answer is known by.
 pub(in crate::storage) struct Job {
     pub block: usize,
     pub ticket: u64,
     pub extent: Extent,
-    pub work: Work,
+    pub bytes: Vec<u8>,
     pub to: Arc<Mailbox>,
-}
-
-pub(in crate::storage) enum Work {
-    Write(Vec<u8>),
-    /// So many bytes with this checksum.
-    Read(usize, u64),
 }
 
 /// What became of a job.
@@ -36,13 +29,8 @@ pub(in crate::storage) struct Answer {
     pub block: usize,
     pub ticket: u64,
     pub extent: Extent,
-    pub done: Done,
-}
-
-pub(in crate::storage) enum Done {
     /// The checksum, and the bytes written.
-    Written(Result<(u64, usize)>),
-    Read(Result<Vec<u8>>),
+    pub written: Result<(u64, usize)>,
 }
 
 #[derive(Default)]
@@ -94,7 +82,7 @@ impl Mailbox {
         if !open.closed {
             open.answers.push(answer);
             self.came.notify_all();
-        } else if matches!(answer.done, Done::Written(_)) {
+        } else {
             file.free(answer.extent);
         }
     }
@@ -109,32 +97,18 @@ pub(super) fn send(file: &Arc<TierFile>, job: Job) -> Result<()> {
     file.run(Box::new(move || do_one(&mine, job)))
 }
 
-fn do_one(file: &TierFile, Job { block, ticket, extent, work, to }: Job) {
+fn do_one(file: &TierFile, Job { block, ticket, extent, bytes, to }: Job) {
     // A thread that is gone would leave whoever waits for the answer waiting.
-    let done = match work {
-        Work::Write(bytes) => {
-            Done::Written(answered("write to", || file.write(extent, &bytes).map(|sum| (sum, bytes.len()))))
-        }
-        Work::Read(len, sum) => Done::Read(answered("read", || read_all(file, block, extent, len, sum))),
-    };
-    to.put(file, Answer { block, ticket, extent, done });
-}
-
-fn read_all(file: &TierFile, block: usize, extent: Extent, len: usize, sum: u64) -> Result<Vec<u8>> {
-    let mut bytes = Vec::new();
-    fault::may_lack(len)?;
-    bytes.try_reserve(len).map_err(|_| Error::OutOfMemory { bytes: len })?;
-    bytes.resize(len, 0);
-    file.read(extent, sum, block as u32, &mut bytes)?;
-    Ok(bytes)
+    let written = answered(|| file.write(extent, &bytes).map(|sum| (sum, bytes.len())));
+    to.put(file, Answer { block, ticket, extent, written });
 }
 
 /// What came of it, if only that it panicked.
-fn answered<T>(what: &'static str, run: impl FnOnce() -> Result<T>) -> Result<T> {
+fn answered<T>(run: impl FnOnce() -> Result<T>) -> Result<T> {
     let run = || {
         fault::may_panic();
         run()
     };
-    let gone = |_| Err(Error::TierFailed { what, reason: "its thread panicked".to_string() });
+    let gone = |_| Err(Error::TierFailed { what: "write to", reason: "its thread panicked".to_string() });
     catch_unwind(AssertUnwindSafe(run)).unwrap_or_else(gone)
 }

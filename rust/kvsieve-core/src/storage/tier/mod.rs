@@ -7,6 +7,6 @@ mod table;
 mod worker;
 
 pub use file::{Extent, Medium, TierFile};
-pub(super) use jobs::{Answer, Done, Work};
+pub(super) use jobs::Answer;
 pub(super) use table::{Copied, Tier};
 pub use table::{Counts, Order};

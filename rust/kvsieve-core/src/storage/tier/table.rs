@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{ThreadId, current};
 
 use super::file::{Extent, TierFile};
-use super::jobs::{Answer, Done, Job, Mailbox, Work, send};
+use super::jobs::{Answer, Job, Mailbox, send};
 use crate::{Error, Result};
 
 /// Threads whose last fetch is kept: more do not read one layer at once.
@@ -150,6 +150,12 @@ impl Tier {
     pub fn copy(&self, block: usize) -> Option<Copied> {
         let entry = self.entries.get(block).filter(|entry| entry.offset != NOWHERE)?;
         Some(Copied { extent: Extent { offset: entry.offset, bytes: self.extent_bytes }, sum: entry.sum })
+    }
+
+    /// Begins to read the copies of some blocks from the file.
+    pub fn will_need(&self, blocks: &[usize]) {
+        let copies = blocks.iter().filter_map(|&block| self.copy(block));
+        self.file.will_need(copies.map(|copy| copy.extent).collect());
     }
 
     fn entry(&mut self, block: usize) -> &mut Entry {
@@ -298,10 +304,10 @@ impl Tier {
 /// What the file's thread does.
 impl Tier {
     /// Has a job done for a block, which then `leaves` memory, or not.
-    pub fn send(&mut self, block: usize, extent: Extent, work: Work, leaves: bool) -> Result<()> {
+    pub fn send(&mut self, block: usize, extent: Extent, bytes: Vec<u8>, leaves: bool) -> Result<()> {
         self.tickets += 1;
         let (ticket, used) = (self.tickets, self.entry(block).used);
-        send(&self.file, Job { block, ticket, extent, work, to: Arc::clone(&self.mailbox) })?;
+        send(&self.file, Job { block, ticket, extent, bytes, to: Arc::clone(&self.mailbox) })?;
         self.pending.insert(block, Pending { ticket, used, leaves });
         Ok(())
     }
@@ -367,8 +373,7 @@ impl Drop for Tier {
     fn drop(&mut self) {
         (0..self.entries.len()).for_each(|block| self.void(block));
         if self.file.at_home() {
-            let written = |answer: &Answer| matches!(answer.done, Done::Written(_));
-            self.mailbox.close().into_iter().filter(written).for_each(|answer| self.file.free(answer.extent));
+            self.mailbox.close().into_iter().for_each(|answer| self.file.free(answer.extent));
         }
     }
 }
