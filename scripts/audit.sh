@@ -19,7 +19,7 @@ else
 fi
 
 if "$VENV/bin/python" -m pip_audit --version >/dev/null 2>&1; then
-    "$VENV/bin/python" -m pip_audit --no-deps --disable-pip -r requirements.lock || status=1
+    "$VENV/bin/python" scripts/advisories.py requirements.lock || status=1
 else
     say "skipped: advisories of Python packages; $VENV/bin/python -m pip install pip-audit"
 fi

@@ -23,7 +23,6 @@ import argparse
 import contextlib
 import copy
 import decimal
-import functools
 import inspect
 import json
 import math
@@ -260,6 +259,7 @@ class Scene:
         self.bank = kvsieve.MemoryBank(capacity=64, chunk=4, top_k=8)
         self.mark = self.stream.mark()
         self.document: kvsieve.Stream | None = None
+        self.finished: kvsieve.Answer | None = None
 
     def told(self, stream: kvsieve.Stream | None = None) -> Any:
         """What a stream has read, and what it says next."""
@@ -523,14 +523,14 @@ def answered(scene: Scene) -> Callable[..., Any]:
     return call
 
 
-@functools.cache
 def finished(scene: Scene) -> kvsieve.Answer:
-    """An answer that is over."""
-    with kvsieve.stream(scene.model, kvsieve.StreamingLLM(24), scene.backend) as stream:
-        batch = kvsieve.Batch(scene.model)
-        answer = batch.add(stream, tiny.ids(1, 3), max_new_tokens=1)
-        batch.run()
-    return answer
+    """An answer that is over; its scene's, so that it holds nothing once that is closed."""
+    if scene.finished is None:
+        with kvsieve.stream(scene.model, kvsieve.StreamingLLM(24), scene.backend) as stream:
+            batch = kvsieve.Batch(scene.model)
+            scene.finished = batch.add(stream, tiny.ids(1, 3), max_new_tokens=1)
+            batch.run()
+    return scene.finished
 
 
 def save_bank(tokenizer: Any, path: Any) -> None:

@@ -18,8 +18,8 @@ import json
 import os
 import random
 import resource
-import subprocess
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +42,9 @@ BLOCK = 64 * 2 * 2 * 4 * 128 * 4
 """Bytes of 64 tokens in both layers: a block may be there in part, or whole."""
 ROUNDS = 40
 """Calls after which nothing more is refused, so that a policy under which nothing ever is ends too."""
+
+M_ARENA_MAX = -8
+"""Of glibc's malloc.h."""
 
 POLICIES: dict[str, Callable[[], Any]] = {
     "Full": kvsieve.Full,
@@ -187,8 +190,11 @@ class Talk:
             self.twin.reset()
 
 
-def child(name: str, refusals: int, seed: int) -> None:
+def child(name: str, refusals: int, seed: int) -> dict[str, Any]:
+    """What one policy's process found."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    # More than one arena of glibc's would have room of its own, which is counted whether it is used or not.
+    ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     torch.set_num_threads(1)
     talk, made = Talk(name, seed), 0
     for _ in range(ROUNDS + refusals):
@@ -196,25 +202,38 @@ def child(name: str, refusals: int, seed: int) -> None:
         if made >= refusals or len(talk.wrong) > 20:
             break
     talk.end()
-    found = {"policy": name, "refusals": made, **talk.counts, "wrong": talk.wrong[:5]}
-    print(json.dumps(found), flush=True)
+    return {"policy": name, "refusals": made, **talk.counts, "wrong": talk.wrong[:5]}
+
+
+def forked(name: str, refusals: int, seed: int) -> dict[str, Any]:
+    """The same, by a process that is forked: what all of them import is imported once."""
+    with tempfile.TemporaryFile("w+") as told:
+        process = os.fork()
+        if not process:
+            status = 1
+            try:
+                told.write(json.dumps(child(name, refusals, seed)))
+                told.flush()
+                status = 0
+            except BaseException as error:
+                told.seek(0)
+                told.write(f"{type(error).__name__}: {error}"[:200])
+                told.flush()
+            finally:
+                os._exit(status)
+        status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+        told.seek(0)
+        text = told.read()
+    if status == 0:
+        return dict(json.loads(text))
+    return {"policy": name, "refusals": 0, "wrong": [f"{name}: the process ended with {status}: {text or 'nothing'}"]}
 
 
 def run(names: list[str], refusals: int, seed: int) -> list[dict[str, Any]]:
     """One row for each policy."""
     found = []
     for name in names:
-        share = max(refusals // len(names), 1)
-        command = [sys.executable, __file__, "--child", name, "--refusals", str(share), "--seed", str(seed)]
-        # More than one arena of glibc's would have room of its own, which is counted whether it is used or not.
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "MALLOC_ARENA_MAX": "1"}
-        done = subprocess.run(command, capture_output=True, text=True, env=env)
-        lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        if done.returncode or not lines:
-            told = (done.stderr.strip().splitlines() or ["nothing"])[-1][:200]
-            found.append({"policy": name, "refusals": 0, "wrong": [f"{name}: the process ended with {done.returncode}: {told}"]})
-        else:
-            found.append(json.loads(lines[-1]))
+        found.append(forked(name, max(refusals // len(names), 1), seed))
         print(json.dumps(found[-1]), flush=True)
     return found
 
@@ -224,11 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--refusals", type=int, default=100, help="of all policies together")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--policy", action="append", choices=list(POLICIES))
-    parser.add_argument("--child", choices=list(POLICIES))
     args = parser.parse_args(argv)
-    if args.child is not None:
-        child(args.child, args.refusals, args.seed)
-        return 0
     rows = run(args.policy or list(POLICIES), args.refusals, args.seed)
     if not any(row["refusals"] for row in rows):
         print(json.dumps({"refusals": 0, "wrong": ["nothing was refused"]}))

@@ -10,7 +10,8 @@ opened, fed, forked, answered from and closed.
 Memory is the process's resident anonymous memory (pages of libraries are read when they are first needed, and are no stream's),
 sampled at 64 moments after the first 32,768 tokens, each time once the allocator has given back what is free; its slope is that of
 the line between the least of the first quarter of the samples and the least of the last one. The ids of the conversation are told
-apart: 4 bytes a token, which the transcript keeps, and 8 of a caller who passes all columns. What is allocated is told beside it.
+apart: 4 bytes a token, which the transcript keeps, and 8 of a caller who passes all columns. They come 32 KB at a time, so that a
+slope may be too high by a chunk over its length, which counts in short texts. What is allocated is told beside it.
 Time is CPU time of the thread a token: at the end the calls take turns with those of another stream that has read 32,768 tokens,
 and the medians are compared, so that a busy machine is as busy for both. What a caller's columns themselves cost transformers (ids
 and masks as long as the text, made anew by every `model.generate`) is measured on transformers' own cache of a sliding window, as
@@ -45,6 +46,8 @@ SLOWER = 1.2
 """Times as long as early in the text a token may take at its end."""
 IDS = 4
 """Bytes of a token in the transcript."""
+CHUNK = 32 * 1024
+"""Bytes that ids come by: of two moments one may have just got a chunk, and the other not yet."""
 
 POLICIES = (
     "StreamingLLM(512)",
@@ -89,13 +92,15 @@ def memory() -> tuple[int, int]:
     return resident, found.uordblks + found.hblkhd
 
 
-def slopes(samples: list[tuple[int, int, int]], first: slice, last: slice) -> tuple[float, float]:
-    """Bytes that one of what is counted costs, resident and allocated, between the least of two stretches of samples."""
-    found = []
+def slopes(samples: list[tuple[int, int, int]], first: slice, last: slice) -> tuple[float, float, int]:
+    """Bytes that one of what is counted costs, resident and allocated, between the least of two stretches of samples; and how many
+    were counted between those of the resident ones."""
+    found, counted = [], []
     for column in (1, 2):
         a, b = (min(samples[part], key=lambda sample: sample[column]) for part in (first, last))
-        found.append((b[column] - a[column]) / max(b[0] - a[0], 1))
-    return found[0], found[1]
+        counted.append(max(b[0] - a[0], 1))
+        found.append((b[column] - a[column]) / counted[-1])
+    return found[0], found[1], counted[0]
 
 
 def calls(stream: kvsieve.Stream, way: str) -> tuple[int, Callable[[], Any]]:
@@ -174,7 +179,8 @@ def run(policy: str, way: str, tokens: int) -> dict[str, Any]:
         theirs = max(long - short, 0.0)
     quarter = max(len(samples) // 4, 1)
     ids = 8 + IDS if way == "model.generate" else IDS  # the caller holds the ids as well
-    slope, allocated = (1000 * (one - ids) for one in slopes(samples, slice(quarter), slice(-quarter, None)))
+    *both, between = slopes(samples, slice(quarter), slice(-quarter, None))
+    slope, allocated = (1000 * (one - ids) for one in both)
     us = 1e6 / size
     return {
         "policy": policy,
@@ -183,6 +189,7 @@ def run(policy: str, way: str, tokens: int) -> dict[str, Any]:
         "resident": resident,
         "bytes_per_1000_tokens": round(slope),
         "allocated_per_1000_tokens": round(allocated),
+        "chunk_per_1000_tokens": round(1000 * CHUNK / between),
         "us_a_token_early": round(at_early * us, 2),
         "us_a_token_late": round(late * us, 2),
         "us_of_columns": round(theirs * us, 2),
@@ -208,7 +215,7 @@ def streams(count: int) -> dict[str, Any]:
             samples.append((at + 1, *memory()))
     quarter = max(len(samples) // 4, 1)
     # The first quarter is that after a quarter of all: allocators and caches have settled.
-    slope, allocated = slopes(samples, slice(quarter, 2 * quarter), slice(-quarter, None))
+    slope, allocated, _ = slopes(samples, slice(quarter, 2 * quarter), slice(-quarter, None))
     return {"way": "streams", "streams": count, "bytes_a_stream": round(slope, 1), "allocated_a_stream": round(allocated, 1)}
 
 
@@ -217,7 +224,7 @@ def verdict(row: dict[str, Any]) -> list[str]:
     if row["way"] == "streams":
         return [f"{row['bytes_a_stream']} bytes a stream"] if row["bytes_a_stream"] > 64 else []
     wrong, name = [], f"{row['policy']}, {row['way']}"
-    if row["bytes_per_1000_tokens"] > SLOPE:
+    if row["bytes_per_1000_tokens"] > SLOPE + row["chunk_per_1000_tokens"]:
         wrong.append(f"{name}: {row['bytes_per_1000_tokens']} bytes of memory every 1,000 tokens")
     if row["slower"] > SLOWER:
         wrong.append(f"{name}: {row['slower']} times as long a token at the end")

@@ -12,9 +12,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import drive
+import kvsieve
 import numpy as np
 import pytest
+import tiny
 from kvsieve import _core
+from kvsieve.runtime.eviction import Eviction
+from systems import SYSTEMS
 
 ALL = 1 << 40
 
@@ -93,6 +98,58 @@ def test_a_panic_is_a_runtime_error_and_poisons_nothing(name: str) -> None:
         assert isinstance(raised.value, Exception)
         assert type(raised.value).__name__ == "PanicException"
         call()
+
+
+def test_packed_blocks_are_there_again_after_a_panic() -> None:
+    heads, dim, tokens, packed = 2, 32, 100, 40
+    planner = _core.Planner([_core.Memory(_core.Eviction.keep_all(), _core.PositionRule.in_cache())], "post_rope")
+    store, x = _core.Store(heads, dim, dim, "float32"), np.random.default_rng(1).normal(size=(1, heads, tokens, dim))
+    x = np.ascontiguousarray(x, np.float32)
+    store.append(x, x, planner.begin([tokens], tokens, True, False))
+    planner.commit()
+    store.set_packing(dim // 2, 4, 4, 8)
+    channels = np.tile(np.arange(0, dim, 2), (heads, 1))
+    store.pack(planner.pack(0, packed, 8), channels)
+
+    def held() -> list[Any]:
+        blocks, lo, hi = (np.array(each, np.int64) for each in zip(*planner.runs(0, 0)))
+        k, v = np.empty((heads, tokens, dim), np.float32), np.empty((heads, tokens, dim), np.float32)
+        store.gather(blocks, lo, hi, k, v)
+        return [k.tobytes(), v.tobytes(), store.channels(int(blocks[blocks >= _core.PACKED][0]))[0].tolist()]
+
+    before, fork = held(), planner.fork()
+    moves = fork.pack(0, 80, 8)
+    _core.fail_at(True, ALL)
+    store.pack(moves, channels)
+    places = ALL - _core.fail_at(True, 0)
+    assert places > heads, "the packing itself has places"
+    for nth in range(1, places + 1):
+        _core.fail_at(True, nth)
+        with pytest.raises(RuntimeError, match="a panic that a test asked for"):
+            store.pack(moves, channels)
+        assert held() == before
+        store.pack(moves, channels)
+        assert held() == before
+
+
+def test_an_eviction_that_fails_holds_nothing_on(inject: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = kvsieve.stream(tiny.model(), SYSTEMS["memory_bank"].of_rows(1), "cpu")
+    with stream:
+        stream.feed(tiny.ids(1, 70, 1))
+        mark = stream.mark()
+        stream.rewind(mark)
+        before, unbroken = inject.held(stream), Eviction.evict
+
+        def fails(*_: Any) -> None:
+            raise MemoryError("no memory for the decision")
+
+        for _ in range(2):
+            monkeypatch.setattr(Eviction, "evict", fails)
+            with pytest.raises(MemoryError, match="no memory for the decision"):
+                drive.forwards(stream.model, stream.cache, tiny.ids(1, 6, 3), [3, 1])
+            monkeypatch.setattr(Eviction, "evict", unbroken)
+            stream.rewind(mark)
+            assert inject.held(stream) == before
 
 
 def test_nothing_is_armed_unless_a_test_says_so() -> None:

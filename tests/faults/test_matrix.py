@@ -61,7 +61,7 @@ def test_a_whole_run_is_as_much_as_its_row_says_and_more_of_a_row_is_more_of_it(
     files, memory = matrix.ROWS["files"], matrix.ROWS["memory"]
     assert files.command(None)[-1] == "1000000"
     assert files.command(2.0)[-1] == str(2 * files.size)
-    assert memory.command(3.0)[-1] == "1", "every place, where otherwise every third one is tried"
+    assert memory.command(6.0)[-1] == "1", "every place, where otherwise every sixth one is tried"
     assert all(row.whole >= row.size or "--every" in row.script for row in matrix.ROWS.values())
 
 
@@ -85,3 +85,23 @@ def test_days_and_machines_are_told_of_each_row(matrix: ModuleType) -> None:
 
 def test_every_script_of_a_row_is_there(matrix: ModuleType) -> None:
     assert all(Path(matrix.__file__).with_name(row.script[0]).is_file() for row in matrix.ROWS.values())
+
+
+def test_memory_that_grows_with_a_text_is_told_and_a_chunk_of_ids_more_is_not(matrix: ModuleType) -> None:
+    spec = importlib.util.spec_from_file_location("long_run", Path(matrix.__file__).with_name("long_run.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    long_run = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(long_run)
+
+    def wrong(tokens: int, leak: float, more: int) -> list[str]:
+        samples = [(at, 10**8 + round(leak * at) + (more if 2 * at > tokens else 0), 0) for at in range(0, tokens, tokens // 64)]
+        slope, _, between = long_run.slopes(samples, slice(16), slice(-16, None))
+        measured = {"bytes_per_1000_tokens": 1000 * slope, "chunk_per_1000_tokens": 1000 * long_run.CHUNK / between}
+        return list(long_run.verdict({"way": "feed", "policy": "one", "slower": 1.0, **measured}))
+
+    assert wrong(50_000, 0.0, long_run.CHUNK) == []
+    assert wrong(50_000, 1.0, long_run.CHUNK) == []
+    assert len(wrong(50_000, 2.0, 0)) == 1
+    assert len(wrong(50_000, 0.0, 3 * long_run.CHUNK)) == 1
+    assert len(wrong(1_000_000, 1.1, 0)) == 1, "over a long text a chunk is nothing"

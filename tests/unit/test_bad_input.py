@@ -116,7 +116,7 @@ def test_prompts_that_are_not_ids_are_refused(ids: Any) -> None:
         assert stream.generate(tiny.ids(1, 5), max_new_tokens=2, do_sample=False).shape == (1, 7)
 
 
-@pytest.mark.parametrize("most", ["4", ["a", ""], Path("/nowhere"), 2.5, -1])
+@pytest.mark.parametrize("most", ["4", ["a", ""], Path("/nowhere"), 2.5, -1, torch.ones(2), torch.empty(2, device="meta")])
 def test_lengths_of_a_batchs_answers_that_are_none_are_refused(most: Any) -> None:
     """transformers compares a length with a number, whatever it is."""
     with kvsieve.stream(tiny.model(), kvsieve.StreamingLLM(64), "cpu") as stream, pytest.raises(KvsieveError) as caught:
@@ -403,6 +403,18 @@ def test_paths_that_are_none_are_refused(path: Any) -> None:
         if path is not None:
             with pytest.raises(PolicyError):
                 kvsieve.MemoryBank(path)
+
+
+@pytest.mark.parametrize("path", ["/", ".", "folder", "folder/.."])
+def test_a_bank_at_a_folder_is_refused_and_leaves_nothing_there(path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some folders have no name, beside which a lock could lie."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    bank = kvsieve.MemoryBank(path, capacity=64, chunk=4, top_k=8)
+    with pytest.raises(BankError, match="that is a folder"):
+        bank.ingest(tiny.model(), tiny.ids(1, 20), window=16, backend="cpu")
+    bank.close()
+    assert [one.name for one in tmp_path.rglob("*")] == ["folder"]
 
 
 @pytest.mark.parametrize("tokenizer", [3, "x", object()], ids=lambda one: type(one).__name__)

@@ -33,7 +33,7 @@ def lock(path: Path) -> int:
     """A file descriptor that holds the lock of the bank at ``path``; the file itself need not be there yet.
 
     Raises:
-        BankError: if another bank, of this process or another one, holds it, or the folder cannot be written.
+        BankError: if another bank, of this process or another one, holds it, there is a folder, or where it lies cannot be written.
         UnsupportedError: on systems without POSIX locks.
     """
     try:
@@ -42,6 +42,8 @@ def lock(path: Path) -> int:
         raise UnsupportedError(
             "this system has no POSIX locks, so no bank can be written to a file; open it with read_only=True"
         ) from None
+    if os.path.isdir(path):
+        raise BankError(f"cannot write a bank at {path}: that is a folder")
     try:
         held = os.open(_beside(path, ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     except OSError as err:

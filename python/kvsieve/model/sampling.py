@@ -38,7 +38,7 @@ class Sampler:
         }
         try:
             config, left = model._prepare_generation_config(known.pop("generation_config", None), **known)
-        except (TypeError, ValueError, AttributeError) as err:  # transformers compares what it is given
+        except (TypeError, ValueError, AttributeError, RuntimeError) as err:  # transformers compares what it is given, tensors too
             raise ArgumentError(f"an answer of a batch cannot have these settings: {str(err).partition(chr(10))[0][:200]}") from err
         left = {name: value for name, value in left.items() if name in known}
         if left:

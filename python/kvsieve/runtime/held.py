@@ -165,10 +165,16 @@ class Held:
     def evict(self, force: bool, turn_ended: bool = False) -> None:
         """Let the policy evict. Without ``force`` a rule that ranks tokens waits until it is a whole block over budget."""
         with defer_sigint():
-            for part in self.parts:
-                part.evict(force, turn_ended)
-            for part in self.parts:
-                part.evicted()
+            try:
+                for part in self.parts:
+                    part.evict(force, turn_ended)
+                for part in self.parts:
+                    part.evicted()
+            except BaseException:
+                # What a part holds from the one to the other, blocks among it, nobody would give back.
+                for part in self.parts:
+                    part.rollback()
+                raise
         if force:
             self.blocks.free_unused()
 

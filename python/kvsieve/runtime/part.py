@@ -207,7 +207,7 @@ class StreamPart:
         return unchanged
 
     def rollback(self) -> None:
-        """The forward never was; without one, do nothing."""
+        """The forward never was, or an eviction failed: what was kept for its end goes. Without either, do nothing."""
 
     def evict(self, force: bool, turn_ended: bool) -> None:
         """Evict what the policy would. Without ``force`` a rule that ranks tokens waits until it is a whole block over budget."""

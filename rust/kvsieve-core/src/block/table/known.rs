@@ -314,9 +314,11 @@ mod tests {
                 }
                 check(&positions, &list);
                 prop_assert_eq!(scores.list().len(), plain.len());
-                prop_assert!(scores.list().iter().zip(&plain).all(|(a, b)| a.to_bits() == b.to_bits()));
+                // Which NaN a product of one is, is up to the compiler.
+                let same = |a: f32, b: f32| a.to_bits() == b.to_bits() || a.is_nan() && b.is_nan();
+                prop_assert!(scores.list().iter().zip(&plain).all(|(&a, &b)| same(a, b)));
                 prop_assert_eq!(scores.unknown_tail(5), plain.iter().rev().take(5).take_while(|s| s.is_nan()).count());
-                prop_assert!((0..plain.len()).all(|i| scores.at(i).to_bits() == plain[i].to_bits()));
+                prop_assert!((0..plain.len()).all(|i| same(scores.at(i), plain[i])));
             }
         }
     }

@@ -328,29 +328,50 @@ unsafe fn put_code(codes: *mut u8, (byte, bit): (usize, u32), bits: u32, code: u
 }
 
 /// # Safety
-/// An aligned element of `dtype` at `p`.
+/// An element of `dtype` at `p`, wherever it begins: callers' rows come as bytes.
 #[inline(always)]
 unsafe fn element(dtype: Dtype, p: *const u8) -> f32 {
     // SAFETY: the caller's promise.
     unsafe {
         match dtype {
-            Dtype::F32 => *p.cast::<f32>(),
-            Dtype::BF16 => bf16::from_bits(*p.cast()).to_f32(),
-            Dtype::F16 => f16::from_bits(*p.cast()).to_f32(),
+            Dtype::F32 => p.cast::<f32>().read_unaligned(),
+            Dtype::BF16 => bf16::from_bits(p.cast::<u16>().read_unaligned()).to_f32(),
+            Dtype::F16 => f16::from_bits(p.cast::<u16>().read_unaligned()).to_f32(),
         }
     }
 }
 
 /// # Safety
-/// Room for an aligned element of `dtype` at `p`.
+/// Room for an element of `dtype` at `p`, wherever it begins.
 #[inline(always)]
 unsafe fn put_element(dtype: Dtype, p: *mut u8, x: f32) {
     // SAFETY: the caller's promise.
     unsafe {
         match dtype {
-            Dtype::F32 => *p.cast::<f32>() = x,
-            Dtype::BF16 => *p.cast::<u16>() = bf16::from_f32(x).to_bits(),
-            Dtype::F16 => *p.cast::<u16>() = f16::from_f32(x).to_bits(),
+            Dtype::F32 => p.cast::<f32>().write_unaligned(x),
+            Dtype::BF16 => p.cast::<u16>().write_unaligned(bf16::from_f32(x).to_bits()),
+            Dtype::F16 => p.cast::<u16>().write_unaligned(f16::from_f32(x).to_bits()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_number_may_begin_at_any_byte() {
+        for dtype in [Dtype::F32, Dtype::BF16, Dtype::F16] {
+            let mut bytes = [0u8; 9];
+            for at in 0..4 {
+                let p = bytes[at..].as_mut_ptr();
+                // SAFETY: at least five bytes are left.
+                let back = unsafe {
+                    put_element(dtype, p, -1.5);
+                    element(dtype, p)
+                };
+                assert_eq!(back.to_bits(), (-1.5f32).to_bits());
+            }
         }
     }
 }
