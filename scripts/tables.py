@@ -129,6 +129,17 @@ def widths(record: Any) -> Rows:
     ]
 
 
+def prompts(record: Any) -> Rows:
+    """Seconds to the first token of whole prompts, and times as fast as transformers."""
+    rows = []
+    for row in sorted(record["rows"], key=lambda row: (row["dtype"], row["length"])):
+        taken, ours = row["seconds"], [name for name in row["seconds"] if name != "transformers"]
+        told = [f"{taken[name]:.1f} ({row['times'][name]:.2f})" for name in ours]
+        rows.append([row["dtype"], f"{row['length']:,}", str(row["rounds"]), f"{taken['transformers']:.1f}", *told])
+    names = [name for name in record["rows"][0]["seconds"] if name != "transformers"]
+    return [["dtype", "tokens", "rounds", "transformers, s", *(f"{code(name)}, s (times as fast)" for name in names)], *rows]
+
+
 def passkeys(record: Any) -> Rows:
     """The passkeys found, by policy and length; the order is that of the depths."""
     found: dict[tuple[str, str], dict[int, dict[float, bool]]] = {}
@@ -259,6 +270,7 @@ TABLES = (
     Table("docs/results/packing.md", "packing-heads-of-128", "packing-heads-of-128.json", prices),
     Table("docs/results/decode.md", "together", "together.json", together),
     Table("docs/results/decode.md", "weights", "weights.json", widths),
+    Table("docs/results/attention.md", "prompts", "prompts.json", prompts),
     Table("docs/results/decode.md", "compiled", "compiled.json", compiled),
     Table("docs/results/attention.md", "attend", "attend.json", attend),
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),

@@ -141,13 +141,14 @@ fn expand(tree: &str, before: &[String], to: &mut Vec<Path2>) {
     }
 }
 
-/// Every path that a file names: after `use`, and in full from `crate` or `super` on. A glob inside a module of the file is its own.
+/// Every path that a file names: after `use`, and in full from `crate` or `super` on. A glob inside a module of the file is its own;
+/// `use<'a>` says what an opaque type captures.
 fn paths(code: &str) -> Vec<Path2> {
     let mut found = Vec::new();
     for (at, word) in words(code) {
         let end = |stop: &[char]| at + code[at..].find(stop).unwrap_or(code.len() - at);
         let before = code[..at].trim_end();
-        if word == "use" {
+        if word == "use" && !code[at + 3..].starts_with('<') {
             let indented = !code[..at].ends_with('\n');
             let tree = &code[at + 3..end(&[';'])];
             if !(indented && tree.trim() == "super::*") {
