@@ -66,6 +66,11 @@ pub(crate) fn hold() -> RwLockReadGuard<'static, ()> {
     BUSY.read().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Counts forks from now on: to be called by whoever loads the library, before there are any.
+pub fn watch() {
+    install();
+}
+
 /// Forks between the first process and this one: what a process made it can tell from what it came with.
 pub(crate) fn generation() -> u64 {
     install();

@@ -17,6 +17,7 @@ mod tier;
 
 #[pymodule]
 fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
+    kvsieve_core::fork::watch();
     m.add("__version__", env!("CARGO_PKG_VERSION"))?;
     error::register(m)?;
     plan::register(m)?;

@@ -1,7 +1,6 @@
 //! How unexpected each realised token was: the negative log-probability under the logits.
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::isa::Level;
 use super::simd::{Elem, Simd, dispatch, exp};
@@ -157,8 +156,7 @@ pub fn surprisal(
         return Err(Error::OutOfRange { what, expected, got: id.to_string() });
     }
     let bytes = vocabulary * dtype.size();
-    let pool =
-        if threads == 1 || num_rows == 1 || num_rows * bytes < INLINE { None } else { Some(threads::pool(threads)?) };
+    let workers = if num_rows * bytes < INLINE { 1 } else { threads };
     let breath = (BREATH / bytes.max(1)).max(1) * threads;
     for (i, (ids, out)) in ids.chunks(breath).zip(out.chunks_mut(breath)).enumerate() {
         if i > 0 && stop() {
@@ -169,11 +167,10 @@ pub fn surprisal(
         let one = |(i, (id, out)): (usize, (&i64, &mut f32))| {
             rows(level, dtype, logits, first + i, std::slice::from_ref(id), std::slice::from_mut(out));
         };
-        match &pool {
-            None => rows(level, dtype, logits, first, ids, out),
-            Some(pool) => {
-                pool.install(|| ids.par_iter().zip(out.par_iter_mut()).enumerate().with_max_len(1).for_each(one))
-            }
+        if workers == 1 {
+            rows(level, dtype, logits, first, ids, out);
+        } else {
+            threads::map(workers, ids.iter().zip(out).enumerate(), one)?;
         }
     }
     Ok(())

@@ -1,5 +1,11 @@
-//! Thread pools of a given size, kept for the life of the process.
+//! Threads that work is handed to: torch's own where they can be asked, else pools of a given size, kept for the life of the process.
+//!
+//! Torch computes by the threads of an OpenMP library, and these spin for some milliseconds after each of its operations, in wait for
+//! the next. Other threads would have to share the processors with them: attention of 512 queries to 1,536 keys took twice as long.
 
+use std::any::Any;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 
 use rayon::{ThreadPool, ThreadPoolBuilder};
@@ -35,4 +41,126 @@ pub fn pool(threads: usize) -> Result<Arc<ThreadPool>> {
     // Pools of a former process stay in the list: dropping one would signal threads that do not exist here.
     pools.push((pid, threads, Arc::clone(&pool)));
     Ok(pool)
+}
+
+/// Runs `each` once for every item, in any order, on so many threads. A panic of one comes out of this call once all threads are done.
+pub(crate) fn for_each<T: Send>(threads: usize, items: &mut [T], each: impl Fn(&mut T) + Sync) -> Result<()> {
+    if threads == 1 || items.len() <= 1 {
+        items.iter_mut().for_each(each);
+        return Ok(());
+    }
+    let (next, count, first) = (AtomicUsize::new(0), items.len(), Items(items.as_mut_ptr()));
+    let panicked: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
+    let work = || {
+        let one = || loop {
+            let i = next.fetch_add(1, Ordering::Relaxed);
+            if i >= count {
+                break;
+            }
+            // SAFETY: an item of the slice, which is borrowed for the call; no other thread gets the number.
+            each(unsafe { &mut *first.at(i) });
+        };
+        if let Err(panic) = catch_unwind(AssertUnwindSafe(one)) {
+            next.store(count, Ordering::Relaxed);
+            panicked.lock().unwrap_or_else(PoisonError::into_inner).get_or_insert(panic);
+        }
+    };
+    if !team::run(threads, &work) {
+        pool(threads)?.broadcast(|_| work());
+    }
+    match panicked.into_inner().unwrap_or_else(PoisonError::into_inner) {
+        Some(panic) => resume_unwind(panic),
+        None => Ok(()),
+    }
+}
+
+/// What `each` makes of every item, in their order; as [`for_each`].
+pub(crate) fn map<T: Send, R: Send>(
+    threads: usize,
+    items: impl Iterator<Item = T>,
+    each: impl Fn(T) -> R + Sync,
+) -> Result<Vec<R>> {
+    let mut slots: Vec<(Option<T>, Option<R>)> = items.map(|item| (Some(item), None)).collect();
+    for_each(threads, &mut slots, |(item, made)| *made = item.take().map(&each))?;
+    Ok(slots.into_iter().filter_map(|(_, made)| made).collect())
+}
+
+/// Where the items of a call lie.
+struct Items<T>(*mut T);
+
+// SAFETY: items may go to other threads, and each goes to one.
+unsafe impl<T: Send> Sync for Items<T> {}
+
+impl<T> Items<T> {
+    fn at(&self, i: usize) -> *mut T {
+        self.0.wrapping_add(i)
+    }
+}
+
+/// The threads of the OpenMP library that torch has loaded.
+#[cfg(target_os = "linux")]
+mod team {
+    use std::ffi::{c_uint, c_void};
+    use std::sync::OnceLock;
+
+    use crate::fork::generation;
+
+    type Body = unsafe extern "C" fn(*mut c_void);
+    /// What compilers call for a parallel region: GNU's library has it, and LLVM's and Intel's have it for GNU's sake.
+    type Parallel = unsafe extern "C" fn(Body, *mut c_void, c_uint, c_uint);
+
+    fn parallel() -> Option<Parallel> {
+        static FOUND: OnceLock<Option<Parallel>> = OnceLock::new();
+        *FOUND.get_or_init(|| {
+            // SAFETY: a name that ends with zero; whatever library has a function of this name has it for this purpose.
+            unsafe {
+                let found = libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr());
+                std::mem::transmute::<*mut c_void, Option<Parallel>>(found)
+            }
+        })
+    }
+
+    unsafe extern "C" fn body<F: Fn() + Sync>(work: *mut c_void) {
+        // SAFETY: `run` passes a closure of this type, which outlives the region.
+        unsafe { (*work.cast_const().cast::<F>())() };
+    }
+
+    /// Runs `work`, which must not panic, on each of at most so many threads, if there is such a library.
+    pub fn run<F: Fn() + Sync>(threads: usize, work: &F) -> bool {
+        // The child of a fork has none of the library's threads, which the library does not know.
+        let (Some(parallel), Ok(threads), 0) = (parallel(), c_uint::try_from(threads), generation()) else {
+            return false;
+        };
+        // SAFETY: the region ends before the call does, and its threads share no more than a reference to `work`.
+        unsafe { parallel(body::<F>, std::ptr::from_ref(work).cast_mut().cast(), threads, 0) };
+        true
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+mod team {
+    pub fn run<F: Fn() + Sync>(_: usize, _: &F) -> bool {
+        false
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_item_is_met_once_and_a_panic_comes_out() {
+        for threads in [1, 2, 5] {
+            let mut items: Vec<usize> = (0..1000).collect();
+            for_each(threads, &mut items, |item| *item += 1000).unwrap();
+            assert!(items.iter().enumerate().all(|(i, &item)| item == i + 1000));
+            let fell = catch_unwind(AssertUnwindSafe(|| {
+                for_each(threads, &mut items, |item| assert_ne!(*item, 1500, "this one")).unwrap();
+            }));
+            assert!(fell.is_err());
+            for_each(threads, &mut items, |item| *item = 0).unwrap();
+            assert!(items.iter().all(|&item| item == 0));
+            assert_eq!(map(threads, 0..99, |x| 2 * x).unwrap(), (0..99).map(|x| 2 * x).collect::<Vec<_>>());
+        }
+    }
 }

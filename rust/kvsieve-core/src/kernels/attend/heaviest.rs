@@ -1,7 +1,6 @@
 //! Of each query head the heaviest values, added up by their exact probabilities.
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::merge::{Found, Head, Norm, write_out};
 use super::scratch::padded;
@@ -68,12 +67,8 @@ pub(super) fn fill(
         let (item, head) = (i / heads, i % heads);
         one_head(common, found, keep, (item, head, starts[item]), sums)
     };
-    let alone = args.threads == 1 || found.stretches.total_keys * heads < threads::INLINE;
-    let done: Vec<(f32, f32)> = if alone {
-        sums.chunks_exact_mut(value_dim).enumerate().map(each).collect()
-    } else {
-        threads::pool(args.threads)?.install(|| sums.par_chunks_exact_mut(value_dim).enumerate().map(each).collect())
-    };
+    let threads = if found.stretches.total_keys * heads < threads::INLINE { 1 } else { args.threads };
+    let done = threads::map(threads, sums.chunks_exact_mut(value_dim).enumerate(), each)?;
     for (i, (factor, mass)) in done.into_iter().enumerate() {
         let (item, head) = (i / heads, i % heads);
         write_out(&mut out, common.arena.dtype(), i * value_dim, &sums[i * value_dim..][..value_dim], factor);

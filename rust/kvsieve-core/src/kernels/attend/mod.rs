@@ -23,8 +23,6 @@ mod trig;
 mod unit;
 mod units;
 
-use rayon::prelude::*;
-
 use super::threads::{self, BREATH, INLINE};
 use crate::storage::arena::Arena;
 use crate::tensor::ElemsMut;
@@ -148,19 +146,13 @@ fn find(common: &Common<'_>, apart: bool, logits: bool, stop: &dyn Fn() -> bool)
 fn run_units(common: &Common<'_>, units: &mut [Unit<'_>], bytes: usize, stop: &dyn Fn() -> bool) -> Result<()> {
     let threads = common.args.threads;
     let kernel = kernel(common.args.level, common.arena);
-    let alone = threads == 1 || units.len() <= 1 || bytes < INLINE;
-    let pool = if alone { None } else { Some(threads::pool(threads)?) };
+    let workers = if bytes < INLINE { 1 } else { threads };
     let breath = (BREATH / (bytes / units.len().max(1)).max(1)).max(1) * threads;
     for (i, units) in units.chunks_mut(breath).enumerate() {
         if i > 0 && stop() {
             return Err(Error::Interrupted);
         }
-        match &pool {
-            None => units.iter_mut().for_each(|unit| run(kernel, common, unit)),
-            Some(pool) => {
-                pool.install(|| units.par_iter_mut().with_max_len(1).for_each(|unit| run(kernel, common, unit)))
-            }
-        }
+        threads::for_each(workers, units, |unit| run(kernel, common, unit))?;
     }
     Ok(())
 }

@@ -4,9 +4,6 @@
 
 use std::cell::RefCell;
 use std::ops::Range;
-use std::sync::atomic::{AtomicBool, Ordering};
-
-use rayon::prelude::*;
 
 use super::attend::{Block, Place, Scratch};
 use super::compiled::{Kernels, kernels};
@@ -18,7 +15,7 @@ use crate::tensor::{Dtype, View, check_dtype, check_len};
 use crate::{Error, Result, fault};
 
 /// Rows, one a query and head, that go through the keys together: what is added up of them stays in the second-level cache.
-const UNIT: usize = 256;
+const UNIT: usize = 288;
 
 /// Products of a query and a key, over all heads, between two questions whether to stop: some tens of milliseconds.
 const BREATH: usize = 16 << 20;
@@ -211,30 +208,22 @@ pub fn attend_dense(
         shape: Shape { dim, value_dim, dots },
         place: Out { out, lse, heads, queries, value_dim, group, head: 0, first: 0 },
     };
-    let size = (UNIT / group).max(1);
+    // As many as make units of about the wanted rows, all of a size.
+    let parts = (queries * group).div_ceil(UNIT).max(1);
+    let size = queries.div_ceil(parts).max(1);
     // Head by head, because neighbouring queries read much the same keys; the last queries first, because they see most.
-    let units: Vec<(usize, Range<usize>)> = (0..kv_heads)
+    let mut units: Vec<(usize, Range<usize>)> = (0..kv_heads)
         .flat_map(|head| (0..queries).step_by(size).rev().map(move |first| (head, first..queries.min(first + size))))
         .collect();
-    let pool = if args.threads == 1 || units.len() <= 1 { None } else { Some(threads::pool(args.threads)?) };
-    let stopped = AtomicBool::new(false);
-    let one = |(head, queries): &(usize, Range<usize>)| -> Result<()> {
-        if stopped.load(Ordering::Relaxed) {
+    let breath = (BREATH / (size * group * keys.max(1))).clamp(1, 64) * args.threads;
+    for (i, units) in units.chunks_mut(breath).enumerate() {
+        if i > 0 && stop() {
             return Err(Error::Interrupted);
         }
-        fault::may_panic();
-        call.run(*head, queries.clone());
-        Ok(())
-    };
-    let breath = (BREATH / (size * group * keys.max(1))).clamp(1, 64) * args.threads;
-    for (i, units) in units.chunks(breath).enumerate() {
-        if i > 0 && stop() {
-            stopped.store(true, Ordering::Relaxed);
-        }
-        match &pool {
-            None => units.iter().try_for_each(one)?,
-            Some(pool) => pool.install(|| units.par_iter().with_max_len(1).try_for_each(one))?,
-        }
+        threads::for_each(args.threads, units, |(head, queries)| {
+            fault::may_panic();
+            call.run(*head, queries.clone());
+        })?;
     }
     Ok(())
 }

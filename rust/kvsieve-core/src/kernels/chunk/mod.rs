@@ -23,8 +23,6 @@ mod weights;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use rayon::prelude::*;
-
 use super::isa::Level;
 use super::sparse::{Scoring, Sparse, SparseRow, Work, attend_sparse, fill_zero};
 use super::threads;
@@ -156,14 +154,13 @@ impl Call<'_, '_> {
         let units: Vec<(usize, usize)> =
             (0..kv_heads).flat_map(|head| (0..blocks.len()).map(move |i| (i, head))).collect();
         let stopped = AtomicBool::new(false);
-        let one = |&(i, head): &(usize, usize)| -> Result<Found> {
+        let one = |(i, head): (usize, usize)| -> Result<Found> {
             if stopped.load(Ordering::Relaxed) {
                 return Err(Error::Interrupted);
             }
             fault::may_panic();
             run_unit(&common, &blocks[i], head, is_last(i))
         };
-        let pool = if args.threads == 1 || units.len() <= 1 { None } else { Some(threads::pool(args.threads)?) };
         // A unit takes some milliseconds, on the slowest level a tenth of a second.
         let breath = if args.level >= Level::Avx2 { 8 * args.threads } else { args.threads };
         for (_, last) in blocks.iter().enumerate().filter(|(i, _)| is_last(*i)) {
@@ -173,12 +170,9 @@ impl Call<'_, '_> {
             if i > 0 && stop() {
                 stopped.store(true, Ordering::Relaxed);
             }
-            let found: Result<Vec<Found>> = match &pool {
-                None => units.iter().map(one).collect(),
-                Some(pool) => pool.install(|| units.par_iter().with_max_len(1).map(one).collect()),
-            };
-            for (found, &(i, head)) in found?.into_iter().zip(units) {
-                self.remember(found, blocks[i].row, head);
+            let found = threads::map(args.threads, units.iter().copied(), one)?;
+            for (found, &(i, head)) in found.into_iter().zip(units) {
+                self.remember(found?, blocks[i].row, head);
             }
         }
         Ok(())

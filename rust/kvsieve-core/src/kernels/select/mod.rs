@@ -17,7 +17,6 @@ use std::cell::RefCell;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use half::{bf16, f16};
-use rayon::prelude::*;
 
 use super::attend::CodeScorer;
 use super::rotate::{load_row, rotate_row};
@@ -66,8 +65,6 @@ pub fn select_unless(
         let (block, head) = (unit / kv_heads, unit % kv_heads);
         run_unit(arena, args, (&args.blocks[block], rows.of(block)), (head, group), inputs)
     };
-    let alone = args.threads == 1 || units <= 1;
-    let pool = if alone { None } else { Some(threads::pool(args.threads)?) };
     // A breath is a round of query blocks: the longest takes some milliseconds.
     let breath = 4 * kv_heads * args.threads;
     let mut done = Vec::with_capacity(units);
@@ -76,18 +73,8 @@ pub fn select_unless(
             stopped.store(true, Ordering::Relaxed);
         }
         let first = i * breath;
-        match &pool {
-            None => {
-                for (j, inputs) in inputs.iter_mut().enumerate() {
-                    done.push(each((first + j, inputs))?);
-                }
-            }
-            Some(pool) => {
-                let found: Result<Vec<Chosen>> = pool.install(|| {
-                    inputs.par_iter_mut().enumerate().with_max_len(1).map(|(j, x)| each((first + j, x))).collect()
-                });
-                done.extend(found?);
-            }
+        for found in threads::map(args.threads, (first..).zip(inputs), each)? {
+            done.push(found?);
         }
     }
     Ok(done)
