@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -12,17 +11,12 @@ from typing import Any
 import kvsieve
 import numpy as np
 import pytest
+from pages import load
 
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_core", Path(__file__).with_name("fuzz_core.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz_core"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/faults/fuzz_core.py")
 
 
 def test_whatever_is_called_with_anything_ends_in_a_result_or_a_typed_error(fuzz: ModuleType) -> None:

@@ -5,10 +5,7 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +16,7 @@ import pytest
 import tiny
 from kvsieve import _core
 from kvsieve.runtime.eviction import Eviction
+from pages import load
 from systems import SYSTEMS
 
 ALL = 1 << 40
@@ -26,13 +24,7 @@ ALL = 1 << 40
 
 @pytest.fixture(scope="module")
 def inject() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("inject", Path(__file__).with_name("inject.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["inject"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/faults/inject.py")
 
 
 @pytest.fixture(autouse=True)

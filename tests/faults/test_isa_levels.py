@@ -2,26 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 from kvsieve import _core
+from pages import load
 
 SCRIPT = Path(__file__).with_name("isa_levels.py")
-
-
-def script() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("isa_levels", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_level_retains_selects_and_answers_the_same() -> None:
@@ -34,7 +24,7 @@ def test_every_level_retains_selects_and_answers_the_same() -> None:
 
 
 def test_what_differs_is_told() -> None:
-    compare = script().compare
+    compare = load("tests/faults/isa_levels.py").compare
     one = {"a out": np.zeros(3), "a kept": np.arange(3)}
     assert compare(one, one) == []
     assert len(compare(one, {"a out": np.ones(3), "a kept": np.arange(1, 4)})) == 2

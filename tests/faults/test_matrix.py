@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from pages import load
 
 
 @pytest.fixture(scope="module")
 def matrix() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fault_matrix", Path(__file__).with_name("run.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fault_matrix"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/faults/run.py")
 
 
 def test_the_page_says_what_the_record_does(matrix: ModuleType) -> None:
@@ -88,11 +81,7 @@ def test_every_script_of_a_row_is_there(matrix: ModuleType) -> None:
 
 
 def test_memory_that_grows_with_a_text_is_told_and_a_chunk_of_ids_more_is_not(matrix: ModuleType) -> None:
-    spec = importlib.util.spec_from_file_location("long_run", Path(matrix.__file__).with_name("long_run.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    long_run = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(long_run)
+    long_run = load("tests/faults/long_run.py")
 
     def wrong(tokens: int, leak: float, more: int) -> list[str]:
         samples = [(at, 10**8 + round(leak * at) + (more if 2 * at > tokens else 0), 0) for at in range(0, tokens, tokens // 64)]

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+from pages import load
 
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_public", Path(__file__).with_name("fuzz_public.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz_public"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load("tests/faults/fuzz_public.py")
 
 
 def test_every_public_call_ends_in_a_result_or_a_typed_error_and_a_refused_one_changes_nothing(fuzz: ModuleType) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import json
 import os
 import random
@@ -24,19 +23,14 @@ import torch
 from kvsieve.errors import CacheMismatchError, KvsieveError, SaveError, SessionError, SessionNotFoundError, UnsupportedError
 from kvsieve.files import replace, tensor_file
 from kvsieve.files.tensor_file import Kind, Later, TensorFile
+from pages import load as load_script
 
 KIND = Kind("test", "test file", 3)
 
 
 @pytest.fixture(scope="module")
 def fuzz() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("fuzz_files", Path(__file__).with_name("fuzz_files.py"))
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["fuzz_files"] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tests/faults/fuzz_files.py")
 
 
 @pytest.fixture(scope="module")

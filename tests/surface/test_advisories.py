@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from pages import load
 
-SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "advisories.py"
 GOOD = {"name": "good", "version": "1.0", "vulns": []}
 FOUND: list[dict[str, Any]] = [{"id": "PYSEC-1", "fix_versions": ["2.1"]}, {"id": "PYSEC-2", "fix_versions": []}]
 BAD = {"name": "bad", "version": "2.0", "vulns": FOUND}
@@ -20,12 +18,7 @@ UNKNOWN = {"name": "unknown", "skip_reason": "not found on the index"}
 
 @pytest.fixture(scope="module")
 def advisories() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("advisories", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("scripts/advisories.py")
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,27 @@ def test_threads_change_no_bit() -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_threads_that_the_system_does_not_give_are_an_error() -> None:
+    in_fresh_python(
+        """
+        import resource
+
+        from kvsieve.errors import UnsupportedError
+
+        with open("/proc/self/statm") as told:
+            held = int(told.read().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30), held + (1 << 30)))
+        try:
+            answer(5000)
+        except UnsupportedError:
+            assert answer(2) == alone
+        else:
+            raise AssertionError("so many threads do not fit")
+        """
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
 def test_work_goes_to_the_threads_that_torch_has() -> None:
     in_fresh_python(
         """

@@ -1,4 +1,4 @@
-//! Queries must fit the arena whose keys they meet.
+//! Queries must fit the arena whose keys they meet, and logits be capped by something above nothing.
 
 use crate::storage::arena::Arena;
 use crate::tensor::{View, check_dtype};
@@ -16,4 +16,12 @@ pub(super) fn check_queries(q: &View<'_>, arena: &Arena) -> Result<usize> {
         return Err(Error::Shape { what: "q", expected, got: format!("{shape:?}") });
     }
     Ok(heads / kv_heads)
+}
+
+/// Refuses a cap of logits that is not above 0.
+pub(super) fn check_softcap(softcap: Option<f32>) -> Result<()> {
+    if softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
+        return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{softcap:?}") });
+    }
+    Ok(())
 }

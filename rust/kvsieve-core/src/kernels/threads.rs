@@ -100,7 +100,7 @@ impl<T> Items<T> {
 /// The threads of the OpenMP library that torch has loaded.
 #[cfg(target_os = "linux")]
 mod team {
-    use std::ffi::{c_uint, c_void};
+    use std::ffi::{c_int, c_uint, c_void};
     use std::sync::OnceLock;
 
     use crate::fork::generation;
@@ -108,14 +108,18 @@ mod team {
     type Body = unsafe extern "C" fn(*mut c_void);
     /// What compilers call for a parallel region: GNU's library has it, and LLVM's and Intel's have it for GNU's sake.
     type Parallel = unsafe extern "C" fn(Body, *mut c_void, c_uint, c_uint);
+    /// How many threads the next region of this thread may have: as many as torch was told.
+    type MostThreads = unsafe extern "C" fn() -> c_int;
 
-    fn parallel() -> Option<Parallel> {
-        static FOUND: OnceLock<Option<Parallel>> = OnceLock::new();
+    fn library() -> Option<(Parallel, MostThreads)> {
+        static FOUND: OnceLock<Option<(Parallel, MostThreads)>> = OnceLock::new();
         *FOUND.get_or_init(|| {
-            // SAFETY: a name that ends with zero; whatever library has a function of this name has it for this purpose.
+            // SAFETY: names that end with zero; whatever library has functions of these names has them for this purpose.
             unsafe {
-                let found = libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr());
-                std::mem::transmute::<*mut c_void, Option<Parallel>>(found)
+                let parallel = libc::dlsym(libc::RTLD_DEFAULT, c"GOMP_parallel".as_ptr());
+                let most = libc::dlsym(libc::RTLD_DEFAULT, c"omp_get_max_threads".as_ptr());
+                let parallel = std::mem::transmute::<*mut c_void, Option<Parallel>>(parallel)?;
+                Some((parallel, std::mem::transmute::<*mut c_void, Option<MostThreads>>(most)?))
             }
         })
     }
@@ -125,12 +129,17 @@ mod team {
         unsafe { (*work.cast_const().cast::<F>())() };
     }
 
-    /// Runs `work`, which must not panic, on each of at most so many threads, if there is such a library.
+    /// Runs `work`, which must not panic, on each of at most so many threads, if there is such a library and torch told it of as many:
+    /// where the system gives no more threads, it ends the process.
     pub fn run<F: Fn() + Sync>(threads: usize, work: &F) -> bool {
         // The child of a fork has none of the library's threads, which the library does not know.
-        let (Some(parallel), Ok(threads), 0) = (parallel(), c_uint::try_from(threads), generation()) else {
+        let (Some((parallel, most)), Ok(threads), 0) = (library(), c_uint::try_from(threads), generation()) else {
             return false;
         };
+        // SAFETY: a function that takes nothing and answers a number.
+        if c_uint::try_from(unsafe { most() }).map_or(true, |most| threads > most) {
+            return false;
+        }
         // SAFETY: the region ends before the call does, and its threads share no more than a reference to `work`.
         unsafe { parallel(body::<F>, std::ptr::from_ref(work).cast_mut().cast(), threads, 0) };
         true

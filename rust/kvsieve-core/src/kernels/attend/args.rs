@@ -2,6 +2,7 @@
 
 use super::trig::SpanTrig;
 use crate::kernels::isa::Level;
+use crate::kernels::queries::check_softcap;
 use crate::kernels::threads;
 use crate::plan::Spans;
 use crate::storage::arena::Arena;
@@ -64,9 +65,7 @@ pub(super) fn check(
     if let Some(sinks) = args.sinks {
         check_len("sinks", sinks.len(), heads)?;
     }
-    if args.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
-        return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{:?}", args.softcap) });
-    }
+    check_softcap(args.softcap)?;
     let lists = if apart { items * arena.num_kv_heads() } else { items };
     check_len("spans.starts", spans.starts.len(), lists + 1)?;
     let ends = (spans.starts[0], spans.starts[lists] as usize);

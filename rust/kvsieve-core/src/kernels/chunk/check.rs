@@ -1,12 +1,12 @@
 //! What of a call does not fit together.
 
-use crate::kernels::queries::check_queries;
+use crate::Result;
+use crate::kernels::queries::{check_queries, check_softcap};
 use crate::kernels::sparse::Sparse;
 use crate::kernels::threads;
 use crate::select::Choice;
 use crate::storage::arena::Arena;
 use crate::tensor::{ElemsMut, check_dtype, check_len};
-use crate::{Error, Result};
 
 /// Refuses whatever does not fit together; returns the number of query heads of a group.
 pub(super) fn check(
@@ -31,8 +31,6 @@ pub(super) fn check(
         check_len("sinks", sinks.len(), heads)?;
     }
     args.check_query_blocks()?;
-    if args.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
-        return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{:?}", args.softcap) });
-    }
+    check_softcap(args.softcap)?;
     Ok(group)
 }

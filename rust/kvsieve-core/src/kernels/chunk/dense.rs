@@ -10,6 +10,7 @@ use super::compiled::{Kernels, kernels};
 use super::shape::{Shape, TILE, Words, padded_rows};
 use super::tile::{Tile, Tiles};
 use crate::kernels::isa::Level;
+use crate::kernels::queries::check_softcap;
 use crate::kernels::threads;
 use crate::tensor::{Dtype, View, check_dtype, check_len};
 use crate::{Error, Result, fault};
@@ -67,9 +68,7 @@ impl Dense<'_> {
         }
         check_len("out", out.len(), queries * heads * value_dim)?;
         check_len("lse", lse.len(), heads * queries)?;
-        if self.softcap.is_some_and(|cap| cap.is_nan() || cap <= 0.0) {
-            return Err(Error::OutOfRange { what: "softcap", expected: "above 0", got: format!("{:?}", self.softcap) });
-        }
+        check_softcap(self.softcap)?;
         Ok(heads / kv_heads)
     }
 
@@ -82,20 +81,20 @@ impl Dense<'_> {
 }
 
 /// The keys and values of a head, tile by tile.
-struct Rest<'a> {
+struct Keys<'a> {
     args: &'a Dense<'a>,
     head: usize,
     queries: Range<usize>,
-    keys: Range<usize>,
+    left: Range<usize>,
 }
 
-impl Tiles for Rest<'_> {
+impl Tiles for Keys<'_> {
     fn next(&mut self, tile: &mut Tile) {
         (tile.len, tile.ragged) = (0, false);
-        let Rest { args, head, queries, keys } = self;
+        let Keys { args, head, queries, left } = self;
         let (first, count) = (queries.start as u32, queries.len() as u32);
-        let mine = keys.start..keys.end.min(keys.start + TILE);
-        keys.start = mine.end;
+        let mine = left.start..left.end.min(left.start + TILE);
+        left.start = mine.end;
         for j in mine {
             let (from, to) =
                 (args.from[j].saturating_sub(first).min(count), args.to[j].saturating_sub(first).min(count));
@@ -178,9 +177,9 @@ impl Call<'_> {
             let block =
                 Block { shape: *shape, queries: words, num_rows: rows.len(), group, scale, softcap, sinks: None };
             let place = Out { head, first: queries.start, ..*place };
-            let mut rest = Rest { args, head, keys: args.keys_of(&queries), queries };
-            // SAFETY: as above; `Rest` hands out rows of the views; no other unit has these queries and heads.
-            unsafe { (kernels.attend)(&block, &mut rest, &place, scratch) };
+            let mut keys = Keys { args, head, left: args.keys_of(&queries), queries };
+            // SAFETY: as above; `Keys` hands out rows of the views; no other unit has these queries and heads.
+            unsafe { (kernels.attend)(&block, &mut keys, &place, scratch) };
         });
     }
 }

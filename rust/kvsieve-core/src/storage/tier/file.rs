@@ -149,8 +149,8 @@ impl TierFile {
         Ok(checksum(from, extent.offset))
     }
 
-    /// Begins to read some extents, all at once, so that each is there sooner when it is [read](Self::read). A hint: what goes wrong is said
-    /// by that read.
+    /// Begins to read some extents, all at once, so that each is there sooner when it is [read](Self::read). A hint: what goes wrong is
+    /// said by that read.
     pub(super) fn will_need(&self, mut extents: Vec<Extent>) {
         extents.sort_unstable_by_key(|extent| extent.offset);
         for stretch in extents.chunk_by(|a, b| a.offset + a.bytes == b.offset) {

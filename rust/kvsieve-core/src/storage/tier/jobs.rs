@@ -1,6 +1,7 @@
 //! Extents that are written while others compute, by the thread of their file.
 //!
-//! It never sees an arena. What it writes was copied before, and what it has done lies in a [`Mailbox`] until whoever asked looks. So a block may change, or go, while the thread is at work: its answer is then of no use.
+//! It never sees an arena. What it writes was copied before, and what it has done lies in a [`Mailbox`] until whoever asked looks. So a
+//! block may change, or go, while the thread is at work: its answer is then of no use.
 //!
 //! A process that was forked has no such thread, and may find anything of this locked for ever. It touches nothing here: see
 //! [`TierFile::at_home`].
