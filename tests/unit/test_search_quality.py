@@ -160,6 +160,7 @@ def test_policies_that_are_compared_read_as_much() -> None:
         (["--only", "juggling"], "no policy has juggling in its name"),
         (["--policy", "juggle(3)"], "unknown policy"),
         (["--text", "no-such-file.txt"], "no-such-file.txt"),
+        (["--resume"], "name it by --json"),
     ],
 )
 def test_mistakes_are_one_line(argv: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -168,6 +169,47 @@ def test_mistakes_are_one_line(argv: list[str], says: str, capsys: pytest.Captur
     err = capsys.readouterr().err.splitlines()
     assert len(err) == 1
     assert says in err[0]
+
+
+def test_a_run_that_was_interrupted_is_gone_on_with(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids, path, ran = tiny.model(), tiny.ids(1, 400), tmp_path / "search.json", list[str]()
+    monkeypatch.setattr("kvsieve.evals.models.load_smollm2", lambda dtype: (model, lambda *_, **__: {"input_ids": ids}))
+    cost = search_nll.Measured.cost
+
+    def once(self: Any, name: str, policy: Any, mode: search_nll.Mode) -> search_nll.Cost:
+        if len(ran) == 3:
+            ran.append("interrupted")
+            raise KeyboardInterrupt
+        ran.append(f"{name} {mode}")
+        return cost(self, name, policy, mode)
+
+    monkeypatch.setattr(search_nll.Measured, "cost", once)
+    policies = ["quest(16, sinks=0, window=64)", "hip(16, sinks=2, window=8, dense_layers=1)"]
+    argv = ["eval", "search", "--windows", "2", "--length", "90", "120", "--continuation", "8", "--policy", *policies]
+    argv += ["--threads", "1", "--json", str(path)]
+    assert main(argv) == 130
+    assert "4 rows are in" in capsys.readouterr().err
+    held = json.loads(path.read_text())["costs"]
+    assert (held[0]["length"], held[0]["policy"]) == (90, "Full()")
+    assert main([*argv, "--resume"]) == 0
+    after = json.loads(path.read_text())
+    assert after["costs"][:4] == held
+    # What was interrupted and all of the second length, each once.
+    assert ran == [f"{policies[0]} dense", f"{policies[0]} own", f"{policies[1]} dense", "interrupted", f"{policies[1]} own"] + [
+        f"{policy} {mode}" for policy in policies for mode in ("dense", "own")
+    ]
+    assert "prompts of 120 tokens" in capsys.readouterr().out
+    # Nothing is left to do, so no model is loaded; a whole run gives the same.
+    monkeypatch.setattr("kvsieve.evals.models.load_smollm2", None)
+    assert main([*argv, "--resume"]) == 0
+    assert json.loads(path.read_text()) == after
+    assert main([*argv, "--resume", "--continuation", "9"]) == 2
+    assert "continuation is 8 there and 9 here" in capsys.readouterr().err
+    path.write_text('{"costs": 3}', encoding="utf-8")
+    assert main([*argv, "--resume"]) == 2
+    assert path.read_text() == '{"costs": 3}'
 
 
 # -------------------------------------------------------------------------------------------------------------- on the real model

@@ -51,7 +51,8 @@ def add_eval(commands: Any) -> None:
     what.add_argument("--policy", nargs="+", help='only these, for example "hip(512, block=8)"; and the full cache')
     what.add_argument("--sweep", action="store_true", help="HiP's arguments, one at a time")
     search.add_argument("--only", nargs="+", default=[], help="only policies with one of these in their name, and the full cache")
-    search.add_argument("--json", type=output, help="also write everything to this file, after every policy")
+    search.add_argument("--json", type=output, help="also write everything to this file, after every policy; replaces it")
+    search.add_argument("--resume", action="store_true", help="rows that the file of --json holds are not measured again")
     search.add_argument("--quick", action="store_true", help="one budget")
     add_machine(search, dtype_help="default: float32")
     search.set_defaults(run=_eval_search)
@@ -145,6 +146,7 @@ def _eval_search(arguments: argparse.Namespace) -> int:
         only=tuple(arguments.only),
         dtype=arguments.dtype or "float32",
         json=arguments.json,
+        resume=arguments.resume,
         backend=arguments.backend,
         quick=arguments.quick,
     )

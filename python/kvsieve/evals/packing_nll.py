@@ -34,7 +34,20 @@ from kvsieve.policy.compose import Memory, Policy
 from kvsieve.policy.storage import Channels, LayerShape, Packing, StorageObservation, StorageRule
 from kvsieve.view.live import plain_table
 
-__all__ = ["AtRandom", "ByKeyNorm", "Prefix", "Price", "Settings", "losses", "policies", "price", "read_prefix", "run", "windows"]
+__all__ = [
+    "AtRandom",
+    "ByKeyNorm",
+    "Prefix",
+    "Price",
+    "Settings",
+    "losses",
+    "policies",
+    "price",
+    "price_of",
+    "read_prefix",
+    "run",
+    "windows",
+]
 
 TAIL = 64
 """Last tokens of a prompt, which every policy reads itself, to see the queries. Those before are read once for all."""
@@ -368,9 +381,11 @@ def _plain(found: Price) -> dict[str, Any]:
 
 def _prices(told: Any) -> tuple[dict[str, Any], list[Price]]:
     """The facts of a file's run, and its prices. Raises KeyError, TypeError or ValueError for what is none."""
-    found = []
-    for row in told["prices"]:
-        numbers = {name: float(row[name]) for name in ("held", "perplexity", "change")}
-        error = math.nan if row["error"] is None else float(row["error"])
-        found.append(Price(str(row["name"]), nll=tuple(map(float, row["nll"])), error=error, **numbers))
-    return dict(told["settings"]), found
+    return dict(told["settings"]), [price_of(row) for row in told["prices"]]
+
+
+def price_of(row: Any) -> Price:
+    """A price as it stands in a file. Raises KeyError, TypeError or ValueError for what is none."""
+    numbers = {name: float(row[name]) for name in ("held", "perplexity", "change")}
+    error = math.nan if row["error"] is None else float(row["error"])
+    return Price(str(row["name"]), nll=tuple(map(float, row["nll"])), error=error, **numbers)

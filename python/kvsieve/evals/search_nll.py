@@ -13,12 +13,14 @@ keys that a selection compares are counted apart.
 
 from __future__ import annotations
 
+import hashlib
 import math
 import statistics
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
@@ -27,8 +29,8 @@ import torch.nn.functional as F
 import kvsieve
 from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError
-from kvsieve.evals.packing_nll import Price, price, windows
-from kvsieve.evals.results import write_json
+from kvsieve.evals.packing_nll import Price, price, price_of, windows
+from kvsieve.evals.results import check_resume, check_writable, interrupted, read_held, write_json
 from kvsieve.evals.texts import read_text
 from kvsieve.model.support import cache_name
 from kvsieve.policy.compose import Policy
@@ -256,7 +258,12 @@ class Cost:
 
 @dataclass(frozen=True)
 class Settings:
-    """What is run, on `smollm2`, the model of a local folder, or a GGUF file; counts are tokens, unless they say otherwise."""
+    """What is run, on `smollm2`, the model of a local folder, or a GGUF file; counts are tokens, unless they say otherwise.
+
+    Attributes:
+        json: a file that holds what has been found so far, written after every row.
+        resume: rows that the file holds are not measured again; the full cache reads the prompts again for those that it lacks.
+    """
 
     model: str = "smollm2"
     text: Path | None = None
@@ -269,54 +276,103 @@ class Settings:
     only: tuple[str, ...] = ()
     dtype: str = "float32"
     json: Path | None = None
+    resume: bool = False
     backend: str | None = None
     quick: bool = False
 
     def chosen(self) -> dict[str, Policy]:
-        """The policies by name, without the full cache."""
+        """The policies by name, without the full cache.
+
+        Raises:
+            KvsieveError: if no policy has any of ``only`` in its name. Others as :func:`kvsieve.methods.parse`.
+        """
         if self.policies:
             return {text: kvsieve.methods.parse(text) for text in self.policies}
         found = swept() if self.sweep else compared("few" if self.quick else "all")
         wanted = [text.lower() for text in self.only] or [""]
-        return {name: policy for name, policy in found.items() if any(text in name.lower() for text in wanted)}
+        found = {name: policy for name, policy in found.items() if any(text in name.lower() for text in wanted)}
+        if not found:
+            raise KvsieveError(f"no policy has {' or '.join(self.only)} in its name")
+        return found
+
+    def facts(self, text: str) -> dict[str, Any]:
+        """What two runs must have in common for their costs to stand in one table."""
+        told = {name: getattr(self, name) for name in ("model", "windows", "continuation", "dtype", "backend")}
+        return {**told, "text": hashlib.sha256(text.encode()).hexdigest(), "threads": torch.get_num_threads()}
+
+
+_Key = tuple[int, str, Mode]
+"""Of a cost: the prompt's length, the policy's name, who read the prompt."""
+
+_FULL = "Full()"
 
 
 def run(settings: Settings) -> list[Cost]:
     """Runs the comparison; prints a table for each length, and writes JSON after every row if asked to.
 
     Holds the keys and values of all windows twice.
+
+    Raises:
+        KvsieveError: before the model is loaded, for policies that do not parse, a file that cannot be written, and a file to go on
+            with that was written under other settings; before anything is read, for a text that is too short.
     """
     from kvsieve.evals.models import load_model
     from kvsieve.model.hooks import examined
 
-    chosen = settings.chosen()
-    if not chosen:
-        raise KvsieveError(f"no policy has {' or '.join(settings.only)} in its name")
-    text = read_text(settings.text)
-    model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
-    ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"].to(model.device)
-    costs: list[Cost] = []
-    for length in settings.lengths:
-        texts = torch.cat(windows(ids, settings.windows, length + settings.continuation))
-        with examined(model):
-            costs += _run_length(model, chosen, texts, length, settings, costs)
-        print("\n" + table([cost for cost in costs if cost.length == length]) + "\n", flush=True)
-    return costs
+    chosen, text = settings.chosen(), read_text(settings.text)
+    facts = settings.facts(text)
+    held = read_held(check_resume(settings.json), facts, _costs) if settings.resume else None
+    # A name may be another policy's by now.
+    costs: dict[_Key, Cost] = {_key(cost): cost for cost in held or () if _is_of(cost, chosen)}
+    if settings.json is not None:
+        check_writable(settings.json)
+    keys = {length: _wanted(chosen, length, settings.prompts) for length in settings.lengths}
+    missing = {length: [key for key in wanted if key not in costs] for length, wanted in keys.items()}
+    if any(missing.values()):
+        model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
+        ids = tokenizer(text, return_tensors="pt", add_special_tokens=False, verbose=False)["input_ids"].to(model.device)
+        texts = {n: torch.cat(windows(ids, settings.windows, n + settings.continuation)) for n in settings.lengths}
+    try:
+        for length, wanted in keys.items():
+            if missing[length]:
+                with examined(model):
+                    for cost in _measured(model, chosen, texts[length], length, missing[length], settings.backend):
+                        costs[_key(cost)] = cost
+                        if settings.json is not None:
+                            found = [_plain(asdict(cost)) for cost in costs.values()]
+                            write_json(settings.json, {"settings": facts, "costs": found}, allow_nan=False)
+            print("\n" + table([costs[key] for key in wanted]) + "\n", flush=True)
+    except KeyboardInterrupt:
+        print(f"kvsieve: {interrupted(len(costs), 'rows', settings.json)}", file=sys.stderr)
+        raise
+    return [costs[key] for wanted in keys.values() for key in wanted]
 
 
-def _run_length(
-    model: Any, chosen: dict[str, Policy], texts: torch.Tensor, length: int, settings: Settings, before: list[Cost]
-) -> list[Cost]:
-    prompt, continuation = texts[:, :length], texts[:, length:]
-    measured = Measured(model, prompt, continuation, settings.backend)
-    costs = [measured.full]
-    for name, policy in chosen.items():
-        for mode in settings.prompts:
-            costs.append(measured.cost(name, policy, mode))
-            print(_line(costs[-1]), flush=True)
-            if settings.json is not None:
-                _write(settings, settings.json, [*before, *costs])
-    return costs
+def _wanted(chosen: dict[str, Policy], length: int, prompts: Sequence[Mode]) -> list[_Key]:
+    """The rows of one length, the full cache's first."""
+    rows: list[_Key] = [(length, _FULL, "own"), *((length, name, mode) for name in chosen for mode in prompts)]
+    return list(dict.fromkeys(rows))
+
+
+def _key(cost: Cost) -> _Key:
+    return cost.length, cost.decoded.name, cost.prompt
+
+
+def _is_of(cost: Cost, chosen: dict[str, Policy]) -> bool:
+    policy = chosen.get(cost.decoded.name)
+    return policy is None or repr(policy) == cost.policy
+
+
+def _measured(
+    model: Any, chosen: dict[str, Policy], texts: torch.Tensor, length: int, missing: Sequence[_Key], backend: str | None
+) -> Iterator[Cost]:
+    """The ``missing`` rows of one length; the full cache reads the prompts first, whose row it is for that."""
+    measured = Measured(model, texts[:, :length], texts[:, length:], backend)
+    for key in missing:
+        _, name, mode = key
+        cost = measured.full if (name, mode) == (_FULL, "own") else measured.cost(name, chosen[name], mode)
+        print(_line(cost), flush=True)
+        yield cost
 
 
 class Measured:
@@ -333,7 +389,7 @@ class Measured:
             self.chunks, self.last = read_prompts(model, stream, prompt)
             self.prompts = Prompts.of(stream)
             self.decoded, work = continue_with(model, stream, self.last, continuation)
-            self.full = self._cost("Full()", stream, "own", work, self.decoded, self.chunks)
+            self.full = self._cost(_FULL, stream, "own", work, self.decoded, self.chunks)
 
     @torch.no_grad()
     def cost(self, name: str, policy: Policy, mode: Mode) -> Cost:
@@ -400,13 +456,16 @@ def table(costs: Sequence[Cost]) -> str:
     return f"prompts of {costs[0].length:,} tokens\n" + plain_table(header, rows)
 
 
-def _write(settings: Settings, path: Path, costs: Sequence[Cost]) -> None:
-    told = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(settings).items() if key != "json"}
-    report = {
-        "settings": told,
-        "costs": [_plain(asdict(cost)) for cost in costs],
-    }
-    write_json(path, report, allow_nan=False)
+def _costs(told: Any) -> tuple[dict[str, Any], list[Cost]]:
+    """The facts of a file's run, and its costs. Raises KeyError, TypeError or ValueError for what is none."""
+    found = []
+    for row in told["costs"]:
+        if row["prompt"] not in get_args(Mode):
+            raise ValueError(f"a prompt that was read by {row['prompt']!r}")
+        chunks = None if row["chunks"] is None else price_of(row["chunks"])
+        work = float(row["scored"]), float(row["read"])
+        found.append(Cost(str(row["policy"]), int(row["length"]), row["prompt"], *work, price_of(row["decoded"]), chunks))
+    return dict(told["settings"]), found
 
 
 def _plain(value: Any) -> Any:
