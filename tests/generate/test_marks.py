@@ -8,7 +8,8 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from drive import forward, forwards, pad_left, same_memory, snapshot
+from conversation_model import interrupts
+from drive import forward, forwards, greedy, pad_left, same_memory, snapshot
 from kvsieve.errors import CacheMismatchError, StateError
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -179,3 +180,52 @@ def test_scores_after_a_crop_are_those_of_the_text_that_stayed(policy: str, back
             assert stream.ids[0].tolist() == torch.cat([text, other], 1)[0].tolist()
             found.append(torch.from_numpy(stream.kept()[0].scores))
     torch.testing.assert_close(found[0], found[1], atol=1e-4, rtol=0)
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@BACKEND
+@pytest.mark.parametrize("policy", ["sirllm", "chain"])
+@pytest.mark.parametrize("at", [1, 2, 3])
+def test_a_callers_generate_that_dies_after_a_crop_is_undone(policy: str, at: int, backend: str) -> None:
+    """The first of its forwards reads the last token again."""
+    model = tiny.model()
+    with kvsieve.stream(model, tiny.POLICIES[policy](120), backend) as stream:
+        stream.feed(tiny.ids(1, 40))
+        stream.cache.crop(-3)
+        mark, held, text = stream.mark(), snapshot(stream), torch.cat([stream.ids[0][None], tiny.ids(1, 5, 8)], 1)
+        with stream.fork() as twin:
+            want = greedy(model, text, 4, past_key_values=twin.cache)
+            after = snapshot(twin)
+        with interrupts(model, at, 0):
+            greedy(model, text, 4, past_key_values=stream.cache)
+        stream.mark()
+        assert same(snapshot(stream), held) == (at == 1)
+        stream.rewind(mark)
+        assert same(snapshot(stream), held)
+        assert torch.equal(greedy(model, text, 4, past_key_values=stream.cache), want)
+        assert same(snapshot(stream), after)
+
+
+@BACKEND
+@pytest.mark.parametrize("system", ["sirllm", "h2o", "streaming", "quest"])
+def test_assisted_decoding_that_dies_in_its_midst_is_undone(system: str, backend: str) -> None:
+    """Wherever it dies: candidates may be read in pieces, each a forward."""
+    model, text = tiny.model(), torch.cat([tiny.ids(1, 9, 4)] * 5, 1)
+    with kvsieve.stream(model, SYSTEMS[system](), backend) as stream:
+        mark, forwards_of = stream.mark(), []
+        handle = model.model.layers[1].register_forward_hook(lambda *_: forwards_of.append(1))
+        want = greedy(model, text, 8, past_key_values=stream.cache, prompt_lookup_num_tokens=4)
+        handle.remove()
+        after = snapshot(stream)
+        assert len(forwards_of) > 3
+        for at in range(1, len(forwards_of) + 1):
+            stream.rewind(mark)
+            with interrupts(model, at, 1):
+                greedy(model, text, 8, past_key_values=stream.cache, prompt_lookup_num_tokens=4)
+            stream.mark()
+        stream.rewind(mark)
+        assert torch.equal(greedy(model, text, 8, past_key_values=stream.cache, prompt_lookup_num_tokens=4), want)
+        assert same(snapshot(stream), after)

@@ -280,7 +280,12 @@ class Held:
 
     @exclusive
     def return_to(self, state: State) -> None:
-        """Make ``state``, of this stream or of a fork of it, the present; it can be returned to again."""
+        """Make ``state``, of this stream or of a fork of it, the present; it can be returned to again.
+
+        A forward that died since then is undone: its step is none of the planner that comes.
+        """
+        if self.forward is not None:
+            self.rollback()
         self.blocks.planner = state.planner.fork()
         for part, then in zip(self.parts, state.parts):
             part.return_to(then)
