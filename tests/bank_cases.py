@@ -1,11 +1,20 @@
-"""What the tests of a bank without a model share: tokens that say which they are, and what a file of them holds."""
+"""What the tests of a bank share.
+
+Without a model: tokens that say which they are, and what a file of them holds. With one: a stream whose policy ends with a bank.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+import kvsieve
+import tiny
 import torch
 from kvsieve.backends import recall
 from kvsieve.bank import file
 from kvsieve.bank.entries import BankLayer, Entries, Shape
+
+# ---------------------------------------------------------------------------------------------------------------- without a model
 
 
 def shape_of(chunk: int = 4, capacity: int = 64, heads: int = 1, dim: int = 2, dtype: torch.dtype = torch.float32) -> Shape:
@@ -48,3 +57,35 @@ def content(dtype: torch.dtype = torch.float32) -> file.Content:
     shape = shape_of(chunk=4, capacity=64, dtype=dtype)
     ragged = Entries(shape).append(*tokens(shape, 0, 90)).flush().append(*tokens(shape, 90, 7))
     return shape, {"weights": "abc"}, {"a": ragged, "b": Entries(shape).append(*tokens(shape, 0, 3)), "c": Entries(shape)}
+
+
+# ------------------------------------------------------------------------------------------------------------------- with a model
+
+WINDOW = 24
+"""Tokens of the policy before the bank."""
+
+
+def window() -> Any:
+    return kvsieve.StreamingLLM(WINDOW, sinks=2)
+
+
+def bank_of(**changes: Any) -> kvsieve.MemoryBank:
+    return kvsieve.MemoryBank(**{"chunk": 4, "top_k": 16, "capacity": 256, **changes})
+
+
+def opened(bank: kvsieve.MemoryBank, backend: str = "cpu") -> kvsieve.Stream:
+    return kvsieve.stream(tiny.model(), window() >> bank, backend)
+
+
+def written(bank: kvsieve.MemoryBank, name: str = "default") -> int:
+    return bank.book.entries(name).written
+
+
+def numbers(bank: kvsieve.MemoryBank, name: str = "default") -> torch.Tensor:
+    """All keys of the first layer, the oldest token first: ``[n, Hkv * D]``."""
+    entries = bank.book.entries(name)
+    found = [p.segment.keys[0][:, p.lo : p.hi].flatten(1, 2) for p in entries.pieces]
+    if entries.tail:
+        last = entries.pieces[-1]
+        found.append(last.segment.keys[0][:, last.hi, : entries.tail])
+    return torch.cat(found, 1).transpose(0, 1).flatten(1)

@@ -12,6 +12,7 @@ from typing import Any
 
 import emulator
 import generate.test_bank as bank
+import generate.test_bank_lasting as bank_lasting
 import generate.test_quest as quest
 import generate.test_refresh_kv as refresh_kv
 import generate.test_selective_v as selective_v
@@ -76,9 +77,9 @@ OWN: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (bank.test_what_is_evicted_is_in_the_bank_once_and_nothing_else_is, {"policy": bank.CHAIN}),
     (bank.test_marks_and_crops_store_nothing_twice, {}),
     (bank.test_rows_and_users_never_see_each_others_entries, {}),
-    (bank.test_a_text_is_ingested_to_its_last_token, {}),
-    (bank.test_a_bank_that_was_saved_gives_the_same_logits, {}),
-    (bank.test_a_session_goes_on_with_its_bank, {}),
+    (bank_lasting.test_a_text_is_ingested_to_its_last_token, {}),
+    (bank_lasting.test_a_bank_that_was_saved_gives_the_same_logits, {}),
+    (bank_lasting.test_a_session_goes_on_with_its_bank, {}),
     *(
         (refresh_kv.test_rows_with_sets_beside_rows_without, {"width": width, "dtype": dtype})
         for width in (1, 3, 40)
