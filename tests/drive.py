@@ -69,10 +69,35 @@ def pad_left(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return ids, mask
 
 
+def joined(*parts: Any) -> torch.Tensor:
+    """Ids of texts, one behind the other: ``[n]``."""
+    return torch.cat([torch.as_tensor(part, dtype=torch.long) for part in parts])
+
+
+def ids_of(stream: kvsieve.Stream) -> list[list[int]]:
+    return [row.tolist() for row in stream.ids]
+
+
 def positions(stream: kvsieve.Stream) -> list[list[int]]:
     """Kept positions of every row; where they differ by head, those of the first one."""
     first = stream._engine.facts.layers[0].index
     return [kept.positions.tolist() for kept in stream.kept(first, 0)]
+
+
+def heads(stream: kvsieve.Stream, row: int = 0) -> list[list[int]]:
+    """What each head of each layer holds of a row."""
+    layers = stream._engine.facts.layers
+    return [stream.kept(x.index, h)[row].positions.tolist() for x in layers for h in range(x.num_kv_heads)]
+
+
+def holds(stream: kvsieve.Stream, tokens: set[int], row: int = 0) -> bool:
+    """Whether every head of a row holds ``tokens``."""
+    return all(tokens <= set(held) for held in heads(stream, row))
+
+
+def lacks(stream: kvsieve.Stream, tokens: set[int], row: int = 0) -> bool:
+    """Whether no head of a row holds any of ``tokens``."""
+    return all(not tokens & set(held) for held in heads(stream, row))
 
 
 def same_memory(a: kvsieve.Stream, b: kvsieve.Stream) -> bool:

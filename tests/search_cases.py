@@ -16,7 +16,7 @@ import tiny
 import torch
 from backend_cases import on
 from drive import forwards, pad_left
-from kernel_cases import Blocks
+from kernel_blocks import Blocks
 from kvsieve import backends
 from kvsieve.backends.base import AttendCall
 from kvsieve.backends.cuda.ops.residents import Residents, slot_width

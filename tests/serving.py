@@ -15,6 +15,7 @@ import tiny
 from kvsieve.serve.app import Settings, create_app
 from kvsieve.serve.jobs import Histogram, Job, Snapshot, Ticket, Token, Usage
 from kvsieve.serve.running import Server, bound
+from prometheus_client.parser import text_string_to_metric_families
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -34,6 +35,7 @@ TEMPLATE = """\
 """ChatML with tools, as such templates are written."""
 
 CHAT = "/v1/chat/completions"
+ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 
 VOCABULARY = 264
 
@@ -196,3 +198,28 @@ def events(data: bytes) -> list[str]:
     lines = [block for block in blocks[:-1] if not block.startswith(":")]
     assert all(line.startswith("data: ") and "\n" not in line for line in lines)
     return [line.removeprefix("data: ") for line in lines]
+
+
+def chat(address: str, **fields: Any) -> Any:
+    """The answer to a message, as JSON."""
+    status, _, body = post(address, CHAT, {**ASK, **fields})
+    assert status == 200, body
+    return json.loads(body)
+
+
+def error(address: str, body: Any, path: str = CHAT, **headers: str) -> tuple[int, dict[str, Any]]:
+    """What a refused request is told, and its status."""
+    status, _, told = post(address, path, body, **headers)
+    found = json.loads(told)
+    assert set(found) == {"error"}
+    assert set(found["error"]) == {"message", "type", "param", "code"}
+    return status, found["error"]
+
+
+def samples(address: str) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """What is counted, by its name and labels."""
+    status, headers, body = call(address, "GET", "/metrics")
+    assert status == 200
+    assert headers["content-type"].startswith("text/plain; version=0.0.4")
+    families = text_string_to_metric_families(body.decode())
+    return {(one.name, tuple(sorted(one.labels.items()))): one.value for family in families for one in family.samples}

@@ -6,7 +6,7 @@ import random
 from typing import Any
 
 import torch
-from kernel_cases import (
+from kernel_blocks import (
     TOLERANCE,
     Blocks,
     Mixed,

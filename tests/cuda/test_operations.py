@@ -9,7 +9,8 @@ import emulator
 import kernel_cases
 import pytest
 import torch
-from kernel_cases import CASES, PACKED_CASES, Blocks, PackedBlocks, operations
+from kernel_blocks import Blocks, PackedBlocks
+from kernel_cases import CASES, PACKED_CASES, operations
 from kvsieve.backends.cuda.ops.hip import hip
 from kvsieve.backends.cuda.ops.residents import Residents
 from kvsieve.backends.cuda.ops.surprisal import surprisal

@@ -12,8 +12,10 @@ from typing import Any
 
 import emulator
 import generate.test_bank as bank
+import generate.test_bank_lasting as bank_lasting
 import generate.test_quest as quest
 import generate.test_refresh_kv as refresh_kv
+import generate.test_refresh_kv_moments as refresh_kv_moments
 import generate.test_selective_v as selective_v
 import generate.test_systems as every
 import kvsieve
@@ -76,9 +78,9 @@ OWN: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (bank.test_what_is_evicted_is_in_the_bank_once_and_nothing_else_is, {"policy": bank.CHAIN}),
     (bank.test_marks_and_crops_store_nothing_twice, {}),
     (bank.test_rows_and_users_never_see_each_others_entries, {}),
-    (bank.test_a_text_is_ingested_to_its_last_token, {}),
-    (bank.test_a_bank_that_was_saved_gives_the_same_logits, {}),
-    (bank.test_a_session_goes_on_with_its_bank, {}),
+    (bank_lasting.test_a_text_is_ingested_to_its_last_token, {}),
+    (bank_lasting.test_a_bank_that_was_saved_gives_the_same_logits, {}),
+    (bank_lasting.test_a_session_goes_on_with_its_bank, {}),
     *(
         (refresh_kv.test_rows_with_sets_beside_rows_without, {"width": width, "dtype": dtype})
         for width in (1, 3, 40)
@@ -94,10 +96,10 @@ OWN: list[tuple[Callable[..., None], dict[str, Any]]] = [
     (refresh_kv.test_sets_keep_their_size_and_lose_the_lowest_first, {}),
     (refresh_kv.test_equal_heads_of_a_group_choose_as_one_head, {}),
     (refresh_kv.test_where_few_tokens_have_all_the_mass_a_partial_step_is_a_full_one, {}),
-    (refresh_kv.test_a_session_file_goes_on_as_the_stream_would, {}),
-    (refresh_kv.test_a_crop_within_partial_steps_is_exact_and_refused_beyond, {}),
-    (refresh_kv.test_after_tokens_were_taken_out_heads_choose_anew, {}),
-    (refresh_kv.test_a_trace_tells_what_was_read, {}),
+    (refresh_kv_moments.test_a_session_file_goes_on_as_the_stream_would, {}),
+    (refresh_kv_moments.test_a_crop_within_partial_steps_is_exact_and_refused_beyond, {}),
+    (refresh_kv_moments.test_after_tokens_were_taken_out_heads_choose_anew, {}),
+    (refresh_kv_moments.test_a_trace_tells_what_was_read, {}),
     *(
         (selective_v.test_the_cpu_computes_the_definition, {"policy": policy, "dtype": dtype})
         for policy in ("all", "mass", "either", "rotated queries", "rotated keys")

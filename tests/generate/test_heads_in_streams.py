@@ -9,7 +9,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from drive import forward, forwards, greedy, pad_left, same_memory, snapshot
+from drive import forward, forwards, greedy, heads, pad_left, same_memory, snapshot
 from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError, StateError, UnsupportedError
 from kvsieve.runtime.head_eviction import HeadEviction
@@ -20,12 +20,6 @@ pytestmark = pytest.mark.slow
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 RULE = pytest.mark.parametrize("policy", tiny.PER_HEAD)
-
-
-def heads(stream: kvsieve.Stream, row: int = 0) -> list[list[int]]:
-    """What each head of each layer holds of one row."""
-    layers = stream._engine.facts.layers
-    return [stream.kept(x.index, h)[row].positions.tolist() for x in layers for h in range(x.num_kv_heads)]
 
 
 def fed(backend: str, policy: Any, ids: torch.Tensor, chunks: list[int], **kwargs: Any) -> tuple[torch.Tensor, list[list[int]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import kvsieve
@@ -12,41 +11,13 @@ import pytest
 import tiny
 import torch
 from drive import greedy, pad_left, snapshot
-from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError
+from joined_documents import DOCUMENTS, PAST, QUESTION, START, documents, layout, read, stock
+from kvsieve.errors import CacheMismatchError
 from transformers import DynamicCache
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 CLOSE: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}
 HOW: dict[str, Any] = {"do_sample": False, "max_new_tokens": 6}
-
-PAST, QUESTION = tiny.ids(1, 70, 1), tiny.ids(1, 5, 9)
-DOCUMENTS = [tiny.ids(1, count, 20 + count) for count in (2, 140, 31)]
-
-
-def documents(base: kvsieve.Stream, texts: Sequence[torch.Tensor]) -> list[kvsieve.Stream]:
-    """A fork of ``base`` for each text, which has read it."""
-    forks = []
-    for text in texts:
-        forks.append(base.fork())
-        forks[-1].feed(text)
-    return forks
-
-
-@torch.no_grad()
-def read(stream: kvsieve.Stream, ids: torch.Tensor, start: int) -> torch.Tensor:
-    """Logits ``[B, n, V]`` of the next tokens, at positions from ``start`` on."""
-    positions = torch.arange(start, start + ids.shape[1])[None]
-    return stream.model(input_ids=ids, position_ids=positions, past_key_values=stream.cache, use_cache=True).logits
-
-
-def layout(past: int, lengths: Sequence[int], last: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Positions ``[n]`` and which token sees which, bool ``[n, n]``: of what came before, the past, its own document, or all."""
-    part = [0] * past + [at + 1 for at, count in enumerate(lengths) for _ in range(count)] + [-1] * last
-    positions = [*range(past), *(past + i for count in lengths for i in range(count))]
-    positions += [past + max(lengths, default=0) + i for i in range(last)]
-    query, key = torch.tensor(part)[:, None], torch.tensor(part)[None]
-    sees = ((key == 0) | (key == query) | (query == -1)).tril()
-    return torch.tensor(positions), sees
 
 
 def test_the_layout_is_the_published_one() -> None:
@@ -54,22 +25,6 @@ def test_the_layout_is_the_published_one() -> None:
     assert positions.tolist() == [0, 1, 2, 3, 4, 3, 4, 5, 6, 3, 7, 8]
     assert sees[5].nonzero().flatten().tolist() == [0, 1, 2, 5]
     assert sees[10].nonzero().flatten().tolist() == list(range(11))
-
-
-@torch.no_grad()
-def stock(past: torch.Tensor, texts: Sequence[torch.Tensor], last: torch.Tensor, **changes: Any) -> torch.Tensor:
-    """The stock model's logits ``[1, n, V]`` of ``last``, under a mask over the whole sequence."""
-    model = copy.deepcopy(tiny.model(**changes))
-    model.set_attn_implementation("eager")
-    positions, sees = layout(past.shape[1], [text.shape[1] for text in texts], last.shape[1])
-    mask = torch.zeros(sees.shape).masked_fill(~sees, torch.finfo(torch.float32).min)[None, None]
-    ids = torch.cat([past, *texts, last], 1)
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions[None], use_cache=False).logits
-    return logits[:, -last.shape[1] :]
-
-
-START = PAST.shape[1] + max(text.shape[1] for text in DOCUMENTS)
-"""Where text goes on behind ``PAST`` and ``DOCUMENTS``."""
 
 
 @BACKEND
@@ -376,194 +331,3 @@ def test_session_files(backend: str, tmp_path: Any) -> None:
         with pytest.raises(CacheMismatchError, match="were joined"):
             loaded.cache.crop(-1)
         assert torch.equal(loaded.generate(QUESTION, **HOW), answer)
-
-
-# ------------------------------------------------------------------------------------------------------------- stored, selected
-
-
-STORED = {
-    "think": kvsieve.ThinK(0.5, recent=8, observe=4),
-    "quantized": kvsieve.Quantized(8, group=16, residual=8),
-    "both": kvsieve.ThinK(0.5, recent=8, observe=4) | kvsieve.Quantized(8, group=16, residual=8),
-}
-
-
-@BACKEND
-@pytest.mark.parametrize("name", list(STORED))
-def test_what_was_joined_is_compressed_as_one_text(name: str, backend: str) -> None:
-    with kvsieve.stream(tiny.model(), STORED[name], backend) as base:
-        base.feed(PAST)
-        forks = documents(base, DOCUMENTS)
-        joined = base.join(forks)
-        # A prompt's own attention, and with it the first generated token, is exact.
-        want = stock(PAST, DOCUMENTS, QUESTION)
-        torch.testing.assert_close(read(joined, QUESTION, START), want, **CLOSE)
-        assert joined.stats().compressed == 0
-        joined.generate(tiny.ids(1, 1), **HOW)
-        assert joined.stats().compressed > 200
-        other = base.join(forks, canonical=True)
-        other.generate(QUESTION, **HOW)
-        assert other.stats().compressed > 200
-        # The past may be compressed before it is forked.
-        base.end_turn()
-        packed = base.stats().compressed
-        assert packed > 0 or name != "quantized"
-        later = base.join(documents(base, DOCUMENTS))
-        later.generate(QUESTION, **HOW)
-        assert later.stats().compressed > packed
-        forks[1].end_turn()
-        with pytest.raises((StateError, CacheMismatchError)):
-            base.join(forks)
-
-
-@pytest.mark.parametrize("name", list(STORED))
-def test_backends_compress_what_was_joined_alike(name: str) -> None:
-    found = []
-    for backend in tiny.BACKENDS:
-        with kvsieve.stream(tiny.model(), STORED[name], backend) as base:
-            base.feed(PAST)
-            base.end_turn()
-            joined = base.join(documents(base, DOCUMENTS))
-            joined.feed(QUESTION)
-            joined.end_turn()
-            assert joined.stats().compressed > 200
-            found.append(read(joined, tiny.ids(1, 3), START + 5))
-    torch.testing.assert_close(*found, atol=2e-2 if name != "think" else 1e-4, rtol=1e-4)
-
-
-@BACKEND
-def test_quantized_documents_are_near_the_masked_sequence(backend: str) -> None:
-    with kvsieve.stream(tiny.model(), STORED["quantized"], backend) as base:
-        base.feed(PAST)
-        joined = base.join(documents(base, DOCUMENTS))
-        joined.end_turn()
-        assert joined.stats().compressed > 200
-        got = read(joined, QUESTION, START)
-    want = stock(PAST, DOCUMENTS, QUESTION)
-    assert (got - want).abs().max() < 0.1 * want.std()
-
-
-@BACKEND
-def test_a_document_that_is_compressed_already_is_refused(backend: str) -> None:
-    with kvsieve.stream(tiny.model(), STORED["quantized"], backend) as base:
-        base.feed(PAST)
-        forks = documents(base, DOCUMENTS)
-        forks[1].end_turn()
-        with pytest.raises(StateError, match="stream 1 has compressed a part of its document"):
-            base.join(forks)
-        assert base.join([forks[0], forks[2]]).seen == 70 + 2 + 31
-
-
-@pytest.mark.parametrize("wide", [True, False])
-@pytest.mark.parametrize("kind", ["hip", "quest"])
-def test_a_selection_reads_what_was_joined(kind: str, wide: bool) -> None:
-    """One that finds everything is exact; one that does not is the reference's, and does not depend on the order given."""
-    how: dict[str, Any] = {"budget": 256 if wide else 16, "block": 4, "dense_layers": 1, "query_block": 16, "query_stride": 3}
-    policy = kvsieve.HiP(**how, sinks=2, window=24) if kind == "hip" else kvsieve.Quest(**how, sinks=0, window=64)
-    found = {}
-    for backend in tiny.BACKENDS:
-        with kvsieve.stream(tiny.model(), policy, backend) as base:
-            base.feed(PAST[:, :40])
-            # Each is read whole, so what they hold is exact; together they are not.
-            forks = documents(base, [tiny.ids(1, 10, seed) for seed in range(9)])
-            orders = forks, forks[::-1]
-            joined = [base.join(order, canonical=True) for order in orders]
-            found[backend] = [read(stream, QUESTION, 50) for stream in joined]
-            assert torch.equal(*found[backend])
-            assert wide or not joined[0].trace()[1].dense
-    torch.testing.assert_close(found["cpu"][0], found["reference"][0], atol=1e-4, rtol=1e-4)
-    if wide:
-        want = stock(PAST[:, :40], [tiny.ids(1, 10, seed) for seed in range(9)], QUESTION)
-        torch.testing.assert_close(found["cpu"][0], want, **CLOSE)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- refusals
-
-
-REFUSED = {
-    "streaming": (kvsieve.StreamingLLM(64, sinks=2), "evicts by what came last"),
-    "lm_infinite": (kvsieve.LMInfinite(64, sinks=2), "evicts by what came last"),
-    "sirllm": (kvsieve.SirLLM(64, sinks=2, recent=4), "evicts by what came last"),
-    "snapkv": (kvsieve.SnapKV(64, observe=4), "evicts by what came last"),
-    "h2o": (kvsieve.H2O(64, recent=4), "evicts by what came last"),
-    "chain": (kvsieve.StreamingLLM(32, sinks=2) >> kvsieve.Full(), "evicts by what came last"),
-    "extended": (kvsieve.HiP(32, sinks=2, window=24, extend=True), "shows tokens at other distances"),
-    "prefill": (kvsieve.Quantized(8, group=16, residual=8, when="prefill"), "has compressed a part of its document"),
-}
-
-
-@pytest.mark.parametrize("name", list(REFUSED))
-def test_policies_that_cannot_be_right(name: str) -> None:
-    policy, why = REFUSED[name]
-    with kvsieve.stream(tiny.model(), policy, "cpu") as base:
-        base.feed(PAST[:, :20])
-        forks = documents(base, DOCUMENTS)
-        with pytest.raises((UnsupportedError, StateError), match=why):
-            base.join(forks)
-        base.feed(QUESTION)
-
-
-@pytest.mark.parametrize("family", ["gemma3", "ministral"])
-def test_sliding_layers_are_refused(family: str) -> None:
-    with kvsieve.stream(tiny.model(family), kvsieve.Full(), "cpu") as base:
-        base.feed(PAST)
-        with pytest.raises(UnsupportedError, match=r"layers \[0\] slide over the newest tokens"):
-            base.join(documents(base, DOCUMENTS))
-
-
-def test_streams_that_do_not_belong_together() -> None:
-    model, full = tiny.model(), kvsieve.Full()
-    with kvsieve.stream(model, full, "cpu") as base, kvsieve.stream(model, full, "cpu") as other:
-        base.feed(PAST)
-        other.feed(PAST)
-        forks = documents(base, DOCUMENTS)
-        before = snapshot(base)
-
-        def refuses(streams: Any, error: type[Exception], why: str) -> None:
-            with pytest.raises(error, match=why):
-                base.join(streams)
-
-        refuses([forks[0], other], CacheMismatchError, "stream 1 is no fork of this one")
-        refuses([forks[0], forks[0]], StateError, "given twice")
-        refuses([forks[0], "text"], StateError, "join takes streams")
-        with kvsieve.stream(model, full, "reference") as third:
-            refuses([third], CacheMismatchError, "has the backend reference, this one cpu")
-        with kvsieve.stream(model, STORED["quantized"], "cpu") as third:
-            refuses([third], CacheMismatchError, "has the policy Quantized")
-        with kvsieve.stream(tiny.model(seed=1), full, "cpu") as third:
-            refuses([third], CacheMismatchError, "of another model")
-        late = base.fork()
-        late.generate(QUESTION, **HOW)
-        refuses([late], StateError, "stream 0 has said tokens that the model has not read")
-        short = base.fork()
-        short.cache.crop(-1)
-        refuses([short], CacheMismatchError, "stream 0 does not begin with the 70 tokens")
-        # The same ids, read again: their keys are others' memory.
-        short.feed(PAST[:, -1:])
-        assert base.join([short]).seen == 70
-        apart = base.fork()
-        apart.reset()
-        apart.feed(PAST)
-        refuses([apart], CacheMismatchError, "stream 0 does not begin with the 70 tokens")
-        closed = base.fork()
-        closed.close()
-        refuses([closed], StateError, "closed")
-        empty = base.fork()
-        empty.reset()
-        empty.feed(tiny.ids(2, 4))
-        refuses([empty], CacheMismatchError, "stream 0 holds 2 sequences, the others")
-        base.feed(QUESTION)
-        refuses(forks, CacheMismatchError, "stream 0 does not begin with the 75 tokens")
-        base.cache.crop(-5)
-        assert all(torch.equal(now, before[name]) for name, now in snapshot(base).items())
-        assert base.join(forks).seen == 243
-
-
-def test_a_loop_that_counts_columns_is_refused() -> None:
-    """`model.generate` would tell the model positions that count every token."""
-    with kvsieve.stream(tiny.model(), kvsieve.Full(), "cpu") as base:
-        base.feed(PAST)
-        joined = base.join(documents(base, DOCUMENTS))
-        with pytest.raises(CacheMismatchError, match=r"use stream\.generate"):
-            joined.model(input_ids=QUESTION, past_key_values=joined.cache)
-        assert torch.equal(joined.generate(QUESTION, **HOW)[:, 5:], joined.ids[0][None, -6:])

@@ -1,29 +1,21 @@
-"""RefreshKV: numbers worked by hand, the invariants of its sets, and a naive twin, written out from the paper, beside streams.
-
-The twin keeps lists: what each head reads, from the lowest score to the newest token, and every key.
-"""
+"""RefreshKV: streams beside a naive twin, numbers worked by hand, the invariants of its sets."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import kvsieve
-import numpy as np
 import pytest
 import tiny
 import torch
 from drive import Layer, forward, forwards, pad_left
 from kvsieve.backends import attention_scores
 from kvsieve.backends.base import AttendCall, HeadSets
-from kvsieve.backends.cuda.capabilities import CAPABILITIES as CUDA
-from kvsieve.errors import BackendError, PolicyError, StateError, UnsupportedModelError
 from kvsieve.methods.refresh_kv import RefreshSelection
-from kvsieve.runtime.recycling import Recycling, cosine
+from kvsieve.runtime.recycling import cosine
+from refresh_twin import Twin, part_of, read_by
 from tiny import BACKENDS
 from torch.nn.functional import max_pool1d, scaled_dot_product_attention
-from transformers import LlamaForCausalLM
 
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 
@@ -36,106 +28,6 @@ GQA = (
 
 
 # ---------------------------------------------------------------------------------------------------------------------- the twin
-
-
-def turned(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    a, b = x.chunk(2, -1)
-    return x * cos + torch.cat([-b, a], -1) * sin
-
-
-class TwinLayer:
-    """Keys and values ``[Hkv, n, D]`` of all tokens; of each head what it reads, the first to go first; the query it chose by."""
-
-    def __init__(self) -> None:
-        self.keys: Any = None
-        self.values: Any = None
-        self.recycled: list[list[int]] | None = None
-        self.query: torch.Tensor | None = None
-        self.similarities: list[float] = []
-        self.full = 0
-
-
-class Twin:
-    """A Llama under RefreshKV."""
-
-    def __init__(self, model: Any, budget: int, stride: int, similarity: float | None, kernel: int) -> None:
-        self.model, self.budget, self.stride, self.similarity, self.kernel = model, budget, stride, similarity, kernel
-        self.layers = [TwinLayer() for _ in model.model.layers]
-        self.seen, self.step = 0, 0
-
-    @torch.no_grad()
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits ``[n, V]`` of new tokens ``[n]``."""
-        body = self.model.model
-        x, n = body.embed_tokens(ids), len(ids)
-        cos, sin = (t[0] for t in body.rotary_emb(x[None], torch.arange(self.seen, self.seen + n)[None]))
-        self.seen += n
-        alone = n == 1 and self.layers[0].recycled is not None and self.seen > self.budget
-        self.step = self.step + 1 if alone else 0
-        for module, layer in zip(body.layers, self.layers):
-            h = module.input_layernorm(x)
-            heads = [getattr(module.self_attn, f"{name}_proj")(h).view(n, -1, 16).transpose(0, 1) for name in "qkv"]
-            q, k, v = heads
-            mean = q[:, -1].mean(0)
-            q, k = turned(q, cos, sin), turned(k, cos, sin)
-            layer.keys = k if layer.keys is None else torch.cat([layer.keys, k], 1)
-            layer.values = v if layer.values is None else torch.cat([layer.values, v], 1)
-            full = self.is_full(layer, mean) if alone else True
-            answer = self.all_of(layer, q, mean) if full else self.some_of(layer, q)
-            layer.full += full and n == 1 and self.seen > self.budget
-            x = x + module.self_attn.o_proj(answer.transpose(0, 1).reshape(n, -1))
-            x = x + module.mlp(module.post_attention_layernorm(x))
-        return self.model.lm_head(body.norm(x))
-
-    def is_full(self, layer: TwinLayer, mean: torch.Tensor) -> bool:
-        if self.step % self.stride:
-            return False
-        if self.similarity is None:
-            return True
-        assert layer.query is not None
-        layer.similarities.append(float(torch.cosine_similarity(mean, layer.query, dim=0)))
-        return layer.similarities[-1] <= self.similarity
-
-    def all_of(self, layer: TwinLayer, q: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
-        group, n = q.shape[0] // layer.keys.shape[0], q.shape[1]
-        keys, values = (x.repeat_interleave(group, 0) for x in (layer.keys, layer.values))
-        hidden = torch.ones(n, self.seen, dtype=torch.bool).triu(self.seen - n + 1)
-        p = (q @ keys.transpose(1, 2) / 4).masked_fill(hidden, -torch.inf).softmax(-1)
-        if self.seen > self.budget:
-            layer.recycled = [self.best(p[h * group : (h + 1) * group, -1].amax(0)) for h in range(layer.keys.shape[0])]
-            layer.query = mean
-        return p @ values
-
-    def best(self, raw: torch.Tensor) -> list[int]:
-        pooled = max_pool1d(raw[None], self.kernel, 1, self.kernel // 2)[0]
-        ranked = sorted(range(self.seen), key=lambda i: (float(pooled[i]), float(raw[i]), -i))
-        return ranked[-self.budget :]
-
-    def some_of(self, layer: TwinLayer, q: torch.Tensor) -> torch.Tensor:
-        assert layer.recycled is not None
-        group, out = q.shape[0] // layer.keys.shape[0], []
-        for head in range(q.shape[0]):
-            read = sorted([*layer.recycled[head // group], self.seen - 1])
-            keys, values = layer.keys[head // group, read], layer.values[head // group, read]
-            out.append((q[head] @ keys.T / 4).softmax(-1) @ values)
-        for mine in layer.recycled:
-            mine.append(self.seen - 1)
-            del mine[: max(len(mine) - self.budget, 0)]
-        return torch.stack(out)
-
-
-def part_of(stream: kvsieve.Stream) -> Recycling:
-    return stream._engine.parts.the(Recycling)
-
-
-def read_by(stream: kvsieve.Stream) -> list[list[list[int]] | None]:
-    """Of each layer what its heads read in the last forward, or None for everything; of the first row."""
-    found: list[list[list[int]] | None] = []
-    for index in sorted(part_of(stream).read):
-        sets = part_of(stream).read[index][0]
-        heads = None if sets is None else [sets.read(head, stream.seen).tolist() for head in range(len(sets.tokens))]
-        found.append(heads)
-    return found
 
 
 @pytest.mark.slow
@@ -427,125 +319,3 @@ def test_scores_add_up_over_one_head() -> None:
     want = scaled_dot_product_attention(q[None, :, None], k[None], eye, scale=0.7)[0, :, 0]
     torch.testing.assert_close(scores, want)
     assert scores.sum(1).tolist() == pytest.approx([1.0, 1.0])
-
-
-# ------------------------------------------------------------------------------------------------------------- moments, refusals
-
-
-@BACKEND
-def test_a_session_file_goes_on_as_the_stream_would(tmp_path: Path, backend: str) -> None:
-    model = tiny.model()
-    with kvsieve.stream(model, kvsieve.RefreshKV(20, stride=3, similarity=0.5), backend) as stream:
-        forwards(model, stream.cache, tiny.ids(2, 44), [40, 1])
-        stream.save(tmp_path / "stream.safetensors")
-        want = forwards(model, stream.cache, tiny.ids(2, 9, 3), [1])
-    with kvsieve.load(tmp_path / "stream.safetensors", model, backend=backend) as loaded:
-        assert torch.equal(forwards(model, loaded.cache, tiny.ids(2, 9, 3), [1]), want)
-
-
-@BACKEND
-def test_a_crop_within_partial_steps_is_exact_and_refused_beyond(backend: str) -> None:
-    model, ids = tiny.model(), tiny.ids(1, 60)
-    with kvsieve.stream(model, kvsieve.RefreshKV(20, stride=4, similarity=None), backend) as stream:
-        forwards(model, stream.cache, ids[:, :43], [40, 1])
-        mark = stream.mark()
-        want = forwards(model, stream.cache, ids[:, 43:], [1])
-        stream.rewind(mark)
-        stream.cache.crop(-2)
-        got = forwards(model, stream.cache, ids[:, 41:], [1])
-        assert torch.equal(got[:, 2:], want)
-        with pytest.raises(StateError, match=r"cannot forget 4 tokens.*at most 0 can be"):
-            stream.cache.crop(-4)
-        stream.rewind(mark)
-        assert torch.equal(forwards(model, stream.cache, ids[:, 43:], [1]), want)
-
-
-@BACKEND
-def test_after_tokens_were_taken_out_heads_choose_anew(backend: str) -> None:
-    model, ids = tiny.model(), tiny.ids(1, 50)
-    with kvsieve.stream(model, kvsieve.RefreshKV(20, similarity=None), backend) as stream:
-        forwards(model, stream.cache, ids[:, :42], [40, 1])
-        stream.evict(5, 9)
-        forward(model, stream.cache, ids[:, 42:43])
-        assert read_by(stream) == [None] * 2
-        forward(model, stream.cache, ids[:, 43:44])
-        sets = part_of(stream).read[0][0]
-        assert sets is not None
-        assert sets.read(0, 40).shape == (21,)
-
-
-@BACKEND
-def test_a_trace_tells_what_was_read(backend: str) -> None:
-    model = tiny.model()
-    with kvsieve.stream(model, kvsieve.RefreshKV(20, similarity=None), backend) as stream:
-        forwards(model, stream.cache, tiny.ids(1, 42), [40, 1])
-        for layer, heads in zip(stream.trace(), read_by(stream)):
-            assert heads is not None
-            assert (layer.dense, layer.scored, layer.read) == (False, 0, sum(map(len, heads)))
-            for traced, read in zip(layer.rows[0], heads):
-                assert np.concatenate([np.arange(*r) for r in traced.read]).tolist() == read
-                assert np.concatenate([np.arange(*r) for r in traced.found]).tolist() == [t for t in read if t < 40]
-        stream.feed(tiny.ids(1, 5, 3))
-        assert all(layer.dense and layer.read == 2 * 47 for layer in stream.trace())
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        ({"budget": 0}, "budget must be"),
-        ({"budget": "1MiB"}, "budget must be"),
-        ({"stride": 0}, "stride must be"),
-        ({"kernel": 4}, "kernel must be odd"),
-        ({"similarity": "high"}, "similarity must be a number"),
-        ({"similarity": True}, "similarity must be a number"),
-        ({"similarity": float("nan")}, "similarity must be a number"),
-    ],
-)
-def test_numbers_that_are_none_are_refused(arguments: dict[str, Any], said: str) -> None:
-    with pytest.raises(PolicyError, match=said):
-        kvsieve.RefreshKV(**{"budget": 64, **arguments})
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("sirllm(64) | refreshkv(64)", "evicts some of them"),
-        ("streamingllm(64) | refreshkv(64)", "evicts some of them"),
-        ("snapkv(64) | refreshkv(64)", "keeps other tokens for each head"),
-        ("hip(64) | refreshkv(64)", "decide select"),
-        ("streamingllm(64) >> refreshkv(64)", "one part of a chain"),
-        ("refreshkv(64) >> full()", "one part of a chain"),
-    ],
-)
-def test_what_does_not_go_with_it_is_refused_when_it_is_built(text: str, said: str) -> None:
-    with pytest.raises(PolicyError, match=said):
-        kvsieve.methods.parse(text)
-    with pytest.raises(PolicyError, match="goes with Original"):
-        kvsieve.RefreshKV(64) | kvsieve.Memory(position=kvsieve.policy.InCache())
-
-
-def test_a_text_of_it_is_read_back() -> None:
-    assert repr(kvsieve.RefreshKV(64)) == "RefreshKV(budget=64)"
-    policy = kvsieve.RefreshKV(64, stride=5, similarity=None, kernel=1)
-    assert repr(policy) == "RefreshKV(budget=64, stride=5, similarity=None, kernel=1)"
-    assert kvsieve.methods.parse(repr(policy)) == policy
-
-
-def test_a_backend_that_cannot_says_so() -> None:
-    without = replace(CUDA, selection=replace(CUDA.selection, recycled=False))
-    with pytest.raises(BackendError, match="chose at an earlier step"):
-        without.check_recycling()
-    CUDA.check_recycling()
-    with pytest.raises(BackendError, match=r"compresses some.*leave"):
-        CUDA.check_recycling(compressed=True)
-
-
-def test_models_whose_frequencies_change_go_with_a_fixed_schedule() -> None:
-    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    config = tiny.config("llama", rope_parameters=rope)
-    torch.manual_seed(0)
-    model = LlamaForCausalLM._from_config(config, dtype=torch.float32).eval()
-    with pytest.raises(UnsupportedModelError, match="similarity=None"):
-        kvsieve.stream(model, kvsieve.RefreshKV(64)).__enter__()
-    with kvsieve.stream(model, kvsieve.RefreshKV(64, similarity=None)) as stream:
-        stream.feed(tiny.ids(1, 80))

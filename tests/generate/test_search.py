@@ -1,16 +1,15 @@
-"""HiP and InfiniteHiP under a model: what stays exact, every loop, and what they are seen to read."""
+"""HiP and InfiniteHiP under a model: what stays exact, beyond the trained length, what they are seen to read, what is refused."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import kvsieve
 import pytest
 import tiny
 import torch
-from drive import distinct, forward, forwards, greedy, pad_left, tokens_of
+from drive import distinct, forward, forwards, pad_left, tokens_of
 from kvsieve.errors import BudgetError, KvsieveError, PolicyError, StateError, UnsupportedError
 from kvsieve.methods.hip import HiPSelection
 from kvsieve.methods.infinite_hip import InfiniteHiPSelection
@@ -18,31 +17,11 @@ from kvsieve.methods.parser import parse
 from kvsieve.methods.streaming_llm import Window
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import FixedDistance, Rebased
+from search_policies import SEARCHES, hip, infinite
 from tiny import BACKENDS
 
 # What is chosen depends on no release of transformers, and `test_systems` asks the rest of the same policies.
 pytestmark = pytest.mark.slow
-
-Make = Callable[..., Any]
-
-
-def hip(**changes: Any) -> Any:
-    known = {"budget": 12, "sinks": 2, "window": 8, "dense_layers": 1, "refresh": 4, "query_block": 16, "query_stride": 3}
-    return kvsieve.HiP(**{**known, **changes})
-
-
-def infinite(**changes: Any) -> Any:
-    known = {"stages": ((16, 48), (4, 24), (2, 8)), "refresh": (8, 4, 2), "sinks": 2, "window": 8, "wide": 16, "wide_layers": 1}
-    return kvsieve.InfiniteHiP(**{**known, "query_block": 16, "query_stride": 3, **changes})
-
-
-SEARCHES: dict[str, Make] = {
-    "hip": hip,
-    # Both layers of a model search under this one, and only the second under the one before.
-    "hip_first": lambda **changes: hip(**{"representative": "first", "block": 4, "dense_layers": 0, **changes}),
-    "infinite": infinite,
-    "infinite_middle": lambda **changes: infinite(representative="middle", **changes),
-}
 
 EVERY = pytest.mark.parametrize("name", list(SEARCHES))
 BACKEND = pytest.mark.parametrize("backend", BACKENDS)
@@ -151,128 +130,7 @@ def test_a_choice_of_every_step_needs_no_memory_of_the_last(backend: str) -> Non
     torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
-# ------------------------------------------------------------------------------------- what was retained, and longer than trained
-
-
-def with_sirllm(name: str, budget: int) -> Any:
-    return kvsieve.SirLLM(budget, sinks=2, recent=8) | SEARCHES[name]()
-
-
-@BACKEND
-@EVERY
-def test_a_selection_over_more_than_is_retained_is_sirllm_alone(name: str, backend: str) -> None:
-    model, ids, got = tiny.model(), tiny.ids(1, 130), []
-    for policy in (kvsieve.SirLLM(24, sinks=2, recent=8), kvsieve.SirLLM(24, sinks=2, recent=8) | SEARCHES[name](window=80)):
-        with kvsieve.stream(model, policy, backend) as stream:
-            got.append(forwards(model, stream.cache, ids, [60, 1]))
-            assert stream.stats().resident <= 24 + 63
-    assert torch.equal(*got)
-
-
-@EVERY
-@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
-def test_a_selection_over_what_sirllm_retained(family: str, name: str) -> None:
-    model, ids, got, read = tiny.model(family, vocab_size=600), distinct(2, 260), [], []
-    for backend in BACKENDS:
-        with kvsieve.stream(model, with_sirllm(name, 100), backend) as stream:
-            # Token 254 makes 163 residents into 100 again, in the midst of decoding.
-            got.append(forwards(model, stream.cache, ids, [40, 40, 40, 40, 30, 1]))
-            assert stream.stats().resident == 106
-            assert stream.stats().stored_keys == "pre_rope"
-            layers = stream.trace()
-            kept = [set(kept.positions.tolist()) for kept in stream.kept()]
-            for layer in layers[1:]:
-                heads = [set(tokens_of(head.read)) for head in layer.rows[0]]
-                assert all(len(tokens) < len(kept[0]) for tokens in heads)
-                assert all(259 in tokens and 0 in tokens for tokens in heads)
-            read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in layers])
-    assert float((got[0] - got[1]).abs().max()) <= 1e-3 * float(got[0].abs().max())
-    assert read[0] == read[1]
-
-
-PACKS = {
-    "think": lambda: kvsieve.ThinK(0.5, recent=8, observe=8, flush_every=8),
-    "codes": lambda: kvsieve.Quantized(8, group=16, residual=16),
-    "both": lambda: kvsieve.ThinK(0.25, recent=8, observe=8) | kvsieve.Quantized(4, group=16, residual=16),
-}
-
-
-@EVERY
-@pytest.mark.parametrize("pack", list(PACKS))
-def test_a_selection_from_compressed_tokens(pack: str, name: str) -> None:
-    """Channel-pruned and quantized keys are compared and read as stored; the second turn is read over compressed tokens."""
-    model, ids, got, read = tiny.model(), tiny.ids(2, 150), [], []
-    for backend in BACKENDS:
-        with kvsieve.stream(model, SEARCHES[name]() | PACKS[pack](), backend) as stream:
-            out = [forwards(model, stream.cache, ids[:, :112], [90, 1])]
-            stream.end_turn()
-            got.append(torch.cat([*out, forwards(model, stream.cache, ids[:, 112:], [20, 1])], 1))
-            assert stream.stats().compressed > 90
-            assert not stream.trace()[1].dense
-            read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
-    assert float((got[0] - got[1]).abs().max()) <= 1e-3 * float(got[0].abs().max())
-    assert read[0] == read[1]
-
-
-OVER: dict[str, Callable[[str], Any]] = {
-    "extended": lambda name: SEARCHES[name](extend=40),
-    "retained": lambda name: with_sirllm(name, 100),
-    "thin": lambda name: SEARCHES[name]() | PACKS["think"](),
-    "codes": lambda name: SEARCHES[name]() | PACKS["codes"](),
-}
-
-
-@pytest.mark.parametrize("name", ["hip", "infinite_middle"])
-@pytest.mark.parametrize("over", list(OVER))
-def test_padded_rows_and_two_turns_of_whatever_is_selected_from(over: str, name: str) -> None:
-    """Each row of a padded batch reads what it reads alone, in the first turn and in the second."""
-    model, rows = tiny.model(vocab_size=600), [distinct(1, n)[0] for n in (120, 84)]
-    (ids, mask), more = pad_left(rows), distinct(1, 204)[0, 120:].view(2, 42)
-    got, read = [], []
-
-    def drive(stream: Any, ids: torch.Tensor, mask: torch.Tensor | None, more: torch.Tensor) -> torch.Tensor:
-        forwards(model, stream.cache, ids, [ids.shape[1] - 30, 20, 1], mask)
-        stream.end_turn()
-        whole = None if mask is None else torch.cat([mask, torch.ones_like(more)], 1)
-        return torch.cat(
-            [
-                forward(model, stream.cache, more[:, lo:hi], None if whole is None else whole[:, : ids.shape[1] + hi])
-                for lo, hi in [(0, 30), *((at, at + 1) for at in range(30, 42))]
-            ],
-            1,
-        )
-
-    for backend in BACKENDS:
-        with kvsieve.stream(model, OVER[over](name), backend) as stream:
-            got.append(drive(stream, ids, mask, more))
-            assert not stream.trace()[1].dense
-            read.append([[head.read.tolist() for row in layer.rows for head in row] for layer in stream.trace()])
-    scale = float(got[0].abs().max())
-    assert float((got[0] - got[1]).abs().max()) <= 1e-3 * scale
-    assert read[0] == read[1]
-    for row in range(2):
-        with kvsieve.stream(model, OVER[over](name), "cpu") as solo:
-            alone = drive(solo, rows[row][None], None, more[row : row + 1])
-        assert float((got[1][row] - alone[0]).abs().max()) <= 1e-3 * scale
-
-
-@BACKEND
-@EVERY
-def test_packing_does_not_end_a_choice(name: str, backend: str) -> None:
-    """A choice names residents by number, which packing does not change: a layer that packs all it has reads what it would have."""
-    model, ids, read = tiny.model(num_hidden_layers=3), tiny.ids(1, 120), []
-    # The last layer drops channels, so that there is something to pack; those before it are packed whole.
-    for extra in (None, kvsieve.ThinK(0.5, recent=8, observe=8, flush_every=4, skip_layers=(0, 1))):
-        policy = SEARCHES[name]() if extra is None else SEARCHES[name]() | extra
-        with kvsieve.stream(model, policy, backend) as stream:
-            forward(model, stream.cache, ids[:, :100])
-            steps = []
-            for at in range(100, 120):
-                forward(model, stream.cache, ids[:, at : at + 1])
-                steps.append([head.read.tolist() for layer in stream.trace()[:2] for head in layer.rows[0]])
-            read.append(steps)
-            assert (stream.stats().compressed > 100) == (extra is not None)
-    assert read[0] == read[1]
+# ------------------------------------------------------------------------------------------------------------ longer than trained
 
 
 @BACKEND
@@ -312,139 +170,6 @@ def test_far_beyond_it_distances_stay_those_that_were_trained(backend: str) -> N
             forward(model, stream.cache, torch.full((1, before), 5))
             got.append(forwards(model, stream.cache, ids, [1])[:, 20:])
     torch.testing.assert_close(*got, atol=1e-4, rtol=0)
-
-
-# ---------------------------------------------------------------------------------------------------------------------- loops
-
-
-@BACKEND
-@EVERY
-@pytest.mark.parametrize("how", ["lookup", "assistant"])
-def test_assisted_decoding_is_lossless(name: str, how: str, backend: str) -> None:
-    model = tiny.model()
-    ids = torch.cat([tiny.ids(1, 9, 4)] * 7, 1)
-    extra = {"prompt_lookup_num_tokens": 4} if how == "lookup" else {"assistant_model": tiny.model(seed=1, num_hidden_layers=1)}
-    with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-        want = greedy(model, ids, 24, past_key_values=stream.cache)
-    with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-        assert torch.equal(greedy(model, ids, 24, past_key_values=stream.cache, **extra), want)
-
-
-@EVERY
-def test_beams_are_those_of_the_specification(name: str) -> None:
-    model, ids, got = tiny.model(), tiny.ids(2, 60), []
-    for backend in BACKENDS:
-        with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-            got.append(model.generate(ids, past_key_values=stream.cache, num_beams=3, do_sample=False, max_new_tokens=14))
-    assert torch.equal(*got)
-
-
-@BACKEND
-@EVERY
-def test_rows_are_selected_and_repeated_with_what_they_chose(name: str, backend: str) -> None:
-    model, ids = tiny.model(), tiny.ids(2, 80)
-    tail = tiny.ids(1, 7, 3)
-    with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-        forwards(model, stream.cache, ids, [70, 1])
-        stream.cache.reorder_cache(torch.tensor([1, 1]))
-        got = forwards(model, stream.cache, tail.repeat(2, 1), [1])
-        stream.cache.batch_select_indices(torch.tensor([1]))
-        later = forwards(model, stream.cache, tail, [1])
-    with kvsieve.stream(model, SEARCHES[name](), backend) as solo:
-        forwards(model, solo.cache, ids[1:], [70, 1])
-        want = forwards(model, solo.cache, tail, [1])
-        after = forwards(model, solo.cache, tail, [1])
-    torch.testing.assert_close(got, want.repeat(2, 1, 1), atol=1e-4, rtol=0)
-    torch.testing.assert_close(later, after, atol=1e-4, rtol=0)
-
-
-@BACKEND
-@EVERY
-def test_a_fork_and_its_parent_do_not_touch_each_other(name: str, backend: str) -> None:
-    model, ids = tiny.model(), tiny.ids(1, 73)
-    one, two = tiny.ids(1, 9, 1), tiny.ids(1, 9, 2)
-    with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-        forwards(model, stream.cache, ids, [70, 1])
-        with stream.fork() as child:
-            assert repr([layer.rows for layer in child.trace()]) == repr([layer.rows for layer in stream.trace()])
-            mixed = [[forward(model, s.cache, x[:, i : i + 1]) for s, x in ((stream, one), (child, two))] for i in range(9)]
-    for which, x in enumerate((one, two)):
-        with kvsieve.stream(model, SEARCHES[name](), backend) as solo:
-            forwards(model, solo.cache, ids, [70, 1])
-            want = forwards(model, solo.cache, x, [1])
-        assert torch.equal(torch.cat([step[which] for step in mixed], 1), want)
-
-
-@BACKEND
-@EVERY
-@pytest.mark.parametrize("width", [1, 24])
-def test_a_forward_that_died_leaves_every_choice_as_it_was(
-    name: str, width: int, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, ids = tiny.model(), tiny.ids(1, 110)
-
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        raise RuntimeError("out of memory")
-
-    got = []
-    for unlucky in (False, True):
-        with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-            forwards(model, stream.cache, ids[:, :73], [70, 1])
-            if unlucky:
-                for _ in range(2):
-                    with monkeypatch.context() as patch:
-                        patch.setattr(model.model.layers[1].mlp, "forward", dies)
-                        with pytest.raises(RuntimeError, match="out of memory"):
-                            forward(model, stream.cache, ids[:, 73 : 73 + width])
-            got.append(forwards(model, stream.cache, ids[:, 73:], [width, 1]))
-    assert torch.equal(*got)
-
-
-@BACKEND
-@EVERY
-def test_turns(name: str, backend: str) -> None:
-    """Turns of new tokens are read by the same rule as one long loop of forwards."""
-    model = tiny.model()
-    with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-        said = stream.generate(tiny.ids(1, 64), max_new_tokens=8, do_sample=False)
-        more = stream.generate(tiny.ids(1, 31, 7), max_new_tokens=8, do_sample=False)
-        assert stream.seen == 64 + 8 + 31 + 7
-        assert stream.stats().resident == stream.seen
-    with kvsieve.stream(model, SEARCHES[name](), backend) as stream:
-        last = forward(model, stream.cache, tiny.ids(1, 64))
-        for at in range(64, 72):
-            assert int(last[0, -1].argmax()) == int(said[0, at])
-            if at < 71:
-                last = forward(model, stream.cache, said[:, at : at + 1])
-        last = forward(model, stream.cache, torch.cat([said[:, -1:], tiny.ids(1, 31, 7)], 1))
-        assert int(last[0, -1].argmax()) == int(more[0, 31])
-
-
-@BACKEND
-@EVERY
-def test_a_saved_stream_goes_on(name: str, backend: str, tmp_path: Path) -> None:
-    """What was chosen is not written: a loaded stream chooses at its first token, as one whose choices are all due."""
-    model, ids = tiny.model(), tiny.ids(1, 96)
-    every = {"refresh": 1} if name.startswith("hip") else {"refresh": (1, 1, 1)}
-    with kvsieve.stream(model, SEARCHES[name](**every), backend) as stream:
-        forwards(model, stream.cache, ids[:, :90], [80, 1])
-        stream.save(tmp_path / "stream.safetensors")
-        want = forwards(model, stream.cache, ids[:, 90:], [1])
-    with kvsieve.load(tmp_path / "stream.safetensors", model, backend) as stream:
-        assert repr(stream.policy) == repr(SEARCHES[name](**every))
-        torch.testing.assert_close(forwards(model, stream.cache, ids[:, 90:], [1]), want, atol=1e-5, rtol=0)
-
-
-@BACKEND
-def test_reset_forgets_what_was_chosen(backend: str) -> None:
-    model, ids, got = tiny.model(), tiny.ids(1, 80), []
-    with kvsieve.stream(model, hip(), backend) as stream:
-        for _ in range(2):
-            got.append(forwards(model, stream.cache, ids, [70, 1]))
-            stream.reset()
-        with pytest.raises(StateError, match="nothing"):
-            stream.trace()
-    assert torch.equal(*got)
 
 
 # ------------------------------------------------------------------------------------------------------------------- the trace

@@ -20,11 +20,10 @@ from kvsieve.serve.openai import Refusal
 from kvsieve.serve.relay import TRIES, Call, FullError, LostError, Relay, affinity, answers, merged
 from kvsieve.serve.running import bound
 from prometheus_client.parser import text_string_to_metric_families
-from serving import CHAT, Scripted, call, events, ids, post, says, until
+from serving import ASK, CHAT, Scripted, call, events, ids, post, says, until
 from starlette.types import Message
 
 KEY = "a-key-of-some-length"
-ASK: dict[str, Any] = {"messages": [{"role": "user", "content": "Hi"}]}
 
 
 class Several:

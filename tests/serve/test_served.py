@@ -44,12 +44,6 @@ def address(served: tuple[Service, str]) -> str:
     return served[1]
 
 
-@pytest.fixture
-def client(address: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"http://{address}/v1", api_key="none", max_retries=0, timeout=60) as found:
-        yield found
-
-
 def stock(model: Any, text: str, new: int) -> str:
     """What the model itself says after ``text``, without kvsieve."""
     told = torch.tensor([ids(text)])
