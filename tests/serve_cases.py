@@ -10,7 +10,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from kvsieve.generate import chunk_of
+from kvsieve.runtime.chunks import chunk_of
 from kvsieve.serve.jobs import Job, Snapshot, Token, Usage
 from kvsieve.serve.service import Service
 

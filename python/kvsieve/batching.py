@@ -25,6 +25,7 @@ from kvsieve.model.generation import Settings
 from kvsieve.model.sampling import Sampler
 from kvsieve.model.support import cache_name
 from kvsieve.runtime.batch import positions_of
+from kvsieve.runtime.chunks import MAX_CHUNK
 from kvsieve.runtime.process import defer_sigint
 from kvsieve.runtime.together import Together
 from kvsieve.streams import Stream
@@ -124,7 +125,8 @@ class Answer:
             at = self._engine.transcript.seen()[0] + self._engine.positions.of_rows(1)[0]
             return self._shown[:, -1:], torch.tensor([[at]], device=self._shown.device)
         lo = self._turn.width - self._turn.left
-        piece = slice(lo, lo + self._call.stream.chunk)
+        # The others wait for it.
+        piece = slice(lo, lo + min(self._call.stream.chunk, MAX_CHUNK))
         return self._call.batch.ids[:, piece], self._positions[:, piece]
 
     def _hear(self) -> None:

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from kvsieve.runtime.engine import Engine
     from kvsieve.runtime.transcript import Transcript
 
-__all__ = ["Call", "Reader", "accept", "chunk_of", "feed", "generate", "unpack", "waiting"]
+__all__ = ["Call", "Reader", "accept", "feed", "generate", "unpack", "waiting"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,19 +52,6 @@ class Reader:
     engine: Engine
     chunk: int
     fork: Callable[[], AbstractContextManager[Reader]]
-
-
-MAX_CHUNK = 512
-"""Most prompt tokens fed at a time."""
-
-
-def chunk_of(engine: Engine) -> int:
-    """Tokens per forward: small beside the budget where chunks change what is kept, and within the trained length."""
-    specs = engine.policy.specs(engine.facts.bytes_per_token)
-    sizes = [spec.evict.budget for spec in specs] + [spec.evict.window for spec in specs[:-1]]
-    chunk: int = min([MAX_CHUNK, *(max(size // 2, 16) for size in sizes if size)])
-    trained = engine.facts.trained_length
-    return chunk if trained is None else max(min(chunk, trained // 2), 1)
 
 
 # ------------------------------------------------------------------------------------------------------------------------ input

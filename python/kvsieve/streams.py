@@ -18,7 +18,7 @@ from kvsieve.checks import check_flag, integer, told
 from kvsieve.errors import PolicyError, ShapeError, StateError, UnsupportedError
 from kvsieve.policy.bank import BankRule
 from kvsieve.policy.compose import Policy, with_bank
-from kvsieve.runtime import by_position, joining
+from kvsieve.runtime import by_position, chunks, joining
 from kvsieve.runtime.report import stats_of
 from kvsieve.stats import Kept, LayerTrace, Stats
 
@@ -246,7 +246,7 @@ class Stream:
         )
         new = turns.accept(self._reader(), input_ids, rest.pop("attention_mask", None))
         turns.refuse_others(rest)
-        chunk = turns.chunk_of(self._check_open()) if chunk is None else integer("chunk", chunk, 1, error=ShapeError)
+        chunk = chunks.chunk_of(self._check_open()) if chunk is None else integer("chunk", chunk, 1, error=ShapeError)
         pin = check_flag("pin", pin)
         with turns.waiting(self._reader(), new, unread) as before, self._pinning(pin, new, before):
             turns.feed(self._reader(), [torch.cat(both) for both in zip(before, new)], chunk)
@@ -485,7 +485,7 @@ class Stream:
     # --------------------------------------------------------------------------------------------------------------- internals
 
     def _reader(self) -> turns.Reader:
-        return turns.Reader(self.model, self._cache, self._check_open(), turns.chunk_of(self._engine), self._forked)
+        return turns.Reader(self.model, self._cache, self._check_open(), chunks.chunk_of(self._engine), self._forked)
 
     @contextlib.contextmanager
     def _forked(self) -> Iterator[turns.Reader]:

@@ -52,6 +52,11 @@ class Policy:
         return any(memory.roles.position.moves for memory in self.memories)
 
     @property
+    def is_full(self) -> bool:
+        """Whether it is the full cache: every token is held as it came, where it stood, and read."""
+        return self.bank is None and [memory.roles for memory in self.memories] == [Memory().roles]
+
+    @property
     def compression(self) -> StorageRule | None:
         """How the policy stores tokens; None if it leaves them as they come."""
         rules = [memory.roles.storage for memory in self.memories]

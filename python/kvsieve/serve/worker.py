@@ -16,8 +16,8 @@ import torch
 
 from kvsieve.batching import Batch
 from kvsieve.errors import KvsieveError, PromptTooLongError, ServiceFullError
-from kvsieve.generate import chunk_of
 from kvsieve.model.generation import Settings
+from kvsieve.runtime.chunks import chunk_of
 from kvsieve.serve.conversations import PUBLIC, Conversations, NoRoomError
 from kvsieve.serve.detokenize import Pieces, Stops
 from kvsieve.serve.store import owner_key
