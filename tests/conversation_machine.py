@@ -16,7 +16,6 @@ from typing import Any
 
 import conversation_model as plainly
 import kvsieve
-import kvsieve.generate as turns
 import systems
 import tiny
 import torch
@@ -27,6 +26,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant
 from kvsieve.budget import BLOCK
 from kvsieve.errors import KvsieveError, StateError, UnsupportedError
+from kvsieve.model.reread import without_last
+from kvsieve.runtime.chunks import chunk_of
 
 MOST = 420
 """Tokens of a row, about."""
@@ -142,13 +143,13 @@ class Streams(RuleBasedStateMachine):
             assert self.refused(live, lambda: live.stream.feed(torch.full((live.plain.rows, 1), 5)), StateError)
 
     def chunk_of(self, live: Live, chunk: int | None) -> int:
-        return turns.chunk_of(live.stream._engine) if chunk is None else chunk
+        return chunk_of(live.stream._engine) if chunk is None else chunk
 
     # ------------------------------------------------------------------------------------------------------------- reading
 
     def feed_(self, live: Live, new: list[list[int]], chunk: int | None, stop: tuple[int, int] | None = None) -> None:
-        plain, (ids, mask) = live.plain, pad_left(tensors(new))
-        before = plain.waiting or [[] for _ in new]
+        ids, mask = pad_left(tensors(new))
+        before, again = self.before(live)
         rows = [a + b for a, b in zip(before, new)]
         pieces = cut(rows, self.chunk_of(live, chunk))
         done = len(pieces)
@@ -159,15 +160,37 @@ class Streams(RuleBasedStateMachine):
             with interrupts(self.model, at, stop[1]):
                 live.stream.feed(ids, mask, chunk, **self.unread(live))
             done = at - 1
-        self.has_read(live, pieces[:done], before)
+        self.has_read(live, pieces[:done], again)
         if stop is not None:
-            plain.died(max(map(len, pieces[done])))
+            self.died(live, pieces, done, again)
 
-    def has_read(self, live: Live, pieces: Any, before: list[list[int]]) -> None:
-        """Some pieces of a prompt that begins with ``before``."""
+    def before(self, live: Live) -> tuple[list[list[int]], bool]:
+        """What each row reads before new tokens: its last one again, if that comes with them, and what it said."""
+        waiting, last = live.plain.waiting or [[] for _ in range(live.plain.rows or self.rows)], self.read_again(live)
+        return ([old + said for old, said in zip(last, waiting)], True) if last else (waiting, False)
+
+    def read_again(self, live: Live) -> list[list[int]]:
+        """Each row's last token, if the stream will read it again, for a crop took the logits away that score what comes next.
+
+        Whether it can is the stream's to say; what must follow is the plain model's.
+        """
+        with live.stream.fork() as fork:
+            last = [token.tolist() for token in without_last(fork._engine)]
+        assert last in ([], [row[-1:] for row in live.plain.read])
+        return last
+
+    def died(self, live: Live, pieces: Any, done: int, again: bool) -> None:
+        """The forward after ``done`` pieces died. If it was to read last tokens again, they were never taken back."""
+        if done or not again:
+            live.plain.died(max(map(len, pieces[done])))
+
+    def has_read(self, live: Live, pieces: Any, again: bool) -> None:
+        """Some pieces of a prompt, which begins with what was said before, and with the last tokens ``again``."""
         plain = live.plain
         if not pieces:
             return
+        if again:
+            plain.takes_back()
         plain.reads(pieces)
         plain.unread = [old[len(new) :] for old, new in zip(plain.unread, joined(pieces))]
         plain.pending = None
@@ -179,9 +202,9 @@ class Streams(RuleBasedStateMachine):
         end = next((at for at, token in enumerate(row) if token in ENDS), len(row) - 1)
         return row[: end + 1]
 
-    def has_said(self, live: Live, pieces: Any, before: list[list[int]], said: list[list[int]], forwards: int) -> None:
+    def has_said(self, live: Live, pieces: Any, again: bool, said: list[list[int]], forwards: int) -> None:
         """All of a prompt was read, and then so many single tokens of what was said."""
-        self.has_read(live, pieces, before)
+        self.has_read(live, pieces, again)
         steps = [tuple(tuple(row[at : at + 1]) for row in said) for at in range(forwards)]
         if steps:
             live.plain.reads(steps, said=True, group=False)
@@ -202,7 +225,7 @@ class Streams(RuleBasedStateMachine):
 
     def callers_said(self, live: Live, fresh: Any, said: list[list[int]]) -> None:
         """A caller's generate sampled ``said``, of which the stream has not read the last."""
-        self.has_said(live, (tuple(map(tuple, fresh)),), [[] for _ in fresh], said, len(said[0]) - 1)
+        self.has_said(live, (tuple(map(tuple, fresh)),), False, said, len(said[0]) - 1)
         live.plain.unread, live.plain.pending = [[] for _ in fresh], [row[-1] for row in said]
 
     # ------------------------------------------------------------------------------------------------------------- what must hold

@@ -235,8 +235,16 @@ class Plain:
         else:
             self.history = [event for event in moved if event is not None]
 
-    def cropped(self, count: int) -> None:
-        """The newest ``count`` tokens of each row are forgotten, and what was said after them."""
+    def takes_back(self) -> None:
+        """Each row's last token is forgotten, to be read again at once with what it said after it: pins and turns stay."""
+        pins, unread, pending = [set(row) for row in self.pins], self.unread, self.pending
+        last = [row[-1:] for row in self.read]
+        self.cropped(1, again=True)
+        self.pins, self.pending = pins, pending
+        self.unread = [old + said for old, said in zip(last, unread)]
+
+    def cropped(self, count: int, *, again: bool = False) -> None:
+        """The newest ``count`` tokens of each row are forgotten, and what was said after them; or they come ``again`` at once."""
         self.remade = True
         left = [min(count, len(row)) for row in self.read]
         after: list[Event] = []
@@ -257,20 +265,24 @@ class Plain:
                 # Queries of one forward share what they read, and a rule per head looks at all of them.
                 self.exact &= not (inside and (self.kind.selects or (self.kind.window is None and self.kind.budget is not None)))
                 after += [dataclasses.replace(event, pieces=tuple(reversed(pieces)))] if pieces else []
+            elif isinstance(event, Pin) and again:
+                after.append(event)
             elif isinstance(event, (Pin, Evict)):
                 after += list(_clipped(event, now))[::-1]
             elif isinstance(event, (Select, Reload, Reset)):
                 self.exact = False
                 break
-            elif isinstance(event, EndTurn) and not all(left):
-                # A turn ended after some rows' tokens that stay, and before others' that go.
+            elif isinstance(event, EndTurn) and (again or not all(left)):
+                # A turn ended after some rows' tokens that stay, and before others' that go; or for tokens that come again.
                 self.exact &= self.kind.budget is None and not self.kind.stores
+                after += [event] if again else []
         self.history = [*kept, *reversed(after)]
         self.unread, self.pending = [[] for _ in self.read], None
         for row, seen in enumerate(now):
             for tokens in (self.pins[row], self.gone[row], self.held[row]):
                 tokens -= {p for p in tokens if p >= seen}
-            self.history.append(Pin(seen, FOREVER, (row,), False))
+            if not again:
+                self.history.append(Pin(seen, FOREVER, (row,), False))
         self.forced = False
 
     def fresh(self) -> None:

@@ -13,7 +13,6 @@ import os
 from typing import Any
 
 import conversation_model as plainly
-import kvsieve.generate as turns
 import pytest
 import tiny
 import torch
@@ -24,6 +23,7 @@ from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import precondition, rule, run_state_machine_as_test
 from kvsieve.errors import BackendError, BankError, BudgetError, CacheMismatchError, RangeError, StateError, UnsupportedError
+from kvsieve.runtime.chunks import chunk_of
 
 STEPS = int(os.environ.get("KVSIEVE_STEPS", "0"))
 """Steps of a longer run; other ones each time."""
@@ -72,7 +72,7 @@ class Conversation(Streams):
         how: dict[str, Any] = {"eos_token_id": ENDS} if ends else {}
         if looks_back:
             how["min_length"] = 1
-        before = plain.waiting or [[] for _ in prompt]
+        before, again = self.before(live)
         ids, mask = pad_left(tensors(prompt))
         out = live.stream.generate(
             ids, mask, end_turn=end_turn, max_new_tokens=new, do_sample=False, pad_token_id=0, **how, **self.unread(live)
@@ -82,8 +82,8 @@ class Conversation(Streams):
         said = [self.until_the_end(row) if ends else row for row in answers]
         assert max(map(len, said)) == len(answers[0]) <= new
         assert all(not any(row[len(mine) :]) for row, mine in zip(answers, said))
-        pieces = cut([a + b for a, b in zip(before, prompt)], turns.chunk_of(live.stream._engine))
-        self.has_said(live, pieces, before, said, len(answers[0]) - 1)
+        pieces = cut([a + b for a, b in zip(before, prompt)], chunk_of(live.stream._engine))
+        self.has_said(live, pieces, again, said, len(answers[0]) - 1)
         if end_turn:
             plain.ends_turn()
 
@@ -93,19 +93,19 @@ class Conversation(Streams):
         if not self.fits(live):
             return
         plain, prompt = live.plain, self.text(self.lengths(live, length, 0))
-        before = plain.waiting or [[] for _ in prompt]
-        pieces = cut([a + b for a, b in zip(before, prompt)], turns.chunk_of(live.stream._engine))
+        before, again = self.before(live)
+        pieces = cut([a + b for a, b in zip(before, prompt)], chunk_of(live.stream._engine))
         at = (at - 1) % (len(pieces) + new - 1) + 1
         with interrupts(self.model, at, layer):
             live.stream.generate(torch.tensor(prompt), max_new_tokens=new, do_sample=False, **self.unread(live))
         if at <= len(pieces):
-            self.has_read(live, pieces[: at - 1], before)
-            plain.died(max(map(len, pieces[at - 1])))
+            self.has_read(live, pieces[: at - 1], again)
+            self.died(live, pieces, at - 1, again)
             return
         sampled = at - len(pieces)
         told = [row.tolist() for row in live.stream.ids]
         said = [row[len(row) - sampled :] for row in told]
-        self.has_said(live, pieces, before, said, sampled - 1)
+        self.has_said(live, pieces, again, said, sampled - 1)
         plain.died(1)
 
     @rule(which=WHICH, length=st.integers(3, 30), ragged=st.sampled_from([0, 0, 2]), new=st.integers(1, 4))
@@ -115,13 +115,13 @@ class Conversation(Streams):
             return
         self.before_a_turn(live)
         plain, prompt = live.plain, self.text(self.lengths(live, length, ragged))
-        before = plain.waiting or [[] for _ in prompt]
+        before, again = self.before(live)
         ids, mask = pad_left(tensors(prompt))
         out = live.stream.generate(ids, mask, num_beams=2, max_new_tokens=new, do_sample=False, **self.unread(live))
         said = out[:, ids.shape[1] :].tolist()
-        rows, chunk = [a + b for a, b in zip(before, prompt)], turns.chunk_of(live.stream._engine)
+        rows, chunk = [a + b for a, b in zip(before, prompt)], chunk_of(live.stream._engine)
         first = cut([row[:-1] for row in rows], chunk)
-        self.has_read(live, first, before)
+        self.has_read(live, first, again)
         plain.reads(cut([[row[-1], *mine] for row, mine in zip(rows, said)], chunk))
         plain.unread, plain.pending = [[] for _ in rows], None
         plain.ends_turn()
@@ -130,8 +130,9 @@ class Conversation(Streams):
     def callers_generate(self, which: int, length: int, new: int) -> None:
         live = self.of(which)
         if self.fits(live):
-            fresh, given = self.whole(live, length)
+            (fresh, given), last = self.whole(live, length), self.read_again(live)
             out = self.model.generate(**given, max_new_tokens=new)
+            self.has_read(live, [tuple(map(tuple, last))] if last else [], True)
             self.callers_said(live, fresh, out[:, given["input_ids"].shape[1] :].tolist())
 
     @rule(which=WHICH, length=st.integers(1, 40), new=st.integers(1, 4), at=st.integers(1, 4), layer=st.integers(0, 2))
@@ -139,12 +140,17 @@ class Conversation(Streams):
         live, at = self.of(which), min(at, new)
         if not self.fits(live):
             return
-        fresh, given = self.whole(live, length)
+        (fresh, given), last = self.whole(live, length), self.read_again(live)
         width = max(map(len, fresh))
         with interrupts(self.model, at, layer):
             self.model.generate(**given, max_new_tokens=new)
         # In a caller's own loop nobody sees that a forward died before the stream is used again.
         live.stream.mark()
+        if last and at == 1:
+            return  # the forward that was to read them again
+        if last:
+            self.has_read(live, [tuple(map(tuple, last))], True)
+            at -= 1
         if at > 1:
             said = [row.tolist()[len(row) - at + 2 :] for row in live.stream.ids]
             # What was sampled last nobody was told; a caller may go on with anything.
