@@ -15,9 +15,9 @@ import pytest
 @pytest.mark.parametrize("policy", ["Full", "SirLLM"])
 def test_a_stream_that_gets_no_memory_goes_on_once_there_is_some(policy: str) -> None:
     """Its process ends well, its stream is its twin's, and something was refused."""
-    command = [sys.executable, str(Path(__file__).with_name("limits.py")), "--policy", policy, "--refusals", "4"]
+    command = [sys.executable, str(Path(__file__).with_name("limits.py")), "--policy", policy, "--refusals", "2"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout)
     assert found["wrong"] == []
-    assert found["refusals"] >= 4
+    assert found["refusals"] >= 2
