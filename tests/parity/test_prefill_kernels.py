@@ -93,11 +93,12 @@ def test_other_dtypes_are_not_narrowed(way: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize(
     ("isa", "intel", "amx", "chosen"),
     [
-        ("avx512bf16", True, True, (False, "torch")),
-        ("avx512bf16", True, False, (False, "own")),
+        ("avx512bf16", True, True, (True, "torch")),
+        ("avx512bf16", True, False, (True, "own")),
         ("avx512bf16", False, False, (True, "own")),
-        ("avx512", True, False, (False, None)),
+        ("avx512", True, False, (True, None)),
         ("avx2", False, False, (True, None)),
+        ("avx2", True, False, (False, None)),
         ("neon", False, False, (False, None)),
         ("portable", False, False, (False, None)),
     ],
