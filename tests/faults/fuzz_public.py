@@ -180,7 +180,7 @@ class Fuzzer:
             if isinstance(made, kvsieve.MemoryBank):
                 drive(kvsieve.StreamingLLM(16) >> made, rng)
                 made.close()
-            if work.key.split(".")[0] in ("Stream", "StreamCache", "model()", "model"):
+            if work.key.split(".")[0] in ("Stream", "StreamCache", "model()", "model", "Answer", "Batch"):
                 rows = len(scene.stream.ids) or scene.rows
                 with contextlib.suppress(KvsieveError):
                     scene.stream.generate(tiny.ids(rows, 3), max_new_tokens=1, do_sample=False)

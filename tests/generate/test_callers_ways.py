@@ -8,7 +8,7 @@ import kvsieve
 import pytest
 import tiny
 import torch
-from drive import pad_left
+from drive import forward, pad_left
 from kvsieve.errors import CacheMismatchError, UnsupportedError
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
@@ -190,3 +190,22 @@ def test_another_setting_of_the_same_weights_is_another_model(tmp_path: Any) -> 
     with pytest.raises(CacheMismatchError, match="weights"):
         kvsieve.load(tmp_path / "s.safetensors", tiny.model(rms_norm_eps=1e-3))
     kvsieve.load(tmp_path / "s.safetensors", tiny.model()).close()
+
+
+@pytest.mark.parametrize("backend", tiny.BACKENDS)
+@pytest.mark.parametrize("policy", ["full", "sirllm", "chain", "h2o"])
+def test_ids_of_32_bits_are_ids(policy: str, backend: str) -> None:
+    """As the model's own embedding takes them; tokens are scored by them."""
+    model, found = tiny.model(), []
+    mask = torch.ones(2, 20, dtype=torch.long)
+    mask[1, :3] = 0
+    for dtype in (torch.int64, torch.int32):
+        with kvsieve.stream(model, tiny.POLICIES[policy](24), backend) as stream:
+            first = forward(model, stream.cache, tiny.ids(2, 20).to(dtype), mask)
+            then = forward(
+                model, stream.cache, tiny.ids(2, 9, 3).to(dtype), torch.cat([mask, torch.ones(2, 9, dtype=torch.long)], 1)
+            )
+            last = stream.generate(tiny.ids(2, 5, 4).to(dtype), max_new_tokens=3, do_sample=False)
+            found.append([first, then, last, *stream.ids, *(torch.from_numpy(kept.scores) for kept in stream.kept())])
+    for wide, narrow in zip(*found):
+        torch.testing.assert_close(narrow, wide, atol=0, rtol=0, equal_nan=True)

@@ -415,7 +415,7 @@ def _of_one_size(cache: handoff.StreamsCache, args: tuple[Any, ...], kwargs: dic
             return kwargs  # which the model itself refuses
         seen = cache.engine.columns
         positions = torch.arange(seen, seen + ids.shape[1], device=ids.device)[None]
-    elif isinstance(positions, torch.Tensor):
+    elif isinstance(positions, torch.Tensor) and positions.layout is torch.strided:
         mask = None
         if positions.stride()[:1] != positions.shape[-1:]:
             positions = positions.clone(memory_format=torch.contiguous_format)

@@ -68,7 +68,7 @@ class Engine(Held):
     # -------------------------------------------------------------------------------------------------------------- one forward
 
     def expect(self, ids: torch.Tensor | None, *, foreign: bool = False) -> None:
-        """The causal LM begins a forward over ``ids`` (int64 ``[B, q]``; None when it was given embeddings).
+        """The causal LM begins a forward over ``ids`` (integers ``[B, q]``; None when it was given embeddings).
 
         ``foreign`` says that a caller's `model.generate` drives it.
         """
@@ -76,6 +76,7 @@ class Engine(Held):
             return
         for part in self.parts:
             part.check_input(True, ids)
+        ids = None if ids is None else ids.long()  # embeddings take int32 as well
         self._expected = _Expected(ids, foreign and self.transcript.turn is None)
 
     def check_mask(self, mask: torch.Tensor, width: int) -> None:

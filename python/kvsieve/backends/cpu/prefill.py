@@ -48,9 +48,10 @@ def kernels() -> Kernels:
     """What is faster on this processor: by its maker and instruction set, not by a measurement, so that a machine gives the same
     numbers every time.
 
-    Torch's kernel multiplies by MKL, which runs its fast code on Intel's processors alone. In float32 the core's takes 0.6 to 0.9 of
-    its time on others, and on Intel's with AVX-512 0.7 to 0.85; with AVX2 these were not tried. With AMX torch's takes a half to a
-    third of its own time in bfloat16; with mere instructions for pairs of bfloat16 it takes twice as long, and the core's a third.
+    Torch's kernel multiplies by MKL, which runs its fast code on Intel's processors alone. In float32 the core's takes 0.6 to 0.9
+    of its time on others, and 0.7 to 0.85 on Intel's with AVX-512; Intel's with no more than AVX2 were not tried. With AMX torch's
+    takes a half to a third of its own time in bfloat16; with mere instructions for pairs of bfloat16 it takes twice as long, and
+    the core's a third.
     """
     isa = _core.isa()
     own = isa in ("avx512", "avx512bf16") or (isa == "avx2" and not _core.is_intel())
