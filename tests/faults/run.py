@@ -113,7 +113,7 @@ ROWS = {
     ),
     "killed servers": Row(
         "a server that is killed goes on with what it wrote, and with every durable answer, or says that it read again", "kills",
-        ("serve_kill.py", "--times", "{n}"), 6, 100, total("killed"),
+        ("serve_kill.py", "--times", "{n}"), 6, 115, total("killed"),
     ),
     "clients of servers": Row(
         "clients that leave harm nobody, and every answer is the stock model's, also once its conversation was in a file",
