@@ -2,11 +2,12 @@
 
     python benches/serve_turns.py --turns 50 --policy "sirllm(1024)" --out serve-turns.json
 
-Both servers are processes of their own, on this machine's own address, and read the same folder, with float32 weights. The same
-questions go to both, streamed and greedy; each answer is sent back with the next question. Noted of every turn are the seconds
-until the first token, the CPU time that all threads of the server took until then (in the system's ticks of 10 ms), and what the
-process holds. Then a stream of the library reads the chat, cut as the server cuts it: what it says must be what the server said.
-JSON goes to standard output.
+Both servers are processes of their own, on this machine's own address, and read the same folder, with float32 weights. Answers
+are streamed and greedy; each is sent back with the next question. Noted of every turn are the seconds until the first token, the
+CPU time that all threads of the server took until then (in the system's ticks of 10 ms), and what the process holds. Then a
+stream of the library reads the chat, cut as the server cuts it: what it says must be what the server said. `transformers serve`
+remembers nothing between requests, so it is asked the first five and the last five turns of the same chat. JSON goes to standard
+output.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ QUESTIONS = (
 )
 
 Messages = list[dict[str, str]]
+
+SOME = 5
+"""Turns whose median is told, early and late."""
 
 
 def save(model: Any, folder: str) -> None:
@@ -136,6 +140,18 @@ def chat(name: str, model: str, turns: int, new: int, port: int, process: int) -
     return messages, rows
 
 
+def again(name: str, model: str, told: Messages, new: int, port: int, process: int) -> list[dict[str, Any]]:
+    """The first and the last five turns of a chat that was had already: what each takes a server that remembers nothing."""
+    count, rows = len(told) // 2, []
+    for turn in range(1, count + 1):
+        if SOME < turn <= count - SOME:
+            continue
+        _, row = asked(told[: 2 * turn], model, new, port, process)
+        rows.append({"turn": turn, **row})
+        print(name, json.dumps(rows[-1]), file=sys.stderr, flush=True)
+    return rows
+
+
 def own_answers(model: Any, tokenizer: Any, policy: Any, told: Messages, new: int, chunk: int) -> tuple[list[str], int]:
     """What a stream of the library says to the same questions, and how many tokens it has seen."""
     texts, found, covered = Texts(tokenizer), list[str](), 0
@@ -162,18 +178,13 @@ def own_answers(model: Any, tokenizer: Any, policy: Any, told: Messages, new: in
         return found, stream.seen
 
 
-def around(rows: Sequence[dict[str, Any]], turn: int, name: str) -> float:
-    """The median of a turn and the four before it."""
-    return round(statistics.median(row[name] for row in rows[max(turn - 5, 0) : turn]), 4)
-
-
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Turn 5 and the last one."""
-    last, found = len(rows), dict[str, Any]()
+    """Turn 5 and the last one, each the median of it and the four before it."""
+    last, found = rows[-1]["turn"], dict[str, Any]()
     for name in ("first_token_seconds", "first_token_cpu_seconds"):
-        early, late = around(rows, 5, name), around(rows, last, name)
-        found[name] = {"turn_5": early, f"turn_{last}": late, "times": round(late / early, 3)}
-    found["rss_mib"] = {f"turn_{turn}": rows[turn - 1]["rss_mib"] for turn in (5, last // 2, last)}
+        early, late = (round(statistics.median(row[name] for row in some), 4) for some in (rows[:SOME], rows[-SOME:]))
+        found[name] = {f"turn_{SOME}": early, f"turn_{last}": late, "times": round(late / early, 3)}
+    found["rss_mib"] = {f"turn_{row['turn']}": row["rss_mib"] for row in (rows[SOME - 1], rows[-1])}
     return found
 
 
@@ -181,7 +192,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--model", default="smollm2")
     parser.add_argument("--policy", default="sirllm(1024)")
-    parser.add_argument("--turns", type=int, default=50)
+    parser.add_argument("--turns", type=int, default=50, help="at least ten")
     parser.add_argument("--new", type=int, default=24, help="tokens of an answer")
     parser.add_argument("--chunk", type=int, default=CHUNK)
     parser.add_argument("--alone", action="store_true", help="without transformers serve")
@@ -211,7 +222,7 @@ def main(argv: list[str] | None = None) -> int:
             start = "from transformers.cli.transformers import app; app()"
             theirs = [sys.executable, "-c", start, "serve", folder, "--device", "cpu", "--dtype", "float32", "--port", str(port)]
             with serving(theirs, port, Path(place) / "theirs.log") as process:
-                _, rows = chat("transformers", folder, args.turns, args.new, port, process)
+                rows = again("transformers", folder, told, args.new, port, process)
             found["transformers serve"] = {**summary(rows), "turns": rows}
     result = {
         "date": str(date.today()), "machine": platform.processor() or platform.machine(), "model": args.model,
