@@ -97,7 +97,7 @@ def prices(record: Any) -> Rows:
 
 
 def together(record: Any) -> Rows:
-    """Conversations answered together and one by one: tokens a second of all of them, beside those of transformers and of reading."""
+    """Conversations answered together and one by one: tokens a second of all, beside transformers and the bound of reading."""
     rows = []
     for row in record["rows"]:
         rates = row["tokens_a_second"]
@@ -106,19 +106,6 @@ def together(record: Any) -> Rows:
         rows.append([*told, "" if theirs is None else f"{theirs:.1f}", f"{rates['bound']:.1f}"])
     header = ["conversations", "one by one, tokens a second", "together", "times as fast"]
     return [[*header, "transformers' continuous batching", "if only reading were left"], *rows]
-
-
-def turns(record: Any) -> Rows:
-    """The first token of a late turn beside that of an early one, on two servers."""
-    rows = []
-    for name, server in record["servers"].items():
-        wall, cpu, held = (server[key] for key in ("first_token_seconds", "first_token_cpu_seconds", "rss_mib"))
-        last = next(key for key in wall if key not in ("turn_5", "times"))
-        for what, times in (("CPU time", cpu), ("wall", wall)):
-            told = [f"`{name}`", what, f"{times['turn_5']:.2f}", f"{times[last]:.2f}", f"{times['times']:.2f}"]
-            rows.append([*told, f"{held['turn_5']:,.0f}", f"{held[last]:,.0f}"])
-    header = ["server", "", "first token at turn 5, s", f"at {last.replace('_', ' ')}", "times"]
-    return [[*header, "the process holds at turn 5, MiB", f"at {last.replace('_', ' ')}"], *rows]
 
 
 def load(record: Any) -> Rows:
