@@ -108,6 +108,19 @@ def together(record: Any) -> Rows:
     return [[*header, "transformers' continuous batching", "if only reading were left"], *rows]
 
 
+def turns(record: Any) -> Rows:
+    """The first token of a late turn beside that of an early one, on two servers."""
+    rows = []
+    for name, server in record["servers"].items():
+        wall, cpu, held = (server[key] for key in ("first_token_seconds", "first_token_cpu_seconds", "rss_mib"))
+        last = next(key for key in wall if key not in ("turn_5", "times"))
+        for what, times in (("CPU time", cpu), ("wall", wall)):
+            told = [f"`{name}`", what, f"{times['turn_5']:.2f}", f"{times[last]:.2f}", f"{times['times']:.2f}"]
+            rows.append([*told, f"{held['turn_5']:,.0f}", f"{held[last]:,.0f}"])
+    header = ["server", "", "first token at turn 5, s", f"at {last.replace('_', ' ')}", "times"]
+    return [[*header, "the process holds at turn 5, MiB", f"at {last.replace('_', ' ')}"], *rows]
+
+
 def load(record: Any) -> Rows:
     """What clients found, and what a server took, under load."""
     usage, steps, statuses = record["usage"], record["step_seconds"], record["statuses"]
@@ -291,6 +304,7 @@ TABLES = (
     Table("docs/results/decode.md", "policies", "policies.json", policies),
     Table("docs/results/packing.md", "packing-heads-of-128", "packing-heads-of-128.json", prices),
     Table("docs/results/decode.md", "together", "together.json", together),
+    Table("docs/results/serving.md", "turns", "turns.json", turns),
     Table("docs/results/serving.md", "load", "load.json", load),
     Table("docs/results/decode.md", "weights", "weights.json", widths),
     Table("docs/results/attention.md", "prompts", "prompts.json", prompts),
