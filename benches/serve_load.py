@@ -5,6 +5,9 @@
 What follows `--` is for the server, which this starts and ends. Each client has conversations of its own, with messages of a few
 words to some hundreds, streamed or not; one request in twenty is left in the middle. A 429 is waited out and tried again, any other
 error counts. Seconds of a step are the server's (`kvsieve_step_seconds`), interpolated within the histogram's bounds.
+
+It fails, with status 1, where there was an error, where a step in a hundred took more than three times the median, or where what
+conversations hold was above `--memory` at one of the moments, every two seconds, at which the server was asked.
 """
 
 from __future__ import annotations
@@ -35,6 +38,10 @@ LENGTHS = (5, 20, 20, 60, 60, 200)
 ANSWERS = (4, 16, 16, 48)
 """Most tokens of an answer."""
 LEAVES, EDITS, TURNS = 0.05, 0.1, 8
+SPREAD = 3.0
+"""How many times the median step the 99th of a hundred may take."""
+PAUSE = 2.0
+"""Seconds between two looks at the server."""
 
 
 class Client(threading.Thread):
@@ -189,7 +196,7 @@ def load(address: str, process: int, clients: int, minutes: float) -> dict[str, 
         thread.start()
     marks: list[dict[str, float]] = []
     while time.monotonic() < until:
-        time.sleep(min(max(60 * minutes / 12, 1), max(until - time.monotonic(), 0)))
+        time.sleep(min(PAUSE, max(until - time.monotonic(), 0)))
         now = metrics(address)
         held = now[("kvsieve_held_bytes", "")] / 2**20
         marks.append({"seconds": round(60 * minutes - (until - time.monotonic())), "held_mib": round(held, 1), **resident(process)})
@@ -200,16 +207,26 @@ def load(address: str, process: int, clients: int, minutes: float) -> dict[str, 
     found, usage = metrics(address), sum((thread.usage for thread in threads), collections.Counter[str]())
     statuses = sum((thread.statuses for thread in threads), collections.Counter[str]())
     errors = [error for thread in threads for error in thread.errors]
+    steps = {name: quantile(found, "kvsieve_step_seconds", share) for name, share in (("p50", 0.5), ("p99", 0.99))}
+    limit = found[("kvsieve_memory_limit_bytes", "")] / 2**20
+    median, late, most = steps["p50"], steps["p99"], max(mark["held_mib"] for mark in marks)
     return {
+        "kept": {
+            "no error but 429": not errors,
+            "steps": median is not None and late is not None and late <= SPREAD * median,
+            "memory": most <= limit,
+        },
         "statuses": dict(statuses),
         "errors": len(errors),
         "first_errors": errors[:5],
         "usage": dict(usage),
         "first_token_seconds": spread([one for thread in threads for one in thread.first]),
-        "step_seconds": {name: quantile(found, "kvsieve_step_seconds", share) for name, share in (("p50", 0.5), ("p99", 0.99))},
+        "step_seconds": steps,
+        "p99_times_median": None if not median or late is None else round(late / median, 2),
         "steps": found[("kvsieve_step_seconds_count", "")],
-        "memory": marks,
-        "memory_limit_mib": found[("kvsieve_memory_limit_bytes", "")] / 2**20,
+        "memory": marks[:: max(len(marks) // 12, 1)],
+        "most_held_mib": most,
+        "memory_limit_mib": limit,
         "server": {name: value for (name, label), value in sorted(found.items()) if name.endswith("_total") and not label},
     }
 
@@ -246,7 +263,7 @@ def main() -> int:
     print(text)
     if arguments.json is not None:
         arguments.json.write_text(text + "\n", encoding="utf-8")
-    return 0 if not found["errors"] and not server.returncode else 1
+    return 0 if all(found["kept"].values()) and not server.returncode else 1
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Conversations answered together beside one after the other: tokens a second of a model of SmolLM2-135M's shape.
 
 Each conversation holds 2,000 tokens when the measurement begins. Together a step is one forward for all of them, sampling
-included; one by one each reads the weights for itself. The tokens of both must be the same.
+included; one by one each reads the weights for itself. The tokens of both must be the same. The bound is reading: weights once, and
+keys and values of each conversation. The continuous batching of transformers stands beside them, with prompts of 2,000 tokens.
 """
 
 from __future__ import annotations
@@ -12,10 +13,9 @@ from typing import Any
 import kvsieve
 import pytest
 import torch
-from kvsieve.bench import measure
 from kvsieve.bench.decode import fill
-from kvsieve.bench.subject import model, token
-from rounds import interleaved, record
+from kvsieve.bench.subject import layers_of, model, token, weight_bytes
+from rounds import interleaved, read_bandwidth, record
 
 HELD = 2000
 SAID = 3
@@ -44,10 +44,13 @@ def test_together_beside_one_by_one(benchmark: Any, policy: str, count: int) -> 
         batch.step()
     for answer, said in answers:
         assert answer.ids[:SAID].tolist() == said[0, 1:].tolist()
-    medians = interleaved(
-        {"together": batch.step, "one_by_one": lambda: [token(made, stream.cache) for stream in one_by_one]}, rounds=5, repeat=False
-    )
+    runs = {"together": batch.step, "one_by_one": lambda: [token(made, stream.cache) for stream in one_by_one]}
+    medians = interleaved(runs, rounds=5, repeat=False)
     assert len(batch.answers) == count, "all are being answered still"
+    rates = {name: count / medians[name] for name in ("together", "one_by_one")}
+    rate = read_bandwidth()  # by itself: what it reads would take the place of weights in the caches
+    # Weights once, keys and values of everybody, and nothing else.
+    rates["bound"] = count * rate / (weight_bytes(made) + count * HELD * layers_of(made).token_bytes(4))
     record(
         benchmark,
         batch.step,
@@ -55,55 +58,43 @@ def test_together_beside_one_by_one(benchmark: Any, policy: str, count: int) -> 
         policy=policy,
         conversations=count,
         times=round(medians["one_by_one"] / medians["together"], 3),
-        tokens_a_second={name: round(count / seconds, 2) for name, seconds in medians.items()},
+        read_gb_a_second=round(rate / 1e9, 2),
+        tokens_a_second={name: round(rate, 2) for name, rate in rates.items()},
     )
     for stream in (*one_by_one, *together):
         stream.close()
 
 
-READ, FEW, MANY = 512, 2, 34
-"""Tokens of a prompt; tokens that are said. The difference of two runs is decoding alone, whatever a prompt takes."""
+STEPS = 12
+"""Tokens that each conversation says by transformers; the first forwards, which read prompts, do not count."""
 
 
-@pytest.mark.parametrize("count", [1, 8])
-def test_beside_continuous_batching_of_transformers(benchmark: Any, count: int) -> None:
-    from transformers import GenerationConfig
+@pytest.mark.parametrize("count", [1, 2, 4, 8, 16])
+def test_continuous_batching_of_transformers(benchmark: Any, count: int) -> None:
+    """Its own threads work: CPU time of the process, from where every conversation has begun to the end."""
+    from transformers import ContinuousBatchingConfig, GenerationConfig
 
     made = model(torch.float32)
-    prompts = torch.randint(100, 40_000, (count, READ), generator=torch.Generator().manual_seed(3)).tolist()
-
-    def ours(said: int) -> list[list[int]]:
-        batch = kvsieve.Batch(made)
-        streams = [kvsieve.stream(made, kvsieve.Full()) for _ in prompts]
-        asked = {"do_sample": False, "eos_token_id": None, "max_new_tokens": said}
-        answers = [batch.add(stream, torch.tensor([ids]), **asked) for stream, ids in zip(streams, prompts)]
-        batch.run()
-        told = [answer.ids.tolist() for answer in answers]
-        for stream in streams:
-            stream.close()
-        return told
-
-    def theirs(said: int) -> list[list[int]]:
-        asked = GenerationConfig(max_new_tokens=said, do_sample=False, eos_token_id=-1, pad_token_id=0)
-        found = made.generate_batch(inputs=prompts, generation_config=asked, progress_bar=False)
-        return [list(found[name].generated_tokens) for name in sorted(found, key=lambda name: int(name.rpartition("_")[2]))]
-
-    assert [ids[:FEW] for ids in ours(FEW)] == [ids[:FEW] for ids in theirs(FEW)]
-    runs = {
-        f"{name}_{said}": lambda call=call, said=said: call(said)
-        for name, call in (("ours", ours), ("theirs", theirs))
-        for said in (FEW, MANY)
-    }
-    # Both work in threads of their own: this is the time of the wall, on one thread of torch.
     torch.set_num_threads(1)
-    medians = {name: timed.median for name, timed in measure.interleaved(runs, 3, clock=time.perf_counter, repeat=False).items()}
-    rates = {name: count * (MANY - FEW) / (medians[f"{name}_{MANY}"] - medians[f"{name}_{FEW}"]) for name in ("ours", "theirs")}
-    record(
-        benchmark,
-        runs[f"ours_{FEW}"],
-        medians,
-        conversations=count,
-        prompt=READ,
-        decoded_tokens_a_second={name: round(rate, 2) for name, rate in rates.items()},
-        times=round(rates["ours"] / rates["theirs"], 3),
-    )
+    prompts = torch.randint(100, 40_000, (count, HELD), generator=torch.Generator().manual_seed(3))
+    asked = GenerationConfig(max_new_tokens=STEPS, do_sample=False, eos_token_id=-1, pad_token_id=0)
+    # Left to itself it takes most of the memory.
+    room = ContinuousBatchingConfig(num_blocks=count * (HELD // 256 + 2))
+    said: dict[str, list[int]] = {}
+    marks: dict[int, float] = {}
+    with made.continuous_batching_context_manager(generation_config=asked, continuous_batching_config=room) as manager:
+        manager.add_requests(inputs=prompts.tolist(), max_new_tokens=STEPS, streaming=True)
+        for output in manager:
+            said[output.request_id] = list(output.generated_tokens)
+            least = min(map(len, said.values())) if len(said) == count else 0
+            marks.setdefault(least, time.process_time())
+            if least == STEPS:
+                break
+    if count == 1:
+        with kvsieve.stream(made, kvsieve.Full()) as stream:
+            own = stream.generate(prompts, max_new_tokens=SAID, do_sample=False, eos_token_id=None)[0, HELD:].tolist()
+        assert said["req_0"][:SAID] == own
+    begun = min(at for at in marks if at > 1)
+    seconds = (marks[STEPS] - marks[begun]) / (STEPS - begun)
+    benchmark.extra_info.update(conversations=count, tokens_a_second={"continuous_batching": round(count / seconds, 2)})
+    benchmark.pedantic(lambda: None)

@@ -97,13 +97,48 @@ def prices(record: Any) -> Rows:
 
 
 def together(record: Any) -> Rows:
-    """Conversations answered together and one by one: tokens a second of all of them."""
+    """Conversations answered together and one by one: tokens a second of all, beside transformers and the bound of reading."""
     rows = []
     for row in record["rows"]:
         rates = row["tokens_a_second"]
-        rows.append([code(row["policy"]), str(row["conversations"]), *(f"{rates[x]:.1f}" for x in ("one_by_one", "together"))])
-        rows[-1].append(f"{row['times']:.2f}")
-    return [["policy", "conversations", "one by one, tokens a second", "together", "times as fast"], *rows]
+        told = [str(row["conversations"]), f"{rates['one_by_one']:.1f}", f"{rates['together']:.1f}", f"{row['times']:.2f}"]
+        theirs = rates.get("continuous_batching")
+        rows.append([*told, "" if theirs is None else f"{theirs:.1f}", f"{rates['bound']:.1f}"])
+    header = ["conversations", "one by one, tokens a second", "together", "times as fast"]
+    return [[*header, "transformers' continuous batching", "if only reading were left"], *rows]
+
+
+def turns(record: Any) -> Rows:
+    """The first token of a late turn beside that of an early one, on two servers."""
+    rows = []
+    for name, server in record["servers"].items():
+        wall, cpu, held = (server[key] for key in ("first_token_seconds", "first_token_cpu_seconds", "rss_mib"))
+        last = next(key for key in wall if key not in ("turn_5", "times"))
+        for what, times in (("CPU time", cpu), ("wall", wall)):
+            told = [f"`{name}`", what, f"{times['turn_5']:.2f}", f"{times[last]:.2f}", f"{times['times']:.2f}"]
+            rows.append([*told, f"{held['turn_5']:,.0f}", f"{held[last]:,.0f}"])
+    header = ["server", "", "first token at turn 5, s", f"at {last.replace('_', ' ')}", "times"]
+    return [[*header, "the process holds at turn 5, MiB", f"at {last.replace('_', ' ')}"], *rows]
+
+
+def load(record: Any) -> Rows:
+    """What clients found, and what a server took, under load."""
+    usage, steps, statuses = record["usage"], record["step_seconds"], record["statuses"]
+    early, late = record["memory"][1], record["memory"][-1]
+    first = record["first_token_seconds"]
+    return [
+        ["what", "measured"],
+        ["clients, minutes", f"{record['clients']}, {record['minutes']:g}"],
+        ["whole answers", f"{usage['answers']:,}"],
+        ["left amid an answer", f"{statuses.get('left', 0):,}"],
+        ["status 429", f"{statuses.get('429', 0):,}"],
+        ["other errors", f"{record['errors']}"],
+        ["a step: median, 99th of a hundred", f"{steps['p50']:.2f} s, {steps['p99']:.2f} s"],
+        ["the first token of a stream: median, 99th of a hundred", f"{first['p50']:.1f} s, {first['p99']:.1f} s"],
+        ["conversations hold at most, of", f"{record['most_held_mib']:.0f} MiB, {record['memory_limit_mib']:.0f} MiB"],
+        ["the process holds early, at the end", f"{early['VmRSS']:,.0f} MiB, {late['VmRSS']:,.0f} MiB"],
+        ["tokens of prompts: asked, remembered", f"{usage['prompt']:,}, {usage['cached']:,}"],
+    ]
 
 
 def compiled(record: Any) -> Rows:
@@ -269,6 +304,8 @@ TABLES = (
     Table("docs/results/decode.md", "policies", "policies.json", policies),
     Table("docs/results/packing.md", "packing-heads-of-128", "packing-heads-of-128.json", prices),
     Table("docs/results/decode.md", "together", "together.json", together),
+    Table("docs/results/serving.md", "turns", "turns.json", turns),
+    Table("docs/results/serving.md", "load", "load.json", load),
     Table("docs/results/decode.md", "weights", "weights.json", widths),
     Table("docs/results/attention.md", "prompts", "prompts.json", prompts),
     Table("docs/results/decode.md", "compiled", "compiled.json", compiled),

@@ -41,6 +41,7 @@ __all__ = [
     "keep_surprisal",
     "keep_surprisal_published",
     "keep_window",
+    "linear",
     "read",
     "rotate",
     "selection_rules",
@@ -436,6 +437,13 @@ def keep_surprisal_published(
     scores: npt.NDArray[np.float32], sinks: int, entropy_slots: int, recent: int, incoming: int = 0
 ) -> list[int]: ...
 def keep_window(n: int, sinks: int, window: int) -> list[int]: ...
+def linear(
+    x: npt.NDArray[np.float32],
+    weights: npt.NDArray[np.float32],
+    bias: npt.NDArray[np.float32] | None,
+    out: npt.NDArray[np.float32],
+    threads: int = 1,
+) -> None: ...
 def read(x: npt.NDArray[np.float32]) -> float: ...
 def rotate(
     x: npt.NDArray[Any],

@@ -22,6 +22,7 @@ from kvsieve.errors import ArgumentError, CacheMismatchError, StateError, Unsupp
 from kvsieve.locks import shared_lock
 from kvsieve.model.cache import StreamCache
 from kvsieve.model.generation import Settings
+from kvsieve.model.linears import FewRows
 from kvsieve.model.sampling import Sampler
 from kvsieve.model.support import cache_name
 from kvsieve.runtime.batch import positions_of
@@ -359,7 +360,8 @@ class Batch:
 
     def _forward(self, cache: StreamCache, ids: torch.Tensor, positions: torch.Tensor) -> None:
         least = {"logits_to_keep": 1} if self.model._supports_logits_to_keep() else {}
-        self.model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_name(self.model): cache}, **least)
+        with FewRows.of(self.model):
+            self.model(input_ids=ids, position_ids=positions, use_cache=True, **{cache_name(self.model): cache}, **least)
 
     def _hear(self, answers: Sequence[Answer], over: list[Answer]) -> None:
         """Tokens are sampled from what was read. Streamers, processors and criteria are called here: they may do anything."""

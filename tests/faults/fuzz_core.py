@@ -354,6 +354,7 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     add(core, "rotate", np.ones((2, 3, dim), np.float32), np.arange(3), rope, np.empty((2, 3, dim), np.float32), inverse=False)
     add(core, "surprisal", np.ones((3, 7), np.float32), np.array([0, 6, 2]))
     add(core, "top_k", np.ones((3, 7), np.float32), 4)
+    add(core, "linear", *(np.ones(n, np.float32) for n in ((2, 5), (7, 5), 7, (2, 7))), 1)
     add(core, "keep_surprisal", np.ones(9, np.float32), 1, 2, 5, 1)
     add(core, "keep_surprisal_published", np.ones(9, np.float32), 1, 3, 2, 1)
     for name, arguments in (

@@ -68,6 +68,7 @@ def calls() -> dict[str, Callable[[], Any]]:
         "rotate": lambda: _core.rotate(wide, np.arange(64), rope, wide_out),
         "surprisal": lambda: _core.surprisal(logits, np.zeros(3, np.int64)),
         "top_k": lambda: _core.top_k(logits, 4),
+        "linear": lambda: _core.linear(wide, wide, None, np.empty((64, 64), np.float32)),
         "read": lambda: _core.read(logits.ravel()),
         "seen": lambda: planner.seen(0),
         "runs": lambda: planner.runs(0, 0),

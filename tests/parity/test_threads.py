@@ -301,6 +301,7 @@ def test_others_run_during_the_kernels_without_a_store() -> None:
     logits, ids = np.ones((2048, 20_000), np.float32), np.arange(2048)
     assert releases(lambda: _core.surprisal(logits, ids))
     assert releases(lambda: _core.top_k(logits, 64))
+    assert releases(lambda: _core.linear(logits[:64], logits, None, np.empty((64, 2048), np.float32)))
     x, at = logits[:, :8192].reshape(-1, 64), np.arange(2048 * 128)
     out = np.empty_like(x)
     assert releases(lambda: _core.rotate(x, at, ROPE, out))

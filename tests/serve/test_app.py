@@ -198,9 +198,46 @@ def test_tools_and_what_was_called_go_through_the_template(service: Scripted, cl
     client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL], tool_choice="auto")  # type: ignore[list-item]
     text = service.jobs[0].text
     assert text.startswith(f"<|im_start|>tools\n{json.dumps(TOOL)}\n<|im_end|>\n<|im_start|>system\nBe\nkind.<|im_end|>\n")
-    assert '<|im_start|>assistant\n<call>tide {"at": "Brest"}</call><|im_end|>\n<|im_start|>tool\nat noon<|im_end|>\n' in text
+    said = '<tool_call>{"name": "tide", "arguments": {"at": "Brest"}}</tool_call>'
+    assert f"<|im_start|>assistant\n{said}<|im_end|>\n<|im_start|>tool\nat noon<|im_end|>\n" in text
     client.chat.completions.create(model="tiny", messages=messages, tools=[TOOL], tool_choice="none")  # type: ignore[list-item]
     assert not service.jobs[1].text.startswith("<|im_start|>tools")
+
+
+CALLED = 'Let me look.\n<tool_call>\n{"name": "tide", "arguments": {"at": "Brest"}}\n</tool_call>'
+
+
+def test_what_a_model_calls_comes_back_as_calls_of_tools(service: Scripted, client: openai.OpenAI) -> None:
+    """Whole and streamed; what the client then sends back is the text that the model said."""
+    service.script = says(CALLED + CALLED.replace("Brest", "Le Havre").removeprefix("Let me look."))
+    asked: Any = {"model": "tiny", "messages": ASK["messages"], "tools": [TOOL]}
+    [choice] = client.chat.completions.create(**asked).choices
+    assert (choice.message.content, choice.finish_reason) == ("Let me look.", "tool_calls")
+    calls: Any = choice.message.tool_calls
+    found = [(one.type, one.function.name, json.loads(one.function.arguments)) for one in calls]
+    assert found == [("function", "tide", {"at": place}) for place in ("Brest", "Le Havre")]
+    assert calls[0].id != calls[1].id
+    deltas = [chunk.choices[0] for chunk in client.chat.completions.create(stream=True, **asked)]
+    parts: Any = [call for one in deltas for call in one.delta.tool_calls or []]
+    assert "".join(one.delta.content or "" for one in deltas) == "Let me look."
+    assert [(one.index, one.function.name, json.loads(one.function.arguments)) for one in parts] == [
+        (0, "tide", {"at": "Brest"}),
+        (1, "tide", {"at": "Le Havre"}),
+    ]
+    assert deltas[-1].finish_reason == "tool_calls"
+    service.script = says(CALLED, end=False)
+    assert client.chat.completions.create(**asked).choices[0].finish_reason == "length", "it was cut"
+    service.script = says(CALLED)
+    client.chat.completions.create(**asked | {"messages": [*ASK["messages"], choice.message, {"role": "tool", "content": "noon"}]})
+    assert '<tool_call>{"name": "tide", "arguments": {"at": "Brest"}}</tool_call>' in service.jobs[-1].text
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": [TOOL], "tool_choice": "none"}], ids=["no tools", "none wanted"])
+def test_without_tools_what_looks_like_a_call_is_text(fields: dict[str, Any], service: Scripted, address: str) -> None:
+    service.script = says(CALLED)
+    [choice] = chat(address, **fields)["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (CALLED, "stop")
+    assert "tool_calls" not in choice["message"]
 
 
 def rewriting(messages: list[dict[str, Any]], **_: Any) -> str:

@@ -102,7 +102,7 @@ class Together:
             row = slice(at, at + 1)
             told = position_ids if position_ids is None or position_ids.shape[0] == 1 else position_ids[row]
             out.append(self._do(engine, engine.attend, index, module, q[row], k[row], v[row], mask=None, position_ids=told, **call))
-        return torch.cat(out)
+        return out[0] if len(out) == 1 else torch.cat(out)
 
     def decoded(self, hidden: torch.Tensor) -> None:
         """The decoder returned ``hidden`` ``[B, n, hidden]``."""

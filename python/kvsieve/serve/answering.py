@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from kvsieve.serve.detokenize import Pieces, Stops, text_of
 from kvsieve.serve.jobs import Reason, Token, Usage
+from kvsieve.serve.tool_calls import Call, Finder
 
 __all__ = ["AnswerText", "Answers", "Delta", "Events", "Failed", "Gone", "Shown"]
 
@@ -41,12 +42,13 @@ class Shown:
 
 @dataclass(frozen=True)
 class Delta:
-    """What answer ``choice`` says next; with a ``reason`` it is the last."""
+    """What answer ``choice`` says next, ``calls`` of tools behind ``text``; with a ``reason`` it is the last."""
 
     choice: int
     text: str
     tokens: tuple[Shown, ...] = ()
     reason: Reason | None = None
+    calls: tuple[Call, ...] = ()
 
 
 class Events:
@@ -87,11 +89,12 @@ class AnswerText:
     Args:
         stop: strings that end it.
         before: the tokens that it stands behind.
+        finder: finds calls of tools in it.
     """
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], before: Sequence[int]) -> None:
+    def __init__(self, tokenizer: Any, stop: Sequence[str], before: Sequence[int], finder: Finder | None = None) -> None:
         self._tokenizer, self._pieces, self.stops = tokenizer, Pieces(tokenizer, before), Stops(stop)
-        self._settled, self._delivered = 0, 0
+        self._settled, self._delivered, self._finder = 0, 0, finder
         self._waiting: list[Shown] = []
         self.said = 0
         self.over: tuple[Reason, Usage] | None = None
@@ -112,6 +115,14 @@ class AnswerText:
         """What was held back."""
         text = self.stops.push(self._pieces.end()) + self.stops.end()
         return self._deliver(text, last=True)
+
+    def apart(self, text: str, last: bool = False) -> tuple[str, tuple[Call, ...]]:
+        """``text``, which was settled, without the calls of tools in it, and those."""
+        if self._finder is None:
+            return text, ()
+        said, calls = self._finder.push(text)
+        more, others = self._finder.end() if last else ("", [])
+        return said + more, (*calls, *others)
 
     def _told(self, token: int, special: bool = False) -> str:
         return text_of(self._tokenizer, [token]) or (str(self._tokenizer.decode([token])) if special else "")
@@ -178,14 +189,16 @@ class Answers:
         text, tokens = choice.push(token)
         if was is None and choice.stops.hit is not None and all(one.stops.hit or one.over for one in self._choices):
             self._stopped()
-        return Delta(at, text, tokens) if text or tokens else None
+        text, calls = choice.apart(text)
+        return Delta(at, text, tokens, calls=calls) if text or tokens or calls else None
 
     def _end(self, at: int, reason: Reason, usage: Usage) -> Delta:
         choice = self._choices[at]
         text, tokens = choice.end()
+        text, calls = choice.apart(text, last=True)
         reason = "stop" if choice.stops.hit is not None else reason
         choice.over, self.reasons[at] = (reason, usage), reason
-        return Delta(at, text, tokens, reason)
+        return Delta(at, text, tokens, reason, calls)
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's counts, and ``kvsieve``'s: what was read for this request, and what the conversation that holds most holds."""

@@ -25,6 +25,7 @@ from kvsieve.serve.metrics import CONTENT_TYPE, Metrics
 from kvsieve.serve.openai import Asked, Refusal, asked_chat, asked_text, parsed
 from kvsieve.serve.prompts import Prompt, opening_of, render, tail_of
 from kvsieve.serve.replies import DONE, Reply, event
+from kvsieve.serve.tool_calls import finder_of
 
 if TYPE_CHECKING:
     from kvsieve.serve.service import Service
@@ -222,7 +223,8 @@ class _Desk:
             ticket = await asyncio.to_thread(self.service.submit, job, events)
         except Exception as error:
             raise self.failure(error) from error
-        texts = [AnswerText(self.tokenizer, job.stop, before) for _ in range(job.n)]
+        finders = [finder_of(str(self.tokenizer.chat_template), asked.tools) if asked.chat else None for _ in range(job.n)]
+        texts = [AnswerText(self.tokenizer, job.stop, before, finder) for finder in finders]
         answers = Answers(events, texts, lambda: self.service.cancel(ticket))
         told, usage = asked.logprobs is not None, asked.include_usage
         reply = Reply(chat=asked.chat, model=self.settings.name, n=job.n, logprobs=told, usage=usage)
@@ -345,7 +347,7 @@ class _Talk(Response):
     async def _timed(self) -> AsyncIterator[Delta]:
         heard = False
         async for delta in self._answers:
-            if not heard and (delta.text or delta.tokens):
+            if not heard and (delta.text or delta.tokens or delta.calls):
                 heard = True
                 self._desk.metrics.first_token.observe(time.monotonic() - self._began)
             if delta.reason is not None and self._answers.began is None:

@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Meters", "Times"]
 
-STEPS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0)
+STEPS = (0.001, 0.0025, 0.005, *(round(0.01 * 2 ** (at / 2), 3) for at in range(21)), 20.0)
 WAITS = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0)
-"""Bounds in seconds."""
+"""Bounds in seconds. Those of steps are a factor of 1.41 apart, so that quantiles can be told from them."""
 
 
 class Times:

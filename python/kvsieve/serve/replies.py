@@ -10,11 +10,13 @@ from typing import Any
 
 from kvsieve.serve.answering import Delta, Shown
 from kvsieve.serve.jobs import Reason
+from kvsieve.serve.tool_calls import Call
 
 __all__ = ["DONE", "Reply", "event"]
 
 FINISHED: Mapping[Reason, str] = {"stop": "stop", "length": "length", "timeout": "length", "cancelled": "length"}
-"""OpenAI's words. An answer that was cut by time is cut: ``usage.kvsieve.timed_out`` says by what."""
+"""OpenAI's words. An answer that was cut by time is cut: ``usage.kvsieve.timed_out`` says by what. One that called tools, and was
+not cut, ended with these."""
 
 DONE = b"data: [DONE]\n\n"
 """The last event of a stream."""
@@ -40,6 +42,7 @@ class Reply:
         self._chat, self._logprobs, self._usage = chat, logprobs, usage
         self._texts = [""] * n
         self._tokens: list[list[Shown]] = [[] for _ in range(n)]
+        self._calls: list[list[Call]] = [[] for _ in range(n)]
         self._reasons: list[Reason | None] = [None] * n
         self._head = {
             "id": ("chatcmpl-" if chat else "cmpl-") + secrets.token_hex(12),
@@ -50,6 +53,7 @@ class Reply:
     def add(self, delta: Delta) -> None:
         """Keep a piece for :meth:`whole`."""
         self._texts[delta.choice] += delta.text
+        self._calls[delta.choice] += delta.calls
         self._tokens[delta.choice] += delta.tokens
         self._reasons[delta.choice] = delta.reason
 
@@ -57,10 +61,14 @@ class Reply:
         """All that was added, as one answer."""
         choices = []
         for at, text in enumerate(self._texts):
-            said = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
-            choices.append({"index": at, **said, **self._ended(self._tokens[at], self._reasons[at])})
+            said = {"message": self._message(text, self._calls[at])} if self._chat else {"text": text}
+            choices.append({"index": at, **said, **self._ended(at, self._tokens[at], self._reasons[at])})
         kind = "chat.completion" if self._chat else "text_completion"
         return {**self._head, "object": kind, "choices": choices, "usage": usage}
+
+    def _message(self, text: str, calls: Sequence[Call]) -> dict[str, Any]:
+        told: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        return told | {"content": text or None, "tool_calls": [call.body for call in calls]} if calls else told
 
     def first(self) -> list[dict[str, Any]]:
         """The chunks before any text: who speaks."""
@@ -69,10 +77,14 @@ class Reply:
         return [self._chunk(at, {"role": "assistant", "content": ""}, [], None) for at in range(len(self._texts))]
 
     def chunks(self, delta: Delta) -> list[dict[str, Any]]:
-        """The chunks of a piece: its text if there is any, and its end if that is it."""
+        """The chunks of a piece: its text if there is any, the calls of tools, each whole, and its end if that is it."""
         made = []
         if delta.text or delta.tokens:
             made.append(self._chunk(delta.choice, {"content": delta.text}, delta.tokens, None))
+        for call in delta.calls:
+            calls = self._calls[delta.choice]
+            made.append(self._chunk(delta.choice, {"tool_calls": [{"index": len(calls), **call.body}]}, [], None))
+            calls.append(call)
         if delta.reason is not None:
             made.append(self._chunk(delta.choice, {}, [], delta.reason))
         return made
@@ -87,11 +99,13 @@ class Reply:
 
     def _chunk(self, at: int, said: dict[str, Any], tokens: Sequence[Shown], reason: Reason | None) -> dict[str, Any]:
         delta = {"delta": said} if self._chat else {"text": said.get("content", "")}
-        choice = {"index": at, **delta, **self._ended(tokens, reason, part=not tokens)}
+        choice = {"index": at, **delta, **self._ended(at, tokens, reason, part=not tokens)}
         return {**self._head, "object": self._object, "choices": [choice], **({"usage": None} if self._usage else {})}
 
-    def _ended(self, tokens: Sequence[Shown], reason: Reason | None, part: bool = False) -> dict[str, Any]:
+    def _ended(self, at: int, tokens: Sequence[Shown], reason: Reason | None, part: bool = False) -> dict[str, Any]:
         told = None if part or not self._logprobs else _of_messages(tokens) if self._chat else _of_texts(tokens)
+        if reason == "stop" and self._calls[at]:
+            return {"logprobs": told, "finish_reason": "tool_calls"}
         return {"logprobs": told, "finish_reason": None if reason is None else FINISHED[reason]}
 
 

@@ -11,6 +11,7 @@ mod heaviest;
 mod join;
 mod kernels;
 mod layout;
+mod linear;
 mod machine;
 mod packed;
 mod pieces;

@@ -6,6 +6,7 @@ mod dense;
 mod error;
 mod heaviest;
 mod kernels;
+mod linear;
 mod memory;
 mod pieces;
 mod plan;
@@ -31,5 +32,6 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     pieces::register(m)?;
     tier::register(m)?;
     kernels::register(m)?;
+    linear::register(m)?;
     Ok(())
 }

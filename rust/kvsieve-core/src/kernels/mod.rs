@@ -7,6 +7,7 @@ pub mod attend;
 pub mod chunk;
 mod four;
 pub mod isa;
+pub mod linear;
 pub mod merge;
 pub mod pieces;
 mod queries;
