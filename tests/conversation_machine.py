@@ -48,7 +48,8 @@ def kind_of(make: Callable[[int], Any], tolerance: float) -> Kind:
     stores = policy.compression is not None
     stock = keeps and len(specs) == 1 and not (selects or stores)
     codes = "Quantized" in type(policy.compression).__name__
-    return Kind(make, window, budget, selects, stores, policy.bank is not None, stock, codes, tolerance)
+    searches = policy.selection is not None
+    return Kind(make, window, budget, selects, searches, stores, policy.bank is not None, stock, codes, tolerance)
 
 
 @functools.cache

@@ -70,7 +70,7 @@ class EndTurn:
 
 @dataclass(frozen=True)
 class Reload:
-    """Through a session file, in which no selection is."""
+    """Through a session file, in which no selection is; or as if, for tokens were forgotten that selections were made by."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class Kind:
         window: sinks and window, where nothing else is held; ``(0, FOREVER)`` where all is; None if scores or heads decide.
         budget: most tokens a row holds once it was settled by force; None if there is no bound.
         selects: whether what a token reads may depend on the others of its forward.
+        searches: whether what was chosen stands for some steps, and is chosen anew after tokens were forgotten.
         stores: whether tokens are compressed.
         banks: whether evicted tokens go to a bank.
         stock: whether it is the stock model.
@@ -119,6 +120,7 @@ class Kind:
     window: tuple[int, int] | None
     budget: int | None
     selects: bool
+    searches: bool
     stores: bool
     banks: bool
     stock: bool
@@ -283,6 +285,8 @@ class Plain:
                 tokens -= {p for p in tokens if p >= seen}
             if not again:
                 self.history.append(Pin(seen, FOREVER, (row,), False))
+        if self.kind.searches and not again:
+            self.history.append(Reload())
         self.forced = False
 
     def fresh(self) -> None:

@@ -76,7 +76,8 @@ class Engine(Held):
             return
         for part in self.parts:
             part.check_input(True, ids)
-        ids = None if ids is None else ids.long()  # embeddings take int32 as well
+        if ids is not None and ids.dtype is torch.int32:
+            ids = ids.long()  # embeddings take them as well
         self._expected = _Expected(ids, foreign and self.transcript.turn is None)
 
     def check_mask(self, mask: torch.Tensor, width: int) -> None:
