@@ -169,6 +169,7 @@ fn what_does_not_fit_together_is_refused_and_nothing_written() {
         ("to", Dense { to: &[], ..good }),
         ("cap", Dense { softcap: Some(0.0), ..good }),
         ("threads", Dense { threads: 0, ..good }),
+        ("threads", Dense { threads: 1 << 31, ..good }),
     ];
     for (what, args) in wrong {
         let (mut out, mut lse) = case.room();

@@ -19,9 +19,16 @@ pub(crate) const BREATH: usize = 32 << 20;
 /// Waking another thread costs as long as reading about this many bytes.
 pub(crate) const INLINE: usize = 256 << 10;
 
+/// More threads than any machine has processors are a mistake, and would take a system's last ones.
+const MOST: usize = 4096;
+
 /// Refuses a number of threads that nothing can run on.
 pub(crate) fn check(threads: usize) -> Result<()> {
-    at_least_one("threads", threads)
+    at_least_one("threads", threads)?;
+    if threads > MOST {
+        return Err(Error::OutOfRange { what: "threads", expected: "at most 4096", got: threads.to_string() });
+    }
+    Ok(())
 }
 
 /// Keyed by process too: after a fork the child has the parent's memory but none of its threads, and would wait for ever.
@@ -49,6 +56,8 @@ pub(crate) fn for_each<T: Send>(threads: usize, items: &mut [T], each: impl Fn(&
         items.iter_mut().for_each(each);
         return Ok(());
     }
+    // No more than there is work for; of few sizes, so that pools are few.
+    let threads = threads.min(items.len().next_power_of_two());
     let (next, count, first) = (AtomicUsize::new(0), items.len(), Items(items.as_mut_ptr()));
     let panicked: Mutex<Option<Box<dyn Any + Send>>> = Mutex::new(None);
     let work = || {
@@ -171,5 +180,15 @@ mod tests {
             assert!(items.iter().all(|&item| item == 0));
             assert_eq!(map(threads, 0..99, |x| 2 * x).unwrap(), (0..99).map(|x| 2 * x).collect::<Vec<_>>());
         }
+    }
+
+    #[test]
+    fn no_more_threads_are_started_than_there_is_work_for() {
+        assert!(check(0).is_err() && check(MOST + 1).is_err() && check(usize::MAX).is_err());
+        check(MOST).unwrap();
+        let mut items = [1, 2, 3];
+        for_each(MOST, &mut items, |item| *item *= 2).unwrap();
+        assert_eq!(items, [2, 4, 6]);
+        assert!(POOLS.lock().unwrap().iter().all(|(_, threads, _)| *threads < MOST));
     }
 }
