@@ -183,7 +183,7 @@ def attempts(scene: Scene) -> Iterator[Work]:
         yield Work(name, getattr(policy, name))
     for name in ("memories", "stored_keys", "moves", "compression", "tiers", "selection", "recycling", "heaviest_values"):
         yield Work(f"Policy.{name}", property_of(scene.policy, name))
-    for name in ("fetching", "bank", "needs_surprisal"):
+    for name in ("fetching", "bank", "is_full", "needs_surprisal"):
         yield Work(f"Policy.{name}", property_of(scene.policy, name))
     yield Work("Policy.specs", scene.policy.specs, [64])
     yield Work("Policy.__or__", lambda a, b: a | b, [kvsieve.StreamingLLM(24), kvsieve.Quantized(8)], stays=1)

@@ -58,9 +58,9 @@ def test_threads_that_the_system_does_not_give_are_an_error() -> None:
 
         with open("/proc/self/statm") as told:
             held = int(told.read().split()[0]) * resource.getpagesize()
-        resource.setrlimit(resource.RLIMIT_AS, (held + (1 << 30), held + (1 << 30)))
+        resource.setrlimit(resource.RLIMIT_AS, (held + (16 << 20), held + (16 << 20)))
         try:
-            answer(5000)
+            answer(4000)
         except UnsupportedError:
             assert answer(2) == alone
         else:
