@@ -5,7 +5,8 @@ Two ways of writing them are known, by the model's chat template:
     tagged    <tool_call>{"name": ..., "arguments": {...}}</tool_call>      Hermes, Qwen, SmolLM2; any text before and between
     bare      {"name": ..., "parameters": {...}}                            Llama 3: the whole answer is one call
 
-A call is told once it is whole. What only looked like one, because it is no JSON, was cut off or names no tool, is text after all.
+A call is told once it is whole. What only looked like one, because it is no JSON or was cut off, is text after all; so is a bare
+one that names no tool of the request.
 """
 
 from __future__ import annotations
