@@ -51,26 +51,28 @@ def covering(items: list[pytest.Item], count: int) -> list[pytest.Item]:
     return chosen
 
 
-def thinned(items: list[pytest.Item], each: tuple[str, ...] = ("reference",)) -> list[pytest.Item]:
+def thinned(items: list[pytest.Item], each: tuple[str | None, ...] = ("reference",)) -> list[pytest.Item]:
     """``items`` without combinations of parameters that others of the same test make needless.
 
     Of a test of streams with two parameters or more besides the backend, every value of each is tried on the backends ``each``. The
     specification serves each family, policy and way of reading; that it does so under each combination is asked of the backends
     that compute faster. So it is of another release of transformers: what it may break is the seam, which each value goes through.
+    There tests that leave the backend to the stream are among them.
 
     Of a test of kernels with three parameters or more (dtype, head size, group, instruction set, ...) every two values meet.
     """
-    streams: dict[tuple[str, str], list[pytest.Item]] = {}
+    streams: dict[tuple[str, str | None], list[pytest.Item]] = {}
     kernels: dict[str, list[pytest.Item]] = {}
     for item in items:
         call = getattr(item, "callspec", None)
-        if call is None or len(call._idlist) < 3:  # an id for each `parametrize`
+        if call is None:
             continue
-        test = item.nodeid.partition("[")[0]
+        test, count = item.nodeid.partition("[")[0], len(call._idlist)  # an id for each `parametrize`
         if item.path.parent.name != "generate":
-            kernels.setdefault(test, []).append(item)
-        elif call.params.get("backend") in each:
-            streams.setdefault((test, call.params["backend"]), []).append(item)
+            if count > 2:
+                kernels.setdefault(test, []).append(item)
+        elif call.params.get("backend") in each and count > 1 + (call.params.get("backend") is not None):
+            streams.setdefault((test, call.params.get("backend")), []).append(item)
     dropped: set[pytest.Item] = set()
     for some, count in (*((some, 1) for some in streams.values()), *((some, 2) for some in kernels.values())):
         dropped |= set(some) - set(covering(some, count))
@@ -91,7 +93,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=others)
         items[:] = [item for item in items if not on_other_backends(item, backend)]
         if config.getoption("--each"):
-            drop(config, items, thinned(items, (backend,)))
+            drop(config, items, thinned(items, (backend, None)))
     elif not config.getoption("--every"):
         drop(config, items, thinned(items))
     # Long tests begin early, and those of the small model side by side in one worker, which loads it once.

@@ -12,12 +12,13 @@ import pytest
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit counts what /proc tells")
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["Full", "SirLLM"])
-def test_a_stream_that_gets_no_memory_goes_on_once_there_is_some(policy: str) -> None:
-    """Its process ends well, its stream is its twin's, and something was refused."""
-    command = [sys.executable, str(Path(__file__).with_name("limits.py")), "--policy", policy, "--refusals", "2"]
+def test_a_stream_that_gets_no_memory_goes_on_once_there_is_some() -> None:
+    """The process of each policy ends well, its stream is its twin's, and something was refused."""
+    policies = ["--policy", "Full", "--policy", "SirLLM"]
+    command = [sys.executable, str(Path(__file__).with_name("limits.py")), *policies, "--refusals", "4"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(done.stdout)
-    assert found["wrong"] == []
-    assert found["refusals"] >= 2
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [row["policy"] for row in found] == policies[1::2]
+    assert all(row["wrong"] == [] for row in found)
+    assert all(row["refusals"] >= 2 for row in found)
