@@ -213,6 +213,24 @@ def lookups(record: Any) -> Rows:
     return [["summary", "`window`", "`block`", "`blocks`", "`per_head`", "recall", "digits right", "keys"], *rows]
 
 
+def long_texts(record: Any) -> Rows:
+    """A layer's step of decode over a long text: the range of several runs, of each policy beside attention to all keys."""
+    rows, runs = [], [row for row in record["rows"] if "all_ms" in row and "infllm_ms" in row]
+    for length in dict.fromkeys(row["length"] for row in runs):
+        mine = [row for row in runs if row["length"] == length]
+        times = [f"{value(mine, f'{name}_ms', 2)}" for name in ("all", "infllm", "infllm_tiered", "longheads", "refreshkv")]
+        fast = [value(mine, f"{name}_times_as_fast", 1) for name in ("infllm", "infllm_tiered", "longheads", "refreshkv")]
+        rows.append([f"{length:,}, ms", *times])
+        rows.append([f"{length:,}, times as fast", "1", *fast])
+    return [["tokens", "`Full()`", "`InfLLM()`", "a quarter in memory", "`LongHeads(4096)`", "`RefreshKV(4096)`"], *rows]
+
+
+def value(rows: Sequence[Any], name: str, digits: int) -> str:
+    """The range of a figure."""
+    low, high = (f"{edge(row[name] for row in rows):.{digits}f}" for edge in (min, max))
+    return low if low == high else f"{low} to {high}"
+
+
 def demo(record: Any) -> Rows:
     """What each memory of the demo held, how it read, and what it remembered."""
     (low, high), (since, stop) = record["within_positions"], record["compared_positions"]
@@ -313,6 +331,7 @@ TABLES = (
     Table("docs/results/attention.md", "prefill", "prefill.json", prefill),
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),
     Table("docs/results/fetching.md", "infllm-lookup", "infllm-lookup.json", lookups),
+    Table("docs/results/fetching.md", "long-text", "long-text.json", long_texts),
     Table("docs/results/fetching.md", "infllm-perplexity", "perplexity-32k.json", perplexities),
 )
 

@@ -35,6 +35,7 @@ from unittest import mock
 
 import kvsieve
 import torch
+from kvsieve import methods
 from kvsieve.bank import file as bank_file
 from kvsieve.errors import KvsieveError, UnsupportedError
 from kvsieve.model import fingerprint
@@ -231,6 +232,8 @@ def content(data: bytes) -> tuple[Any, dict[str, tuple[str, tuple[int, ...], byt
     said = {name: json.loads(text) for name, text in told.items()}
     for header in said.values():
         header.pop("tokenizer", None)  # the stream is loaded and saved without one
+        with contextlib.suppress(KvsieveError, TypeError, KeyError):  # with what it leaves to the defaults
+            header["policy"] = repr(methods.parse(header["policy"]))
     return said, tensors
 
 

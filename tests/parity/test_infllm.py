@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import random
 from functools import partial
 from typing import Any
@@ -11,8 +12,10 @@ import kvsieve
 import pytest
 import torch
 from fetched import FetchingLayer, Numbers, infllm, rope
+from kvsieve.backends import get
 from kvsieve.backends.base import AttendCall
 from kvsieve.backends.pieces import attend_pieces
+from kvsieve.backends.ranking import suitability
 from kvsieve.errors import UnsupportedError
 from kvsieve.methods.infllm import InfLLMSelection
 from kvsieve.policy.select import Piece
@@ -409,25 +412,41 @@ def test_residents_alone_are_those_that_spans_and_parts_tell(width: int) -> None
             make_planner(policy.specs(1), policy.stored_keys).begin_residents([1], 1)
 
 
+@BACKEND
 @pytest.mark.parametrize("per_head", [False, True])
 @pytest.mark.parametrize(("kv_heads", "size"), [(1, 8), (2, 64), (4, 128), (3, 80)])
-def test_summaries_are_compared_bit_for_bit_alike_however_they_are_cut(
-    per_head: bool, kv_heads: int, size: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_summaries_are_compared_alike_however_they_are_cut(
+    backend: str, per_head: bool, kv_heads: int, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Equal ones are equally good: the first of them is found."""
     generator = torch.Generator().manual_seed(size)
     data = torch.randn(kv_heads, 300, size, generator=generator)
     data[:, 200:] = data[:, :100]
     q = torch.randn(2 * kv_heads, 3, size, generator=generator)
-    layer = FetchingLayer("cpu", kvsieve.InfLLM(64, per_head=per_head), AttendCall(0.3))
-    mean = q.sum(1).view(kv_heads, 2, size).sum(1)
-    whole = (data * mean[:, None]).sum(-1) if per_head else (data.transpose(0, 1).flatten(1) * mean.flatten()).sum(-1)[None]
+    store = get(backend).make_store(torch.zeros(1, kv_heads, 1, size), torch.zeros(1, kv_heads, 1, size))
+    asked = q.sum(1).view(kv_heads, 2, size).sum(1)
+    data[:, 7], data[:, 9, 0], data[:, 11, -1] = -torch.inf * asked.sign(), torch.nan, torch.inf * asked[:, -1].sign()
+    products = (data.double() * asked[:, None].double()).sum(-1)
+    judged = (products if per_head else products.sum(0, keepdim=True)).nan_to_num(nan=-torch.inf)
+    whole = suitability([data.transpose(0, 1)], asked, per_head)
     for slab, piece in ((1024, 1 << 18), (128, 1 << 18), (64, 4 * kv_heads * size * 7), (1024, 1)):
         monkeypatch.setattr("kvsieve.runtime.summaries.SLAB", slab)
         monkeypatch.setattr("kvsieve.runtime.summaries.PIECE", piece)
         table = Table.of(data)
-        assert torch.equal(layer.part._compare(q, table, range(300)), whole)
-        assert torch.equal(layer.part._compare(q, table, range(3, 290)), whole[:, 3:290])
-        assert torch.equal(whole[:, 200:], whole[:, :100]), "equal summaries are equally good"
+        for lo, hi in ((0, 300), (3, 290)):
+            pieces = list(table.pieces(lo, hi))
+            assert torch.equal(suitability(pieces, asked, per_head).nan_to_num(7.0), whole[:, lo:hi].nan_to_num(7.0))
+            for most in (1, 16, 100):
+                # In float64 the lowest numbers come first among equals; minus infinity and nan are nothing.
+                order = judged[:, lo:hi].sort(dim=-1, descending=True, stable=True)
+                want = [
+                    sorted(number for number, value in zip(numbers[:most], values) if value > -math.inf)
+                    for numbers, values in zip(order.indices.tolist(), order.values.tolist())
+                ]
+                assert store.best_summaries(pieces, asked, most, per_head) == want
+    few = list(Table.of(data[:, 7:12]).pieces(0, 5))
+    assert all(row == [1, 3, 4] for row in store.best_summaries(few, asked, 5, per_head)), "two are worth nothing"
 
 
 @pytest.mark.parametrize("slab", [1024, 16])

@@ -275,6 +275,19 @@ class Store(Protocol):
             ``out`` in the dtype of ``q``.
         """
 
+    def best_summaries(self, summaries: Sequence[torch.Tensor], asked: torch.Tensor, most: int, per_head: bool) -> list[list[int]]:
+        """The numbers of the summaries that suit queries best: the inner products with what these ask are compared.
+
+        Args:
+            summaries: float32 ``[m, Hkv, R]`` each, in order, at least ``most`` in all.
+            asked: float32 ``[Hkv, R]``.
+            per_head: whether each KV head chooses for itself; else products are summed over them, and there is one list.
+
+        Returns:
+            For each head, or once, at most ``most`` numbers, ascending. Of equal products the first count, and none that is nan or
+            minus infinity.
+        """
+
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: Any
     ) -> torch.Tensor:

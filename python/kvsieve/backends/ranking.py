@@ -1,10 +1,12 @@
-"""Which of some scores are the greatest."""
+"""Which of some scores are the greatest, and which summaries of blocks suit queries best."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
-__all__ = ["greatest"]
+__all__ = ["best", "best_summaries", "greatest", "suitability"]
 
 
 def greatest(scores: torch.Tensor, count: int, newest: bool = False) -> torch.Tensor:
@@ -38,3 +40,32 @@ def _counted(scores: torch.Tensor, count: int, newest: bool) -> torch.Tensor:
     taken = above | (shared & ((places.flip(-1) if newest else places) <= count - above.sum(-1, keepdim=True)))
     numbers = torch.where(taken, torch.arange(held, device=scores.device), held - 1)
     return numbers.topk(count, dim=-1, largest=False, sorted=True).values
+
+
+def suitability(summaries: Sequence[torch.Tensor], asked: torch.Tensor, per_head: bool) -> torch.Tensor:
+    """How well summaries suit what queries ask: float32 ``[Hkv, n]``, or with heads that choose together ``[1, n]``.
+
+    Args:
+        summaries: float32 ``[m, Hkv, R]`` each, in order, ``n`` in all.
+        asked: float32 ``[Hkv, R]``; the products with it are added up, over the heads too where ``per_head`` is false.
+    """
+    pieces = list(summaries)
+    if not per_head:
+        pieces, asked = [piece.flatten(1) for piece in pieces], asked.flatten()
+    # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
+    scores = torch.cat([(piece * asked).sum(-1) for piece in pieces])
+    return scores.T.contiguous() if per_head else scores[None]
+
+
+def best(scores: torch.Tensor, most: int) -> list[list[int]]:
+    """The ``most`` greatest of each row of ``scores`` ``[lists, n]``, ``n >= most``, of equal ones the first, ascending. What is
+    nan or minus infinity is none of them."""
+    scores = scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    found = greatest(scores, most)
+    kept = scores.gather(-1, found) > -torch.inf
+    return [row[mine].tolist() for row, mine in zip(found, kept)]
+
+
+def best_summaries(summaries: Sequence[torch.Tensor], asked: torch.Tensor, most: int, per_head: bool) -> list[list[int]]:
+    """See :meth:`kvsieve.backends.base.Store.best_summaries`."""
+    return best(suitability(summaries, asked, per_head), most)

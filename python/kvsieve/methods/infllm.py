@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from os import PathLike
 
 from kvsieve.budget import check_count
@@ -84,11 +83,13 @@ class InfLLMSelection(FetchedSelection):
     def pieces(self, first: int, count: int, chosen: Sequence[Sequence[int]]) -> list[Piece]:
         near = max(first - self.window + 1, 0)
         found = [Piece(near, first + count, first - near, within=self.window)]
-        for head, blocks in enumerate(chosen):
-            for _, run in groupby(enumerate(blocks), lambda each: each[1] - each[0]):
-                numbers = [number for _, number in run]
-                lo, hi = self._first_token(numbers[0]), self._first_token(numbers[-1] + 1)
-                found.append(self._far(lo, hi, None if len(chosen) == 1 else head))
+        for number, blocks in enumerate(chosen):
+            head, last = None if len(chosen) == 1 else number, len(blocks) - 1
+            begins = 0
+            for at, block in enumerate(blocks):  # neighbours are one piece
+                if at == last or blocks[at + 1] != block + 1:
+                    found.append(self._far(self._first_token(blocks[begins]), self._first_token(block + 1), head))
+                    begins = at + 1
         # Sinks, and what no block has yet, where they are beyond the window.
         beyond = first + count - self.window
         tail = self._first_token(self.num_blocks(first))

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kvsieve._core import Residents
-from kvsieve.backends.ranking import greatest
+from kvsieve.backends.ranking import best, suitability
 from kvsieve.errors import PolicyError, SessionError, StateError, UnsupportedError, UnsupportedModelError
 from kvsieve.runtime.cropping import GO_BACK
 from kvsieve.runtime.part import Apply, Crop, Forward, LayerInput, Saved, Setting, StreamPart
@@ -31,7 +31,7 @@ from kvsieve.runtime.summaries import News, Summed, Table, summary_of
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-    from kvsieve.backends.base import Runs
+    from kvsieve.backends.base import Runs, Store
     from kvsieve.backends.tiers import HoldsTiers
     from kvsieve.policy.select import FetchedSelection, Piece
 
@@ -164,7 +164,6 @@ class Fetching(StreamPart):
         if store is None or step is None:
             return None
         store.append(layer.k, layer.v, step)
-        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], layer.v.shape[3])
         states: list[Summed | None] = [None] * q.shape[0]
         reads: list[Fetched | None] = [None] * q.shape[0]
         blocks: list[list[tuple[int, int]]] = [[] for _ in step.new_lens]
@@ -176,11 +175,16 @@ class Fetching(StreamPart):
             first = len(self._residents[row]) - count
             states[row] = self.rows[row].get(layer.index) if self.rows else None
             blocks[row] = self.rule.query_blocks(first, count)
+        self._new[layer.index], self._reads[layer.index] = states, reads
+        if list(step.new_lens) == [q.shape[2]] and len(blocks[0]) == 1:
+            return self._lookup(layer, {0: blocks[0][0]}, states, reads)[0].transpose(0, 1)[None]
+        out = q.new_zeros(q.shape[0], q.shape[2], q.shape[1], layer.v.shape[3])
         # Rows choose at the same time: what they will read is known before any of them reads, and is one lookup of the layer.
         for turn in range(max(map(len, blocks))):
             asking = {row: mine[turn] for row, mine in enumerate(blocks) if turn < len(mine)}
-            self._lookup(layer, asking, states, reads, out)
-        self._new[layer.index], self._reads[layer.index] = states, reads
+            for row, answer in self._lookup(layer, asking, states, reads).items():
+                lo, hi = (at - len(self._residents[row]) for at in asking[row])
+                out[row, lo : hi or None] = answer.transpose(0, 1)
         return out
 
     def _lookup(
@@ -189,25 +193,25 @@ class Fetching(StreamPart):
         asking: Mapping[int, tuple[int, int]],
         states: list[Summed | None],
         reads: list[Fetched | None],
-        out: torch.Tensor,
-    ) -> None:
-        """The queries ``lo..hi`` of each row of ``asking`` choose, and then read."""
-        q, tier = layer.q, cast("HoldsTiers", layer.store)
-        columns, chosen = {}, {}
+    ) -> dict[int, torch.Tensor]:
+        """The queries ``lo..hi`` of each row of ``asking`` choose, and then read: ``[H, m, Dv]`` of each row."""
+        tier = cast("HoldsTiers", layer.store)
+        queries, chosen, answers = {}, {}, {}
         for row, (lo, hi) in asking.items():
             end = len(self._residents[row])
-            columns[row] = slice(lo - end, hi - end or None)
-            chosen[row] = self._choose(lo, q[row, :, columns[row]], states[row])
+            queries[row] = layer.q[row] if hi - lo == layer.q.shape[2] else layer.q[row, :, lo - end : hi - end or None]
+            chosen[row] = self._choose(tier, lo, queries[row], states[row])
         if self._tiered and len(chosen) > 1:
             # A row's own fetch begins all of its reads; those of the next rows begin now, and go on while this one attends.
             tier.prefetch([run for row, choice in chosen.items() for run in self._runs(row, choice.pieces)])
         masses: list[tuple[int, float]] = []
         for row, (lo, hi) in asking.items():
-            answer, states[row], mass = self._read(layer, row, lo, q[row, :, columns[row]], states[row], chosen[row])
-            out[row, columns[row]], reads[row] = answer.transpose(0, 1), Fetched(hi - 1, chosen[row])
+            answers[row], states[row], mass = self._read(layer, row, lo, queries[row], states[row], chosen[row])
+            reads[row] = Fetched(hi - 1, chosen[row])
             masses += mass
         if self._scored:
             tier.score(*added_up(masses))
+        return answers
 
     def _read(
         self, layer: LayerInput, row: int, first: int, q: torch.Tensor, state: Summed | None, choice: Choice
@@ -232,7 +236,7 @@ class Fetching(StreamPart):
         mass = [] if found.mass is None else by_run(self._runs(row, choice.pieces[1:]), found.mass)
         return found.out, self.summary.after(state, news), mass
 
-    def _choose(self, first: int, q: torch.Tensor, state: Summed | None) -> Choice:
+    def _choose(self, store: Store, first: int, q: torch.Tensor, state: Summed | None) -> Choice:
         """What queries ``q`` ``[H, m, D]`` from token ``first`` on read."""
         among, most = self.rule.candidates(first), self.rule.limit(first)
         compared = 0
@@ -240,25 +244,18 @@ class Fetching(StreamPart):
             blocks = [list(among)]
         else:
             assert state is not None
-            scores = self._compare(q, state.table, among)
-            found = greatest(scores, most)
-            found = torch.where(scores.gather(-1, found) > -torch.inf, found + among.start, -1)
-            blocks, compared = [[block for block in row if block >= 0] for row in found.tolist()], len(among)
+            blocks, compared = self._best(store, q, state.table, among, most), len(among)
         return Choice(compared, blocks, self.rule.pieces(first, q.shape[1], blocks))
 
-    def _compare(self, q: torch.Tensor, table: Table, among: range) -> torch.Tensor:
-        """How well summaries ``among`` suit queries ``[H, m, D]``: float32 ``[Hkv, n]``, or ``[1, n]`` for all heads; NaN is
-        ``-inf``, and that is not fetched."""
+    def _best(self, store: Store, q: torch.Tensor, table: Table, among: range, most: int) -> list[list[int]]:
+        """The ``most`` of the blocks ``among`` that suit queries ``q`` ``[H, m, D]`` best: of each KV head, or of all."""
         pieces = list(table.pieces(among.start, among.stop))
         asked = self.summary.asked(q, pieces[0].shape[1])
-        if not self.rule.per_head:
-            pieces, asked = [piece.flatten(1) for piece in pieces], asked.flatten()
-        # A matrix product would add up equal summaries in other orders, so that the first of them need not win.
-        scores = torch.cat([(piece * asked).sum(-1) for piece in pieces])
-        if self._ranks is not None and not self.rule.per_head:
-            scores = self._ranks.sum(scores)
-        scores = scores.T.contiguous() if self.rule.per_head else scores[None]
-        return scores.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        if self._ranks is None or self.rule.per_head:
+            found = store.best_summaries(pieces, asked, most, self.rule.per_head)
+        else:
+            found = best(self._ranks.sum(suitability(pieces, asked, False)), most)
+        return [[number + among.start for number in row] for row in found] if among.start else found
 
     def _runs(self, row: int, pieces: Sequence[Piece]) -> Runs:
         """Where the tokens of these pieces lie, piece by piece."""

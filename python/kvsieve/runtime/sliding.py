@@ -247,6 +247,8 @@ class SlidingLayers(StreamPart):
         """
         header = [Saved(of_kind(entry, dict, "layers"), seen=saved.seen) for entry in saved.get("layers", list)]
         theirs = {entry.count("layer"): entry.count("window") for entry in header}
+        if len(theirs) != len(header):
+            raise SessionError("it tells of one layer twice")
         if theirs != self.windows:
             raise CacheMismatchError(
                 f"the stream was saved from a model with sliding windows {theirs} (by layer), this model has {self.windows}"

@@ -201,7 +201,8 @@ class Summary:
     def asked(self, q: torch.Tensor, kv_heads: int) -> torch.Tensor:
         """What summaries are multiplied by to judge them for queries ``q`` ``[H, m, D]``: float32 ``[Hkv, R]``, ``R`` numbers as a
         summary has. It is the sum over the query heads of a group, and over queries."""
-        return q.detach().float().sum(1).view(kv_heads, -1, q.shape[2]).sum(1)
+        q = q.detach().float()
+        return (q.sum(1) if q.shape[1] > 1 else q).reshape(kv_heads, -1, q.shape[2]).sum(1)
 
     def can_forget(self, state: Summed, left: int) -> bool:
         """Whether what is known of the first ``left`` tokens alone can still be told."""
@@ -241,10 +242,10 @@ class Representatives(Summary):
         state = state or self.begin(news.k)
         assert news.scores is not None
         base, count = self.due(state, news.seen)
-        scores = news.scores.new_zeros(news.scores.shape[0], max(news.seen - base, 0))
-        scores[:, : state.scores.shape[1]] = state.scores
+        # A copy: what is known of a row is shared, and never changed.
+        scores = torch.nn.functional.pad(state.scores, (0, max(news.seen - base, 0) - state.scores.shape[1]))
         lo = max(base, news.scores_from)
-        scores[:, lo - base :] += news.scores[:, lo - news.scores_from :]
+        scores[:, lo - base :].add_(news.scores[:, lo - news.scores_from :])
         if not count:
             return replace(state, scores=scores)
         end = count * self.rule.block

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from kvsieve._core import attend_pieces as attend_in_place
+from kvsieve._core import linear, top_k
 from kvsieve.backends.attention import Partial, attend, concatenate
 from kvsieve.backends.attention_scores import CELLS
 from kvsieve.backends.base import Attended
@@ -26,7 +27,21 @@ if TYPE_CHECKING:
     from kvsieve.facts import LayerRope
     from kvsieve.policy.select import Piece
 
-__all__ = ["attend_many", "attend_one"]
+__all__ = ["attend_many", "attend_one", "best_summaries"]
+
+
+def best_summaries(summaries: Sequence[torch.Tensor], asked: torch.Tensor, most: int, per_head: bool) -> list[list[int]]:
+    """See :meth:`kvsieve.backends.base.Store.best_summaries`. Products are the core's, in which equal summaries have equal sums."""
+    pieces = [piece.numpy() for piece in summaries]
+    given = asked.numpy() if per_head else asked.numpy().reshape(1, -1)
+    scores, at = np.empty((len(given), sum(map(len, pieces))), np.float32), 0
+    for piece in pieces:
+        matrices = piece.transpose(1, 0, 2) if per_head else piece.reshape(1, len(piece), -1)
+        for head, matrix in enumerate(matrices):
+            linear(given[head : head + 1], matrix, None, scores[head : head + 1, at : at + len(piece)])
+        at += len(piece)
+    found, least = top_k(scores, most), np.float32(-np.inf)
+    return [sorted(number for number in row.tolist() if mine[number] > least) for row, mine in zip(found, scores)]
 
 
 def attend_one(
@@ -41,7 +56,7 @@ def attend_one(
 ) -> Attended:
     """The query ``q`` ``[H, 1, D]`` over ``pieces``, in place."""
     out = torch.empty(1, q.shape[0], core.value_dim, dtype=q.dtype)
-    lse = np.empty(q.shape[0], np.float32)
+    lse = np.empty((q.shape[0], 1), np.float32)
     seen = [seen_by(piece, first) for piece in pieces]
     given = [
         (-1 if p.head is None else p.head, lo, hi, p.distance if p.fixed else p.distance - (lo - p.lo), p.fixed)
@@ -53,7 +68,7 @@ def attend_one(
     wanted = scored and lo < hi
     found, mass = attend_in_place(
         core,
-        view(q[None]),
+        view(q)[None],
         residents,
         given,
         rope,
@@ -61,7 +76,7 @@ def attend_one(
         softcap=call.softcap,
         sinks=floats(call.sinks),
         out=view(out),
-        lse=lse,
+        lse=lse[:, 0],
         scored=0 if wanted else None,
         threads=torch.get_num_threads(),
         told=told,
@@ -72,7 +87,8 @@ def attend_one(
         scores = torch.from_numpy(found)
         if (lo, hi) != pieces[0][:2]:
             scores = torch.nn.functional.pad(scores, (lo - pieces[0].lo, pieces[0].hi - hi))
-    return Attended(out[0][:, None], torch.from_numpy(lse)[:, None], scores, None if mass is None else _padded(mass, pieces, seen))
+    told_of = None if mass is None else _padded(mass, pieces, seen)
+    return Attended(out.transpose(0, 1), torch.from_numpy(lse), scores, told_of)
 
 
 def _padded(mass: npt.NDArray[np.float32], pieces: Sequence[Piece], seen: Sequence[tuple[int, int]]) -> torch.Tensor:

@@ -20,7 +20,7 @@ from kvsieve._core import Store, Tier, TierFile, attend_heaviest, attend_highest
 from kvsieve.backends.attention import Partial, attend, merge, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
-from kvsieve.backends.cpu.pieces import attend_many, attend_one
+from kvsieve.backends.cpu.pieces import attend_many, attend_one, best_summaries
 from kvsieve.backends.cpu.prefill import attend_part
 from kvsieve.backends.cpu.tensors import DTYPES, floats, view
 from kvsieve.backends.heaviest_values import of_rows
@@ -133,6 +133,8 @@ class CpuStore:
         if q.shape[1] == 1:
             return attend_one(self._core, q, first, residents, pieces, call, scored, told)
         return attend_many(q, first, pieces, lambda spans: self.read(in_order(residents, spans)), call, scored, told)
+
+    best_summaries = staticmethod(best_summaries)
 
     def run_selected(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall, selection: CpuSelection

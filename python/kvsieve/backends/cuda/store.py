@@ -30,6 +30,7 @@ from kvsieve.backends.cuda.plan import splits
 from kvsieve.backends.cuda.prefill import attend_part
 from kvsieve.backends.cuda.storage import PackedChannels, PackedStore, PlainStore, dense_blocks
 from kvsieve.backends.cuda.tier import KeepsOnHost
+from kvsieve.backends.ranking import best_summaries
 from kvsieve.backends.runs import columns, pick
 from kvsieve.errors import ShapeError, StateError, UnsupportedError
 from kvsieve.locks import shared_lock
@@ -267,6 +268,8 @@ class CudaStore(KeepsOnHost):
     def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self._check_stored(k, v)
         self._append(k, v, self._context.plan(step, self.device))
+
+    best_summaries = staticmethod(best_summaries)
 
     def attend_pieces(
         self,

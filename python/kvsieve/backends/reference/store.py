@@ -17,6 +17,7 @@ from kvsieve.backends.base import HeadSets, HeldBytes, Runs
 from kvsieve.backends.block_tier import BlockTier, HasTier, HostCopies
 from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.pieces import attend_pieces
+from kvsieve.backends.ranking import best_summaries
 from kvsieve.backends.reference.definition import sparse_attend
 from kvsieve.backends.reference.selection import Asking, ReferenceSelection
 from kvsieve.backends.reference.storage import PackedBlock
@@ -107,6 +108,8 @@ class ReferenceStore(HasTier):
     def append(self, k: torch.Tensor, v: torch.Tensor, step: Step) -> None:
         self._check(k, v)
         self._append(k, v, step)
+
+    best_summaries = staticmethod(best_summaries)
 
     def attend_pieces(
         self,
