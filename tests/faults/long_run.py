@@ -95,7 +95,7 @@ def memory() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def memory_kept() -> Iterator[None]:
-    """What is freed stays with the process: columns of megabytes would cost pages, or none, by where in the heap they come to lie."""
+    """What is freed stays with the process: columns of megabytes would cost pages or none, by where in the heap they lie."""
     libc = ctypes.CDLL(None)
     large, top = -3, -1  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
     libc.mallopt(large, 32 << 20)

@@ -491,6 +491,8 @@ def test_a_file_of_other_sliding_windows_is_named(fuzz: ModuleType, tmp_path: Pa
         layers[0]["window"] = 7
     metadata = {**header["__metadata__"], "kvsieve": json.dumps(inner)}
     path.write_bytes(fuzz.signed(fuzz.joined({**header, "__metadata__": metadata}, body)))
-    kind, what = (SessionError, "it tells of one layer twice") if twice else (CacheMismatchError, "the stream was saved from a model with")
+    kind, what = (
+        (SessionError, "it tells of one layer twice") if twice else (CacheMismatchError, "the stream was saved from a model with")
+    )
     with pytest.raises(kind, match=f"{path}.*{what}"):
         kvsieve.load(path, model, "cpu")
