@@ -1,6 +1,6 @@
 //! What is known of the blocks of one layer: which have a copy in the file, and which are the first to leave memory.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::thread::{ThreadId, current};
@@ -279,8 +279,10 @@ impl Tier {
             return Vec::new();
         }
         let stays = |block: usize| self.protected.get(block).copied().unwrap_or(false);
-        let leased: HashSet<usize> = self.leases.iter().flat_map(|(_, blocks)| blocks.iter().copied()).collect();
-        let ranked = blocks.filter(|block| !stays(*block) && !leased.contains(block)).map(|block| {
+        let mut leased: Vec<usize> = self.leases.iter().flat_map(|(_, blocks)| blocks.iter().copied()).collect();
+        leased.sort_unstable();
+        let leased = |block: usize| leased.binary_search(&block).is_ok();
+        let ranked = blocks.filter(|&block| !stays(block) && !leased(block)).map(|block| {
             let score = match self.order {
                 Order::Recency => 0.0,
                 Order::Scores { decay } => {
