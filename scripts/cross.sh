@@ -11,7 +11,7 @@ say "compiled for $target without a warning"
 if command -v qemu-aarch64 >/dev/null && command -v aarch64-linux-gnu-gcc >/dev/null; then
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_LINKER=aarch64-linux-gnu-gcc
     export CARGO_TARGET_AARCH64_UNKNOWN_LINUX_GNU_RUNNER="qemu-aarch64 -L /usr/aarch64-linux-gnu"
-    cargo test --locked -p kvsieve-core --lib --target "$target" "$@" -- kernels:: fork:: pins:: rope:: select:: storage:: arena::
+    cargo test --release --locked -p kvsieve-core --lib --target "$target" "$@" -- kernels:: fork:: pins:: rope:: select:: storage:: arena::
 else
     say "no test ran: that takes qemu-aarch64 and aarch64-linux-gnu-gcc; on Debian: apt-get install qemu-user gcc-aarch64-linux-gnu"
 fi

@@ -27,7 +27,11 @@ target="$(rustc -vV | sed -n 's/^host: //p')"
 export CARGO_TARGET_DIR="$CARGO_TARGET_DIR/$tool" PROPTEST_CASES="${PROPTEST_CASES:-8}" KVSIEVE_ISA=portable
 case "$tool" in
     miri) MIRIFLAGS="-Zmiri-disable-isolation" cargo +nightly miri test --locked -p kvsieve-core --lib -- "${PLAIN[@]}" ;;
-    address) RUSTFLAGS="-Zsanitizer=address" cargo +nightly test --locked -p kvsieve-core --lib --target "$target" -- "${PLAIN[@]}" ;;
+    address) # all of them, on every instruction set; one asks for 2^60 bytes and must be refused
+        unset KVSIEVE_ISA
+        ASAN_OPTIONS="allocator_may_return_null=1" RUSTFLAGS="-Zsanitizer=address" \
+            cargo +nightly test --locked -p kvsieve-core --lib --target "$target"
+        ;;
     valgrind)
         CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER="valgrind --quiet --error-exitcode=9 --leak-check=full --errors-for-leak-kinds=definite" \
             cargo test --locked -p kvsieve-core --lib -- --test-threads=1 "${PLAIN[@]}"

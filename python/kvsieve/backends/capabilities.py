@@ -63,6 +63,7 @@ class Capabilities:
         residents_suffice: whether a step that tells where residents lie, and no more, is enough for :meth:`Store.attend_pieces`.
         tells_lse: whether attention can tell its log-sum-exp (:meth:`Store.run_with_lse`), which a bank's answer is joined by.
         tiers: whether blocks may lie in a file (:class:`kvsieve.backends.tiers.HoldsTiers`).
+        value_tiers: whether their values alone may.
     """
 
     name: str
@@ -77,6 +78,7 @@ class Capabilities:
     residents_suffice: bool = False
     tells_lse: bool = True
     tiers: bool = True
+    value_tiers: bool = False
 
     def fits(self, dtype: torch.dtype, *dims: int) -> bool:
         """Whether keys and values of ``dims`` channels in ``dtype`` can be held."""
@@ -167,8 +169,10 @@ class Capabilities:
                 "leave the MemoryBank out, or use backend='reference'"
             )
 
-    def check_tiers(self) -> None:
-        """Raise BackendError if all blocks must be in memory."""
+    def check_tiers(self, values_alone: bool = False) -> None:
+        """Raise BackendError if all blocks must be in memory, or with ``values_alone`` if keys leave it with their values."""
+        if values_alone and not self.value_tiers:
+            raise BackendError(f"backend {self.name!r} moves keys and values together; leave values_alone out, or use backend='cpu'")
         if not self.tiers:
             raise BackendError(
                 f"backend {self.name!r} holds all tokens on the device, and none in a file; leave Tiered (host_budget=) out, or "

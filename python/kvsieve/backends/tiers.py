@@ -35,11 +35,12 @@ class HoldsTiers(Store, Protocol):
     block loads it first.
     """
 
-    def set_tier(self, file: Any, capacity: int, decay: float | None) -> None:
+    def set_tier(self, file: Any, capacity: int, decay: float | None, values_alone: bool = False) -> None:
         """Blocks may lie in ``file``, which this store's backend made, and about ``capacity`` full ones are in memory.
 
         Args:
             decay: of the blocks' scores, by which they leave memory; None for the order in which they were fetched.
+            values_alone: keys stay in memory, and what is said of blocks is said of their values.
         """
 
     def hold(self, blocks: Sequence[int]) -> None:

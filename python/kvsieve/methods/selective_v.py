@@ -5,32 +5,49 @@ The paper found that a model which adds up the 100 heaviest values of each query
 * It says nothing of the probabilities that are left over: here they stay what they are, which has the smaller bound of error.
 * Prompts, and any text of several tokens, add up everything: there a value that is read serves many queries.
 * ``mass`` is ours: as many values as it takes.
+* So is ``host_budget``: values in a file, of which a token fetches the blocks of those that it adds up.
 """
 
 from __future__ import annotations
 
+from os import PathLike
+
 from kvsieve.checks import as_plain
+from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.select import HeaviestValues
+from kvsieve.policy.storage import Tiered
 
 __all__ = ["SelectiveV"]
 
 
 @as_plain
-def SelectiveV(top_m: int | None = 100, mass: float | None = None, renormalise: bool = False) -> Memory:
+def SelectiveV(
+    top_m: int | None = 100,
+    mass: float | None = None,
+    renormalise: bool = False,
+    host_budget: int | str | None = None,
+    disk: str | PathLike[str] | None = None,
+) -> Memory:
     """Keep every token; a generated token is compared with every key, and each query head adds up its ``top_m`` heaviest values.
 
     Values that no head adds up are neither read nor decompressed. With ``M`` the probability mass of those that are, which
     :meth:`kvsieve.Stream.stats` tells (``value_mass`` of each layer), a head's output is off by at most ``(1 - M) * max |v|``.
-    Nothing is freed.
+    Nothing is evicted; with ``host_budget`` keys are in memory, and most values lie in a file: a token fetches the blocks of those
+    that it adds up.
 
     Args:
         top_m: values that a query head adds up; None for as many as it takes for ``mass``.
         mass: stop at so many values that have this much of the probability, above 0 and below 1; None: always ``top_m``.
         renormalise: scale the probabilities of what is added up to the sum of all; the bound is then twice as large.
+        host_budget: bytes of values in memory between two forwards, of all layers (an int, or a text such as ``"1GiB"``); None for
+            all of them. A text of several tokens fetches all values of one layer after another. On the backend ``cpu``. It changes
+            no output.
+        disk: the folder of the file; None for the system's folder for temporary files.
 
     Raises:
-        PolicyError: for a count that is none, a mass that is no share, or neither of both.
+        PolicyError: for a count that is none, a mass that is no share, or neither of both; for a folder without a budget.
+        BudgetError: for a budget that is no count of bytes.
 
     >>> SelectiveV(64)
     SelectiveV(64)
@@ -39,4 +56,10 @@ def SelectiveV(top_m: int | None = 100, mass: float | None = None, renormalise: 
     shown = [] if top_m == 100 else [repr(top_m)]
     shown += [] if mass is None else [f"mass={mass!r}"]
     shown += ["renormalise=True"] if renormalise else []
-    return Memory(select=select, text=f"SelectiveV({', '.join(shown)})")
+    storage = None
+    if host_budget is not None:
+        storage = Tiered(host_budget, disk, values_alone=True)
+        shown += [f"host_budget={host_budget!r}"] + ([] if storage.disk is None else [f"disk={storage.disk!r}"])
+    elif disk is not None:
+        raise PolicyError("a folder without a host_budget: say how many bytes of values may be in memory")
+    return Memory(select=select, storage=storage, text=f"SelectiveV({', '.join(shown)})")

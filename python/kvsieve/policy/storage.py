@@ -241,6 +241,9 @@ class Tiered(StorageRule):
         decay: of scores.
         background: whether a thread writes blocks while the model goes on. At most 32 blocks of a layer are then in memory for
             longer; what could not be written is said at the end of the next forward. On ``cuda`` they are always copied so.
+        values_alone: whether keys stay in memory, and only values leave it: the budget is that of values. For
+            :func:`kvsieve.SelectiveV`, which reads all keys and few values, and then fetches the blocks of those alone. On the
+            backend ``cpu``.
 
     Raises:
         BudgetError: for a budget that is no count of bytes. PolicyError: for the others.
@@ -252,6 +255,7 @@ class Tiered(StorageRule):
     order: Literal["recency", "scores"] = "recency"
     decay: float = 0.1
     background: bool = False
+    values_alone: bool = False
     plain: ClassVar[bool] = True
     tiered: ClassVar[bool] = True
 
@@ -267,6 +271,7 @@ class Tiered(StorageRule):
         check_count("keep", self.keep)
         check_choice("order", self.order, ("recency", "scores"))
         check_flag("background", self.background, PolicyError)
+        check_flag("values_alone", self.values_alone, PolicyError)
         decay = real(self.decay)
         if decay is None or not 0.0 <= decay <= 1.0:
             raise PolicyError(f"decay must lie between 0 and 1, got {told(self.decay)}")

@@ -90,4 +90,4 @@ def check_backend(setting: Setting, parts: Parts) -> None:
     if policy.bank is not None:
         setting.backend.capabilities.check_lse()
     if policy.tiers is not None:
-        setting.backend.capabilities.check_tiers()
+        setting.backend.capabilities.check_tiers(policy.tiers.values_alone)

@@ -1,7 +1,8 @@
 """Tiers: which blocks of a stream are in memory, and which only in its file (:class:`kvsieve.policy.storage.Tiered`).
 
     begin     the newest tokens of each row are in memory, also after a crop
-    attend    a layer whose rule does not fetch what it reads fetches all that it holds
+    attend    a layer whose rule does not fetch what it reads fetches all that it holds; one that adds up the heaviest values, and
+              whose keys stay in memory, fetches those itself
     settled   blocks leave memory until no more than the budget are there
 
 The stores know where each block is, and load what is written or moved. What is known here is which blocks hold the newest tokens
@@ -18,6 +19,7 @@ from kvsieve.budget import BLOCK
 from kvsieve.errors import BudgetError, PolicyError
 from kvsieve.runtime.part import Forward, LayerInput, Saved, Setting, StreamPart
 from kvsieve.runtime.shared_tiers import SharedTiers
+from kvsieve.runtime.value_selection import thinned
 from kvsieve.stats import TierStats
 
 if TYPE_CHECKING:
@@ -35,12 +37,13 @@ text that lies in a file is to take no memory."""
 
 
 def capacity(rule: Tiered, facts: ModelFacts) -> int:
-    """Full blocks of each layer that are in memory.
+    """Full blocks of each layer that are in memory, or whose values are.
 
     Raises:
         BudgetError: if the budget does not hold the newest tokens of one row, and a block to fetch.
     """
-    block = sum(BLOCK * x.num_kv_heads * (x.key_dim + x.value_dim) * x.dtype.itemsize for x in facts.layers)
+    alone = rule.values_alone
+    block = sum(BLOCK * x.num_kv_heads * (x.value_dim + (not alone) * x.key_dim) * x.dtype.itemsize for x in facts.layers)
     blocks, least = rule.budget_bytes // block, -(-rule.keep // BLOCK) + 2
     if blocks < least:
         raise BudgetError(
@@ -63,6 +66,7 @@ class Tiers(StreamPart):
         self.capacity = capacity(rule, setting.facts)
         self._rule, self._blocks = rule, setting.blocks
         self._fetches = setting.policy.memories[0].roles.select.fetches
+        self._heaviest = setting.policy.heaviest_values
         if self._blocks.tiers is None:
             self._blocks.tiers = SharedTiers(setting.backend.make_tier(None if rule.disk is None else str(rule.disk)))
         self._shared: SharedTiers | None = self._blocks.tiers
@@ -89,7 +93,7 @@ class Tiers(StreamPart):
     def new_store(self, index: int, store: Store) -> None:
         if self._shared is not None:
             decay = self._rule.decay if self._rule.by_scores else None
-            _tiered(store).set_tier(self._shared.file, self.capacity, decay)
+            _tiered(store).set_tier(self._shared.file, self.capacity, decay, self._rule.values_alone)
 
     # ------------------------------------------------------------------------------------------------------------- one forward
 
@@ -97,8 +101,15 @@ class Tiers(StreamPart):
         planner = self._blocks.planner
         self._read += sum(forward.lens)
         self._keep_newest()
-        if not self._fetches:
+        if not self._fetches and not self._chosen_alone(forward):
             self._all = [run for row in range(planner.num_rows) for run in planner.runs(0, row)]
+
+    def _chosen_alone(self, forward: Forward) -> bool:
+        """Whether every row adds up the heaviest values alone, which are fetched once they are chosen."""
+        rule = self._heaviest if self._rule.values_alone else None
+        if rule is None:
+            return False
+        return all(one or not count for one, count in zip(thinned(rule, forward, self._blocks.planner), forward.lens))
 
     def attend(self, layer: LayerInput) -> torch.Tensor | None:
         if layer.store is not None and self._all:

@@ -14,9 +14,21 @@ import torch
 from kvsieve.runtime.part import Apply, Forward, LayerInput, Setting, StreamPart
 
 if TYPE_CHECKING:
+    from kvsieve._core import Planner
     from kvsieve.policy.select import HeaviestValues
 
-__all__ = ["ValueSelection"]
+__all__ = ["ValueSelection", "thinned"]
+
+
+def thinned(rule: HeaviestValues, forward: Forward, planner: Planner) -> list[bool]:
+    """Which rows of a forward that is about to be planned add up the heaviest values alone."""
+    longer = forward.longer or [False] * len(forward.lens)
+    held = [planner.resident(0, row) if planner.num_rows else 0 for row in range(len(forward.lens))]
+    return [new == 1 and not of_prompt and _thins(rule, before + new) for new, of_prompt, before in zip(forward.lens, longer, held)]
+
+
+def _thins(rule: HeaviestValues, resident: int) -> bool:
+    return rule.mass is not None or rule.top is None or resident > rule.top
 
 
 class ValueSelection(StreamPart):
@@ -43,16 +55,7 @@ class ValueSelection(StreamPart):
         return None if rule is None else cls(rule, setting)
 
     def begin(self, forward: Forward) -> None:
-        planner = self._blocks.planner
-        longer = forward.longer or [False] * len(forward.lens)
-        held = [planner.resident(0, row) if planner.num_rows else 0 for row in range(len(forward.lens))]
-        self._rows = [
-            new == 1 and not of_prompt and self._thins(before + new) for new, of_prompt, before in zip(forward.lens, longer, held)
-        ]
-        self._found = {}
-
-    def _thins(self, resident: int) -> bool:
-        return self.rule.mass is not None or self.rule.top is None or resident > self.rule.top
+        self._rows, self._found = thinned(self.rule, forward, self._blocks.planner), {}
 
     def attend(self, layer: LayerInput) -> torch.Tensor | None:
         if layer.store is None or layer.forward.step is None or not any(self._rows):
@@ -74,7 +77,7 @@ class ValueSelection(StreamPart):
         self._rows, self._found = [], {}
 
     def must_step(self, width: int, has_prompt: bool) -> bool:
-        return self._thins(self._blocks.resident + width)
+        return _thins(self.rule, self._blocks.resident + width)
 
     def select_rows(self, rows: Sequence[int]) -> Apply:
         def apply() -> None:

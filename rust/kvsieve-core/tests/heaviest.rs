@@ -4,11 +4,14 @@ use std::sync::Arc;
 
 use super::common::data::{DTYPES, Data, Noise, call, filled, off, span, tolerance};
 use kvsieve_core::Error;
+use kvsieve_core::ids::{BlockId, Run};
+use kvsieve_core::kernels::isa::isa;
 use kvsieve_core::kernels::isa::levels;
-use kvsieve_core::kernels::{Attend, Heaviest, SpanTrig, attend_heaviest};
+use kvsieve_core::kernels::{Attend, Heaviest, SpanTrig, add_heaviest, attend_heaviest, choose_heaviest};
 use kvsieve_core::plan::Spans;
 use kvsieve_core::rope::{Layout, Rope};
 use kvsieve_core::storage::arena::Arena;
+use kvsieve_core::storage::tier::{Order, TierFile};
 use kvsieve_core::tensor::Dtype;
 
 /// What [`Heaviest`] means, by the probabilities of one head: kept keys with their weights, and their mass.
@@ -169,4 +172,41 @@ fn what_cannot_be_kept_is_refused() {
         assert!(matches!(run(Heaviest { mass, ..keep }, 1), Err(Error::OutOfRange { what: "mass", .. })));
     }
     assert!(run(keep, 2).is_err());
+}
+
+/// Keys stay in memory and values leave it: the choice is the same, and it is added up once its blocks are there.
+#[test]
+fn values_that_left_memory_are_fetched_once_they_are_chosen() {
+    let (heads, dim, blocks) = (4, 32, 80);
+    for (seed, dtype) in (50..56).zip(DTYPES.into_iter().cycle()) {
+        let mut noise = Noise(seed);
+        let twin = filled(&mut Noise(seed), 2, (dim, dim), dtype, blocks);
+        let mut arena = filled(&mut Noise(seed), 2, (dim, dim), dtype, blocks);
+        let file = TierFile::create(&std::env::temp_dir()).unwrap();
+        arena.set_tier(file, 0, Order::Recency, true).unwrap();
+        arena.trim(&[]).unwrap();
+        let queries = 1 + noise.below(2);
+        let spans = lists(&mut noise, queries, false);
+        let q: Vec<f32> = (0..heads * queries * dim).map(|_| 2.0 * noise.unit()).collect();
+        let data = Data::of(&q, dtype);
+        let view = data.view([1, heads, queries, dim]);
+        let (trig, scale, softcap, sinks, apply_factor, threads) = (None, 0.4, None, None, false, 1);
+        let level = isa().unwrap();
+        let args = Attend { q: view, spans: &spans, trig, scale, softcap, sinks, apply_factor, threads, level };
+        let keep = Heaviest { top: 3, mass: 1.0, renormalise: false };
+        let answer = |arena: &Arena| {
+            let mut out = Data::of(&vec![7.0; heads * queries * dim], dtype);
+            let mut mass = vec![7.0; heads * queries];
+            let choice = choose_heaviest(arena, &args, &keep, &|| false).unwrap();
+            add_heaviest(arena, &args, &choice, out.elems_mut(), &mut mass).map(|()| (choice.blocks(&spans), out, mass))
+        };
+        assert!(matches!(answer(&arena), Err(Error::NotInMemory { .. })));
+        let want = answer(&twin).unwrap();
+        assert!((1..=3 * heads * queries).contains(&want.0.len()));
+        let runs: Vec<Run> = want.0.iter().map(|&block| Run { block, lo: 0, hi: 64 }).collect();
+        arena.fetch(&runs).unwrap();
+        assert_eq!(answer(&arena).unwrap(), want);
+        let away = (0..blocks as u32).filter(|&block| arena.is_spilled(BlockId(block))).count();
+        assert_eq!(away + want.0.len(), blocks as usize, "no other block was loaded");
+    }
 }

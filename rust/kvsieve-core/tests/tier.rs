@@ -91,9 +91,9 @@ impl Medium for Flaky {
     }
 }
 
-fn tiered(file: Arc<TierFile>, capacity: usize, dtype: Dtype) -> Arena {
+fn tiered(file: Arc<TierFile>, capacity: usize, dtype: Dtype, values_alone: bool) -> Arena {
     let mut arena = Arena::new(HEADS, DIMS.0, DIMS.1, dtype).unwrap();
-    arena.set_tier(file, capacity, Order::Recency).unwrap();
+    arena.set_tier(file, capacity, Order::Recency, values_alone).unwrap();
     arena
 }
 
@@ -135,8 +135,12 @@ fn read(arena: &Arena, runs: &[Run]) -> Result<(Data, Data), Error> {
 
 /// An arena of `blocks` full blocks over a flaky medium, and its twin without a file.
 fn pair(noise: &mut Noise, blocks: u32, space: u64) -> (Flaky, Arena, Arena) {
+    pair_of(noise, blocks, space, false)
+}
+
+fn pair_of(noise: &mut Noise, blocks: u32, space: u64, values_alone: bool) -> (Flaky, Arena, Arena) {
     let flaky = Flaky::with_space(space);
-    let mut arena = tiered(flaky.file(), 4, Dtype::F16);
+    let mut arena = tiered(flaky.file(), 4, Dtype::F16, values_alone);
     let mut twin = Arena::new(HEADS, DIMS.0, DIMS.1, Dtype::F16).unwrap();
     let runs: Vec<Run> = (0..blocks).map(whole).collect();
     write(noise, &runs, [&mut arena, &mut twin]);
@@ -174,10 +178,41 @@ fn a_block_leaves_memory_and_comes_back() {
     assert_eq!(counts.bytes_read as usize, before / 3 * 3, "one block was loaded, two were read in passing");
 }
 
+/// Keys that stay are read, and values that are gone are refused; they come back alone.
+#[test]
+fn values_leave_memory_alone() {
+    let mut noise = Noise(5);
+    let (flaky, mut arena, twin) = pair_of(&mut noise, 3, 1 << 20, true);
+    let (keys, values) = arena.plain_bytes();
+    arena.spill(&ids(&[0, 2])).unwrap();
+    assert_eq!((arena.plain_bytes(), arena.is_spilled(BlockId(0))), ((keys, values / 3), true));
+    assert_eq!(flaky.0.lock().unwrap().written, values / 3 * 2);
+    let gone = Error::NotInMemory { block: 0 };
+    assert_eq!(arena.value(BlockId(0), 0, 5).unwrap_err(), gone);
+    assert_eq!(gathered(&arena, &[whole(0)]).unwrap_err(), gone);
+    let runs = [run(1, 3, 9), run(0, 60, 64), run(2, 0, 64), whole(1), run(0, 1, 1)];
+    assert_eq!(read(&arena, &runs).unwrap(), gathered(&twin, &runs).unwrap());
+    arena.fetch(&[whole(0)]).unwrap();
+    assert_eq!(arena.plain_bytes(), (keys, values / 3 * 2));
+    assert_eq!(gathered(&arena, &[whole(0), whole(1)]).unwrap(), gathered(&twin, &[whole(0), whole(1)]).unwrap());
+    assert_eq!(
+        arena.tier_counts().bytes_read as usize,
+        values / 3 * 3,
+        "one block was loaded, two were read in passing"
+    );
+    // A block that nobody holds any more leaves nothing.
+    arena.free_unused(&[false, true, false], &[]);
+    assert_eq!((arena.plain_bytes(), arena.tier_bytes()), ((keys / 3, values / 3), 0));
+}
+
 #[test]
 fn what_changes_a_block_loads_it_and_makes_its_copy_void() {
+    [false, true].into_iter().for_each(changed_blocks);
+}
+
+fn changed_blocks(values_alone: bool) {
     let mut noise = Noise(4);
-    let (_, mut arena, mut twin) = pair(&mut noise, 5, 1 << 20);
+    let (_, mut arena, mut twin) = pair_of(&mut noise, 5, 1 << 20, values_alone);
     let all: Vec<Run> = (0..5).map(whole).collect();
     let spilled = ids(&[0, 1, 2, 3, 4]);
     let same = |arena: &Arena, twin: &Arena| assert_eq!(read(arena, &all).unwrap(), gathered(twin, &all).unwrap());
@@ -229,11 +264,11 @@ fn what_changes_a_block_loads_it_and_makes_its_copy_void() {
 /// Whatever is written, moved, freed, spilled, fetched and trimmed: what is read is what an arena without a file holds.
 #[test]
 fn no_schedule_changes_what_is_read() {
-    for (seed, dtype) in (20..32).zip(DTYPES.into_iter().cycle()) {
+    for (seed, dtype) in (20..38).zip(DTYPES.into_iter().cycle()) {
         let mut noise = Noise(seed);
         let flaky = Flaky::with_space(1 << 22);
         let file = flaky.file();
-        let mut arena = tiered(Arc::clone(&file), 3, dtype);
+        let mut arena = tiered(Arc::clone(&file), 3, dtype, seed >= 32);
         let mut twin = Arena::new(HEADS, DIMS.0, DIMS.1, dtype).unwrap();
         let mut filled = [0u32; 12];
         for _ in 0..300 {
@@ -271,7 +306,8 @@ fn no_schedule_changes_what_is_read() {
         }
         assert!(arena.tier_counts().loads > 10 && arena.tier_counts().spills > 10, "{:?}", arena.tier_counts());
         let copies = (0..12).filter(|&block| arena.is_copied(BlockId(block))).count() as u64;
-        let extent = (64 * arena.token_bytes()).next_multiple_of(4096) as u64;
+        let moves = if arena.values_alone() { HEADS * DIMS.1 * dtype.size() } else { arena.token_bytes() };
+        let extent = (64 * moves).next_multiple_of(4096) as u64;
         assert_eq!((file.bytes().0, arena.tier_bytes()), (copies * extent, copies * extent));
         drop(arena);
         assert_eq!(file.bytes().0, 0, "an arena that is gone leaves its extents to others");
@@ -458,7 +494,7 @@ fn a_file_of_the_system() {
     let mut noise = Noise(9);
     let folder = std::env::temp_dir();
     let file = TierFile::create(&folder).unwrap();
-    let mut arena = tiered(Arc::clone(&file), 2, Dtype::F32);
+    let mut arena = tiered(Arc::clone(&file), 2, Dtype::F32, false);
     let mut twin = Arena::new(HEADS, DIMS.0, DIMS.1, Dtype::F32).unwrap();
     let all: Vec<Run> = (0..40).map(whole).collect();
     write(&mut noise, &all, [&mut arena, &mut twin]);
@@ -488,8 +524,8 @@ fn an_arena_without_a_file_says_so() {
     assert_eq!(read(&arena, &all).unwrap(), gathered(&arena, &all).unwrap());
     // One that gets it later knows the blocks that are there.
     let flaky = Flaky::with_space(1 << 20);
-    arena.set_tier(flaky.file(), 1, Order::Scores { decay: 0.1 }).unwrap();
-    assert!(arena.set_tier(flaky.file(), 1, Order::Recency).is_err());
+    arena.set_tier(flaky.file(), 1, Order::Scores { decay: 0.1 }, false).unwrap();
+    assert!(arena.set_tier(flaky.file(), 1, Order::Recency, false).is_err());
     arena.score(&ids(&[0, 1]), &[2.0, 1.0]).unwrap();
     assert!(arena.score(&ids(&[0, 1]), &[2.0]).is_err());
     arena.trim(&[]).unwrap();

@@ -82,7 +82,7 @@ impl Pair {
         let file = TierFile::of(Box::new(gate.clone()));
         let arena = || Arena::new(1, DIM, DIM, Dtype::BF16).unwrap();
         let mut pair = Pair { gate, file, tiered: arena(), twin: arena(), noise: Noise(seed) };
-        pair.tiered.set_tier(Arc::clone(&pair.file), capacity, Order::Recency).unwrap();
+        pair.tiered.set_tier(Arc::clone(&pair.file), capacity, Order::Recency, false).unwrap();
         (0..blocks).for_each(|block| pair.write(whole(block)));
         pair
     }

@@ -1,7 +1,7 @@
 //! Attention that adds up the heaviest values alone.
 
 use kvsieve_core::kernels::isa::isa;
-use kvsieve_core::kernels::{Attend, Heaviest, SpanTrig, attend_heaviest as heaviest};
+use kvsieve_core::kernels::{Attend, Heaviest, SpanTrig, add_heaviest, choose_heaviest};
 use numpy::{PyArray1, PyArray3, PyArrayMethods, PyReadonlyArray1};
 use pyo3::prelude::*;
 
@@ -10,10 +10,12 @@ use crate::kernels::{Input, Output, Rope};
 use crate::plan::Step;
 use crate::sets::of_rows;
 use crate::store::{Store, check_rows, sink_logits, spans};
+use crate::tier::whole;
 
 /// Attends the queries of the rows that are told to, others get zeros: `q` `[rows, heads, queries, channels]`, `out` `[rows, queries,
 /// heads, channels]`. Each query head adds up its `top` heaviest values, or fewer that have `mass` of the probability already. Returns
-/// `[rows, heads, queries]`, the mass of what was added up. The store holds the step's tokens already.
+/// `[rows, heads, queries]`, the mass of what was added up. The store holds the step's tokens already; where values alone may lie in a
+/// file, the blocks of what is added up are fetched.
 #[pyfunction]
 #[pyo3(signature = (store, q, step, rows, rope, scale, softcap, sinks, out, *, top, mass, renormalise, threads=1, apply_factor=false))]
 #[allow(clippy::too_many_arguments)]
@@ -53,8 +55,16 @@ fn attend_heaviest<'py>(
     let keep = Heaviest { top, mass, renormalise };
     let mut kept = vec![0f32; num_rows * heads * queries];
     let signals = Signals::default();
-    let done = store.read(py, usize::MAX, |arena| heaviest(arena, &args, &keep, out, &mut kept, &|| signals.arrived()));
-    done.map_err(|err| signals.error(err))?;
+    let chosen = store.read(py, usize::MAX, |arena| {
+        let choice = choose_heaviest(arena, &args, &keep, &|| signals.arrived())?;
+        Ok((arena.values_alone().then(|| choice.blocks(mine)), choice))
+    });
+    let (blocks, choice) = chosen.map_err(|err| signals.error(err))?;
+    if let Some(blocks) = blocks {
+        store.write_with(py, usize::MAX, |arena| arena.fetch(&whole(&blocks))).map_err(to_py)?;
+    }
+    let done = store.read(py, usize::MAX, |arena| add_heaviest(arena, &args, &choice, out, &mut kept));
+    done.map_err(to_py)?;
     PyArray1::from_vec(py, kept).reshape([num_rows, heads, queries])
 }
 

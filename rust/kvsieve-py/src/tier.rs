@@ -55,24 +55,26 @@ impl Tier {
     }
 }
 
-fn whole(blocks: &[BlockId]) -> Vec<Run> {
+pub(crate) fn whole(blocks: &[BlockId]) -> Vec<Run> {
     blocks.iter().map(|&block| Run { block, lo: 0, hi: BLOCK }).collect()
 }
 
 #[pymethods]
 impl Tier {
-    /// About `capacity` full blocks of `store` are in memory; with `decay` those of the lowest scores leave it first.
+    /// About `capacity` full blocks of `store` are in memory; with `decay` those of the lowest scores leave it first; with
+    /// `values_alone` keys stay, and values alone come and go.
     #[new]
-    #[pyo3(signature = (store, file, capacity, decay=None))]
+    #[pyo3(signature = (store, file, capacity, decay=None, values_alone=false))]
     fn new(
         py: Python<'_>,
         store: Py<Store>,
         file: PyRef<'_, TierFile>,
         capacity: usize,
         decay: Option<f64>,
+        values_alone: bool,
     ) -> PyResult<Self> {
         let (file, order) = (Arc::clone(&file.inner), decay.map_or(Order::Recency, |decay| Order::Scores { decay }));
-        store.get().write_with(py, 0, |arena| arena.set_tier(file, capacity, order)).map_err(to_py)?;
+        store.get().write_with(py, 0, |arena| arena.set_tier(file, capacity, order, values_alone)).map_err(to_py)?;
         Ok(Tier { store })
     }
 

@@ -11,4 +11,5 @@ CAPABILITIES = Capabilities(
     devices=frozenset({"cpu"}),
     dtypes=FLOATS,
     residents_suffice=True,
+    value_tiers=True,
 )

@@ -374,8 +374,8 @@ class CpuStore:
         if self._tier is not None:
             self._tier.fetch(_numbers(block for block, _, _ in runs))
 
-    def set_tier(self, file: TierFile, capacity: int, decay: float | None) -> None:
-        self._tier = Tier(self._core, file, capacity, decay)
+    def set_tier(self, file: TierFile, capacity: int, decay: float | None, values_alone: bool = False) -> None:
+        self._tier = Tier(self._core, file, capacity, decay, values_alone)
 
     def hold(self, blocks: Sequence[int]) -> None:
         self._tiered().hold(_numbers(blocks))

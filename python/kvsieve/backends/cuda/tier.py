@@ -101,7 +101,7 @@ class KeepsOnHost(HasTier):
     plain: PlainStore
     _tier: CudaTier | None = None
 
-    def set_tier(self, file: HostCopies, capacity: int, decay: float | None) -> None:
+    def set_tier(self, file: HostCopies, capacity: int, decay: float | None, values_alone: bool = False) -> None:
         """See :meth:`kvsieve.backends.tiers.HoldsTiers.set_tier`; before there are any blocks.
 
         Raises:

@@ -365,6 +365,6 @@ class ReferenceStore(HasTier):
         self._k[block], self._v[block] = k, v
 
     @_locked
-    def set_tier(self, file: HostCopies, capacity: int, decay: float | None) -> None:
+    def set_tier(self, file: HostCopies, capacity: int, decay: float | None, values_alone: bool = False) -> None:
         self._tier = BlockTier(file, capacity, decay, self._get_block, self._put_block, _save)
         self._tier.change((block, BLOCK) for block in range(len(self._k)))

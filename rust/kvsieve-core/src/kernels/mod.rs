@@ -22,6 +22,7 @@ pub mod surprisal;
 pub mod threads;
 
 pub use attend::{
-    Attend, Heaviest, SpanTrig, attend, attend_apart, attend_apart_mass, attend_heaviest, attend_highest, attend_unless,
+    Attend, Choice, Heaviest, SpanTrig, add_heaviest, attend, attend_apart, attend_apart_mass, attend_heaviest,
+    attend_highest, attend_unless, choose_heaviest,
 };
 pub use isa::Level;

@@ -35,12 +35,13 @@ pub fn mass_len(spans: &Spans, num_kv_heads: usize) -> usize {
     spans.spans.iter().map(|s| s.hi.saturating_sub(s.lo) as usize).sum::<usize>() * num_kv_heads
 }
 
-/// Refuses whatever does not fit together; returns the number of query heads of a group.
+/// Refuses whatever does not fit together; returns the number of query heads of a group. `apart`: whether each key-value head has a list
+/// of spans of its own; `values`: whether those of all spans are read.
 pub(super) fn check(
     arena: &Arena,
     args: &Attend<'_>,
-    apart: bool,
-    out: &ElemsMut<'_>,
+    (apart, values): (bool, bool),
+    out: Option<&ElemsMut<'_>>,
     lse: Option<&[f32]>,
     mass: Option<&[f32]>,
 ) -> Result<usize> {
@@ -50,7 +51,9 @@ pub(super) fn check(
     let shape = args.q.shape();
     let [rows, heads, queries, dim] = shape;
     check_dtype("q", args.q.elems(), arena.dtype())?;
-    check_dtype("out", out.as_ref(), arena.dtype())?;
+    if let Some(out) = out {
+        check_dtype("out", out.as_ref(), arena.dtype())?;
+    }
     let fits = (rows, queries, dim) == (spans.num_rows, spans.num_queries, arena.key_dim());
     if !fits || heads == 0 || !heads.is_multiple_of(arena.num_kv_heads()) {
         let (kv_heads, key_dim) = (arena.num_kv_heads(), arena.key_dim());
@@ -58,7 +61,9 @@ pub(super) fn check(
         return Err(Error::Shape { what: "q", expected, got: format!("{shape:?}") });
     }
     let items = rows * queries;
-    check_len("out", out.len(), items * heads * arena.value_dim())?;
+    if let Some(out) = out {
+        check_len("out", out.len(), items * heads * arena.value_dim())?;
+    }
     if let Some(lse) = lse {
         check_len("lse", lse.len(), items * heads)?;
     }
@@ -74,7 +79,11 @@ pub(super) fn check(
         return Err(Error::Shape { what: "spans.starts", expected, got: format!("{:?}", spans.starts) });
     }
     for span in &spans.spans {
-        arena.check_span(span.block, span.lo, span.hi)?;
+        if values {
+            arena.check_span(span.block, span.lo, span.hi)?;
+        } else {
+            arena.check_keys(span.block, span.lo, span.hi)?;
+        }
     }
     if let Some(trig) = args.trig {
         check_len("trig", trig.variant.len(), spans.spans.len())?;

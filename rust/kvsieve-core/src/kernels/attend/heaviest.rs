@@ -5,10 +5,11 @@ use half::{bf16, f16};
 use super::merge::{Found, Head, Norm, write_out};
 use super::scratch::padded;
 use super::units::Common;
+use crate::ids::BlockId;
 use crate::kernels::simd::{Elem, Simd, dispatch};
 use crate::kernels::threads;
-use crate::plan::Span;
-use crate::tensor::{Dtype, ElemsMut};
+use crate::plan::{Span, Spans};
+use crate::tensor::{Dtype, ElemsMut, check_len};
 use crate::{Error, Result, fault};
 
 /// Which values are added up: of the heaviest ones `top`, or fewer that have `mass` already. Of equal ones the earlier.
@@ -43,66 +44,96 @@ const FIRST: usize = 64;
 /// A logit and the number of its key.
 type Candidate = (f32, u32);
 
-/// Fills the results.
-pub(super) fn fill(
-    common: &Common<'_>,
-    found: &Found,
-    keep: &Heaviest,
-    mut out: ElemsMut<'_>,
-    kept: &mut [f32],
-) -> Result<()> {
+/// What one head of an item adds up.
+struct OfHead {
+    /// In the order of the text.
+    keys: Vec<Candidate>,
+    max: f32,
+    /// Of the sums.
+    factor: f32,
+    mass: f32,
+}
+
+/// What every head adds up, chosen before any value is read: of item after item every head.
+pub struct Choice {
+    heads: Vec<OfHead>,
+    num_heads: usize,
+}
+
+impl Choice {
+    /// The blocks of what is chosen, each once; `spans` are those that it was chosen from.
+    pub fn blocks(&self, spans: &Spans) -> Vec<BlockId> {
+        let heads = self.heads.iter().enumerate();
+        let of_head = |(i, head): (usize, &OfHead)| {
+            places(spans, i / self.num_heads, &head.keys).map(|(span, ..)| span.block).collect::<Vec<_>>()
+        };
+        let mut blocks: Vec<_> = heads.flat_map(of_head).collect();
+        blocks.sort_unstable();
+        blocks.dedup();
+        blocks
+    }
+}
+
+/// What every head keeps.
+pub(super) fn choose_all(common: &Common<'_>, found: &Found, keep: &Heaviest) -> Result<Choice> {
     let args = common.args;
-    let [_, heads, queries, _] = args.q.shape();
-    let (items, value_dim) = (args.spans.starts.len() - 1, common.arena.value_dim());
+    let num_heads = args.q.shape()[1];
+    let items = args.spans.starts.len() - 1;
     // Where the logits of each item begin.
     let mut starts = vec![0; items];
     let mut at = 0;
     for (item, start) in starts.iter_mut().enumerate() {
         *start = at;
-        at += found.stretches.of_list(item).iter().map(|s| s.keys).sum::<usize>() * heads;
+        at += found.stretches.of_list(item).iter().map(|s| s.keys).sum::<usize>() * num_heads;
     }
-    let mut sums = vec![0f32; items * heads * value_dim];
-    let each = |(i, sums): (usize, &mut [f32])| {
+    let each = |i: usize| {
         fault::may_panic();
-        let (item, head) = (i / heads, i % heads);
-        one_head(common, found, keep, (item, head, starts[item]), sums)
+        let (item, head) = (i / num_heads, i % num_heads);
+        of_head(common, found, keep, (item, head, starts[item]))
     };
-    let threads = if found.stretches.total_keys * heads < threads::INLINE { 1 } else { args.threads };
-    let done = threads::map(threads, sums.chunks_exact_mut(value_dim).enumerate(), each)?;
-    for (i, (factor, mass)) in done.into_iter().enumerate() {
+    let threads = if found.stretches.total_keys * num_heads < threads::INLINE { 1 } else { args.threads };
+    let heads = threads::map(threads, 0..items * num_heads, each)?;
+    Ok(Choice { heads, num_heads })
+}
+
+/// Adds up what was chosen. What is read must be in memory.
+pub(super) fn fill(common: &Common<'_>, choice: &Choice, mut out: ElemsMut<'_>, kept: &mut [f32]) -> Result<()> {
+    let args = common.args;
+    let [_, heads, queries, _] = args.q.shape();
+    let value_dim = common.arena.value_dim();
+    check_len("the choice", choice.heads.len(), (args.spans.starts.len() - 1) * heads)?;
+    let mut sums = vec![0f32; choice.heads.len() * value_dim];
+    let work = choice.heads.iter().map(|head| head.keys.len()).sum::<usize>() * value_dim;
+    let each = |(i, (head, sums)): (usize, (&OfHead, &mut [f32]))| add_up(common, (i / heads, i % heads), head, sums);
+    let threads = if work < threads::INLINE { 1 } else { args.threads };
+    let parts = choice.heads.iter().zip(sums.chunks_exact_mut(value_dim)).enumerate();
+    threads::map(threads, parts, each)?.into_iter().collect::<Result<()>>()?;
+    for (i, this) in choice.heads.iter().enumerate() {
         let (item, head) = (i / heads, i % heads);
-        write_out(&mut out, common.arena.dtype(), i * value_dim, &sums[i * value_dim..][..value_dim], factor);
-        kept[(item / queries * heads + head) * queries + item % queries] = mass;
+        write_out(&mut out, common.arena.dtype(), i * value_dim, &sums[i * value_dim..][..value_dim], this.factor);
+        kept[(item / queries * heads + head) * queries + item % queries] = this.mass;
     }
     Ok(())
 }
 
-/// Adds up what one head keeps of an item; returns the factor of the sums, and the mass that was kept.
-fn one_head(
-    common: &Common<'_>,
-    found: &Found,
-    keep: &Heaviest,
-    (item, head, start): (usize, usize, usize),
-    sums: &mut [f32],
-) -> (f32, f32) {
+/// What one head keeps of an item, whose logits begin at `start`.
+fn of_head(common: &Common<'_>, found: &Found, keep: &Heaviest, (item, head, start): (usize, usize, usize)) -> OfHead {
     let (arena, group) = (common.arena, common.group);
     let (kv_head, g) = (head / group, head % group);
-    let this = Head { found, list: item, sharer: kv_head, g, group, value_dim: sums.len() };
-    let norm = this.sum(common.args.sinks.map(|sinks| sinks[head]), sums);
+    let this = Head { found, list: item, sharer: kv_head, g, group, value_dim: arena.value_dim() };
+    let norm = this.sum(common.args.sinks.map(|sinks| sinks[head]), &mut []);
     if !norm.lse.is_finite() {
         // Nothing was read, or a logit is no number: then the sums are none either.
-        return (norm.factor, if norm.lse.is_nan() { f32::NAN } else { 0.0 });
+        let mass = if norm.lse.is_nan() { f32::NAN } else { 0.0 };
+        return OfHead { keys: Vec::new(), max: norm.max, factor: norm.factor, mass };
     }
     let (mut at, mut logits) = (start, Vec::new());
     for keys in found.stretches.of_list(item).iter().map(|s| s.keys) {
         logits.push(&found.logits[at + (kv_head * group + g) * keys..][..keys]);
         at += arena.num_kv_heads() * group * keys;
     }
-    let (chosen, mass) = choose(&logits, &norm, keep);
-    let starts = &common.args.spans.starts;
-    let spans = &common.args.spans.spans[starts[item] as usize..starts[item + 1] as usize];
-    add_up(common, kv_head, spans, &chosen, norm.max, sums);
-    (if keep.renormalise { norm.factor / mass } else { norm.factor }, mass)
+    let (keys, mass) = choose(&logits, &norm, keep);
+    OfHead { keys, max: norm.max, factor: if keep.renormalise { norm.factor / mass } else { norm.factor }, mass }
 }
 
 /// The heaviest keys in the order of the text, and their mass.
@@ -170,24 +201,31 @@ fn best(logits: &[&[f32]], count: usize) -> Vec<Candidate> {
 /// A value of the arena's dtype, and its weight.
 type Weighed = (*const u8, f32);
 
-/// Adds the values of the chosen keys to the sums, by their weights relative to the greatest logit.
-fn add_up(common: &Common<'_>, kv_head: usize, spans: &[Span], chosen: &[Candidate], max: f32, sums: &mut [f32]) {
-    let arena = common.arena;
-    let mut plain: Vec<Weighed> = Vec::with_capacity(chosen.len());
-    let mut row = vec![0f32; sums.len()];
-    let mut spans = spans.iter();
+/// Where the chosen keys of an item lie: a span, the slot in its block, and the logit.
+fn places<'a>(spans: &'a Spans, item: usize, chosen: &'a [Candidate]) -> impl Iterator<Item = (&'a Span, u32, f32)> {
+    let mut spans = spans.spans[spans.starts[item] as usize..spans.starts[item + 1] as usize].iter();
     let (mut span, mut begins, mut next) = (None, 0u32, 0u32);
-    for &(logit, key) in chosen {
+    chosen.iter().map_while(move |&(logit, key)| {
         while key >= next {
-            let Some(one) = spans.next() else { break };
+            let one = spans.next()?;
             (span, begins) = (Some(one), next);
             next += one.hi - one.lo;
         }
-        let Some(span) = span else { break };
-        let (slot, weight) = (span.lo + key - begins, (logit - max).exp());
+        span.map(|span| (span, span.lo + key - begins, logit))
+    })
+}
+
+/// Adds the values of the chosen keys to the sums, by their weights relative to the greatest logit.
+fn add_up(common: &Common<'_>, (item, head): (usize, usize), this: &OfHead, sums: &mut [f32]) -> Result<()> {
+    let (arena, kv_head) = (common.arena, head / common.group);
+    let mut plain: Vec<Weighed> = Vec::with_capacity(this.keys.len());
+    let mut row = vec![0f32; sums.len()];
+    for (span, slot, logit) in places(common.args.spans, item, &this.keys) {
+        arena.check_span(span.block, slot, slot + 1)?;
+        let weight = (logit - this.max).exp();
         match arena.packed() {
             Some(packed) if span.block.is_packed() => {
-                // SAFETY: `args::check` has made sure that the span lies in a block with memory; the row takes one value.
+                // SAFETY: the slot lies in a block with memory; the row takes one value.
                 unsafe { packed.values_f32(span.block, kv_head, slot, &mut row) };
                 sums.iter_mut().zip(&row).for_each(|(sum, x)| *sum += weight * x);
             }
@@ -195,6 +233,7 @@ fn add_up(common: &Common<'_>, kv_head: usize, spans: &[Span], chosen: &[Candida
         }
     }
     add_plain(common, &plain, sums);
+    Ok(())
 }
 
 /// Adds values that lie as numbers.

@@ -31,7 +31,7 @@ use args::check;
 pub use args::{Attend, mass_len};
 pub(super) use codes::CodeScorer;
 use compiled::{kernel, run};
-pub use heaviest::Heaviest;
+pub use heaviest::{Choice, Heaviest};
 use merge::{Found, Results, merge};
 pub use trig::SpanTrig;
 use units::{Common, Stretches, Unit};
@@ -97,11 +97,29 @@ pub fn attend_heaviest(
     kept: &mut [f32],
     stop: &dyn Fn() -> bool,
 ) -> Result<()> {
+    let choice = choose_heaviest(arena, args, keep, stop)?;
+    add_heaviest(arena, args, &choice, out, kept)
+}
+
+/// What [`attend_heaviest`] adds up. No value is read, so none need be in memory.
+pub fn choose_heaviest(arena: &Arena, args: &Attend<'_>, keep: &Heaviest, stop: &dyn Fn() -> bool) -> Result<Choice> {
     keep.check()?;
-    let group = check(arena, args, false, &out, Some(kept), None)?;
+    let group = check(arena, args, (false, false), None, None, None)?;
     let common = Common { values: false, ..Common::new(arena, args, group) };
     let found = find(&common, false, true, stop)?;
-    heaviest::fill(&common, &found, keep, out, kept)
+    heaviest::choose_all(&common, &found, keep)
+}
+
+/// Adds up what was chosen with the same arguments, and is in memory by now.
+pub fn add_heaviest(
+    arena: &Arena,
+    args: &Attend<'_>,
+    choice: &Choice,
+    out: ElemsMut<'_>,
+    kept: &mut [f32],
+) -> Result<()> {
+    let group = check(arena, args, (false, false), Some(&out), Some(kept), None)?;
+    heaviest::fill(&Common::new(arena, args, group), choice, out, kept)
 }
 
 /// [`attend_apart`]; `mass`, for each list after another, is the probability of each key in the order of its spans, summed over the query
@@ -119,7 +137,7 @@ pub fn attend_apart_mass(
 
 /// `apart`: whether each key-value head has a list of spans of its own.
 fn run_all(arena: &Arena, args: &Attend<'_>, apart: bool, results: Results<'_>, stop: &dyn Fn() -> bool) -> Result<()> {
-    let group = check(arena, args, apart, &results.out, results.lse.as_deref(), results.mass.as_deref())?;
+    let group = check(arena, args, (apart, true), Some(&results.out), results.lse.as_deref(), results.mass.as_deref())?;
     let common = Common::new(arena, args, group);
     let found = find(&common, apart, results.mass.is_some(), stop)?;
     merge(&common, &found, results);

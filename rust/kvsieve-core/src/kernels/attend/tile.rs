@@ -68,7 +68,11 @@ impl<'a, E: Elem> Tile<'a, E> {
                         (rows.keys, rows.values, Some(rows.channels), bytes, rows.slots as u32)
                     }
                     _ => {
-                        let (keys, values) = arena.rows(span.block, kv_head, span.lo);
+                        let (keys, values) = if common.values {
+                            arena.rows(span.block, kv_head, span.lo)
+                        } else {
+                            (arena.key_rows(span.block, kv_head, span.lo), std::ptr::null())
+                        };
                         let bytes = (arena.key_dim() * size_of::<E>(), arena.value_dim() * size_of::<E>());
                         (keys, values, None, bytes, 0)
                     }

@@ -37,7 +37,7 @@ impl Arena {
 
     /// Has a block written that has no copy; it `leaves` memory, or only gets one.
     fn send_out(&mut self, block: usize, leaves: bool) -> Result<()> {
-        if self.keys.slots(block) != BLOCK || self.tier()?.also_leaves(block, leaves) {
+        if self.values.slots(block) != BLOCK || self.tier()?.also_leaves(block, leaves) {
             return Ok(());
         }
         if self.tier()?.copy(block).is_some() {

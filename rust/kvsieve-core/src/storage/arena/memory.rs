@@ -185,6 +185,16 @@ impl Arena {
         }
     }
 
+    /// Where the keys of `head` from `slot` of a block on are, whether its values are in memory or not.
+    pub(super) fn keys_from(&self, block: BlockId, head: usize, slot: u32) -> Result<*const u8> {
+        let found = if block.is_packed() { None } else { self.keys.get(number(block)) };
+        let Some(keys) = found.filter(|keys| head < self.heads && (slot as usize) < keys.slots) else {
+            return Err(self.bad_block(block.0));
+        };
+        // SAFETY: the block has memory for so many slots of every head.
+        Ok(unsafe { keys.start.as_ptr().add(head * keys.hop + slot as usize * self.key_dim * self.dtype.size()) })
+    }
+
     /// Whether the block has memory.
     pub fn holds(&self, block: BlockId) -> bool {
         if block.is_packed() {
@@ -212,6 +222,22 @@ impl Arena {
     pub(crate) fn check_span(&self, block: BlockId, lo: u32, hi: u32) -> Result<()> {
         Self::check_slots("span", lo, hi)?;
         if self.holds_to(block, hi) { Ok(()) } else { Err(self.bad_block(block.0)) }
+    }
+
+    /// As [`Arena::check_span`], of the keys alone: values may be in the file.
+    pub(crate) fn check_keys(&self, block: BlockId, lo: u32, hi: u32) -> Result<()> {
+        if !self.values_alone() || block.is_packed() {
+            return self.check_span(block, lo, hi);
+        }
+        Self::check_slots("span", lo, hi)?;
+        let slots = self.keys.slots(number(block));
+        if hi <= slots { Ok(()) } else { Err(self.bad_block(block.0)) }
+    }
+
+    /// The keys of [`Arena::rows`], and no values: these may be in the file. Panics as that.
+    pub(crate) fn key_rows(&self, block: BlockId, head: usize, slot: u32) -> *const u8 {
+        let Ok(keys) = self.keys_from(block, head, slot) else { panic!("{block:?} has no keys in memory") };
+        keys
     }
 
     /// Keys and values of `head` from `slot` of `block` on; the slots behind it that have memory follow at distances of the dims. Heads lie

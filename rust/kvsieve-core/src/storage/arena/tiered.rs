@@ -7,6 +7,8 @@
 //!   write, move  the block is loaded first where it must be; the copy is void
 //! ```
 //!
+//! Where values alone may lie in the file, all of this is said of them: the keys of every block are in memory.
+//!
 //! What reads a block that is not in memory is refused ([`Error::NotInMemory`]); [`Arena::gather_any`] reads it from the file.
 
 use std::collections::HashSet;
@@ -20,13 +22,13 @@ use crate::tensor::ElemsMut;
 use crate::{Error, Result, fault};
 
 impl Arena {
-    /// Full blocks may lie in `file`, and about `capacity` blocks are in memory. Once, at any time.
-    pub fn set_tier(&mut self, file: Arc<TierFile>, capacity: usize, order: Order) -> Result<()> {
+    /// Full blocks may lie in `file`, or with `values_alone` their values, and about `capacity` blocks are in memory. Once, at any time.
+    pub fn set_tier(&mut self, file: Arc<TierFile>, capacity: usize, order: Order, values_alone: bool) -> Result<()> {
         if self.tier.is_some() {
             return Err(Error::Unsupported("a layer's blocks lie in one file; it cannot change"));
         }
-        let mut tier = Tier::new(file, capacity, order)?;
-        (0..self.keys.len()).filter(|&block| self.keys.get(block).is_some()).for_each(|block| tier.touch(block));
+        let mut tier = Tier::new(file, capacity, order, values_alone)?;
+        (0..self.values.len()).filter(|&block| self.values.get(block).is_some()).for_each(|block| tier.touch(block));
         self.tier = Some(tier);
         Ok(())
     }
@@ -46,17 +48,24 @@ impl Arena {
         !block.is_packed() && self.spilled(number(block))
     }
 
+    /// Whether keys stay in memory, and only values leave it.
+    pub fn values_alone(&self) -> bool {
+        self.tier.as_ref().is_some_and(|tier| tier.values_alone)
+    }
+
     pub(super) fn spilled(&self, block: usize) -> bool {
-        self.keys.get(block).is_none() && self.tier.as_ref().is_some_and(|tier| tier.copy(block).is_some())
+        self.values.get(block).is_none() && self.tier.as_ref().is_some_and(|tier| tier.copy(block).is_some())
     }
 
-    /// Full blocks that are in memory, in no order.
+    /// Full blocks that are in memory, in no order. Values leave with the keys of their block, or alone.
     pub(super) fn full_blocks(&self) -> impl Iterator<Item = usize> {
-        self.keys.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block)
+        self.values.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block)
     }
 
+    /// Bytes of what moves of a block.
     fn block_bytes(&self) -> usize {
-        BLOCK as usize * self.token_bytes()
+        let values = self.heads * self.value_dim * self.dtype.size();
+        BLOCK as usize * if self.values_alone() { values } else { self.token_bytes() }
     }
 
     pub(super) fn tier(&mut self) -> Result<&mut Tier> {
@@ -67,7 +76,7 @@ impl Arena {
     pub(super) fn numbers(&self, blocks: impl Iterator<Item = BlockId>) -> Result<Vec<usize>> {
         let mut numbers = Vec::new();
         for block in blocks {
-            if block.is_packed() || (!self.holds(block) && !self.is_spilled(block)) {
+            if block.is_packed() || !(self.holds(block) || self.is_spilled(block)) {
                 return Err(self.bad_block(block.0));
             }
             numbers.push(number(block));
@@ -82,7 +91,7 @@ impl Arena {
         self.collect()?;
         self.tier()?.failure()?;
         for block in self.numbers(blocks.iter().copied())? {
-            if self.keys.slots(block) == BLOCK {
+            if self.values.slots(block) == BLOCK {
                 self.spill_one(block)?;
             }
         }
@@ -91,7 +100,7 @@ impl Arena {
 
     fn spill_one(&mut self, block: usize) -> Result<()> {
         self.copy_out(block)?;
-        if self.keys.get(block).is_some() {
+        if self.values.get(block).is_some() {
             self.give_back(block);
         }
         Ok(())
@@ -100,7 +109,7 @@ impl Arena {
     /// Writes a block of memory to the file, unless it has a copy there.
     fn copy_out(&mut self, block: usize) -> Result<()> {
         self.await_block(block)?;
-        if self.keys.get(block).is_none() || self.tier()?.copy(block).is_some() {
+        if self.values.get(block).is_none() || self.tier()?.copy(block).is_some() {
             return Ok(());
         }
         let bytes = self.packed_up(block)?;
@@ -118,7 +127,9 @@ impl Arena {
 
     /// Gives back the memory of a block that has a copy.
     pub(super) fn give_back(&mut self, block: usize) {
-        self.keys.free(block);
+        if !self.values_alone() {
+            self.keys.free(block);
+        }
         self.values.free(block);
     }
 
@@ -162,7 +173,7 @@ impl Arena {
     /// step writes a copy of the first.
     fn drop_copied(&mut self, more: usize) {
         let Some(tier) = &mut self.tier else { return };
-        let full: Vec<_> = self.keys.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block).collect();
+        let full: Vec<_> = self.values.held().filter(|&(_, slots)| slots == BLOCK).map(|(block, _)| block).collect();
         let over = (full.len() + more).saturating_sub(tier.capacity);
         if over == 0 {
             return;
@@ -170,8 +181,11 @@ impl Arena {
         let first: HashSet<_> = tier.leaving(full.iter().copied(), over).into_iter().collect();
         let leaving = tier.leaving(full.into_iter().filter(|&block| tier.copy(block).is_some()), over);
         tier.copies_due += leaving.iter().filter(|block| !first.contains(block)).count();
+        let alone = tier.values_alone;
         for block in leaving {
-            self.keys.lay_by(block);
+            if !alone {
+                self.keys.lay_by(block);
+            }
             self.values.lay_by(block);
         }
     }
@@ -271,9 +285,14 @@ impl Arena {
 
     /// A block that is not in memory is there again.
     fn put_back(&mut self, block: usize, bytes: &[u8]) -> Result<()> {
-        self.keys.lend(block)?;
+        let alone = self.values_alone();
+        if !alone {
+            self.keys.lend(block)?;
+        }
         if let Err(err) = self.values.lend(block) {
-            self.keys.free(block);
+            if !alone {
+                self.keys.free(block);
+            }
             return Err(err);
         }
         // SAFETY: the buffer is as long as a block, and the block was just given memory.
@@ -297,7 +316,7 @@ impl Arena {
         tier.file.read(copy.extent, copy.sum, block as u32, to)
     }
 
-    /// A full block as it lies in the file: `[heads][64][key_dim]`, then values.
+    /// A full block as it lies in the file: `[heads][64][key_dim]`, then values; or values alone.
     pub(super) fn packed_up(&self, block: usize) -> Result<Vec<u8>> {
         let len = self.block_bytes();
         let mut bytes = Vec::new();
@@ -313,8 +332,9 @@ impl Arena {
     /// Calls with where a head's keys, and then its values, are in a packed up block, where they lie in memory, and their bytes.
     fn each_head(&self, block: usize, mut each: impl FnMut(usize, *mut u8, usize)) -> Result<()> {
         let Place { keys, values, hops, .. } = self.place(BlockId(block as u32))?;
+        let parts = [(keys, hops.0, self.key_dim), (values, hops.1, self.value_dim)];
         let mut at = 0;
-        for (start, hop, dim) in [(keys, hops.0, self.key_dim), (values, hops.1, self.value_dim)] {
+        for &(start, hop, dim) in &parts[usize::from(self.values_alone())..] {
             let bytes = BLOCK as usize * dim * self.dtype.size();
             for head in 0..self.heads {
                 // SAFETY: the block has memory for so many heads.
@@ -342,7 +362,7 @@ impl Arena {
                 self.check_runs(stretch, k.as_ref(), v.as_ref(), at, total)?;
                 if !run.is_empty() {
                     self.read_copy(number(run.block), &mut bytes)?;
-                    self.unpack_run(run, &bytes, &mut k, &mut v, (at, total));
+                    self.unpack_run(run, &bytes, &mut k, &mut v, (at, total))?;
                     self.tier.iter().for_each(|tier| tier.passed(bytes.len()));
                 }
             } else {
@@ -353,7 +373,7 @@ impl Arena {
         if runs.is_empty() { self.gather(runs, k, v, at, total) } else { Ok(()) }
     }
 
-    /// Copies a checked run of a packed up block to rows `at..` of `total`.
+    /// Copies a checked run of a packed up block to rows `at..` of `total`; keys that are in memory from there.
     fn unpack_run(
         &self,
         run: &Run,
@@ -361,21 +381,31 @@ impl Arena {
         k: &mut ElemsMut<'_>,
         v: &mut ElemsMut<'_>,
         (at, total): (usize, usize),
-    ) {
+    ) -> Result<()> {
         let es = self.dtype.size();
-        let values = self.heads * BLOCK as usize * self.key_dim * es;
+        let (first, n) = (run.lo as usize, run.len() as usize);
+        let rows = |dim: usize, from: usize, head: usize| {
+            let from = from + (head * BLOCK as usize + first) * dim * es;
+            &bytes[from..from + n * dim * es]
+        };
         let (k, v) = (k.as_bytes_mut_ptr(), v.as_bytes_mut_ptr());
-        for (to, dim, from) in [(k, self.key_dim, 0), (v, self.value_dim, values)] {
-            let row = dim * es;
-            for head in 0..self.heads {
-                let from = from + (head * BLOCK as usize + run.lo as usize) * row;
-                let from = &bytes[from..from + run.len() as usize * row];
-                // SAFETY: the caller checked that there is room for the run in each head.
-                unsafe {
-                    std::ptr::copy_nonoverlapping(from.as_ptr(), to.add((head * total + at) * row), from.len());
-                }
+        for head in 0..self.heads {
+            let (to_k, to_v) = (self.key_dim * es, self.value_dim * es);
+            let row = head * total + at;
+            let (keys, values) = if self.values_alone() {
+                (self.keys_from(run.block, head, run.lo)?, rows(self.value_dim, 0, head))
+            } else {
+                let behind = self.heads * BLOCK as usize * self.key_dim * es;
+                (rows(self.key_dim, 0, head).as_ptr(), rows(self.value_dim, behind, head))
+            };
+            // SAFETY: the caller checked that there is room for the run in each head; a block that left memory was full, so keys that
+            // stayed have memory for all of it.
+            unsafe {
+                std::ptr::copy_nonoverlapping(keys, k.add(row * to_k), n * to_k);
+                std::ptr::copy_nonoverlapping(values.as_ptr(), v.add(row * to_v), n * to_v);
             }
         }
+        Ok(())
     }
 
     /// Whether the file has a copy of the block.

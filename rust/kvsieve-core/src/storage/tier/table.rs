@@ -83,6 +83,8 @@ pub(in crate::storage) struct Tier {
     pub file: Arc<TierFile>,
     /// Blocks in memory that a fetch, and the end of a step, go back to.
     pub capacity: usize,
+    /// Whether keys stay in memory, and only values leave it.
+    pub values_alone: bool,
     /// Blocks that left memory in the place of others that have no copy: the end of the step writes as many copies.
     pub copies_due: usize,
     order: Order,
@@ -109,7 +111,7 @@ pub(in crate::storage) struct Tier {
 }
 
 impl Tier {
-    pub fn new(file: Arc<TierFile>, capacity: usize, order: Order) -> Result<Self> {
+    pub fn new(file: Arc<TierFile>, capacity: usize, order: Order, values_alone: bool) -> Result<Self> {
         if let Order::Scores { decay } = order
             && !(0.0..=1.0).contains(&decay)
         {
@@ -119,6 +121,7 @@ impl Tier {
         Ok(Tier {
             file,
             capacity,
+            values_alone,
             copies_due: 0,
             order,
             entries: Vec::new(),
@@ -402,7 +405,7 @@ mod tests {
     }
 
     fn tier(order: Order) -> Tier {
-        Tier::new(TierFile::of(Box::new(Nothing)), 4, order).unwrap()
+        Tier::new(TierFile::of(Box::new(Nothing)), 4, order, false).unwrap()
     }
 
     #[test]
@@ -434,6 +437,6 @@ mod tests {
         // The history of a block that is read again counts: 1 / 2 + 0.3 is more than 1.5 / 2.
         tier.score(&[(2, 0.3)]);
         assert_eq!(tier.leaving(0..4, 4), [3, 1, 0, 2]);
-        assert!(Tier::new(Arc::clone(&tier.file), 1, Order::Scores { decay: 1.5 }).is_err());
+        assert!(Tier::new(Arc::clone(&tier.file), 1, Order::Scores { decay: 1.5 }, false).is_err());
     }
 }
