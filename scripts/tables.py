@@ -225,6 +225,26 @@ def long_texts(record: Any) -> Rows:
     return [["tokens", "`Full()`", "`InfLLM()`", "a quarter in memory", "`LongHeads(4096)`", "`RefreshKV(4096)`"], *rows]
 
 
+def heaviest_steps(record: Any) -> Rows:
+    """A layer's step of decode that adds up the heaviest values, beside one that adds up all."""
+    rows = []
+    for row in record["rows"]:
+        if "times_as_fast" in row:
+            kind = "4 bits" if row["benchmark"].endswith("-4]") else "plain"
+            rows.append(
+                [f"{row['length']:,}", kind, f"{row['all_ms']:.1f}", f"{row['heaviest_ms']:.1f}", f"{row['times_as_fast']:.1f}"]
+            )
+    return [["tokens", "values", "all values, ms", "100 of each head, ms", "times as fast"], *rows]
+
+
+def heaviest_tokens(record: Any) -> Rows:
+    """Whole tokens with values in memory, and in a file."""
+    (row,) = (row for row in record["rows"] if "in_file_ms" in row)
+    cells = (("`Full()`", "all"), ("`SelectiveV(100)`", "heaviest"), ("a quarter of the values in memory", "in_file"))
+    told = [[what, f"{row[f'{name}_ms']:.1f}", f"{row['bytes_held'][name] / 1e6:.0f}"] for what, name in cells]
+    return [["policy", "a token, ms", "held, MB"], *told]
+
+
 def value(rows: Sequence[Any], name: str, digits: int) -> str:
     """The range of a figure."""
     low, high = (f"{edge(row[name] for row in rows):.{digits}f}" for edge in (min, max))
@@ -332,6 +352,8 @@ TABLES = (
     Table("docs/results/passkey.md", "passkey-five-depths", "passkey.json", passkeys),
     Table("docs/results/fetching.md", "infllm-lookup", "infllm-lookup.json", lookups),
     Table("docs/results/fetching.md", "long-text", "long-text.json", long_texts),
+    Table("docs/policies/selective-v.md", "selective-v-steps", "selective-v.json", heaviest_steps),
+    Table("docs/policies/selective-v.md", "selective-v-tokens", "selective-v.json", heaviest_tokens),
     Table("docs/results/fetching.md", "infllm-perplexity", "perplexity-32k.json", perplexities),
 )
 

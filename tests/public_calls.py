@@ -149,7 +149,7 @@ def attempts(scene: Scene) -> Iterator[Work]:
     hip = {"block": 4, "sinks": 2, "window": 24, "dense_layers": 1, "refresh": 4, "query_block": 16, "query_stride": 3}
     yield Work("HiP", kvsieve.HiP, [32], {**hip, "representative": "middle", "extend": 64})
     yield Work("InfiniteHiP", kvsieve.InfiniteHiP, ["3k"])
-    yield Work("SelectiveV", kvsieve.SelectiveV, [24], {"mass": 0.9})
+    yield Work("SelectiveV", kvsieve.SelectiveV, [24], {"mass": 0.9, "host_budget": "96KiB", "disk": "."})
     infllm = {"blocks": 3, "block": 8, "representatives": 2, "sinks": 4, "query_block": 16, "per_head": True}
     yield Work("InfLLM", kvsieve.InfLLM, [32], {**infllm, "summary": "representatives", "host_budget": "96KiB", "disk": "."})
     bank = {

@@ -188,5 +188,11 @@ def test_what_makes_no_policy_is_refused() -> None:
 
 
 def test_its_text_is_read_back() -> None:
-    for made in (kvsieve.SelectiveV(), kvsieve.SelectiveV(7), kvsieve.SelectiveV(None, 0.9), kvsieve.SelectiveV(8, 0.5, True)):
+    for made in (
+        kvsieve.SelectiveV(),
+        kvsieve.SelectiveV(7),
+        kvsieve.SelectiveV(None, 0.9),
+        kvsieve.SelectiveV(8, 0.5, True),
+        kvsieve.SelectiveV(host_budget="1MiB", disk="x"),
+    ):
         assert parse(repr(made)) == made

@@ -172,7 +172,9 @@ class Capabilities:
     def check_tiers(self, values_alone: bool = False) -> None:
         """Raise BackendError if all blocks must be in memory, or with ``values_alone`` if keys leave it with their values."""
         if values_alone and not self.value_tiers:
-            raise BackendError(f"backend {self.name!r} moves keys and values together; leave values_alone out, or use backend='cpu'")
+            raise BackendError(
+                f"backend {self.name!r} moves keys and values together; leave values_alone out, or use backend='cpu'"
+            )
         if not self.tiers:
             raise BackendError(
                 f"backend {self.name!r} holds all tokens on the device, and none in a file; leave Tiered (host_budget=) out, or "

@@ -206,7 +206,7 @@ fn values_that_left_memory_are_fetched_once_they_are_chosen() {
         let runs: Vec<Run> = want.0.iter().map(|&block| Run { block, lo: 0, hi: 64 }).collect();
         arena.fetch(&runs).unwrap();
         assert_eq!(answer(&arena).unwrap(), want);
-        let away = (0..blocks as u32).filter(|&block| arena.is_spilled(BlockId(block))).count();
+        let away = (0..blocks).filter(|&block| arena.is_spilled(BlockId(block))).count();
         assert_eq!(away + want.0.len(), blocks as usize, "no other block was loaded");
     }
 }
