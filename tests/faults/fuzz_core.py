@@ -29,6 +29,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+TESTS = str(Path(__file__).resolve().parents[1])
+sys.path[:0] = [TESTS]
+
+from odd_tensors import floats, odd_tensor, short  # noqa: E402
 
 SMALL = (0, 1, 2, 3, 5, 16, 63, 64, 65, 128)
 LARGE = (-1, 257, 4096, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**33, 2**40, 2**57, 2**63 - 1, 2**63, 2**64 - 1, 2**64)
@@ -150,6 +156,8 @@ class Fuzzer:
             case None:
                 # Never an array without end: PyO3 makes room for a list's length before it looks at it, and that ends the process.
                 return rng.choice((0.5, 2, [1], np.ones(3, np.float32)))
+        if type(value).__name__ == "Tensor":
+            return odd_tensor(rng, self.near(floats(value)))
         others = self.pool[type(value).__name__]
         return rng.choice(others) if others and rng.random() < 0.9 else None
 
@@ -180,6 +188,10 @@ class Fuzzer:
                 return tuple(self.of(part) for part in parts)
             case ast.Subscript(value=ast.Name(id="PathLike")):
                 return tempfile.gettempdir()
+            case ast.Attribute(attr="Tensor"):
+                return odd_tensor(rng, self.array(np.float32))
+            case ast.Name(id="type"):
+                return rng.choice((int, np.ndarray, object))
             case ast.Subscript(value=ast.Attribute(attr="NDArray"), slice=inner):
                 named = KINDS.get(ast.unparse(inner))
                 some = (np.float32, np.float32, np.int16, np.float16, np.float64, np.int64, np.uint8)
@@ -228,13 +240,6 @@ class Fuzzer:
             held.append(thing)
         else:
             held[self.rng.randrange(12)] = thing
-
-
-def short(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"<{value.dtype}{list(value.shape)} {value.ravel()[:6].tolist() if value.size < 1 << 20 else '...'}>"
-    text = repr(value)
-    return text if len(text) < 200 else text[:200] + "..."
 
 
 def read_stub(path: Path) -> list[Call]:
@@ -323,6 +328,8 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     add(store, "append", k, k, step)
     add(store, "attend", q, step, None, *numbers, out, lse, threads=1)
     add(store, "attend", q, step, rope, *numbers, out)
+    tensors = [torch.from_numpy(x.copy()) for x in (q, k, k)]
+    add(core, "decode", store, *tensors, step, rope, *numbers, torch.from_numpy(out.copy()), threads=1)
     add(store, "attend_mass", q, step, None, *numbers, out, lse)
     add(store, "gather", *of["read"], at=0, spilled=False)
     add(store, "write", *(x.copy() for x in of["read"]))
@@ -355,6 +362,8 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     add(core, "surprisal", np.ones((3, 7), np.float32), np.array([0, 6, 2]))
     add(core, "top_k", np.ones((3, 7), np.float32), 4)
     add(core, "linear", *(np.ones(n, np.float32) for n in ((2, 5), (7, 5), 7, (2, 7))), 1)
+    add(core, "linear_lent", *(torch.ones(n) for n in ((2, 5), (7, 5), (7,), (2, 7))), 1)
+    add(core, "lenders", torch.Tensor)
     add(core, "keep_surprisal", np.ones(9, np.float32), 1, 2, 5, 1)
     add(core, "keep_surprisal_published", np.ones(9, np.float32), 1, 3, 2, 1)
     for name, arguments in (
@@ -453,7 +462,12 @@ def run(calls: int, seed: int, tell: Callable[[str], None] = print) -> tuple[lis
             notes.truncate(4096)
             asked = {"--child": first, "--calls": calls - first, "--seed": seed, "--notes": notes.name}
             command = [sys.executable, __file__, *(str(word) for pair in asked.items() for word in pair)]
-            environment = {**os.environ, "RUST_BACKTRACE": "0", "OMP_NUM_THREADS": "1"}
+            environment = {
+                **os.environ,
+                "RUST_BACKTRACE": "0",
+                "OMP_NUM_THREADS": "1",
+                "PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", TESTS)]),
+            }
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             wrong += [line for line in done.stdout.splitlines() if line.startswith("RAW ")]
             if done.stdout.endswith("DONE\n"):
