@@ -1,9 +1,9 @@
 """Decoding by compiled code beside decoding without: a whole token of SmolLM2-135M that holds 2,000 tokens of text.
 
-Two forks of one stream go on with the same tokens. Eager products are torch's, compiled ones the core's where it has the better ones.
-Beside them stand the products alone, by both, and reading their weights once, which no compiler saves: that is the bound. The second
-measurement is what a layer and a token cost beside attention: the model is replaced by nothing, and the core is called but does
-nothing; beside it the same with the core, over 64 to 164 tokens.
+Two forks of one stream go on with the same tokens. Eager products are torch's, compiled ones the core's where those are better.
+Beside them stand the products alone, by both, and reading their weights once, which no compiler saves: that is the bound. The
+second measurement is what a layer and a token cost beside attention: the model is replaced by nothing, and the core is called but
+does nothing; beside it the same with the core, over 64 to 164 tokens.
 """
 
 from __future__ import annotations

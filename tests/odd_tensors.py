@@ -20,7 +20,7 @@ def odd_tensor(rng: random.Random, numbers: Any) -> Any:
         numbers = np.ones(numbers.shape[1:], np.float32)
     made = torch.tensor(numbers) if numbers.flags.c_contiguous else torch.from_numpy(numbers.copy())
     ways: list[Callable[[], Any]] = [
-        lambda: made.mT if made.ndim > 1 else made[:0],
+        lambda: made.mT if made.ndim > 1 else made.ravel()[:0],
         lambda: made.to(rng.choice((torch.bfloat16, torch.float16, torch.float64, torch.int16))),
         lambda: made[:1].expand(rng.choice((2, 3, 1 << 20)), *made.shape[1:]) if made.ndim and len(made) else made,
         lambda: torch.nn.Parameter(made),

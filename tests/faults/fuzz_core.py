@@ -31,8 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 
-TESTS = str(Path(__file__).resolve().parents[1])
-sys.path[:0] = [TESTS]
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
 from odd_tensors import floats, odd_tensor, short  # noqa: E402
 
@@ -178,8 +177,8 @@ class Fuzzer:
                 return rng.choice(WORDS)
             case ast.Name(id="_Triple"):
                 return tuple(self.integer() for _ in range(3))
-            case ast.Name(id="Any"):
-                return rng.choice((None, self.integer(), self.real(), "x"))
+            case ast.Name(id="Any" | "type"):
+                return rng.choice((None, self.integer(), self.real(), "x", int, np.ndarray))
             case ast.Name(id=name):
                 return rng.choice(self.pool[name]) if self.pool[name] else None
             case ast.Subscript(value=ast.Name(id="list" | "Sequence"), slice=inner):
@@ -190,8 +189,6 @@ class Fuzzer:
                 return tempfile.gettempdir()
             case ast.Attribute(attr="Tensor"):
                 return odd_tensor(rng, self.array(np.float32))
-            case ast.Name(id="type"):
-                return rng.choice((int, np.ndarray, object))
             case ast.Subscript(value=ast.Attribute(attr="NDArray"), slice=inner):
                 named = KINDS.get(ast.unparse(inner))
                 some = (np.float32, np.float32, np.int16, np.float16, np.float64, np.int64, np.uint8)
@@ -222,9 +219,8 @@ class Fuzzer:
             if call.owner is not None and not self.pool[call.owner]:
                 return
             *classes, name = call.name.split(".")
-            target = (
-                self.rng.choice(self.pool[call.owner]) if call.owner else getattr(self.core, classes[0]) if classes else self.core
-            )
+            target = self.rng.choice(self.pool[call.owner]) if call.owner else self.core
+            target = target if call.owner or not classes else getattr(target, classes[0])
             key, function = call.key, (lambda: getattr(target, name)) if call.kind == "property" else getattr(target, name)
         told = [*map(short, arguments), *(f"{name}={short(value)}" for name, value in named.items())]
         note(f"{key}({', '.join(told)})")
@@ -328,8 +324,7 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     add(store, "append", k, k, step)
     add(store, "attend", q, step, None, *numbers, out, lse, threads=1)
     add(store, "attend", q, step, rope, *numbers, out)
-    tensors = [torch.from_numpy(x.copy()) for x in (q, k, k)]
-    add(core, "decode", store, *tensors, step, rope, *numbers, torch.from_numpy(out.copy()), threads=1)
+    add(core, "decode", store, *map(torch.tensor, (q, k, k)), step, rope, *numbers, torch.tensor(out), threads=1)
     add(store, "attend_mass", q, step, None, *numbers, out, lse)
     add(store, "gather", *of["read"], at=0, spilled=False)
     add(store, "write", *(x.copy() for x in of["read"]))
@@ -428,6 +423,7 @@ def child(seed: int, first: int, calls: int, notes: str) -> None:
     import kvsieve
     from kvsieve import _core
 
+    _core.lenders(torch.Tensor, torch.nn.Parameter)  # before a random call decides it for the process
     known = read_stub(Path(kvsieve.__file__).with_name("_core.pyi"))
     with open(notes, "r+b") as file, mmap.mmap(file.fileno(), 4096) as told:
 
@@ -462,12 +458,7 @@ def run(calls: int, seed: int, tell: Callable[[str], None] = print) -> tuple[lis
             notes.truncate(4096)
             asked = {"--child": first, "--calls": calls - first, "--seed": seed, "--notes": notes.name}
             command = [sys.executable, __file__, *(str(word) for pair in asked.items() for word in pair)]
-            environment = {
-                **os.environ,
-                "RUST_BACKTRACE": "0",
-                "OMP_NUM_THREADS": "1",
-                "PYTHONPATH": os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", TESTS)]),
-            }
+            environment = {**os.environ, "RUST_BACKTRACE": "0", "OMP_NUM_THREADS": "1"}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             wrong += [line for line in done.stdout.splitlines() if line.startswith("RAW ")]
             if done.stdout.endswith("DONE\n"):

@@ -135,6 +135,10 @@ def test_a_hooked_head_is_called_as_it_was(compiled: tuple[Any, list[int]]) -> N
         assert not model(tiny.ids(1, 1), past_key_values=stream.cache).logits.any()
         assert not rows
         handle.remove()
+        everywhere = torch.nn.modules.module.register_module_forward_hook(lambda module, args, out: None)
+        model(tiny.ids(1, 1), past_key_values=stream.cache)
+        assert not rows
+        everywhere.remove()
         assert model(tiny.ids(1, 1), past_key_values=stream.cache).logits.any()
         assert rows == [1]
 
@@ -164,6 +168,7 @@ def test_options_are_still_the_compilers_own() -> None:
     for wrong in ({"mode": "fastest"}, {"options": {"colour": 1}}, {"mode": "reduce-overhead", "options": {"trace.enabled": True}}):
         with pytest.raises(kvsieve.errors.ArgumentError):
             kvsieve.compile(model, **wrong)
-    assert model.model._compiled_call_impl is None and model.lm_head._compiled_call_impl is None
+    assert model.model._compiled_call_impl is None
+    assert model.lm_head._compiled_call_impl is None
     kvsieve.compile(model, mode="reduce-overhead")
     kvsieve.compile(model, options={"epilogue_fusion": False})

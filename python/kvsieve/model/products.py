@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import library
+from torch.nn.modules import module
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from kvsieve import _core
@@ -114,10 +115,10 @@ class Head:
             (x,) = args
             if not torch.compiler.is_compiling() and _fit(x, layer.weight, layer.bias):
                 return product(x, layer.weight, layer.bias)
-        return layer._call_impl(*args, **kwargs)
+        return layer._call_impl(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
 def _is_plain(layer: torch.nn.Linear) -> bool:
     """Whether nobody hooked it, and its weights are what they seem to be."""
-    hooked = layer._forward_hooks or layer._forward_pre_hooks or "forward" in layer.__dict__
-    return not hooked and type(layer.weight) is torch.nn.Parameter
+    hooked = layer._forward_hooks or layer._forward_pre_hooks or module._global_forward_hooks or module._global_forward_pre_hooks
+    return not hooked and "forward" not in layer.__dict__ and type(layer.weight) is torch.nn.Parameter
