@@ -6,6 +6,7 @@ from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 BLOCK: int
 PACKED: int
@@ -33,6 +34,7 @@ __all__ = [
     "attend_highest",
     "attend_pieces",
     "attend_sets",
+    "decode",
     "error_samples",
     "fail_at",
     "is_intel",
@@ -41,7 +43,9 @@ __all__ = [
     "keep_surprisal",
     "keep_surprisal_published",
     "keep_window",
+    "lenders",
     "linear",
+    "linear_lent",
     "read",
     "rotate",
     "selection_rules",
@@ -439,6 +443,21 @@ def keep_surprisal_published(
     scores: npt.NDArray[np.float32], sinks: int, entropy_slots: int, recent: int, incoming: int = 0
 ) -> list[int]: ...
 def keep_window(n: int, sinks: int, window: int) -> list[int]: ...
+def decode(
+    store: Store,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    step: Step,
+    rope: Rope | None,
+    scale: float,
+    softcap: float | None,
+    sinks: npt.NDArray[np.float32] | None,
+    out: torch.Tensor,
+    threads: int = 1,
+    apply_factor: bool = False,
+) -> bool: ...
+def lenders(*types: type) -> list[type]: ...
 def linear(
     x: npt.NDArray[np.float32],
     weights: npt.NDArray[np.float32],
@@ -446,6 +465,7 @@ def linear(
     out: npt.NDArray[np.float32],
     threads: int = 1,
 ) -> None: ...
+def linear_lent(x: torch.Tensor, weights: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor, threads: int = 1) -> bool: ...
 def read(x: npt.NDArray[np.float32]) -> float: ...
 def rotate(
     x: npt.NDArray[Any],

@@ -15,6 +15,7 @@ from kvsieve.checks import check_flag
 from kvsieve.errors import ArgumentError, UnsupportedModelError
 from kvsieve.model.handoff import GRAPH, state
 from kvsieve.model.hooks import between
+from kvsieve.model.products import Head, replace_products
 from kvsieve.model.support import look_through, refuse
 
 __all__ = ["compile"]
@@ -32,10 +33,26 @@ class _Decoding:
             # torch limits the variants of a function, and all models of transformers share some; here it counts them by model.
             options = {"isolate_recompiles": True, **options}
         self._compiled = torch.compile(decoder._call_impl, **options)
+        if options.get("backend", "inductor") == "inductor" and hasattr(torch, "_TorchCompileInductorWrapper"):
+            # Its mode and options are right, or that would have raised; torch takes them for no backend of others.
+            rest = {name: value for name, value in options.items() if name not in ("mode", "options")}
+            own = _Inductor(options.get("mode"), options.get("options"), options.get("dynamic"))
+            self._compiled = torch.compile(decoder._call_impl, **{**rest, "backend": own})
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         decoding = state.mode == GRAPH and _columns(args, kwargs) == 1
         return (self._compiled if decoding else self._plain)(*args, **kwargs)
+
+
+class _Inductor:
+    """torch's own compiler, given graphs whose products of a few rows are the core's."""
+
+    def __init__(self, mode: str | None, options: dict[str, Any] | None, dynamic: bool | None) -> None:
+        self._compile = torch._TorchCompileInductorWrapper(mode, options, dynamic)
+
+    def __call__(self, graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+        replace_products(graph)
+        return self._compile(graph, inputs)
 
 
 def compile(model: Any, *, disable: bool = False, **options: Any) -> None:
@@ -64,8 +81,11 @@ def compile(model: Any, *, disable: bool = False, **options: Any) -> None:
         raise UnsupportedModelError(
             f"{type(model).__name__} makes masks outside of its decoder, which compiled code would not see; stream it as it is"
         )
+    head = model.get_output_embeddings()
     if disable:
         decoder._compiled_call_impl = None
+        if isinstance(head, torch.nn.Module) and type(head._compiled_call_impl) is Head:
+            head._compiled_call_impl = None
         return
     if "fullgraph" in options:
         raise ArgumentError("fullgraph cannot be chosen: the hooks of a stream run in Python, before and after the decoder's graph")
@@ -74,6 +94,8 @@ def compile(model: Any, *, disable: bool = False, **options: Any) -> None:
     except Exception as error:
         raise ArgumentError(f"torch.compile does not take these options: {str(error)[:200]}") from error
     decoder._compiled_call_impl = decoding
+    if type(head) is torch.nn.Linear and head._compiled_call_impl is None:
+        head._compiled_call_impl = Head(head)
 
 
 def _columns(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:

@@ -29,6 +29,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from odd_tensors import floats, odd_tensor, short  # noqa: E402
 
 SMALL = (0, 1, 2, 3, 5, 16, 63, 64, 65, 128)
 LARGE = (-1, 257, 4096, 10**6, 2**31 - 1, 2**31, 2**32 - 1, 2**32, 2**33, 2**40, 2**57, 2**63 - 1, 2**63, 2**64 - 1, 2**64)
@@ -150,6 +155,8 @@ class Fuzzer:
             case None:
                 # Never an array without end: PyO3 makes room for a list's length before it looks at it, and that ends the process.
                 return rng.choice((0.5, 2, [1], np.ones(3, np.float32)))
+        if type(value).__name__ == "Tensor":
+            return odd_tensor(rng, self.near(floats(value)))
         others = self.pool[type(value).__name__]
         return rng.choice(others) if others and rng.random() < 0.9 else None
 
@@ -170,8 +177,8 @@ class Fuzzer:
                 return rng.choice(WORDS)
             case ast.Name(id="_Triple"):
                 return tuple(self.integer() for _ in range(3))
-            case ast.Name(id="Any"):
-                return rng.choice((None, self.integer(), self.real(), "x"))
+            case ast.Name(id="Any" | "type"):
+                return rng.choice((None, self.integer(), self.real(), "x", int, np.ndarray))
             case ast.Name(id=name):
                 return rng.choice(self.pool[name]) if self.pool[name] else None
             case ast.Subscript(value=ast.Name(id="list" | "Sequence"), slice=inner):
@@ -180,6 +187,8 @@ class Fuzzer:
                 return tuple(self.of(part) for part in parts)
             case ast.Subscript(value=ast.Name(id="PathLike")):
                 return tempfile.gettempdir()
+            case ast.Attribute(attr="Tensor"):
+                return odd_tensor(rng, self.array(np.float32))
             case ast.Subscript(value=ast.Attribute(attr="NDArray"), slice=inner):
                 named = KINDS.get(ast.unparse(inner))
                 some = (np.float32, np.float32, np.int16, np.float16, np.float64, np.int64, np.uint8)
@@ -210,9 +219,8 @@ class Fuzzer:
             if call.owner is not None and not self.pool[call.owner]:
                 return
             *classes, name = call.name.split(".")
-            target = (
-                self.rng.choice(self.pool[call.owner]) if call.owner else getattr(self.core, classes[0]) if classes else self.core
-            )
+            target = self.rng.choice(self.pool[call.owner]) if call.owner else self.core
+            target = target if call.owner or not classes else getattr(target, classes[0])
             key, function = call.key, (lambda: getattr(target, name)) if call.kind == "property" else getattr(target, name)
         told = [*map(short, arguments), *(f"{name}={short(value)}" for name, value in named.items())]
         note(f"{key}({', '.join(told)})")
@@ -228,13 +236,6 @@ class Fuzzer:
             held.append(thing)
         else:
             held[self.rng.randrange(12)] = thing
-
-
-def short(value: Any) -> str:
-    if isinstance(value, np.ndarray):
-        return f"<{value.dtype}{list(value.shape)} {value.ravel()[:6].tolist() if value.size < 1 << 20 else '...'}>"
-    text = repr(value)
-    return text if len(text) < 200 else text[:200] + "..."
 
 
 def read_stub(path: Path) -> list[Call]:
@@ -323,6 +324,7 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     add(store, "append", k, k, step)
     add(store, "attend", q, step, None, *numbers, out, lse, threads=1)
     add(store, "attend", q, step, rope, *numbers, out)
+    add(core, "decode", store, *map(torch.tensor, (q, k, k)), step, rope, *numbers, torch.tensor(out), threads=1)
     add(store, "attend_mass", q, step, None, *numbers, out, lse)
     add(store, "gather", *of["read"], at=0, spilled=False)
     add(store, "write", *(x.copy() for x in of["read"]))
@@ -355,6 +357,8 @@ def working(core: Any) -> tuple[list[Any], list[Work]]:
     add(core, "surprisal", np.ones((3, 7), np.float32), np.array([0, 6, 2]))
     add(core, "top_k", np.ones((3, 7), np.float32), 4)
     add(core, "linear", *(np.ones(n, np.float32) for n in ((2, 5), (7, 5), 7, (2, 7))), 1)
+    add(core, "linear_lent", *(torch.ones(n) for n in ((2, 5), (7, 5), (7,), (2, 7))), 1)
+    add(core, "lenders", torch.Tensor)
     add(core, "keep_surprisal", np.ones(9, np.float32), 1, 2, 5, 1)
     add(core, "keep_surprisal_published", np.ones(9, np.float32), 1, 3, 2, 1)
     for name, arguments in (
@@ -419,6 +423,7 @@ def child(seed: int, first: int, calls: int, notes: str) -> None:
     import kvsieve
     from kvsieve import _core
 
+    _core.lenders(torch.Tensor, torch.nn.Parameter)  # before a random call decides it for the process
     known = read_stub(Path(kvsieve.__file__).with_name("_core.pyi"))
     with open(notes, "r+b") as file, mmap.mmap(file.fileno(), 4096) as told:
 

@@ -14,6 +14,7 @@ import tiny
 import torch
 from kvsieve import _core
 from kvsieve.errors import ShapeError
+from kvsieve.model import linears
 from kvsieve.model.linears import MOST_ROWS, FewRows
 
 
@@ -96,7 +97,7 @@ def test_everything_else_is_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -
     model = tiny.fresh()
     layer = model.model.layers[0].mlp.up_proj
     x = unfit(name, layer)
-    monkeypatch.setattr(_core, "linear", None)
+    monkeypatch.setattr(linears, "product", None)
     with torch.no_grad(), FewRows.of(model):
         assert torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias))
 
@@ -105,7 +106,7 @@ def test_gradients_and_autocast_are_torchs(monkeypatch: pytest.MonkeyPatch) -> N
     model = tiny.fresh()
     layer = model.model.layers[0].mlp.up_proj
     x = torch.randn(2, layer.in_features, requires_grad=True)
-    monkeypatch.setattr(_core, "linear", None)
+    monkeypatch.setattr(linears, "product", None)
     with FewRows.of(model):
         layer(x).sum().backward()
     assert x.grad is not None

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 
 from kvsieve import _core
+from kvsieve._core import linear_lent
+from kvsieve.backends.cpu.tensors import LENT
 from kvsieve.locks import shared_lock
 from kvsieve.runtime.modes import autocast_enabled
 
-__all__ = ["MOST_ROWS", "FewRows"]
+__all__ = ["MOST_ROWS", "FewRows", "product"]
 
 MOST_ROWS = 32
 """Above, products are bound by arithmetic, and the time of a library's comes near."""
@@ -45,7 +47,7 @@ class _Forward:
     def __call__(self, input: torch.Tensor) -> torch.Tensor:
         layer = self._layer
         if _thread.inside[-1] and _fits(input, layer.weight, layer.bias):
-            return _product(input, layer.weight, layer.bias)
+            return product(input, layer.weight, layer.bias)
         return torch.nn.Linear.forward(layer, input)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
@@ -124,11 +126,17 @@ def _fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> b
     )
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    """``x`` ``[..., in]`` to ``[..., out]``."""
-    *shape, width = x.shape
-    rows = x.reshape(-1, width).numpy()
-    out = torch.empty(*shape, weight.shape[0])
+def product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """``x`` ``[..., in]`` to ``[..., out]``, all float32 on the CPU, by the core. ``weight`` ``[out, in]`` has contiguous rows."""
+    shape, width = x.shape, x.shape[-1]
+    out = x.new_empty((*shape[:-1], weight.shape[0]))
+    threads = torch.get_num_threads()
+    if LENT:
+        one = out.numel() == weight.shape[0]
+        rows, made = (x, out) if one or len(shape) == 2 else (x.reshape(-1, width), out.view(-1, weight.shape[0]))
+        if linear_lent(rows, weight, bias, made, threads):
+            return out
     added = None if bias is None else bias.detach().numpy()
-    _core.linear(rows, weight.detach().numpy(), added, out.numpy().reshape(len(rows), -1), torch.get_num_threads())
+    rows = x.detach().reshape(-1, width)
+    _core.linear(rows.numpy(), weight.detach().numpy(), added, out.numpy().reshape(len(rows), -1), threads)
     return out

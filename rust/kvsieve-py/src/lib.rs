@@ -2,10 +2,12 @@
 
 use pyo3::prelude::*;
 
+mod decode;
 mod dense;
 mod error;
 mod heaviest;
 mod kernels;
+mod lent;
 mod linear;
 mod memory;
 mod pieces;
@@ -27,6 +29,8 @@ fn _core(m: &Bound<'_, PyModule>) -> PyResult<()> {
     store::register(m)?;
     select::register(m)?;
     sets::register(m)?;
+    lent::register(m)?;
+    decode::register(m)?;
     dense::register(m)?;
     heaviest::register(m)?;
     pieces::register(m)?;

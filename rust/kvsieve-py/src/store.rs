@@ -11,7 +11,7 @@ use kvsieve_core::kernels::{Attend, SpanTrig, attend_unless};
 use kvsieve_core::plan::Spans;
 use kvsieve_core::storage::arena::Arena;
 use kvsieve_core::storage::packed::{Channels, Chosen, Packing};
-use kvsieve_core::tensor::Dtype;
+use kvsieve_core::tensor::{Dtype, ElemsMut, View};
 use kvsieve_core::{Error, Result};
 use numpy::{
     PyArray1, PyArray2, PyArrayMethods, PyReadonlyArray1, PyReadonlyArray2, PyReadwriteArray3, PyUntypedArrayMethods,
@@ -29,13 +29,27 @@ pub(crate) const SMALL: usize = 256 << 10;
 #[pyclass(frozen, module = "kvsieve._core")]
 pub struct Store {
     arena: Lock<Arena>,
+    dtype: Dtype,
     token_bytes: usize,
     num_kv_heads: usize,
     key_dim: usize,
     value_dim: usize,
 }
 
+/// What attention computes with beside tensors.
+pub(crate) struct Numbers<'a> {
+    pub scale: f32,
+    pub softcap: Option<f32>,
+    pub sinks: Option<&'a [f32]>,
+    pub threads: usize,
+    pub apply_factor: bool,
+}
+
 impl Store {
+    pub fn dtype(&self) -> Dtype {
+        self.dtype
+    }
+
     pub fn value_dim(&self) -> usize {
         self.value_dim
     }
@@ -79,6 +93,12 @@ impl Store {
         })
     }
 
+    pub(crate) fn append_views(&self, py: Python<'_>, k: &View<'_>, v: &View<'_>, step: &Step) -> PyResult<()> {
+        let step = &step.inner;
+        let tokens: usize = step.new_lens.iter().sum::<usize>() + step.copies.len() * 64;
+        self.write_with(py, tokens * self.token_bytes, |arena| arena.append(k, v, step)).map_err(to_py)
+    }
+
     fn runs_bytes(&self, runs: &[Run]) -> usize {
         runs.iter().map(|r| r.hi.saturating_sub(r.lo) as usize).sum::<usize>() * self.token_bytes
     }
@@ -99,7 +119,6 @@ impl Store {
         apply_factor: bool,
         mass: Option<&mut [f32]>,
     ) -> PyResult<()> {
-        let spans = spans(step)?;
         let q = Input::new("q", q)?;
         let view = q.view("q")?;
         let [rows, heads, queries, _] = view.shape();
@@ -117,10 +136,29 @@ impl Store {
             None => None,
         };
         let sinks = sink_logits(&sinks)?;
+        let numbers = Numbers { scale, softcap, sinks, threads, apply_factor };
+        self.attend_views(py, view, step, rope, &numbers, out, lse, mass)
+    }
+
+    /// `q` (`[rows, heads, queries, channels]`) to `out` (`[rows, queries, heads, channels]`).
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn attend_views(
+        &self,
+        py: Python<'_>,
+        q: View<'_>,
+        step: &Step,
+        rope: Option<&Rope>,
+        numbers: &Numbers<'_>,
+        out: ElemsMut<'_>,
+        lse: Option<&mut [f32]>,
+        mass: Option<&mut [f32]>,
+    ) -> PyResult<()> {
+        let spans = spans(step)?;
         let trig = rope.map(|rope| py.detach(|| step.trig(rope, spans)));
         let trig: Option<&SpanTrig> = trig.as_deref();
         let level = isa().map_err(to_py)?;
-        let args = Attend { q: view, spans, trig, scale, softcap, sinks, apply_factor, threads, level };
+        let Numbers { scale, softcap, sinks, threads, apply_factor } = *numbers;
+        let args = Attend { q, spans, trig, scale, softcap, sinks, apply_factor, threads, level };
         let bytes = if spans.spans.len() > 256 { SMALL } else { mass_len(spans, 1) * self.token_bytes };
         let signals = Signals::default();
         let done = self.read(py, bytes, |arena| attend_unless(arena, &args, out, lse, mass, &|| signals.arrived()));
@@ -191,16 +229,13 @@ impl Store {
         let dtype = Dtype::parse(dtype).map_err(to_py)?;
         let arena = Arena::new(num_kv_heads, key_dim, value_dim, dtype).map_err(to_py)?;
         let token_bytes = arena.token_bytes();
-        Ok(Store { arena: Lock::new(arena), token_bytes, num_kv_heads, key_dim, value_dim })
+        Ok(Store { arena: Lock::new(arena), dtype, token_bytes, num_kv_heads, key_dim, value_dim })
     }
 
     /// Makes the step's copies, then stores its new tokens from `k` and `v` (`[rows, heads, columns, channels]`).
     fn append(&self, py: Python<'_>, k: &Bound<'_, PyAny>, v: &Bound<'_, PyAny>, step: &Step) -> PyResult<()> {
         let (k, v) = (Input::new("k", k)?, Input::new("v", v)?);
-        let (k, v) = (k.view("k")?, v.view("v")?);
-        let step = &step.inner;
-        let tokens: usize = step.new_lens.iter().sum::<usize>() + step.copies.len() * 64;
-        self.write_with(py, tokens * self.token_bytes, |arena| arena.append(&k, &v, step)).map_err(to_py)
+        self.append_views(py, &k.view("k")?, &v.view("v")?, step)
     }
 
     /// Applies the moves in order.

@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from kvsieve._core import Store, Tier, TierFile, attend_heaviest, attend_highest, attend_sets
+from kvsieve._core import Store, Tier, TierFile, attend_heaviest, attend_highest, attend_sets, decode
 from kvsieve.backends.attention import Partial, attend, merge, total, visibility
 from kvsieve.backends.attention_scores import highest_of_prefill, of_items, of_prefill
 from kvsieve.backends.base import HeldBytes, Runs
 from kvsieve.backends.cpu.pieces import attend_many, attend_one, best_summaries
 from kvsieve.backends.cpu.prefill import attend_part
-from kvsieve.backends.cpu.tensors import DTYPES, floats, view
+from kvsieve.backends.cpu.tensors import DTYPES, LENT, floats, view
 from kvsieve.backends.heaviest_values import of_rows
 from kvsieve.backends.piece_matrices import in_order
 from kvsieve.backends.prefill_plan import PrefillPlan
@@ -102,17 +102,18 @@ class CpuStore:
         return out, lse
 
     def _decode(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, step: Step, call: AttendCall) -> torch.Tensor:
-        self._core.append(view(k), view(v), step)
-        plans = [p for p in self._plans.of(step) if p.part.top_k] if call.top_k else []
-        out = torch.empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype)
-        lse = np.empty((q.shape[0], q.shape[1], q.shape[2]), np.float32) if plans else None
+        rows, heads, queries, _ = q.shape
+        out = torch.empty(rows, queries, heads, self._shape[2], dtype=q.dtype)
         rope = None if call.rope is None else call.rope.core
-        sink_logits = None if plans else floats(call.sinks)
-        threads = torch.get_num_threads()
+        threads, factor = torch.get_num_threads(), step.stored_keys == "pre_rope"
+        plans = [p for p in self._plans.of(step) if p.part.top_k] if call.top_k else []
+        sink_logits = None if plans or call.sink_logits is None else floats(call.sinks)
         numbers = call.scale, call.softcap, sink_logits
-        self._core.attend(
-            view(q), step, rope, *numbers, view(out), lse, threads=threads, apply_factor=step.stored_keys == "pre_rope"
-        )
+        if LENT and not plans and decode(self._core, q, k, v, step, rope, *numbers, out, threads=threads, apply_factor=factor):
+            return out
+        self._core.append(view(k), view(v), step)
+        lse = np.empty((rows, heads, queries), np.float32) if plans else None
+        self._core.attend(view(q), step, rope, *numbers, view(out), lse, threads=threads, apply_factor=factor)
         if lse is not None:
             self._merge_selected(q, k, v, plans, step, call, out, torch.from_numpy(lse))
         return out

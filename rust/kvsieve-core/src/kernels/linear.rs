@@ -77,7 +77,7 @@ unsafe fn sums<S: Simd, const HB: usize>(
         let mut acc = [[S::splat(0.0); TILE]; HB];
         let mut c = 0;
         while c < whole {
-            if c.is_multiple_of(LINE) {
+            if S::LANES >= LINE || c.is_multiple_of(LINE) {
                 for line in ahead {
                     S::prefetch(line.wrapping_add(c).cast());
                 }
@@ -133,6 +133,56 @@ unsafe fn pass<S: Simd, const HB: usize>(job: &Job<'_>, first: usize, n: usize, 
 /// As for [`Simd`]; the views are of the job's shape, with at least one row each, and `out` has room for all outputs of all rows.
 #[inline(always)]
 unsafe fn run<S: Simd>(job: &Job<'_>, from: usize, to: usize) {
+    // SAFETY: the caller's promise; two rows fit the registers everywhere.
+    unsafe {
+        match job.x.count {
+            1 => few::<S, 1>(job, from, to),
+            2 => few::<S, 2>(job, from, to),
+            _ => many::<S>(job, from, to),
+        }
+    }
+}
+
+/// [`run`] of `HB` rows, which are as many as the registers hold at once: between two tiles little is left to be done, so that the
+/// processor goes on reading.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+unsafe fn few<S: Simd, const HB: usize>(job: &Job<'_>, from: usize, to: usize) {
+    let rows = std::array::from_fn(|i| job.x.at(i));
+    let (stride, count) = (job.weights.stride, job.weights.count);
+    let whole = from + (to - from) / TILE * TILE;
+    let mut line = job.weights.at(from);
+    let mut n = from;
+    while n < whole {
+        let tile = std::array::from_fn(|j| line.wrapping_add(j * stride));
+        line = line.wrapping_add(TILE * stride);
+        // Beyond the last tile too: any address may be asked for.
+        let next: [*const f32; TILE] = std::array::from_fn(|j| line.wrapping_add(j * stride));
+        // SAFETY: as in `pass`, of a tile that is whole.
+        unsafe {
+            for (i, sums) in sums::<S, HB>(&tile, rows, job.dim, &next).iter().enumerate() {
+                let out = job.out.add(i * count + n);
+                for (j, sum) in sums.iter().enumerate() {
+                    *out.add(j) = sum + job.bias.map_or(0.0, |bias| bias[n + j]);
+                }
+            }
+        }
+        n += TILE;
+    }
+    if whole < to {
+        // SAFETY: the caller's promise.
+        unsafe { pass::<S, HB>(job, 0, whole, to, &[]) }
+    }
+}
+
+/// [`run`] of any number of rows, so many at a time as the registers hold.
+///
+/// # Safety
+/// As for [`run`].
+#[inline(always)]
+unsafe fn many<S: Simd>(job: &Job<'_>, from: usize, to: usize) {
     let passes = job.x.count.div_ceil(S::HEADS);
     for n in (from..to).step_by(TILE) {
         let next = [0, 1, 2, 3].map(|j| job.weights.at(n + TILE + j));
