@@ -161,6 +161,7 @@ def attempts(scene: Scene) -> Iterator[Work]:
         "bias": 0.5,
         "distance": 9,
         "per_head": False,
+        "reads": "answers",
     }
     yield Work("MemoryBank", kvsieve.MemoryBank, [], {**bank, "namespace": "a", "path": None})
     yield Work("Memory", kvsieve.Memory, [policy.KeepAll(), policy.Original(), policy.Dense(), policy.Plain()], {"text": None})

@@ -162,7 +162,7 @@ def feed(stream: Reader, rows: Sequence[torch.Tensor], chunk: int) -> None:
     padded = min(batch.counts) < batch.width
     named = cache_name(stream.model)
     extra_arguments = {"logits_to_keep": 1} if stream.model._supports_logits_to_keep() else {}
-    transcript.turn = turn = Turn(batch.width, batch.counts, chunk)
+    transcript.turn = turn = Turn(batch.width, batch.counts, chunk, answers=False)
     try:
         with torch.no_grad():
             for lo in range(0, batch.width, chunk):

@@ -84,6 +84,34 @@ def test_a_forward_does_not_find_its_own_tokens() -> None:
     assert not torch.allclose(logits[0][:, 100:], logits[1][:, 100:])
 
 
+@BACKEND
+@pytest.mark.parametrize("chunk", [90, 16])
+def test_a_text_that_is_fed_reads_no_bank_where_answers_do(chunk: int, backend: str) -> None:
+    """It is read as by a bank that is off; a turn, its prompt among it, is answered as by one that every query reads."""
+    text, question = tiny.ids(1, 90), tiny.ids(1, 7, 1)
+    streams = [opened(bank_of(**how), backend) for how in ({"reads": "answers"}, {"bias": -float("inf")}, {})]
+    held = []
+    for stream in streams:
+        stream.feed(text, chunk=chunk)
+        stores, runs = stream._engine.stores.values(), stream._engine.blocks.planner.runs(0, 0)
+        held.append(torch.cat([x.flatten() for store in stores for x in store.read(runs)]))
+    assert torch.equal(held[0], held[1])
+    assert torch.equal(held[0], held[2]) == (chunk == 90), "what a forward reads itself is not found by it"
+    some, off, _ = streams
+    banking = next(part for part in off._engine.parts if isinstance(part, Banking))
+    banking.rule = banking.rule.like(bias=0.0)  # type: ignore[attr-defined]
+    answers = [stream.generate(question, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+               for stream in (some, off)]  # fmt: skip
+    assert all(torch.equal(*steps) for steps in zip(*(answer.logits for answer in answers)))
+    nothing = bank_of(bias=-float("inf"))
+    with opened(nothing, backend) as stream:
+        stream.feed(text, chunk=chunk)
+        unread = stream.generate(question, max_new_tokens=5, do_sample=False, output_logits=True, return_dict_in_generate=True)
+    assert not torch.equal(unread.logits[0], answers[0].logits[0]), "the answer reads the bank"
+    for stream in streams:
+        stream.close()
+
+
 def test_a_bias_moves_the_answer_from_the_window_to_the_bank() -> None:
     model, ids, logits = tiny.model(), tiny.ids(1, 100), []
     for bias in (-float("inf"), -60.0, -2.0, 0.0):

@@ -61,6 +61,41 @@ def test_products_of_a_few_rows_are_the_cores(shape: tuple[int, ...], bias: bool
     assert (backend.layers, backend.operations) == (4, 2)
 
 
+class Written(torch.nn.Module):
+    """Layers of one input that is written in between."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.layers, self.way = torch.nn.ModuleList(torch.nn.Linear(16, size) for size in (16, 24, 16)), way
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x * 1.0
+        first, second = self.layers[0](x), self.layers[1](x)
+        if self.way == "method":
+            x.mul_(2.0)
+        elif self.way == "operator":
+            x *= 2.0
+        elif self.way == "item":
+            x[..., :4] = 1.0
+        elif self.way == "view":
+            x[..., 2:].view(-1).sub_(1.0)
+        elif self.way == "out":
+            torch.mul(x, 2.0, out=x)
+        else:
+            torch.nn.functional.relu_(x)
+        return torch.cat([first, second, self.layers[2](x)], -1)
+
+
+@pytest.mark.parametrize("way", ["method", "operator", "item", "view", "out", "function"])
+@torch.no_grad()
+def test_an_input_that_is_written_in_between_is_another(way: str) -> None:
+    torch.manual_seed(3)
+    layers, backend, x = Written(way), Replacing("aot_eager"), torch.randn(1, 1, 16)
+    got = torch.compile(layers, backend=backend, dynamic=False)(x)
+    torch.testing.assert_close(got, layers(x), atol=1e-6, rtol=1e-5)
+    assert (backend.layers, backend.operations) == (3, 2)
+
+
 @torch.no_grad()
 def test_others_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
     def replaced(x: torch.Tensor, dtype: torch.dtype = torch.float32, **options: Any) -> int:

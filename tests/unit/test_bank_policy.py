@@ -29,6 +29,7 @@ from kvsieve.methods.parser import parse
         ({"per_head": 1}, "per_head must be"),
         ({"bias": float("inf")}, "bias must be"),
         ({"bias": "high"}, "bias must be"),
+        ({"reads": "some"}, "reads must be"),
         ({"read_only": 1}, "read_only must be"),
         ({"distance": -1}, "distance must be"),
         ({"namespace": ""}, "a namespace is"),
@@ -70,7 +71,7 @@ def test_what_does_not_go_with_it_is_refused_when_it_is_built(text: str, said: s
         "StreamingLLM(budget=64, sinks=4) >> MemoryBank()",
         "StreamingLLM(budget=64, sinks=4) >> SirLLM(budget=64, sinks=0, recent=0) >> MemoryBank(chunk=4, top_k=8)",
         "Full() >> MemoryBank(read_only=True, bias=-1e999, distance=9, namespace='a')",
-        "StreamingLLM(budget=64, sinks=4) >> MemoryBank(top_k=256, bias=2.0, per_head=False)",
+        "StreamingLLM(budget=64, sinks=4) >> MemoryBank(top_k=256, bias=2.0, per_head=False, reads='answers')",
         "SirLLM(budget=64, sinks=4) >> MemoryBank(path='x.bank', capacity=32, layers=(1, 2), bias=-0.5, namespace=['a', 'b'])",
     ],
 )
@@ -103,7 +104,8 @@ def test_handles_of_a_bank_are_one_bank() -> None:
     assert (bank.names, other.names, other.chunk) == (("default",), ("a", "b"), 4)
     assert other.book is bank.book
     assert bank != kvsieve.MemoryBank(chunk=4, capacity=64)
-    assert (bank.like(bias=-2.0).bias, bank.like(top_k=8).book is bank.book) == (-2.0, True)
+    assert (bank.like(bias=-2.0).bias, bank.like(reads="answers").reads) == (-2.0, "answers")
+    assert bank.like(top_k=8).book is bank.book
     reader = kvsieve.MemoryBank(chunk=4, capacity=64).like(read_only=True)
     assert not reader.book.terms.read_only
     for wrong in ({"chunk": 8}, {"bias": None}, {"top_k": 5}):

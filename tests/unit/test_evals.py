@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 import torch.nn.functional as F
+from kvsieve import methods
 from kvsieve.cli import main
 from kvsieve.evals import models, passkey, shopping, stream_nll
 from kvsieve.evals.shopping_text import FILLERS, ITEMS
@@ -241,6 +242,31 @@ def test_passkeys_are_counted_by_policy_and_length(
     assert len({a["key"] for a in answers}) == 3
     assert all(0.0 <= a["read"] <= 1.0 and a["found"] == (a["key"] in a["text"]) for a in answers)
     assert len([line for line in capsys.readouterr().out.splitlines() if " of 3 " in line]) == 4
+
+
+def test_passkeys_of_texts_that_a_bank_has_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every key has a bank and a stream of its own, which is asked and has read nothing else."""
+    monkeypatch.setattr("kvsieve.evals.models.load_smollm2", lambda dtype: (tiny.model(), Letters()))
+    held: list[tuple[int, int]] = []
+
+    def ask(stream: Any, tokenizer: Any, key: Any) -> tuple[str, None]:
+        held.append((stream.policy.bank.stats().tokens, stream.seen))
+        return f"{key.key} it is", None
+
+    monkeypatch.setattr(passkey, "ask", ask)
+    path = tmp_path / "keys.json"
+    policy = "streamingllm(64) >> memory_bank(top_k=32)"
+    argv = ["eval", "passkey", "--ingest", policy, "--length", "180", "--depths", "3"]
+    assert main([*argv, "--json", str(path)]) == 0
+    assert held == [(180, 0)] * 3
+    answers = json.loads(path.read_text())["answers"]
+    assert [(a["prompt"], a["found"], a["policy"]) for a in answers] == [("ingested", True, repr(methods.parse(policy)))] * 3
+    assert " 3 of 3 " in capsys.readouterr().out
+    argv[argv.index(policy)] = "streamingllm(64)"
+    assert main(argv) == 2
+    assert "end with a bank" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------- streaming nll

@@ -88,6 +88,9 @@ def _add_task(tasks: Any, task: Task) -> None:
     )
     if both:
         parser.add_argument("--dense", nargs="*", help="without --cases: policies that take over what the full cache has read")
+        parser.add_argument(
+            "--ingest", nargs="+", help="without --cases: policies that end with a bank, which reads the text before"
+        )
         parser.add_argument("--depths", type=positive, help="without --cases: depths of one text, read once; default: 10")
         cases_help = "texts of each length, a key in each; without it, one text at --depths depths"
     else:
@@ -197,17 +200,19 @@ def _eval_task(arguments: argparse.Namespace) -> int:
 
 def _eval_passkey(arguments: argparse.Namespace) -> int:
     if arguments.cases is not None:
-        if arguments.dense is not None or arguments.depths is not None:
-            raise KvsieveError("--dense and --depths are of one text at several depths; leave them or --cases out")
+        if arguments.dense is not None or arguments.ingest is not None or arguments.depths is not None:
+            raise KvsieveError("--dense, --ingest and --depths are of one text at several depths; leave them or --cases out")
         return _eval_task(arguments)
     if arguments.resume:
         raise KvsieveError("--resume goes on with cases: say how many by --cases")
     need_torch(arguments.threads)
     from kvsieve.evals.passkey import Settings, run
 
+    ingested = tuple(arguments.ingest or ())
     settings = Settings(
-        policies=Settings.policies if arguments.policy is None else tuple(arguments.policy),
-        dense=Settings.dense if arguments.dense is None else tuple(arguments.dense),
+        policies=(() if ingested else Settings.policies) if arguments.policy is None else tuple(arguments.policy),
+        dense=(() if ingested else Settings.dense) if arguments.dense is None else tuple(arguments.dense),
+        ingested=ingested,
         lengths=_flat(arguments.length) or Settings.lengths,
         depths=arguments.depths or Settings.depths,
         seed=arguments.seed,

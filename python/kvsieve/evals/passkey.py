@@ -30,6 +30,9 @@ from kvsieve.view.trace import share_read
 __all__ = ["Answer", "Passkey", "PasskeyResult", "Settings", "ask", "make_passkey", "read_all", "run", "score_passkey"]
 
 
+Prompt = Literal["own", "dense", "ingested"]
+
+
 @dataclass(frozen=True)
 class PasskeyResult:
     """Share of the key's tokens still resident before the question, and whether the generated answer is the key."""
@@ -60,7 +63,8 @@ class Answer:
 
     Attributes:
         policy: the policy, written out.
-        prompt: who read the text: the policy (``"own"``), or a full cache whose keys and values it took over (``"dense"``).
+        prompt: who read the text: the policy (``"own"``); a full cache whose keys and values it took over (``"dense"``); or the
+            policy's bank, before the stream was opened in which the question is asked (``"ingested"``).
         length, depth: tokens of the text; where the key lies in it, 0 to 1.
         key, text: the passkey, the answer; found: whether the one is in the other.
         read: how many heads of the layers that select read the key's digits while the answer was written, 0 to 1; None for a policy
@@ -68,7 +72,7 @@ class Answer:
     """
 
     policy: str
-    prompt: Literal["own", "dense"]
+    prompt: Prompt
     length: int
     depth: float
     key: str
@@ -116,10 +120,12 @@ def ask(stream: kvsieve.Stream, tokenizer: Any, key: Passkey) -> tuple[str, floa
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked, and of which model; lengths are tokens. Policies under ``dense`` take over what a full cache has read."""
+    """What is asked, and of which model; lengths are tokens. Policies under ``dense`` take over what a full cache has read, and those
+    under ``ingested`` end with a bank that reads the text."""
 
     policies: tuple[str, ...] = ("full()", "hip(512)", "quest(512)", "streamingllm(783, sinks=16)")
     dense: tuple[str, ...] = ("hip(512)", "quest(512)")
+    ingested: tuple[str, ...] = ()
     lengths: tuple[int, ...] = (4000, 7500)
     depths: int = 10
     seed: int = 0
@@ -135,16 +141,28 @@ def run(settings: Settings) -> list[Answer]:
 
     own = {text: kvsieve.methods.parse(text) for text in settings.policies}
     dense = {text: kvsieve.methods.parse(text) for text in settings.dense}
-    if not own and not dense:
+    ingested = {text: kvsieve.methods.parse(text) for text in settings.ingested}
+    if not own and not dense and not ingested:
         raise KvsieveError("name a policy at least")
+    for text, policy in ingested.items():
+        if policy.bank is None:
+            raise KvsieveError(
+                f"--ingest is of policies that end with a bank, such as 'streamingllm(1024) >> memory_bank()', not {text!r}"
+            )
     if min(settings.lengths) < LEAST:
         raise KvsieveError(f"a text with a passkey needs at least {LEAST} tokens, got --length {min(settings.lengths)}")
     model, tokenizer = load_model(settings.model, getattr(torch, settings.dtype))
     answers: list[Answer] = []
 
-    def add(policy: Policy, prompt: Literal["own", "dense"], length: int, depth: float, key: Passkey, stream: Any) -> None:
+    def add(policy: Policy, prompt: Prompt, length: int, depth: float, key: Passkey, stream: Any) -> None:
         text, read = ask(stream, tokenizer, key)
         answers.append(Answer(repr(policy), prompt, length, depth, key.key, text, key.key in text, read))
+
+    def told(policy: Policy, length: int) -> None:
+        print(f"{policy!r}, {length:,} tokens: done", flush=True)
+        if settings.json is not None:
+            name = "SmolLM2-135M-Instruct (Q4_1, dequantised)" if settings.model == "smollm2" else settings.model
+            write_json(settings.json, {"model": name, "answers": [asdict(a) for a in answers]})
 
     full = repr(kvsieve.Full())
     for length in settings.lengths:
@@ -158,10 +176,14 @@ def run(settings: Settings) -> list[Answer]:
                         add(other, "dense", length, depth, key, taken)
                 if policy in own.values():
                     add(policy, "own", length, depth, key, stream)
-            print(f"{policy!r}, {length:,} tokens: done", flush=True)
-            if settings.json is not None:
-                name = "SmolLM2-135M-Instruct (Q4_1, dequantised)" if settings.model == "smollm2" else settings.model
-                write_json(settings.json, {"model": name, "answers": [asdict(a) for a in answers]})
+            told(policy, length)
+        for text in ingested:
+            for depth, key in zip(depths, keys):
+                policy = kvsieve.methods.parse(text)  # with a bank of its own
+                policy.bank.ingest(model, torch.tensor([key.ids]), backend=settings.backend)  # type: ignore[union-attr]
+                with kvsieve.stream(model, policy, backend=settings.backend) as stream:
+                    add(policy, "ingested", length, depth, key, stream)
+            told(ingested[text], length)
     print("\n" + table(answers))
     return answers
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvsieve.budget import check_count
+from kvsieve.budget import check_choice, check_count
 from kvsieve.checks import check_flag, check_path, integer, plain, real, told
 from kvsieve.errors import BankError, PolicyError, StateError
 from kvsieve.methods.streaming_llm import StreamingLLM
@@ -76,6 +76,9 @@ class MemoryBank(BankRule):
         namespace: the name under which a stream reads and writes, or one for each row of a batch.
         per_head: whether each KV head finds chunks of its own, as published. Else all heads of a layer find the same ones, by the
             sum of their scores.
+        reads: which queries read the bank: ``"all"``, as published; or ``"answers"``: those of a turn that is answered
+            (`stream.generate`, `model.generate`, forwards of a caller), and none of a text that :meth:`kvsieve.Stream.feed` reads:
+            a long text is read faster, and its keys and values are those of the policy before the bank.
 
     Raises:
         PolicyError: for numbers that cannot be right. What the file says is looked at when it is first used.
@@ -96,6 +99,7 @@ class MemoryBank(BankRule):
         distance: int | None = None,
         namespace: str | Sequence[str] | None = None,
         per_head: bool = True,
+        reads: str = "all",
     ) -> None:
         if path is not None:
             path = check_path("path", path, PolicyError)
@@ -110,9 +114,10 @@ class MemoryBank(BankRule):
         if real(bias) is None and not (isinstance(bias, float) and bias == -math.inf):
             raise PolicyError(f"bias must be a finite number, or -inf for a bank that is not read, got {told(bias)}")
         read_only, per_head = (check_flag(name, x, PolicyError) for name, x in (("read_only", read_only), ("per_head", per_head)))
+        check_choice("reads", reads, ("all", "answers"))
         self.path = None if path is None else Path(path)
         self.capacity, self.chunk, self.top_k, self.read_only = capacity, chunk, top_k, read_only
-        self.bias, self.distance, self.per_head = float(bias), distance, per_head
+        self.bias, self.distance, self.per_head, self.reads = float(bias), distance, per_head, reads
         self.layers = None if layers is None else _indices(layers)
         self.names = (DEFAULT,) if namespace is None else _names(namespace)
         self._shared = _Opened(self.path, capacity, chunk, self.layers, read_only)
@@ -210,12 +215,12 @@ class MemoryBank(BankRule):
         """The same bank, read in another way.
 
         Args:
-            changes: any of ``top_k``, ``per_head``, ``bias``, ``distance`` and ``read_only``.
+            changes: any of ``top_k``, ``per_head``, ``bias``, ``distance``, ``reads`` and ``read_only``.
 
         Raises:
             PolicyError: for anything else, or numbers that cannot be right.
         """
-        others = sorted(set(changes) - {"top_k", "per_head", "bias", "distance", "read_only"})
+        others = sorted(set(changes) - {"top_k", "per_head", "bias", "distance", "reads", "read_only"})
         if others:
             raise PolicyError(f"{', '.join(others)} cannot be changed: all that read a bank share them")
         if self.read_only and not changes.get("read_only", True):
@@ -321,9 +326,10 @@ class MemoryBank(BankRule):
             "distance": self.distance,
             "namespace": None if names == DEFAULT else names,
             "per_head": self.per_head,
+            "reads": self.reads,
         }
         plain: dict[str, Any] = {"path": None, "capacity": 65536, "layers": None, "chunk": 16, "top_k": 64}
-        plain |= {"read_only": False, "bias": 0.0, "per_head": True}
+        plain |= {"read_only": False, "bias": 0.0, "per_head": True, "reads": "all"}
         shown = {name: value for name, value in told.items() if value != plain.get(name)}
         return f"MemoryBank({', '.join(f'{name}={_literal(value)}' for name, value in shown.items())})"
 

@@ -24,6 +24,24 @@ from kvsieve.model.linears import MOST_ROWS, product
 
 __all__ = ["Head", "replace_products"]
 
+_IN_PLACE = {
+    "iadd",
+    "iand",
+    "iconcat",
+    "ifloordiv",
+    "ilshift",
+    "imatmul",
+    "imod",
+    "imul",
+    "ior",
+    "ipow",
+    "irshift",
+    "isub",
+    "itruediv",
+}
+_IN_PLACE |= {"ixor", "setitem", "delitem"}
+"""Python's operations that write."""
+
 _LEAST = 2 if _core.is_intel() else 1
 """Fewer rows are torch's."""
 
@@ -48,11 +66,18 @@ def replace_products(graph: torch.fx.GraphModule) -> int:
     Returns:
         how many layers.
     """
-    found: dict[torch.fx.Node, list[torch.fx.Node]] = {}
+    found: list[list[torch.fx.Node]] = []
+    open_ones: dict[torch.fx.Node, list[torch.fx.Node]] = {}
     for node in graph.graph.nodes:
-        if node.op == "call_function" and node.target is torch.nn.functional.linear and _fits(node):
-            found.setdefault(node.args[0], []).append(node)
-    for x, nodes in found.items():
+        if node.op == "call_function" and node.target is torch.nn.functional.linear:
+            if _fits(node):
+                if node.args[0] not in open_ones:
+                    found.append(open_ones.setdefault(node.args[0], []))
+                open_ones[node.args[0]].append(node)
+        elif _may_write(node):
+            open_ones.clear()  # what comes later may have another input, though it is the same tensor
+    for nodes in found:
+        x = nodes[0].args[0]
         weights, biases = zip(*(_weights(node) for node in nodes))
         with graph.graph.inserting_before(nodes[0]):
             made = graph.graph.call_function(torch.ops.kvsieve.products.default, (x, list(weights), list(biases)))
@@ -63,7 +88,15 @@ def replace_products(graph: torch.fx.GraphModule) -> int:
             graph.graph.erase_node(node)
     if found:
         graph.recompile()
-    return sum(map(len, found.values()))
+    return sum(map(len, found))
+
+
+def _may_write(node: torch.fx.Node) -> bool:
+    """Whether a node may write into a tensor that was there before: by its name, as in-place operations of torch and Python have it."""
+    if node.op not in ("call_function", "call_method"):
+        return node.op == "call_module"
+    name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
 
 
 def _weights(node: torch.fx.Node) -> tuple[Any, Any]:

@@ -22,6 +22,7 @@ class BankRule:
         per_head: whether each KV head finds tokens of its own.
         bias: what is added to the log-sum-exp of the bank's logits; ``-inf`` reads nothing.
         read_only: whether nothing is ever written.
+        reads: which queries read it: ``"all"``, or with ``"answers"`` none of what `stream.feed` reads.
         distance: at which every token of the bank is seen; None for that of the oldest token of what stands before it.
         names: namespaces, one for each row of a batch.
     """
@@ -32,6 +33,7 @@ class BankRule:
     per_head: bool = True
     bias: float
     read_only: bool
+    reads: str = "all"
     distance: int | None
     names: tuple[str, ...]
 

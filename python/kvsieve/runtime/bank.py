@@ -137,6 +137,8 @@ class Banking(StreamPart):
         rows, store, step, q = self.rows or self._new, layer.store, layer.forward.step, layer.q
         if store is None or step is None or layer.index not in self._layers or self.rule.bias == -torch.inf:
             return None
+        if self.rule.reads == "answers" and not layer.forward.answered:
+            return None
         found = [row for row, count in enumerate(layer.forward.lens) if count and rows[row].entries.num_chunks]
         if not found:
             return None

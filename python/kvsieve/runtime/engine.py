@@ -192,7 +192,8 @@ class Engine(Held):
         seen = self.blocks.seen or [0] * len(lens)
         turn = self.transcript.turn
         longer = () if turn is None else turn.longer(len(lens))
-        return Forward(lens, width, seen, self.candidates.verifying, foreign, ids, longer=longer)
+        answered = turn is None or turn.answers
+        return Forward(lens, width, seen, self.candidates.verifying, foreign, ids, longer=longer, answered=answered)
 
     @exclusive
     def _begin(self, forward: Forward) -> Forward:

@@ -81,6 +81,7 @@ class Forward:
         hidden: what the decoder returned, ``[B, width, hidden]``.
         logits: what the causal LM returned, ``[B, r, V]`` of its last ``r`` columns.
         longer: for each row whether its tokens, even a single one, belong to a prompt of several; empty where nobody said so.
+        answered: whether an answer follows; not while `stream.feed` reads.
         step: the planner's plan; none before `begin` is over.
         owner: the thread that runs it.
     """
@@ -94,6 +95,7 @@ class Forward:
     hidden: torch.Tensor | None = None
     logits: torch.Tensor | None = None
     longer: Sequence[bool] = ()
+    answered: bool = True
     step: Step | None = None
     owner: threading.Thread = field(default_factory=threading.current_thread)
 

@@ -22,6 +22,7 @@ class Turn:
         width: columns of its prompt.
         counts: real tokens of the prompt in each row, the last ones.
         chunk: most columns of a forward over the prompt.
+        answers: whether what is read is answered; of `feed` it is not.
         copies: rows that `generate` makes of each prompt; they are made once the prompt but its last column has been read.
         left: columns of the prompt that are still to be read.
         fed: columns of sampled tokens that were fed to the model since.
@@ -38,6 +39,7 @@ class Turn:
     counts: list[int]
     chunk: int
     copies: int = 1
+    answers: bool = True
     left: int = 0
     fed: int = 0
     stops: list[int | None] = field(default_factory=list)

@@ -21,6 +21,7 @@ mod sets;
 mod sieve;
 mod step;
 mod tier;
+mod tier_changes;
 mod tier_later;
 
 #[test]

@@ -6,13 +6,13 @@ use std::sync::{Arc, Mutex};
 use super::common::data::*;
 use kvsieve_core::Error;
 use kvsieve_core::ids::{BlockId, Run};
-use kvsieve_core::plan::{Append, Frame, Move, Step};
+use kvsieve_core::plan::Move;
 use kvsieve_core::storage::arena::Arena;
 use kvsieve_core::storage::tier::{Medium, Order, TierFile};
 use kvsieve_core::tensor::Dtype;
 
-const HEADS: usize = 2;
-const DIMS: (usize, usize) = (6, 4);
+pub(super) const HEADS: usize = 2;
+pub(super) const DIMS: (usize, usize) = (6, 4);
 
 /// Bytes in memory that take and give few at a time, and fail when told to.
 #[derive(Default)]
@@ -28,9 +28,13 @@ struct State {
 }
 
 #[derive(Clone, Default)]
-struct Flaky(Arc<Mutex<State>>);
+pub(super) struct Flaky(Arc<Mutex<State>>);
 
 impl Flaky {
+    pub(super) fn written(&self) -> usize {
+        self.0.lock().unwrap().written
+    }
+
     fn with_space(space: u64) -> Self {
         let flaky = Flaky::default();
         flaky.0.lock().unwrap().space = space;
@@ -97,20 +101,20 @@ fn tiered(file: Arc<TierFile>, capacity: usize, dtype: Dtype, values_alone: bool
     arena
 }
 
-fn run(block: u32, lo: u32, hi: u32) -> Run {
+pub(super) fn run(block: u32, lo: u32, hi: u32) -> Run {
     Run { block: BlockId(block), lo, hi }
 }
 
-fn whole(block: u32) -> Run {
+pub(super) fn whole(block: u32) -> Run {
     run(block, 0, 64)
 }
 
-fn ids(blocks: &[u32]) -> Vec<BlockId> {
+pub(super) fn ids(blocks: &[u32]) -> Vec<BlockId> {
     blocks.iter().map(|&block| BlockId(block)).collect()
 }
 
 /// Writes random tokens; the same ones to both.
-fn write(noise: &mut Noise, runs: &[Run], arenas: [&mut Arena; 2]) {
+pub(super) fn write(noise: &mut Noise, runs: &[Run], arenas: [&mut Arena; 2]) {
     let n: usize = runs.iter().map(|run| run.len() as usize).sum();
     let dtype = arenas[0].dtype();
     let (k, v) = (noise.data(HEADS * n * DIMS.0, dtype), noise.data(HEADS * n * DIMS.1, dtype));
@@ -123,12 +127,12 @@ fn zeros(runs: &[Run], dtype: Dtype) -> (usize, Data, Data) {
     (n, zeros(DIMS.0), zeros(DIMS.1))
 }
 
-fn gathered(arena: &Arena, runs: &[Run]) -> Result<(Data, Data), Error> {
+pub(super) fn gathered(arena: &Arena, runs: &[Run]) -> Result<(Data, Data), Error> {
     let (n, mut k, mut v) = zeros(runs, arena.dtype());
     arena.gather(runs, k.elems_mut(), v.elems_mut(), 0, n).map(|()| (k, v))
 }
 
-fn read(arena: &Arena, runs: &[Run]) -> Result<(Data, Data), Error> {
+pub(super) fn read(arena: &Arena, runs: &[Run]) -> Result<(Data, Data), Error> {
     let (n, mut k, mut v) = zeros(runs, arena.dtype());
     arena.gather_any(runs, k.elems_mut(), v.elems_mut(), 0, n).map(|()| (k, v))
 }
@@ -138,7 +142,7 @@ fn pair(noise: &mut Noise, blocks: u32, space: u64) -> (Flaky, Arena, Arena) {
     pair_of(noise, blocks, space, false)
 }
 
-fn pair_of(noise: &mut Noise, blocks: u32, space: u64, values_alone: bool) -> (Flaky, Arena, Arena) {
+pub(super) fn pair_of(noise: &mut Noise, blocks: u32, space: u64, values_alone: bool) -> (Flaky, Arena, Arena) {
     let flaky = Flaky::with_space(space);
     let mut arena = tiered(flaky.file(), 4, Dtype::F16, values_alone);
     let mut twin = Arena::new(HEADS, DIMS.0, DIMS.1, Dtype::F16).unwrap();
@@ -176,89 +180,6 @@ fn a_block_leaves_memory_and_comes_back() {
     assert_eq!((counts.hits, counts.loads, counts.spills), (1, 1, 2));
     assert_eq!(counts.bytes_written as usize, written);
     assert_eq!(counts.bytes_read as usize, before / 3 * 3, "one block was loaded, two were read in passing");
-}
-
-/// Keys that stay are read, and values that are gone are refused; they come back alone.
-#[test]
-fn values_leave_memory_alone() {
-    let mut noise = Noise(5);
-    let (flaky, mut arena, twin) = pair_of(&mut noise, 3, 1 << 20, true);
-    let (keys, values) = arena.plain_bytes();
-    arena.spill(&ids(&[0, 2])).unwrap();
-    assert_eq!((arena.plain_bytes(), arena.is_spilled(BlockId(0))), ((keys, values / 3), true));
-    assert_eq!(flaky.0.lock().unwrap().written, values / 3 * 2);
-    let gone = Error::NotInMemory { block: 0 };
-    assert_eq!(arena.value(BlockId(0), 0, 5).unwrap_err(), gone);
-    assert_eq!(gathered(&arena, &[whole(0)]).unwrap_err(), gone);
-    let runs = [run(1, 3, 9), run(0, 60, 64), run(2, 0, 64), whole(1), run(0, 1, 1)];
-    assert_eq!(read(&arena, &runs).unwrap(), gathered(&twin, &runs).unwrap());
-    arena.fetch(&[whole(0)]).unwrap();
-    assert_eq!(arena.plain_bytes(), (keys, values / 3 * 2));
-    assert_eq!(gathered(&arena, &[whole(0), whole(1)]).unwrap(), gathered(&twin, &[whole(0), whole(1)]).unwrap());
-    assert_eq!(
-        arena.tier_counts().bytes_read as usize,
-        values / 3 * 3,
-        "one block was loaded, two were read in passing"
-    );
-    // A block that nobody holds any more leaves nothing.
-    arena.free_unused(&[false, true, false], &[]);
-    assert_eq!((arena.plain_bytes(), arena.tier_bytes()), ((keys / 3, values / 3), 0));
-}
-
-#[test]
-fn what_changes_a_block_loads_it_and_makes_its_copy_void() {
-    [false, true].into_iter().for_each(changed_blocks);
-}
-
-fn changed_blocks(values_alone: bool) {
-    let mut noise = Noise(4);
-    let (_, mut arena, mut twin) = pair_of(&mut noise, 5, 1 << 20, values_alone);
-    let all: Vec<Run> = (0..5).map(whole).collect();
-    let spilled = ids(&[0, 1, 2, 3, 4]);
-    let same = |arena: &Arena, twin: &Arena| assert_eq!(read(arena, &all).unwrap(), gathered(twin, &all).unwrap());
-
-    arena.spill(&spilled).unwrap();
-    write(&mut noise, &[run(0, 7, 9)], [&mut arena, &mut twin]);
-    assert!(!arena.is_copied(BlockId(0)) && !arena.is_spilled(BlockId(0)));
-    same(&arena, &twin);
-
-    arena.spill(&spilled).unwrap();
-    let moved = |from, to| Move { from: BlockId(from), from_slot: 3, to: BlockId(to), to_slot: 30, len: 20 };
-    for arena in [&mut arena, &mut twin] {
-        arena.apply(&[moved(1, 2), moved(2, 2), moved(2, 3)]).unwrap();
-    }
-    assert!(arena.is_copied(BlockId(1)) && !arena.is_copied(BlockId(2)) && !arena.is_copied(BlockId(3)));
-    same(&arena, &twin);
-
-    arena.spill(&spilled).unwrap();
-    let keep: Vec<i64> = (0..2 * 64).map(|i| (i * 7) % 128).collect();
-    for arena in [&mut arena, &mut twin] {
-        arena.permute(&[whole(4), whole(0)], &keep, &[whole(1)]).unwrap();
-    }
-    same(&arena, &twin);
-
-    // After a crop to slot 10 of block 2 a step writes on, in a copy that it makes for itself, and in the block itself.
-    arena.spill(&spilled).unwrap();
-    let (k, v) = (noise.data(HEADS * 3 * DIMS.0, Dtype::F16), noise.data(HEADS * 3 * DIMS.1, Dtype::F16));
-    let append = |block, new| Append { row: 0, new, block: BlockId(block), slot: 10, len: 1 };
-    let step = Step {
-        frame: Frame::Raw,
-        num_rows: 1,
-        num_queries: 3,
-        new_lens: vec![3],
-        num_blocks: 6,
-        copies: vec![Move { from: BlockId(2), from_slot: 0, to: BlockId(5), to_slot: 0, len: 10 }],
-        appends: vec![append(5, 0), append(2, 1), append(4, 2)],
-        spans: None,
-        parts: Vec::new(),
-        residents: None,
-        first_new: vec![0],
-    };
-    for arena in [&mut arena, &mut twin] {
-        arena.append(&k.view([1, HEADS, 3, DIMS.0]), &v.view([1, HEADS, 3, DIMS.1]), &step).unwrap();
-    }
-    same(&arena, &twin);
-    assert_eq!(read(&arena, &[run(5, 0, 11)]).unwrap(), gathered(&twin, &[run(5, 0, 11)]).unwrap());
 }
 
 /// Whatever is written, moved, freed, spilled, fetched and trimmed: what is read is what an arena without a file holds.
