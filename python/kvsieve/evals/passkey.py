@@ -120,8 +120,8 @@ def ask(stream: kvsieve.Stream, tokenizer: Any, key: Passkey) -> tuple[str, floa
 
 @dataclass(frozen=True)
 class Settings:
-    """What is asked, and of which model; lengths are tokens. Policies under ``dense`` take over what a full cache has read, and those
-    under ``ingested`` end with a bank that reads the text."""
+    """What is asked, and of which model; lengths are tokens. Policies under ``dense`` take over what a full cache has read; the
+    bank of those under ``ingested`` reads the text."""
 
     policies: tuple[str, ...] = ("full()", "hip(512)", "quest(512)", "streamingllm(783, sinks=16)")
     dense: tuple[str, ...] = ("hip(512)", "quest(512)")

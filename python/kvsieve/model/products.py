@@ -92,7 +92,7 @@ def replace_products(graph: torch.fx.GraphModule) -> int:
 
 
 def _may_write(node: torch.fx.Node) -> bool:
-    """Whether a node may write into a tensor that was there before: by its name, as in-place operations of torch and Python have it."""
+    """Whether a node may write into a tensor that was there before: by its name, as torch and Python name what does."""
     if node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
     name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
