@@ -204,6 +204,8 @@ def generate(
     inputs = _model_inputs(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in _TOKEN_TYPES or name in inputs}
     settings = Settings(stream.model, {name: value for name, value in kwargs.items() if name not in inputs})
+    if settings.asked("cache_implementation") is not None:
+        raise StateError("a stream is the cache of its turns: leave cache_implementation out, and choose a policy instead")
     if inputs and (stream.engine.transcript.rows or settings.copies > 1):
         raise UnsupportedError(
             f"{', '.join(inputs)}: stream.generate takes inputs beside ids in the first turn, and without beams or several "
@@ -318,6 +320,8 @@ class Call:
         watch = Watch(turn.heard, self.settings.stoppers() if len(turn.stops) > 1 else ())
         if not self.settings.beams:
             kwargs["stopping_criteria"] = stopping_list(kwargs.get("stopping_criteria"), watch, alone=len(turn.stops) == 1)
+        if self.settings.get("cache_implementation") is not None:
+            kwargs["cache_implementation"] = None  # the model's own: the stream is the cache
         if kwargs.get("streamer") is not None:
             kwargs["streamer"] = StreamerProxy(kwargs["streamer"], self.prompt, turn.delivered.append)
         if self.settings.looks_back and self.settings.get("max_new_tokens") is None and self.settings.get("max_length") is None:

@@ -9,7 +9,8 @@ import pytest
 import tiny
 import torch
 from drive import forward, pad_left
-from kvsieve.errors import CacheMismatchError, UnsupportedError
+from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError
+from transformers import GenerationConfig
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 
@@ -209,3 +210,23 @@ def test_ids_of_32_bits_are_ids(policy: str, backend: str) -> None:
             found.append([first, then, last, *stream.ids, *(torch.from_numpy(kept.scores) for kept in stream.kept())])
     for wide, narrow in zip(*found):
         torch.testing.assert_close(narrow, wide, atol=0, rtol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("turns", [1, 2])
+def test_a_cache_that_the_model_asks_for_by_itself_is_the_streams(turns: int) -> None:
+    """Checkpoints name a cache in their generation settings; a call that names one is refused before anything is read."""
+    model, plain = tiny.fresh(), tiny.fresh()
+    model.generation_config.cache_implementation = "static"
+    settings = GenerationConfig.from_dict(model.generation_config.to_dict())
+    with kvsieve.stream(model, kvsieve.Full()) as stream, kvsieve.stream(plain, kvsieve.Full()) as other:
+        for turn in range(turns):
+            ids = tiny.ids(1, 20, turn)
+            want = other.generate(ids, max_new_tokens=4, do_sample=False)
+            how = {"generation_config": settings} if turn else {}
+            assert torch.equal(stream.generate(ids, max_new_tokens=4, do_sample=False, **how), want)
+        before = stream.seen
+        for wrong in ({"cache_implementation": "dynamic"}, {"generation_config": GenerationConfig(cache_implementation="dynamic")}):
+            with pytest.raises(StateError, match="leave cache_implementation out"):
+                stream.generate(tiny.ids(1, 3), max_new_tokens=4, **wrong)
+        assert stream.seen == before
+        assert model.generation_config.cache_implementation == "static"

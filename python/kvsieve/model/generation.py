@@ -26,7 +26,15 @@ _STATELESS = frozenset(
         *("max_new_tokens", "min_new_tokens", "max_time", "eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens"),
         *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
         *("renormalize_logits", "remove_invalid_values", "num_beams", "num_return_sequences", "early_stopping", "length_penalty"),
-        *("use_cache", "low_memory", "disable_compile", "compile_config", "transformers_version", "trust_remote_code"),
+        *(
+            "use_cache",
+            "cache_implementation",
+            "low_memory",
+            "disable_compile",
+            "compile_config",
+            "transformers_version",
+            "trust_remote_code",
+        ),
         *("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states", "output_attentions"),
         *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule"),
         *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "is_assistant"),
@@ -88,6 +96,13 @@ class Settings:
             return self._kwargs[name]
         value = None if self._passed is None else getattr(self._passed, name, None)
         return getattr(self._model.generation_config, name, None) if value is None else value
+
+    def asked(self, name: str) -> Any:
+        """The value that the call itself sets, by a keyword or its `GenerationConfig`, and that is not the model's own; None if it
+        sets none."""
+        value = self._kwargs.get(name)
+        value = getattr(self._passed, name, None) if value is None else value
+        return None if value == getattr(self._model.generation_config, name, None) else value
 
     def _ends(self) -> list[int]:
         ends = self.get("eos_token_id")
