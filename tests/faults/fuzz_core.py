@@ -458,7 +458,7 @@ def run(calls: int, seed: int, tell: Callable[[str], None] = print) -> tuple[lis
             notes.truncate(4096)
             asked = {"--child": first, "--calls": calls - first, "--seed": seed, "--notes": notes.name}
             command = [sys.executable, __file__, *(str(word) for pair in asked.items() for word in pair)]
-            environment = {**os.environ, "RUST_BACKTRACE": "0", "OMP_NUM_THREADS": "1"}
+            environment = {**os.environ, "RUST_BACKTRACE": "0", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
             done = subprocess.run(command, capture_output=True, text=True, env=environment)
             wrong += [line for line in done.stdout.splitlines() if line.startswith("RAW ")]
             if done.stdout.endswith("DONE\n"):

@@ -86,8 +86,9 @@ def test_memory_that_grows_with_a_text_is_told_and_a_chunk_of_ids_more_is_not(ma
     def wrong(tokens: int, leak: float, more: int) -> list[str]:
         samples = [(at, 10**8 + round(leak * at) + (more if 2 * at > tokens else 0), 0) for at in range(0, tokens, tokens // 64)]
         slope, _, between = long_run.slopes(samples, slice(16), slice(-16, None))
+        row = {"way": "feed", "policy": "one", "slower": 1.0, "us_of_columns": 0.0, "us_a_token_early": 1.0}
         measured = {"bytes_per_1000_tokens": 1000 * slope, "chunk_per_1000_tokens": 1000 * long_run.CHUNK / between}
-        return list(long_run.verdict({"way": "feed", "policy": "one", "slower": 1.0, **measured}))
+        return list(long_run.verdict({**row, **measured}))
 
     assert wrong(50_000, 0.0, long_run.CHUNK) == []
     assert wrong(50_000, 1.0, long_run.CHUNK) == []
