@@ -10,7 +10,7 @@ import tiny
 import torch
 from drive import forward, pad_left
 from kvsieve.errors import CacheMismatchError, StateError, UnsupportedError
-from transformers import GenerationConfig
+from transformers import DynamicCache, GenerationConfig, LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 BACKEND = pytest.mark.parametrize("backend", tiny.BACKENDS)
 
@@ -230,3 +230,29 @@ def test_a_cache_that_the_model_asks_for_by_itself_is_the_streams(turns: int) ->
                 stream.generate(tiny.ids(1, 3), max_new_tokens=4, **wrong)
         assert stream.seen == before
         assert model.generation_config.cache_implementation == "static"
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_turns_across_the_original_length_are_those_of_transformers_own_cache(kind: str) -> None:
+    """What was read before is as it was read; each model is new, for its frequencies remember the longest text."""
+
+    def model() -> Any:
+        sizes: dict[str, Any] = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
+        sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+        rope: dict[str, Any] = {"rope_type": kind, "rope_theta": 10000.0, "factor": 4.0}
+        torch.manual_seed(0)
+        if kind == "dynamic":
+            return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=32, rope_parameters=rope)).eval()
+        rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0 + i for i in range(8)], "original_max_position_embeddings": 32}
+        longest = {"max_position_embeddings": 256, "original_max_position_embeddings": 32}
+        return Phi3ForCausalLM(Phi3Config(**sizes, **longest, rope_parameters=rope)).eval()
+
+    first, second = tiny.ids(1, 28, 1), tiny.ids(1, 7, 2)
+    stock = model()
+    cache = DynamicCache(config=stock.config)
+    with torch.no_grad():
+        want = [stock(ids, past_key_values=cache).logits for ids in (first, second)]
+    ours = model()
+    with kvsieve.stream(ours, kvsieve.Full()) as stream, torch.no_grad():
+        for ids, logits in zip((first, second), want):
+            torch.testing.assert_close(ours(ids, past_key_values=stream.cache).logits, logits, atol=1e-5, rtol=0)
