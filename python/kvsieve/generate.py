@@ -204,8 +204,6 @@ def generate(
     inputs = _model_inputs(kwargs)
     kwargs = {name: value for name, value in kwargs.items() if name not in _TOKEN_TYPES or name in inputs}
     settings = Settings(stream.model, {name: value for name, value in kwargs.items() if name not in inputs})
-    if settings.asked("cache_implementation") is not None:
-        raise StateError("a stream is the cache of its turns: leave cache_implementation out, and choose a policy instead")
     if inputs and (stream.engine.transcript.rows or settings.copies > 1):
         raise UnsupportedError(
             f"{', '.join(inputs)}: stream.generate takes inputs beside ids in the first turn, and without beams or several "

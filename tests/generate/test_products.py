@@ -61,6 +61,17 @@ def test_products_of_a_few_rows_are_the_cores(shape: tuple[int, ...], bias: bool
     assert (backend.layers, backend.operations) == (4, 2)
 
 
+@torch.library.custom_op("kvsieve_tests::double", mutates_args=["x"])
+def double(x: torch.Tensor) -> None:
+    """An operation of somebody else's, whose name does not say that it writes."""
+    x.mul_(2.0)
+
+
+@double.register_fake
+def _(x: torch.Tensor) -> None:
+    return None
+
+
 class Written(torch.nn.Module):
     """Layers of one input that is written in between."""
 
@@ -79,6 +90,8 @@ class Written(torch.nn.Module):
             x[..., :4] = 1.0
         elif self.way == "view":
             x[..., 2:].view(-1).sub_(1.0)
+        elif self.way == "operation":
+            torch.ops.kvsieve_tests.double.default(x)
         elif self.way == "out":
             torch.mul(x, 2.0, out=x)
         else:
@@ -86,7 +99,7 @@ class Written(torch.nn.Module):
         return torch.cat([first, second, self.layers[2](x)], -1)
 
 
-@pytest.mark.parametrize("way", ["method", "operator", "item", "view", "out", "function"])
+@pytest.mark.parametrize("way", ["method", "operator", "operation", "item", "view", "out", "function"])
 @torch.no_grad()
 def test_an_input_that_is_written_in_between_is_another(way: str) -> None:
     torch.manual_seed(3)

@@ -25,7 +25,7 @@ from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.position import Fetched
 from kvsieve.policy.select import FetchedSelection, Piece, check_summary
-from kvsieve.policy.storage import Tiered
+from kvsieve.policy.storage import on_disk
 
 __all__ = ["InfLLM", "InfLLMSelection"]
 
@@ -151,11 +151,8 @@ def InfLLM(
     select = InfLLMSelection(window, blocks, block, representatives, sinks, per_head, query_block, summary)
     plain = vars(InfLLMSelection())
     told = {name: value for name, value in vars(select).items() if value != plain[name]}
-    storage = None
-    if host_budget is not None:
-        storage = Tiered(host_budget, disk, keep=window + block)
+    storage = on_disk(host_budget, disk, "keys and values", keep=window + block)
+    if storage is not None:
         told |= {"host_budget": host_budget} | ({} if storage.disk is None else {"disk": storage.disk})
-    elif disk is not None:
-        raise PolicyError("a folder without a host_budget: say how many bytes of keys and values may be in memory")
     text = ", ".join(f"{name}={value!r}" for name, value in told.items())
     return Memory(position=Fetched(), select=select, storage=storage, text=f"InfLLM({text})")

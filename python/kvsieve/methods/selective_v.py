@@ -13,10 +13,9 @@ from __future__ import annotations
 from os import PathLike
 
 from kvsieve.checks import as_plain
-from kvsieve.errors import PolicyError
 from kvsieve.policy.compose import Memory
 from kvsieve.policy.select import HeaviestValues
-from kvsieve.policy.storage import Tiered
+from kvsieve.policy.storage import on_disk
 
 __all__ = ["SelectiveV"]
 
@@ -56,10 +55,7 @@ def SelectiveV(
     shown = [] if top_m == 100 else [repr(top_m)]
     shown += [] if mass is None else [f"mass={mass!r}"]
     shown += ["renormalise=True"] if renormalise else []
-    storage = None
-    if host_budget is not None:
-        storage = Tiered(host_budget, disk, values_alone=True)
+    storage = on_disk(host_budget, disk, "values", values_alone=True)
+    if storage is not None:
         shown += [f"host_budget={host_budget!r}"] + ([] if storage.disk is None else [f"disk={storage.disk!r}"])
-    elif disk is not None:
-        raise PolicyError("a folder without a host_budget: say how many bytes of values may be in memory")
     return Memory(select=select, storage=storage, text=f"SelectiveV({', '.join(shown)})")

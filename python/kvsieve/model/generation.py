@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvsieve.checks import MOST_ROWS, integer
+from kvsieve.errors import StateError
 from kvsieve.model.ids import token_list
 
 if TYPE_CHECKING:
@@ -26,15 +27,8 @@ _STATELESS = frozenset(
         *("max_new_tokens", "min_new_tokens", "max_time", "eos_token_id", "pad_token_id", "bos_token_id", "suppress_tokens"),
         *("do_sample", "temperature", "top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff"),
         *("renormalize_logits", "remove_invalid_values", "num_beams", "num_return_sequences", "early_stopping", "length_penalty"),
-        *(
-            "use_cache",
-            "cache_implementation",
-            "low_memory",
-            "disable_compile",
-            "compile_config",
-            "transformers_version",
-            "trust_remote_code",
-        ),
+        *("use_cache", "cache_implementation", "low_memory", "disable_compile", "compile_config"),
+        *("transformers_version", "trust_remote_code"),
         *("return_dict_in_generate", "output_scores", "output_logits", "output_hidden_states", "output_attentions"),
         *("prompt_lookup_num_tokens", "max_matching_ngram_size", "num_assistant_tokens", "num_assistant_tokens_schedule"),
         *("assistant_confidence_threshold", "assistant_early_exit", "assistant_lookbehind", "target_lookbehind", "is_assistant"),
@@ -83,12 +77,15 @@ class Settings:
 
     Raises:
         ArgumentError: for ends, beams or sequences that are no numbers.
+        StateError: for a cache that the call names.
     """
 
     def __init__(self, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         self._model, self._kwargs = model, kwargs
         self._passed = kwargs.get("generation_config")
         self.ends = self._ends()
+        if self._asked("cache_implementation") is not None:
+            raise StateError("a stream is the cache of its turns: leave cache_implementation out, and choose a policy instead")
 
     def get(self, name: str) -> Any:
         """The value in force; None if nothing sets it."""
@@ -97,7 +94,7 @@ class Settings:
         value = None if self._passed is None else getattr(self._passed, name, None)
         return getattr(self._model.generation_config, name, None) if value is None else value
 
-    def asked(self, name: str) -> Any:
+    def _asked(self, name: str) -> Any:
         """The value that the call itself sets, by a keyword or its `GenerationConfig`, and that is not the model's own; None if it
         sets none."""
         value = self._kwargs.get(name)

@@ -96,6 +96,8 @@ def _may_write(node: torch.fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return node.op == "call_module"
     name = str(getattr(node.target, "__name__", node.target)).split(".")[0]
+    if getattr(getattr(node.target, "_schema", None), "is_mutable", False):
+        return True  # an operation that says so
     return name in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or "out" in node.kwargs
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from os import PathLike
-from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 from kvsieve.budget import check_choice, check_count, parse_bytes
 from kvsieve.checks import LARGEST, check_flag, check_path, integer, plain_fields, real, told
@@ -28,6 +28,7 @@ __all__ = [
     "StorageRule",
     "Tiered",
     "join",
+    "on_disk",
 ]
 
 WHEN = ("decode", "prefill")
@@ -284,6 +285,19 @@ class Tiered(StorageRule):
     def budget_bytes(self) -> int:
         """:attr:`memory_budget` as bytes."""
         return parse_bytes(self.memory_budget) if isinstance(self.memory_budget, str) else self.memory_budget
+
+
+def on_disk(budget: int | str | None, disk: str | PathLike[str] | None, what: str, **options: Any) -> Tiered | None:
+    """The storage of a policy that is given a budget of memory, and maybe a folder; None without a budget.
+
+    Raises:
+        PolicyError: for a folder without a budget. BudgetError: as :class:`Tiered`.
+    """
+    if budget is not None:
+        return Tiered(budget, disk, **options)
+    if disk is not None:
+        raise PolicyError(f"a folder without a host_budget: say how many bytes of {what} may be in memory")
+    return None
 
 
 @dataclass(frozen=True)
