@@ -190,14 +190,14 @@ class Talk:
             self.twin.reset()
 
 
-def child(name: str, refusals: int, seed: int) -> dict[str, Any]:
+def child(name: str, refusals: int, rounds: int, seed: int) -> dict[str, Any]:
     """What one policy's process found."""
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     # More than one arena of glibc's would have room of its own, which is counted whether it is used or not.
     ctypes.CDLL(None).mallopt(M_ARENA_MAX, 1)
     torch.set_num_threads(1)
     talk, made = Talk(name, seed), 0
-    for _ in range(ROUNDS + refusals):
+    for _ in range(rounds + refusals):
         made += talk.refused()
         if made >= refusals or len(talk.wrong) > 20:
             break
@@ -205,14 +205,14 @@ def child(name: str, refusals: int, seed: int) -> dict[str, Any]:
     return {"policy": name, "refusals": made, **talk.counts, "wrong": talk.wrong[:5]}
 
 
-def forked(name: str, refusals: int, seed: int) -> dict[str, Any]:
+def forked(name: str, refusals: int, rounds: int, seed: int) -> dict[str, Any]:
     """The same, by a process that is forked: what all of them import is imported once."""
     with tempfile.TemporaryFile("w+") as told:
         process = os.fork()
         if not process:
             status = 1
             try:
-                told.write(json.dumps(child(name, refusals, seed)))
+                told.write(json.dumps(child(name, refusals, rounds, seed)))
                 told.flush()
                 status = 0
             except BaseException as error:
@@ -229,11 +229,11 @@ def forked(name: str, refusals: int, seed: int) -> dict[str, Any]:
     return {"policy": name, "refusals": 0, "wrong": [f"{name}: the process ended with {status}: {text or 'nothing'}"]}
 
 
-def run(names: list[str], refusals: int, seed: int) -> list[dict[str, Any]]:
+def run(names: list[str], refusals: int, rounds: int, seed: int) -> list[dict[str, Any]]:
     """One row for each policy."""
     found = []
     for name in names:
-        found.append(forked(name, max(refusals // len(names), 1), seed))
+        found.append(forked(name, max(refusals // len(names), 1), rounds, seed))
         print(json.dumps(found[-1]), flush=True)
     return found
 
@@ -241,10 +241,11 @@ def run(names: list[str], refusals: int, seed: int) -> list[dict[str, Any]]:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--refusals", type=int, default=100, help="of all policies together")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="calls of a policy, at most, beside those that are refused")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--policy", action="append", choices=list(POLICIES))
     args = parser.parse_args(argv)
-    rows = run(args.policy or list(POLICIES), args.refusals, args.seed)
+    rows = run(args.policy or list(POLICIES), args.refusals, args.rounds, args.seed)
     if not any(row["refusals"] for row in rows):
         print(json.dumps({"refusals": 0, "wrong": ["nothing was refused"]}))
         return 1

@@ -13,9 +13,12 @@ import pytest
 @pytest.mark.skipif(sys.platform != "linux", reason="the limit counts what /proc tells")
 @pytest.mark.slow
 def test_a_stream_that_gets_no_memory_goes_on_once_there_is_some() -> None:
-    """The process of each policy ends well, its stream is its twin's, and something was refused."""
+    """The process of each policy ends well, its stream is its twin's, and something was refused.
+
+    Mostly within ten calls; seldom the allocator has so much in reserve that it takes more than forty.
+    """
     policies = ["--policy", "Full", "--policy", "SirLLM"]
-    command = [sys.executable, str(Path(__file__).with_name("limits.py")), *policies, "--refusals", "4"]
+    command = [sys.executable, str(Path(__file__).with_name("limits.py")), *policies, "--refusals", "4", "--rounds", "400"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
